@@ -1,0 +1,30 @@
+"""splitbundle's converter: a Hugging Face checkpoint goes in, a bundle comes out.
+
+    splitbundle_converter.convert("gpt2", "gpt2.splitbundle", split=[2, 10])
+
+Importing this imports neither torch nor transformers; the functions do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitbundle_converter.convert import convert
+    from splitbundle_converter.resplit import resplit
+    from splitbundle_converter.restore import source_tensors
+
+__all__ = ["convert", "resplit", "source_tensors"]
+
+_MODULES = {"convert": "convert", "resplit": "resplit", "source_tensors": "restore"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    # The function takes the place of the module of its name, which this import has just set.
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

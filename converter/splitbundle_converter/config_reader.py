@@ -1,0 +1,149 @@
+"""Reading a configuration so that nothing in it goes unnoticed.
+
+A row of the family table reads the fields that it knows. What it hasn't read must be known to be inert or stand at
+its default; anything else is refused, because it could change a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+from splitbundle.errors import BundleError, Problem, quoted
+
+INERT: Final = frozenset(
+    [
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "keys_to_ignore_at_inference",
+        "label2id",
+        "model_type",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "task_specific_params",
+        "tokenizer_class",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "use_bfloat16",
+        "use_cache",
+        "_attn_implementation",
+        "attn_implementation",
+        "_commit_hash",
+        "_experts_implementation",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "prefix",
+        "finetuning_task",
+    ]
+)
+"""Fields of every configuration that change no number of a decoder in inference."""
+
+
+class ConfigReader:
+    """The fields of a configuration, typed, with a record of which were read."""
+
+    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any], file: str) -> None:
+        self._values, self._defaults, self._file = values, defaults, file
+        self.read: set[str] = set()
+        """The fields that somebody knows."""
+        self.problems: list[Problem] = []
+
+    def raw(self, name: str) -> Any:
+        """A field as it is; None when it isn't there."""
+        self.read.add(name)
+        return self._values.get(name)
+
+    def refuse(self, name: str, expected: str, got: object = None, hint: str | None = None) -> None:
+        """Notes that a field can't be converted."""
+        got = self._values.get(name) if got is None else got
+        self.problems.append(
+            Problem(
+                code="source.config",
+                file=self._file,
+                pointer=f"/{name}",
+                expected=expected,
+                got=quoted(got),
+                hint=hint,
+            )
+        )
+
+    def integer(self, name: str, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
+        """An integer field."""
+        value = self.raw(name)
+        if type(value) is not int or not minimum <= value <= maximum:
+            self.refuse(name, f"an integer from {minimum} to {maximum}")
+            return minimum
+        return value
+
+    def number(self, name: str) -> float:
+        """A number above zero."""
+        value = self.raw(name)
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            self.refuse(name, "a number above 0")
+            return 1.0
+        return float(value)
+
+    def boolean(self, name: str) -> bool:
+        """A boolean field."""
+        value = self.raw(name)
+        if type(value) is not bool:
+            self.refuse(name, "true or false")
+            return False
+        return value
+
+    def choice(self, name: str, choices: Mapping[str, str]) -> str:
+        """What a string field's value is called here."""
+        value = self.raw(name)
+        if not isinstance(value, str) or value not in choices:
+            self.refuse(name, f"one of {', '.join(choices)}")
+            return next(iter(choices.values()))
+        return choices[value]
+
+    def only(self, name: str, *values: object) -> None:
+        """A field that may be there, with one of a few values that change nothing."""
+        if name in self._values and self.raw(name) not in values:
+            self.refuse(name, " or ".join(quoted(value) for value in values), hint="This feature isn't supported")
+
+    def inert(self, names: Collection[str]) -> None:
+        """Fields that are known to change nothing."""
+        self.read.update(names)
+
+    def finish(self) -> None:
+        """Refuses what was noted, and every field that nobody read and that isn't at its default."""
+        for name, value in self._values.items():
+            if name in self.read or name in INERT:
+                continue
+            if name not in self._defaults:
+                self.refuse(
+                    name,
+                    "a field that this family is known to have",
+                    value,
+                    "Remove it if it changes nothing",
+                )
+            elif value != self._defaults[name]:
+                self.refuse(
+                    name,
+                    f"its default, {quoted(self._defaults[name])}",
+                    value,
+                    "This feature isn't supported",
+                )
+        if self.problems:
+            raise BundleError(self.problems)

@@ -1,0 +1,237 @@
+"""Conversion: a checkpoint goes in, a bundle comes out, whole and checked, or nothing at all."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from splitbundle import architecture as architectures
+from splitbundle.architecture import Architecture
+from splitbundle.bundle import VECTORS, Bundle, open_bundle
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.files import Progress
+from splitbundle.manifest import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
+from splitbundle.torch_verify import run_vectors
+from splitbundle.version import __version__
+from splitbundle.weights import Tensor as Stored
+from splitbundle_converter import write
+from splitbundle_converter.config_reader import ConfigReader
+from splitbundle_converter.families import FAMILIES, Family
+from splitbundle_converter.publish import publishing
+from splitbundle_converter.source import CONFIG, FLOATS, Source, dtype_of, locate
+from splitbundle_converter.translate import Translation, parameters, translate
+from splitbundle_converter.vectors import reference_vectors
+
+DTYPES: Final = ("keep", *FLOATS)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    split: Sequence[int] = (),
+    names: Sequence[str] | None = None,
+    dtype: str = "keep",
+    revision: str | None = None,
+    check: bool = True,
+    force: bool = False,
+    max_file_size: int | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Converts a checkpoint into a bundle.
+
+    The model is never built to be converted: tensors are read, translated and written one at a time.
+
+    Args:
+        source: a checkpoint directory, or a hub id.
+        output: the bundle's directory, which appears whole or not at all.
+        split: the cuts, rising layer numbers from 0 to the number of layers.
+        names: the shards' names; by default bottom, trunk, top (trunk-1 … when there are more).
+        dtype: "float32", "float16", "bfloat16", or "keep" for each tensor's own.
+        revision: of a hub id.
+        check: whether to compute golden vectors with the original class, and to hold the chained shards against them.
+        force: whether to replace an existing bundle; the old one stays whole until the new one is complete.
+        max_file_size: bytes above which a unit is written in parts.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Returns:
+        The new bundle, opened.
+
+    Raises:
+        BundleError: ``source.*``, ``usage.*``, ``output.*``, ``memory``, ``network``.
+        ParityError: the chained shards don't compute what the original does; nothing is left behind.
+    """
+    if dtype not in DTYPES:
+        raise BundleError(
+            Problem(
+                code="usage.dtype",
+                argument="dtype",
+                expected=f"one of {', '.join(DTYPES)}",
+                got=quoted(dtype),
+            )
+        )
+    checkpoint = locate(source, revision)
+    family, architecture, config = read_architecture(checkpoint)
+    cuts = tuple(split)
+    write.check_cuts(cuts, len(architecture.layers))
+    shard_names = write.shard_names(cuts, None if names is None else tuple(names))
+    translation = translate(checkpoint, family, architecture)
+    storage = _storage(checkpoint, translation, dtype)
+    with publishing(output, force=force) as root:
+        listed, units = _write_units(root, checkpoint, architecture, translation, storage, max_file_size, progress)
+        listed[architectures.FILE] = write.write_file(root, architectures.FILE, architecture.to_bytes())
+        vectors = None
+        if check:
+            vectors = _write_vectors(root, checkpoint, family, architecture, dtype, listed, progress)
+        for name in checkpoint.text_files():
+            listed[f"tokenizer/{name}"] = write.write_file(root, f"tokenizer/{name}", checkpoint.read(name))
+        weight_files = tuple(path for paths in units.values() for path in paths)
+        context = config.get("max_position_embeddings", config.get("n_positions"))
+        write.finish(
+            root,
+            Manifest(
+                producer={"name": "splitbundle", "version": __version__},
+                model=Model(
+                    name=checkpoint.name.rpartition("/")[2],
+                    family=family.model_type,
+                    source=checkpoint.name,
+                    revision=checkpoint.revision,
+                    license=checkpoint.license(),
+                    parameters=parameters(architecture),
+                    context_length=context,
+                    architecture=identity(architecture.to_bytes()),
+                    fingerprint=fingerprint(listed, weight_files),
+                ),
+                storage=storage,
+                shards=write.make_shards(architecture, cuts, shard_names, units, listed),
+                hidden_size=architecture.hidden_size if cuts else None,
+                units=units,
+                files=listed,
+                text=Text(
+                    tokenizer="tokenizer/tokenizer.json" if "tokenizer/tokenizer.json" in listed else None,
+                    stop_ids=checkpoint.stop_ids(config),
+                ),
+                vectors=vectors,
+                source_names=translation.source_names,
+            ),
+            architecture,
+        )
+        if check:
+            run_vectors(open_bundle(root), progress=progress)
+    return open_bundle(output)
+
+
+def read_architecture(source: Source) -> tuple[Family, Architecture, dict[str, object]]:
+    """The family, the facts and the configuration of a checkpoint.
+
+    Raises:
+        BundleError: ``source.family``, ``source.config``.
+    """
+    model_type, values, defaults = source.config()
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise BundleError(
+            Problem(
+                code="source.family",
+                file=CONFIG,
+                pointer="/model_type",
+                expected=f"one of {', '.join(sorted(FAMILIES))}",
+                got=quoted(model_type),
+            )
+        )
+    config = ConfigReader(values, defaults, CONFIG)
+    architecture = family.facts(config)
+    config.finish()
+    # What is written must be what a reader takes: the same rules, before a byte is written.
+    return family, architectures.parse(architecture.to_bytes()), values
+
+
+def _storage(source: Source, translation: Translation, dtype: str) -> Storage:
+    if dtype != "keep":
+        return Storage(encoding="plain", dtype=dtype)
+    kept = {name: dtype_of(source.tensors[origin.source]) or "" for name, origin in translation.origins.items()}
+    common = Counter(kept.values()).most_common(1)[0][0]
+    return Storage(
+        encoding="plain", dtype=common, exceptions={name: own for name, own in kept.items() if own != common}
+    )
+
+
+def _write_units(
+    root: Path,
+    source: Source,
+    architecture: Architecture,
+    translation: Translation,
+    storage: Storage,
+    max_file_size: int | None,
+    progress: Progress | None,
+) -> tuple[dict[str, File], dict[str, tuple[str, ...]]]:
+    shapes = {name: shape for tensors in architecture.unit_tensors().values() for name, shape in tensors.items()}
+
+    def stored(name: str) -> Stored:
+        return Stored(dtype=storage.dtype_of(name), shape=shapes[name])
+
+    plan = write.unit_files(architecture, stored, max_file_size)
+    total = sum(stored(name).size for name in shapes)
+    done = 0
+    listed: dict[str, File] = {}
+    with source.reader() as reader:
+
+        def produce(name: str) -> Tensor:
+            nonlocal done
+            if progress is not None:
+                progress("converting", done, total)
+            done += stored(name).size
+            return _rounded(translation.origins[name].take(reader), FLOATS[storage.dtype_of(name)], name)
+
+        for files in plan.values():
+            for path, tensors in files.items():
+                listed[path] = write.write_weights(root / path, tensors, produce)
+    if progress is not None:
+        progress("converting", total, total)
+    return listed, {unit: tuple(files) for unit, files in plan.items()}
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    rounded = tensor.to(dtype)
+    # float16 ends at 65,504: what is larger would become infinite without a word.
+    if rounded is not tensor and bool((rounded.isinf() & ~tensor.isinf()).any()):
+        raise BundleError(
+            Problem(
+                code="source.tensor",
+                pointer=f"/{name}",
+                expected=f"values that {str(dtype).removeprefix('torch.')} can hold",
+                got=f"{tensor.abs().max().item():g}",
+                hint="--dtype bfloat16 holds larger ones",
+            )
+        )
+    return rounded
+
+
+def _write_vectors(
+    root: Path,
+    source: Source,
+    family: Family,
+    architecture: Architecture,
+    dtype: str,
+    listed: dict[str, File],
+    progress: Progress | None,
+) -> Vectors:
+    if progress is not None:
+        progress("running the original model", 0, 1)
+    lengths, tensors = reference_vectors(source, family, architecture, dtype)
+    stored = {
+        name: Stored(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+    path = f"{VECTORS}.safetensors"
+    produce: Callable[[str], Tensor] = tensors.__getitem__
+    listed[path] = write.write_weights(root / path, stored, produce)
+    if progress is not None:
+        progress("running the original model", 1, 1)
+    return Vectors(file=path, lengths=lengths)

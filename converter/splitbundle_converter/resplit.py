@@ -1,0 +1,81 @@
+"""Cutting a bundle again: another manifest over the same units. No weight is read, and the fingerprint stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from splitbundle.bundle import Bundle, open_bundle
+from splitbundle.errors import BundleError
+from splitbundle.files import Progress, missing, open_file
+from splitbundle.names import CARD
+from splitbundle_converter import write
+from splitbundle_converter.publish import publishing
+
+
+def resplit(
+    bundle: str | os.PathLike[str] | Bundle,
+    output: str | os.PathLike[str],
+    *,
+    split: Sequence[int] = (),
+    names: Sequence[str] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Writes a bundle with other cuts. Files are copied, sharing their blocks where the file system can.
+
+    Args:
+        bundle: a whole bundle.
+        output: the new bundle's directory; it may be the old one's, with ``force``.
+        split: the cuts.
+        names: the shards' names, as for ``convert``.
+        force: whether to replace an existing bundle.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Raises:
+        BundleError: ``usage.*``, ``output.*``, ``file.*``.
+    """
+    old = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    cuts = tuple(split)
+    given = None if names is None else tuple(names)
+    kept = {path: file for path, file in old.manifest.files.items() if path != CARD}
+    absent = [path for path in old.absent() if path in kept]
+    if absent:
+        raise BundleError(missing(path) for path in absent)
+    shards = write.make_shards(old.architecture, cuts, given, old.manifest.units, kept)
+    total = sum(file.size for file in kept.values())
+    done = 0
+    with publishing(output, force=force) as root:
+        for path, file in kept.items():
+            if progress is not None:
+                progress("copying", done, total)
+            _copy(old.path, root, path, old)
+            done += file.size
+        if progress is not None:
+            progress("copying", total, total)
+        hidden_size = old.architecture.hidden_size if cuts else None
+        draft = replace(old.manifest, shards=shards, hidden_size=hidden_size, files=kept)
+        write.finish(root, draft, old.architecture)
+    return open_bundle(output)
+
+
+def _copy(old: Path, new: Path, path: str, bundle: Bundle) -> None:
+    place = new / path
+    place.parent.mkdir(exist_ok=True)
+    with open_file(old, path, bundle.manifest.files[path]) as source, place.open("wb") as target:
+        size = bundle.manifest.files[path].size
+        if hasattr(os, "copy_file_range"):
+            try:
+                while size and (copied := os.copy_file_range(source.fileno(), target.fileno(), size)):
+                    size -= copied
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+        if size:
+            source.seek(0)
+            target.seek(0)
+            shutil.copyfileobj(source, target, 2**20)

@@ -1,0 +1,30 @@
+"""From a bundle back to its source's tensors, by the table that the manifest carries. No model zoo is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from splitbundle.bundle import Bundle
+from splitbundle.manifest import expand
+from splitbundle.torch_weights import map_tensors
+from splitbundle_converter.translate import put_together
+
+
+def source_tensors(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the source checkpoint under its own name and in its own layout, one at a time.
+
+    Exact to the bit, but for the rounding of ``--dtype``.
+
+    Raises:
+        BundleError: a unit that isn't there, or isn't what the manifest lists.
+    """
+    units = {name: unit for unit, tensors in bundle.architecture.unit_tensors().items() for name in tensors}
+
+    def tensor(name: str) -> torch.Tensor:
+        return map_tensors(bundle, units[name])[name]
+
+    for template in bundle.manifest.source_names:
+        for entry in expand(template, len(bundle.architecture.layers)):
+            yield entry.source, put_together(entry, tensor)

@@ -1,0 +1,171 @@
+"""From the source's tensors to the logical ones and back: names matched, layouts taken apart and put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splitbundle.architecture import Architecture
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.manifest import SourceName, expand
+from splitbundle_converter.families import Family
+from splitbundle_converter.source import Reader, Source, SourceTensor, dtype_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a logical tensor comes from: rows ``start`` to ``stop`` of a source tensor, transposed first if so."""
+
+    source: str
+    start: int
+    stop: int
+    transposed: bool
+
+    def take(self, reader: Reader) -> Tensor:
+        """The logical tensor, in the source's dtype, contiguous."""
+        whole = reader.get(self.source)
+        rows = whole.T if self.transposed else whole
+        return rows[self.start : self.stop].contiguous()
+
+
+def put_together(entry: SourceName, tensors: Callable[[str], Tensor]) -> Tensor:
+    """The inverse of ``Origin.take`` over all of an entry's tensors: the source tensor, exact to the bit."""
+    rows = torch.cat([tensors(name) for name in entry.tensors]) if len(entry.tensors) > 1 else tensors(entry.tensors[0])
+    return rows.T.contiguous() if entry.transposed else rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Translation:
+    """Every logical tensor's origin, and the table back, with ``{layer}`` where layers are alike."""
+
+    origins: dict[str, Origin]
+    source_names: tuple[SourceName, ...]
+
+
+def translate(source: Source, family: Family, architecture: Architecture) -> Translation:
+    """Matches the checkpoint's tensors with those that the architecture implies, exactly.
+
+    Raises:
+        BundleError: ``source.tensor`` for each tensor that is missing, extra, of another shape or dtype, and for a
+            stored copy of a tied embedding that differs from it.
+    """
+    shapes = {name: shape for tensors in architecture.unit_tensors().values() for name, shape in tensors.items()}
+    layers = len(architecture.layers)
+    problems: list[Problem] = []
+    origins: dict[str, Origin] = {}
+    kept: list[SourceName] = []
+    claimed: set[str] = set()
+    prefix = _prefix(source, family)
+    for template in family.names:
+        named = SourceName(
+            source=_stored_name(template.source, family, prefix),
+            tensors=template.tensors,
+            transposed=template.transposed,
+        )
+        entries = [entry for entry in expand(named, layers) if all(name in shapes for name in entry.tensors)]
+        for entry in entries:
+            claimed.add(entry.source)
+            problems += _match(source, entry, shapes, origins)
+        if entries:
+            kept.append(named)
+    kept += _tied_copy(source, family, architecture, prefix, origins, claimed, problems)
+    dropped = {
+        expanded.source
+        for pattern in family.dropped
+        for expanded in expand(
+            SourceName(source=_stored_name(pattern, family, prefix), tensors=(), transposed=False), layers
+        )
+    }
+    for name in sorted(source.tensors.keys() - claimed - dropped):
+        problems.append(_extra(source, name, layers))
+    if problems:
+        raise BundleError(problems)
+    return Translation(origins=origins, source_names=tuple(kept))
+
+
+def _prefix(source: Source, family: Family) -> bool:
+    """Whether the names of the base model bear its prefix: they don't where the base model was saved alone."""
+    return any(name.startswith(family.prefix) for name in source.tensors)
+
+
+def _stored_name(name: str, family: Family, prefix: bool) -> str:
+    return name if prefix else name.removeprefix(family.prefix)
+
+
+def _match(
+    source: Source, entry: SourceName, shapes: Mapping[str, tuple[int, ...]], origins: dict[str, Origin]
+) -> list[Problem]:
+    rows = [shapes[name][0] for name in entry.tensors]
+    shape = (sum(rows), *shapes[entry.tensors[0]][1:])
+    expected = shape[::-1] if entry.transposed else shape
+    found = source.tensors.get(entry.source)
+    if found is None:
+        wanted = f"a tensor {quoted(entry.source)} of shape {list(expected)}"
+        return [Problem(code="source.tensor", file=source.name, expected=wanted, got="none", hint=_MISSING)]
+    problems: list[Problem] = []
+    if found.shape != expected:
+        problems.append(_off(entry.source, found, f"shape {list(expected)}", f"{list(found.shape)}"))
+    if dtype_of(found) is None:
+        problems.append(_off(entry.source, found, "dtype F32, F16 or BF16", found.dtype))
+    start = 0
+    for name, size in zip(entry.tensors, rows, strict=True):
+        origins[name] = Origin(source=entry.source, start=start, stop=start + size, transposed=entry.transposed)
+        start += size
+    return problems
+
+
+_MISSING = "The checkpoint isn't whole, or its configuration is another model's"
+
+
+def _tied_copy(
+    source: Source,
+    family: Family,
+    architecture: Architecture,
+    prefix: bool,
+    origins: dict[str, Origin],
+    claimed: set[str],
+    problems: list[Problem],
+) -> list[SourceName]:
+    """The head's projection where it is tied and yet stored: it must be the embedding, and isn't stored again."""
+    if not architecture.head.tied:
+        return []
+    name = next(_stored_name(row.source, family, prefix) for row in family.names if row.tensors == (PROJECTION,))
+    if name not in source.tensors:
+        return []
+    claimed.add(name)
+    found, embedding = source.tensors[name], origins.get(EMBEDDING)
+    if embedding is None or problems:
+        return []
+    with source.reader() as reader:
+        equal = found.shape == source.tensors[embedding.source].shape and torch.equal(
+            reader.get(name), reader.get(embedding.source)
+        )
+    if not equal:
+        expected = f"the values of {embedding.source}, as tie_word_embeddings is true"
+        problems.append(
+            _off(name, found, expected, "other values", "Set tie_word_embeddings to false, or drop the tensor")
+        )
+    return [SourceName(source=name, tensors=(EMBEDDING,), transposed=False)]
+
+
+EMBEDDING = "embedding.token.weight"
+PROJECTION = "head.projection.weight"
+
+
+def _off(name: str, found: SourceTensor, expected: str, got: str, hint: str | None = None) -> Problem:
+    return Problem(code="source.tensor", file=found.file, pointer=f"/{name}", expected=expected, got=got, hint=hint)
+
+
+def _extra(source: Source, name: str, layers: int) -> Problem:
+    found = source.tensors[name]
+    expected = f"only the tensors of a model of {layers} layers as its configuration describes it"
+    return _off(name, found, expected, f"an extra tensor {found.dtype} {list(found.shape)}")
+
+
+def parameters(architecture: Architecture) -> int:
+    """The number of parameters, tied ones counted once."""
+    return sum(math.prod(shape) for tensors in architecture.unit_tensors().values() for shape in tensors.values())

@@ -1,0 +1,171 @@
+"""Golden vectors: what the original class computes with the weights as they are stored, in float32, row by row."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitbundle.architecture import Architecture
+from splitbundle.errors import BundleError, Problem
+from splitbundle_converter.families import Family
+from splitbundle_converter.source import FLOATS, Source
+from splitbundle_converter.translate import parameters
+
+LENGTHS = (1, 7, 24)
+"""Tokens of the cases: one alone, a few, and enough to pass a small window."""
+
+
+def case_lengths(architecture: Architecture) -> tuple[int, ...]:
+    """The lengths of the cases, within the positions that the model has."""
+    limit = architecture.position_limit or max(LENGTHS)
+    return tuple(dict.fromkeys(min(length, limit) for length in LENGTHS))
+
+
+def reference_vectors(
+    source: Source, family: Family, architecture: Architecture, dtype: str
+) -> tuple[tuple[int, ...], dict[str, Tensor]]:
+    """The cases' lengths, and their tensors under the names of ``spec/v1/bundle.md``, section "Golden vectors".
+
+    Args:
+        source: the checkpoint, from which transformers loads the model itself.
+        family: says where the model's layers are.
+        architecture: of the model.
+        dtype: what the weights were rounded to, or "keep".
+
+    Raises:
+        BundleError: ``memory`` where the model in float32 doesn't fit.
+    """
+    _check_memory(parameters(architecture) * 4)
+    model = _load(source)
+    if dtype != "keep":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(FLOATS[dtype]))
+    generator = random.Random(0)
+    lengths = case_lengths(architecture)
+    tensors: dict[str, Tensor] = {}
+    for i, length in enumerate(lengths):
+        ids = torch.tensor([generator.randrange(architecture.vocab_size) for _ in range(length)])
+        hidden, logits = run_original(model, family, ids)
+        tensors[f"case.{i}.ids"] = ids
+        for layer, state in enumerate(hidden):
+            tensors[f"case.{i}.hidden.{layer}"] = state
+        tensors[f"case.{i}.logits"] = logits[-1].contiguous()
+    return lengths, tensors
+
+
+def run_original(model: Any, family: Family, ids: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The hidden states before the first and after every layer, and all logits, of one row.
+
+    *Shape:* (sequence) -> each (sequence, hidden), and (sequence, vocab), float32.
+    """
+    layers = model.get_submodule(family.layers)
+    hidden: list[Tensor] = []
+
+    def before_first(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append(args[0] if args else kwargs["hidden_states"])
+
+    def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        hidden.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
+    hooks += [layer.register_forward_hook(after) for layer in layers]
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [state[0].contiguous() for state in hidden], logits
+
+
+def _load(source: Source) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with _quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(source.directory),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info.get(key)}
+    if wrong:
+        raise BundleError(
+            Problem(
+                code="source.tensor",
+                file=source.name,
+                expected="every tensor that transformers wants",
+                got=str(wrong),
+            )
+        )
+    return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars: the command has its own."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _check_memory(need: int) -> None:
+    available = available_memory()
+    # A fifth more than the weights: activations, and what loading holds for a moment.
+    if available is not None and need * 1.2 > available:
+        raise BundleError(
+            Problem(
+                code="memory",
+                expected=f"{need * 1.2 / 2**30:.1f} GiB of free memory to check against the original model in float32",
+                got=f"{available / 2**30:.1f} GiB",
+                hint="--no-check converts without the original model, and without golden vectors",
+            )
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take: of the machine, and of its control group. None where nobody says."""
+    known = [value for value in (_of_machine(), _of_group()) if value is not None]
+    return min(known, default=None)
+
+
+def _of_machine() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _of_group() -> int | None:
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return None
+    return int(limit) - used if limit.isdigit() else None

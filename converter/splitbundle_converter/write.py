@@ -1,0 +1,225 @@
+"""Writing a bundle's files: weights tensor by tensor, then everything that says what they are."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from splitbundle import files, manifest, names, weights
+from splitbundle.architecture import Architecture, count
+from splitbundle.errors import BundleError, Problem
+from splitbundle.manifest import File, Manifest, Shard
+from splitbundle.weights import Tensor as Stored
+
+Produce = Callable[[str], Tensor]
+"""Gives a logical tensor by its name, in the dtype to store."""
+
+
+def write_weights(path: Path, tensors: dict[str, Stored], produce: Produce) -> File:
+    """Writes one safetensors file in the canonical layout, holding one tensor at a time in memory.
+
+    *Shape:* ``tensors`` in order of use; ``produce`` must give each with just that dtype and shape.
+    """
+    layout = weights.lay_out(tensors)
+    space = len(weights.header(layout, "0" * 64))  # a digest has one length, so the header has too
+    digest = hashlib.sha256()
+    with path.open("w+b") as file:
+        file.seek(space)
+        for name, (stored, _) in layout.items():
+            for piece in _bytes(produce(name), stored, name):
+                digest.update(piece)
+                file.write(piece)
+        header = weights.header(layout, digest.hexdigest())
+        file.seek(0)
+        file.write(header)
+        file.flush()
+        file.seek(0)
+        # The file's digest begins with the header, which holds the data's: a second pass, out of the page cache.
+        return File(
+            size=space + sum(stored.size for stored in tensors.values()),
+            sha256=files.sha256(file),
+            header_sha256=hashlib.sha256(header).hexdigest(),
+        )
+
+
+def _bytes(tensor: Tensor, stored: Stored, name: str) -> Iterator[memoryview]:
+    if tuple(tensor.shape) != stored.shape or str(tensor.dtype) != f"torch.{stored.dtype}":
+        raise ValueError(f"{name}: {stored} was to be written, {tensor.dtype} {list(tensor.shape)} came")
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, len(flat), files.CHUNK):
+        yield memoryview(flat[start : start + files.CHUNK].numpy())
+
+
+def unit_files(
+    architecture: Architecture, stored: Callable[[str], Stored], max_file_size: int | None
+) -> dict[str, dict[str, dict[str, Stored]]]:
+    """Unit -> file -> its tensors. A unit above ``max_file_size`` has numbered parts; a tensor is never divided."""
+    units: dict[str, dict[str, dict[str, Stored]]] = {}
+    for unit, shapes in architecture.unit_tensors().items():
+        parts: list[dict[str, Stored]] = [{}]
+        size = weights.ALIGNMENT
+        for name in shapes:
+            tensor = stored(name)
+            if max_file_size is not None and parts[-1] and size + tensor.size > max_file_size:
+                parts.append({})
+                size = weights.ALIGNMENT
+            parts[-1][name] = tensor
+            size += tensor.size
+        if len(parts) == 1:
+            units[unit] = {f"{unit}.safetensors": parts[0]}
+        else:
+            units[unit] = {f"{unit}-part-{i:03d}.safetensors": part for i, part in enumerate(parts, 1)}
+    return units
+
+
+DEFAULT_NAMES: Final = {1: ("model",), 2: ("bottom", "top"), 3: ("bottom", "trunk", "top")}
+
+
+def shard_names(cuts: tuple[int, ...], given: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The shards' names: those given, else bottom, trunk, top, with trunk-1 … when there are more.
+
+    Raises:
+        BundleError: ``usage.names``.
+    """
+    number = len(cuts) + 1
+    if given is None:
+        middle = tuple(f"trunk-{i}" for i in range(1, number - 1))
+        return DEFAULT_NAMES.get(number, ("bottom", *middle, "top"))
+    if len(given) != number or len(set(given)) != number or not all(names.SHARD_NAME.fullmatch(n) for n in given):
+        raise BundleError(
+            Problem(
+                code="usage.names",
+                argument="names",
+                expected=f"{number} different names of a-z 0-9 _ -, one for each shard",
+                got=", ".join(given),
+            )
+        )
+    return given
+
+
+def check_cuts(cuts: tuple[int, ...], layers: int) -> None:
+    """Whether a model of so many layers can be cut there.
+
+    Raises:
+        BundleError: ``usage.cut``.
+    """
+    if any(not 0 <= cut <= layers for cut in cuts) or any(a >= b for a, b in itertools.pairwise(cuts)):
+        raise BundleError(
+            Problem(
+                code="usage.cut",
+                argument="split",
+                expected=f"rising layer numbers from 0 to {layers}, the model's number of layers",
+                got=",".join(map(str, cuts)),
+            )
+        )
+
+
+def make_shards(
+    architecture: Architecture,
+    cuts: tuple[int, ...],
+    given: tuple[str, ...] | None,
+    units: dict[str, tuple[str, ...]],
+    listed: dict[str, File],
+) -> tuple[Shard, ...]:
+    """The shards that some cuts make."""
+    layers = len(architecture.layers)
+    check_cuts(cuts, layers)
+    tensors = architecture.unit_tensors()
+    edges = (0, *cuts, layers)
+    shards = []
+    for i, name in enumerate(shard_names(cuts, given)):
+        first, last = i == 0, i == len(cuts)
+        needed = architecture.units_of((edges[i], edges[i + 1]), embeds=first, head=last)
+        shards.append(
+            Shard(
+                name=name,
+                layers=(edges[i], edges[i + 1]),
+                embeds=first,
+                head=last,
+                units=needed,
+                bytes=sum(listed[path].size for unit in needed for path in units[unit]),
+                parameters=sum(count(tensors[unit]) for unit in needed),
+            )
+        )
+    return tuple(shards)
+
+
+def write_file(root: Path, path: str, data: bytes) -> File:
+    """Writes a small file of the bundle, and says what the manifest lists of it."""
+    place = root / path
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(data)
+    return File(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def finish(root: Path, draft: Manifest, architecture: Architecture) -> Manifest:
+    """Writes the model card, manifest.json and SHA256SUMS, after checking the manifest as a reader would."""
+    listed = {**draft.files, names.CARD: write_file(root, names.CARD, card(draft, architecture))}
+    complete = replace(draft, files=dict(sorted(listed.items())))
+    data = complete.to_bytes()
+    manifest.check_against(manifest.parse(data), architecture)
+    check_schemas(data, architecture.to_bytes())
+    write_file(root, manifest.FILE, data)
+    lines = {path: file.sha256 for path, file in complete.files.items()}
+    lines[manifest.FILE] = hashlib.sha256(data).hexdigest()
+    sums = "".join(manifest.sums_line(lines[path], path) for path in sorted(lines))
+    write_file(root, names.SUMS, sums.encode("ascii"))
+    return complete
+
+
+def check_schemas(manifest_data: bytes, architecture_data: bytes) -> None:
+    """Holds both documents against the published schemas: what is written here, others must be able to read."""
+    import jsonschema
+
+    import splitbundle_schemas
+
+    for schema, data in (("manifest", manifest_data), ("architecture", architecture_data)):
+        jsonschema.Draft202012Validator(splitbundle_schemas.load(schema)).validate(json.loads(data))
+
+
+def card(draft: Manifest, architecture: Architecture) -> bytes:
+    """The bundle's README.md: a model card with front matter, made of nothing but the manifest's facts."""
+    model = draft.model
+    front = ["---", "library_name: splitbundle", "tags:", "- splitbundle", f"- {model.family}"]
+    if model.license:
+        front.append(f"license: {model.license}")
+    if "/" in model.source:
+        front.append(f"base_model: {model.source}")
+    rows = [
+        f"| {shard.name} | {shard.layers[0]}–{shard.layers[1]} | {'yes' if shard.embeds else ''} "
+        f"| {'yes' if shard.head else ''} | {shard.parameters:,} | {shard.bytes:,} |"
+        for shard in draft.shards
+    ]
+    text = [
+        *front,
+        "---",
+        "",
+        f"# {model.name}",
+        "",
+        f"The {model.family} model `{model.source}`, {model.parameters:,} parameters in {draft.storage.dtype}, "
+        f"{len(architecture.layers)} layers, as a splitbundle: shards that run on their own.",
+        "",
+        "| shard | layers | embeds | head | parameters | bytes |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        "```python",
+        "import splitbundle",
+        "",
+        'bundle = splitbundle.open("path/of/this/directory")',
+        "logits = bundle.pipeline()(token_ids)",
+        f'part = bundle.stage("{draft.shards[0].name}")',
+        "```",
+        "",
+        "`sha256sum -c SHA256SUMS` verifies every file.",
+        "",
+    ]
+    return "\n".join(text).encode("utf-8")

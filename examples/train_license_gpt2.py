@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+"""Train the example checkpoint: a small GPT-2 that knows the Apache License by heart.
+
+A checkpoint with random weights shows that a pipeline runs, not that it is right: its logits are nearly
+flat, so rounding alone can change the greedy token. This one is trained until its greedy continuation is a
+known text, which makes any error in packing, loading or decoding visible as a wrong word. It overfits on
+purpose and is of no other use.
+
+The result is an ordinary Hugging Face folder: config.json, generation_config.json, model.safetensors
+(float32), tokenizer.json and tokenizer_config.json. The saved files are loaded again and checked; the exit
+status is 1 if the continuation is not the license's own.
+
+Needs torch, transformers and tokenizers; takes a few minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
+from transformers.utils import logging
+
+HERE = Path(__file__).resolve().parent
+
+END_OF_TEXT = "<|endoftext|>"
+VOCAB_SIZE = 640
+CONTEXT = 256
+
+PROMPT = "Licensed under the Apache License"
+MIN_NEW_TOKENS = 60
+
+LEARNING_RATE = 2e-3
+WARMUP_STEPS = 50
+WEIGHT_DECAY = 0.01
+WINDOW_LENGTHS = (32, 64, 128, CONTEXT)
+TOKENS_PER_STEP = 2048
+
+
+def train_tokenizer(text: str) -> Tokenizer:
+    """Train a byte-level BPE tokenizer on ``text``.
+
+    The whole byte alphabet is in the vocabulary, so any input can be encoded and no unknown token is needed.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    return tokenizer
+
+
+def build_model(vocab_size: int, end_of_text: int) -> GPT2LMHeadModel:
+    """Build the untrained model; dropout is off because the text is to be memorised."""
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=CONTEXT,
+        n_embd=96,
+        n_layer=6,
+        n_head=6,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        tie_word_embeddings=True,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+    )
+    model = GPT2LMHeadModel(config)
+    # Generation has to pad finished rows with something; GPT-2 has no padding token of its own.
+    model.generation_config.pad_token_id = end_of_text
+    return model
+
+
+def training_windows(tokenizer: Tokenizer, text: str) -> torch.Tensor:
+    """Return one full-length window for every place where the text or a word of it starts.
+
+    Each window is encoded from its own first character: at the start of a prompt a word has no space before
+    it, so it gets other tokens than it has inside the stream, and the model must have seen those as well. The
+    stream is closed by the end-of-text token and then begins anew, so every window can be full.
+    """
+    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    whole = [*tokenizer.encode(text).ids, end_of_text]
+    starts = [0, *(match.start() for match in re.finditer(r"\b\w", text) if match.start() > 0)]
+    windows = []
+    for start in starts:
+        ids = [*tokenizer.encode(text[start:]).ids, end_of_text]
+        while len(ids) < CONTEXT:
+            ids += whole
+        windows.append(ids[:CONTEXT])
+    return torch.tensor(windows)
+
+
+def train(model: GPT2LMHeadModel, windows: torch.Tensor, steps: int) -> None:
+    """Minimise the next-token loss on random windows, cut to a random length.
+
+    Shorter windows leave room for more of them in a step, so that the first positions, where a prompt gives
+    little context, are learnt from many places of the text.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, steps)
+    model.train()
+    began = time.monotonic()
+    for step in range(1, steps + 1):
+        length = random.choice(WINDOW_LENGTHS)
+        rows = torch.randint(len(windows), (TOKENS_PER_STEP // length,))
+        batch = windows[rows, :length]
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps:
+            seconds = time.monotonic() - began
+            print(f"step {step}/{steps}  loss {loss.item():.4f}  {seconds:.0f} s", file=sys.stderr)
+    model.eval()
+
+
+def save(model: GPT2LMHeadModel, tokenizer: Tokenizer, output: Path) -> None:
+    """Write the model and the tokenizer as one Hugging Face folder.
+
+    The input names are given because transformers 4 would otherwise add token type ids, which GPT-2 takes for
+    tokens and adds to the embeddings. The class is named as transformers 4 and 5 both know it; 5 on its own
+    writes a name that 4 refuses.
+    """
+    model.save_pretrained(output)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        model_max_length=CONTEXT,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(output)
+    path = output / "tokenizer_config.json"
+    tokenizer_config = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8")
+
+
+def check(folder: Path, tokenizer: Tokenizer, text: str) -> str:
+    """Load the saved files and return the greedy continuation of the prompt.
+
+    Raises ValueError unless the loaded tokenizer agrees with the trained one, and the continuation, with the
+    key-value cache and without it, follows ``text`` for at least ``MIN_NEW_TOKENS`` tokens.
+    """
+    loaded = AutoTokenizer.from_pretrained(folder)
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    if loaded.encode(text) != tokenizer.encode(text).ids:
+        raise ValueError("the loaded tokenizer gives other ids than the trained one")
+
+    prompt = loaded(PROMPT, return_tensors="pt")
+    prompt_length = prompt["input_ids"].shape[1]
+    expected = loaded.encode(text[text.index(PROMPT) :])[prompt_length:]
+    wanted = min(len(expected), CONTEXT - prompt_length)
+    if wanted < MIN_NEW_TOKENS:
+        raise ValueError(f"only {wanted} tokens follow the prompt in the text")
+
+    for use_cache in (True, False):
+        output = model.generate(**prompt, max_new_tokens=wanted, do_sample=False, use_cache=use_cache)
+        generated = output[0, prompt_length:].tolist()
+        same = common_prefix_length(generated, expected)
+        if same < MIN_NEW_TOKENS:
+            raise ValueError(f"the continuation (use_cache={use_cache}) leaves the text after {same} tokens")
+    return loaded.decode(generated)
+
+
+def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
+    """Count the leading items that two sequences share."""
+    for count, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return count
+    return min(len(left), len(right))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Train a small GPT-2 on the text of the Apache License.")
+    parser.add_argument("--output", type=Path, default=HERE / "license-gpt2", help="folder to write")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--text", type=Path, default=HERE.parent / "LICENSE", help="text to learn")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Train, save and check; return the exit status."""
+    arguments = parse_arguments()
+    text = arguments.text.read_text(encoding="utf-8")
+    if PROMPT not in text:
+        print(f"error: {arguments.text} does not contain {PROMPT!r}", file=sys.stderr)
+        return 1
+
+    # Progress lines of its own are enough; encoding the whole text at once, for one, brings a length warning.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # A fixed thread count as well as a seed: the order of floating-point sums depends on it.
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    random.seed(arguments.seed)
+    torch.manual_seed(arguments.seed)
+
+    tokenizer = train_tokenizer(text)
+    model = build_model(tokenizer.get_vocab_size(), tokenizer.token_to_id(END_OF_TEXT))
+    windows = training_windows(tokenizer, text)
+    print(f"{model.num_parameters()} parameters, {len(windows)} windows", file=sys.stderr)
+    train(model, windows, arguments.steps)
+    save(model, tokenizer, arguments.output)
+
+    try:
+        continuation = check(arguments.output, tokenizer, text)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(PROMPT + continuation)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""splitbundle: run or train a part of a transformer, with torch alone.
+
+    bundle = splitbundle.open("gpt2.splitbundle")
+    logits = bundle.pipeline()(token_ids)
+
+Importing this imports no backend; ``Bundle.stage`` and ``Bundle.pipeline`` import theirs.
+"""
+
+from __future__ import annotations
+
+from splitbundle.bundle import Bundle, Selection, Verification
+from splitbundle.bundle import open_bundle as open  # noqa: A004  # the name reads as it should: splitbundle.open
+from splitbundle.errors import BundleError, MissingExtra, ParityError, Problem
+from splitbundle.version import __version__
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "MissingExtra",
+    "ParityError",
+    "Problem",
+    "Selection",
+    "Verification",
+    "__version__",
+    "open",
+]

@@ -1,0 +1,9 @@
+"""``python -m splitbundle``: the same as the command ``splitbundle``."""
+
+from __future__ import annotations
+
+import sys
+
+from splitbundle.cli import main
+
+sys.exit(main())

@@ -1,0 +1,427 @@
+"""``architecture.json``: what a decoder is, as facts. The equations are in ``spec/v1/decoder.md``.
+
+The records below are the file's fields under the file's names. They are closed: a field that isn't known here would
+change numbers without anyone noticing, so it is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+from splitbundle import strict_json
+from splitbundle.errors import quoted
+from splitbundle.fields import Field, Problems
+from splitbundle.version import ARCHITECTURE_VERSION
+
+FILE: Final = "architecture.json"
+MAX_SIZE: Final = 2**31 - 1
+"""The largest vocabulary, width or count of heads: a product of two still fits 63 bits."""
+MAX_LAYERS: Final = 100_000
+
+NORM_KINDS: Final = ("layer_norm", "rms_norm")
+PLACEMENTS: Final = ("pre",)
+ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
+ROTARY_LAYOUTS: Final = ("half",)
+_KIND_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """Normalisation over the hidden dimension."""
+
+    kind: str
+    eps: float
+    weight_offset: float
+    """Added to the stored weight: 0, or 1 where the weight is stored as a difference from one."""
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unpositioned:
+    """No position enters here."""
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """A table of ``count`` position vectors, added to the token's."""
+
+    kind: Literal["learned"] = "learned"
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unscaled:
+    """Rotary frequencies as they are."""
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """Every rotary frequency divided by ``factor``."""
+
+    kind: Literal["linear"] = "linear"
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3:
+    """Low rotary frequencies divided by ``factor``, high ones kept, a ramp between."""
+
+    kind: Literal["llama3"] = "llama3"
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_positions: int
+
+
+Scaling = Unscaled | Linear | Llama3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotary:
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864) of the first ``dim`` channels of queries and keys."""
+
+    kind: Literal["rotary"] = "rotary"
+    base: float
+    dim: int
+    layout: str
+    scaling: Scaling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Causal self-attention with ``heads / kv_heads`` query heads to each key head."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    qkv_bias: bool
+    output_bias: bool
+    window: int | None
+    """A token sees itself and the ``window - 1`` before it; ``None``: all before it."""
+    position: Unpositioned | Rotary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mlp:
+    """The feed-forward block."""
+
+    gated: bool
+    activation: str
+    intermediate_size: int
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerKind:
+    """Everything that layers of one kind have in common."""
+
+    placement: str
+    norm: Norm
+    attention: Attention
+    mlp: Mlp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedding:
+    """How token ids become the first hidden state."""
+
+    multiplier: float
+    position: Unpositioned | Learned
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """How the last hidden state becomes logits."""
+
+    norm: Norm
+    tied: bool
+    """Whether the projection is the token embedding."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A decoder. ``layers[i]`` names the kind of global layer ``i``."""
+
+    vocab_size: int
+    hidden_size: int
+    embedding: Embedding
+    layer_kinds: dict[str, LayerKind]
+    layers: tuple[str, ...]
+    head: Head
+
+    def kind_of(self, layer: int) -> LayerKind:
+        """The kind of a global layer."""
+        return self.layer_kinds[self.layers[layer]]
+
+    @property
+    def position_limit(self) -> int | None:
+        """How many positions there are, where the embedding bounds them."""
+        position = self.embedding.position
+        return position.count if isinstance(position, Learned) else None
+
+    def as_json(self) -> dict[str, Any]:
+        """The document, every field written."""
+        return {"kind": "decoder", "version": ARCHITECTURE_VERSION, **asdict(self)}
+
+    def to_bytes(self) -> bytes:
+        """The file, in its canonical form."""
+        return strict_json.dump(self.as_json())
+
+    # Logical tensors: what the facts imply must be stored, name -> shape, in order of use.
+
+    def embedding_tensors(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of the embedding unit."""
+        tensors: dict[str, tuple[int, ...]] = {"embedding.token.weight": (self.vocab_size, self.hidden_size)}
+        if isinstance(self.embedding.position, Learned):
+            tensors["embedding.position.weight"] = (self.embedding.position.count, self.hidden_size)
+        return tensors
+
+    def layer_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of one layer, under their global names."""
+        kind, hidden, name = self.kind_of(layer), self.hidden_size, f"layers.{layer}"
+        attention, mlp = kind.attention, kind.mlp
+        queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+        tensors = _norm_tensors(f"{name}.attention_norm", kind.norm, hidden)
+        for part, rows in (("query", queries), ("key", keys), ("value", keys)):
+            tensors |= _linear_tensors(f"{name}.attention.{part}", rows, hidden, attention.qkv_bias)
+        tensors |= _linear_tensors(f"{name}.attention.output", hidden, queries, attention.output_bias)
+        tensors |= _norm_tensors(f"{name}.mlp_norm", kind.norm, hidden)
+        for part in ("gate", "up") if mlp.gated else ("up",):
+            tensors |= _linear_tensors(f"{name}.mlp.{part}", mlp.intermediate_size, hidden, mlp.bias)
+        return tensors | _linear_tensors(f"{name}.mlp.down", hidden, mlp.intermediate_size, mlp.bias)
+
+    def head_tensors(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of the head unit. A tied projection belongs to the embedding unit."""
+        tensors = _norm_tensors("head.norm", self.head.norm, self.hidden_size)
+        if not self.head.tied:
+            tensors["head.projection.weight"] = (self.vocab_size, self.hidden_size)
+        return tensors
+
+    def units(self) -> tuple[str, ...]:
+        """The names of all units, in order of use."""
+        return ("embedding", *(self.layer_unit(i) for i in range(len(self.layers))), "head")
+
+    def layer_unit(self, layer: int) -> str:
+        """The unit that holds a global layer; the number has as many digits as the last one needs, at least three."""
+        return f"layer-{layer:0{max(3, len(str(len(self.layers) - 1)))}d}"
+
+    def unit_tensors(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """All logical tensors, unit by unit."""
+        layers = {self.layer_unit(i): self.layer_tensors(i) for i in range(len(self.layers))}
+        return {"embedding": self.embedding_tensors(), **layers, "head": self.head_tensors()}
+
+    def units_of(self, layers: tuple[int, int], *, embeds: bool, head: bool) -> tuple[str, ...]:
+        """The units that a layer range needs, with the embedding and the head where it has them.
+
+        A tied head needs the embedding's unit too: nothing is stored twice.
+        """
+        first = ("embedding",) if embeds or (head and self.head.tied) else ()
+        return (*first, *(self.layer_unit(i) for i in range(*layers)), *(("head",) if head else ()))
+
+
+def _norm_tensors(name: str, norm: Norm, size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (size,)} | ({f"{name}.bias": (size,)} if norm.bias else {})
+
+
+def _linear_tensors(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if bias else {})
+
+
+def parse(data: bytes) -> Architecture:
+    """Reads ``architecture.json``.
+
+    Raises:
+        BundleError: every problem of the file.
+    """
+    problems = Problems(FILE)
+    document = Field(strict_json.parse(data, FILE), problems)
+    if isinstance(document.value, dict):
+        version = document.value.get("version")
+        if type(version) is int and version > ARCHITECTURE_VERSION:
+            problems.add(
+                "architecture.version",
+                "/version",
+                f"at most {ARCHITECTURE_VERSION}",
+                quoted(version),
+                "A newer splitbundle reads this bundle",
+            )
+            problems.raise_if_any()
+    members = document.members(
+        ["kind", "version", "vocab_size", "hidden_size", "embedding", "layer_kinds", "layers", "head"]
+    )
+    members["kind"].choice(["decoder"])
+    members["version"].integer(1, ARCHITECTURE_VERSION)
+    hidden_size = members["hidden_size"].integer(1, MAX_SIZE)
+    embedding = _embedding(members["embedding"])
+    kinds: dict[str, LayerKind] = {}
+    for name, field in members["layer_kinds"].mapping():
+        if not _KIND_NAME.fullmatch(name):
+            field.problems.add("field.value", field.pointer, f"a name like {_KIND_NAME.pattern}", quoted(name))
+        kinds[name] = _layer_kind(field)
+    layers = members["layers"].items(minimum=1, maximum=MAX_LAYERS)
+    architecture = Architecture(
+        vocab_size=members["vocab_size"].integer(1, MAX_SIZE),
+        hidden_size=hidden_size,
+        embedding=embedding,
+        layer_kinds=kinds,
+        layers=tuple(layer.string() for layer in layers),
+        head=_head(members["head"]),
+    )
+    problems.raise_if_any()
+    _check_rules(architecture, problems)
+    problems.raise_if_any()
+    return architecture
+
+
+def _embedding(field: Field) -> Embedding:
+    members = field.members(["multiplier", "position"])
+    return Embedding(
+        multiplier=members["multiplier"].positive_number(), position=_embedding_position(members["position"])
+    )
+
+
+def _embedding_position(field: Field) -> Unpositioned | Learned:
+    kind = _kind(field, ("none", "learned"))
+    if kind == "learned":
+        return Learned(count=field.members(["kind", "count"])["count"].integer(1, MAX_SIZE))
+    if kind == "none":
+        field.members(["kind"])
+    return Unpositioned()
+
+
+def _kind(field: Field, choices: tuple[str, ...]) -> str | None:
+    """The ``kind`` of a tagged union, or None where it can't be told, which is noted here."""
+    kind = field.members(["kind"], open=True)["kind"]
+    chosen = kind.choice(choices)
+    return chosen if chosen == kind.value else None
+
+
+def _layer_kind(field: Field) -> LayerKind:
+    members = field.members(["placement", "norm", "attention", "mlp"])
+    return LayerKind(
+        placement=members["placement"].choice(PLACEMENTS),
+        norm=_norm(members["norm"]),
+        attention=_attention(members["attention"]),
+        mlp=_mlp(members["mlp"]),
+    )
+
+
+def _norm(field: Field) -> Norm:
+    members = field.members(["kind", "eps", "weight_offset", "bias"])
+    return Norm(
+        kind=members["kind"].choice(NORM_KINDS),
+        eps=members["eps"].positive_number(),
+        weight_offset=members["weight_offset"].number((0.0, 1.0)),
+        bias=members["bias"].boolean(),
+    )
+
+
+def _attention(field: Field) -> Attention:
+    members = field.members(["heads", "kv_heads", "head_dim", "scale", "qkv_bias", "output_bias", "window", "position"])
+    return Attention(
+        heads=members["heads"].integer(1, MAX_SIZE),
+        kv_heads=members["kv_heads"].integer(1, MAX_SIZE),
+        head_dim=members["head_dim"].integer(1, MAX_SIZE),
+        scale=members["scale"].positive_number(),
+        qkv_bias=members["qkv_bias"].boolean(),
+        output_bias=members["output_bias"].boolean(),
+        window=None if members["window"].is_null else members["window"].integer(1, MAX_SIZE),
+        position=_attention_position(members["position"]),
+    )
+
+
+def _attention_position(field: Field) -> Unpositioned | Rotary:
+    kind = _kind(field, ("none", "rotary"))
+    if kind == "rotary":
+        members = field.members(["kind", "base", "dim", "layout", "scaling"])
+        return Rotary(
+            base=members["base"].positive_number(),
+            dim=members["dim"].integer(2, MAX_SIZE),
+            layout=members["layout"].choice(ROTARY_LAYOUTS),
+            scaling=_scaling(members["scaling"]),
+        )
+    if kind == "none":
+        field.members(["kind"])
+    return Unpositioned()
+
+
+def _scaling(field: Field) -> Scaling:
+    kind = _kind(field, ("none", "linear", "llama3"))
+    if kind == "linear":
+        return Linear(factor=field.members(["kind", "factor"])["factor"].positive_number())
+    if kind == "llama3":
+        members = field.members(
+            ["kind", "factor", "low_frequency_factor", "high_frequency_factor", "original_positions"]
+        )
+        return Llama3(
+            factor=members["factor"].positive_number(),
+            low_frequency_factor=members["low_frequency_factor"].positive_number(),
+            high_frequency_factor=members["high_frequency_factor"].positive_number(),
+            original_positions=members["original_positions"].integer(1, MAX_SIZE),
+        )
+    if kind == "none":
+        field.members(["kind"])
+    return Unscaled()
+
+
+def _mlp(field: Field) -> Mlp:
+    members = field.members(["gated", "activation", "intermediate_size", "bias"])
+    return Mlp(
+        gated=members["gated"].boolean(),
+        activation=members["activation"].choice(ACTIVATIONS),
+        intermediate_size=members["intermediate_size"].integer(1, MAX_SIZE),
+        bias=members["bias"].boolean(),
+    )
+
+
+def _head(field: Field) -> Head:
+    members = field.members(["norm", "tied"])
+    return Head(norm=_norm(members["norm"]), tied=members["tied"].boolean())
+
+
+def _check_rules(architecture: Architecture, problems: Problems) -> None:
+    """What a schema can't say: how fields fit each other."""
+
+    def add(pointer: str, expected: str, got: object) -> None:
+        problems.add("architecture.rule", pointer, expected, quoted(got))
+
+    known = tuple(architecture.layer_kinds)
+    for i, name in enumerate(architecture.layers):
+        if name not in architecture.layer_kinds:
+            add(f"/layers/{i}", f"a name in /layer_kinds ({', '.join(known)})", name)
+    norms = [("/head/norm", architecture.head.norm)]
+    for name, kind in architecture.layer_kinds.items():
+        at = f"/layer_kinds/{name}"
+        if name not in architecture.layers:
+            add(at, "a kind that some layer has", name)
+        norms.append((f"{at}/norm", kind.norm))
+        attention, position = kind.attention, kind.attention.position
+        if attention.heads % attention.kv_heads:
+            add(f"{at}/attention/kv_heads", f"a divisor of heads ({attention.heads})", attention.kv_heads)
+        if isinstance(position, Rotary):
+            if position.dim % 2 or position.dim > attention.head_dim:
+                limit = attention.head_dim
+                add(f"{at}/attention/position/dim", f"an even number up to head_dim ({limit})", position.dim)
+            scaling = position.scaling
+            if isinstance(scaling, Llama3) and not scaling.low_frequency_factor < scaling.high_frequency_factor:
+                add(
+                    f"{at}/attention/position/scaling/high_frequency_factor",
+                    f"more than low_frequency_factor ({scaling.low_frequency_factor})",
+                    scaling.high_frequency_factor,
+                )
+    for pointer, norm in norms:
+        if norm.kind == "rms_norm" and norm.bias:
+            add(f"{pointer}/bias", "false, as kind is rms_norm", norm.bias)
+
+
+def count(shapes: dict[str, tuple[int, ...]]) -> int:
+    """The number of parameters of some logical tensors."""
+    return sum(math.prod(shape) for shape in shapes.values())

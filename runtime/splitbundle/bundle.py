@@ -1,0 +1,409 @@
+"""A bundle on disk: what it says of itself, whether its files are what it says, and stages of it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+from splitbundle import architecture as architectures
+from splitbundle import files, manifest, names, strict_json, weights
+from splitbundle.architecture import Architecture
+from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
+from splitbundle.files import Progress
+from splitbundle.manifest import Manifest, Shard
+
+if TYPE_CHECKING:
+    from splitbundle.torch_pipeline import Pipeline
+    from splitbundle.torch_stage import Stage
+
+BACKENDS: Final = ("torch",)
+VECTORS: Final = "vectors"
+"""Names the golden vectors where units are named."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """A part of the model: what a stage computes, and the units that it needs."""
+
+    name: str
+    layers: tuple[int, int]
+    embeds: bool
+    head: bool
+    units: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What was verified, and what lies in the directory without being listed."""
+
+    files: tuple[str, ...]
+    bytes: int
+    unlisted: tuple[str, ...]
+
+
+class Bundle:
+    """A ``.splitbundle`` directory. Immutable, and safe to share between threads and to pickle to workers."""
+
+    def __init__(self, path: Path, manifest: Manifest, architecture: Architecture, id: str) -> None:  # noqa: A002
+        self.path = path
+        self.manifest = manifest
+        self.architecture = architecture
+        self.id = id
+        """``sha256:`` of manifest.json: pins everything, cuts included."""
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}, {self.manifest.model.name!r}, shards={[s.name for s in self.shards]})"
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The shards in order."""
+        return self.manifest.shards
+
+    @property
+    def fingerprint(self) -> str:
+        """``sha256:`` of the model, the same however it is cut."""
+        return self.manifest.model.fingerprint
+
+    @property
+    def architecture_id(self) -> str:
+        """``sha256:`` of architecture.json."""
+        return self.manifest.model.architecture
+
+    def shard(self, name: str) -> Shard:
+        """A shard by its name.
+
+        Raises:
+            BundleError: ``stage.name``.
+        """
+        for shard in self.shards:
+            if shard.name == name:
+                return shard
+        raise BundleError(
+            Problem(
+                code="stage.name",
+                argument="shard",
+                expected=f"a shard of {self.path.name}: {', '.join(s.name for s in self.shards)}",
+                got=quoted(name),
+                hint=f"Any other part: stage(layers=(start, stop)) within 0..{len(self.architecture.layers)}",
+            )
+        )
+
+    def select(
+        self,
+        name: str | None = None,
+        *,
+        layers: tuple[int, int] | None = None,
+        embeds: bool | None = None,
+        head: bool | None = None,
+    ) -> Selection:
+        """The part of the model that a shard's name or a range of global layers means.
+
+        A range that begins at 0 embeds, and one that ends at the last layer has the head, unless told otherwise.
+
+        Raises:
+            BundleError: ``stage.name``, ``stage.range``.
+        """
+        if (name is None) == (layers is None):
+            raise BundleError(
+                Problem(
+                    code="stage.range",
+                    argument="layers",
+                    expected="a shard's name or layers=",
+                    got="both or neither",
+                )
+            )
+        if name is not None:
+            shard = self.shard(name)
+            return Selection(name=name, layers=shard.layers, embeds=shard.embeds, head=shard.head, units=shard.units)
+        total = len(self.architecture.layers)
+        if (
+            not isinstance(layers, tuple | list)
+            or len(layers) != 2
+            or not all(type(i) is int for i in layers)
+            or not 0 <= layers[0] <= layers[1] <= total
+        ):
+            raise BundleError(
+                Problem(
+                    code="stage.range",
+                    argument="layers",
+                    expected=f"(start, stop) with 0 <= start <= stop <= {total}",
+                    got=quoted(layers),
+                )
+            )
+        start, stop = layers
+        embeds = start == 0 if embeds is None else embeds
+        head = stop == total if head is None else head
+        if (embeds and start != 0) or (head and stop != total) or (start == stop and not embeds and not head):
+            raise BundleError(
+                Problem(
+                    code="stage.range",
+                    argument="layers",
+                    expected=f"a range with a layer, the embedding (at 0) or the head (at {total})",
+                    got=f"layers=({start}, {stop}), embeds={embeds}, head={head}",
+                )
+            )
+        units = self.architecture.units_of((start, stop), embeds=embeds, head=head)
+        return Selection(name=f"layers[{start}:{stop}]", layers=(start, stop), embeds=embeds, head=head, units=units)
+
+    def absent(self) -> tuple[str, ...]:
+        """The listed files that aren't there: none in a whole bundle, some in a partial one."""
+        return tuple(path for path in self.manifest.files if not (self.path / path).exists())
+
+    def verify(
+        self, shard: str | None = None, *, exact: bool = False, progress: Progress | None = None
+    ) -> Verification:
+        """Checks every file's size, digest and header; with ``shard``, those of that shard alone.
+
+        With ``exact``, a file that the manifest doesn't list is a problem too. A listed file that is absent is a
+        problem; to check a partial bundle, name its shards.
+
+        Raises:
+            BundleError: every problem of every file.
+        """
+        problems = self._check_sums()
+        listed = self._listed(shard)
+        total = sum(self.manifest.files[path].size for path in listed)
+        count = _counter("verifying", total, progress)
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashlib lets go of the interpreter lock
+            for found in pool.map(lambda path: self._check_digest(path, count), listed):
+                problems += found
+        wrong = {problem.file for problem in problems}
+        for unit, paths in self.weight_groups().items():
+            if set(paths) <= set(listed) - wrong:
+                try:
+                    for _ in self.open_weights(unit):
+                        pass
+                except BundleError as error:
+                    problems += error.problems
+        unlisted = files.unlisted(self.path, {*self.manifest.files, manifest.FILE, names.SUMS})
+        if exact:
+            problems += [
+                Problem(
+                    code="file.unlisted",
+                    file=path,
+                    expected="only files that the manifest lists",
+                    got="this one",
+                )
+                for path in unlisted
+            ]
+        if problems:
+            raise BundleError(problems)
+        return Verification(files=tuple(listed), bytes=total, unlisted=tuple(unlisted))
+
+    def _listed(self, shard: str | None) -> list[str]:
+        if shard is None:
+            return list(self.manifest.files)
+        units = self.shard(shard).units
+        return [architectures.FILE, *(path for unit in units for path in self.manifest.units[unit])]
+
+    def _check_sums(self) -> list[Problem]:
+        lines = {path: manifest.sums_line(file.sha256, path) for path, file in self.manifest.files.items()}
+        lines[manifest.FILE] = manifest.sums_line(self.id.removeprefix("sha256:"), manifest.FILE)
+        try:
+            found = files.read_file(self.path, names.SUMS, strict_json.MAX_BYTES)
+        except BundleError as error:
+            return list(error.problems)
+        expected = [lines[path] for path in sorted(lines)]
+        got = found.decode("utf-8", "replace").splitlines(keepends=True)
+        if got == expected:
+            return []
+        # When only the manifest's own line is off and well-formed, it is the manifest that was changed.
+        changed = [(a, b) for a, b in zip(expected, got, strict=False) if a != b]
+        suffix = f"  {manifest.FILE}\n"
+        culprit = names.SUMS
+        if len(got) == len(expected) and len(changed) == 1 and changed[0][0].endswith(suffix):
+            digest = changed[0][1].removesuffix(suffix)
+            culprit = manifest.FILE if names.SHA256.fullmatch(digest) else names.SUMS
+        line = next(
+            (i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b),
+            min(len(expected), len(got)),
+        )
+        return [
+            Problem(
+                code="sums.mismatch",
+                file=culprit,
+                expected=quoted(expected[line], 160) if line < len(expected) else f"the end of {names.SUMS}",
+                got=quoted(got[line], 160) if line < len(got) else f"the end of {names.SUMS}",
+            )
+        ]
+
+    def _check_digest(self, path: str, count: Callable[[int], None]) -> list[Problem]:
+        listed = self.manifest.files[path]
+        try:
+            with files.open_file(self.path, path, listed) as file:
+                digest = files.sha256(file, count)
+        except BundleError as error:
+            return list(error.problems)
+        if digest == listed.sha256:
+            return []
+        expected = f"sha256 {listed.sha256}"
+        return [Problem(code="file.digest", file=path, expected=expected, got=digest, hint=files.FETCH)]
+
+    def weight_groups(self) -> dict[str, tuple[str, ...]]:
+        """Everything that is stored as tensors: each unit, and the golden vectors, with its files in order."""
+        vectors = self.manifest.vectors
+        return self.manifest.units | ({} if vectors is None else {VECTORS: (vectors.file,)})
+
+    def stored(self, group: str) -> dict[str, weights.Tensor]:
+        """The tensors that the files of a unit (or of the vectors) hold, in order of use."""
+        if group == VECTORS:
+            return self._stored_vectors()
+        storage = self.manifest.storage
+        shapes = self.architecture.unit_tensors()[group]
+        return {name: weights.Tensor(dtype=storage.dtype_of(name), shape=shape) for name, shape in shapes.items()}
+
+    def _stored_vectors(self) -> dict[str, weights.Tensor]:
+        vectors, hidden = self.manifest.vectors, self.architecture.hidden_size
+        tensors: dict[str, weights.Tensor] = {}
+        for i, length in enumerate(() if vectors is None else vectors.lengths):
+            tensors[f"case.{i}.ids"] = weights.Tensor(dtype="int64", shape=(length,))
+            for layer in range(len(self.architecture.layers) + 1):
+                tensors[f"case.{i}.hidden.{layer}"] = weights.Tensor(dtype="float32", shape=(length, hidden))
+            tensors[f"case.{i}.logits"] = weights.Tensor(dtype="float32", shape=(self.architecture.vocab_size,))
+        return tensors
+
+    def open_weights(self, group: str) -> Iterator[tuple[BinaryIO, weights.Weights]]:
+        """The files of a unit (or of the vectors), opened in order, with their headers read and checked.
+
+        Raises:
+            BundleError: ``file.*`` and ``weights.*``.
+        """
+        left = self.stored(group)
+        paths = self.weight_groups()[group]
+        for i, path in enumerate(paths):
+            listed = self.manifest.files[path]
+            with files.open_file(self.path, path, listed) as file:
+                found = weights.read(file, path, listed, left, more=i + 1 < len(paths))
+                yield file, found
+            left = {name: tensor for name, tensor in left.items() if name not in found.layout}
+
+    def stage(
+        self,
+        name: str | None = None,
+        *,
+        layers: tuple[int, int] | None = None,
+        embeds: bool | None = None,
+        head: bool | None = None,
+        backend: str = "torch",
+        device: str | None = None,
+        dtype: str | None = None,
+        trainable: bool = False,
+    ) -> Stage:
+        """A shard, or any range of global layers, loaded and ready to compute.
+
+        Weights are mapped, not copied, unless ``device`` or ``dtype`` ask for another one than is stored.
+
+        Args:
+            name: a shard's name; or
+            layers: ``(start, stop)``, whatever the cuts on disk.
+            embeds: whether to begin with the embedding; by default when ``start`` is 0.
+            head: whether to end with the head; by default when ``stop`` is the number of layers.
+            backend: ``"torch"``.
+            device: as torch names it; by default the CPU.
+            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; by default the stored one.
+            trainable: whether the parameters take gradients. They are then mapped copy-on-write: training never
+                changes the bundle. Stages that are opened apart have parameters of their own, even a tied
+                embedding; open a ``pipeline`` to have them tied.
+
+        Raises:
+            BundleError: no such part, a file that is absent or not the listed one, or no such backend.
+        """
+        selection = self.select(name, layers=layers, embeds=embeds, head=head)
+        load = _torch_backend(backend).load_stages
+        return load(self, [selection], device=device, dtype=dtype, trainable=trainable)[0]
+
+    def pipeline(
+        self,
+        *,
+        backend: str = "torch",
+        device: str | None = None,
+        dtype: str | None = None,
+        trainable: bool = False,
+    ) -> Pipeline:
+        """All shards, as stages in order. Arguments and errors as for ``stage``; tied weights are one parameter."""
+        load = _torch_backend(backend).load_pipeline
+        return load(self, device=device, dtype=dtype, trainable=trainable)
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Opens a bundle: reads its manifest and architecture, and no weights.
+
+    Raises:
+        BundleError: what is wrong with either file; ``file.missing`` where there is no bundle.
+    """
+    root = Path(path)
+    _mend(root)
+    if not (root / manifest.FILE).exists():
+        there = "a directory without it" if root.is_dir() else "nothing there" if not root.exists() else "a file"
+        raise BundleError(
+            Problem(
+                code="file.missing",
+                file=str(path),
+                expected=f"a bundle, a directory with a {manifest.FILE}",
+                got=there,
+                hint="splitbundle convert SOURCE -o NAME.splitbundle makes one",
+            )
+        )
+    data = files.read_file(root, manifest.FILE, strict_json.MAX_BYTES)
+    parsed = manifest.parse(data)
+    listed = parsed.files[architectures.FILE]
+    document = files.read_file(root, architectures.FILE, strict_json.MAX_BYTES, listed)
+    digest = manifest.identity(document)
+    if digest != f"sha256:{listed.sha256}":
+        raise BundleError(
+            Problem(
+                code="file.digest",
+                file=architectures.FILE,
+                expected=f"sha256 {listed.sha256}",
+                got=digest.removeprefix("sha256:"),
+                hint=files.FETCH,
+            )
+        )
+    architecture = architectures.parse(document)
+    manifest.check_against(parsed, architecture)
+    return Bundle(root, parsed, architecture, manifest.identity(data))
+
+
+def _mend(root: Path) -> None:
+    """Puts the old bundle back where a replacement was interrupted between its two renames."""
+    if not root.exists() and root.parent.is_dir():
+        old = sorted(root.parent.glob(f".{root.name}.old-*"))
+        if len(old) == 1:
+            with contextlib.suppress(OSError):  # another process mended it first
+                old[0].rename(root)
+
+
+def _counter(what: str, total: int, progress: Progress | None) -> Callable[[int], None]:
+    """A function that adds to what is done, from any thread, and reports it."""
+    done = 0
+    lock = threading.Lock()
+
+    def advance(count: int) -> None:
+        nonlocal done
+        if progress is not None:
+            with lock:
+                done += count
+                progress(what, done, total)
+
+    return advance
+
+
+def _torch_backend(name: str) -> ModuleType:
+    if name not in BACKENDS:
+        raise BundleError(
+            Problem(code="stage.backend", argument="backend", expected=" or ".join(BACKENDS), got=quoted(name))
+        )
+    try:
+        return importlib.import_module("splitbundle.torch_pipeline")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise MissingExtra.of("torch", "torch", 'compute with backend="torch"') from None

@@ -1,0 +1,116 @@
+"""Opening and hashing a bundle's files: regular files of the stated size, reached through no link."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from splitbundle.errors import BundleError, Problem
+from splitbundle.manifest import File
+
+CHUNK: Final = 2**20
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and how much there is."""
+
+
+def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
+    """Opens ``root/path`` for reading.
+
+    Raises:
+        BundleError: ``file.missing``, ``file.kind`` (a link, a directory, a device) or ``file.size``.
+    """
+    place = root
+    for part in path.split("/"):
+        place = place / part
+        try:
+            status = os.lstat(place)
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(missing(path)) from None
+        wanted = stat.S_ISREG if place == root / path else stat.S_ISDIR
+        if not wanted(status.st_mode):
+            raise BundleError(
+                Problem(
+                    code="file.kind",
+                    file=path,
+                    expected="a regular file in real directories",
+                    got=f"{place.relative_to(root).as_posix()} is {_kind(status.st_mode)}",
+                )
+            )
+    # Between the look and the open the file may have been exchanged: the flags refuse a link and don't wait on a pipe.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = os.fdopen(os.open(place, flags | getattr(os, "O_CLOEXEC", 0)), "rb", buffering=0)
+    size = os.fstat(file.fileno()).st_size
+    if expected is not None and size != expected.size:
+        file.close()
+        raise BundleError(
+            Problem(
+                code="file.size",
+                file=path,
+                expected=f"{expected.size} bytes",
+                got=f"{size} bytes",
+                hint=FETCH,
+            )
+        )
+    return file  # type: ignore[return-value]  # FileIO is what BinaryIO promises; typeshed keeps them apart
+
+
+FETCH: Final = "The file isn't the one that the manifest lists: fetch or convert it again"
+
+
+def missing(path: str, hint: str | None = None) -> Problem:
+    """The problem of a file that isn't there."""
+    hint = hint or "Copy it from a whole bundle with the same fingerprint"
+    return Problem(code="file.missing", file=path, expected="a file that the manifest lists", got="none", hint=hint)
+
+
+def read_file(root: Path, path: str, limit: int, expected: File | None = None) -> bytes:
+    """The whole of a small file.
+
+    Raises:
+        BundleError: as for ``open_file``, and ``json.size`` above ``limit`` bytes.
+    """
+    with open_file(root, path, expected) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise BundleError(
+            Problem(code="json.size", file=path, expected=f"at most {limit} bytes", got=f"more than {limit} bytes")
+        )
+    return data
+
+
+def sha256(file: BinaryIO, advance: Callable[[int], None] | None = None) -> str:
+    """The digest of a file from its present position to its end."""
+    digest = hashlib.sha256()
+    buffer = bytearray(CHUNK)
+    view = memoryview(buffer)
+    while count := file.readinto(view):  # type: ignore[attr-defined]  # every raw binary file has it
+        digest.update(view[:count])
+        if advance is not None:
+            advance(count)
+    return digest.hexdigest()
+
+
+def unlisted(root: Path, listed: set[str]) -> list[str]:
+    """The files (and links) under ``root`` that aren't in ``listed``, sorted."""
+    found: list[str] = []
+    for directory, directories, files in os.walk(root):
+        here = Path(directory)
+        links = [name for name in directories if (here / name).is_symlink()]
+        found += [(here / name).relative_to(root).as_posix() for name in (*files, *links)]
+    return sorted(path for path in found if path not in listed)
+
+
+def _kind(mode: int) -> str:
+    kinds = (
+        (stat.S_ISLNK, "a symbolic link"),
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISREG, "a regular file"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    return next((name for test, name in kinds if test(mode)), "a device")

@@ -1,0 +1,40 @@
+"""The grammar of names: of files in a bundle, of shards, of digests.
+
+A name must mean the same file on every file system, so it is lower-case ASCII and avoids what Windows reserves.
+Tokenizer files keep the names that other tools look for, which the grammar allows.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+MANIFEST: Final = "manifest.json"
+SUMS: Final = "SHA256SUMS"
+CARD: Final = "README.md"
+
+_PART = re.compile(r"[a-z0-9_][a-z0-9._-]{0,99}")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+SHARD_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+SHA256: Final = re.compile(r"[0-9a-f]{64}")
+IDENTITY: Final = re.compile(r"sha256:[0-9a-f]{64}")
+MAX_DEPTH: Final = 4
+
+
+def is_path(path: str) -> bool:
+    """Whether ``path`` may stand in a manifest: relative, ``/``-separated, every part within the grammar."""
+    if path == CARD:
+        return True
+    parts = path.split("/")
+    return len(parts) <= MAX_DEPTH and all(is_part(part) for part in parts)
+
+
+def is_part(part: str) -> bool:
+    """Whether ``part`` may name a file or a directory."""
+    return bool(_PART.fullmatch(part)) and not part.endswith(".") and not _RESERVED.fullmatch(part)
+
+
+PATH_RULE: Final = (
+    "a relative path of at most 4 parts, each of a-z 0-9 . _ - (at most 100, not first . or -, not last .), "
+    "and no name that Windows reserves"
+)

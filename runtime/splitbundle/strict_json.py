@@ -1,0 +1,127 @@
+"""JSON, read strictly and written canonically.
+
+The standard parser takes more than RFC 8259 allows and keeps the last of two equal keys. Two readers that disagree
+about one file are a hole, so whatever could be read in two ways is refused before any field is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, Final, NoReturn
+
+from splitbundle.errors import BundleError, Problem, quoted
+
+MAX_BYTES: Final = 16 * 2**20
+MAX_DEPTH: Final = 64
+MAX_INTEGER: Final = 2**53 - 1
+"""The largest integer that every JSON implementation reads exactly (RFC 8259, section 6)."""
+
+
+class _Refused(ValueError):
+    def __init__(self, code: str, expected: str, got: str) -> None:
+        super().__init__(expected)
+        self.code, self.expected, self.got = code, expected, got
+
+
+def parse(data: bytes, file: str) -> Any:
+    """The value of a JSON document.
+
+    Raises:
+        BundleError: one problem, with a ``json.*`` code, that names ``file``.
+    """
+
+    def refuse(code: str, expected: str, got: str, offset: int | None = None) -> NoReturn:
+        raise BundleError(Problem(code=code, file=file, offset=offset, expected=expected, got=got))
+
+    if len(data) > MAX_BYTES:
+        refuse("json.size", f"at most {MAX_BYTES} bytes", f"{len(data)} bytes")
+    if data.startswith(b"\xef\xbb\xbf"):
+        refuse("json.encoding", "UTF-8 without a byte order mark", "a byte order mark", 0)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        refuse("json.encoding", "UTF-8", f"byte 0x{data[error.start]:02x}", error.start)
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_float,
+            parse_constant=_constant,
+        )
+    except _Refused as refused:
+        refuse(refused.code, refused.expected, refused.got)
+    except json.JSONDecodeError as error:
+        offset = len(text[: error.pos].encode("utf-8"))
+        refuse("json.syntax", "one JSON document (RFC 8259)", error.msg, offset)
+    except RecursionError:
+        refuse("json.depth", f"at most {MAX_DEPTH} levels of nesting", "more than the parser can take")
+    _check_depth_and_text(value, refuse)
+    return value
+
+
+def dump(value: object) -> bytes:
+    """``value`` in the one form in which splitbundle writes JSON: key order kept, two spaces, ASCII, a newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def dump_compact(value: object) -> bytes:
+    """``value`` on one line without spaces: the form of safetensors headers."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _Refused("json.duplicate-key", "every key once in an object", f"{quoted(key)} twice")
+            seen.add(key)
+    return members
+
+
+def _integer(digits: str) -> int:
+    # The length comes first: converting a million digits takes quadratic time.
+    if len(digits) > 17 or abs(int(digits)) > MAX_INTEGER:
+        raise _Refused("json.number", f"integers from -{MAX_INTEGER} to {MAX_INTEGER}", f"{len(digits)} digits")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise _Refused("json.number", "a number that a 64-bit float can hold", quoted(digits))
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise _Refused("json.number", "a JSON number", name)
+
+
+def _check_depth_and_text(value: Any, refuse: Any) -> None:
+    level: list[Any] = [value]
+    depth = 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            refuse("json.depth", f"at most {MAX_DEPTH} levels of nesting", "more")
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                _check_text(item, refuse)
+            elif isinstance(item, dict):
+                for key in item:
+                    _check_text(key, refuse)
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+        level = below
+
+
+def _check_text(text: str, refuse: Any) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        refuse("json.encoding", "text without lone surrogates", quoted(text))

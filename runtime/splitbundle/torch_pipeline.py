@@ -1,0 +1,259 @@
+"""Stages in order: calls, sessions and generation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.torch_positions import KVCache
+from splitbundle.torch_sampling import Sampling, draw
+from splitbundle.torch_stage import LogitsWanted, Stage, load_stages
+
+if TYPE_CHECKING:
+    from splitbundle.bundle import Bundle
+
+STOPPED = -1
+"""What ``generate`` gives for a row that has stopped."""
+
+
+class Session:
+    """The state of one running sequence batch: each stage's KV cache, and how many positions each row has behind it."""
+
+    def __init__(self, caches: list[KVCache], batch_size: int, capacity: int) -> None:
+        self.caches, self.batch_size, self.capacity = caches, batch_size, capacity
+        self.past = [0] * batch_size
+
+    def rollback(self, tokens: int | Sequence[int]) -> None:
+        """Forgets the last tokens of every row, or of each row as many as are given for it.
+
+        Raises:
+            BundleError: ``session.rollback`` for more than a row has.
+        """
+        back = [tokens] * self.batch_size if isinstance(tokens, int) else list(tokens)
+        for row, (n, past) in enumerate(zip(back, self.past, strict=True)):
+            if not 0 <= n <= past:
+                expected = f"0 to {past} tokens, what row {row} has"
+                raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(n)))
+        self.past = [past - n for past, n in zip(self.past, back, strict=True)]
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Row i goes on from what row ``rows[i]`` was; a row may be taken several times, as beam search does.
+
+        Raises:
+            BundleError: ``input.value`` for rows that don't exist, or another number of them.
+        """
+        if len(rows) != self.batch_size or not all(0 <= row < self.batch_size for row in rows):
+            expected = f"{self.batch_size} row numbers below {self.batch_size}"
+            raise BundleError(Problem(code="input.value", argument="rows", expected=expected, got=quoted(list(rows))))
+        for cache in self.caches:
+            cache.reorder(rows)
+        self.past = [self.past[row] for row in rows]
+
+
+class Pipeline(nn.Module):
+    """Stages whose layer ranges tile the model, called as one model."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        super().__init__()
+        self._check(stages)
+        self.stages = nn.ModuleList(stages)
+
+    @staticmethod
+    def _check(stages: Sequence[Stage]) -> None:
+        at = 0
+        for i, stage in enumerate(stages):
+            ends = (stage.embeds == (i == 0)) and ((stage.head is not None) == (i == len(stages) - 1))
+            if stage.layer_range[0] != at or not ends or stage.architecture != stages[0].architecture:
+                raise BundleError(
+                    Problem(
+                        code="pipeline.tiling",
+                        argument=f"stages[{i}]",
+                        expected=f"a stage of one model from layer {at} on, the first embeds, the last has the head",
+                        got=f"layers {stage.layer_range}, embeds={stage.embeds}, head={stage.head is not None}",
+                    )
+                )
+            at = stage.layer_range[1]
+        if not stages or at != len(stages[0].architecture.layers):
+            raise BundleError(
+                Problem(
+                    code="pipeline.tiling",
+                    argument="stages",
+                    expected="stages up to the last layer",
+                    got=f"up to {at}",
+                )
+            )
+
+    @property
+    def first(self) -> Stage:
+        """The stage that takes token ids."""
+        stage: Stage = self.stages[0]  # type: ignore[assignment]
+        return stage
+
+    def session(self, batch_size: int = 1, capacity: int = 512) -> Session:
+        """An empty session of ``capacity`` slots a row.
+
+        Raises:
+            BundleError: ``session.capacity`` for more positions than the model has.
+        """
+        return Session([stage.cache(batch_size, capacity) for stage in self.stages], batch_size, capacity)  # type: ignore[operator]
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        session: Session | None = None,
+        logits: LogitsWanted = "all",
+    ) -> Tensor:
+        """Logits for some tokens of each row, after those that the session has.
+
+        *Shape:* (batch, sequence) -> (batch, sequence, vocab), or (batch, k, vocab) for ``logits="last"`` or k.
+
+        Args:
+            token_ids: of an integer dtype.
+            attention_mask: (batch, sequence), 1 for a token of this call, 0 for padding: one run of ones a row,
+                possibly empty, padded left, right or on both sides. Padding enters no cache; its logits are zero.
+            session: what ``session()`` gave; it goes on from where it is.
+            logits: "all" positions, each row's "last", or its last k.
+
+        Raises:
+            BundleError: ``input.*``, ``session.*``.
+        """
+        first = self.first
+        first._check(token_ids)
+        starts = counts = None
+        if attention_mask is not None:
+            starts, counts = _runs(attention_mask, token_ids)
+            token_ids = _shift(token_ids, starts)
+        past = None if session is None else session.past
+        positions = first.positions(token_ids, past, counts, cached=session is not None)
+        x = token_ids
+        # The cache of every stage is checked before any is written, so that a refusal leaves the session as it was.
+        caches: Sequence[KVCache | None] = [None] * len(self.stages) if session is None else session.caches
+        for cache in caches:
+            if cache is not None:
+                cache.check(positions)
+        for stage, cache in zip(self.stages, caches, strict=True):
+            stage: Stage  # type: ignore[no-redef]
+            x = stage.run(x.to(stage.device), positions.on(stage.device, stage.dtype), cache, logits)
+        if session is not None:
+            session.past = [before + n for before, n in zip(positions.past, positions.count, strict=True)]
+        if starts is not None and logits == "all":
+            x = _shift(x, [-start for start in starts])
+        return x
+
+    def generate(
+        self,
+        token_ids: Tensor,
+        *,
+        max_new_tokens: int = 20,
+        attention_mask: Tensor | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_ids: Sequence[int] = (),
+        session: Session | None = None,
+    ) -> Iterator[Tensor]:
+        """Goes on from a prompt, one token of every row at a time.
+
+        *Shape:* (batch, sequence) -> up to ``max_new_tokens`` times (batch), int64.
+
+        A row ends with the first of ``stop_ids`` that it draws, which is still given; from then on it gives -1.
+
+        Args:
+            token_ids: the prompt.
+            max_new_tokens: how many tokens to give at most.
+            attention_mask: as for a call.
+            temperature: 0 for the likeliest token, else what the logits are divided by.
+            top_k: draw among the k likeliest.
+            top_p: draw among the likeliest that together reach this probability.
+            seed: of the draws; None for another each time.
+            stop_ids: tokens that end a row.
+            session: one to go on with; by default a new one that is large enough.
+        """
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        self.first._check(token_ids)
+        if session is None:
+            capacity = token_ids.shape[1] + max_new_tokens
+            limit = self.first.architecture.position_limit
+            session = self.session(token_ids.shape[0], capacity if limit is None else min(capacity, limit))
+        return self._generate(token_ids, attention_mask, max_new_tokens, sampling, frozenset(stop_ids), session)
+
+    def _generate(
+        self,
+        token_ids: Tensor,
+        attention_mask: Tensor | None,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        session: Session,
+    ) -> Iterator[Tensor]:
+        generator = random.Random(sampling.seed)
+        running = [True] * token_ids.shape[0]
+        for _ in range(max_new_tokens):
+            with torch.no_grad():  # not around the loop: the caller's code between two tokens isn't ours
+                last = self(token_ids, attention_mask=attention_mask, session=session, logits="last")[:, -1]
+                drawn = draw(last, sampling, generator).to(token_ids.device)
+            given = [token if alive else STOPPED for token, alive in zip(drawn.tolist(), running, strict=True)]
+            yield torch.tensor(given, device=token_ids.device)
+            running = [token >= 0 and token not in stop_ids for token in given]
+            if not any(running):
+                return
+            token_ids, attention_mask = drawn[:, None], None
+            if not all(running):
+                attention_mask = torch.tensor(running, device=token_ids.device)[:, None]
+
+
+def _runs(mask: Tensor, token_ids: Tensor) -> tuple[list[int], list[int]]:
+    """Where each row's tokens begin, and how many they are.
+
+    Raises:
+        BundleError: ``input.shape``, ``input.mask``.
+    """
+
+    def refuse(code: str, expected: str, got: str) -> None:
+        raise BundleError(Problem(code=code, argument="attention_mask", expected=expected, got=got))
+
+    if not isinstance(mask, Tensor) or mask.shape != token_ids.shape:
+        got = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
+        refuse(
+            "input.shape",
+            f"{tuple(token_ids.shape)}, as token_ids: the mask covers this call's tokens only",
+            got,
+        )
+    starts, counts = [], []
+    for row, values in enumerate(mask.tolist()):
+        ones = [i for i, value in enumerate(values) if value]
+        if any(value not in (0, 1) for value in values) or (ones and ones[-1] - ones[0] + 1 != len(ones)):
+            refuse("input.mask", f"one run of ones, the rest zeros, in row {row}", quoted(values))
+        starts.append(ones[0] if ones else 0)
+        counts.append(len(ones))
+    return starts, counts
+
+
+def _shift(x: Tensor, starts: Sequence[int]) -> Tensor:
+    """Moves row b left by starts[b], around the end. *Shape:* (batch, sequence, …) -> the same."""
+    if not any(starts):
+        return x
+    return torch.stack([row.roll(-start, dims=0) for row, start in zip(x, starts, strict=True)])
+
+
+def load_pipeline(
+    bundle: Bundle,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    trainable: bool = False,
+) -> Pipeline:
+    """All shards of a bundle. See ``Bundle.pipeline``."""
+    selections = [bundle.select(shard.name) for shard in bundle.shards]
+    return Pipeline(load_stages(bundle, selections, device=device, dtype=dtype, trainable=trainable))
+
+
+__all__ = ["Pipeline", "Session", "load_pipeline", "load_stages"]

@@ -1,0 +1,231 @@
+"""A stage: a shard, or any layer range, loaded and ready to compute with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.torch_decoder import Embedding, Head, Layer
+from splitbundle.torch_positions import KVCache, Positions
+from splitbundle.torch_weights import compute_dtype, map_tensors
+
+if TYPE_CHECKING:
+    from splitbundle.bundle import Bundle, Selection
+
+Rows = Sequence[int] | Tensor
+"""An integer for each row."""
+LogitsWanted = Literal["all", "last"] | int
+
+
+class Stage(nn.Module):
+    """A part of the model. Its parameters bear the canonical names, with global layer numbers.
+
+    The first stage takes token ids, the others ``hidden``; the last one gives logits, the others ``hidden``.
+    """
+
+    def __init__(self, bundle: Bundle, selection: Selection) -> None:
+        super().__init__()
+        architecture = bundle.architecture
+        self.name = selection.name
+        self.layer_range = selection.layers
+        self.architecture = architecture
+        tied = selection.head and architecture.head.tied
+        self.embeds = selection.embeds
+        self.embedding = Embedding(architecture, embeds=self.embeds) if self.embeds or tied else None
+        hidden = architecture.hidden_size
+        self.layers = nn.ModuleDict(
+            {str(i): Layer(architecture.kind_of(i), hidden, i) for i in range(*selection.layers)}
+        )
+        self.head = Head(architecture) if selection.head else None
+
+    def extra_repr(self) -> str:
+        """Shown by ``repr``."""
+        return f"{self.name}, layers [{self.layer_range[0]}, {self.layer_range[1]})"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What this stage computes in."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where this stage computes."""
+        return next(self.parameters()).device
+
+    def cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty KV cache for this stage's layers.
+
+        Raises:
+            BundleError: ``session.capacity`` for more positions than the model has.
+        """
+        limit = self.architecture.position_limit
+        if not 1 <= capacity <= (limit or capacity):
+            expected = f"1 to {limit}, the positions of the model" if limit else "at least 1"
+            raise BundleError(
+                Problem(code="session.capacity", argument="capacity", expected=expected, got=quoted(capacity))
+            )
+        return KVCache(self.architecture, self.layer_range, batch_size, capacity, self.device, self.dtype)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        past: Rows | None = None,
+        count: Rows | None = None,
+        cache: KVCache | None = None,
+        logits: LogitsWanted = "all",
+    ) -> Tensor:
+        """Computes this stage for some tokens of each row.
+
+        Row b's tokens are its first ``count[b]``; what follows is padding, and comes out as zeros.
+
+        *Shape:* token ids (batch, sequence) of an integer dtype, or hidden (batch, sequence, hidden) of the
+        stage's dtype -> hidden (batch, sequence, hidden), or logits (batch, k, vocab).
+
+        Args:
+            inputs: token ids for a stage that embeds, else the hidden states of the stage before.
+            past: (batch) the positions that each row has behind it; by default 0. Needs a cache where it isn't 0.
+            count: (batch) the tokens that each row brings; by default all of the sequence.
+            cache: what ``cache()`` gave, to be extended by this call's tokens.
+            logits: of which positions the last stage computes logits: "all", "last" (k = 1) or each row's last k,
+                standing at the end; what a row lacks is zero.
+
+        Raises:
+            BundleError: ``input.*`` with the boundary's name, what was expected and what came.
+        """
+        self._check(inputs)
+        positions = self.positions(inputs, past, count, cached=cache is not None)
+        return self.run(inputs, positions, cache, logits)
+
+    def positions(self, inputs: Tensor, past: Rows | None, count: Rows | None, *, cached: bool) -> Positions:
+        """The positions of a call, checked."""
+        batch, length = inputs.shape[:2]
+        before = self._rows("past", past, batch, 0, 0, 2**31)
+        brought = self._rows("count", count, batch, length, 0, length)
+        if not cached and any(before):
+            self._refuse("input.position", "past", "0 for every row without a cache", quoted(before))
+        positions = Positions(before, brought, length, self.device, self.dtype)
+        limit = self.architecture.position_limit
+        if self.embeds and limit is not None and positions.stop > limit:
+            self._refuse(
+                "input.position",
+                "past + count",
+                f"at most {limit}, the positions of the model",
+                f"{positions.stop}",
+            )
+        return positions
+
+    def run(self, x: Tensor, positions: Positions, cache: KVCache | None, logits: LogitsWanted = "all") -> Tensor:
+        """``forward`` on what was checked before."""
+        if cache is not None:
+            cache.check(positions)
+            if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+                self._refuse(
+                    "input.grad",
+                    "cache",
+                    "a call without gradients: use torch.no_grad()",
+                    "gradients enabled",
+                )
+        if self.embeds:
+            if self.embedding is None:
+                raise RuntimeError("a stage that embeds was built without its embedding")
+            x = self.embedding(x, positions)
+        for layer in self.layers.values():
+            x = layer(x, positions, cache)
+        if cache is not None:
+            cache.advance(positions)
+        if self.head is None:
+            return x.masked_fill(~positions.valid[..., None], 0) if positions.padded else x
+        x, valid = _keep(x, positions, self._logits_wanted(logits))
+        x = self.head(x, None if self.embedding is None else self.embedding.token.weight)
+        return x if valid is None else x.masked_fill(~valid[..., None], 0)
+
+    def _logits_wanted(self, logits: LogitsWanted) -> int | None:
+        if logits == "all":
+            return None
+        if logits == "last":
+            return 1
+        if type(logits) is not int or logits < 1:
+            self._refuse("input.value", "logits", '"all", "last" or a number from 1', quoted(logits))
+        return logits
+
+    def _check(self, inputs: object) -> None:
+        name = "token ids" if self.embeds else f"hidden at layer {self.layer_range[0]}"
+        if not isinstance(inputs, Tensor):
+            self._refuse("input.type", name, "a torch.Tensor", type(inputs).__name__)
+        if self.embeds:
+            if inputs.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+                self._refuse("input.dtype", name, "an integer dtype", str(inputs.dtype))
+            if inputs.ndim != 2 or 0 in inputs.shape:
+                self._refuse("input.shape", name, "(batch, sequence), neither 0", str(tuple(inputs.shape)))
+            low, high = int(inputs.min()), int(inputs.max())
+            if low < 0 or high >= self.architecture.vocab_size:
+                got = str(low if low < 0 else high)
+                self._refuse("input.value", name, f"ids from 0 to {self.architecture.vocab_size - 1}", got)
+        else:
+            if inputs.dtype != self.dtype:
+                self._refuse("input.dtype", name, f"{self.dtype}, as this stage computes", str(inputs.dtype))
+            width = self.architecture.hidden_size
+            if inputs.ndim != 3 or 0 in inputs.shape or inputs.shape[2] != width:
+                self._refuse("input.shape", name, f"(batch, sequence, {width})", str(tuple(inputs.shape)))
+        if inputs.device != self.device:
+            self._refuse("input.device", name, f"{self.device}, where this stage is", str(inputs.device))
+
+    def _rows(self, name: str, given: Rows | None, batch: int, default: int, low: int, high: int) -> list[int]:
+        if given is None:
+            return [default] * batch
+        if isinstance(given, Tensor) and (given.is_floating_point() or given.ndim != 1):
+            self._refuse("input.dtype", name, "(batch) of an integer dtype", f"{given.dtype} {tuple(given.shape)}")
+        values = given.tolist() if isinstance(given, Tensor) else list(given)
+        if len(values) != batch:
+            self._refuse("input.shape", name, f"{batch} rows, as the tokens", f"{len(values)}")
+        if not all(type(value) is int and low <= value <= high for value in values):
+            self._refuse("input.value", name, f"integers from {low} to {high}", quoted(values))
+        return values
+
+    def _refuse(self, code: str, argument: str, expected: str, got: str) -> NoReturn:
+        raise BundleError(Problem(code=code, argument=f"stage {self.name}, {argument}", expected=expected, got=got))
+
+
+def _keep(x: Tensor, positions: Positions, wanted: int | None) -> tuple[Tensor, Tensor | None]:
+    """The hidden states that logits are wanted of, and which of them are tokens (None: all).
+
+    *Shape:* (batch, sequence, hidden) -> (batch, k, hidden), (batch, k).
+    """
+    if wanted is None:
+        return x, positions.valid if positions.padded else None
+    if not positions.padded and wanted <= x.shape[1]:
+        return x[:, -wanted:], None
+    offsets = torch.arange(-wanted, 0, device=x.device)[None] + torch.tensor(positions.count, device=x.device)[:, None]
+    index = offsets.clamp(min=0)[..., None].expand(-1, -1, x.shape[2])
+    return x.gather(1, index), offsets >= 0
+
+
+def load_stages(
+    bundle: Bundle,
+    selections: Sequence[Selection],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    trainable: bool = False,
+) -> list[Stage]:
+    """Stages over mapped weights; a tensor that several of them need is one parameter. See ``Bundle.stage``."""
+    target = compute_dtype(bundle, dtype)
+    mapped: dict[str, nn.Parameter] = {}
+    loaded: set[str] = set()
+    stages: list[Stage] = []
+    for selection in selections:
+        for unit in selection.units:
+            if unit not in loaded:
+                loaded.add(unit)
+                for name, tensor in map_tensors(bundle, unit, writable=trainable).items():
+                    mapped[name] = nn.Parameter(tensor.to(device=device, dtype=target), requires_grad=trainable)
+        stage = Stage(bundle, selection)
+        wanted = stage.state_dict(keep_vars=True)
+        stage.load_state_dict({name: mapped[name] for name in wanted}, assign=True)
+        stages.append(stage.requires_grad_(trainable))
+    return stages

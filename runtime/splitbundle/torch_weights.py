@@ -1,0 +1,67 @@
+"""Weights as tensors over a mapping of their file: no copy, and no numpy."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from splitbundle.errors import BundleError, Problem, quoted
+
+if TYPE_CHECKING:
+    from splitbundle.bundle import Bundle
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+}
+
+# Once per process torch warns that a read-only mapping isn't writable. It isn't, on purpose; nobody writes to it.
+warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+
+
+def map_tensors(bundle: Bundle, group: str, *, writable: bool = False) -> dict[str, Tensor]:
+    """The tensors of a unit (or of the golden vectors), over mappings that live as long as they do.
+
+    Writing to one ends the process, unless ``writable``: then the mapping is copy-on-write and the file stays as it is.
+    """
+    if sys.byteorder != "little":
+        raise BundleError(
+            Problem(
+                code="backend.byteorder",
+                expected="a little-endian machine",
+                got=f"a {sys.byteorder}-endian one",
+            )
+        )
+    tensors: dict[str, Tensor] = {}
+    for file, found in bundle.open_weights(group):
+        access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
+        mapping = mmap.mmap(file.fileno(), 0, access=access)
+        for name, (tensor, offset) in found.layout.items():
+            dtype = DTYPES[tensor.dtype]
+            count = tensor.size // dtype.itemsize
+            flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=found.start + offset)
+            tensors[name] = flat.view(tensor.shape)
+    return tensors
+
+
+def compute_dtype(bundle: Bundle, dtype: str | torch.dtype | None) -> torch.dtype:
+    """The dtype to compute in: the asked one, or the stored one.
+
+    Raises:
+        BundleError: ``input.dtype`` for what weights can't be computed in.
+    """
+    floats = {name: value for name, value in DTYPES.items() if value.is_floating_point}
+    if dtype is None:
+        return floats[bundle.manifest.storage.dtype]
+    known = floats.get(dtype) if isinstance(dtype, str) else dtype
+    if known not in floats.values():
+        expected = f"one of {', '.join(floats)}"
+        raise BundleError(Problem(code="input.dtype", argument="dtype", expected=expected, got=quoted(str(dtype))))
+    return known

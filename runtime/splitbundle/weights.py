@@ -1,0 +1,187 @@
+"""The header of a weight file: safetensors, in the one layout of ``spec/v1/bundle.md``, section "Weight files"."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, BinaryIO, Final, NoReturn
+
+from splitbundle import names, strict_json
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.fields import Field, Problems
+from splitbundle.manifest import File
+
+ALIGNMENT: Final = 4096
+"""The data begins at a multiple of this: a page, so that a mapping of the data can start there."""
+TENSOR_ALIGNMENT: Final = 64
+MAX_HEADER: Final = 16 * 2**20
+CODES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
+"""dtype -> its name in a safetensors header."""
+ITEM_SIZES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    """A tensor that a file holds, or must hold: dtype and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return ITEM_SIZES[self.dtype] * math.prod(self.shape)
+
+
+Layout = dict[str, tuple[Tensor, int]]
+"""Name -> the tensor and the offset of its first byte in the data, in the order of the data."""
+
+
+def lay_out(tensors: dict[str, Tensor]) -> Layout:
+    """Where each tensor goes: those whose size is a multiple of 64 first, the others by falling item size.
+
+    So the first are aligned to 64 and the others to their item, with no holes and no padding tensors. Within each
+    group the order is the given one, the order of use.
+    """
+    whole = [name for name, tensor in tensors.items() if tensor.size % TENSOR_ALIGNMENT == 0]
+    rest = [name for name in tensors if tensors[name].size % TENSOR_ALIGNMENT]
+    rest.sort(key=lambda name: -ITEM_SIZES[tensors[name].dtype])
+    layout: Layout = {}
+    offset = 0
+    for name in (*whole, *rest):
+        layout[name] = (tensors[name], offset)
+        offset += tensors[name].size
+    return layout
+
+
+def header(layout: Layout, data_sha256: str) -> bytes:
+    """Everything before the data: the length, and the JSON padded with spaces up to the alignment."""
+    entries: dict[str, Any] = {"__metadata__": {"sha256": data_sha256}}
+    for name, (tensor, start) in layout.items():
+        entries[name] = {
+            "dtype": CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + tensor.size],
+        }
+    text = strict_json.dump_compact(entries)
+    length = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
+    return length.to_bytes(8, "little") + text.ljust(length, b" ")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """What the header of one file says."""
+
+    start: int
+    """The offset of the data in the file."""
+    layout: Layout
+    data_sha256: str
+
+
+def read(file: BinaryIO, path: str, listed: File, expected: dict[str, Tensor], *, more: bool = False) -> Weights:
+    """Reads and judges the header of an open weight file.
+
+    The header's digest is checked before its JSON is parsed; then it must be, byte for byte, the canonical header
+    of exactly the ``expected`` tensors (in order of use), which the architecture implies. With ``more``, other files
+    of the unit follow, and this one holds only the first so many of ``expected``.
+
+    Raises:
+        BundleError: ``weights.header``, ``file.header-digest``, ``weights.tensors``, ``weights.layout``.
+    """
+    raw = _read_header(file, path, listed)
+    if hashlib.sha256(raw).hexdigest() != listed.header_sha256:
+        raise BundleError(
+            Problem(
+                code="file.header-digest",
+                file=path,
+                expected=f"a header with sha256 {listed.header_sha256}",
+                got=hashlib.sha256(raw).hexdigest(),
+                hint="The file isn't the one that the manifest lists",
+            )
+        )
+    return parse(raw, path, listed.size, expected, more=more)
+
+
+def _read_header(file: BinaryIO, path: str, listed: File) -> bytes:
+    def refuse(expected: str, got: str) -> NoReturn:
+        raise BundleError(Problem(code="weights.header", file=path, offset=0, expected=expected, got=got))
+
+    start = file.read(8)
+    if len(start) < 8:
+        refuse("a header length of 8 bytes", f"a file of {len(start)} bytes")
+    length = int.from_bytes(start, "little")
+    if length > MAX_HEADER or 8 + length > listed.size:
+        refuse(f"a header of at most {min(MAX_HEADER, listed.size - 8)} bytes", f"a length of {length}")
+    if (8 + length) % ALIGNMENT:
+        refuse(f"data that begins at a multiple of {ALIGNMENT}", f"data at {8 + length}")
+    text = bytearray()
+    while len(text) < length:
+        piece = file.read(length - len(text))
+        if not piece:
+            refuse(f"a header of {length} bytes", f"a file that ends after {8 + len(text)}")
+        text += piece
+    return start + bytes(text)
+
+
+def parse(raw: bytes, path: str, size: int, expected: dict[str, Tensor], *, more: bool = False) -> Weights:
+    """Judges the header ``raw`` of a file of ``size`` bytes. See ``read``."""
+    problems = Problems(path)
+    document = Field(strict_json.parse(raw[8:].rstrip(b" "), path), problems)
+    metadata = document.members(["__metadata__"], open=True)["__metadata__"].members(["sha256"])
+    data_sha256 = metadata["sha256"].string(names.SHA256, "64 digits of 0-9a-f")
+    found = {name: _tensor(field) for name, field in document.mapping() if name != "__metadata__"}
+    problems.raise_if_any()
+    if more:
+        expected = dict(islice(expected.items(), len(found)))
+    for name, tensor in expected.items():
+        if name not in found:
+            problems.add("weights.tensors", "", f"a tensor {quoted(name)}", "none")
+        elif found[name] != tensor:
+            pointer = f"/{name}"
+            problems.add("weights.tensors", pointer, str(tensor), str(found[name]))
+    for name in found:
+        if name not in expected:
+            problems.add("weights.tensors", "", "only tensors that the architecture implies", quoted(name))
+    problems.raise_if_any()
+    layout = lay_out(expected)
+    canonical = header(layout, data_sha256)
+    if raw != canonical:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(raw, canonical, strict=False)) if a != b),
+            min(len(raw), len(canonical)),
+        )
+        raise BundleError(
+            Problem(
+                code="weights.layout",
+                file=path,
+                offset=at,
+                expected=f"the canonical header of these tensors, {quoted(canonical[at : at + 24].decode('ascii'))}",
+                got=quoted(raw[at : at + 24].decode("latin-1")),
+            )
+        )
+    end = len(raw) + sum(tensor.size for tensor in expected.values())
+    if size != end:
+        raise BundleError(
+            Problem(
+                code="weights.layout",
+                file=path,
+                offset=end,
+                expected=f"the file's end at {end}",
+                got=f"{size} bytes",
+            )
+        )
+    return Weights(start=len(raw), layout=layout, data_sha256=data_sha256)
+
+
+def _tensor(field: Field) -> Tensor:
+    members = field.members(["dtype", "shape", "data_offsets"])
+    code = members["dtype"].choice(tuple(CODES.values()))
+    shape = tuple(item.integer() for item in members["shape"].items(maximum=8))
+    for item in members["data_offsets"].items(minimum=2, maximum=2):
+        item.integer()
+    return Tensor(dtype=next(dtype for dtype, known in CODES.items() if known == code), shape=shape)

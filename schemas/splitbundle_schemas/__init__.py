@@ -1,0 +1,23 @@
+"""The JSON Schemas (draft 2020-12) of the format, as package data."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any, Final
+
+NAMES: Final = ("manifest", "architecture")
+
+
+def load(name: str, version: int = 1) -> dict[str, Any]:
+    """The schema of ``name``.json.
+
+    Raises:
+        ValueError: there is no such schema.
+    """
+    if name not in NAMES or version != 1:
+        raise ValueError(f"no schema {name!r} of version {version}: there are {', '.join(NAMES)} of version 1")
+    schema: dict[str, Any] = json.loads(
+        files(__name__).joinpath(f"v{version}", f"{name}.schema.json").read_text("utf-8")
+    )
+    return schema
