@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from splitbundle_converter.convert import convert
-    from splitbundle_converter.resplit import resplit
+    from splitbundle_converter.conversion import convert
+    from splitbundle_converter.resplitting import resplit
     from splitbundle_converter.restore import source_tensors
 
 __all__ = ["convert", "resplit", "source_tensors"]
 
-_MODULES = {"convert": "convert", "resplit": "resplit", "source_tensors": "restore"}
+_MODULES = {"convert": "conversion", "resplit": "resplitting", "source_tensors": "restore"}
 
 
 def __getattr__(name: str) -> Any:
@@ -24,7 +24,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    # The function takes the place of the module of its name, which this import has just set.
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

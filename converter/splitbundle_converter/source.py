@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -198,22 +198,22 @@ class Reader:
         self._source = source
         self._file: str | None = None
         self._opened: Any = None
+        self._open = ExitStack()
 
     def get(self, name: str) -> Tensor:
         """A tensor, as it is stored."""
         file = self._source.tensors[name].file
         if file != self._file:
             self.close()
-            self._opened = safe_open(self._source.directory / file, framework="pt").__enter__()
+            self._opened = self._open.enter_context(safe_open(self._source.directory / file, framework="pt"))
             self._file = file
         tensor: Tensor = self._opened.get_tensor(name)
         return tensor
 
     def close(self) -> None:
         """Lets the file go."""
-        if self._opened is not None:
-            self._opened.__exit__(None, None, None)
-            self._opened = self._file = None
+        self._open.close()
+        self._opened = self._file = None
 
 
 def dtype_of(tensor: SourceTensor) -> str | None:

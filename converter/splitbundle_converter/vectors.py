@@ -90,7 +90,7 @@ def _load(source: Source) -> Any:
     from transformers import AutoModelForCausalLM
 
     with _quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(source.directory),
             dtype=torch.float32,
             attn_implementation="eager",
@@ -99,6 +99,7 @@ def _load(source: Source) -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
+    model, info = loaded
     wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info.get(key)}
     if wrong:
         raise BundleError(
@@ -115,8 +116,9 @@ def _load(source: Source) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' progress bars: the command has its own."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
+    logging: Any = transformers_logging  # its functions are untyped
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

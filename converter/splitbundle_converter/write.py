@@ -55,7 +55,7 @@ def _bytes(tensor: Tensor, stored: Stored, name: str) -> Iterator[memoryview]:
         raise ValueError(f"{name}: {stored} was to be written, {tensor.dtype} {list(tensor.shape)} came")
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     for start in range(0, len(flat), files.CHUNK):
-        yield memoryview(flat[start : start + files.CHUNK].numpy())
+        yield flat[start : start + files.CHUNK].numpy().data
 
 
 def unit_files(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from splitbundle.bundle import Bundle, Selection, Verification
 from splitbundle.bundle import open_bundle as open  # noqa: A004  # the name reads as it should: splitbundle.open
-from splitbundle.errors import BundleError, MissingExtra, ParityError, Problem
+from splitbundle.errors import BundleError, MissingExtra, ParityError, Problem, VerificationError
 from splitbundle.version import __version__
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Problem",
     "Selection",
     "Verification",
+    "VerificationError",
     "__version__",
     "open",
 ]

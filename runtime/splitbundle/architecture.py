@@ -228,7 +228,8 @@ class Architecture:
 
 
 def _norm_tensors(name: str, norm: Norm, size: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (size,)} | ({f"{name}.bias": (size,)} if norm.bias else {})
+    tensors: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,)}
+    return tensors | ({f"{name}.bias": (size,)} if norm.bias else {})
 
 
 def _linear_tensors(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:

@@ -23,6 +23,7 @@ from splitbundle.manifest import Manifest, Shard
 if TYPE_CHECKING:
     from splitbundle.torch_pipeline import Pipeline
     from splitbundle.torch_stage import Stage
+    from splitbundle.torch_verify import Difference
 
 BACKENDS: Final = ("torch",)
 VECTORS: Final = "vectors"
@@ -198,6 +199,19 @@ class Bundle:
             raise BundleError(problems)
         return Verification(files=tuple(listed), bytes=total, unlisted=tuple(unlisted))
 
+    def run_vectors(self, shard: str | None = None, *, progress: Progress | None = None) -> list[Difference]:
+        """Computes the golden vectors in float32 through all shards, or through one from its golden input.
+
+        Returns:
+            The largest difference to the original model at each boundary and at the logits.
+
+        Raises:
+            ParityError: a difference above 1e-5 of the largest magnitude there.
+            BundleError: ``vectors.none``; what loading refuses.
+        """
+        found: list[Difference] = _torch_module("torch_verify").run_vectors(self, shard, progress)
+        return found
+
     def _listed(self, shard: str | None) -> list[str]:
         if shard is None:
             return list(self.manifest.files)
@@ -317,8 +331,9 @@ class Bundle:
             BundleError: no such part, a file that is absent or not the listed one, or no such backend.
         """
         selection = self.select(name, layers=layers, embeds=embeds, head=head)
-        load = _torch_backend(backend).load_stages
-        return load(self, [selection], device=device, dtype=dtype, trainable=trainable)[0]
+        load = _backend(backend).load_stages
+        stages: list[Stage] = load(self, [selection], device=device, dtype=dtype, trainable=trainable)
+        return stages[0]
 
     def pipeline(
         self,
@@ -329,8 +344,9 @@ class Bundle:
         trainable: bool = False,
     ) -> Pipeline:
         """All shards, as stages in order. Arguments and errors as for ``stage``; tied weights are one parameter."""
-        load = _torch_backend(backend).load_pipeline
-        return load(self, device=device, dtype=dtype, trainable=trainable)
+        load = _backend(backend).load_pipeline
+        pipeline: Pipeline = load(self, device=device, dtype=dtype, trainable=trainable)
+        return pipeline
 
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
@@ -396,13 +412,17 @@ def _counter(what: str, total: int, progress: Progress | None) -> Callable[[int]
     return advance
 
 
-def _torch_backend(name: str) -> ModuleType:
+def _backend(name: str) -> ModuleType:
     if name not in BACKENDS:
         raise BundleError(
             Problem(code="stage.backend", argument="backend", expected=" or ".join(BACKENDS), got=quoted(name))
         )
+    return _torch_module("torch_pipeline")
+
+
+def _torch_module(name: str) -> ModuleType:
     try:
-        return importlib.import_module("splitbundle.torch_pipeline")
+        return importlib.import_module(f"splitbundle.{name}")
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

@@ -74,7 +74,11 @@ class MissingExtra(BundleError):
         )
 
 
-class ParityError(BundleError):
+class VerificationError(BundleError):
+    """A bundle isn't what it says that it is."""
+
+
+class ParityError(VerificationError):
     """Computed values differ from the original model's by more than the tolerance."""
 
 

@@ -56,7 +56,7 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
                 hint=FETCH,
             )
         )
-    return file  # type: ignore[return-value]  # FileIO is what BinaryIO promises; typeshed keeps them apart
+    return file
 
 
 FETCH: Final = "The file isn't the one that the manifest lists: fetch or convert it again"

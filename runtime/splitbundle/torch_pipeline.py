@@ -91,8 +91,14 @@ class Pipeline(nn.Module):
     @property
     def first(self) -> Stage:
         """The stage that takes token ids."""
-        stage: Stage = self.stages[0]  # type: ignore[assignment]
-        return stage
+        return self._in_order()[0]
+
+    def _in_order(self) -> list[Stage]:
+        return [stage for stage in self.stages if isinstance(stage, Stage)]
+
+    def token_ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Rows of equal length as this pipeline takes them. *Shape:* (batch, sequence), int64."""
+        return torch.tensor(rows, dtype=torch.int64, device=self.first.device)
 
     def session(self, batch_size: int = 1, capacity: int = 512) -> Session:
         """An empty session of ``capacity`` slots a row.
@@ -100,7 +106,8 @@ class Pipeline(nn.Module):
         Raises:
             BundleError: ``session.capacity`` for more positions than the model has.
         """
-        return Session([stage.cache(batch_size, capacity) for stage in self.stages], batch_size, capacity)  # type: ignore[operator]
+        caches = [stage.cache(batch_size, capacity) for stage in self._in_order()]
+        return Session(caches, batch_size, capacity)
 
     def forward(
         self,
@@ -138,8 +145,7 @@ class Pipeline(nn.Module):
         for cache in caches:
             if cache is not None:
                 cache.check(positions)
-        for stage, cache in zip(self.stages, caches, strict=True):
-            stage: Stage  # type: ignore[no-redef]
+        for stage, cache in zip(self._in_order(), caches, strict=True):
             x = stage.run(x.to(stage.device), positions.on(stage.device, stage.dtype), cache, logits)
         if session is not None:
             session.past = [before + n for before, n in zip(positions.past, positions.count, strict=True)]
@@ -254,6 +260,3 @@ def load_pipeline(
     """All shards of a bundle. See ``Bundle.pipeline``."""
     selections = [bundle.select(shard.name) for shard in bundle.shards]
     return Pipeline(load_stages(bundle, selections, device=device, dtype=dtype, trainable=trainable))
-
-
-__all__ = ["Pipeline", "Session", "load_pipeline", "load_stages"]

@@ -61,7 +61,7 @@ def compute_dtype(bundle: Bundle, dtype: str | torch.dtype | None) -> torch.dtyp
     if dtype is None:
         return floats[bundle.manifest.storage.dtype]
     known = floats.get(dtype) if isinstance(dtype, str) else dtype
-    if known not in floats.values():
+    if known is None or known not in floats.values():
         expected = f"one of {', '.join(floats)}"
         raise BundleError(Problem(code="input.dtype", argument="dtype", expected=expected, got=quoted(str(dtype))))
     return known

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -92,7 +92,6 @@ def convert(
         for name in checkpoint.text_files():
             listed[f"tokenizer/{name}"] = write.write_file(root, f"tokenizer/{name}", checkpoint.read(name))
         weight_files = tuple(path for paths in units.values() for path in paths)
-        context = config.get("max_position_embeddings", config.get("n_positions"))
         write.finish(
             root,
             Manifest(
@@ -104,7 +103,7 @@ def convert(
                     revision=checkpoint.revision,
                     license=checkpoint.license(),
                     parameters=parameters(architecture),
-                    context_length=context,
+                    context_length=_context_length(config),
                     architecture=identity(architecture.to_bytes()),
                     fingerprint=fingerprint(listed, weight_files),
                 ),
@@ -127,7 +126,7 @@ def convert(
     return open_bundle(output)
 
 
-def read_architecture(source: Source) -> tuple[Family, Architecture, dict[str, object]]:
+def read_architecture(source: Source) -> tuple[Family, Architecture, dict[str, Any]]:
     """The family, the facts and the configuration of a checkpoint.
 
     Raises:
@@ -150,6 +149,11 @@ def read_architecture(source: Source) -> tuple[Family, Architecture, dict[str, o
     config.finish()
     # What is written must be what a reader takes: the same rules, before a byte is written.
     return family, architectures.parse(architecture.to_bytes()), values
+
+
+def _context_length(config: dict[str, Any]) -> int | None:
+    length = config.get("max_position_embeddings", config.get("n_positions"))
+    return length if type(length) is int and length > 0 else None
 
 
 def _storage(source: Source, translation: Translation, dtype: str) -> Storage:

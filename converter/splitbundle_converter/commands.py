@@ -1,0 +1,101 @@
+"""The converter's commands. The libraries that they need are imported when they run, not when help is asked for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+from splitbundle.bundle import Bundle
+from splitbundle.commands import integers, positive
+from splitbundle.console import Command, Console
+from splitbundle.errors import MissingExtra
+
+DTYPES: Final = ("keep", "float32", "float16", "bfloat16")
+_LIBRARIES: Final = ("torch", "transformers", "safetensors", "jsonschema", "huggingface_hub", "numpy")
+
+
+def _shard_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--split", type=integers, default=(), metavar="2,10", help="the layers to cut before; by default nothing is cut"
+    )
+    parser.add_argument(
+        "--names", type=lambda text: tuple(text.split(",")), metavar="A,B,C", help="by default bottom, trunk, top"
+    )
+    parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default named after the model")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle once the new one is complete")
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a checkpoint directory, or a hub id")
+    parser.add_argument("--revision", help="of a hub id: a branch, tag or commit")
+    _shard_arguments(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the stored weights; by default their own")
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="hold the shards against the original model, and keep its results as golden vectors",
+    )
+    parser.add_argument("--max-file-size", type=positive, metavar="BYTES", help="write larger units in parts")
+
+
+def _convert(args: argparse.Namespace, console: Console) -> int:
+    output = args.output or f"{Path(args.source).resolve().name}.splitbundle"
+    bundle = _module("conversion").convert(
+        args.source,
+        output,
+        split=args.split,
+        names=args.names,
+        dtype=args.dtype,
+        revision=args.revision,
+        check=args.check,
+        force=args.force,
+        max_file_size=args.max_file_size,
+        progress=console.progress,
+    )
+    return _report(bundle, output, console)
+
+
+def _resplit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a whole .splitbundle directory")
+    _shard_arguments(parser)
+
+
+def _resplit(args: argparse.Namespace, console: Console) -> int:
+    output = args.output or args.bundle
+    bundle = _module("resplitting").resplit(
+        args.bundle, output, split=args.split, names=args.names, force=args.force, progress=console.progress
+    )
+    return _report(bundle, output, console)
+
+
+def _report(bundle: Bundle, output: str, console: Console) -> int:
+    console.end_progress()
+    shards = ", ".join(f"{shard.name} [{shard.layers[0]}, {shard.layers[1]})" for shard in bundle.shards)
+    checked = "not checked" if bundle.manifest.vectors is None else "checked against the original model"
+    console.text(f"{output}: {shards}; {checked}")
+    console.text(f"  fingerprint {bundle.fingerprint}")
+    console.text(f"  bundle id   {bundle.id}")
+    console.json({"ok": True, "path": str(output), "bundle_id": bundle.id, "fingerprint": bundle.fingerprint})
+    return 0
+
+
+def _module(name: str) -> ModuleType:
+    import importlib
+
+    try:
+        return importlib.import_module(f"splitbundle_converter.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in _LIBRARIES:
+            raise
+        raise MissingExtra.of(error.name, "convert", "convert checkpoints") from None
+
+
+CONVERT: Final = Command(
+    name="convert", help="make a bundle of a checkpoint", configure=_convert_arguments, run=_convert, writes=True
+)
+RESPLIT: Final = Command(
+    name="resplit", help="cut a bundle elsewhere", configure=_resplit_arguments, run=_resplit, writes=True
+)

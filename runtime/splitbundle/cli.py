@@ -1,0 +1,112 @@
+"""The command ``splitbundle``: arguments in, exit status out. Nothing else knows that it is a command."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Final
+
+from splitbundle.commands import COMMANDS
+from splitbundle.console import Command, Console
+from splitbundle.errors import BundleError, MissingExtra, VerificationError
+from splitbundle.version import __version__
+
+OK: Final = 0
+FAILURE: Final = 1
+USAGE: Final = 2
+NOT_VERIFIED: Final = 3
+MISSING_EXTRA: Final = 4
+NETWORK: Final = 5
+INTERRUPTED: Final = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; gives its exit status (CONTRIBUTING.md has the list)."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser(_commands(arguments))
+    args = parser.parse_args(arguments)
+    command: Command | None = getattr(args, "command", None)
+    if command is None:
+        parser.print_help(sys.stderr)
+        return USAGE
+    console = Console(as_json=args.json, quiet=args.quiet)
+    try:
+        if command.writes:
+            _end_like_interrupt(signal.SIGTERM)
+        status = command.run(args, console)
+        console.end_progress()
+        return status
+    except BundleError as error:
+        console.end_progress()
+        console.json({"ok": False, "problems": [problem.as_json() for problem in error.problems]})
+        for problem in error.problems:
+            console.error(str(problem))
+        if args.debug:
+            traceback.print_exc()
+        return exit_status(error)
+    except KeyboardInterrupt:
+        console.error("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has had enough. Python would complain once more when it flushes at its end.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except (OSError, MemoryError) as error:
+        console.error(f"{type(error).__name__}: {error}")
+        if args.debug:
+            traceback.print_exc()
+        return FAILURE
+
+
+def exit_status(error: BundleError) -> int:
+    """The exit status that an error stands for."""
+    if isinstance(error, MissingExtra):
+        return MISSING_EXTRA
+    if isinstance(error, VerificationError):
+        return NOT_VERIFIED
+    if any(code == "network" for code in error.codes):
+        return NETWORK
+    if all(code.startswith("usage.") or code == "stage.name" for code in error.codes):
+        return USAGE
+    return FAILURE
+
+
+def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
+    """The argument parser of some commands."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="write JSON to stdout")
+    common.add_argument("--quiet", "-q", action="store_true", help="no progress on stderr")
+    common.add_argument("--debug", action="store_true", help="show a traceback where something fails")
+    parser = argparse.ArgumentParser(
+        prog="splitbundle", description="Run or train a part of a transformer: convert, inspect, verify, generate."
+    )
+    parser.add_argument("--version", action="version", version=f"splitbundle {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for command in commands:
+        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help, parents=[common])
+        command.configure(subparser)
+        subparser.set_defaults(command=command)
+    return parser
+
+
+def _commands(arguments: Sequence[str]) -> list[Command]:
+    """The commands: the runtime's own, and where they may be needed those that other packages bring."""
+    if any(argument == command.name for argument in arguments[:1] for command in COMMANDS):
+        return list(COMMANDS)  # looking for entry points reads the metadata of every installed package
+    found = {entry.name: entry for entry in entry_points(group="splitbundle.commands")}
+    return [*(found[name].load() for name in sorted(found)), *COMMANDS]
+
+
+def _end_like_interrupt(number: signal.Signals) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(ValueError):  # not in the main thread: the app that called us minds its signals
+        signal.signal(number, interrupt)

@@ -1,0 +1,237 @@
+"""The commands that need no converter: inspect, verify, generate."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from splitbundle.bundle import BACKENDS, Bundle, open_bundle
+from splitbundle.console import Command, Console
+from splitbundle.errors import BundleError, MissingExtra, Problem, VerificationError
+from splitbundle.manifest import BOUNDARY_TENSORS
+
+if TYPE_CHECKING:
+    from splitbundle.text_tokenizer import TextTokenizer
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a .splitbundle directory")
+
+
+def _inspect(args: argparse.Namespace, console: Console) -> int:
+    bundle = open_bundle(args.bundle)
+    console.json(describe(bundle))
+    model, architecture = bundle.manifest.model, bundle.architecture
+    revision = f" at {model.revision}" if model.revision else ""
+    console.text(f"{model.name}: {model.family}, {model.parameters:,} parameters in {bundle.manifest.storage.dtype}")
+    console.text(f"  source       {model.source}{revision}{f', {model.license}' if model.license else ''}")
+    console.text(
+        f"  size         {len(architecture.layers)} layers, hidden {architecture.hidden_size}, "
+        f"vocabulary {architecture.vocab_size:,}, context {model.context_length or 'not stated'}"
+    )
+    console.text(f"  bundle id    {bundle.id}")
+    console.text(f"  fingerprint  {bundle.fingerprint}")
+    console.text(f"  architecture {bundle.architecture_id}")
+    console.text("\nshards")
+    rows = [
+        (s.name, f"[{s.layers[0]}, {s.layers[1]})", _parts(s.embeds, s.head), s.parameters, s.bytes)
+        for s in bundle.shards
+    ]
+    console.table(("name", "layers", "with", "parameters", "bytes"), rows)
+    if bundle.manifest.cuts:
+        console.text("\nboundaries")
+        shape = f"(batch, sequence, {architecture.hidden_size})"
+        rows_ = [(f"at layer {cut}", f"hidden {shape}, past (batch), count (batch)") for cut in bundle.manifest.cuts]
+        console.table(("where", "tensors"), rows_)
+    console.text("\nfiles")
+    absent = set(bundle.absent())
+    units = {path: unit for unit, paths in bundle.manifest.units.items() for path in paths}
+    files = [
+        (path, file.size, file.sha256[:16], units.get(path, ""), "absent" if path in absent else "")
+        for path, file in bundle.manifest.files.items()
+    ]
+    console.table(("path", "bytes", "sha256", "unit", ""), files)
+    return 0
+
+
+def _parts(embeds: bool, head: bool) -> str:
+    return " and ".join(part for part, there in (("embedding", embeds), ("head", head)) if there) or "-"
+
+
+def describe(bundle: Bundle) -> dict[str, object]:
+    """What ``inspect --json`` says: names are those of the manifest."""
+    manifest = bundle.manifest
+    model = manifest.model
+    return {
+        "ok": True,
+        "bundle_id": bundle.id,
+        "fingerprint": bundle.fingerprint,
+        "architecture_id": bundle.architecture_id,
+        "model": {name: getattr(model, name) for name in type(model).__slots__},
+        "architecture": bundle.architecture.as_json(),
+        "storage": {"dtype": manifest.storage.dtype, "exceptions": manifest.storage.exceptions},
+        "shards": [{name: getattr(shard, name) for name in type(shard).__slots__} for shard in manifest.shards],
+        "boundaries": [{"at": cut, "tensors": list(BOUNDARY_TENSORS)} for cut in manifest.cuts],
+        "files": {path: {"size": file.size, "sha256": file.sha256} for path, file in manifest.files.items()},
+        "absent": list(bundle.absent()),
+        "vectors": None if manifest.vectors is None else list(manifest.vectors.lengths),
+    }
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a .splitbundle directory")
+    parser.add_argument("--shard", metavar="NAME", help="only what this shard needs; the rest may be absent")
+    parser.add_argument("--exact", action="store_true", help="refuse files that the manifest doesn't list")
+    parser.add_argument("--run", action="store_true", help="also compute the golden vectors of the original model")
+
+
+def _verify(args: argparse.Namespace, console: Console) -> int:
+    try:
+        bundle = open_bundle(args.bundle)
+        found = bundle.verify(args.shard, exact=args.exact, progress=console.progress)
+    except BundleError as error:
+        if error.codes == ("stage.name",) or error.problems[0].file == str(args.bundle):
+            raise  # nothing was verified: there is no such bundle or shard
+        raise VerificationError(error.problems) from error
+    differences = []
+    if args.run:
+        differences = bundle.run_vectors(args.shard, progress=console.progress)
+    console.end_progress()
+    for path in found.unlisted:
+        console.note(f"not listed in the manifest, and never opened: {path}")
+    what = f"{args.bundle}, shard {args.shard}" if args.shard else args.bundle
+    console.text(f"{what}: {len(found.files)} files, {found.bytes:,} bytes, every size and digest as listed")
+    for difference in differences:
+        console.text(
+            f"  {difference.where:12} differs from the original model by {difference.relative:.2g} of its largest value"
+        )
+    console.json(
+        {
+            "ok": True,
+            "bundle_id": bundle.id,
+            "files": list(found.files),
+            "bytes": found.bytes,
+            "unlisted": list(found.unlisted),
+            "differences": [
+                {"where": d.where, "largest": d.largest, "scale": d.scale, "relative": d.relative} for d in differences
+            ],
+        }
+    )
+    return 0
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a .splitbundle directory")
+    parser.add_argument("prompt", nargs="?", help="the text to go on from; by default, or for -, standard input")
+    parser.add_argument("--ids", metavar="1,2,3", type=integers, help="the prompt as token ids; ids come out")
+    parser.add_argument("--max-new-tokens", "-n", type=positive, default=64, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--top-k", type=positive, metavar="K")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0])
+    parser.add_argument("--device", help="as torch names it")
+    parser.add_argument("--dtype", help="to compute in: float32, float16 or bfloat16; by default the stored one")
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """``1,2,3``, for argparse."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers with commas between them, got {text!r}") from None
+
+
+def positive(text: str) -> int:
+    """A number from 1, for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
+    return int(text)
+
+
+def _generate(args: argparse.Namespace, console: Console) -> int:
+    bundle = open_bundle(args.bundle)
+    tokenizer = None
+    if args.ids is None:
+        tokenizer = _tokenizer(bundle)
+        ids = tokenizer.encode(_prompt(args.prompt))
+    else:
+        if args.prompt is not None:
+            raise BundleError(Problem(code="usage.prompt", argument="PROMPT", expected="text or --ids", got="both"))
+        ids = list(args.ids)
+    if not ids:
+        raise BundleError(
+            Problem(code="usage.prompt", argument="PROMPT", expected="a prompt of at least one token", got="none")
+        )
+    tokens: list[int] = []
+    pieces: list[str] = []
+    for token in _tokens(bundle, ids, args):
+        tokens.append(token)
+        if tokenizer is not None:
+            piece = tokenizer.piece(token)
+            pieces.append(piece)
+            console.text(piece, end="")
+        else:
+            console.text(str(token) if len(tokens) == 1 else f",{token}", end="")
+    console.text("")
+    result: dict[str, object] = {"ok": True, "prompt_ids": ids, "ids": tokens}
+    console.json(result | ({} if tokenizer is None else {"text": "".join(pieces)}))
+    return 0
+
+
+def _prompt(text: str | None) -> str:
+    if text is not None and text != "-":
+        return text
+    return sys.stdin.read()
+
+
+def _tokenizer(bundle: Bundle) -> TextTokenizer:
+    if bundle.manifest.text.tokenizer is None:
+        hint = "Give the prompt as token ids: --ids 1,2,3"
+        raise BundleError(
+            Problem(
+                code="text.none", file=str(bundle.path), expected="a tokenizer", got="a bundle without one", hint=hint
+            )
+        )
+    try:
+        from splitbundle.text_tokenizer import TextTokenizer
+    except ModuleNotFoundError as error:
+        if error.name != "tokenizers":
+            raise
+        raise MissingExtra.of("tokenizers", "text", "turn text into token ids (or give --ids)") from None
+    return TextTokenizer(bundle)
+
+
+def _tokens(bundle: Bundle, ids: list[int], args: argparse.Namespace) -> Iterator[int]:
+    pipeline = bundle.pipeline(backend=args.backend, device=args.device, dtype=args.dtype)
+    given = pipeline.token_ids([ids])
+    stop = bundle.manifest.text.stop_ids
+    for drawn in pipeline.generate(
+        given,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop_ids=stop,
+    ):
+        token = int(drawn[0])
+        if token in stop:
+            return
+        yield token
+
+
+COMMANDS = (
+    Command(name="inspect", help="show a bundle's model, shards and files", configure=_inspect_arguments, run=_inspect),
+    Command(
+        name="verify", help="check a bundle's files, and what they compute", configure=_verify_arguments, run=_verify
+    ),
+    Command(
+        name="generate",
+        help="go on from a prompt, through all shards",
+        configure=_generate_arguments,
+        run=_generate,
+    ),
+)

@@ -1,0 +1,97 @@
+"""What commands say: data on stdout, progress and trouble on stderr. And what a command is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, TextIO
+
+QUIET_SECONDS: Final = 1.0
+"""What is over sooner needs no progress."""
+
+
+class Console:
+    """Where a command writes. Colours aren't used, so NO_COLOR has nothing to switch off."""
+
+    def __init__(self, *, as_json: bool, quiet: bool, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self.as_json = as_json
+        self.out = out or sys.stdout
+        self.err = err or sys.stderr
+        self._quiet = quiet
+        self._began = time.monotonic()
+        self._shown = 0.0
+        self._width = 0
+
+    def text(self, text: str, *, end: str = "\n") -> None:
+        """Writes data for people, which ``--json`` leaves out."""
+        if not self.as_json:
+            self.out.write(text + end)
+            self.out.flush()
+
+    def json(self, value: object) -> None:
+        """Writes data for machines, one document a line, with ``--json`` alone."""
+        if self.as_json:
+            self.out.write(json.dumps(value) + "\n")
+            self.out.flush()
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Writes aligned columns: text to the left, numbers (with thousands separated) to the right."""
+        texts = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+        numeric = [bool(rows) and all(isinstance(row[i], int) for row in rows) for i in range(len(head))]
+        widths = [max(len(head[i]), *(len(row[i]) for row in texts), 0) for i in range(len(head))]
+        for row in ([*head], *texts):
+            cells = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)]
+            self.text("  " + "  ".join(cells).rstrip())
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Shows how far something is: one line that changes on a terminal, a line every ten seconds elsewhere."""
+        now = time.monotonic()
+        terminal = self.err.isatty()
+        pause = 0.1 if terminal else 10.0
+        if self._quiet or now - self._began < QUIET_SECONDS or (now - self._shown < pause and done < total):
+            return
+        if not terminal and self._shown == 0.0 and done >= total:
+            return
+        self._shown = now
+        share = f"{100 * done // total:3d} %" if total else ""
+        line = f"{what} {share}".rstrip()
+        if terminal:
+            self.err.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            self.err.write(line + "\n")
+        self.err.flush()
+
+    def end_progress(self) -> None:
+        """Takes the changing line away."""
+        if self._width:
+            self.err.write("\r" + " " * self._width + "\r")
+            self._width = 0
+            self.err.flush()
+
+    def note(self, text: str) -> None:
+        """Says something to people on stderr."""
+        self.end_progress()
+        if not self._quiet:
+            self.err.write(text + "\n")
+
+    def error(self, text: str) -> None:
+        """Says what went wrong on stderr."""
+        self.end_progress()
+        self.err.write(f"splitbundle: {text}\n")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A subcommand. Entry points of the group ``splitbundle.commands`` are of this type."""
+
+    name: str
+    help: str
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, Console], int]
+    writes: bool = False
+    """Whether an interruption must be turned into an orderly end: SIGTERM then ends like Ctrl-C."""

@@ -1,0 +1,53 @@
+"""Text to token ids and back, with the library ``tokenizers`` and the bundle's tokenizer.json."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from splitbundle import files, strict_json
+from splitbundle.errors import BundleError, Problem
+
+if TYPE_CHECKING:
+    from splitbundle.bundle import Bundle
+
+
+class TextTokenizer:
+    """A bundle's tokenizer. Text stays text: a control token that is spelled in a prompt isn't one.
+
+    Raises:
+        BundleError: ``file.*`` where the file isn't the listed one; ``text.tokenizer`` where the library refuses it.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        path = bundle.manifest.text.tokenizer
+        if path is None:
+            raise BundleError(
+                Problem(code="text.none", file=str(bundle.path), expected="a tokenizer", got="a bundle without one")
+            )
+        listed = bundle.manifest.files[path]
+        data = files.read_file(bundle.path, path, 16 * strict_json.MAX_BYTES, listed)
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != listed.sha256:
+            raise BundleError(
+                Problem(code="file.digest", file=path, expected=f"sha256 {listed.sha256}", got=digest, hint=files.FETCH)
+            )
+        try:
+            self._tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+        except Exception as error:  # the library raises Exception itself
+            raise BundleError(
+                Problem(code="text.tokenizer", file=path, expected="a tokenizer that the library reads", got=str(error))
+            ) from error
+        self._tokenizer.encode_special_tokens = True
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with what the tokenizer puts before and after a text."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def piece(self, token: int) -> str:
+        """The text that this token completes; often none, where a character takes several."""
+        return self._stream.step(self._tokenizer, token) or ""
