@@ -19,7 +19,8 @@ from splitbundle.version import ARCHITECTURE_VERSION
 FILE: Final = "architecture.json"
 MAX_SIZE: Final = 2**31 - 1
 """The largest vocabulary, width or count of heads: a product of two still fits 63 bits."""
-MAX_LAYERS: Final = 100_000
+MAX_LAYERS: Final = 10_000
+"""A hundred times the deepest models; ten times more would take a reader seconds and hundreds of MB to describe."""
 
 NORM_KINDS: Final = ("layer_norm", "rms_norm")
 PLACEMENTS: Final = ("pre",)

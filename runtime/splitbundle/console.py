@@ -23,6 +23,8 @@ class Console:
         self.err = err or sys.stderr
         self._quiet = quiet
         self._began = time.monotonic()
+        self._terminal = self.err.isatty()
+        self._what = ""
         self._shown = 0.0
         self._width = 0
 
@@ -48,18 +50,17 @@ class Console:
             self.text("  " + "  ".join(cells).rstrip())
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Shows how far something is: one line that changes on a terminal, a line every ten seconds elsewhere."""
+        """Shows how far something is: one line that changes on a terminal; elsewhere a line for each step, and then
+        one every ten seconds.
+        """
         now = time.monotonic()
-        terminal = self.err.isatty()
-        pause = 0.1 if terminal else 10.0
-        if self._quiet or now - self._began < QUIET_SECONDS or (now - self._shown < pause and done < total):
+        if self._quiet or (what == self._what and now - self._shown < (0.1 if self._terminal else 10.0)):
             return
-        if not terminal and self._shown == 0.0 and done >= total:
+        if not self._terminal and now - self._began < QUIET_SECONDS:
             return
-        self._shown = now
-        share = f"{100 * done // total:3d} %" if total else ""
-        line = f"{what} {share}".rstrip()
-        if terminal:
+        line = what if what != self._what or not total else f"{what} {100 * done // total:3d} %"
+        self._what, self._shown = what, now
+        if self._terminal:
             self.err.write("\r" + line.ljust(self._width))
             self._width = len(line)
         else:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from splitbundle import names, strict_json
 from splitbundle.architecture import FILE as ARCHITECTURE_FILE
-from splitbundle.architecture import Architecture, count
+from splitbundle.architecture import MAX_SIZE, Architecture, count
 from splitbundle.errors import quoted
-from splitbundle.fields import Field, Problems
+from splitbundle.fields import Field, Problems, escape
 from splitbundle.version import FORMAT_VERSION
 
 FILE: Final = names.MANIFEST
@@ -21,6 +22,10 @@ ENCODINGS: Final = ("plain",)
 EXTENSIONS: Final[frozenset[str]] = frozenset()
 """The named extensions that this reader understands."""
 BOUNDARY_TENSORS: Final = ("hidden", "past", "count")
+EMBEDDING: Final = "embedding.token.weight"
+"""The one logical tensor that a source may hold twice: once more as a tied head's projection."""
+MAX_CASES: Final = 64
+"""The most golden vectors: each case has a tensor a layer, and a reader names them all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,7 +338,7 @@ def _units(field: Field) -> dict[str, tuple[str, ...]]:
 
 
 def _file(path: str, field: Field) -> File:
-    if not names.is_path(path) or path in (FILE, names.SUMS):
+    if not names.is_path(path) or names.is_own(path):
         field.problems.add("field.value", field.pointer, names.PATH_RULE, quoted(path))
     weights = path.endswith(".safetensors")
     members = field.members(["size", "sha256", *(["header_sha256"] if weights else [])])
@@ -358,7 +363,7 @@ def _vectors(field: Field) -> Vectors:
     members = field.members(["file", "lengths"])
     return Vectors(
         file=members["file"].string(),
-        lengths=tuple(item.integer(1) for item in members["lengths"].items(minimum=1)),
+        lengths=tuple(item.integer(1, MAX_SIZE) for item in members["lengths"].items(minimum=1, maximum=MAX_CASES)),
     )
 
 
@@ -376,15 +381,15 @@ def _check_files(manifest: Manifest, problems: Problems) -> None:
     if ARCHITECTURE_FILE not in manifest.files:
         problems.add("manifest.files", "/files", f"an entry {quoted(ARCHITECTURE_FILE)}", "none")
     folded: dict[str, str] = {}
-    directories = {path.rpartition("/")[0] for path in manifest.files} - {""}
+    directories = {path[:i].lower() for path in manifest.files for i, letter in enumerate(path) if letter == "/"}
     for path in manifest.files:
         other = folded.setdefault(path.lower(), path)
-        if other != path or path in directories:
+        if other != path or path.lower() in directories:
             problems.add("manifest.files", "/files", "paths that differ in more than case", quoted(path))
     listed: set[str] = set()
     for unit, paths in manifest.units.items():
         for i, path in enumerate(paths):
-            pointer = f"/units/{unit}/files/{i}"
+            pointer = f"/units/{escape(unit)}/files/{i}"
             if path not in manifest.files or not path.endswith(".safetensors") or "/" in path:
                 problems.add("manifest.files", pointer, "a .safetensors file of /files, at the top", quoted(path))
             elif path in listed:
@@ -448,11 +453,11 @@ def check_against(manifest: Manifest, architecture: Architecture) -> None:
     units = architecture.unit_tensors()
     shapes = {name: shape for tensors in units.values() for name, shape in tensors.items()}
     total = len(architecture.layers)
-    if tuple(manifest.units) != tuple(units):
-        missing = [unit for unit in units if unit not in manifest.units]
-        extra = [unit for unit in manifest.units if unit not in units]
-        got = f"missing {quoted(missing)}, extra {quoted(extra)}" if missing or extra else "another order"
-        problems.add("manifest.units", "/units", f"the {len(units)} units of the architecture, in order", got)
+    missing = [unit for unit in units if unit not in manifest.units]
+    extra = [unit for unit in manifest.units if unit not in units]
+    if missing or extra:
+        got = f"missing {quoted(missing)}, extra {quoted(extra)}"
+        problems.add("manifest.units", "/units", f"the {len(units)} units of the architecture", got)
     if manifest.shards[-1].layers[1] != total:
         at = f"/shards/{len(manifest.shards) - 1}/layers/1"
         problems.add("manifest.layers", at, f"{total}, the number of layers", str(manifest.shards[-1].layers[1]))
@@ -467,12 +472,16 @@ def check_against(manifest: Manifest, architecture: Architecture) -> None:
         if stop >= architecture.vocab_size:
             at, below = f"/text/stop_ids/{i}", f"an id below vocab_size ({architecture.vocab_size})"
             problems.add("manifest.text", at, below, str(stop))
+    limit = architecture.position_limit
+    for i, length in enumerate(() if manifest.vectors is None else manifest.vectors.lengths):
+        if limit is not None and length > limit:
+            problems.add("manifest.vectors", f"/vectors/lengths/{i}", f"at most {limit}, the positions", str(length))
     if manifest.model.parameters != count(shapes):
         problems.add("manifest.model", "/model/parameters", str(count(shapes)), str(manifest.model.parameters))
     problems.raise_if_any()
     for i, shard in enumerate(manifest.shards):
         _check_shard_totals(manifest, architecture, units, shard, f"/shards/{i}", problems)
-    _check_source_names(manifest, set(shapes), total, problems)
+    _check_source_names(manifest, shapes, total, problems)
     known = fingerprint(manifest.files, manifest.weight_files())
     for key, expected in (
         ("architecture", f"sha256:{manifest.files[ARCHITECTURE_FILE].sha256}"),
@@ -503,22 +512,23 @@ def _check_shard_totals(
             problems.add("manifest.shards", f"{at}/{key}", str(expected), str(getattr(shard, key)))
 
 
-def expand(entry: SourceName, layers: int) -> list[SourceName]:
-    """The entries that a template stands for: one a layer, or itself."""
+def expand(entry: SourceName, layers: int) -> Iterator[SourceName]:
+    """The entries that a template stands for, one by one: one a layer, or itself."""
     if "{layer}" not in entry.source:
-        return [entry]
-    return [
-        SourceName(
+        yield entry
+        return
+    for i in range(layers):
+        yield SourceName(
             source=entry.source.replace("{layer}", str(i)),
             tensors=tuple(name.replace("{layer}", str(i)) for name in entry.tensors),
             transposed=entry.transposed,
         )
-        for i in range(layers)
-    ]
 
 
-def _check_source_names(manifest: Manifest, logical: set[str], layers: int, problems: Problems) -> None:
-    """The table back to the source names every logical tensor, and no source tensor twice."""
+def _check_source_names(
+    manifest: Manifest, shapes: dict[str, tuple[int, ...]], layers: int, problems: Problems
+) -> None:
+    """The table back to the source names every logical tensor, and no source tensor twice, and can be followed."""
     sources: set[str] = set()
     covered: set[str] = set()
     for i, entry in enumerate(manifest.source_names):
@@ -539,13 +549,26 @@ def _check_source_names(manifest: Manifest, logical: set[str], layers: int, prob
                     "a source tensor of one entry alone",
                     quoted(expanded.source),
                 )
-            unknown = [name for name in expanded.tensors if name not in logical]
+            unknown = [name for name in expanded.tensors if name not in shapes]
             if unknown:
                 problems.add("manifest.sources", f"{at}/tensors", "names of logical tensors", quoted(unknown[0]))
                 break
+            if len({(shapes[name][1:], manifest.storage.dtype_of(name)) for name in expanded.tensors}) > 1:
+                wanted = "tensors of one dtype that can be concatenated along their first dimension"
+                problems.add("manifest.sources", f"{at}/tensors", wanted, quoted(expanded.tensors))
+                break
+            if expanded.transposed and len(shapes[expanded.tensors[0]]) != 2:
+                wanted = "false, as the tensors haven't two dimensions"
+                problems.add("manifest.sources", f"{at}/transposed", wanted, "true")
+                break
+            again = [name for name in expanded.tensors if name in covered and name != EMBEDDING]
+            if again or len(set(expanded.tensors)) != len(expanded.tensors):
+                wanted = f"tensors that no other source tensor holds, but for {EMBEDDING}"
+                problems.add("manifest.sources", f"{at}/tensors", wanted, quoted(expanded.tensors))
+                break
             sources.add(expanded.source)
             covered.update(expanded.tensors)
-    left = logical - covered
+    left = shapes.keys() - covered
     if left and not problems.found:
         problems.add(
             "manifest.sources",

@@ -29,6 +29,11 @@ def is_path(path: str) -> bool:
     return len(parts) <= MAX_DEPTH and all(is_part(part) for part in parts)
 
 
+def is_own(path: str) -> bool:
+    """Whether ``path``, or the directory that it begins with, would meet a file that every bundle has unlisted."""
+    return path.partition("/")[0].lower() in (MANIFEST, SUMS.lower())
+
+
 def is_part(part: str) -> bool:
     """Whether ``part`` may name a file or a directory."""
     return bool(_PART.fullmatch(part)) and not part.endswith(".") and not _RESERVED.fullmatch(part)

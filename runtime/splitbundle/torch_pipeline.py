@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.torch_positions import KVCache
@@ -32,11 +33,14 @@ class Session:
         """Forgets the last tokens of every row, or of each row as many as are given for it.
 
         Raises:
-            BundleError: ``session.rollback`` for more than a row has.
+            BundleError: ``session.rollback`` for more than a row has, or another number of rows.
         """
         back = [tokens] * self.batch_size if isinstance(tokens, int) else list(tokens)
+        if len(back) != self.batch_size:
+            expected = f"one number, or one for each of {self.batch_size} rows"
+            raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(back)))
         for row, (n, past) in enumerate(zip(back, self.past, strict=True)):
-            if not 0 <= n <= past:
+            if type(n) is not int or not 0 <= n <= past:
                 expected = f"0 to {past} tokens, what row {row} has"
                 raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(n)))
         self.past = [past - n for past, n in zip(self.past, back, strict=True)]
@@ -47,7 +51,7 @@ class Session:
         Raises:
             BundleError: ``input.value`` for rows that don't exist, or another number of them.
         """
-        if len(rows) != self.batch_size or not all(0 <= row < self.batch_size for row in rows):
+        if len(rows) != self.batch_size or not all(type(row) is int and 0 <= row < self.batch_size for row in rows):
             expected = f"{self.batch_size} row numbers below {self.batch_size}"
             raise BundleError(Problem(code="input.value", argument="rows", expected=expected, got=quoted(list(rows))))
         for cache in self.caches:
@@ -133,10 +137,12 @@ class Pipeline(nn.Module):
         """
         first = self.first
         first._check(token_ids)
+        length = token_ids.shape[1]
         starts = counts = None
         if attention_mask is not None:
             starts, counts = _runs(attention_mask, token_ids)
-            token_ids = _shift(token_ids, starts)
+            # What is padding in every row isn't computed, and needs no room in a cache.
+            token_ids = _shift(token_ids, starts)[:, : max(1, *counts)]
         past = None if session is None else session.past
         positions = first.positions(token_ids, past, counts, cached=session is not None)
         x = token_ids
@@ -150,6 +156,7 @@ class Pipeline(nn.Module):
         if session is not None:
             session.past = [before + n for before, n in zip(positions.past, positions.count, strict=True)]
         if starts is not None and logits == "all":
+            x = functional.pad(x, (0, 0, 0, length - x.shape[1]))
             x = _shift(x, [-start for start in starts])
         return x
 

@@ -52,8 +52,9 @@ class Positions:
                 self._slots = (offsets + self.uniform)[None]
             else:
                 past = torch.tensor(self.past, device=self.device)[:, None]
-                last = torch.tensor(self.count, device=self.device)[:, None].clamp(min=1) - 1
-                self._slots = past + torch.minimum(offsets[None], last)
+                # A row without tokens repeats the one before them: its next position may be beyond every table.
+                last = (past + torch.tensor(self.count, device=self.device)[:, None] - 1).clamp(min=0)
+                self._slots = torch.minimum(past + offsets[None], last)
         return self._slots
 
     @property

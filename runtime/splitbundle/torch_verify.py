@@ -58,7 +58,7 @@ def run_vectors(bundle: Bundle, shard: str | None = None, progress: Progress | N
     found: dict[str, Difference] = {}
     for i, part in enumerate(shards):
         if progress is not None:
-            progress(f"running {part.name}", i, len(shards))
+            progress("running the shards", i, len(shards))
         selection = bundle.select(part.name)
         stage = load_stages(bundle, [selection], dtype="float32")[0]
         for case in range(len(vectors.lengths)):
@@ -69,7 +69,7 @@ def run_vectors(bundle: Bundle, shard: str | None = None, progress: Progress | N
             got = states[case][0, -1] if where == "logits" else states[case][0]
             _widen(found, where, got, expected)
     if progress is not None:
-        progress("running", len(shards), len(shards))
+        progress("running the shards", len(shards), len(shards))
     wrong = [difference for difference in found.values() if not difference.relative <= TOLERANCE]
     if wrong:
         raise ParityError(

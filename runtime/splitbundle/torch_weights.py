@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -24,6 +25,16 @@ DTYPES = {
 
 # Once per process torch warns that a read-only mapping isn't writable. It isn't, on purpose; nobody writes to it.
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+
+
+def _after_fork() -> None:
+    torch.set_num_threads(1)
+
+
+# GNU's OpenMP waits for ever in a forked child for threads that only the parent has; spec/decisions/0002 has the whole
+# story. It's the one setting of a process that this package changes, and only in a child that would hang without.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def map_tensors(bundle: Bundle, group: str, *, writable: bool = False) -> dict[str, Tensor]:

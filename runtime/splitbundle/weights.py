@@ -138,6 +138,8 @@ def parse(raw: bytes, path: str, size: int, expected: dict[str, Tensor], *, more
     problems.raise_if_any()
     if more:
         expected = dict(islice(expected.items(), len(found)))
+    if not expected:
+        problems.add("weights.tensors", "", "at least one tensor", "none")
     for name, tensor in expected.items():
         if name not in found:
             problems.add("weights.tensors", "", f"a tensor {quoted(name)}", "none")

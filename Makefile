@@ -1,0 +1,33 @@
+# The README's two commands. Each makes its own virtual environment and needs nothing but Python 3.
+PYTHON ?= python3
+WORKERS ?= 2
+PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo/.installed
+	.venv/demo/bin/python examples/demo.py
+
+test: .venv/test/.installed lint
+	.venv/test/bin/python -m pytest --numprocesses $(WORKERS)
+
+lint: .venv/test/.installed
+	.venv/test/bin/ruff check .
+	.venv/test/bin/ruff format --check .
+	.venv/test/bin/mypy
+
+# torch first and by its exact version: a loose requirement brings gigabytes of GPU packages.
+.venv/demo/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv/demo
+	.venv/demo/bin/python $(PIP) torch
+	.venv/demo/bin/python $(PIP) --editable ".[convert]"
+	touch $@
+
+.venv/test/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv/test
+	.venv/test/bin/python $(PIP) torch
+	.venv/test/bin/python $(PIP) --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,46 @@
+"""Generates from three chained shards, by hand, in a process that imports no model zoo.
+
+    python examples/chain_three_shards.py license.splitbundle "Licensed under the Apache License"
+
+Each shard could as well run on a machine of its own: what crosses from one to the next is the tensor ``hidden``, and
+two integers a row.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+import splitbundle
+from splitbundle.text_tokenizer import TextTokenizer
+
+NEW_TOKENS = 60
+
+
+def main() -> int:
+    """Prints the text as it is generated, and what took part."""
+    path, prompt = sys.argv[1], sys.argv[2]
+    bundle = splitbundle.open(path)
+    stages = [bundle.stage(shard.name) for shard in bundle.shards]
+    tokenizer = TextTokenizer(bundle)
+    ids = tokenizer.encode(prompt)
+    caches = [stage.cache(batch_size=1, capacity=len(ids) + NEW_TOKENS) for stage in stages]
+    past, now = 0, ids
+    print(prompt, end="")
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS):
+            x = torch.tensor([now])
+            for stage, cache in zip(stages, caches, strict=True):
+                x = stage(x, past=[past], cache=cache, logits="last")
+            past += len(now)
+            now = [int(x[0, -1].argmax())]
+            print(tokenizer.piece(now[0]), end="", flush=True)
+    zoo = sorted({"transformers", "safetensors", "onnx", "onnxruntime"} & sys.modules.keys())
+    print(f"\n\n{len(stages)} shards ({', '.join(stage.name for stage in stages)}), {NEW_TOKENS} tokens.")
+    print(f"Model zoos imported: {', '.join(zoo) or 'none'}.")
+    return 1 if zoo else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
