@@ -60,11 +60,20 @@ INERT: Final = frozenset(
 class ConfigReader:
     """The fields of a configuration, typed, with a record of which were read."""
 
-    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any], file: str) -> None:
-        self._values, self._defaults, self._file = values, defaults, file
+    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any], file: str, pointer: str = "") -> None:
+        self._values, self._defaults, self._file, self._pointer = values, defaults, file, pointer
         self.read: set[str] = set()
         """The fields that somebody knows."""
         self.problems: list[Problem] = []
+
+    def inside(self, name: str) -> ConfigReader:
+        """A reader of an object that is a field's value; its problems are to be added to this one's."""
+        value = self.raw(name)
+        return ConfigReader(value if isinstance(value, dict) else {}, {}, self._file, f"{self._pointer}/{name}")
+
+    def unread(self) -> list[str]:
+        """The fields that nobody has read."""
+        return [name for name in self._values if name not in self.read]
 
     def raw(self, name: str) -> Any:
         """A field as it is; None when it isn't there."""
@@ -78,7 +87,7 @@ class ConfigReader:
             Problem(
                 code="source.config",
                 file=self._file,
-                pointer=f"/{name}",
+                pointer=f"{self._pointer}/{name}",
                 expected=expected,
                 got=quoted(got),
                 hint=hint,

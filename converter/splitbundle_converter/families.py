@@ -247,14 +247,11 @@ def llama_like(
 
 def rotary(config: ConfigReader, head_dim: int) -> Rotary:
     """Rotary positions from ``rope_parameters``."""
-    given = config.raw("rope_parameters")
-    values = dict(given) if isinstance(given, dict) else {}
-    if not values:
-        config.refuse("rope_parameters", "an object")
-    inner = ConfigReader(values, {}, "config.json: rope_parameters")
+    inner = config.inside("rope_parameters")
     inner.inert(["type"])  # an old name of rope_type, which transformers keeps beside it
     scalings = ("default", "linear", "llama3")
     kind = inner.choice("rope_type", dict(zip(scalings, scalings, strict=True)))
+    known = not inner.problems
     scaling: Scaling = Unscaled()
     if kind == "linear":
         scaling = Linear(factor=inner.number("factor"))
@@ -269,8 +266,8 @@ def rotary(config: ConfigReader, head_dim: int) -> Rotary:
             inner.refuse("high_freq_factor", f"more than low_freq_factor ({scaling.low_frequency_factor})")
     inner.only("partial_rotary_factor", 1.0, None)
     base = inner.number("rope_theta")
-    for name in values:
-        if name not in inner.read:
+    if known:  # what another rope_type means by its parameters isn't known here
+        for name in inner.unread():
             inner.refuse(name, f"no such parameter with rope_type {kind}")
     config.problems += inner.problems
     return Rotary(base=base, dim=head_dim, layout="half", scaling=scaling)

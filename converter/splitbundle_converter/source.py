@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from splitbundle import strict_json
+from splitbundle.architecture import MAX_LAYERS
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle_converter.families import FAMILIES
 
 CONFIG: Final = "config.json"
 SINGLE: Final = "model.safetensors"
@@ -33,6 +35,7 @@ TEXT_FILES: Final = (
 )
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LAYER_COUNTS: Final = ("num_hidden_layers", "n_layer")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -56,7 +59,8 @@ class Source:
         """The model type, the configuration's fields, and the defaults of its class. Remote code never runs.
 
         Raises:
-            BundleError: ``source.missing``, ``source.remote-code``, ``source.quantised``, ``source.config``.
+            BundleError: ``source.missing``, ``source.family``, ``source.remote-code``, ``source.quantised``,
+                ``source.config``.
         """
         raw = strict_json.parse(self.read(CONFIG), CONFIG)
         if not isinstance(raw, dict):
@@ -70,11 +74,21 @@ class Source:
             raise _refused(
                 "source.quantised", CONFIG, "weights that aren't quantised", got, hint, "/quantization_config"
             )
+        # Other classes than those of the table aren't even built: some make a list of as many items as a field says.
+        model_type = raw.get("model_type")
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            expected = f"one of {', '.join(sorted(FAMILIES))}"
+            raise _refused("source.family", CONFIG, expected, quoted(model_type), pointer="/model_type")
+        for field in _LAYER_COUNTS:
+            count = raw.get(field)
+            if type(count) is int and not 1 <= count <= MAX_LAYERS:
+                expected = f"an integer from 1 to {MAX_LAYERS}"
+                raise _refused("source.config", CONFIG, expected, quoted(count), pointer=f"/{field}")
         from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(str(self.directory), trust_remote_code=False, local_files_only=True)
-        except (ValueError, TypeError, KeyError, OSError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, ArithmeticError, OSError, AttributeError) as error:
             raise _refused("source.config", CONFIG, "a configuration that transformers reads", _line(error)) from error
         except Exception as error:  # huggingface_hub's validation errors derive from Exception alone
             if not type(error).__module__.startswith("huggingface_hub"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -421,8 +423,14 @@ def _backend(name: str) -> ModuleType:
 
 
 def _torch_module(name: str) -> ModuleType:
+    full = f"splitbundle.{name}"
+    if full in sys.modules:
+        return sys.modules[full]
     try:
-        return importlib.import_module(f"splitbundle.{name}")
+        with warnings.catch_warnings():
+            # torch says so where there is no numpy, which is how it comes when it is installed alone.
+            warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+            return importlib.import_module(full)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

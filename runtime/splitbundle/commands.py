@@ -126,7 +126,9 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a .splitbundle directory")
     parser.add_argument("prompt", nargs="?", help="the text to go on from; by default, or for -, standard input")
     parser.add_argument("--ids", metavar="1,2,3", type=integers, help="the prompt as token ids; ids come out")
-    parser.add_argument("--max-new-tokens", "-n", type=positive, default=64, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", "-n", type=positive, metavar="N", help="by default 64, or what the model has positions for"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     parser.add_argument("--top-k", type=positive, metavar="K")
     parser.add_argument("--top-p", type=float, metavar="P")
@@ -207,10 +209,12 @@ def _tokenizer(bundle: Bundle) -> TextTokenizer:
 def _tokens(bundle: Bundle, ids: list[int], args: argparse.Namespace) -> Iterator[int]:
     pipeline = bundle.pipeline(backend=args.backend, device=args.device, dtype=args.dtype)
     given = pipeline.token_ids([ids])
+    limit = bundle.architecture.position_limit
+    room = 64 if limit is None else max(1, min(64, limit - len(ids) + 1))
     stop = bundle.manifest.text.stop_ids
     for drawn in pipeline.generate(
         given,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=args.max_new_tokens or room,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,

@@ -171,7 +171,7 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor, positions: Positions) -> Tensor:
         """*Shape:* (batch, sequence) -> (batch, sequence, hidden)."""
-        x: Tensor = self.token(ids)
+        x: Tensor = self.token(ids.long())  # torch looks up by 32 and 64 bits alone
         if self.facts.multiplier != 1.0:
             x = x * self.facts.multiplier
         return x if self.position is None else x + self.position(positions.slots)

@@ -40,7 +40,7 @@ class Session:
             expected = f"one number, or one for each of {self.batch_size} rows"
             raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(back)))
         for row, (n, past) in enumerate(zip(back, self.past, strict=True)):
-            if type(n) is not int or not 0 <= n <= past:
+            if not 0 <= n <= past:
                 expected = f"0 to {past} tokens, what row {row} has"
                 raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(n)))
         self.past = [past - n for past, n in zip(self.past, back, strict=True)]
@@ -51,7 +51,7 @@ class Session:
         Raises:
             BundleError: ``input.value`` for rows that don't exist, or another number of them.
         """
-        if len(rows) != self.batch_size or not all(type(row) is int and 0 <= row < self.batch_size for row in rows):
+        if len(rows) != self.batch_size or not all(0 <= row < self.batch_size for row in rows):
             expected = f"{self.batch_size} row numbers below {self.batch_size}"
             raise BundleError(Problem(code="input.value", argument="rows", expected=expected, got=quoted(list(rows))))
         for cache in self.caches:
@@ -192,10 +192,14 @@ class Pipeline(nn.Module):
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         self.first._check(token_ids)
+        if type(max_new_tokens) is not int or max_new_tokens < 0:
+            got = quoted(max_new_tokens)
+            raise BundleError(
+                Problem(code="input.value", argument="max_new_tokens", expected="a number from 0", got=got)
+            )
         if session is None:
-            capacity = token_ids.shape[1] + max_new_tokens
-            limit = self.first.architecture.position_limit
-            session = self.session(token_ids.shape[0], capacity if limit is None else min(capacity, limit))
+            # The last token is given and not fed again, so it needs no slot.
+            session = self.session(token_ids.shape[0], token_ids.shape[1] + max(0, max_new_tokens - 1))
         return self._generate(token_ids, attention_mask, max_new_tokens, sampling, frozenset(stop_ids), session)
 
     def _generate(

@@ -157,6 +157,8 @@ class Stage(nn.Module):
         name = "token ids" if self.embeds else f"hidden at layer {self.layer_range[0]}"
         if not isinstance(inputs, Tensor):
             self._refuse("input.type", name, "a torch.Tensor", type(inputs).__name__)
+        if inputs.device != self.device:
+            self._refuse("input.device", name, f"{self.device}, where this stage is", str(inputs.device))
         if self.embeds:
             if inputs.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
                 self._refuse("input.dtype", name, "an integer dtype", str(inputs.dtype))
@@ -172,8 +174,6 @@ class Stage(nn.Module):
             width = self.architecture.hidden_size
             if inputs.ndim != 3 or 0 in inputs.shape or inputs.shape[2] != width:
                 self._refuse("input.shape", name, f"(batch, sequence, {width})", str(tuple(inputs.shape)))
-        if inputs.device != self.device:
-            self._refuse("input.device", name, f"{self.device}, where this stage is", str(inputs.device))
 
     def _rows(self, name: str, given: Rows | None, batch: int, default: int, low: int, high: int) -> list[int]:
         if given is None:

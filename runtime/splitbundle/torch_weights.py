@@ -23,8 +23,11 @@ DTYPES = {
     "int64": torch.int64,
 }
 
-# Once per process torch warns that a read-only mapping isn't writable. It isn't, on purpose; nobody writes to it.
-warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+# Once per process torch warns that a read-only buffer isn't writable. Ours aren't, on purpose; nobody writes to them:
+# the warning is spent here, on one byte, so that no filter of the process need be changed for good.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
 def _after_fork() -> None:

@@ -1,0 +1,31 @@
+"""The runtime's own suite: it needs torch, pytest and the golden bundles, and nothing else at all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import splitbundle
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "v1.0"
+NAMES = sorted(path.name for path in GOLDEN.glob("*.splitbundle"))
+
+
+@pytest.fixture(params=NAMES)
+def golden(request: pytest.FixtureRequest) -> splitbundle.Bundle:
+    """Each golden bundle in turn."""
+    return splitbundle.open(GOLDEN / request.param)
+
+
+@pytest.fixture
+def gpt2() -> splitbundle.Bundle:
+    """The golden GPT-2: tied head, learned positions, three layers cut at 1 and 2."""
+    return splitbundle.open(GOLDEN / "gpt2.splitbundle")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the golden GPT-2, to be spoilt."""
+    return Path(shutil.copytree(GOLDEN / "gpt2.splitbundle", tmp_path / "gpt2.splitbundle"))
