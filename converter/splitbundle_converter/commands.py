@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Final
 
+import splitbundle_converter
 from splitbundle.bundle import Bundle
 from splitbundle.commands import integers, positive
 from splitbundle.console import Command, Console
 from splitbundle.errors import MissingExtra
 
 DTYPES: Final = ("keep", "float32", "float16", "bfloat16")
-_LIBRARIES: Final = ("torch", "transformers", "safetensors", "jsonschema", "huggingface_hub", "numpy")
+LIBRARIES: Final = ("torch", "transformers", "safetensors", "jsonschema", "huggingface_hub", "numpy")
 
 
 def _shard_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,18 +45,19 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _convert(args: argparse.Namespace, console: Console) -> int:
     output = args.output or f"{Path(args.source).resolve().name}.splitbundle"
-    bundle = _module("conversion").convert(
-        args.source,
-        output,
-        split=args.split,
-        names=args.names,
-        dtype=args.dtype,
-        revision=args.revision,
-        check=args.check,
-        force=args.force,
-        max_file_size=args.max_file_size,
-        progress=console.progress,
-    )
+    with _libraries():
+        bundle = splitbundle_converter.convert(
+            args.source,
+            output,
+            split=args.split,
+            names=args.names,
+            dtype=args.dtype,
+            revision=args.revision,
+            check=args.check,
+            force=args.force,
+            max_file_size=args.max_file_size,
+            progress=console.progress,
+        )
     return _report(bundle, output, console)
 
 
@@ -65,9 +68,10 @@ def _resplit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _resplit(args: argparse.Namespace, console: Console) -> int:
     output = args.output or args.bundle
-    bundle = _module("resplitting").resplit(
-        args.bundle, output, split=args.split, names=args.names, force=args.force, progress=console.progress
-    )
+    with _libraries():
+        bundle = splitbundle_converter.resplit(
+            args.bundle, output, split=args.split, names=args.names, force=args.force, progress=console.progress
+        )
     return _report(bundle, output, console)
 
 
@@ -82,13 +86,13 @@ def _report(bundle: Bundle, output: str, console: Console) -> int:
     return 0
 
 
-def _module(name: str) -> ModuleType:
-    import importlib
-
+@contextmanager
+def _libraries() -> Iterator[None]:
+    """Says how to get a library that turns out to be missing: some are imported only when they are needed."""
     try:
-        return importlib.import_module(f"splitbundle_converter.{name}")
+        yield
     except ModuleNotFoundError as error:
-        if error.name not in _LIBRARIES:
+        if error.name is None or error.name.partition(".")[0] not in LIBRARIES:
             raise
         raise MissingExtra.of(error.name, "convert", "convert checkpoints") from None
 

@@ -6,21 +6,20 @@ import contextlib
 import importlib
 import os
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from splitbundle import architecture as architectures
-from splitbundle import files, manifest, names, strict_json, weights
+from splitbundle import files, manifest, strict_json, verification, weights
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
 from splitbundle.files import Progress
 from splitbundle.manifest import Manifest, Shard
+from splitbundle.verification import Verification
 
 if TYPE_CHECKING:
     from splitbundle.torch_pipeline import Pipeline
@@ -41,15 +40,6 @@ class Selection:
     embeds: bool
     head: bool
     units: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verification:
-    """What was verified, and what lies in the directory without being listed."""
-
-    files: tuple[str, ...]
-    bytes: int
-    unlisted: tuple[str, ...]
 
 
 class Bundle:
@@ -171,35 +161,7 @@ class Bundle:
         Raises:
             BundleError: every problem of every file.
         """
-        problems = self._check_sums()
-        listed = self._listed(shard)
-        total = sum(self.manifest.files[path].size for path in listed)
-        count = _counter("verifying", total, progress)
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashlib lets go of the interpreter lock
-            for found in pool.map(lambda path: self._check_digest(path, count), listed):
-                problems += found
-        wrong = {problem.file for problem in problems}
-        for unit, paths in self.weight_groups().items():
-            if set(paths) <= set(listed) - wrong:
-                try:
-                    for _ in self.open_weights(unit):
-                        pass
-                except BundleError as error:
-                    problems += error.problems
-        unlisted = files.unlisted(self.path, {*self.manifest.files, manifest.FILE, names.SUMS})
-        if exact:
-            problems += [
-                Problem(
-                    code="file.unlisted",
-                    file=path,
-                    expected="only files that the manifest lists",
-                    got="this one",
-                )
-                for path in unlisted
-            ]
-        if problems:
-            raise BundleError(problems)
-        return Verification(files=tuple(listed), bytes=total, unlisted=tuple(unlisted))
+        return verification.verify(self, shard, exact=exact, progress=progress)
 
     def run_vectors(self, shard: str | None = None, *, progress: Progress | None = None) -> list[Difference]:
         """Computes the golden vectors in float32 through all shards, or through one from its golden input.
@@ -213,55 +175,6 @@ class Bundle:
         """
         found: list[Difference] = _torch_module("torch_verify").run_vectors(self, shard, progress)
         return found
-
-    def _listed(self, shard: str | None) -> list[str]:
-        if shard is None:
-            return list(self.manifest.files)
-        units = self.shard(shard).units
-        return [architectures.FILE, *(path for unit in units for path in self.manifest.units[unit])]
-
-    def _check_sums(self) -> list[Problem]:
-        lines = {path: manifest.sums_line(file.sha256, path) for path, file in self.manifest.files.items()}
-        lines[manifest.FILE] = manifest.sums_line(self.id.removeprefix("sha256:"), manifest.FILE)
-        try:
-            found = files.read_file(self.path, names.SUMS, strict_json.MAX_BYTES)
-        except BundleError as error:
-            return list(error.problems)
-        expected = [lines[path] for path in sorted(lines)]
-        got = found.decode("utf-8", "replace").splitlines(keepends=True)
-        if got == expected:
-            return []
-        # When only the manifest's own line is off and well-formed, it is the manifest that was changed.
-        changed = [(a, b) for a, b in zip(expected, got, strict=False) if a != b]
-        suffix = f"  {manifest.FILE}\n"
-        culprit = names.SUMS
-        if len(got) == len(expected) and len(changed) == 1 and changed[0][0].endswith(suffix):
-            digest = changed[0][1].removesuffix(suffix)
-            culprit = manifest.FILE if names.SHA256.fullmatch(digest) else names.SUMS
-        line = next(
-            (i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b),
-            min(len(expected), len(got)),
-        )
-        return [
-            Problem(
-                code="sums.mismatch",
-                file=culprit,
-                expected=quoted(expected[line], 160) if line < len(expected) else f"the end of {names.SUMS}",
-                got=quoted(got[line], 160) if line < len(got) else f"the end of {names.SUMS}",
-            )
-        ]
-
-    def _check_digest(self, path: str, count: Callable[[int], None]) -> list[Problem]:
-        listed = self.manifest.files[path]
-        try:
-            with files.open_file(self.path, path, listed) as file:
-                digest = files.sha256(file, count)
-        except BundleError as error:
-            return list(error.problems)
-        if digest == listed.sha256:
-            return []
-        expected = f"sha256 {listed.sha256}"
-        return [Problem(code="file.digest", file=path, expected=expected, got=digest, hint=files.FETCH)]
 
     def weight_groups(self) -> dict[str, tuple[str, ...]]:
         """Everything that is stored as tensors: each unit, and the golden vectors, with its files in order."""
@@ -397,21 +310,6 @@ def _mend(root: Path) -> None:
         if len(old) == 1:
             with contextlib.suppress(OSError):  # another process mended it first
                 old[0].rename(root)
-
-
-def _counter(what: str, total: int, progress: Progress | None) -> Callable[[int], None]:
-    """A function that adds to what is done, from any thread, and reports it."""
-    done = 0
-    lock = threading.Lock()
-
-    def advance(count: int) -> None:
-        nonlocal done
-        if progress is not None:
-            with lock:
-                done += count
-                progress(what, done, total)
-
-    return advance
 
 
 def _backend(name: str) -> ModuleType:

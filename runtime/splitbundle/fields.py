@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, Final
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.strict_json import MAX_INTEGER
+
+MAX_PROBLEMS: Final = 100
+"""A hostile document could have millions, and nobody reads more."""
+MAX_ITEMS: Final = 2**18
+"""More than the tensors of the deepest model that ``architecture.MAX_LAYERS`` allows."""
 
 
 class Problems:
@@ -18,8 +23,10 @@ class Problems:
         self.found: list[Problem] = []
 
     def add(self, code: str, pointer: str, expected: str, got: str, hint: str | None = None) -> None:
-        """Notes a problem; reading goes on, so that one run names them all."""
+        """Notes a problem; reading goes on, so that one run names them all (BundleError at the hundredth)."""
         self.found.append(Problem(code=code, file=self.file, pointer=pointer, expected=expected, got=got, hint=hint))
+        if len(self.found) >= MAX_PROBLEMS:
+            self.raise_if_any()
 
     def raise_if_any(self) -> None:
         """Raises BundleError with everything noted so far."""
@@ -70,16 +77,15 @@ class Field:
         for key, value in self.value.items():
             yield key, Field(value, self.problems, f"{self.pointer}/{escape(key)}")
 
-    def items(self, *, minimum: int = 0, maximum: int | None = None) -> list[Field]:
-        """The items of an array."""
+    def items(self, *, minimum: int = 0, maximum: int = MAX_ITEMS) -> list[Field]:
+        """The items of an array; none of one that is too long."""
         if not isinstance(self.value, list):
             self.refuse("an array", code="field.type")
             return []
-        if len(self.value) < minimum or (maximum is not None and len(self.value) > maximum):
-            most = "" if maximum is None else f" and at most {maximum}"
-            self.problems.add(
-                "field.value", self.pointer, f"at least {minimum}{most} items", f"{len(self.value)} items"
-            )
+        if not minimum <= len(self.value) <= maximum:
+            self.problems.add("field.value", self.pointer, f"{minimum} to {maximum} items", f"{len(self.value)} items")
+        if len(self.value) > maximum:
+            return []
         return [Field(item, self.problems, f"{self.pointer}/{i}") for i, item in enumerate(self.value)]
 
     def integer(self, minimum: int = 0, maximum: int = MAX_INTEGER) -> int:

@@ -132,6 +132,10 @@ def parse(raw: bytes, path: str, size: int, expected: dict[str, Tensor], *, more
     """Judges the header ``raw`` of a file of ``size`` bytes. See ``read``."""
     problems = Problems(path)
     document = Field(strict_json.parse(raw[8:].rstrip(b" "), path), problems)
+    if isinstance(document.value, dict) and len(document.value) - 1 > len(expected):
+        most = f"at most {len(expected)} tensors, those that the architecture implies"
+        problems.add("weights.tensors", "", most, f"{len(document.value) - 1}")
+        problems.raise_if_any()
     metadata = document.members(["__metadata__"], open=True)["__metadata__"].members(["sha256"])
     data_sha256 = metadata["sha256"].string(names.SHA256, "64 digits of 0-9a-f")
     found = {name: _tensor(field) for name, field in document.mapping() if name != "__metadata__"}

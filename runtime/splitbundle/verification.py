@@ -1,0 +1,126 @@
+"""Verifying a bundle: is every file what the manifest and SHA256SUMS say?"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from splitbundle import architecture as architectures
+from splitbundle import files, manifest, names, strict_json
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.files import Progress
+
+if TYPE_CHECKING:
+    from splitbundle.bundle import Bundle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What was verified, and what lies in the directory without being listed."""
+
+    files: tuple[str, ...]
+    bytes: int
+    unlisted: tuple[str, ...]
+
+
+def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress | None) -> Verification:
+    """See ``Bundle.verify``."""
+    listed = _listed(bundle, shard)
+    total = sum(bundle.manifest.files[path].size for path in listed)
+    count = _counter("verifying", total, progress)
+    problems = _check_sums(bundle)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashlib lets go of the interpreter lock
+        for found in pool.map(lambda path: _check_digest(bundle, path, count), listed):
+            problems += found
+    wrong = {problem.file for problem in problems}
+    for group, paths in bundle.weight_groups().items():
+        if set(paths) <= set(listed) - wrong:
+            try:
+                for _ in bundle.open_weights(group):
+                    pass
+            except BundleError as error:
+                problems += error.problems
+    unlisted = files.unlisted(bundle.path, {*bundle.manifest.files, manifest.FILE, names.SUMS})
+    if exact:
+        problems += [
+            Problem(code="file.unlisted", file=path, expected="only files that the manifest lists", got="this one")
+            for path in unlisted
+        ]
+    if problems:
+        raise BundleError(problems)
+    return Verification(files=tuple(listed), bytes=total, unlisted=tuple(unlisted))
+
+
+def _listed(bundle: Bundle, shard: str | None) -> list[str]:
+    if shard is None:
+        return list(bundle.manifest.files)
+    units = bundle.shard(shard).units
+    return [architectures.FILE, *(path for unit in units for path in bundle.manifest.units[unit])]
+
+
+def _check_sums(bundle: Bundle) -> list[Problem]:
+    lines = {path: manifest.sums_line(file.sha256, path) for path, file in bundle.manifest.files.items()}
+    lines[manifest.FILE] = manifest.sums_line(bundle.id.removeprefix("sha256:"), manifest.FILE)
+    try:
+        data = files.read_file(bundle.path, names.SUMS, strict_json.MAX_BYTES)
+    except BundleError as error:
+        return list(error.problems)
+    expected = [lines[path] for path in sorted(lines)]
+    got = data.decode("utf-8", "replace").splitlines(keepends=True)
+    if got == expected:
+        return []
+    off = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
+    end = f"the end of {names.SUMS}"
+    return [
+        Problem(
+            code="sums.mismatch",
+            file=manifest.FILE if _manifest_alone(expected, got) else names.SUMS,
+            expected=quoted(expected[off], 160) if off < len(expected) else end,
+            got=quoted(got[off], 160) if off < len(got) else end,
+        )
+    ]
+
+
+def _manifest_alone(expected: list[str], got: list[str]) -> bool:
+    """Whether only the manifest's own line is off, and well-formed: then it is the manifest that was changed."""
+    suffix = f"  {manifest.FILE}\n"
+    changed = [(a, b) for a, b in zip(expected, got, strict=False) if a != b]
+    return (
+        len(got) == len(expected)
+        and len(changed) == 1
+        and changed[0][0].endswith(suffix)
+        and changed[0][1].endswith(suffix)
+        and bool(names.SHA256.fullmatch(changed[0][1].removesuffix(suffix)))
+    )
+
+
+def _check_digest(bundle: Bundle, path: str, count: Callable[[int], None]) -> list[Problem]:
+    listed = bundle.manifest.files[path]
+    try:
+        with files.open_file(bundle.path, path, listed) as file:
+            digest = files.sha256(file, count)
+    except BundleError as error:
+        return list(error.problems)
+    if digest == listed.sha256:
+        return []
+    expected = f"sha256 {listed.sha256}"
+    return [Problem(code="file.digest", file=path, expected=expected, got=digest, hint=files.FETCH)]
+
+
+def _counter(what: str, total: int, progress: Progress | None) -> Callable[[int], None]:
+    """A function that adds to what is done, from any thread, and reports it."""
+    done = 0
+    lock = threading.Lock()
+
+    def advance(count: int) -> None:
+        nonlocal done
+        if progress is not None:
+            with lock:
+                done += count
+                progress(what, done, total)
+
+    return advance

@@ -1,0 +1,86 @@
+"""The README's examples run, and its list of files is the files' own first lines.
+
+    python tests/test_readme.py
+
+writes that list anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+BEGIN, END = "## A line for each file\n", "## Licence\n"
+OTHERS = {
+    "spec/v1/bundle.md": "The format, normative: directory, manifest, weight files, boundaries, ids, error codes",
+    "spec/v1/decoder.md": "The decoder, normative: each field of architecture.json with its equation",
+    "spec/decisions/": "Where the design was changed or made precise, and why",
+    "schemas/splitbundle_schemas/v1/": "The JSON Schemas of manifest.json and architecture.json",
+    "examples/license-gpt2/": "A trained checkpoint that knows the Apache License by heart",
+    "tests/conformance/": "Accept and reject cases for readers in any language",
+    "tests/golden/": "Bundles of each format version, which must open for ever",
+    "tests/runtime/": "The runtime's own suite: torch, pytest and the golden bundles are all that it needs",
+}
+
+
+def blocks(kind: str) -> list[str]:
+    """The README's code blocks of a kind, in order."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def file_list() -> str:
+    """A table: each module with the first sentence of its docstring, and what isn't a module."""
+    lines = ["", "| file | what it is |", "|---|---|"]
+    for folder in ("runtime/splitbundle", "converter/splitbundle_converter", "schemas/splitbundle_schemas", "examples"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+            first = docstring.partition("\n")[0].rstrip(".").replace("|", r"\|")
+            assert first, f"{path} has no docstring"
+            lines.append(f"| `{path.relative_to(ROOT).as_posix()}` | {first} |")
+    lines += [f"| `{path}` | {what} |" for path, what in OTHERS.items()]
+    return "\n".join([*lines, "", ""])
+
+
+def test_the_examples_run(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    commands = [line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines()]
+    assert commands
+    for command in commands:
+        words = shlex.split(command)
+        assert words[0] == "splitbundle"
+        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert ', Version 2.0 (the "License");' in done.stdout
+    code = "\n".join(blocks("python"))
+    assert code.count("\n") > 20
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_list_of_files_is_true() -> None:
+    text = README.read_text("utf-8")
+    listed = text[text.index(BEGIN) + len(BEGIN) : text.index(END)]
+    assert listed == file_list(), "run python tests/test_readme.py"
+    for path in OTHERS:
+        assert (ROOT / path).exists(), path
+
+
+def test_the_two_commands_are_the_makefiles() -> None:
+    text, makefile = README.read_text("utf-8"), (ROOT / "Makefile").read_text("utf-8")
+    for command in ("demo", "test"):
+        assert re.search(rf"^make {command} ", text, re.MULTILINE)
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text("utf-8")
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+if __name__ == "__main__":
+    text = README.read_text("utf-8")
+    README.write_text(text[: text.index(BEGIN) + len(BEGIN)] + file_list() + text[text.index(END) :], "utf-8")
