@@ -123,7 +123,7 @@ def relist(root: Path, path: str, data: bytes, bundle: splitbundle.Bundle) -> No
     """Changes a file, and everything that says what it must be."""
     from dataclasses import replace
 
-    from splitbundle import architecture, manifest, names
+    from splitbundle import architecture_parser, manifest, names
     from splitbundle_converter import write
 
     files = {**bundle.manifest.files, path: write.write_file(root, path, data)}
@@ -133,7 +133,7 @@ def relist(root: Path, path: str, data: bytes, bundle: splitbundle.Bundle) -> No
         architecture=manifest.identity(data),
         fingerprint=manifest.fingerprint(files, bundle.manifest.weight_files()),
     )
-    write.finish(root, replace(bundle.manifest, files=files, model=model), architecture.parse(data))
+    write.finish(root, replace(bundle.manifest, files=files, model=model), architecture_parser.parse(data))
 
 
 def test_generate(bundle: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from splitbundle import architecture as architectures
+from splitbundle import architecture_parser
 from splitbundle.architecture import Architecture
 from splitbundle.bundle import VECTORS, Bundle, open_bundle
 from splitbundle.errors import BundleError, Problem, quoted
@@ -148,7 +149,7 @@ def read_architecture(source: Source) -> tuple[Family, Architecture, dict[str, A
     architecture = family.facts(config)
     config.finish()
     # What is written must be what a reader takes: the same rules, before a byte is written.
-    return family, architectures.parse(architecture.to_bytes()), values
+    return family, architecture_parser.parse(architecture.to_bytes()), values
 
 
 def _context_length(config: dict[str, Any]) -> int | None:

@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from splitbundle import files, manifest, names, weights
+from splitbundle import files, manifest, manifest_parser, manifest_rules, names, weights
 from splitbundle.architecture import Architecture, count
 from splitbundle.errors import BundleError, Problem
 from splitbundle.manifest import File, Manifest, Shard
@@ -165,7 +165,7 @@ def finish(root: Path, draft: Manifest, architecture: Architecture) -> Manifest:
     listed = {**draft.files, names.CARD: write_file(root, names.CARD, card(draft, architecture))}
     complete = replace(draft, files=dict(sorted(listed.items())))
     data = complete.to_bytes()
-    manifest.check_against(manifest.parse(data), architecture)
+    manifest_rules.check_against(manifest_parser.parse(data), architecture)
     check_schemas(data, architecture.to_bytes())
     write_file(root, manifest.FILE, data)
     lines = {path: file.sha256 for path, file in complete.files.items()}

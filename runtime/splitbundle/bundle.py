@@ -14,7 +14,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from splitbundle import architecture as architectures
-from splitbundle import files, manifest, strict_json, verification, weights
+from splitbundle import (
+    architecture_parser,
+    files,
+    manifest,
+    manifest_parser,
+    manifest_rules,
+    strict_json,
+    verification,
+    weights,
+)
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
 from splitbundle.files import Progress
@@ -284,7 +293,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
             )
         )
     data = files.read_file(root, manifest.FILE, strict_json.MAX_BYTES)
-    parsed = manifest.parse(data)
+    parsed = manifest_parser.parse(data)
     listed = parsed.files[architectures.FILE]
     document = files.read_file(root, architectures.FILE, strict_json.MAX_BYTES, listed)
     digest = manifest.identity(document)
@@ -298,8 +307,8 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
                 hint=files.FETCH,
             )
         )
-    architecture = architectures.parse(document)
-    manifest.check_against(parsed, architecture)
+    architecture = architecture_parser.parse(document)
+    manifest_rules.check_against(parsed, architecture)
     return Bundle(root, parsed, architecture, manifest.identity(data))
 
 

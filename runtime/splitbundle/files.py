@@ -22,7 +22,7 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
     """Opens ``root/path`` for reading.
 
     Raises:
-        BundleError: ``file.missing``, ``file.kind`` (a link, a directory, a device) or ``file.size``.
+        BundleError: ``file.missing``, ``file.kind`` (a link, a directory …), ``file.unreadable``, ``file.size``.
     """
     place = root
     for part in path.split("/"):
@@ -43,7 +43,12 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
             )
     # Between the look and the open the file may have been exchanged: the flags refuse a link and don't wait on a pipe.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    file = os.fdopen(os.open(place, flags | getattr(os, "O_CLOEXEC", 0)), "rb", buffering=0)
+    try:
+        file = os.fdopen(os.open(place, flags | getattr(os, "O_CLOEXEC", 0)), "rb", buffering=0)
+    except OSError as error:
+        raise BundleError(
+            Problem(code="file.unreadable", file=path, expected="a file that can be read", got=f"{error.strerror}")
+        ) from error
     size = os.fstat(file.fileno()).st_size
     if expected is not None and size != expected.size:
         file.close()

@@ -17,7 +17,5 @@ def load(name: str, version: int = 1) -> dict[str, Any]:
     """
     if name not in NAMES or version != 1:
         raise ValueError(f"no schema {name!r} of version {version}: there are {', '.join(NAMES)} of version 1")
-    schema: dict[str, Any] = json.loads(
-        files(__name__).joinpath(f"v{version}", f"{name}.schema.json").read_text("utf-8")
-    )
+    schema: dict[str, Any] = json.loads((files(__name__) / f"v{version}" / f"{name}.schema.json").read_text("utf-8"))
     return schema

@@ -1,0 +1,218 @@
+"""Reading ``manifest.json`` strictly: types, closed sets of fields, grammars."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from splitbundle import manifest_rules as rules
+from splitbundle import names, strict_json
+from splitbundle.architecture import MAX_SIZE
+from splitbundle.errors import quoted
+from splitbundle.fields import Field, Problems
+from splitbundle.manifest import (
+    BOUNDARY_TENSORS,
+    DTYPES,
+    ENCODINGS,
+    EXTENSIONS,
+    FILE,
+    MAX_CASES,
+    File,
+    Manifest,
+    Model,
+    Shard,
+    SourceName,
+    Storage,
+    Text,
+    Vectors,
+    version_text,
+)
+from splitbundle.version import FORMAT_VERSION
+
+
+def parse(data: bytes) -> Manifest:
+    """Reads ``manifest.json``, as far as it can be judged without the architecture.
+
+    Raises:
+        BundleError: every problem of the file; for a format that is too new, that alone.
+    """
+    problems = Problems(FILE)
+    document = Field(strict_json.parse(data, FILE), problems)
+    _check_version(document)
+    members = document.members(
+        [
+            "format",
+            "format_version",
+            "requires",
+            "producer",
+            "model",
+            "storage",
+            "shards",
+            "boundaries",
+            "units",
+            "files",
+            "text",
+            "vectors",
+            "source_names",
+            "extensions",
+        ]
+    )
+    producer, extensions = members["producer"], members["extensions"]
+    producer.members([], open=True)
+    extensions.members([], open=True)
+    boundaries = [_boundary(item) for item in members["boundaries"].items()]
+    manifest = Manifest(
+        hidden_size=boundaries[0][1] if boundaries else None,
+        model=_model(members["model"]),
+        storage=_storage(members["storage"]),
+        shards=tuple(_shard(item) for item in members["shards"].items(minimum=1)),
+        units=_units(members["units"]),
+        files={path: _file(path, item) for path, item in members["files"].mapping()},
+        text=_text(members["text"]),
+        vectors=None if members["vectors"].is_null else _vectors(members["vectors"]),
+        source_names=tuple(_source_name(item) for item in members["source_names"].items()),
+        producer=producer.value if isinstance(producer.value, dict) else {},
+        extensions=extensions.value if isinstance(extensions.value, dict) else {},
+    )
+    problems.raise_if_any()
+    rules.check_files(manifest, problems)
+    rules.check_shards(manifest, boundaries, problems)
+    problems.raise_if_any()
+    return manifest
+
+
+def _check_version(document: Field) -> None:
+    """Refuses another format, or a newer one, before any field is judged by this one's rules."""
+    if not isinstance(document.value, dict):
+        document.members([])
+        document.problems.raise_if_any()
+    head = document.members(["format", "format_version", "requires"], open=True)
+    if head["format"].string() != "splitbundle":
+        head["format"].refuse('"splitbundle"', code="format.name")
+    version = head["format_version"]
+    text = version.string()
+    parts = text.split(".")
+    if len(parts) != 2 or not all(p.isascii() and p.isdigit() and len(p) < 5 and str(int(p)) == p for p in parts):
+        version.refuse('a string "MAJOR.MINOR"', code="format.version")
+    elif (int(parts[0]), int(parts[1])) > FORMAT_VERSION or int(parts[0]) == 0:
+        version.refuse(
+            f"1.0 to {version_text(FORMAT_VERSION)}",
+            code="format.version",
+            hint="A newer splitbundle reads this bundle",
+        )
+    for item in head["requires"].items():
+        if item.string() not in EXTENSIONS:
+            item.refuse(
+                f"an extension that this reader knows ({', '.join(sorted(EXTENSIONS)) or 'none'})",
+                code="format.requires",
+                hint="A newer splitbundle reads this bundle",
+            )
+    document.problems.raise_if_any()
+
+
+def _model(field: Field) -> Model:
+    required = [f.name for f in fields(Model)]
+    members = field.members(required, open=True)
+    optional = {key: None if members[key].is_null else members[key].string() for key in ("revision", "license")}
+    context = members["context_length"]
+    return Model(
+        name=members["name"].string(),
+        family=members["family"].string(),
+        source=members["source"].string(),
+        revision=optional["revision"],
+        license=optional["license"],
+        parameters=members["parameters"].integer(1),
+        context_length=None if context.is_null else context.integer(1),
+        architecture=members["architecture"].string(names.IDENTITY, '"sha256:" and 64 digits of 0-9a-f'),
+        fingerprint=members["fingerprint"].string(names.IDENTITY, '"sha256:" and 64 digits of 0-9a-f'),
+    )
+
+
+def _storage(field: Field) -> Storage:
+    members = field.members(["encoding", "dtype", "exceptions"])
+    return Storage(
+        encoding=members["encoding"].choice(ENCODINGS),
+        dtype=members["dtype"].choice(DTYPES),
+        exceptions={name: item.choice(DTYPES) for name, item in members["exceptions"].mapping()},
+    )
+
+
+def _shard(field: Field) -> Shard:
+    members = field.members(["name", "layers", "embeds", "head", "units", "graph", "bytes", "parameters"])
+    layers = [item.integer() for item in members["layers"].items(minimum=2, maximum=2)]
+    if not members["graph"].is_null:
+        members["graph"].refuse("null")
+    return Shard(
+        name=members["name"].string(names.SHARD_NAME, "1 to 64 of a-z 0-9 _ -, not first _ or -"),
+        layers=(layers[0], layers[1]) if len(layers) == 2 else (0, 0),
+        embeds=members["embeds"].boolean(),
+        head=members["head"].boolean(),
+        units=tuple(item.string() for item in members["units"].items()),
+        bytes=members["bytes"].integer(),
+        parameters=members["parameters"].integer(),
+    )
+
+
+def _boundary(field: Field) -> tuple[int, int]:
+    """The cut, and the width of ``hidden``."""
+    members = field.members(["at", "tensors"])
+    tensors = members["tensors"].members(BOUNDARY_TENSORS)
+    hidden = tensors["hidden"].members(["dtype", "shape"])
+    hidden["dtype"].choice(["compute"])
+    width = 0
+    shape = hidden["shape"].items(minimum=3, maximum=3)
+    if len(shape) == 3:
+        shape[0].choice(["batch"])
+        shape[1].choice(["sequence"])
+        width = shape[2].integer(1)
+    for name in ("past", "count"):
+        row = tensors[name].members(["dtype", "shape"])
+        row["dtype"].choice(["int64"])
+        for item in row["shape"].items(minimum=1, maximum=1):
+            item.choice(["batch"])
+    return members["at"].integer(), width
+
+
+def _units(field: Field) -> dict[str, tuple[str, ...]]:
+    return {
+        unit: tuple(path.string() for path in item.members(["files"])["files"].items(minimum=1))
+        for unit, item in field.mapping()
+    }
+
+
+def _file(path: str, field: Field) -> File:
+    if not names.is_path(path) or names.is_own(path):
+        field.problems.add("field.value", field.pointer, names.PATH_RULE, quoted(path))
+    weights = path.endswith(".safetensors")
+    members = field.members(["size", "sha256", *(["header_sha256"] if weights else [])])
+    digest = "64 digits of 0-9a-f"
+    return File(
+        size=members["size"].integer(),
+        sha256=members["sha256"].string(names.SHA256, digest),
+        header_sha256=members["header_sha256"].string(names.SHA256, digest) if weights else None,
+    )
+
+
+def _text(field: Field) -> Text:
+    members = field.members(["tokenizer", "stop_ids"])
+    tokenizer = members["tokenizer"]
+    return Text(
+        tokenizer=None if tokenizer.is_null else tokenizer.string(),
+        stop_ids=tuple(item.integer() for item in members["stop_ids"].items()),
+    )
+
+
+def _vectors(field: Field) -> Vectors:
+    members = field.members(["file", "lengths"])
+    return Vectors(
+        file=members["file"].string(),
+        lengths=tuple(item.integer(1, MAX_SIZE) for item in members["lengths"].items(minimum=1, maximum=MAX_CASES)),
+    )
+
+
+def _source_name(field: Field) -> SourceName:
+    members = field.members(["source", "tensors", "transposed"])
+    return SourceName(
+        source=members["source"].string(),
+        tensors=tuple(item.string() for item in members["tensors"].items(minimum=1)),
+        transposed=members["transposed"].boolean(),
+    )

@@ -1,0 +1,198 @@
+"""What a manifest's fields must be to each other and to the architecture: the rules that a schema can't say."""
+
+from __future__ import annotations
+
+from splitbundle.architecture import FILE as ARCHITECTURE_FILE
+from splitbundle.architecture import Architecture, count
+from splitbundle.errors import quoted
+from splitbundle.fields import Problems, escape
+from splitbundle.manifest import EMBEDDING, FILE, Manifest, Shard, expand, fingerprint
+
+
+def check_files(manifest: Manifest, problems: Problems) -> None:
+    """Every file that is named is listed, and no two paths meet on any file system."""
+    if ARCHITECTURE_FILE not in manifest.files:
+        problems.add("manifest.files", "/files", f"an entry {quoted(ARCHITECTURE_FILE)}", "none")
+    folded: dict[str, str] = {}
+    directories = {path[:i].lower() for path in manifest.files for i, letter in enumerate(path) if letter == "/"}
+    for path in manifest.files:
+        other = folded.setdefault(path.lower(), path)
+        if other != path or path.lower() in directories:
+            problems.add("manifest.files", "/files", "paths that differ in more than case", quoted(path))
+    listed: set[str] = set()
+    for unit, paths in manifest.units.items():
+        for i, path in enumerate(paths):
+            pointer = f"/units/{escape(unit)}/files/{i}"
+            if path not in manifest.files or not path.endswith(".safetensors") or "/" in path:
+                problems.add("manifest.files", pointer, "a .safetensors file of /files, at the top", quoted(path))
+            elif path in listed:
+                problems.add("manifest.files", pointer, "a file of one unit alone", quoted(path))
+            listed.add(path)
+    if manifest.text.tokenizer is not None and manifest.text.tokenizer not in manifest.files:
+        problems.add("manifest.files", "/text/tokenizer", "a path of /files", quoted(manifest.text.tokenizer))
+    vectors = manifest.vectors
+    if vectors is not None and (
+        vectors.file not in manifest.files or vectors.file in listed or not vectors.file.endswith(".safetensors")
+    ):
+        problems.add(
+            "manifest.files",
+            "/vectors/file",
+            "a .safetensors file of /files, of no unit",
+            quoted(vectors.file),
+        )
+
+
+def check_shards(manifest: Manifest, boundaries: list[tuple[int, int]], problems: Problems) -> None:
+    """Shards tile the model in order, and there is a boundary wherever two of them meet."""
+    seen: set[str] = set()
+    start = 0
+    for i, shard in enumerate(manifest.shards):
+        at = f"/shards/{i}"
+        if shard.name in seen:
+            problems.add("manifest.shards", f"{at}/name", "a name of one shard alone", quoted(shard.name))
+        seen.add(shard.name)
+        first, last = i == 0, i == len(manifest.shards) - 1
+        if shard.layers[0] != start:
+            problems.add(
+                "manifest.layers",
+                f"{at}/layers/0",
+                f"{start}, where the shard before ends",
+                str(shard.layers[0]),
+            )
+        # Only the ends may be empty: a bottom that only embeds, a top that is only the head.
+        if shard.layers[1] < shard.layers[0] + (0 if first or last else 1):
+            problems.add("manifest.layers", f"{at}/layers/1", f"more than {shard.layers[0]}", str(shard.layers[1]))
+        start = shard.layers[1]
+        for name, value, expected in (("embeds", shard.embeds, first), ("head", shard.head, last)):
+            if value is not expected:
+                which = "first" if name == "embeds" else "last"
+                problems.add("manifest.shards", f"{at}/{name}", f"true for the {which} shard alone", quoted(value))
+    cuts = list(manifest.cuts)
+    if [cut for cut, _ in boundaries] != cuts:
+        problems.add("manifest.boundaries", "/boundaries", f"one at each cut, {cuts}", f"{[b for b, _ in boundaries]}")
+    for i, (_, width) in enumerate(boundaries[1:], 1):
+        if width != boundaries[0][1]:
+            pointer = f"/boundaries/{i}/tensors/hidden/shape/2"
+            problems.add("manifest.boundaries", pointer, str(boundaries[0][1]), str(width))
+
+
+def check_against(manifest: Manifest, architecture: Architecture) -> None:
+    """The rules that need both files.
+
+    Raises:
+        BundleError: every rule of ``manifest.json`` that the architecture breaks.
+    """
+    problems = Problems(FILE)
+    units = architecture.unit_tensors()
+    shapes = {name: shape for tensors in units.values() for name, shape in tensors.items()}
+    total = len(architecture.layers)
+    missing = [unit for unit in units if unit not in manifest.units]
+    extra = [unit for unit in manifest.units if unit not in units]
+    if missing or extra:
+        got = f"missing {quoted(missing)}, extra {quoted(extra)}"
+        problems.add("manifest.units", "/units", f"the {len(units)} units of the architecture", got)
+    if manifest.shards[-1].layers[1] != total:
+        at = f"/shards/{len(manifest.shards) - 1}/layers/1"
+        problems.add("manifest.layers", at, f"{total}, the number of layers", str(manifest.shards[-1].layers[1]))
+    if manifest.hidden_size not in (None, architecture.hidden_size):
+        at = "/boundaries/0/tensors/hidden/shape/2"
+        expected = f"hidden_size of the architecture, {architecture.hidden_size}"
+        problems.add("manifest.boundaries", at, expected, str(manifest.hidden_size))
+    for name in manifest.storage.exceptions:
+        if name not in shapes:
+            problems.add("manifest.storage", "/storage/exceptions", "names of logical tensors", quoted(name))
+    for i, stop in enumerate(manifest.text.stop_ids):
+        if stop >= architecture.vocab_size:
+            at, below = f"/text/stop_ids/{i}", f"an id below vocab_size ({architecture.vocab_size})"
+            problems.add("manifest.text", at, below, str(stop))
+    limit = architecture.position_limit
+    for i, length in enumerate(() if manifest.vectors is None else manifest.vectors.lengths):
+        if limit is not None and length > limit:
+            problems.add("manifest.vectors", f"/vectors/lengths/{i}", f"at most {limit}, the positions", str(length))
+    if manifest.model.parameters != count(shapes):
+        problems.add("manifest.model", "/model/parameters", str(count(shapes)), str(manifest.model.parameters))
+    problems.raise_if_any()
+    for i, shard in enumerate(manifest.shards):
+        _check_shard_totals(manifest, architecture, units, shard, f"/shards/{i}", problems)
+    _check_source_names(manifest, shapes, total, problems)
+    known = fingerprint(manifest.files, manifest.weight_files())
+    for key, expected in (
+        ("architecture", f"sha256:{manifest.files[ARCHITECTURE_FILE].sha256}"),
+        ("fingerprint", known),
+    ):
+        got = getattr(manifest.model, key)
+        if got != expected:
+            problems.add("manifest.ids", f"/model/{key}", f"{expected}, by the digests in /files", got)
+    problems.raise_if_any()
+
+
+def _check_shard_totals(
+    manifest: Manifest,
+    architecture: Architecture,
+    units: dict[str, dict[str, tuple[int, ...]]],
+    shard: Shard,
+    at: str,
+    problems: Problems,
+) -> None:
+    needed = architecture.units_of(shard.layers, embeds=shard.embeds, head=shard.head)
+    if shard.units != needed:
+        problems.add("manifest.shards", f"{at}/units", ", ".join(needed), ", ".join(map(quoted, shard.units)))
+        return
+    size = sum(manifest.files[path].size for unit in needed for path in manifest.units[unit])
+    parameters = sum(count(units[unit]) for unit in needed)
+    for key, expected in (("bytes", size), ("parameters", parameters)):
+        if getattr(shard, key) != expected:
+            problems.add("manifest.shards", f"{at}/{key}", str(expected), str(getattr(shard, key)))
+
+
+def _check_source_names(
+    manifest: Manifest, shapes: dict[str, tuple[int, ...]], layers: int, problems: Problems
+) -> None:
+    """The table back to the source names every logical tensor, and no source tensor twice, and can be followed."""
+    sources: set[str] = set()
+    covered: set[str] = set()
+    for i, entry in enumerate(manifest.source_names):
+        at = f"/source_names/{i}"
+        if any(("{layer}" in name) != ("{layer}" in entry.source) for name in entry.tensors):
+            problems.add(
+                "manifest.sources",
+                f"{at}/tensors",
+                "{layer} in all names of an entry or in none",
+                quoted(entry.tensors),
+            )
+            continue
+        for expanded in expand(entry, layers):
+            if expanded.source in sources:
+                problems.add(
+                    "manifest.sources",
+                    f"{at}/source",
+                    "a source tensor of one entry alone",
+                    quoted(expanded.source),
+                )
+            unknown = [name for name in expanded.tensors if name not in shapes]
+            if unknown:
+                problems.add("manifest.sources", f"{at}/tensors", "names of logical tensors", quoted(unknown[0]))
+                break
+            if len({(shapes[name][1:], manifest.storage.dtype_of(name)) for name in expanded.tensors}) > 1:
+                wanted = "tensors of one dtype that can be concatenated along their first dimension"
+                problems.add("manifest.sources", f"{at}/tensors", wanted, quoted(expanded.tensors))
+                break
+            if expanded.transposed and len(shapes[expanded.tensors[0]]) != 2:
+                wanted = "false, as the tensors haven't two dimensions"
+                problems.add("manifest.sources", f"{at}/transposed", wanted, "true")
+                break
+            again = [name for name in expanded.tensors if name in covered and name != EMBEDDING]
+            if again or len(set(expanded.tensors)) != len(expanded.tensors):
+                wanted = f"tensors that no other source tensor holds, but for {EMBEDDING}"
+                problems.add("manifest.sources", f"{at}/tensors", wanted, quoted(expanded.tensors))
+                break
+            sources.add(expanded.source)
+            covered.update(expanded.tensors)
+    left = shapes.keys() - covered
+    if left and not problems.found:
+        problems.add(
+            "manifest.sources",
+            "/source_names",
+            "an entry for every logical tensor",
+            f"none for {quoted(min(left))}",
+        )

@@ -1,0 +1,171 @@
+"""Where checkpoints come from: a hub (a small one on loopback), its cache, a directory; and what is made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+import splitbundle
+import splitbundle_converter
+from splitbundle import BundleError
+from splitbundle_converter import vectors
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = ROOT / "examples" / "license-gpt2"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPOSITORY = "someone/license-gpt2"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of a hub as fetching a snapshot needs, with one model, and a branch "old" of it."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def answer(self, *, body: bool) -> None:
+        path = self.path.partition("?")[0]
+        self.asked.append(f"{self.command} {path} {self.headers.get('Authorization', '')}".strip())
+        files = sorted(file for file in CHECKPOINT.iterdir() if file.is_file())
+        for revision in ("main", "old", COMMIT):
+            if path == f"/api/models/{REPOSITORY}/revision/{revision}":
+                siblings = [{"rfilename": file.name} for file in files] + [{"rfilename": "pytorch_model.bin"}]
+                self.send(200, json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode(), body)
+                return
+            if path == f"/api/models/{REPOSITORY}/tree/{revision}":
+                tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
+                self.send(200, json.dumps(tree).encode(), body)
+                return
+        for file in files:
+            if path.startswith(f"/{REPOSITORY}/resolve/") and path.endswith(f"/{file.name}"):
+                self.send(200, file.read_bytes(), body)
+                return
+        self.send(404, b"{}", body, **{"X-Error-Code": "RepoNotFound"})
+
+    def send(self, status: int, data: bytes, body: bool, **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *arguments: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """The address of a hub on loopback."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Hub.asked.clear()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def convert(hub: str, home: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Converts in a process of its own, as the hub's library reads its variables once."""
+    import os
+
+    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **variables}
+    return subprocess.run(
+        [sys.executable, "-m", "splitbundle", "convert", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+
+
+def test_a_hub_id_is_fetched_and_pinned_to_its_commit(hub: str, tmp_path: Path) -> None:
+    output = tmp_path / "x.splitbundle"
+    done = convert(
+        hub, tmp_path / "hf", REPOSITORY, "--revision", "old", "--no-check", "-o", output, HF_TOKEN="hf_secret"
+    )
+    assert done.returncode == 0, done.stderr
+    bundle = splitbundle.open(output)
+    assert (bundle.manifest.model.name, bundle.manifest.model.source) == ("license-gpt2", REPOSITORY)
+    assert bundle.manifest.model.revision == COMMIT
+    bundle.verify(exact=True)
+    assert not any(path.is_symlink() for path in output.rglob("*"))  # the hub's cache holds links; a bundle none
+    assert any("Bearer hf_secret" in line for line in Hub.asked)
+    assert not any("pytorch_model.bin" in line for line in Hub.asked)
+    local = splitbundle_converter.convert(CHECKPOINT, tmp_path / "local.splitbundle", check=False)
+    assert local.fingerprint == bundle.fingerprint
+
+    # From the cache alone, with the hub gone.
+    again = tmp_path / "again.splitbundle"
+    done = convert(
+        "http://127.0.0.1:9", tmp_path / "hf", REPOSITORY, "--revision", COMMIT, "--no-check", "-o", again,
+        HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert splitbundle.open(again).id == bundle.id
+
+
+def test_a_model_that_the_hub_lacks(hub: str, tmp_path: Path) -> None:
+    done = convert(hub, tmp_path / "hf", "someone/else", "-o", tmp_path / "x.splitbundle")
+    assert done.returncode == 5
+    assert "[network] someone/else: expected a model of this name on the hub" in done.stderr
+    assert "Check the id and --revision; a private model needs HF_TOKEN" in done.stderr
+
+
+def test_what_is_neither_a_directory_nor_an_id(tmp_path: Path) -> None:
+    with pytest.raises(BundleError) as caught:
+        splitbundle_converter.convert("./no/such/place", tmp_path / "x.splitbundle")
+    assert (
+        str(caught.value)
+        == "[source.missing] ./no/such/place: expected a checkpoint directory or a hub id, got neither"
+    )
+
+
+def test_a_model_that_memory_cannot_hold_names_no_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "available_memory", lambda: 2**20)
+    with pytest.raises(BundleError) as caught:
+        splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle")
+    assert str(caught.value) == (
+        "[memory] expected 0.0 GiB of free memory to check against the original model in float32, got 0.0 GiB. "
+        "--no-check converts without the original model, and without golden vectors"
+    )
+    assert not list(tmp_path.iterdir())
+    splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle", check=False)
+
+
+def test_available_memory_is_a_sensible_number() -> None:
+    available = vectors.available_memory()
+    assert available is None or 2**24 < available < 2**48
+
+
+def test_large_units_have_parts(tmp_path: Path) -> None:
+    parted = splitbundle_converter.convert(
+        CHECKPOINT, tmp_path / "x.splitbundle", split=[3], max_file_size=200_000, check=True
+    )
+    files = parted.manifest.units["layer-000"]
+    assert files == tuple(f"layer-000-part-{i:03d}.safetensors" for i in range(1, len(files) + 1))
+    assert len(files) > 1
+    # A tensor is never divided: the token table alone is larger.
+    sizes = {path: parted.manifest.files[path].size for path in parted.manifest.weight_files()}
+    assert [path for path, size in sizes.items() if size > 200_000] == ["embedding-part-001.safetensors"]
+    parted.verify(exact=True)
+    whole = splitbundle_converter.convert(CHECKPOINT, tmp_path / "whole.splitbundle", check=False)
+    ids = torch.tensor([[44, 308, 68]])
+    assert torch.equal(parted.pipeline()(ids), whole.pipeline()(ids))
+    assert parted.architecture_id == whole.architecture_id

@@ -1,0 +1,71 @@
+"""Text to ids and back: by the bundle's own tokenizer, after its digest was checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+import splitbundle
+import splitbundle_converter
+from splitbundle import BundleError
+from splitbundle.text_tokenizer import TextTokenizer
+
+CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "license-gpt2"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> splitbundle.Bundle:
+    """The licence model in one shard."""
+    return splitbundle_converter.convert(CHECKPOINT, tmp_path / "license.splitbundle", check=False)
+
+
+def test_pieces_make_the_text_that_was_encoded(bundle: splitbundle.Bundle) -> None:
+    tokenizer = TextTokenizer(bundle)
+    text = "Licensed under the Apache License, – naïve 🙂 bytes"
+    ids = tokenizer.encode(text)
+    assert ids == Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")).encode(text).ids
+    pieces = [tokenizer.piece(token) for token in ids]
+    assert "".join(pieces) == text
+    assert "" in pieces  # a character of several tokens comes with its last one, whole
+
+
+@pytest.mark.rule("SB-T-002")
+def test_text_that_spells_a_control_token_stays_text(bundle: splitbundle.Bundle) -> None:
+    tokenizer = TextTokenizer(bundle)
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert 0 not in ids
+    assert "".join(tokenizer.piece(token) for token in ids) == "a<|endoftext|>b"
+
+
+@pytest.mark.rule("SB-T-001")
+def test_a_changed_tokenizer_is_refused_before_it_is_parsed(bundle: splitbundle.Bundle) -> None:
+    path = bundle.path / "tokenizer" / "tokenizer.json"
+    data = path.read_bytes()
+    path.write_bytes(b"[" + data[1:])  # no JSON any more: a parser would say so first
+    with pytest.raises(BundleError) as caught:
+        TextTokenizer(bundle)
+    assert caught.value.codes == ("file.digest",)
+
+
+def test_a_tokenizer_that_the_library_does_not_read(tmp_path: Path) -> None:
+    import shutil
+
+    source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
+    (source / "tokenizer.json").write_text('{"version": "1.0"}')
+    bundle = splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
+    with pytest.raises(BundleError, match=r"\[text.tokenizer\] tokenizer/tokenizer.json: expected a tokenizer that"):
+        TextTokenizer(bundle)
+
+
+def test_a_bundle_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    import shutil
+
+    source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
+    (source / "tokenizer.json").unlink()
+    bundle = splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
+    assert bundle.manifest.text.tokenizer is None
+    assert bundle.manifest.text.stop_ids == (0,)
+    with pytest.raises(BundleError, match=r"\[text.none\]"):
+        TextTokenizer(bundle)
