@@ -276,6 +276,7 @@ def rotary(config: ConfigReader, head_dim: int) -> Rotary:
 def llama(config: ConfigReader) -> Architecture:
     """Llama 1 to 3. ``pretraining_tp`` only splits the same products."""
     config.inert(["pretraining_tp"])
+    config.only("rope_interleaved", False)  # SmolLM's, of another framework
     bias = config.boolean("attention_bias")
     return llama_like(config, qkv_bias=bias, output_bias=bias, mlp_bias=config.boolean("mlp_bias"))
 
@@ -289,6 +290,7 @@ def mistral(config: ConfigReader) -> Architecture:
 def qwen2(config: ConfigReader) -> Architecture:
     """Qwen 2 and 2.5: biases on queries, keys and values; a window on the layers that ``layer_types`` names."""
     config.inert(["max_window_layers", "use_sliding_window"])  # layer_types has been made of them
+    config.only("use_mrope", False)
     types = config.raw("layer_types") or []
     sliding = [kind == "sliding_attention" for kind in types]
     if not set(types) <= {"full_attention", "sliding_attention"}:
