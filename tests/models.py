@@ -134,8 +134,9 @@ def make_model(name: str, **changes: Any) -> Any:
 
     logging.disable_progress_bar()  # pytest would show two lines a model where a test fails
     family, fields = CONFIGURATIONS[name]
-    # The ids of the families' defaults lie outside this vocabulary, which generate() warns of.
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    # The ids of the families' defaults lie outside this vocabulary, which generate() warns of; and transformers
+    # withholds the gradient of a padding id's row, which here is a token as any.
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     config = AutoConfig.for_model(family, **(ids | fields | changes))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(sorted(CONFIGURATIONS).index(name))

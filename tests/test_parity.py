@@ -31,10 +31,12 @@ from models import (
 )
 from splitbundle import Bundle
 from splitbundle.architecture import Architecture, Attention, LayerKind, Linear, Llama3, Rotary, Unpositioned
+from splitbundle.bundle import VECTORS
 from splitbundle.torch_pipeline import Pipeline, Session
 from splitbundle.torch_stage import Stage, load_stages
 from splitbundle.torch_verify import run_vectors
 from splitbundle.torch_weights import map_tensors
+from splitbundle_converter.vectors import case_lengths
 
 Cuts = tuple[int, ...]
 EVERYWHERE: Final = range(LAYERS + 1)
@@ -98,6 +100,7 @@ class Worst:
 # Every cut and every pair of cuts: stages called by hand.
 
 
+@pytest.mark.rule("SB-B-004", "SB-B-014", "SB-C-001")
 @every_configuration
 def test_prefill_and_decoding_at_every_cut(name: str) -> None:
     """One call without a cache; then a prefill and single tokens with one. The rows pass every small window."""
@@ -121,6 +124,7 @@ def test_prefill_and_decoding_at_every_cut(name: str) -> None:
     worst.check()
 
 
+@pytest.mark.rule("SB-B-014", "SB-C-001")
 @every_configuration
 def test_hidden_states_at_every_cut(name: str) -> None:
     """What crosses a boundary is the residual stream of the original: another runtime may take it from there."""
@@ -298,18 +302,21 @@ def run_scenarios(name: str, everywhere: Sequence[Cuts]) -> None:
     worst.check()
 
 
+@pytest.mark.rule("SB-B-003", "SB-B-004", "SB-B-005", "SB-B-006", "SB-B-007", "SB-B-008")
 @every_configuration
 def test_scenarios_at_every_cut(name: str) -> None:
     """Pieces, padding, rollback, reordering, last logits: in every configuration, uncut and at every cut."""
     run_scenarios(name, ((), *SINGLE_CUTS))
 
 
+@pytest.mark.rule("SB-B-006", "SB-B-014")
 @one_per_family
 def test_scenarios_at_every_pair_of_cuts(name: str) -> None:
     """The same with two boundaries, in the configuration of each family that has the most ways to go wrong."""
     run_scenarios(name, PAIRS_OF_CUTS)
 
 
+@pytest.mark.rule("SB-B-006", "SB-B-008")
 @every_configuration
 @pytest.mark.parametrize("seed", range(2))
 def test_random_conversations(name: str, seed: int) -> None:
@@ -464,6 +471,7 @@ def test_stored_dtypes(name: str, source: str, dtype: str, tmp_path: Path) -> No
     worst.check()
 
 
+@pytest.mark.rule("SB-G-002")
 @one_per_family
 def test_golden_vectors_hold_the_rounded_weights(name: str, tmp_path: Path) -> None:
     """The converter's own check must be of what is stored: rounding isn't an error, anything beyond it is."""
@@ -471,6 +479,11 @@ def test_golden_vectors_hold_the_rounded_weights(name: str, tmp_path: Path) -> N
         path = tmp_path / f"{dtype}.splitbundle"
         converted = splitbundle_converter.convert(checkpoint(name), path, split=(2,), dtype=dtype)
         assert max(difference.relative for difference in run_vectors(converted)) <= TOLERANCE
+        golden = map_tensors(converted, VECTORS)
+        model = original_of(checkpoint(name), DTYPES[dtype])
+        for case in range(len(case_lengths(converted.architecture))):
+            logits = original_logits(model, golden[f"case.{case}.ids"].tolist())
+            assert relative(golden[f"case.{case}.logits"], logits[-1]) <= TOLERANCE
 
 
 @one_per_family

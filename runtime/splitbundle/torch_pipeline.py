@@ -146,11 +146,10 @@ class Pipeline(nn.Module):
         past = None if session is None else session.past
         positions = first.positions(token_ids, past, counts, cached=session is not None)
         x = token_ids
-        # The cache of every stage is checked before any is written, so that a refusal leaves the session as it was.
+        # Every stage is asked before any cache is written, so that a refusal leaves the session as it was.
         caches: Sequence[KVCache | None] = [None] * len(self.stages) if session is None else session.caches
-        for cache in caches:
-            if cache is not None:
-                cache.check(positions)
+        for stage, cache in zip(self._in_order(), caches, strict=True):
+            stage.check_call(token_ids, positions, cache, logits)
         for stage, cache in zip(self._in_order(), caches, strict=True):
             x = stage.run(x.to(stage.device), positions.on(stage.device, stage.dtype), cache, logits)
         if session is not None:

@@ -99,6 +99,7 @@ class Stage(nn.Module):
         """
         self._check(inputs)
         positions = self.positions(inputs, past, count, cached=cache is not None)
+        self.check_call(inputs, positions, cache, logits)
         return self.run(inputs, positions, cache, logits)
 
     def positions(self, inputs: Tensor, past: Rows | None, count: Rows | None, *, cached: bool) -> Positions:
@@ -119,17 +120,24 @@ class Stage(nn.Module):
             )
         return positions
 
-    def run(self, x: Tensor, positions: Positions, cache: KVCache | None, logits: LogitsWanted = "all") -> Tensor:
-        """``forward`` on what was checked before."""
+    def check_call(
+        self, inputs: Tensor, positions: Positions, cache: KVCache | None, logits: LogitsWanted = "all"
+    ) -> None:
+        """Whether a call can be computed: checked before anything is written, so that no refusal changes a cache."""
         if cache is not None:
             cache.check(positions)
-            if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            if torch.is_grad_enabled() and (inputs.requires_grad or any(p.requires_grad for p in self.parameters())):
                 self._refuse(
                     "input.grad",
                     "cache",
                     "a call without gradients: use torch.no_grad()",
                     "gradients enabled",
                 )
+        if self.head is not None:
+            self._logits_wanted(logits)
+
+    def run(self, x: Tensor, positions: Positions, cache: KVCache | None, logits: LogitsWanted = "all") -> Tensor:
+        """``forward`` on what was checked before."""
         if self.embeds:
             if self.embedding is None:
                 raise RuntimeError("a stage that embeds was built without its embedding")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -98,7 +99,7 @@ def _output(golden: dict[str, Tensor], case: int, selection: Selection) -> tuple
 def _widen(found: dict[str, Difference], where: str, got: Tensor, expected: Tensor) -> None:
     largest = (got - expected).abs().max().item()
     scale = expected.abs().max().item()
-    before = found.get(where)
-    # A NaN must win: max() of Python would drop it, or not, by the order of its arguments.
-    if before is None or not largest / (scale or 1.0) <= before.relative:
-        found[where] = Difference(where=where, largest=largest, scale=scale)
+    difference, before = Difference(where=where, largest=largest, scale=scale), found.get(where)
+    # A NaN must win and stay, and compares as larger than nothing.
+    if before is None or math.isnan(difference.relative) or difference.relative > before.relative:
+        found[where] = difference

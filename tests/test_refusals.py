@@ -1,0 +1,842 @@
+"""What the converter refuses, and in which words; and that what it accepts comes back to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import splitbundle
+import splitbundle_converter
+from models import CONFIGURATIONS, LAYERS, ONE_PER_FAMILY, bundle, checkpoint
+from splitbundle import Bundle, BundleError, ParityError
+from splitbundle.bundle import VECTORS
+from splitbundle.torch_weights import map_tensors
+from splitbundle_converter import conversion
+from splitbundle_converter.translate import Translation, translate
+
+WEIGHTS: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+PIECES: Final = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+MISSING: Final = "The checkpoint isn't whole, or its configuration is another model's"
+UNSUPPORTED: Final = "This feature isn't supported"
+QUERY: Final = "model.layers.1.self_attn.q_proj.weight"
+
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small only lose by threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Callable[[str], Path]:
+    """Copies a named checkpoint, to be damaged."""
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(checkpoint(name), tmp_path / "source"))
+
+    return copy
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Where nothing else is, so that a test sees whatever is left there."""
+    (tmp_path / "made").mkdir()
+    return tmp_path / "made" / "b.splitbundle"
+
+
+def refused(path: str | Path, output: Path, **named: Any) -> BundleError:
+    """The error that a conversion ends with. It leaves nothing behind, under whichever name."""
+    before = sorted(output.parent.iterdir())
+    with pytest.raises(BundleError) as caught:
+        splitbundle_converter.convert(path, output, **({"check": False} | named))
+    assert sorted(output.parent.iterdir()) == before
+    return caught.value
+
+
+def accepted(path: Path, output: Path, **named: Any) -> Bundle:
+    """The bundle, which has been held against the original."""
+    return splitbundle_converter.convert(path, output, **named)
+
+
+def change_config(path: Path, **fields: Any) -> None:
+    """Sets fields of config.json; ``...`` removes one."""
+    config = json.loads((path / "config.json").read_text())
+    config = {key: value for key, value in (config | fields).items() if value is not ...}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def change_tensors(path: Path, change: Callable[[Tensors], Tensors | None]) -> None:
+    """Writes what ``change`` makes of the tensors (or returns of them)."""
+    tensors = load_file(path / WEIGHTS)
+    changed = change(tensors)
+    tensors = tensors if changed is None else changed
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / WEIGHTS, {"format": "pt"})
+
+
+def replaced(name: str, value: Callable[[Tensor], Tensor]) -> Callable[[Tensors], None]:
+    """A change of one tensor."""
+
+    def change(tensors: Tensors) -> None:
+        tensors[name] = value(tensors[name])
+
+    return change
+
+
+def without(*names: str) -> Callable[[Tensors], None]:
+    """A change that drops tensors."""
+
+    def change(tensors: Tensors) -> None:
+        for name in names:
+            del tensors[name]
+
+    return change
+
+
+def digests(root: Path) -> dict[str, str]:
+    """Path -> sha256, of every file."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# The configuration.
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gemma2", "nosuch", "", None, 3, ["llama"], ...])
+def test_a_family_that_is_not_in_the_table(source: Callable[[str], Path], output: Path, model_type: Any) -> None:
+    """Whether transformers knows it or not; a field that isn't there counts as null."""
+    path = source("llama")
+    change_config(path, model_type=model_type)
+    got = None if model_type is ... else model_type
+    assert str(refused(path, output)) == (
+        f"[source.family] config.json /model_type: expected one of gemma, gpt2, llama, mistral, qwen2, got {got!r}"
+    )
+
+
+ACTIVATIONS: Final = "one of silu, swish, gelu, gelu_python, gelu_new, gelu_pytorch_tanh, gelu_python_tanh, relu"
+KNOWN: Final = "a field that this family is known to have"
+USELESS: Final = "Remove it if it changes nothing"
+ROPE: Final[dict[str, Any]] = {"rope_type": "default", "rope_theta": 10000.0}
+ROPE_TYPES: Final = "one of default, linear, llama3"
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "pointer", "expected", "got", "hint"),
+    [
+        ("llama", {"frobnicate": 1}, "/frobnicate", KNOWN, "1", USELESS),
+        ("llama", {"sliding_window": 5}, "/sliding_window", KNOWN, "5", USELESS),
+        ("gpt2", {"rotary_dim": 4}, "/rotary_dim", KNOWN, "4", USELESS),
+        ("gemma", {"final_logit_softcapping": 30.0}, "/final_logit_softcapping", KNOWN, "30.0", USELESS),
+        ("gpt2", {"is_encoder_decoder": True}, "/is_encoder_decoder", "its default, False", "True", UNSUPPORTED),
+        ("gpt2", {"chunk_size_feed_forward": 2}, "/chunk_size_feed_forward", "its default, 0", "2", UNSUPPORTED),
+        ("gpt2", {"add_cross_attention": True}, "/add_cross_attention", "False", "True", UNSUPPORTED),
+        (
+            "gemma",
+            {"use_bidirectional_attention": True},
+            "/use_bidirectional_attention",
+            "None or False",
+            "True",
+            UNSUPPORTED,
+        ),
+        (
+            "gemma",
+            {"hidden_activation": "gelu"},
+            "/hidden_activation",
+            "None or 'gelu_pytorch_tanh'",
+            "'gelu'",
+            UNSUPPORTED,
+        ),
+        ("llama", {"hidden_act": "quick_gelu"}, "/hidden_act", ACTIVATIONS, "'quick_gelu'", None),
+        ("gpt2", {"activation_function": "mish"}, "/activation_function", ACTIVATIONS, "'mish'", None),
+        (
+            "llama",
+            {
+                "rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+            },
+            "/rope_parameters/rope_type",
+            ROPE_TYPES,
+            "'yarn'",
+            None,
+        ),
+        (
+            "qwen2",
+            {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}},
+            "/rope_parameters/rope_type",
+            ROPE_TYPES,
+            "'dynamic'",
+            None,
+        ),
+        (
+            "llama",
+            {"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "/rope_parameters/rope_type",
+            ROPE_TYPES,
+            "'dynamic'",
+            None,
+        ),
+        (
+            "llama",
+            {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
+            "/rope_parameters/partial_rotary_factor",
+            "1.0 or None",
+            "0.5",
+            UNSUPPORTED,
+        ),
+        (
+            "llama",
+            {"partial_rotary_factor": 0.5},
+            "/rope_parameters/partial_rotary_factor",
+            "1.0 or None",
+            "0.5",
+            UNSUPPORTED,
+        ),
+        (
+            "mistral-full",
+            {"rope_parameters": ROPE | {"mscale": 1.0}},
+            "/rope_parameters/mscale",
+            "no such parameter with rope_type default",
+            "1.0",
+            None,
+        ),
+        (
+            "llama",
+            {"rope_parameters": ROPE | {"rope_theta": 0.0}},
+            "/rope_parameters/rope_theta",
+            "a number above 0",
+            "0.0",
+            None,
+        ),
+        (
+            "llama-llama3",
+            {
+                "rope_parameters": ROPE
+                | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}
+                | {"original_max_position_embeddings": 16}
+            },
+            "/rope_parameters/high_freq_factor",
+            "more than low_freq_factor (4.0)",
+            "1.0",
+            None,
+        ),
+        (
+            "llama",
+            {"num_key_value_heads": 4},
+            "/num_key_value_heads",
+            "a divisor of num_attention_heads (6)",
+            "4",
+            None,
+        ),
+        (
+            "llama",
+            {"num_key_value_heads": 0},
+            "/num_key_value_heads",
+            "an integer from 1 to 2147483647",
+            "0",
+            None,
+        ),
+        ("gpt2", {"n_head": 4}, "/n_embd", "a multiple of n_head (4)", "35", None),
+        ("llama", {"vocab_size": 10**12}, "/vocab_size", "an integer from 1 to 2147483647", "1000000000000", None),
+        ("llama", {"rms_norm_eps": 0.0}, "/rms_norm_eps", "a number above 0", "0.0", None),
+    ],
+)
+def test_fields_that_cannot_be_converted(
+    source: Callable[[str], Path],
+    output: Path,
+    name: str,
+    fields: dict[str, Any],
+    pointer: str,
+    expected: str,
+    got: str,
+    hint: str | None,
+) -> None:
+    path = source(name)
+    change_config(path, **fields)
+    text = f"[source.config] config.json {pointer}: expected {expected}, got {got}"
+    assert str(refused(path, output)) == (f"{text}. {hint}" if hint else text)
+
+
+def test_all_problems_of_a_configuration_at_once(source: Callable[[str], Path], output: Path) -> None:
+    path = source("gemma")
+    change_config(path, hidden_act="mish", frobnicate=None, use_bidirectional_attention=True)
+    pointers = [problem.pointer for problem in refused(path, output).problems]
+    assert sorted(map(str, pointers)) == ["/frobnicate", "/hidden_act", "/use_bidirectional_attention"]
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("gpt2", "n_layer"), *((name, "num_hidden_layers") for name in ("qwen2", "gemma", "llama"))]
+)
+@pytest.mark.parametrize("count", [0, -1, 10_001, 10**9])
+def test_layer_counts(source: Callable[[str], Path], output: Path, name: str, field: str, count: int) -> None:
+    """In no time, too: no list is made of as many items as a stranger's number says."""
+    path = source(name)
+    change_config(path, **{field: count}, layer_types=...)
+    start = time.perf_counter()
+    text = str(refused(path, output))
+    assert time.perf_counter() - start < 2
+    assert text == f"[source.config] config.json /{field}: expected an integer from 1 to 10000, got {count}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", 1.5),
+        ("num_hidden_layers", "12"),
+        ("num_hidden_layers", True),
+        ("num_hidden_layers", None),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", 5),
+        ("attention_bias", "yes"),
+        ("hidden_act", 3),
+        ("rope_parameters", 3),
+        ("head_dim", 7),
+    ],
+)
+def test_fields_that_transformers_itself_refuses(
+    source: Callable[[str], Path], output: Path, field: str, value: Any
+) -> None:
+    """Its words are passed on, whatever kind of error they come in."""
+    path = source("llama")
+    change_config(path, **{field: value})
+    error = refused(path, output)
+    assert error.codes == ("source.config",)
+    assert str(error).startswith("[source.config] config.json: expected a configuration that transformers reads, got ")
+
+
+def test_layer_types_that_do_not_fit(source: Callable[[str], Path], output: Path) -> None:
+    path = source("qwen2-mixed")
+    change_config(path, layer_types=["full_attention"] * 3 + ["chunked_attention"])
+    assert str(refused(path, output)) == (
+        "[source.config] config.json /layer_types: expected full_attention or sliding_attention for each layer, "
+        "got ['full_attention', 'full_attention', 'full_attention', 'chunked_attention']"
+    )
+
+
+def test_code_of_a_checkpoint_never_runs(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    mark = output.parent.parent / "ran"
+    (path / "modeling.py").write_text(f"open({str(mark)!r}, 'w')")
+    change_config(path, auto_map={"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"})
+    assert str(refused(path, output)) == (
+        "[source.remote-code] config.json /auto_map: expected no auto_map, "
+        "got {'AutoConfig': 'modeling.C', 'AutoModelForCausalLM': 'modeling.M'}. "
+        "splitbundle never runs code of a checkpoint"
+    )
+    assert not mark.exists()
+
+
+def test_a_quantised_checkpoint(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    change_config(path, quantization_config={"quant_method": "gptq"})
+    assert str(refused(path, output)) == (
+        "[source.quantised] config.json /quantization_config: expected weights that aren't quantised, "
+        "got {'quant_method': 'gptq'}. Convert the checkpoint that was quantised"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"[]", "[source.config] config.json: expected an object, got []"),
+        (
+            b"{",
+            "[json.syntax] config.json byte 1: expected one JSON document (RFC 8259), "
+            "got Expecting property name enclosed in double quotes",
+        ),
+        (
+            b'{"model_type": "llama", "model_type": "gpt2"}',
+            "[json.duplicate-key] config.json: expected every key once in an object, got 'model_type' twice",
+        ),
+        (b'{"rms_norm_eps": NaN}', "[json.number] config.json: expected a JSON number, got NaN"),
+        (None, "[source.missing] config.json: expected a file config.json in source, got none"),
+    ],
+)
+def test_a_configuration_that_is_no_json(
+    source: Callable[[str], Path], output: Path, data: bytes | None, text: str
+) -> None:
+    path = source("llama")
+    if data is None:
+        (path / "config.json").unlink()
+    else:
+        (path / "config.json").write_bytes(data)
+    assert str(refused(path, output)) == text
+
+
+# Tensors.
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda tensors: tensors.update({"model.extra": torch.zeros(3, dtype=torch.bfloat16)}),
+            f"{WEIGHTS} /model.extra: expected only the tensors of a model of 4 layers as its configuration "
+            "describes it, got an extra tensor BF16 [3]",
+        ),
+        (
+            # Biases that the configuration denies: leaving them out would be silently wrong.
+            lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(36)}),
+            f"{WEIGHTS} /model.layers.0.self_attn.q_proj.bias: expected only the tensors of a model of 4 layers as "
+            "its configuration describes it, got an extra tensor F32 [36]",
+        ),
+        (
+            without("model.norm.weight"),
+            f"source: expected a tensor 'model.norm.weight' of shape [36], got none. {MISSING}",
+        ),
+        (without(QUERY), f"source: expected a tensor '{QUERY}' of shape [36, 36], got none. {MISSING}"),
+        (replaced(QUERY, lambda x: x[:5]), f"{WEIGHTS} /{QUERY}: expected shape [36, 36], got [5, 36]"),
+        (
+            replaced("model.layers.2.mlp.up_proj.weight", lambda x: x.T),
+            f"{WEIGHTS} /model.layers.2.mlp.up_proj.weight: expected shape [51, 36], got [36, 51]",
+        ),
+        (
+            replaced(QUERY, lambda x: x.double()),
+            f"{WEIGHTS} /{QUERY}: expected dtype F32, F16 or BF16, got F64",
+        ),
+        (
+            replaced(QUERY, lambda x: x.to(torch.int8)),
+            f"{WEIGHTS} /{QUERY}: expected dtype F32, F16 or BF16, got I8",
+        ),
+        (
+            replaced(QUERY, lambda x: x.to(torch.float8_e4m3fn)),
+            f"{WEIGHTS} /{QUERY}: expected dtype F32, F16 or BF16, got F8_E4M3",
+        ),
+    ],
+)
+def test_tensors_that_do_not_match(
+    source: Callable[[str], Path], output: Path, change: Callable[[Tensors], None], text: str
+) -> None:
+    path = source("llama")
+    change_tensors(path, change)
+    assert str(refused(path, output)) == f"[source.tensor] {text}"
+
+
+def test_a_transposed_layout_is_told_apart(source: Callable[[str], Path], output: Path) -> None:
+    """GPT-2's matrices are stored [in, out], and a message names the source's own shape."""
+    path = source("gpt2")
+    change_tensors(path, replaced("transformer.h.1.attn.c_attn.weight", lambda x: x.T))
+    assert str(refused(path, output)) == (
+        f"[source.tensor] {WEIGHTS} /transformer.h.1.attn.c_attn.weight: expected shape [35, 105], got [105, 35]"
+    )
+
+
+@pytest.mark.parametrize("count", [LAYERS - 1, LAYERS + 1])
+def test_a_checkpoint_of_another_depth(source: Callable[[str], Path], output: Path, count: int) -> None:
+    """No layer is dropped and none invented: each tensor too many or too few is named."""
+    path = source("llama")
+    change_config(path, num_hidden_layers=count)
+    error = refused(path, output)
+    assert error.codes == ("source.tensor",) * 9
+    layer = min(count, LAYERS - 1) if count < LAYERS else LAYERS
+    assert all(f"model.layers.{layer}." in str(problem) for problem in error.problems)
+
+
+def test_values_that_float16_cannot_hold(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    change_tensors(path, replaced(QUERY, lambda x: torch.full_like(x, 70_000.0)))
+    text = str(refused(path, output, dtype="float16"))
+    assert text == (
+        "[source.tensor] /layers.1.attention.query.weight: expected values that float16 can hold, got 70000. "
+        "--dtype bfloat16 holds larger ones"
+    )
+    accepted(path, output, dtype="bfloat16", check=False)
+
+
+# Files.
+
+
+def test_a_pickle(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / WEIGHTS).unlink()
+    (path / "pytorch_model.bin").write_bytes(b"\x80\x02cos\nsystem\n.")
+    assert str(refused(path, output)) == (
+        f"[source.pickle] pytorch_model.bin: expected weights in {WEIGHTS} or {INDEX}, "
+        "got a pickle, which can run code. Save the model as safetensors where you trust it: "
+        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+    )
+
+
+def test_no_weights(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / WEIGHTS).unlink()
+    text = f"[source.missing] {WEIGHTS}: expected {WEIGHTS} or {INDEX} in source, got neither"
+    assert str(refused(path, output)) == text
+
+
+def test_a_git_lfs_pointer(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 42\n")
+    text = f"[source.lfs-pointer] {WEIGHTS}: expected weights, got a Git LFS pointer. Fetch the weights: git lfs pull"
+    assert str(refused(path, output)) == text
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-5], lambda data: data[:100], lambda data: b"", lambda data: b"{}" * 40]
+)
+def test_a_file_that_is_not_safetensors(
+    source: Callable[[str], Path], output: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    path = source("llama")
+    (path / WEIGHTS).write_bytes(damage((path / WEIGHTS).read_bytes()))
+    text = str(refused(path, output))
+    assert text.startswith(f"[source.safetensors] {WEIGHTS}: expected a safetensors file, got SafetensorError: ")
+
+
+def in_pieces(path: Path, change: Callable[[dict[str, str], Tensors, Tensors], Any] = lambda *_: None) -> None:
+    """A checkpoint of two files and an index; ``change`` may edit the map and what the files hold."""
+    tensors = load_file(path / WEIGHTS)
+    (path / WEIGHTS).unlink()
+    names = sorted(tensors)
+    parts = [{name: tensors[name] for name in names[i::2]} for i in range(2)]
+    weight_map = {name: PIECES[i] for i, part in enumerate(parts) for name in part}
+    change(weight_map, *parts)
+    for file, part in zip(PIECES, parts, strict=True):
+        save_file(part, path / file, {"format": "pt"})
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        *(
+            (
+                lambda weight_map, first, second, file=file: weight_map.update({"lm_head.weight": file}),
+                f"[source.index] {INDEX} /weight_map/lm_head.weight: "
+                f"expected the name of a .safetensors file beside the index, got {file!r}",
+            )
+            for file in ("../x.safetensors", "/etc/passwd", "a/b.safetensors", ".x.safetensors", "x.bin", "", 3)
+        ),
+        (
+            lambda weight_map, first, second: weight_map.update({"lm_head.weight": "model-00003.safetensors"}),
+            f"[source.missing] model-00003.safetensors: expected a file that {INDEX} names, got none",
+        ),
+        (
+            # Sorted by name, lm_head.weight is first: in the first file.
+            lambda weight_map, first, second: second.update({"lm_head.weight": first["lm_head.weight"]}),
+            f"[source.tensor] {INDEX}: expected one entry for 'lm_head.weight', got it is in {PIECES[1]} too",
+        ),
+        (
+            lambda weight_map, first, second: weight_map.pop("lm_head.weight"),
+            f"[source.tensor] {INDEX}: expected one entry for 'lm_head.weight', got none; it is in {PIECES[0]}",
+        ),
+        (
+            lambda weight_map, first, second: first.pop("lm_head.weight"),
+            f"[source.tensor] {INDEX}: expected 'lm_head.weight' in {PIECES[0]}, got none",
+        ),
+        (
+            lambda weight_map, first, second: weight_map.clear(),
+            f"[source.index] {INDEX} /weight_map: expected an object weight_map, got {{}}",
+        ),
+    ],
+)
+def test_indexes_that_lie(source: Callable[[str], Path], output: Path, change: Callable[..., Any], text: str) -> None:
+    path = source("llama")
+    in_pieces(path, change)
+    assert str(refused(path, output)) == text
+
+
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+def test_a_checkpoint_in_pieces_is_the_same_model(source: Callable[[str], Path], output: Path, name: str) -> None:
+    path = source(name)
+    in_pieces(path)
+    assert accepted(path, output).fingerprint == bundle(name).fingerprint
+
+
+# Tied weights, base models, buffers.
+
+
+def test_a_tied_head_that_is_stored_and_differs(source: Callable[[str], Path], output: Path) -> None:
+    path = source("gpt2")
+    table = "transformer.wte.weight"
+    change_tensors(path, lambda tensors: tensors.update({"lm_head.weight": tensors[table] + 1e-6}))
+    assert str(refused(path, output)) == (
+        f"[source.tensor] {WEIGHTS} /lm_head.weight: expected the values of {table}, as tie_word_embeddings is true, "
+        "got other values. Set tie_word_embeddings to false, or drop the tensor"
+    )
+
+
+def test_a_tied_head_that_is_stored_and_equal(source: Callable[[str], Path], output: Path) -> None:
+    """It is stored once, and comes back twice."""
+    path = source("gpt2")
+    change_tensors(path, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"].clone()}))
+    made = accepted(path, output)
+    assert made.fingerprint == bundle("gpt2").fingerprint
+    back = dict(splitbundle_converter.source_tensors(made))
+    assert torch.equal(back["lm_head.weight"], back["transformer.wte.weight"])
+    assert set(back) == set(load_file(path / WEIGHTS))
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("gpt2", "transformer."), ("gemma", "model.")])
+def test_a_base_model_saved_alone(source: Callable[[str], Path], output: Path, name: str, prefix: str) -> None:
+    """Its names lack the prefix; a tied head needs nothing more. The names come back as they were."""
+    path = source(name)
+    change_tensors(path, lambda tensors: {key.removeprefix(prefix): tensor for key, tensor in tensors.items()})
+    made = accepted(path, output)
+    assert made.fingerprint == bundle(name).fingerprint
+    assert {key for key, _ in splitbundle_converter.source_tensors(made)} == set(load_file(path / WEIGHTS))
+
+
+def test_a_base_model_saved_alone_without_its_head(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    change_tensors(
+        path,
+        lambda tensors: {
+            key.removeprefix("model."): tensor for key, tensor in tensors.items() if key != "lm_head.weight"
+        },
+    )
+    assert str(refused(path, output)) == (
+        f"[source.tensor] source: expected a tensor 'lm_head.weight' of shape [61, 36], got none. {MISSING}"
+    )
+
+
+def test_buffers_of_old_checkpoints_are_dropped(source: Callable[[str], Path], output: Path) -> None:
+    """GPT-2's masks, by name: and only of layers that there are."""
+    path = source("gpt2")
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 48, 48).tril() for i in range(LAYERS)}
+    masks["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    change_tensors(path, lambda tensors: tensors.update(masks))
+    assert accepted(path, output).fingerprint == bundle("gpt2").fingerprint
+    change_tensors(path, lambda tensors: tensors.update({"transformer.h.4.attn.bias": torch.ones(1)}))
+    shutil.rmtree(output)
+    assert str(refused(path, output)) == (
+        f"[source.tensor] {WEIGHTS} /transformer.h.4.attn.bias: expected only the tensors of a model of 4 layers as "
+        "its configuration describes it, got an extra tensor F32 [1]"
+    )
+
+
+def test_rotary_buffers_are_dropped(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    change_tensors(
+        path,
+        lambda tensors: tensors.update(
+            {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(3) for i in range(LAYERS)}
+        ),
+    )
+    assert accepted(path, output).fingerprint == bundle("llama").fingerprint
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize("cuts", [(2, 1), (5,), (-1,), (1, 1), (0, 2, 9)])
+def test_cuts(output: Path, cuts: tuple[int, ...]) -> None:
+    assert str(refused(checkpoint("llama"), output, split=cuts)) == (
+        "[usage.cut] split: expected rising layer numbers from 0 to 4, the model's number of layers, "
+        f"got {','.join(map(str, cuts))}"
+    )
+
+
+@pytest.mark.parametrize(
+    "names", [("a",), ("a", "b", "c"), ("a", "a"), ("A", "b"), ("a", ""), ("a", "../x"), ("a", "-b"), ("a", "b.c")]
+)
+def test_names(output: Path, names: tuple[str, ...]) -> None:
+    text = str(refused(checkpoint("llama"), output, split=(2,), names=names))
+    assert text.startswith("[usage.names] names: expected 2 different names of a-z 0-9 _ -")
+    assert text.endswith(f", got {', '.join(names)}")
+
+
+def test_a_dtype_that_does_not_exist(output: Path) -> None:
+    text = "[usage.dtype] dtype: expected one of keep, float32, float16, bfloat16, got 'int8'"
+    assert str(refused(checkpoint("llama"), output, dtype="int8")) == text
+
+
+def test_a_source_that_does_not_exist(output: Path) -> None:
+    expected = "expected a checkpoint directory or a hub id"
+    assert str(refused("/no/such/place", output)) == f"[source.missing] /no/such/place: {expected}, got neither"
+    assert str(refused("two words", output)) == f"[source.missing] two words: {expected}, got neither"
+    file = checkpoint("llama") / "config.json"
+    assert str(refused(file, output)) == f"[source.missing] {file}: {expected}, got a file"
+
+
+def test_a_hub_id_without_a_network(tmp_path: Path, output: Path) -> None:
+    """In another process, as the hub's library reads HF_HUB_OFFLINE when it is imported."""
+    program = f"""
+import splitbundle, splitbundle_converter
+try:
+    splitbundle_converter.convert("some-owner/some-model", {str(output)!r})
+except splitbundle.BundleError as error:
+    print(error)
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, timeout=120
+    )
+    assert done.stdout.startswith("[network] some-owner/some-model: expected the model from the hub, got ")
+    assert done.stdout.endswith(". There is no such directory here, and the hub can't be reached\n")
+    assert not list(output.parent.iterdir())
+
+
+# The destination.
+
+
+def test_a_destination_that_exists(output: Path) -> None:
+    made = accepted(checkpoint("llama"), output, check=False)
+    before = digests(output)
+    hint = "--force replaces it once the new one is complete"
+    expected = f"[output.exists] {output}: expected nothing there, got an existing file or directory. {hint}"
+    assert str(refused(checkpoint("gpt2"), output)) == expected
+    assert digests(output) == before
+    other = accepted(checkpoint("gpt2"), output, check=False, force=True)
+    assert other.fingerprint != made.fingerprint
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda path: path.write_text("a file"), lambda path: (path / "mine").mkdir(parents=True)]
+)
+def test_what_is_no_bundle_is_not_replaced(output: Path, make: Callable[[Path], Any]) -> None:
+    make(output)
+    assert str(refused(checkpoint("llama"), output, force=True)) == (
+        f"[output.exists] {output}: expected a bundle, to be replaced, got something else. "
+        "--force only replaces bundles; remove it yourself"
+    )
+
+
+# A conversion that is wrong.
+
+
+def query_and_key_exchanged(*arguments: Any) -> Translation:
+    """A table with a mistake in it: the kind that nothing but the original model can show."""
+    right = translate(*arguments)
+    pair = ("layers.2.attention.query.weight", "layers.2.attention.key.weight")
+    exchanged = dict(zip(pair, (right.origins[name] for name in reversed(pair)), strict=True))
+    return replace(right, origins=right.origins | exchanged)
+
+
+@pytest.mark.rule("SB-G-003", "SB-D-009")
+def test_a_wrong_translation_does_not_get_out(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chained shards are held against the original: the error says where they part, and nothing is left."""
+    monkeypatch.setattr(conversion, "translate", query_and_key_exchanged)
+    error = refused(checkpoint("gpt2"), output, split=(1, 3), check=True)
+    assert isinstance(error, ParityError)
+    # Before the mistake all is well; from the first boundary after layer 2 nothing is.
+    assert [problem.argument for problem in error.problems] == ["hidden.3", "logits"]
+    assert set(error.codes) == {"parity"}
+    text = str(error).splitlines()[0]
+    assert text.startswith(
+        "[parity] vectors.safetensors hidden.3: expected a difference to the original model of at most 1e-05 of "
+    )
+    # Without the check it does, which is what the check is for.
+    accepted(checkpoint("gpt2"), output, check=False)
+
+
+@pytest.mark.rule("SB-D-009")
+def test_a_wrong_translation_does_not_replace_a_bundle(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = accepted(checkpoint("gpt2"), output, split=(1,))
+    before = digests(output)
+    monkeypatch.setattr(conversion, "translate", query_and_key_exchanged)
+    assert isinstance(refused(checkpoint("gpt2"), output, check=True, force=True), ParityError)
+    assert digests(output) == before
+    assert splitbundle.open(output).id == made.id
+    made.verify(exact=True)
+
+
+@pytest.mark.rule("SB-G-003")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_fail_the_check(source: Callable[[str], Path], output: Path, value: float) -> None:
+    """A NaN is equal to nothing, so it must not pass for being within a tolerance."""
+    path = source("llama")
+    change_tensors(path, replaced(QUERY, lambda x: torch.full_like(x, value)))
+    assert isinstance(refused(path, output, check=True), ParityError)
+
+
+@pytest.mark.rule("SB-G-003")
+def test_one_token_that_is_no_number_fails_the_check(source: Callable[[str], Path], output: Path) -> None:
+    """The first case alone meets it, and what the others compute must not make it forgotten."""
+    path = source("llama")
+    golden = map_tensors(accepted(path, output), VECTORS)
+    shutil.rmtree(output)
+    (token,) = golden["case.0.ids"].tolist()
+    assert not any((golden[f"case.{case}.ids"] == token).any() for case in (1, 2))
+
+    def spoil(table: Tensor) -> Tensor:
+        table[token] = float("nan")
+        return table
+
+    change_tensors(path, replaced("model.embed_tokens.weight", spoil))
+    error = refused(path, output, split=(2,), check=True)
+    assert [problem.argument for problem in error.problems] == ["hidden.2", "logits"]
+
+
+# There and back, and twice the same.
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_round_trip_is_exact(name: str, dtype: str, output: Path) -> None:
+    """Names, shapes, dtypes and bits, of every configuration."""
+    path = checkpoint(name, dtype)
+    made = accepted(path, output, split=(1, 2), check=False)
+    back = dict(splitbundle_converter.source_tensors(made))
+    tensors = load_file(path / WEIGHTS)
+    assert set(back) == set(tensors)
+    for key, tensor in tensors.items():
+        assert back[key].dtype == tensor.dtype
+        assert back[key].shape == tensor.shape
+        assert torch.equal(back[key].contiguous().view(torch.uint8), tensor.view(torch.uint8)), key
+
+
+def test_mixed_dtypes_are_kept(source: Callable[[str], Path], output: Path) -> None:
+    """Norms in float32 beside matrices in bfloat16, as some checkpoints have them."""
+    path = Path(shutil.copytree(checkpoint("llama", "bfloat16"), output.parent.parent / "source"))
+    change_tensors(path, lambda tensors: {k: t.float() if "norm" in k else t for k, t in tensors.items()})
+    made = accepted(path, output, split=(2,))
+    assert made.manifest.storage.dtype == "bfloat16"
+    norms = 2 * LAYERS + 1
+    assert list(made.manifest.storage.exceptions.values()) == ["float32"] * norms
+    back = dict(splitbundle_converter.source_tensors(made))
+    for key, tensor in load_file(path / WEIGHTS).items():
+        assert back[key].dtype == tensor.dtype
+        assert torch.equal(back[key], tensor)
+
+
+@pytest.mark.rule("SB-I-004")
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+def test_the_same_input_makes_the_same_bundle(name: str, output: Path) -> None:
+    """Every file, but for the vectors and what holds their digest: threads change the last bits of what is computed."""
+    computed = {"vectors.safetensors", "manifest.json", "SHA256SUMS"}
+    for check, left_out in ((False, set()), (True, computed)):
+        made = []
+        for i in range(2):
+            torch.set_num_threads(1 + i)
+            path = output.with_name(f"{i}-{check}.splitbundle")
+            made.append(accepted(checkpoint(name), path, split=(1, 3), check=check))
+        one, two = ({k: v for k, v in digests(b.path).items() if k not in left_out} for b in made)
+        assert one == two
+        assert len(one) >= LAYERS + 3
+        assert made[0].fingerprint == made[1].fingerprint == bundle(name).fingerprint
+
+
+def test_a_unit_in_parts_computes_the_same(output: Path) -> None:
+    """A layer above the largest file size is divided between tensors, and comes back whole."""
+    made = accepted(checkpoint("llama"), output, split=(2,), max_file_size=12_000)
+    assert made.manifest.units["layer-000"][0] == "layer-000-part-001.safetensors"
+    assert all(len(files) > 1 for unit, files in made.manifest.units.items() if unit.startswith("layer"))
+    made.verify(exact=True)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert torch.equal(made.pipeline()(ids), bundle("llama").pipeline()(ids))
+
+
+def test_every_pair_of_cuts_has_the_fingerprint_of_the_model(output: Path) -> None:
+    for cuts in itertools.combinations(range(LAYERS + 1), 2):
+        path = output.with_name(f"{cuts[0]}-{cuts[1]}.splitbundle")
+        assert accepted(checkpoint("llama"), path, split=cuts, check=False).fingerprint == bundle("llama").fingerprint
