@@ -455,7 +455,7 @@ def test_values_that_float16_cannot_hold(source: Callable[[str], Path], output: 
     change_tensors(path, replaced(QUERY, lambda x: torch.full_like(x, 70_000.0)))
     text = str(refused(path, output, dtype="float16"))
     assert text == (
-        "[source.tensor] /layers.1.attention.query.weight: expected values that float16 can hold, got 70000. "
+        f"[source.tensor] model.safetensors /{QUERY}: expected values that float16 can hold, got 70000. "
         "--dtype bfloat16 holds larger ones"
     )
     accepted(path, output, dtype="bfloat16", check=False)
@@ -637,7 +637,7 @@ def test_rotary_buffers_are_dropped(source: Callable[[str], Path], output: Path)
 # Arguments.
 
 
-@pytest.mark.parametrize("cuts", [(2, 1), (5,), (-1,), (1, 1), (0, 2, 9)])
+@pytest.mark.parametrize("cuts", [(2, 1), (5,), (-1,), (1, 1), (0, 2, 9), (1.5,), ("1",), (True,)])
 def test_cuts(output: Path, cuts: tuple[int, ...]) -> None:
     assert str(refused(checkpoint("llama"), output, split=cuts)) == (
         "[usage.cut] split: expected rising layer numbers from 0 to 4, the model's number of layers, "
@@ -645,12 +645,35 @@ def test_cuts(output: Path, cuts: tuple[int, ...]) -> None:
     )
 
 
+@pytest.mark.parametrize("size", [0, -1, 1.5, "1"])
+def test_a_size_of_files_that_is_none(output: Path, size: Any) -> None:
+    text = str(refused(checkpoint("llama"), output, max_file_size=size))
+    assert text.startswith("[usage.size] max_file_size: expected a number of bytes from 1, got")
+
+
+def test_a_checkpoint_of_another_model_does_not_flood(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    change_config(path, num_hidden_layers=2000)
+    assert len(refused(path, output).problems) == 100
+
+
 @pytest.mark.parametrize(
-    "names", [("a",), ("a", "b", "c"), ("a", "a"), ("A", "b"), ("a", ""), ("a", "../x"), ("a", "-b"), ("a", "b.c")]
+    "names",
+    [
+        ("a",),
+        ("a", "b", "c"),
+        ("a", "a"),
+        ("A", "b"),
+        ("a", ""),
+        ("a", "../x"),
+        ("a", "-b"),
+        ("a", "b.c"),
+        ("a", "con"),
+    ],
 )
 def test_names(output: Path, names: tuple[str, ...]) -> None:
     text = str(refused(checkpoint("llama"), output, split=(2,), names=names))
-    assert text.startswith("[usage.names] names: expected 2 different names of a-z 0-9 _ -")
+    assert text.startswith("[usage.names] names: expected 2 different names, one for each shard, each 1 to 64 of")
     assert text.endswith(f", got {', '.join(names)}")
 
 

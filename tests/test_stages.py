@@ -342,6 +342,19 @@ def test_backends_and_dtypes_that_do_not_exist(whole: Bundle, open_part: str) ->
     assert refusal(call, *name, dtype=torch.int64) == f"{text}'torch.int64'"
 
 
+def test_a_device_that_is_not_here(whole: Bundle) -> None:
+    for device in ("nonsense", "cuda:99"):
+        text = refusal(whole.pipeline, device=device)
+        assert text.startswith(f"[input.device] device: expected a device that torch has here, got '{device}': ")
+    assert whole.stage("bottom", device="cpu").device == torch.device("cpu")
+
+
+def test_sessions_of_no_rows_or_slots(whole: Bundle) -> None:
+    pipeline = whole.pipeline()
+    assert refusal(pipeline.session, 0) == "[input.value] batch_size: expected a number from 1, got 0"
+    assert refusal(pipeline.session, 1, 0).startswith("[session.capacity] capacity: expected ")
+
+
 def test_a_backend_that_is_not_installed(whole: Bundle) -> None:
     """The error says what to type, in a process where torch can't be imported."""
     program = f"""

@@ -77,6 +77,11 @@ def convert(
                 got=quoted(dtype),
             )
         )
+    if max_file_size is not None and (type(max_file_size) is not int or max_file_size < 1):
+        got = quoted(max_file_size)
+        raise BundleError(
+            Problem(code="usage.size", argument="max_file_size", expected="a number of bytes from 1", got=got)
+        )
     checkpoint = locate(source, revision)
     family, architecture, config = read_architecture(checkpoint)
     cuts = tuple(split)
@@ -134,17 +139,7 @@ def read_architecture(source: Source) -> tuple[Family, Architecture, dict[str, A
         BundleError: ``source.family``, ``source.config``.
     """
     model_type, values, defaults = source.config()
-    family = FAMILIES.get(model_type)
-    if family is None:
-        raise BundleError(
-            Problem(
-                code="source.family",
-                file=CONFIG,
-                pointer="/model_type",
-                expected=f"one of {', '.join(sorted(FAMILIES))}",
-                got=quoted(model_type),
-            )
-        )
+    family = FAMILIES[model_type]
     config = ConfigReader(values, defaults, CONFIG)
     architecture = family.facts(config)
     config.finish()
@@ -192,7 +187,9 @@ def _write_units(
             if progress is not None:
                 progress("converting", done, total)
             done += stored(name).size
-            return _rounded(translation.origins[name].take(reader), FLOATS[storage.dtype_of(name)], name)
+            origin = translation.origins[name]
+            tensor = origin.take(reader)
+            return _rounded(tensor, FLOATS[storage.dtype_of(name)], source.tensors[origin.source].file, origin.source)
 
         for files in plan.values():
             for path, tensors in files.items():
@@ -202,13 +199,14 @@ def _write_units(
     return listed, {unit: tuple(files) for unit, files in plan.items()}
 
 
-def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def _rounded(tensor: Tensor, dtype: torch.dtype, file: str, name: str) -> Tensor:
     rounded = tensor.to(dtype)
     # float16 ends at 65,504: what is larger would become infinite without a word.
     if rounded is not tensor and bool((rounded.isinf() & ~tensor.isinf()).any()):
         raise BundleError(
             Problem(
                 code="source.tensor",
+                file=file,
                 pointer=f"/{name}",
                 expected=f"values that {str(dtype).removeprefix('torch.')} can hold",
                 got=f"{tensor.abs().max().item():g}",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.fields import MAX_PROBLEMS
 from splitbundle.manifest import SourceName, expand
 from splitbundle_converter.families import Family
 from splitbundle_converter.source import Reader, Source, SourceTensor, dtype_of
@@ -83,7 +84,7 @@ def translate(source: Source, family: Family, architecture: Architecture) -> Tra
     for name in sorted(source.tensors.keys() - claimed - dropped):
         problems.append(_extra(source, name, layers))
     if problems:
-        raise BundleError(problems)
+        raise BundleError(problems[:MAX_PROBLEMS])  # of a checkpoint of another depth, every tensor would be one
     return Translation(origins=origins, source_names=tuple(kept))
 
 

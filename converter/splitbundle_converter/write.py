@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -93,12 +93,12 @@ def shard_names(cuts: tuple[int, ...], given: tuple[str, ...] | None) -> tuple[s
     if given is None:
         middle = tuple(f"trunk-{i}" for i in range(1, number - 1))
         return DEFAULT_NAMES.get(number, ("bottom", *middle, "top"))
-    if len(given) != number or len(set(given)) != number or not all(names.SHARD_NAME.fullmatch(n) for n in given):
+    if len(given) != number or len(set(given)) != number or not all(names.is_shard(n) for n in given):
         raise BundleError(
             Problem(
                 code="usage.names",
                 argument="names",
-                expected=f"{number} different names of a-z 0-9 _ -, one for each shard",
+                expected=f"{number} different names, one for each shard, each {names.SHARD_RULE}",
                 got=", ".join(given),
             )
         )
@@ -111,7 +111,8 @@ def check_cuts(cuts: tuple[int, ...], layers: int) -> None:
     Raises:
         BundleError: ``usage.cut``.
     """
-    if any(not 0 <= cut <= layers for cut in cuts) or any(a >= b for a, b in itertools.pairwise(cuts)):
+    whole = all(type(cut) is int and 0 <= cut <= layers for cut in cuts)
+    if not whole or any(a >= b for a, b in pairwise(cuts)):
         raise BundleError(
             Problem(
                 code="usage.cut",

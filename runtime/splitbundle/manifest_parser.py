@@ -141,8 +141,11 @@ def _shard(field: Field) -> Shard:
     layers = [item.integer() for item in members["layers"].items(minimum=2, maximum=2)]
     if not members["graph"].is_null:
         members["graph"].refuse("null")
+    name = members["name"]
+    if isinstance(name.value, str) and not names.is_shard(name.value):
+        name.refuse(names.SHARD_RULE)
     return Shard(
-        name=members["name"].string(names.SHARD_NAME, "1 to 64 of a-z 0-9 _ -, not first _ or -"),
+        name=name.string(),
         layers=(layers[0], layers[1]) if len(layers) == 2 else (0, 0),
         embeds=members["embeds"].boolean(),
         head=members["head"].boolean(),

@@ -15,7 +15,8 @@ CARD: Final = "README.md"
 
 _PART = re.compile(r"[a-z0-9_][a-z0-9._-]{0,99}")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
-SHARD_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_SHARD = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+SHARD_RULE: Final = "1 to 64 of a-z 0-9 _ -, not first _ or -, and no name that Windows reserves"
 SHA256: Final = re.compile(r"[0-9a-f]{64}")
 IDENTITY: Final = re.compile(r"sha256:[0-9a-f]{64}")
 MAX_DEPTH: Final = 4
@@ -32,6 +33,11 @@ def is_path(path: str) -> bool:
 def is_own(path: str) -> bool:
     """Whether ``path``, or the directory that it begins with, would meet a file that every bundle has unlisted."""
     return path.partition("/")[0].lower() in (MANIFEST, SUMS.lower())
+
+
+def is_shard(name: str) -> bool:
+    """Whether ``name`` may be a shard's: files are named after shards, too."""
+    return bool(_SHARD.fullmatch(name)) and not _RESERVED.fullmatch(name)
 
 
 def is_part(part: str) -> bool:

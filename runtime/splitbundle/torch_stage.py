@@ -62,8 +62,11 @@ class Stage(nn.Module):
         Raises:
             BundleError: ``session.capacity`` for more positions than the model has.
         """
+        if type(batch_size) is not int or batch_size < 1:
+            expected, got = "a number from 1", quoted(batch_size)
+            raise BundleError(Problem(code="input.value", argument="batch_size", expected=expected, got=got))
         limit = self.architecture.position_limit
-        if not 1 <= capacity <= (limit or capacity):
+        if type(capacity) is not int or not 1 <= capacity <= (limit or capacity):
             expected = f"1 to {limit}, the positions of the model" if limit else "at least 1"
             raise BundleError(
                 Problem(code="session.capacity", argument="capacity", expected=expected, got=quoted(capacity))
@@ -223,6 +226,7 @@ def load_stages(
 ) -> list[Stage]:
     """Stages over mapped weights; a tensor that several of them need is one parameter. See ``Bundle.stage``."""
     target = compute_dtype(bundle, dtype)
+    _check_device(device)
     mapped: dict[str, nn.Parameter] = {}
     loaded: set[str] = set()
     stages: list[Stage] = []
@@ -237,3 +241,13 @@ def load_stages(
         stage.load_state_dict({name: mapped[name] for name in wanted}, assign=True)
         stages.append(stage.requires_grad_(trainable))
     return stages
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name, no driver, or a build without it
+        got = f"{quoted(str(device))}: {str(error).splitlines()[0]}"
+        raise BundleError(
+            Problem(code="input.device", argument="device", expected="a device that torch has here", got=got)
+        ) from error
