@@ -214,7 +214,7 @@ def _sparse(size: int) -> bytes:
     return b'{"format": "' + b"s" * (size - 14) + b'"}'
 
 
-@pytest.mark.rule("SB-J-005", "SB-J-006", "SB-A-006", "SB-M-004")
+@pytest.mark.rule("SB-J-005", "SB-J-006", "SB-J-010", "SB-A-006", "SB-M-004")
 @pytest.mark.parametrize(
     ("kind", "make", "code", "pointer"),
     [
@@ -229,8 +229,10 @@ def _sparse(size: int) -> bytes:
         ("manifest", lambda: b'{"size": -' + b"7" * 15_000_000 + b"}", "json.number", None),
         ("manifest", lambda: b'{"size": 1.' + b"7" * 15_000_000 + b"}", "field.missing", ""),
         ("architecture", lambda: _layers(10_001), "field.value", "/layers"),
-        ("architecture", lambda: _layers(1_000_000), "field.value", "/layers"),
-        ("manifest", lambda: _with("source_names", [0] * 2_000_000), "field.value", "/source_names"),
+        ("architecture", lambda: _layers(900_000), "field.value", "/layers"),
+        ("manifest", lambda: _with("source_names", [0] * 300_000), "field.value", "/source_names"),
+        ("manifest", lambda: _with("extensions", {"x": [[]] * 600_000}), "json.size", None),
+        ("manifest", lambda: _with("extensions", {"x": [[]] * 5_000_000}), "json.size", None),
         ("manifest", lambda: _with("source_names", [0] * 262_144), "field.type", "/source_names/0"),
         ("manifest", lambda: _with("files", dict.fromkeys(map(str, range(500_000)), 0)), "field.type", "/files/0"),
     ],

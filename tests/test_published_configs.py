@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from splitbundle.architecture import Learned, Llama3, Rotary
+from splitbundle.architecture import Learned, Llama3, Rotary, count
 from splitbundle_converter.conversion import read_architecture
 from splitbundle_converter.source import Source
-from splitbundle_converter.translate import parameters
 
 COMMON = {"architectures": ["ForCausalLM"], "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True}
 GPT2 = {
@@ -186,7 +185,7 @@ def read(tmp_path: Path, config: dict[str, Any]) -> Any:
 def test_the_published_number_of_parameters(name: str, tmp_path: Path) -> None:
     """The numbers are those of the models' cards, or the sums of their published tensors."""
     config, expected = PUBLISHED[name]
-    assert parameters(read(tmp_path, config)) == expected
+    assert count(read(tmp_path, config).tensors()) == expected
 
 
 def test_what_the_fields_become(tmp_path: Path) -> None:

@@ -455,8 +455,8 @@ def test_values_that_float16_cannot_hold(source: Callable[[str], Path], output: 
     change_tensors(path, replaced(QUERY, lambda x: torch.full_like(x, 70_000.0)))
     text = str(refused(path, output, dtype="float16"))
     assert text == (
-        f"[source.tensor] model.safetensors /{QUERY}: expected values that float16 can hold, got 70000. "
-        "--dtype bfloat16 holds larger ones"
+        f"[input.overflow] model.safetensors /{QUERY}: expected values that float16 can hold, got 70000. "
+        "bfloat16 holds larger ones"
     )
     accepted(path, output, dtype="bfloat16", check=False)
 
@@ -724,13 +724,19 @@ def test_a_destination_that_exists(output: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda path: path.write_text("a file"), lambda path: (path / "mine").mkdir(parents=True)]
+    "make",
+    [
+        lambda path: path.write_text("a file"),
+        lambda path: (path / "mine").mkdir(parents=True),
+        # Other things have a manifest.json too: a browser's extension, say.
+        lambda path: (path.mkdir(), (path / "manifest.json").write_text('{"manifest_version": 3}')),
+    ],
 )
 def test_what_is_no_bundle_is_not_replaced(output: Path, make: Callable[[Path], Any]) -> None:
     make(output)
     assert str(refused(checkpoint("llama"), output, force=True)) == (
         f"[output.exists] {output}: expected a bundle, to be replaced, got something else. "
-        "--force only replaces bundles; remove it yourself"
+        "Remove it yourself: --force won't"
     )
 
 

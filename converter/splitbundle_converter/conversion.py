@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from splitbundle import architecture as architectures
 from splitbundle import architecture_parser
-from splitbundle.architecture import Architecture
+from splitbundle.architecture import Architecture, count
 from splitbundle.bundle import VECTORS, Bundle, open_bundle
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.files import Progress
 from splitbundle.manifest import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
 from splitbundle.torch_verify import run_vectors
+from splitbundle.torch_weights import rounded
 from splitbundle.version import __version__
 from splitbundle.weights import Tensor as Stored
 from splitbundle_converter import write
@@ -26,7 +26,7 @@ from splitbundle_converter.config_reader import ConfigReader
 from splitbundle_converter.families import FAMILIES, Family
 from splitbundle_converter.publish import publishing
 from splitbundle_converter.source import CONFIG, FLOATS, Source, dtype_of, locate
-from splitbundle_converter.translate import Translation, parameters, translate
+from splitbundle_converter.translate import Translation, translate
 from splitbundle_converter.vectors import reference_vectors
 
 DTYPES: Final = ("keep", *FLOATS)
@@ -108,7 +108,7 @@ def convert(
                     source=checkpoint.name,
                     revision=checkpoint.revision,
                     license=checkpoint.license(),
-                    parameters=parameters(architecture),
+                    parameters=count(architecture.tensors()),
                     context_length=_context_length(config),
                     architecture=identity(architecture.to_bytes()),
                     fingerprint=fingerprint(listed, weight_files),
@@ -171,7 +171,7 @@ def _write_units(
     max_file_size: int | None,
     progress: Progress | None,
 ) -> tuple[dict[str, File], dict[str, tuple[str, ...]]]:
-    shapes = {name: shape for tensors in architecture.unit_tensors().values() for name, shape in tensors.items()}
+    shapes = architecture.tensors()
 
     def stored(name: str) -> Stored:
         return Stored(dtype=storage.dtype_of(name), shape=shapes[name])
@@ -188,8 +188,8 @@ def _write_units(
                 progress("converting", done, total)
             done += stored(name).size
             origin = translation.origins[name]
-            tensor = origin.take(reader)
-            return _rounded(tensor, FLOATS[storage.dtype_of(name)], source.tensors[origin.source].file, origin.source)
+            file = source.tensors[origin.source].file
+            return rounded(origin.take(reader), FLOATS[storage.dtype_of(name)], origin.source, file)
 
         for files in plan.values():
             for path, tensors in files.items():
@@ -197,23 +197,6 @@ def _write_units(
     if progress is not None:
         progress("converting", total, total)
     return listed, {unit: tuple(files) for unit, files in plan.items()}
-
-
-def _rounded(tensor: Tensor, dtype: torch.dtype, file: str, name: str) -> Tensor:
-    rounded = tensor.to(dtype)
-    # float16 ends at 65,504: what is larger would become infinite without a word.
-    if rounded is not tensor and bool((rounded.isinf() & ~tensor.isinf()).any()):
-        raise BundleError(
-            Problem(
-                code="source.tensor",
-                file=file,
-                pointer=f"/{name}",
-                expected=f"values that {str(dtype).removeprefix('torch.')} can hold",
-                got=f"{tensor.abs().max().item():g}",
-                hint="--dtype bfloat16 holds larger ones",
-            )
-        )
-    return rounded
 
 
 def _write_vectors(

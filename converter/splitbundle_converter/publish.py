@@ -5,19 +5,24 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
+from splitbundle import strict_json
+from splitbundle.bundle import mend
 from splitbundle.errors import BundleError, Problem
 
+if sys.platform != "win32":
+    import fcntl
+
 _AT_FDCWD: Final = -100
-_RENAME_NOREPLACE: Final = 1
-_RENAME_EXCHANGE: Final = 2
+_LOCK: Final = ".lock"
 
 
 @contextlib.contextmanager
@@ -25,76 +30,96 @@ def publishing(destination: str | os.PathLike[str], *, force: bool) -> Iterator[
     """A directory to write into, which becomes ``destination`` when the block ends well and vanishes when it doesn't.
 
     Raises:
-        BundleError: ``output.exists`` without ``force``; ``output.failed`` where it can't be written.
+        BundleError: ``output.exists`` without ``force``, or for what isn't a bundle; ``output.failed`` where the system
+            doesn't let it be written.
     """
-    target = Path(os.path.abspath(destination))  # not resolved: a link is replaced, not followed
-    _refuse_existing(target, force)
+    target = Path(os.path.abspath(destination))  # not resolved: a link is refused, not followed
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        mend(target)
+        _refuse_existing(target, force)
         _sweep(target)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
-    except OSError as error:
-        raise _failed(target, error) from error
-    try:
-        yield staging
-        try:
+        with _staging(target) as staging:
+            yield staging
             _make_durable(staging)
             _replace(staging, target, force)
-        except OSError as error:
-            raise _failed(target, error) from error
-    finally:
-        # Gone already if all went well. What can't be removed must not hide the error that brought us here.
-        shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).startswith(str(target.parent)):
+            raise  # something that was being read, somewhere else
+        raise _failed(target, error) from error
+
+
+@contextlib.contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A new directory beside the target, and beside it a file that is locked for as long as its writer lives."""
+    staging = target.with_name(f".{target.name}.tmp-{secrets.token_hex(8)}")
+    lock = staging.with_name(staging.name + _LOCK)
+    with lock.open("xb") as held:
+        _lock(held, wait=True)
+        try:
+            staging.mkdir()
+            yield staging
+        finally:
+            # Gone already if all went well. What can't be removed must not hide the error that brought us here.
+            shutil.rmtree(staging, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                lock.unlink()
+
+
+def _lock(file: BinaryIO, *, wait: bool) -> bool:
+    """Locks a file until it is closed, if only by its process's end; False where another has it, or nobody can tell."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
 
 
 def _refuse_existing(target: Path, force: bool) -> None:
     if not os.path.lexists(target):
         return
     if not force:
+        expected, got = "nothing there", "an existing file or directory"
         hint = "--force replaces it once the new one is complete"
-        raise BundleError(
-            Problem(
-                code="output.exists",
-                file=str(target),
-                expected="nothing there",
-                got="an existing file or directory",
-                hint=hint,
-            )
-        )
-    if (
-        target.is_symlink()
-        or not target.is_dir()
-        or (any(target.iterdir()) and not (target / "manifest.json").exists())
-    ):
-        hint = "--force only replaces bundles; remove it yourself"
-        raise BundleError(
-            Problem(
-                code="output.exists",
-                file=str(target),
-                expected="a bundle, to be replaced",
-                got="something else",
-                hint=hint,
-            )
-        )
+    elif not _is_bundle(target):
+        expected, got, hint = "a bundle, to be replaced", "something else", "Remove it yourself: --force won't"
+    else:
+        return
+    raise BundleError(Problem(code="output.exists", file=str(target), expected=expected, got=got, hint=hint))
+
+
+def _is_bundle(target: Path) -> bool:
+    """Whether this is a bundle, whole or spoilt, or an empty directory: all that ``--force`` may remove."""
+    if target.is_symlink() or not target.is_dir():
+        return False
+    if not any(target.iterdir()):
+        return True
+    try:
+        document = strict_json.parse((target / "manifest.json").read_bytes(), "manifest.json")
+    except (OSError, BundleError):
+        return False
+    return isinstance(document, dict) and document.get("format") == "splitbundle"
 
 
 def _sweep(target: Path) -> None:
-    """Removes what an old bundle left when its replacement was killed after the new one was in place."""
+    """Removes what killed writers of this destination left: half-written bundles, and old ones that were replaced."""
+    name = glob.escape(target.name)
+    for lock in target.parent.glob(f".{name}.tmp-*{_LOCK}"):
+        with contextlib.suppress(OSError), lock.open("rb") as left:
+            if _lock(left, wait=False):
+                shutil.rmtree(lock.with_name(lock.name.removesuffix(_LOCK)), ignore_errors=True)
+                lock.unlink()
     if target.exists():
-        for left in target.parent.glob(f".{target.name}.old-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for old in target.parent.glob(f".{name}.old-*"):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _make_durable(staging: Path) -> None:
-    """Flushes every file and directory, with the modes that any new file has: mkdtemp's are private."""
-    mask = os.umask(0)
-    os.umask(mask)
     for directory, _, files in os.walk(staging):
         for name in files:
-            path = Path(directory, name)
-            path.chmod(0o666 & ~mask)
-            _flush(path)
-        Path(directory).chmod(0o777 & ~mask)
+            _flush(Path(directory, name))
         _flush(Path(directory))
 
 
@@ -109,30 +134,38 @@ def _flush(path: Path) -> None:
 
 
 def _replace(staging: Path, target: Path, force: bool) -> None:
+    # Converting takes minutes, in which something else may have come to stand there.
+    _refuse_existing(target, force)
     if not os.path.lexists(target):
-        if not _renameat2(staging, target, _RENAME_NOREPLACE):
+        if not _rename(staging, target, exchange=False):
             staging.rename(target)
-    elif not force:
-        _refuse_existing(target, force)
-    elif _renameat2(staging, target, _RENAME_EXCHANGE):
-        pass  # the old bundle now stands in staging, which is removed
-    else:
-        # Two renames; whoever opens the bundle after an interruption between them puts the old one back.
-        old = target.with_name(f".{target.name}.old-{staging.name.rpartition('-')[2]}")
+    elif not _rename(staging, target, exchange=True):
+        # Two renames; whoever opens the bundle or writes here after an interruption between them puts the old one back.
+        old = target.with_name(f".{target.name}.old-{secrets.token_hex(8)}")
         target.rename(old)
         staging.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+    # Where they were exchanged, the old bundle now stands in staging, which is removed.
     _flush(target.parent)
 
 
-def _renameat2(source: Path, target: Path, flags: int) -> bool:
-    """Linux's rename with flags; False where the system or the file system has none."""
-    if sys.platform != "linux":
+def _rename(source: Path, target: Path, *, exchange: bool) -> bool:
+    """Renames onto nothing, or exchanges two directories, in one step; False where the system can't.
+
+    Linux has renameat2 with RENAME_NOREPLACE (1) and RENAME_EXCHANGE (2), macOS renamex_np with RENAME_EXCL (4) and
+    RENAME_SWAP (2).
+    """
+    if sys.platform not in ("linux", "darwin"):
         return False
     libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
+    paths = os.fsencode(source), os.fsencode(target)
+    if sys.platform == "linux" and hasattr(libc, "renameat2"):
+        status = libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], 2 if exchange else 1)
+    elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        status = libc.renamex_np(*paths, 2 if exchange else 4)
+    else:
         return False
-    if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
+    if status == 0:
         return True
     code = ctypes.get_errno()
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
@@ -141,16 +174,10 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
 
 
 def _failed(target: Path, error: OSError) -> BundleError:
-    if error.errno == errno.EEXIST:
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
         hint = "Another writer was first; --force replaces it"
         return BundleError(
-            Problem(
-                code="output.exists",
-                file=str(target),
-                expected="nothing there",
-                got="a new bundle",
-                hint=hint,
-            )
+            Problem(code="output.exists", file=str(target), expected="nothing there", got="a new bundle", hint=hint)
         )
     got = f"{type(error).__name__}: {error}"
     return BundleError(Problem(code="output.failed", file=str(target), expected="a place that can be written", got=got))

@@ -21,9 +21,13 @@ def source_tensors(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
         BundleError: a unit that isn't there, or isn't what the manifest lists.
     """
     units = {name: unit for unit, tensors in bundle.architecture.unit_tensors().items() for name in tensors}
+    mapped: dict[str, dict[str, torch.Tensor]] = {}  # mapped, not read: keeping them costs no memory
 
     def tensor(name: str) -> torch.Tensor:
-        return map_tensors(bundle, units[name])[name]
+        unit = units[name]
+        if unit not in mapped:
+            mapped[unit] = map_tensors(bundle, unit)
+        return mapped[unit][name]
 
     for template in bundle.manifest.source_names:
         for entry in expand(template, len(bundle.architecture.layers)):

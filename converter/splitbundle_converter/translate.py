@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.fields import MAX_PROBLEMS
-from splitbundle.manifest import SourceName, expand
+from splitbundle.manifest import EMBEDDING, SourceName, expand
 from splitbundle_converter.families import Family
 from splitbundle_converter.source import Reader, Source, SourceTensor, dtype_of
 
@@ -54,7 +53,7 @@ def translate(source: Source, family: Family, architecture: Architecture) -> Tra
         BundleError: ``source.tensor`` for each tensor that is missing, extra, of another shape or dtype, and for a
             stored copy of a tied embedding that differs from it.
     """
-    shapes = {name: shape for tensors in architecture.unit_tensors().values() for name, shape in tensors.items()}
+    shapes = architecture.tensors()
     layers = len(architecture.layers)
     problems: list[Problem] = []
     origins: dict[str, Origin] = {}
@@ -153,7 +152,6 @@ def _tied_copy(
     return [SourceName(source=name, tensors=(EMBEDDING,), transposed=False)]
 
 
-EMBEDDING = "embedding.token.weight"
 PROJECTION = "head.projection.weight"
 
 
@@ -165,8 +163,3 @@ def _extra(source: Source, name: str, layers: int) -> Problem:
     found = source.tensors[name]
     expected = f"only the tensors of a model of {layers} layers as its configuration describes it"
     return _off(name, found, expected, f"an extra tensor {found.dtype} {list(found.shape)}")
-
-
-def parameters(architecture: Architecture) -> int:
-    """The number of parameters, tied ones counted once."""
-    return sum(math.prod(shape) for tensors in architecture.unit_tensors().values() for shape in tensors.values())

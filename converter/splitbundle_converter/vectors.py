@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitbundle.architecture import Architecture
+from splitbundle.architecture import Architecture, count
 from splitbundle.errors import BundleError, Problem
 from splitbundle_converter.families import Family
 from splitbundle_converter.source import FLOATS, Source
-from splitbundle_converter.translate import parameters
 
 LENGTHS = (1, 7, 24)
 """Tokens of the cases: one alone, a few, and enough to pass a small window."""
@@ -42,7 +41,7 @@ def reference_vectors(
     Raises:
         BundleError: ``memory`` where the model in float32 doesn't fit.
     """
-    _check_memory(parameters(architecture) * 4)
+    _check_memory(count(architecture.tensors()) * 4)
     model = _load(source)
     if dtype != "keep":
         with torch.no_grad():

@@ -7,7 +7,6 @@ change numbers without anyone noticing, so it is refused.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
@@ -24,7 +23,6 @@ NORM_KINDS: Final = ("layer_norm", "rms_norm")
 PLACEMENTS: Final = ("pre",)
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
 ROTARY_LAYOUTS: Final = ("half",)
-_KIND_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,10 +210,19 @@ class Architecture:
         """The unit that holds a global layer; the number has as many digits as the last one needs, at least three."""
         return f"layer-{layer:0{max(3, len(str(len(self.layers) - 1)))}d}"
 
+    def tensors_of(self, unit: str) -> dict[str, tuple[int, ...]]:
+        """The tensors of a unit."""
+        if unit == "embedding":
+            return self.embedding_tensors()
+        return self.head_tensors() if unit == "head" else self.layer_tensors(int(unit.removeprefix("layer-")))
+
     def unit_tensors(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """All logical tensors, unit by unit."""
-        layers = {self.layer_unit(i): self.layer_tensors(i) for i in range(len(self.layers))}
-        return {"embedding": self.embedding_tensors(), **layers, "head": self.head_tensors()}
+        return {unit: self.tensors_of(unit) for unit in self.units()}
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """All logical tensors."""
+        return {name: shape for tensors in self.unit_tensors().values() for name, shape in tensors.items()}
 
     def units_of(self, layers: tuple[int, int], *, embeds: bool, head: bool) -> tuple[str, ...]:
         """The units that a layer range needs, with the embedding and the head where it has them.

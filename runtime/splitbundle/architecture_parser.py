@@ -193,14 +193,14 @@ def _check_rules(architecture: Architecture, problems: Problems) -> None:
     def add(pointer: str, expected: str, got: object) -> None:
         problems.add("architecture.rule", pointer, expected, quoted(got))
 
-    known = tuple(architecture.layer_kinds)
+    known, used = tuple(architecture.layer_kinds), set(architecture.layers)
     for i, name in enumerate(architecture.layers):
         if name not in architecture.layer_kinds:
             add(f"/layers/{i}", f"a name in /layer_kinds ({', '.join(known)})", name)
     norms = [("/head/norm", architecture.head.norm)]
     for name, kind in architecture.layer_kinds.items():
         at = f"/layer_kinds/{name}"
-        if name not in architecture.layers:
+        if name not in used:
             add(at, "a kind that some layer has", name)
         norms.append((f"{at}/norm", kind.norm))
         attention, position = kind.attention, kind.attention.position

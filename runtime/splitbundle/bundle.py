@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib
 import os
 import sys
@@ -195,7 +196,7 @@ class Bundle:
         if group == VECTORS:
             return self._stored_vectors()
         storage = self.manifest.storage
-        shapes = self.architecture.unit_tensors()[group]
+        shapes = self.architecture.tensors_of(group)
         return {name: weights.Tensor(dtype=storage.dtype_of(name), shape=shape) for name, shape in shapes.items()}
 
     def _stored_vectors(self) -> dict[str, weights.Tensor]:
@@ -247,9 +248,9 @@ class Bundle:
             backend: ``"torch"``.
             device: as torch names it; by default the CPU.
             dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; by default the stored one.
-            trainable: whether the parameters take gradients. They are then mapped copy-on-write: training never
-                changes the bundle. Stages that are opened apart have parameters of their own, even a tied
-                embedding; open a ``pipeline`` to have them tied.
+            trainable: whether the parameters take gradients. Training never changes the bundle: weights are mapped
+                copy-on-write. Stages that are opened apart have parameters of their own, even a tied embedding; open
+                a ``pipeline`` to have them tied.
 
         Raises:
             BundleError: no such part, a file that is absent or not the listed one, or no such backend.
@@ -279,10 +280,15 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     Raises:
         BundleError: what is wrong with either file; ``file.missing`` where there is no bundle.
     """
-    root = Path(path)
-    _mend(root)
-    if not (root / manifest.FILE).exists():
-        there = "a directory without it" if root.is_dir() else "nothing there" if not root.exists() else "a file"
+    root = Path(os.path.abspath(path))  # so that it stays where it is when the process changes its directory
+    there = ""
+    try:
+        mend(root)
+        if not (root / manifest.FILE).exists():
+            there = "a directory without it" if root.is_dir() else "a file" if root.exists() else "nothing there"
+    except OSError as error:
+        there = f"{error.strerror}"
+    if there:
         raise BundleError(
             Problem(
                 code="file.missing",
@@ -295,30 +301,20 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     data = files.read_file(root, manifest.FILE, strict_json.MAX_BYTES)
     parsed = manifest_parser.parse(data)
     listed = parsed.files[architectures.FILE]
-    document = files.read_file(root, architectures.FILE, strict_json.MAX_BYTES, listed)
-    digest = manifest.identity(document)
-    if digest != f"sha256:{listed.sha256}":
-        raise BundleError(
-            Problem(
-                code="file.digest",
-                file=architectures.FILE,
-                expected=f"sha256 {listed.sha256}",
-                got=digest.removeprefix("sha256:"),
-                hint=files.FETCH,
-            )
-        )
+    document = files.read_listed(root, architectures.FILE, listed, strict_json.MAX_BYTES)
     architecture = architecture_parser.parse(document)
     manifest_rules.check_against(parsed, architecture)
     return Bundle(root, parsed, architecture, manifest.identity(data))
 
 
-def _mend(root: Path) -> None:
+def mend(root: Path) -> None:
     """Puts the old bundle back where a replacement was interrupted between its two renames."""
-    if not root.exists() and root.parent.is_dir():
-        old = sorted(root.parent.glob(f".{root.name}.old-*"))
-        if len(old) == 1:
+    if not os.path.lexists(root) and root.parent.is_dir():
+        # More than one can only be there when several were interrupted; the newest was in place last.
+        old = sorted(root.parent.glob(f".{glob.escape(root.name)}.old-*"), key=lambda path: path.stat().st_mtime)
+        if old:
             with contextlib.suppress(OSError):  # another process mended it first
-                old[0].rename(root)
+                old[-1].rename(root)
 
 
 def _backend(name: str) -> ModuleType:

@@ -8,13 +8,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from typing import Final
 
 from splitbundle.commands import COMMANDS
 from splitbundle.console import Command, Console
-from splitbundle.errors import BundleError, MissingExtra, VerificationError
+from splitbundle.errors import BundleError, MissingExtra, Problem, VerificationError
 from splitbundle.version import __version__
 
 OK: Final = 0
@@ -36,33 +36,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USAGE
     console = Console(as_json=args.json, quiet=args.quiet)
+    caught: BaseException
     try:
-        if command.writes:
-            _end_like_interrupt(signal.SIGTERM)
-        status = command.run(args, console)
+        with _end_like_interrupt(signal.SIGTERM) if command.writes else contextlib.nullcontext():
+            status = command.run(args, console)
         console.end_progress()
         return status
     except BundleError as error:
-        console.end_progress()
-        console.json({"ok": False, "problems": [problem.as_json() for problem in error.problems]})
-        for problem in error.problems:
-            console.error(str(problem))
-        if args.debug:
-            traceback.print_exc()
-        return exit_status(error)
-    except KeyboardInterrupt:
-        console.error("interrupted")
-        return INTERRUPTED
+        caught, problems, status = error, error.problems, exit_status(error)
+    except KeyboardInterrupt as error:
+        caught = error
+        problems, status = (Problem(code="interrupted", expected="to finish", got="an interruption"),), INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has had enough. Python would complain once more when it flushes at its end.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except (OSError, MemoryError) as error:
-        console.error(f"{type(error).__name__}: {error}")
-        if args.debug:
-            traceback.print_exc()
-        return FAILURE
+        caught, got = error, f"{type(error).__name__}: {error}"
+        problems, status = (Problem(code="system", expected="the system to do its part", got=got),), FAILURE
+    console.end_progress()
+    console.json({"ok": False, "problems": [problem.as_json() for problem in problems]})
+    for problem in problems:
+        console.error(str(problem))
+    if args.debug:
+        traceback.print_exception(caught)
+    return status
 
 
 def exit_status(error: BundleError) -> int:
@@ -104,9 +103,19 @@ def _commands(arguments: Sequence[str]) -> list[Command]:
     return [*(found[name].load() for name in sorted(found)), *COMMANDS]
 
 
-def _end_like_interrupt(number: signal.Signals) -> None:
+@contextlib.contextmanager
+def _end_like_interrupt(number: signal.Signals) -> Iterator[None]:
+    """Makes a signal end the block as Ctrl-C does, so that what it was writing is removed."""
+
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with contextlib.suppress(ValueError):  # not in the main thread: the app that called us minds its signals
-        signal.signal(number, interrupt)
+    try:
+        before = signal.signal(number, interrupt)
+    except ValueError:  # not in the main thread: the app that called us minds its signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

@@ -50,7 +50,7 @@ class Field:
         """Notes that this value isn't ``expected``."""
         self.problems.add(code, self.pointer, expected, quoted(self.value), hint)
 
-    def members(self, required: Collection[str], *, optional: Collection[str] = (), open: bool = False) -> Members:  # noqa: A002
+    def members(self, required: Collection[str], *, open: bool = False) -> Members:  # noqa: A002
         """The members of an object that has all of ``required`` and, unless ``open``, nothing that isn't named."""
         if not isinstance(self.value, dict):
             self.refuse("an object", code="field.type")
@@ -60,11 +60,11 @@ class Field:
                 self.problems.add("field.missing", self.pointer, f"a field {quoted(name)}", "an object without it")
         if not open:
             for name in self.value:
-                if name not in required and name not in optional:
+                if name not in required:
                     self.problems.add(
                         "field.unknown",
                         f"{self.pointer}/{escape(name)}",
-                        f"one of {', '.join(sorted({*required, *optional}))}",
+                        f"one of {', '.join(sorted(required))}",
                         quoted(name),
                     )
         return Members(self.value, self)

@@ -67,24 +67,39 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
 FETCH: Final = "The file isn't the one that the manifest lists: fetch or convert it again"
 
 
-def missing(path: str, hint: str | None = None) -> Problem:
+def missing(path: str) -> Problem:
     """The problem of a file that isn't there."""
-    hint = hint or "Copy it from a whole bundle with the same fingerprint"
+    hint = "Copy it from a whole bundle with the same fingerprint"
     return Problem(code="file.missing", file=path, expected="a file that the manifest lists", got="none", hint=hint)
+
+
+def read_listed(root: Path, path: str, expected: File, limit: int) -> bytes:
+    """The whole of a small file, once its digest is known to be the listed one.
+
+    Raises:
+        BundleError: as for ``read_file``, and ``file.digest``.
+    """
+    data = read_file(root, path, limit, expected)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != expected.sha256:
+        raise BundleError(
+            Problem(code="file.digest", file=path, expected=f"sha256 {expected.sha256}", got=digest, hint=FETCH)
+        )
+    return data
 
 
 def read_file(root: Path, path: str, limit: int, expected: File | None = None) -> bytes:
     """The whole of a small file.
 
     Raises:
-        BundleError: as for ``open_file``, and ``json.size`` above ``limit`` bytes.
+        BundleError: as for ``open_file``, and ``json.size`` (or ``file.size``) above ``limit`` bytes.
     """
     with open_file(root, path, expected) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise BundleError(
-            Problem(code="json.size", file=path, expected=f"at most {limit} bytes", got=f"more than {limit} bytes")
-        )
+        code = "json.size" if path.endswith(".json") else "file.size"
+        got = f"more than {limit} bytes"
+        raise BundleError(Problem(code=code, file=path, expected=f"at most {limit} bytes", got=got))
     return data
 
 

@@ -84,7 +84,7 @@ def check_against(manifest: Manifest, architecture: Architecture) -> None:
     """
     problems = Problems(FILE)
     units = architecture.unit_tensors()
-    shapes = {name: shape for tensors in units.values() for name, shape in tensors.items()}
+    shapes = architecture.tensors()
     total = len(architecture.layers)
     missing = [unit for unit in units if unit not in manifest.units]
     extra = [unit for unit in manifest.units if unit not in units]

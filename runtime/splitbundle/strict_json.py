@@ -13,6 +13,8 @@ from typing import Any, Final, NoReturn
 from splitbundle.errors import BundleError, Problem, quoted
 
 MAX_BYTES: Final = 16 * 2**20
+MAX_MARKS: Final = 2**20
+"""Of the characters that begin or part values: what a parser builds takes a hundred times the bytes of the text."""
 MAX_DEPTH: Final = 64
 MAX_INTEGER: Final = 2**53 - 1
 """The largest integer that every JSON implementation reads exactly (RFC 8259, section 6)."""
@@ -36,6 +38,8 @@ def parse(data: bytes, file: str) -> Any:
 
     if len(data) > MAX_BYTES:
         refuse("json.size", f"at most {MAX_BYTES} bytes", f"{len(data)} bytes")
+    if (marks := sum(data.count(mark) for mark in b"[{,")) > MAX_MARKS:
+        refuse("json.size", f"at most {MAX_MARKS} of the characters [ {{ and ,", f"{marks}")
     if data.startswith(b"\xef\xbb\xbf"):
         refuse("json.encoding", "UTF-8 without a byte order mark", "a byte order mark", 0)
     try:

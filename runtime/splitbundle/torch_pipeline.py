@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import random
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Session:
         Raises:
             BundleError: ``session.rollback`` for more than a row has, or another number of rows.
         """
-        back = [tokens] * self.batch_size if isinstance(tokens, int) else list(tokens)
+        back = _integers([tokens] * self.batch_size if isinstance(tokens, int) else tokens, "tokens")
         if len(back) != self.batch_size:
             expected = f"one number, or one for each of {self.batch_size} rows"
             raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(back)))
@@ -51,46 +52,61 @@ class Session:
         Raises:
             BundleError: ``input.value`` for rows that don't exist, or another number of them.
         """
-        if len(rows) != self.batch_size or not all(0 <= row < self.batch_size for row in rows):
+        order = _integers(rows, "rows")
+        if len(order) != self.batch_size or not all(0 <= row < self.batch_size for row in order):
             expected = f"{self.batch_size} row numbers below {self.batch_size}"
-            raise BundleError(Problem(code="input.value", argument="rows", expected=expected, got=quoted(list(rows))))
+            raise BundleError(Problem(code="input.value", argument="rows", expected=expected, got=quoted(order)))
         for cache in self.caches:
-            cache.reorder(rows)
-        self.past = [self.past[row] for row in rows]
+            cache.reorder(order)
+        self.past = [self.past[row] for row in order]
+
+
+def _integers(values: Iterable[int], argument: str) -> list[int]:
+    """Values that are integers, be it numpy's or torch's, as integers."""
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        expected, got = "integers", quoted(values)
+        raise BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got)) from None
 
 
 class Pipeline(nn.Module):
     """Stages whose layer ranges tile the model, called as one model."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[Stage], *, same_weights: bool = True) -> None:
+        """Takes stages in order.
+
+        Args:
+            stages: their layer ranges tile the model; the first embeds, the last has the head.
+            same_weights: whether they must come from one model, by the fingerprint. Stages whose weights were trained
+                apart, and saved since, have different ones.
+
+        Raises:
+            BundleError: ``pipeline.tiling``, ``pipeline.fingerprint``.
+        """
         super().__init__()
-        self._check(stages)
+        self._check(stages, same_weights)
         self.stages = nn.ModuleList(stages)
 
     @staticmethod
-    def _check(stages: Sequence[Stage]) -> None:
+    def _check(stages: Sequence[Stage], same_weights: bool) -> None:
+        def refuse(code: str, where: str, expected: str, got: str, hint: str | None = None) -> NoReturn:
+            raise BundleError(Problem(code=code, argument=where, expected=expected, got=got, hint=hint))
+
         at = 0
         for i, stage in enumerate(stages):
             ends = (stage.embeds == (i == 0)) and ((stage.head is not None) == (i == len(stages) - 1))
             if stage.layer_range[0] != at or not ends or stage.architecture != stages[0].architecture:
-                raise BundleError(
-                    Problem(
-                        code="pipeline.tiling",
-                        argument=f"stages[{i}]",
-                        expected=f"a stage of one model from layer {at} on, the first embeds, the last has the head",
-                        got=f"layers {stage.layer_range}, embeds={stage.embeds}, head={stage.head is not None}",
-                    )
-                )
+                expected = f"a stage of one model from layer {at} on, the first embeds, the last has the head"
+                got = f"layers {stage.layer_range}, embeds={stage.embeds}, head={stage.head is not None}"
+                refuse("pipeline.tiling", f"stages[{i}]", expected, got)
+            if same_weights and stage.fingerprint != stages[0].fingerprint:
+                hint = "same_weights=False mixes the weights of models on purpose"
+                expected = f"the fingerprint of the first stage, {stages[0].fingerprint}"
+                refuse("pipeline.fingerprint", f"stages[{i}]", expected, stage.fingerprint, hint)
             at = stage.layer_range[1]
         if not stages or at != len(stages[0].architecture.layers):
-            raise BundleError(
-                Problem(
-                    code="pipeline.tiling",
-                    argument="stages",
-                    expected="stages up to the last layer",
-                    got=f"up to {at}",
-                )
-            )
+            refuse("pipeline.tiling", "stages", "stages up to the last layer", f"up to {at}")
 
     @property
     def first(self) -> Stage:
@@ -98,18 +114,20 @@ class Pipeline(nn.Module):
         return self._in_order()[0]
 
     def _in_order(self) -> list[Stage]:
-        return [stage for stage in self.stages if isinstance(stage, Stage)]
+        return list(self.stages)  # type: ignore[arg-type]  # or what wraps them, and has their attributes
 
     def token_ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Rows of equal length as this pipeline takes them. *Shape:* (batch, sequence), int64."""
         return torch.tensor(rows, dtype=torch.int64, device=self.first.device)
 
-    def session(self, batch_size: int = 1, capacity: int = 512) -> Session:
-        """An empty session of ``capacity`` slots a row.
+    def session(self, batch_size: int = 1, capacity: int | None = None) -> Session:
+        """An empty session of ``capacity`` slots a row; by default 512, or as many as the model has positions for.
 
         Raises:
             BundleError: ``session.capacity`` for more positions than the model has.
         """
+        if capacity is None:
+            capacity = min(512, self.first.architecture.position_limit or 512)
         caches = [stage.cache(batch_size, capacity) for stage in self._in_order()]
         return Session(caches, batch_size, capacity)
 
@@ -135,23 +153,25 @@ class Pipeline(nn.Module):
         Raises:
             BundleError: ``input.*``, ``session.*``.
         """
-        first = self.first
-        first._check(token_ids)
-        length = token_ids.shape[1]
+        stages = self._in_order()
+        caches: Sequence[KVCache | None] = [None] * len(stages) if session is None else session.caches
+        if len(caches) != len(stages):
+            expected, got = f"the session of a pipeline of {len(stages)} stages", f"one of {len(caches)}"
+            raise BundleError(Problem(code="input.cache", argument="session", expected=expected, got=got))
+        length = token_ids.shape[1] if isinstance(token_ids, Tensor) and token_ids.ndim == 2 else 0
         starts = counts = None
         if attention_mask is not None:
             starts, counts = _runs(attention_mask, token_ids)
-            # What is padding in every row isn't computed, and needs no room in a cache.
-            token_ids = _shift(token_ids, starts)[:, : max(1, *counts)]
+            token_ids = _shift(token_ids, starts)
         past = None if session is None else session.past
-        positions = first.positions(token_ids, past, counts, cached=session is not None)
-        x = token_ids
         # Every stage is asked before any cache is written, so that a refusal leaves the session as it was.
-        caches: Sequence[KVCache | None] = [None] * len(self.stages) if session is None else session.caches
-        for stage, cache in zip(self._in_order(), caches, strict=True):
-            stage.check_call(token_ids, positions, cache, logits)
-        for stage, cache in zip(self._in_order(), caches, strict=True):
-            x = stage.run(x.to(stage.device), positions.on(stage.device, stage.dtype), cache, logits)
+        positions = stages[0].check(token_ids, past=past, count=counts, cache=caches[0], logits=logits)
+        for stage, cache in zip(stages[1:], caches[1:], strict=True):
+            stage.check_call(token_ids, positions.on(stage.device, stage.dtype), cache, logits)
+        x = token_ids[:, : positions.length]
+        for stage, cache in zip(stages, caches, strict=True):
+            x = x.to(stage.device) if stage.embeds else x.to(stage.device, stage.dtype)
+            x = stage(x, positions=positions.on(stage.device, stage.dtype), cache=cache, logits=logits)
         if session is not None:
             session.past = [before + n for before, n in zip(positions.past, positions.count, strict=True)]
         if starts is not None and logits == "all":
@@ -190,16 +210,18 @@ class Pipeline(nn.Module):
             session: one to go on with; by default a new one that is large enough.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        self.first._check(token_ids)
         if type(max_new_tokens) is not int or max_new_tokens < 0:
             got = quoted(max_new_tokens)
             raise BundleError(
                 Problem(code="input.value", argument="max_new_tokens", expected="a number from 0", got=got)
             )
+        counts = None if attention_mask is None else _runs(attention_mask, token_ids)[1]
+        longest = self.first.check(token_ids, count=counts).stop
         if session is None:
             # The last token is given and not fed again, so it needs no slot.
-            session = self.session(token_ids.shape[0], token_ids.shape[1] + max(0, max_new_tokens - 1))
-        return self._generate(token_ids, attention_mask, max_new_tokens, sampling, frozenset(stop_ids), session)
+            session = self.session(token_ids.shape[0], max(1, longest + max_new_tokens - 1))
+        stops = frozenset(_integers(stop_ids, "stop_ids"))
+        return self._generate(token_ids, attention_mask, max_new_tokens, sampling, stops, session)
 
     def _generate(
         self,

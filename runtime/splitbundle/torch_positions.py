@@ -31,6 +31,7 @@ class Positions:
         self.stop = max(p + n for p, n in zip(self.past, self.count, strict=True)) if self.past else 0
         """One above the last position."""
         self._slots: Tensor | None = None
+        self._tokens: tuple[Tensor, Tensor, Tensor] | None = None
         self._masks: dict[int | None, tuple[int, Tensor | None, bool]] = {}
         self._rotations: dict[Rotary, tuple[Tensor, Tensor]] = {}
 
@@ -56,6 +57,14 @@ class Positions:
                 last = (past + torch.tensor(self.count, device=self.device)[:, None] - 1).clamp(min=0)
                 self._slots = torch.minimum(past + offsets[None], last)
         return self._slots
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The row, the place in the sequence and the slot of every token. *Shape:* each (tokens)."""
+        if self._tokens is None:
+            rows, places = self.valid.nonzero(as_tuple=True)
+            self._tokens = rows, places, self.slots.expand(len(self.past), -1)[rows, places]
+        return self._tokens
 
     @property
     def valid(self) -> Tensor:
@@ -140,6 +149,7 @@ class KVCache:
         dtype: torch.dtype,
     ) -> None:
         self.capacity, self.batch_size = capacity, batch_size
+        self.layers, self.device, self.dtype = layers, device, dtype
         self.filled = [0] * batch_size
         """The slots of each row that hold a token."""
         self.keys: dict[int, Tensor] = {}
@@ -161,10 +171,14 @@ class KVCache:
                 start = positions.uniform
                 stored[:, :, start : start + positions.length] = new
             else:
-                for row, (start, count) in enumerate(zip(positions.past, positions.count, strict=True)):
-                    stored[row, :, start : start + count] = new[row, :, :count]
-        stop = positions.stop if positions.uniform is None else positions.uniform + positions.length
-        return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+                rows, places, slots = positions.tokens
+                stored[rows, :, slots] = new[rows, :, places]
+        return self.keys[layer][:, :, : positions.stop], self.values[layer][:, :, : positions.stop]
+
+    @property
+    def kind(self) -> tuple[tuple[int, int], torch.dtype, torch.device]:
+        """The layers whose keys these are, and what and where they are."""
+        return self.layers, self.dtype, self.device
 
     def check(self, positions: Positions) -> None:
         """Whether this call fits.
@@ -182,13 +196,12 @@ class KVCache:
                     got=f"{rows}",
                 )
             )
-        if positions.stop > self.capacity or (positions.uniform or 0) + positions.length > self.capacity:
-            need = max(positions.stop, (positions.uniform or 0) + positions.length)
+        if positions.stop > self.capacity:
             raise BundleError(
                 Problem(
                     code="session.capacity",
                     argument="capacity",
-                    expected=f"at least {need} slots",
+                    expected=f"at least {positions.stop} slots",
                     got=f"{self.capacity}",
                     hint="Open a session with more capacity",
                 )

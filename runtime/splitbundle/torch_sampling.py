@@ -10,6 +10,8 @@ from torch import Tensor
 
 from splitbundle.errors import BundleError, Problem, quoted
 
+_NOT_FINITE = "The weights aren't all numbers, or the dtype is too narrow for this model: try another"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -23,10 +25,18 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        def is_number(value: object) -> bool:
+            return type(value) in (int, float)
+
         for name, good, expected in (
-            ("temperature", self.temperature >= 0, "a number from 0"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "a number from 1, or None"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "a number above 0, up to 1, or None"),
+            ("temperature", is_number(self.temperature) and 0 <= self.temperature < float("inf"), "a number from 0"),
+            ("top_k", self.top_k is None or (type(self.top_k) is int and self.top_k >= 1), "a number from 1, or None"),
+            (
+                "top_p",
+                self.top_p is None or (is_number(self.top_p) and 0 < self.top_p <= 1),
+                "a number above 0, up to 1, or None",
+            ),
+            ("seed", self.seed is None or type(self.seed) is int, "a number, or None"),
         ):
             if not good:
                 got = quoted(getattr(self, name))
@@ -40,10 +50,19 @@ def draw(logits: Tensor, sampling: Sampling, generator: random.Random) -> Tensor
     drawn is the first whose cumulated probability exceeds u of what top_k and top_p leave.
 
     *Shape:* (batch, vocab) -> (batch), int64. Every row takes one number from ``generator``.
+
+    Raises:
+        BundleError: ``input.value`` for logits that aren't numbers.
     """
+    largest, likeliest = logits.max(dim=-1)
+    if not bool(largest.isfinite().all()):  # the largest is NaN where any is: a draw would hide it
+        raise BundleError(
+            Problem(code="input.value", argument="logits", expected="numbers", got="NaN or infinity", hint=_NOT_FINITE)
+        )
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities = torch.softmax(logits.double() / sampling.temperature, dim=-1)
+        return likeliest
+    # Less the largest before the division: a small temperature would make infinities of both, and NaN of the rest.
+    probabilities = torch.softmax((logits - largest[:, None]).double() / sampling.temperature, dim=-1)
     ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k is not None:
         ranked = ranked[:, : sampling.top_k]

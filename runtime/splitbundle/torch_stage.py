@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.torch_decoder import Embedding, Head, Layer
 from splitbundle.torch_positions import KVCache, Positions
-from splitbundle.torch_weights import compute_dtype, map_tensors
+from splitbundle.torch_weights import compute_dtype, map_tensors, rounded
 
 if TYPE_CHECKING:
     from splitbundle.bundle import Bundle, Selection
@@ -31,6 +32,8 @@ class Stage(nn.Module):
         super().__init__()
         architecture = bundle.architecture
         self.name = selection.name
+        self.fingerprint = bundle.fingerprint
+        """Of the model that the weights came from; training doesn't change it."""
         self.layer_range = selection.layers
         self.architecture = architecture
         tied = selection.head and architecture.head.tied
@@ -71,7 +74,13 @@ class Stage(nn.Module):
             raise BundleError(
                 Problem(code="session.capacity", argument="capacity", expected=expected, got=quoted(capacity))
             )
-        return KVCache(self.architecture, self.layer_range, batch_size, capacity, self.device, self.dtype)
+        try:
+            return KVCache(self.architecture, self.layer_range, batch_size, capacity, self.device, self.dtype)
+        except (RuntimeError, MemoryError) as error:  # torch's allocators raise either, and nothing more precise
+            expected, got = "slots that memory can hold", f"{capacity} in {batch_size} rows: {str(error)[:100]}"
+            raise BundleError(
+                Problem(code="session.capacity", argument="capacity", expected=expected, got=got)
+            ) from error
 
     def forward(
         self,
@@ -81,6 +90,7 @@ class Stage(nn.Module):
         count: Rows | None = None,
         cache: KVCache | None = None,
         logits: LogitsWanted = "all",
+        positions: Positions | None = None,
     ) -> Tensor:
         """Computes this stage for some tokens of each row.
 
@@ -96,51 +106,67 @@ class Stage(nn.Module):
             cache: what ``cache()`` gave, to be extended by this call's tokens.
             logits: of which positions the last stage computes logits: "all", "last" (k = 1) or each row's last k,
                 standing at the end; what a row lacks is zero.
+            positions: what ``check`` gave for this call, in place of ``past`` and ``count``: checks nothing again.
 
         Raises:
             BundleError: ``input.*`` with the boundary's name, what was expected and what came.
         """
-        self._check(inputs)
-        positions = self.positions(inputs, past, count, cached=cache is not None)
-        self.check_call(inputs, positions, cache, logits)
-        return self.run(inputs, positions, cache, logits)
+        length = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim > 1 else 0
+        if positions is None:
+            positions = self.check(inputs, past=past, count=count, cache=cache, logits=logits)
+        # What is padding in every row isn't computed, and needs no room in a cache.
+        x = self._compute(inputs[:, : positions.length], positions, cache, logits)
+        short = length - positions.length if self.head is None or logits == "all" else 0
+        return functional.pad(x, (0, 0, 0, short)) if short else x
 
-    def positions(self, inputs: Tensor, past: Rows | None, count: Rows | None, *, cached: bool) -> Positions:
-        """The positions of a call, checked."""
+    def check(
+        self,
+        inputs: Tensor,
+        *,
+        past: Rows | None = None,
+        count: Rows | None = None,
+        cache: KVCache | None = None,
+        logits: LogitsWanted = "all",
+    ) -> Positions:
+        """Whether a call can be computed, and its positions. Nothing is written, so no refusal changes a cache.
+
+        Arguments and errors are those of a call.
+        """
+        self._check_inputs(inputs)
         batch, length = inputs.shape[:2]
         before = self._rows("past", past, batch, 0, 0, 2**31)
         brought = self._rows("count", count, batch, length, 0, length)
-        if not cached and any(before):
+        if cache is None and any(before):
             self._refuse("input.position", "past", "0 for every row without a cache", quoted(before))
-        positions = Positions(before, brought, length, self.device, self.dtype)
+        positions = Positions(before, brought, max(1, *brought), self.device, self.dtype)
         limit = self.architecture.position_limit
         if self.embeds and limit is not None and positions.stop > limit:
-            self._refuse(
-                "input.position",
-                "past + count",
-                f"at most {limit}, the positions of the model",
-                f"{positions.stop}",
-            )
+            expected = f"at most {limit}, the positions of the model"
+            self._refuse("input.position", "past + count", expected, f"{positions.stop}")
+        self.check_call(inputs, positions, cache, logits)
         return positions
 
     def check_call(
         self, inputs: Tensor, positions: Positions, cache: KVCache | None, logits: LogitsWanted = "all"
     ) -> None:
-        """Whether a call can be computed: checked before anything is written, so that no refusal changes a cache."""
+        """The part of ``check`` that every stage of a pipeline has to see for itself."""
         if cache is not None:
+            if cache.kind != (self.layer_range, self.dtype, self.device):
+                expected = f"a cache of layers {self.layer_range} in {self.dtype} on {self.device}"
+                self._refuse("input.cache", "cache", expected, "one of layers {} in {} on {}".format(*cache.kind))
             cache.check(positions)
             if torch.is_grad_enabled() and (inputs.requires_grad or any(p.requires_grad for p in self.parameters())):
                 self._refuse(
-                    "input.grad",
-                    "cache",
-                    "a call without gradients: use torch.no_grad()",
-                    "gradients enabled",
+                    "input.grad", "cache", "a call without gradients: use torch.no_grad()", "gradients enabled"
                 )
         if self.head is not None:
             self._logits_wanted(logits)
 
-    def run(self, x: Tensor, positions: Positions, cache: KVCache | None, logits: LogitsWanted = "all") -> Tensor:
-        """``forward`` on what was checked before."""
+    def _compute(self, x: Tensor, positions: Positions, cache: KVCache | None, logits: LogitsWanted) -> Tensor:
+        if not any(positions.count):  # no row brings a token: there is nothing to compute, and nothing to attend to
+            width = self.architecture.hidden_size if self.head is None else self.architecture.vocab_size
+            kept = None if self.head is None else self._logits_wanted(logits)
+            return torch.zeros(len(x), kept or x.shape[1], width, device=self.device, dtype=self.dtype)
         if self.embeds:
             if self.embedding is None:
                 raise RuntimeError("a stage that embeds was built without its embedding")
@@ -164,7 +190,7 @@ class Stage(nn.Module):
             self._refuse("input.value", "logits", '"all", "last" or a number from 1', quoted(logits))
         return logits
 
-    def _check(self, inputs: object) -> None:
+    def _check_inputs(self, inputs: object) -> None:
         name = "token ids" if self.embeds else f"hidden at layer {self.layer_range[0]}"
         if not isinstance(inputs, Tensor):
             self._refuse("input.type", name, "a torch.Tensor", type(inputs).__name__)
@@ -175,7 +201,7 @@ class Stage(nn.Module):
                 self._refuse("input.dtype", name, "an integer dtype", str(inputs.dtype))
             if inputs.ndim != 2 or 0 in inputs.shape:
                 self._refuse("input.shape", name, "(batch, sequence), neither 0", str(tuple(inputs.shape)))
-            low, high = int(inputs.min()), int(inputs.max())
+            low, high = (int(bound) for bound in inputs.aminmax())
             if low < 0 or high >= self.architecture.vocab_size:
                 got = str(low if low < 0 else high)
                 self._refuse("input.value", name, f"ids from 0 to {self.architecture.vocab_size - 1}", got)
@@ -234,8 +260,8 @@ def load_stages(
         for unit in selection.units:
             if unit not in loaded:
                 loaded.add(unit)
-                for name, tensor in map_tensors(bundle, unit, writable=trainable).items():
-                    mapped[name] = nn.Parameter(tensor.to(device=device, dtype=target), requires_grad=trainable)
+                for name, tensor in map_tensors(bundle, unit).items():
+                    mapped[name] = nn.Parameter(rounded(tensor, target, name).to(device), requires_grad=trainable)
         stage = Stage(bundle, selection)
         wanted = stage.state_dict(keep_vars=True)
         stage.load_state_dict({name: mapped[name] for name in wanted}, assign=True)

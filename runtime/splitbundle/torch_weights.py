@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,12 +22,6 @@ DTYPES = {
     "int64": torch.int64,
 }
 
-# Once per process torch warns that a read-only buffer isn't writable. Ours aren't, on purpose; nobody writes to them:
-# the warning is spent here, on one byte, so that no filter of the process need be changed for good.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch.frombuffer(b"\0", dtype=torch.uint8)
-
 
 def _after_fork() -> None:
     torch.set_num_threads(1)
@@ -40,10 +33,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def map_tensors(bundle: Bundle, group: str, *, writable: bool = False) -> dict[str, Tensor]:
+def map_tensors(bundle: Bundle, group: str) -> dict[str, Tensor]:
     """The tensors of a unit (or of the golden vectors), over mappings that live as long as they do.
 
-    Writing to one ends the process, unless ``writable``: then the mapping is copy-on-write and the file stays as it is.
+    The mappings are copy-on-write: what is only read shares the memory of the file, and what is written changes this
+    process's copy of a page and never the file (spec/decisions/0005).
+
+    Raises:
+        BundleError: ``file.*`` and ``weights.*``; ``file.unreadable`` where the system has no more mappings to give.
     """
     if sys.byteorder != "little":
         raise BundleError(
@@ -55,8 +52,11 @@ def map_tensors(bundle: Bundle, group: str, *, writable: bool = False) -> dict[s
         )
     tensors: dict[str, Tensor] = {}
     for file, found in bundle.open_weights(group):
-        access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
-        mapping = mmap.mmap(file.fileno(), 0, access=access)
+        try:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            wanted, got = "a file that can be mapped", f"{error.strerror}"
+            raise BundleError(Problem(code="file.unreadable", file=group, expected=wanted, got=got)) from error
         for name, (tensor, offset) in found.layout.items():
             dtype = DTYPES[tensor.dtype]
             count = tensor.size // dtype.itemsize
@@ -79,3 +79,25 @@ def compute_dtype(bundle: Bundle, dtype: str | torch.dtype | None) -> torch.dtyp
         expected = f"one of {', '.join(floats)}"
         raise BundleError(Problem(code="input.dtype", argument="dtype", expected=expected, got=quoted(str(dtype))))
     return known
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype, name: str, file: str | None = None) -> Tensor:
+    """A weight in another dtype, or itself.
+
+    Raises:
+        BundleError: ``input.overflow`` where a finite value would become infinite: float16 ends at 65,504.
+    """
+    result = tensor.to(dtype)
+    if dtype == torch.float16 != tensor.dtype and bool((result.isinf() & ~tensor.isinf()).any()):
+        finite = tensor[~tensor.isinf()].abs().max().item()
+        raise BundleError(
+            Problem(
+                code="input.overflow",
+                file=file,
+                pointer=f"/{name}",
+                expected=f"values that {str(dtype).removeprefix('torch.')} can hold",
+                got=f"{finite:g}",
+                hint="bfloat16 holds larger ones",
+            )
+        )
+    return result

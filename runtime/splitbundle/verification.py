@@ -36,9 +36,9 @@ def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashlib lets go of the interpreter lock
         for found in pool.map(lambda path: _check_digest(bundle, path, count), listed):
             problems += found
-    wrong = {problem.file for problem in problems}
+    good = set(listed) - {problem.file for problem in problems}
     for group, paths in bundle.weight_groups().items():
-        if set(paths) <= set(listed) - wrong:
+        if good.issuperset(paths):
             try:
                 for _ in bundle.open_weights(group):
                     pass
