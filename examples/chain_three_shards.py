@@ -26,7 +26,7 @@ def main() -> int:
     tokenizer = TextTokenizer(bundle)
     ids = tokenizer.encode(prompt)
     caches = [stage.cache(batch_size=1, capacity=len(ids) + NEW_TOKENS) for stage in stages]
-    past, now = 0, ids
+    past, now, text = 0, ids, tokenizer.stream(ids)
     print(prompt, end="")
     with torch.no_grad():
         for _ in range(NEW_TOKENS):
@@ -35,7 +35,7 @@ def main() -> int:
                 x = stage(x, past=[past], cache=cache, logits="last")
             past += len(now)
             now = [int(x[0, -1].argmax())]
-            print(tokenizer.piece(now[0]), end="", flush=True)
+            print(text.piece(now[0]), end="", flush=True)
     zoo = sorted({"transformers", "safetensors", "onnx", "onnxruntime"} & sys.modules.keys())
     print(f"\n\n{len(stages)} shards ({', '.join(stage.name for stage in stages)}), {NEW_TOKENS} tokens.")
     print(f"Model zoos imported: {', '.join(zoo) or 'none'}.")

@@ -153,7 +153,54 @@ def test_generate(bundle: Path) -> None:
     )
     assert piped.stdout == ", Ver\n"
     assert call("generate", bundle, "text", "--ids", "1").returncode == 2
-    assert call("generate", bundle, "--ids", "640").returncode == 1
+    assert call("generate", bundle, "--ids", "640").returncode == 2
+    assert call("generate", bundle, "--ids", "9" * 30).returncode == 2
+    done = call("generate", bundle, "--ids", IDS, "-n", 300)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        "max_new_tokens: expected at most 250: the model has 256 positions, the prompt 7 tokens, got 300" in done.stderr
+    )
+    bad = subprocess.run(
+        [sys.executable, "-m", "splitbundle", "generate", bundle], input=b"\xff\xfe", capture_output=True
+    )
+    assert bad.returncode == 2
+    assert b"Traceback" not in bad.stderr
+
+
+def test_json_is_one_document_also_for_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = call("convert", CHECKPOINT, "--split", "x", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["problems"][0]["code"] == "usage.arguments"
+    done = call("convert", CHECKPOINT, "-o", Path(__file__) / "x", "--json")
+    assert (done.returncode, json.loads(done.stdout)["problems"][0]["code"]) == (1, "output.failed")
+    assert json.loads(done.stdout)["problems"][0]["got"].endswith("is a file")
+
+
+def test_a_locale_that_cannot_show_a_name(tmp_path: Path) -> None:
+    done = call("convert", CHECKPOINT, "--no-check", "-o", tmp_path / "é.splitbundle", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout.count("\\xe9.splitbundle")) == (0, 1)
+
+
+def test_a_bundle_is_cut_again_from_inside_of_it(bundle: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(bundle, tmp_path / "copy.splitbundle")
+    done = subprocess.run(
+        [sys.executable, "-m", "splitbundle", "resplit", ".", "--split", "1", "--force"], cwd=copy, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert splitbundle.open(copy).manifest.cuts == (1,)
+
+
+def test_a_shard_is_verified_by_its_own_files(bundle: Path, tmp_path: Path) -> None:
+    import shutil
+
+    part = tmp_path / "part.splitbundle"
+    part.mkdir()
+    for name in ("manifest.json", "architecture.json", "layer-002.safetensors", "layer-003.safetensors"):
+        shutil.copy(bundle / name, part)
+    assert call("verify", part, "--shard", "trunk").returncode == 0
+    assert call("verify", part).returncode == 3
 
 
 def test_a_control_token_in_a_prompt_stays_text(bundle: Path) -> None:

@@ -33,7 +33,6 @@ WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 PIECES: Final = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 MISSING: Final = "The checkpoint isn't whole, or its configuration is another model's"
-UNSUPPORTED: Final = "This feature isn't supported"
 QUERY: Final = "model.layers.1.self_attn.q_proj.weight"
 
 Tensors = dict[str, Tensor]
@@ -129,12 +128,14 @@ def test_a_family_that_is_not_in_the_table(source: Callable[[str], Path], output
     change_config(path, model_type=model_type)
     got = None if model_type is ... else model_type
     assert str(refused(path, output)) == (
-        f"[source.family] config.json /model_type: expected one of gemma, gpt2, llama, mistral, qwen2, got {got!r}"
+        f"[source.family] config.json /model_type: expected one of gemma, gpt2, llama, mistral, qwen2, got {got!r}. "
+        "Only these families can be converted; splitbundle never guesses at another"
     )
 
 
 ACTIVATIONS: Final = "one of silu, swish, gelu, gelu_python, gelu_new, gelu_pytorch_tanh, gelu_python_tanh, relu"
 KNOWN: Final = "a field that this family is known to have"
+UNSUPPORTED: Final = "Correct the configuration; a model that needs this value can't be converted yet"
 USELESS: Final = "Remove it if it changes nothing"
 ROPE: Final[dict[str, Any]] = {"rope_type": "default", "rope_theta": 10000.0}
 ROPE_TYPES: Final = "one of default, linear, llama3"
@@ -272,7 +273,7 @@ def test_fields_that_cannot_be_converted(
     path = source(name)
     change_config(path, **fields)
     text = f"[source.config] config.json {pointer}: expected {expected}, got {got}"
-    assert str(refused(path, output)) == (f"{text}. {hint}" if hint else text)
+    assert str(refused(path, output)) == f"{text}. {hint or UNSUPPORTED}"
 
 
 def test_all_problems_of_a_configuration_at_once(source: Callable[[str], Path], output: Path) -> None:
@@ -327,7 +328,7 @@ def test_layer_types_that_do_not_fit(source: Callable[[str], Path], output: Path
     change_config(path, layer_types=["full_attention"] * 3 + ["chunked_attention"])
     assert str(refused(path, output)) == (
         "[source.config] config.json /layer_types: expected full_attention or sliding_attention for each layer, "
-        "got ['full_attention', 'full_attention', 'full_attention', 'chunked_attention']"
+        f"got ['full_attention', 'full_attention', 'full_attention', 'chunked_attention']. {UNSUPPORTED}"
     )
 
 
@@ -427,7 +428,14 @@ def test_tensors_that_do_not_match(
 ) -> None:
     path = source("llama")
     change_tensors(path, change)
-    assert str(refused(path, output)) == f"[source.tensor] {text}"
+    hints = {
+        "expected only": "Check the configuration's number of layers and its features; "
+        "remove the tensor if it is no part of the model",
+        "expected dtype": "Save it as one of these",
+        "expected shape": "The checkpoint isn't whole, or its configuration is another model's",
+    }
+    hint = next((f". {hint}" for sign, hint in hints.items() if sign in text), "")
+    assert str(refused(path, output)) == f"[source.tensor] {text}{hint}"
 
 
 def test_a_transposed_layout_is_told_apart(source: Callable[[str], Path], output: Path) -> None:
@@ -435,7 +443,8 @@ def test_a_transposed_layout_is_told_apart(source: Callable[[str], Path], output
     path = source("gpt2")
     change_tensors(path, replaced("transformer.h.1.attn.c_attn.weight", lambda x: x.T))
     assert str(refused(path, output)) == (
-        f"[source.tensor] {WEIGHTS} /transformer.h.1.attn.c_attn.weight: expected shape [35, 105], got [105, 35]"
+        f"[source.tensor] {WEIGHTS} /transformer.h.1.attn.c_attn.weight: expected shape [35, 105], got [105, 35]. "
+        "The checkpoint isn't whole, or its configuration is another model's"
     )
 
 
@@ -619,7 +628,8 @@ def test_buffers_of_old_checkpoints_are_dropped(source: Callable[[str], Path], o
     shutil.rmtree(output)
     assert str(refused(path, output)) == (
         f"[source.tensor] {WEIGHTS} /transformer.h.4.attn.bias: expected only the tensors of a model of 4 layers as "
-        "its configuration describes it, got an extra tensor F32 [1]"
+        "its configuration describes it, got an extra tensor F32 [1]. "
+        "Check the configuration's number of layers and its features; remove the tensor if it is no part of the model"
     )
 
 
@@ -641,7 +651,7 @@ def test_rotary_buffers_are_dropped(source: Callable[[str], Path], output: Path)
 def test_cuts(output: Path, cuts: tuple[int, ...]) -> None:
     assert str(refused(checkpoint("llama"), output, split=cuts)) == (
         "[usage.cut] split: expected rising layer numbers from 0 to 4, the model's number of layers, "
-        f"got {','.join(map(str, cuts))}"
+        f"got {','.join(map(str, cuts))}. A cut is the number of the layer that the shard after it begins with"
     )
 
 

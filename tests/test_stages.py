@@ -88,7 +88,8 @@ def refusal(call: Any, *arguments: Any, **named: Any) -> str:
     ],
 )
 def test_token_ids(bottom: Stage, given: Any, text: str) -> None:
-    assert refusal(bottom, given) == text
+    hint = ". Move it with .to(...), or open the stage with device=" if text.startswith("[input.device]") else ""
+    assert refusal(bottom, given) == text + hint
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
@@ -134,7 +135,13 @@ def test_any_integer_dtype_will_do(bottom: Stage, dtype: torch.dtype) -> None:
     ],
 )
 def test_hidden_states(trunk: Stage, given: Any, text: str) -> None:
-    assert refusal(trunk, given) == text
+    hints = {
+        "input.dtype": "Convert it with .to(stage.dtype), or open the stage with dtype=",
+        "input.shape": "It must be what the stage before gave, of the same model",
+        "input.device": "Move it with .to(...), or open the stage with device=",
+    }
+    hint = hints.get(text[1 : text.index("]")])
+    assert refusal(trunk, given) == (f"{text}. {hint}" if hint else text)
 
 
 @pytest.mark.rule("SB-B-002", "SB-B-009")
@@ -454,7 +461,8 @@ def test_a_link_in_a_file_s_place(copy: Path, whole: Bundle) -> None:
     path.symlink_to(whole.path / "layer-001.safetensors")
     assert refusal(splitbundle.open(copy).stage, "trunk") == (
         "[file.kind] layer-001.safetensors: expected a regular file in real directories, "
-        "got layer-001.safetensors is a symbolic link"
+        "got layer-001.safetensors is a symbolic link. "
+        "Put the file itself there: cp -rL copies what links point to"
     )
 
 
@@ -479,5 +487,5 @@ def test_a_tied_head_alone_has_its_table() -> None:
     text = refusal(top, torch.zeros(1, 2, dtype=torch.int64))
     assert text == (
         "[input.dtype] stage layers[2:4], hidden at layer 2: expected torch.float32, as this stage computes, "
-        "got torch.int64"
+        "got torch.int64. Convert it with .to(stage.dtype), or open the stage with dtype="
     )

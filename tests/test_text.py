@@ -26,9 +26,35 @@ def test_pieces_make_the_text_that_was_encoded(bundle: splitbundle.Bundle) -> No
     text = "Licensed under the Apache License, – naïve 🙂 bytes"
     ids = tokenizer.encode(text)
     assert ids == Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")).encode(text).ids
-    pieces = [tokenizer.piece(token) for token in ids]
+    stream = tokenizer.stream([])
+    pieces = [stream.piece(token) for token in ids]
     assert "".join(pieces) == text
     assert "" in pieces  # a character of several tokens comes with its last one, whole
+    stream = tokenizer.stream(ids[:3])
+    assert tokenizer.decode(ids[:3]) + "".join(stream.piece(token) for token in ids[3:]) + stream.rest() == text
+
+
+def test_a_space_between_prompt_and_answer_is_kept(tmp_path: Path) -> None:
+    """Tokenizers of the SentencePiece kind strip the first space of a text: of the prompt, not of what follows."""
+    import json
+    import shutil
+
+    from tokenizers import decoders, models, normalizers
+
+    vocabulary = {"<unk>": 0, "▁one": 1, "▁two": 2, "<0xC3>": 3}
+    library = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
+    (source / "tokenizer.json").write_text(json.dumps(json.loads(library.to_str())))
+    bundle = splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
+    tokenizer = TextTokenizer(bundle)
+    stream = tokenizer.stream([1])
+    assert [stream.piece(2), stream.piece(1)] == [" two", " one"]
+    assert stream.piece(3) == ""
+    assert stream.rest() == "\ufffd"  # half of a character at the end isn't lost without a sign
 
 
 @pytest.mark.rule("SB-T-002")
@@ -36,7 +62,8 @@ def test_text_that_spells_a_control_token_stays_text(bundle: splitbundle.Bundle)
     tokenizer = TextTokenizer(bundle)
     ids = tokenizer.encode("a<|endoftext|>b")
     assert 0 not in ids
-    assert "".join(tokenizer.piece(token) for token in ids) == "a<|endoftext|>b"
+    stream = tokenizer.stream([])
+    assert "".join(stream.piece(token) for token in ids) == "a<|endoftext|>b"
 
 
 @pytest.mark.rule("SB-T-001")

@@ -23,14 +23,17 @@ def _shard_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", type=integers, default=(), metavar="2,10", help="the layers to cut before; by default nothing is cut"
     )
     parser.add_argument(
-        "--names", type=lambda text: tuple(text.split(",")), metavar="A,B,C", help="by default bottom, trunk, top"
+        "--names",
+        type=lambda text: tuple(text.split(",")),
+        metavar="A,B,C",
+        help="by default bottom, trunk, top",
     )
-    parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default named after the model")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle once the new one is complete")
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a checkpoint directory, or a hub id")
+    parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default named after the model")
     parser.add_argument("--revision", help="of a hub id: a branch, tag or commit")
     _shard_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the stored weights; by default their own")
@@ -40,7 +43,12 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="hold the shards against the original model, and keep its results as golden vectors",
     )
-    parser.add_argument("--max-file-size", type=positive, metavar="BYTES", help="write larger units in parts")
+    parser.add_argument(
+        "--max-file-size",
+        type=positive,
+        metavar="BYTES",
+        help="write larger units in parts; one tensor may be larger",
+    )
 
 
 def _convert(args: argparse.Namespace, console: Console) -> int:
@@ -63,6 +71,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
 
 def _resplit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a whole .splitbundle directory")
+    parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default the bundle itself, with --force")
     _shard_arguments(parser)
 
 

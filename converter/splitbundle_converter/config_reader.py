@@ -63,6 +63,9 @@ INERT: Final = frozenset(
 """Fields of every configuration that change no number of a decoder in inference."""
 
 
+UNSUPPORTED: Final = "Correct the configuration; a model that needs this value can't be converted yet"
+
+
 class ConfigReader:
     """The fields of a configuration, typed, with a record of which were read."""
 
@@ -96,7 +99,7 @@ class ConfigReader:
                 pointer=f"{self._pointer}/{name}",
                 expected=expected,
                 got=quoted(got),
-                hint=hint,
+                hint=hint or UNSUPPORTED,
             )
         )
 
@@ -135,7 +138,7 @@ class ConfigReader:
     def only(self, name: str, *values: object) -> None:
         """A field that may be there, with one of a few values that change nothing."""
         if name in self._values and self.raw(name) not in values:
-            self.refuse(name, " or ".join(quoted(value) for value in values), hint="This feature isn't supported")
+            self.refuse(name, " or ".join(quoted(value) for value in values))
 
     def inert(self, names: Collection[str]) -> None:
         """Fields that are known to change nothing."""
@@ -154,11 +157,6 @@ class ConfigReader:
                     "Remove it if it changes nothing",
                 )
             elif value != self._defaults[name]:
-                self.refuse(
-                    name,
-                    f"its default, {quoted(self._defaults[name])}",
-                    value,
-                    "This feature isn't supported",
-                )
+                self.refuse(name, f"its default, {quoted(self._defaults[name])}", value)
         if self.problems:
             raise BundleError(self.problems)

@@ -82,6 +82,7 @@ def convert(
         raise BundleError(
             Problem(code="usage.size", argument="max_file_size", expected="a number of bytes from 1", got=got)
         )
+    target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
     checkpoint = locate(source, revision)
     family, architecture, config = read_architecture(checkpoint)
     cuts = tuple(split)
@@ -89,7 +90,7 @@ def convert(
     shard_names = write.shard_names(cuts, None if names is None else tuple(names))
     translation = translate(checkpoint, family, architecture)
     storage = _storage(checkpoint, translation, dtype)
-    with publishing(output, force=force) as root:
+    with publishing(target, force=force) as root:
         listed, units = _write_units(root, checkpoint, architecture, translation, storage, max_file_size, progress)
         listed[architectures.FILE] = write.write_file(root, architectures.FILE, architecture.to_bytes())
         vectors = None
@@ -129,7 +130,7 @@ def convert(
         )
         if check:
             run_vectors(open_bundle(root), progress=progress)
-    return open_bundle(output)
+    return open_bundle(target)
 
 
 def read_architecture(source: Source) -> tuple[Family, Architecture, dict[str, Any]]:

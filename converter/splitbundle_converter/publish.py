@@ -36,6 +36,11 @@ def publishing(destination: str | os.PathLike[str], *, force: bool) -> Iterator[
     target = Path(os.path.abspath(destination))  # not resolved: a link is refused, not followed
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise _unwritable(target, f"{target.parent} is a file") from error
+    except OSError as error:
+        raise _failed(target, error) from error
+    try:
         mend(target)
         _refuse_existing(target, force)
         _sweep(target)
@@ -61,7 +66,7 @@ def _staging(target: Path) -> Iterator[Path]:
             yield staging
         finally:
             # Gone already if all went well. What can't be removed must not hide the error that brought us here.
-            shutil.rmtree(staging, ignore_errors=True)
+            _remove(staging)
             with contextlib.suppress(OSError):
                 lock.unlink()
 
@@ -109,11 +114,11 @@ def _sweep(target: Path) -> None:
     for lock in target.parent.glob(f".{name}.tmp-*{_LOCK}"):
         with contextlib.suppress(OSError), lock.open("rb") as left:
             if _lock(left, wait=False):
-                shutil.rmtree(lock.with_name(lock.name.removesuffix(_LOCK)), ignore_errors=True)
+                _remove(lock.with_name(lock.name.removesuffix(_LOCK)))
                 lock.unlink()
     if target.exists():
         for old in target.parent.glob(f".{name}.old-*"):
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
 
 
 def _make_durable(staging: Path) -> None:
@@ -144,7 +149,7 @@ def _replace(staging: Path, target: Path, force: bool) -> None:
         old = target.with_name(f".{target.name}.old-{secrets.token_hex(8)}")
         target.rename(old)
         staging.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     # Where they were exchanged, the old bundle now stands in staging, which is removed.
     _flush(target.parent)
 
@@ -173,11 +178,24 @@ def _rename(source: Path, target: Path, *, exchange: bool) -> bool:
     raise OSError(code, os.strerror(code), str(target))
 
 
+def _remove(directory: Path) -> None:
+    """Removes a directory of ours, read-only ones in it too, as far as the system lets us."""
+    for place, _, _ in os.walk(directory):
+        with contextlib.suppress(OSError):
+            Path(place).chmod(0o700)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 def _failed(target: Path, error: OSError) -> BundleError:
     if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
         hint = "Another writer was first; --force replaces it"
         return BundleError(
             Problem(code="output.exists", file=str(target), expected="nothing there", got="a new bundle", hint=hint)
         )
-    got = f"{type(error).__name__}: {error}"
-    return BundleError(Problem(code="output.failed", file=str(target), expected="a place that can be written", got=got))
+    return _unwritable(target, f"{type(error).__name__}: {error}")
+
+
+def _unwritable(target: Path, got: str) -> BundleError:
+    hint = "Choose another place with --output, or make room there"
+    expected = "a place that can be written"
+    return BundleError(Problem(code="output.failed", file=str(target), expected=expected, got=got, hint=hint))

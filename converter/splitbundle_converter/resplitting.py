@@ -40,6 +40,7 @@ def resplit(
         BundleError: ``usage.*``, ``output.*``, ``file.*``.
     """
     old = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
     cuts = tuple(split)
     given = None if names is None else tuple(names)
     kept = {path: file for path, file in old.manifest.files.items() if path != CARD}
@@ -49,7 +50,7 @@ def resplit(
     shards = write.make_shards(old.architecture, cuts, given, old.manifest.units, kept)
     total = sum(file.size for file in kept.values())
     done = 0
-    with publishing(output, force=force) as root:
+    with publishing(target, force=force) as root:
         for path, file in kept.items():
             if progress is not None:
                 progress("copying", done, total)
@@ -60,7 +61,7 @@ def resplit(
         hidden_size = old.architecture.hidden_size if cuts else None
         draft = replace(old.manifest, shards=shards, hidden_size=hidden_size, files=kept)
         write.finish(root, draft, old.architecture)
-    return open_bundle(output)
+    return open_bundle(target)
 
 
 def _copy(old: Path, new: Path, path: str, bundle: Bundle) -> None:

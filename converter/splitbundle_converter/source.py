@@ -78,7 +78,8 @@ class Source:
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             expected = f"one of {', '.join(sorted(FAMILIES))}"
-            raise _refused("source.family", CONFIG, expected, quoted(model_type), pointer="/model_type")
+            hint = "Only these families can be converted; splitbundle never guesses at another"
+            raise _refused("source.family", CONFIG, expected, quoted(model_type), hint, "/model_type")
         for field in _LAYER_COUNTS:
             count = raw.get(field)
             if type(count) is int and not 1 <= count <= MAX_LAYERS:
@@ -87,7 +88,8 @@ class Source:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(str(self.directory), trust_remote_code=False, local_files_only=True)
+            with quiet():
+                config = AutoConfig.from_pretrained(str(self.directory), trust_remote_code=False, local_files_only=True)
         except (ValueError, TypeError, LookupError, ArithmeticError, OSError, AttributeError) as error:
             raise _refused("source.config", CONFIG, "a configuration that transformers reads", _line(error)) from error
         except Exception as error:  # huggingface_hub's validation errors derive from Exception alone
@@ -106,6 +108,9 @@ class Source:
             return (self.directory / name).read_bytes()
         except (FileNotFoundError, IsADirectoryError):
             raise _refused("source.missing", name, f"a file {name} in {self.name}", "none") from None
+        except OSError as error:
+            hint = "Check the permissions of the file"
+            raise _refused("source.unreadable", name, "a file that can be read", f"{error.strerror}", hint) from error
 
     def text_files(self) -> tuple[str, ...]:
         """The tokenizer's files, and what goes with them, that are there."""
@@ -276,6 +281,23 @@ def _fetch(identifier: str, revision: str | None) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         hint = "There is no such directory here, and the hub can't be reached"
         raise _refused("network", identifier, "the model from the hub", _line(error), hint) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and warnings: what matters is said by an error of ours."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging  # its functions are untyped
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _problem(

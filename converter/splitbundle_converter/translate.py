@@ -108,9 +108,9 @@ def _match(
         return [Problem(code="source.tensor", file=source.name, expected=wanted, got="none", hint=_MISSING)]
     problems: list[Problem] = []
     if found.shape != expected:
-        problems.append(_off(entry.source, found, f"shape {list(expected)}", f"{list(found.shape)}"))
+        problems.append(_off(entry.source, found, f"shape {list(expected)}", f"{list(found.shape)}", _MISSING))
     if dtype_of(found) is None:
-        problems.append(_off(entry.source, found, "dtype F32, F16 or BF16", found.dtype))
+        problems.append(_off(entry.source, found, "dtype F32, F16 or BF16", found.dtype, "Save it as one of these"))
     start = 0
     for name, size in zip(entry.tensors, rows, strict=True):
         origins[name] = Origin(source=entry.source, start=start, stop=start + size, transposed=entry.transposed)
@@ -118,6 +118,7 @@ def _match(
     return problems
 
 
+_EXTRA = "Check the configuration's number of layers and its features; remove the tensor if it is no part of the model"
 _MISSING = "The checkpoint isn't whole, or its configuration is another model's"
 
 
@@ -162,4 +163,4 @@ def _off(name: str, found: SourceTensor, expected: str, got: str, hint: str | No
 def _extra(source: Source, name: str, layers: int) -> Problem:
     found = source.tensors[name]
     expected = f"only the tensors of a model of {layers} layers as its configuration describes it"
-    return _off(name, found, expected, f"an extra tensor {found.dtype} {list(found.shape)}")
+    return _off(name, found, expected, f"an extra tensor {found.dtype} {list(found.shape)}", _EXTRA)

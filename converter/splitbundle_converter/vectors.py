@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch import Tensor
 from splitbundle.architecture import Architecture, count
 from splitbundle.errors import BundleError, Problem
 from splitbundle_converter.families import Family
-from splitbundle_converter.source import FLOATS, Source
+from splitbundle_converter.source import FLOATS, Source, quiet
 
 LENGTHS = (1, 7, 24)
 """Tokens of the cases: one alone, a few, and enough to pass a small window."""
@@ -88,7 +86,7 @@ def run_original(model: Any, family: Family, ids: Tensor) -> tuple[list[Tensor],
 def _load(source: Source) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with _quiet():
+    with quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(source.directory),
             dtype=torch.float32,
@@ -110,23 +108,6 @@ def _load(source: Source) -> Any:
             )
         )
     return model.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars: the command has its own."""
-    from transformers.utils import logging as transformers_logging
-
-    logging: Any = transformers_logging  # its functions are untyped
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _check_memory(need: int) -> None:

@@ -119,6 +119,7 @@ def check_cuts(cuts: tuple[int, ...], layers: int) -> None:
                 argument="split",
                 expected=f"rising layer numbers from 0 to {layers}, the model's number of layers",
                 got=",".join(map(str, cuts)),
+                hint="A cut is the number of the layer that the shard after it begins with",
             )
         )
 
@@ -195,7 +196,7 @@ def card(draft: Manifest, architecture: Architecture) -> bytes:
     if "/" in model.source:
         front.append(f"base_model: {model.source}")
     rows = [
-        f"| {shard.name} | {shard.layers[0]}–{shard.layers[1]} | {'yes' if shard.embeds else ''} "
+        f"| {shard.name} | [{shard.layers[0]}, {shard.layers[1]}) | {'yes' if shard.embeds else ''} "
         f"| {'yes' if shard.head else ''} | {shard.parameters:,} | {shard.bytes:,} |"
         for shard in draft.shards
     ]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
+import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
-from typing import Final
+from typing import Final, NoReturn
 
 from splitbundle.commands import COMMANDS
 from splitbundle.console import Command, Console
@@ -29,6 +31,10 @@ INTERRUPTED: Final = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; gives its exit status (CONTRIBUTING.md has the list)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal or pipe can't show mustn't end the command
+            stream.reconfigure(errors="backslashreplace")
+    _Parser.as_json = "--json" in arguments
     parser = build_parser(_commands(arguments))
     args = parser.parse_args(arguments)
     command: Command | None = getattr(args, "command", None)
@@ -55,6 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, MemoryError) as error:
         caught, got = error, f"{type(error).__name__}: {error}"
         problems, status = (Problem(code="system", expected="the system to do its part", got=got),), FAILURE
+    except Exception as error:  # noqa: BLE001  # whatever a library lets out: people get a line, and --debug the rest
+        caught, got = error, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        hint = "This shouldn't happen: --debug shows where it did"
+        problems, status = (Problem(code="internal", expected="no error here", got=got, hint=hint),), FAILURE
+        if _was_interrupted(error):
+            problems, status = (Problem(code="interrupted", expected="to finish", got="an interruption"),), INTERRUPTED
     console.end_progress()
     console.json({"ok": False, "problems": [problem.as_json() for problem in problems]})
     for problem in problems:
@@ -62,6 +74,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.debug:
         traceback.print_exception(caught)
     return status
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether a library turned an interruption into an error of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments as JSON too, where JSON is asked for."""
+
+    as_json = False
+
+    def error(self, message: str) -> NoReturn:
+        if self.as_json:
+            problem = Problem(code="usage.arguments", expected=" ".join(self.format_usage().split()), got=message)
+            sys.stdout.write(json.dumps({"ok": False, "problems": [problem.as_json()]}) + "\n")
+        super().error(message)
 
 
 def exit_status(error: BundleError) -> int:
@@ -79,11 +110,11 @@ def exit_status(error: BundleError) -> int:
 
 def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     """The argument parser of some commands."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="write JSON to stdout")
     common.add_argument("--quiet", "-q", action="store_true", help="no progress on stderr")
     common.add_argument("--debug", action="store_true", help="show a traceback where something fails")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="splitbundle", description="Run or train a part of a transformer: convert, inspect, verify, generate."
     )
     parser.add_argument("--version", action="version", version=f"splitbundle {__version__}")

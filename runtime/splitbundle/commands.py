@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -34,6 +35,11 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     console.text(f"  bundle id    {bundle.id}")
     console.text(f"  fingerprint  {bundle.fingerprint}")
     console.text(f"  architecture {bundle.architecture_id}")
+    text, vectors = bundle.manifest.text, bundle.manifest.vectors
+    stops = f", stops at {', '.join(map(str, text.stop_ids))}" if text.stop_ids else ""
+    console.text(f"  text         {text.tokenizer or 'no tokenizer'}{stops}")
+    checked = "none" if vectors is None else f"sequences of {', '.join(map(str, vectors.lengths))} tokens"
+    console.text(f"  vectors      {checked}")
     console.text("\nshards")
     rows = [
         (s.name, f"[{s.layers[0]}, {s.layers[1]})", _parts(s.embeds, s.head), s.parameters, s.bytes)
@@ -64,6 +70,8 @@ def describe(bundle: Bundle) -> dict[str, object]:
     """What ``inspect --json`` says: names are those of the manifest."""
     manifest = bundle.manifest
     model = manifest.model
+    shapes = (["batch", "sequence", bundle.architecture.hidden_size], ["batch"], ["batch"])
+    boundary = dict(zip(BOUNDARY_TENSORS, shapes, strict=True))
     return {
         "ok": True,
         "bundle_id": bundle.id,
@@ -73,7 +81,9 @@ def describe(bundle: Bundle) -> dict[str, object]:
         "architecture": bundle.architecture.as_json(),
         "storage": {"dtype": manifest.storage.dtype, "exceptions": manifest.storage.exceptions},
         "shards": [{name: getattr(shard, name) for name in type(shard).__slots__} for shard in manifest.shards],
-        "boundaries": [{"at": cut, "tensors": list(BOUNDARY_TENSORS)} for cut in manifest.cuts],
+        "boundaries": [{"at": cut, "tensors": boundary} for cut in manifest.cuts],
+        "units": {unit: list(paths) for unit, paths in manifest.units.items()},
+        "text": {"tokenizer": manifest.text.tokenizer, "stop_ids": list(manifest.text.stop_ids)},
         "files": {path: {"size": file.size, "sha256": file.sha256} for path, file in manifest.files.items()},
         "absent": list(bundle.absent()),
         "vectors": None if manifest.vectors is None else list(manifest.vectors.lengths),
@@ -155,38 +165,45 @@ def positive(text: str) -> int:
 
 def _generate(args: argparse.Namespace, console: Console) -> int:
     bundle = open_bundle(args.bundle)
-    tokenizer = None
+    text = None
     if args.ids is None:
         tokenizer = _tokenizer(bundle)
         ids = tokenizer.encode(_prompt(args.prompt))
+        text = tokenizer.stream(ids)
     else:
         if args.prompt is not None:
-            raise BundleError(Problem(code="usage.prompt", argument="PROMPT", expected="text or --ids", got="both"))
+            raise _usage("text or --ids", "both")
         ids = list(args.ids)
+        last = bundle.architecture.vocab_size - 1
+        if wrong := [token for token in ids if not 0 <= token <= last]:
+            raise _usage(f"token ids from 0 to {last}", str(wrong[0]))
     if not ids:
-        raise BundleError(
-            Problem(code="usage.prompt", argument="PROMPT", expected="a prompt of at least one token", got="none")
-        )
+        raise _usage("a prompt of at least one token", "none")
     tokens: list[int] = []
     pieces: list[str] = []
     for token in _tokens(bundle, ids, args):
         tokens.append(token)
-        if tokenizer is not None:
-            piece = tokenizer.piece(token)
-            pieces.append(piece)
-            console.text(piece, end="")
-        else:
-            console.text(str(token) if len(tokens) == 1 else f",{token}", end="")
-    console.text("")
+        pieces.append(f"{',' * (len(tokens) > 1)}{token}" if text is None else text.piece(token))
+        console.text(pieces[-1], end="")
+    pieces.append("" if text is None else text.rest())
+    console.text(pieces[-1])
     result: dict[str, object] = {"ok": True, "prompt_ids": ids, "ids": tokens}
-    console.json(result | ({} if tokenizer is None else {"text": "".join(pieces)}))
+    console.json(result | ({} if text is None else {"text": "".join(pieces)}))
     return 0
 
 
+def _usage(expected: str, got: str) -> BundleError:
+    return BundleError(Problem(code="usage.prompt", argument="PROMPT", expected=expected, got=got))
+
+
 def _prompt(text: str | None) -> str:
-    if text is not None and text != "-":
-        return text
-    return sys.stdin.read()
+    """The prompt, be it an argument or standard input: UTF-8, whatever the locale says."""
+    try:
+        if text is not None and text != "-":
+            return os.fsencode(text).decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8")
+    except (UnicodeDecodeError, UnicodeEncodeError):
+        raise _usage("text in UTF-8", "bytes that aren't") from None
 
 
 def _tokenizer(bundle: Bundle) -> TextTokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import time
@@ -19,8 +20,9 @@ class Console:
 
     def __init__(self, *, as_json: bool, quiet: bool, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.as_json = as_json
-        self.out = out or sys.stdout
-        self.err = err or sys.stderr
+        # A process may have been started without either.
+        self.out = out or sys.stdout or io.StringIO()
+        self.err = err or sys.stderr or io.StringIO()
         self._quiet = quiet
         self._began = time.monotonic()
         self._terminal = self.err.isatty()

@@ -31,6 +31,8 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
             status = os.lstat(place)
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(missing(path)) from None
+        except OSError as error:
+            raise BundleError(_unreadable(path, error)) from error
         wanted = stat.S_ISREG if place == root / path else stat.S_ISDIR
         if not wanted(status.st_mode):
             raise BundleError(
@@ -39,6 +41,7 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
                     file=path,
                     expected="a regular file in real directories",
                     got=f"{place.relative_to(root).as_posix()} is {_kind(status.st_mode)}",
+                    hint="Put the file itself there: cp -rL copies what links point to",
                 )
             )
     # Between the look and the open the file may have been exchanged: the flags refuse a link and don't wait on a pipe.
@@ -46,9 +49,7 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
     try:
         file = os.fdopen(os.open(place, flags | getattr(os, "O_CLOEXEC", 0)), "rb", buffering=0)
     except OSError as error:
-        raise BundleError(
-            Problem(code="file.unreadable", file=path, expected="a file that can be read", got=f"{error.strerror}")
-        ) from error
+        raise BundleError(_unreadable(path, error)) from error
     size = os.fstat(file.fileno()).st_size
     if expected is not None and size != expected.size:
         file.close()
@@ -65,6 +66,13 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
 
 
 FETCH: Final = "The file isn't the one that the manifest lists: fetch or convert it again"
+
+
+def _unreadable(path: str, error: OSError) -> Problem:
+    hint = "Check the permissions of the file and of the directories above it"
+    return Problem(
+        code="file.unreadable", file=path, expected="a file that can be read", got=f"{error.strerror}", hint=hint
+    )
 
 
 def missing(path: str) -> Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
@@ -36,12 +37,37 @@ class TextTokenizer:
                 Problem(code="text.tokenizer", file=path, expected="a tokenizer that the library reads", got=str(error))
             ) from error
         self._tokenizer.encode_special_tokens = True
-        self._stream = DecodeStream(skip_special_tokens=True)
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with what the tokenizer puts before and after a text."""
         return list(self._tokenizer.encode(text).ids)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without control tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def stream(self, prompt: Sequence[int]) -> TextStream:
+        """Turns tokens into text as they come, after a prompt."""
+        return TextStream(self, self._tokenizer, prompt)
+
+
+class TextStream:
+    """The text that follows a prompt. What a token means depends on those before it: a space, half of a character."""
+
+    def __init__(self, tokenizer: TextTokenizer, library: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer, self._library = tokenizer, library
+        self._ids = list(prompt)
+        self._given = tokenizer.decode(prompt)
+        self._stream = DecodeStream(ids=self._ids, skip_special_tokens=True)
+
     def piece(self, token: int) -> str:
         """The text that this token completes; often none, where a character takes several."""
-        return self._stream.step(self._tokenizer, token) or ""
+        self._ids.append(token)
+        piece = self._stream.step(self._library, token) or ""
+        self._given += piece
+        return piece
+
+    def rest(self) -> str:
+        """What the tokens so far have left incomplete, as far as it is text."""
+        whole = self._tokenizer.decode(self._ids)
+        return whole[len(self._given) :] if whole.startswith(self._given) else ""

@@ -217,6 +217,15 @@ class Pipeline(nn.Module):
             )
         counts = None if attention_mask is None else _runs(attention_mask, token_ids)[1]
         longest = self.first.check(token_ids, count=counts).stop
+        if session is None and counts is not None and min(counts) == 0:
+            expected, got = "at least one token in every row to go on from", "a row of padding alone"
+            raise BundleError(Problem(code="input.mask", argument="attention_mask", expected=expected, got=got))
+        limit = self.first.architecture.position_limit
+        if session is None and limit is not None and longest + max_new_tokens - 1 > limit:
+            expected = f"at most {limit - longest + 1}: the model has {limit} positions, the prompt {longest} tokens"
+            raise BundleError(
+                Problem(code="input.position", argument="max_new_tokens", expected=expected, got=f"{max_new_tokens}")
+            )
         if session is None:
             # The last token is given and not fed again, so it needs no slot.
             session = self.session(token_ids.shape[0], max(1, longest + max_new_tokens - 1))

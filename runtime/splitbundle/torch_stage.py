@@ -195,7 +195,8 @@ class Stage(nn.Module):
         if not isinstance(inputs, Tensor):
             self._refuse("input.type", name, "a torch.Tensor", type(inputs).__name__)
         if inputs.device != self.device:
-            self._refuse("input.device", name, f"{self.device}, where this stage is", str(inputs.device))
+            hint = "Move it with .to(...), or open the stage with device="
+            self._refuse("input.device", name, f"{self.device}, where this stage is", str(inputs.device), hint)
         if self.embeds:
             if inputs.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
                 self._refuse("input.dtype", name, "an integer dtype", str(inputs.dtype))
@@ -207,10 +208,12 @@ class Stage(nn.Module):
                 self._refuse("input.value", name, f"ids from 0 to {self.architecture.vocab_size - 1}", got)
         else:
             if inputs.dtype != self.dtype:
-                self._refuse("input.dtype", name, f"{self.dtype}, as this stage computes", str(inputs.dtype))
+                hint = "Convert it with .to(stage.dtype), or open the stage with dtype="
+                self._refuse("input.dtype", name, f"{self.dtype}, as this stage computes", str(inputs.dtype), hint)
             width = self.architecture.hidden_size
             if inputs.ndim != 3 or 0 in inputs.shape or inputs.shape[2] != width:
-                self._refuse("input.shape", name, f"(batch, sequence, {width})", str(tuple(inputs.shape)))
+                hint = "It must be what the stage before gave, of the same model"
+                self._refuse("input.shape", name, f"(batch, sequence, {width})", str(tuple(inputs.shape)), hint)
 
     def _rows(self, name: str, given: Rows | None, batch: int, default: int, low: int, high: int) -> list[int]:
         if given is None:
@@ -224,8 +227,9 @@ class Stage(nn.Module):
             self._refuse("input.value", name, f"integers from {low} to {high}", quoted(values))
         return values
 
-    def _refuse(self, code: str, argument: str, expected: str, got: str) -> NoReturn:
-        raise BundleError(Problem(code=code, argument=f"stage {self.name}, {argument}", expected=expected, got=got))
+    def _refuse(self, code: str, argument: str, expected: str, got: str, hint: str | None = None) -> NoReturn:
+        where = f"stage {self.name}, {argument}"
+        raise BundleError(Problem(code=code, argument=where, expected=expected, got=got, hint=hint))
 
 
 def _keep(x: Tensor, positions: Positions, wanted: int | None) -> tuple[Tensor, Tensor | None]:
@@ -271,7 +275,7 @@ def load_stages(
 
 def _check_device(device: str | torch.device | None) -> None:
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).sum().item()  # "meta" makes tensors and can't compute
     except (RuntimeError, AssertionError) as error:  # an unknown name, no driver, or a build without it
         got = f"{quoted(str(device))}: {str(error).splitlines()[0]}"
         raise BundleError(

@@ -126,12 +126,13 @@ def test_what_crosses_a_boundary_is_checked(gpt2: splitbundle.Bundle) -> None:
     for hidden, text in (
         (
             torch.zeros(1, 2, 47),
-            "[input.shape] stage trunk, hidden at layer 1: expected (batch, sequence, 48), got (1, 2, 47)",
+            "[input.shape] stage trunk, hidden at layer 1: expected (batch, sequence, 48), got (1, 2, 47). "
+            "It must be what the stage before gave, of the same model",
         ),
         (
             torch.zeros(1, 2, 48, dtype=torch.float64),
             "[input.dtype] stage trunk, hidden at layer 1: expected torch.float32, as this stage computes, "
-            "got torch.float64",
+            "got torch.float64. Convert it with .to(stage.dtype), or open the stage with dtype=",
         ),
     ):
         with pytest.raises(BundleError) as caught:
