@@ -107,8 +107,6 @@ def _libraries() -> Iterator[None]:
 
 
 CONVERT: Final = Command(
-    name="convert", help="make a bundle of a checkpoint", configure=_convert_arguments, run=_convert, writes=True
+    name="convert", help="make a bundle of a checkpoint", configure=_convert_arguments, run=_convert
 )
-RESPLIT: Final = Command(
-    name="resplit", help="cut a bundle elsewhere", configure=_resplit_arguments, run=_resplit, writes=True
-)
+RESPLIT: Final = Command(name="resplit", help="cut a bundle elsewhere", configure=_resplit_arguments, run=_resplit)

@@ -10,9 +10,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import entry_points
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from splitbundle.commands import COMMANDS
 from splitbundle.console import Command, Console
@@ -43,30 +43,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     console = Console(as_json=args.json, quiet=args.quiet)
     caught: BaseException
-    try:
-        with _end_like_interrupt(signal.SIGTERM) if command.writes else contextlib.nullcontext():
+    with _Interruption() as interruption:
+        try:
             status = command.run(args, console)
-        console.end_progress()
-        return status
-    except BundleError as error:
-        caught, problems, status = error, error.problems, exit_status(error)
-    except KeyboardInterrupt as error:
-        caught = error
+            console.end_progress()
+            return status
+        except BundleError as error:
+            caught, problems, status = error, error.problems, exit_status(error)
+        except BrokenPipeError:
+            # Whoever read our output has had enough. Python would complain once more when it flushes at its end.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILURE
+        except (OSError, MemoryError) as error:
+            caught, got = error, f"{type(error).__name__}: {error}"
+            problems, status = (Problem(code="system", expected="the system to do its part", got=got),), FAILURE
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # people get a line, and --debug the rest
+            caught, got = error, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            hint = "This shouldn't happen: --debug shows where it did"
+            problems, status = (Problem(code="internal", expected="no error here", got=got, hint=hint),), FAILURE
+    if interruption.came or isinstance(caught, KeyboardInterrupt):  # which some libraries turn into errors of their own
         problems, status = (Problem(code="interrupted", expected="to finish", got="an interruption"),), INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has had enough. Python would complain once more when it flushes at its end.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
-    except (OSError, MemoryError) as error:
-        caught, got = error, f"{type(error).__name__}: {error}"
-        problems, status = (Problem(code="system", expected="the system to do its part", got=got),), FAILURE
-    except Exception as error:  # noqa: BLE001  # whatever a library lets out: people get a line, and --debug the rest
-        caught, got = error, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        hint = "This shouldn't happen: --debug shows where it did"
-        problems, status = (Problem(code="internal", expected="no error here", got=got, hint=hint),), FAILURE
-        if _was_interrupted(error):
-            problems, status = (Problem(code="interrupted", expected="to finish", got="an interruption"),), INTERRUPTED
     console.end_progress()
     console.json({"ok": False, "problems": [problem.as_json() for problem in problems]})
     for problem in problems:
@@ -76,11 +73,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether a library turned an interruption into an error of its own."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
+class _Interruption:
+    """Makes Ctrl-C and SIGTERM end the block in order, so that what it was writing is removed, and remembers them."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def _interrupt(self, *_: object) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+    def __enter__(self) -> _Interruption:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: the app that called us minds its signals
+                self._before[number] = signal.signal(number, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -132,21 +144,3 @@ def _commands(arguments: Sequence[str]) -> list[Command]:
         return list(COMMANDS)  # looking for entry points reads the metadata of every installed package
     found = {entry.name: entry for entry in entry_points(group="splitbundle.commands")}
     return [*(found[name].load() for name in sorted(found)), *COMMANDS]
-
-
-@contextlib.contextmanager
-def _end_like_interrupt(number: signal.Signals) -> Iterator[None]:
-    """Makes a signal end the block as Ctrl-C does, so that what it was writing is removed."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(number, interrupt)
-    except ValueError:  # not in the main thread: the app that called us minds its signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(number, before)

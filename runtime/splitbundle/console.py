@@ -96,5 +96,3 @@ class Command:
     help: str
     configure: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, Console], int]
-    writes: bool = False
-    """Whether an interruption must be turned into an orderly end: SIGTERM then ends like Ctrl-C."""
