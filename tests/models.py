@@ -18,6 +18,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+import models_layer_norm
+import models_rms_norm
 import splitbundle
 import splitbundle_converter
 
@@ -52,7 +54,7 @@ _LLAMA3: Final[dict[str, Any]] = {
 }
 _LINEAR: Final[dict[str, Any]] = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.5}
 
-CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+_FIRST: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "gpt2": ("gpt2", _GPT2),
     "gpt2-by-layer": (
         "gpt2",
@@ -112,9 +114,20 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         | {"rope_parameters": _LINEAR, "hidden_act": "gelu"},
     ),
 }
+CONFIGURATIONS: Final = _FIRST | models_rms_norm.CONFIGURATIONS | models_layer_norm.CONFIGURATIONS
 """Name -> the family, and the fields of its configuration that aren't at their defaults."""
-ONE_PER_FAMILY: Final = ("gpt2-by-layer", "qwen2-mixed", "gemma-one-kv-biased", "llama-llama3", "mistral-window")
+ONE_PER_FAMILY: Final = (
+    *("gpt2-by-layer", "qwen2-mixed", "gemma-one-kv-biased", "llama-llama3", "mistral-window"),
+    *models_rms_norm.ONE_PER_FAMILY,
+    *models_layer_norm.ONE_PER_FAMILY,
+)
 """The configuration of each family that has the most ways to go wrong."""
+BY_PIECES: Final = frozenset(models_rms_norm.BY_PIECES)
+"""Those whose rows outgrow a threshold of their rotary scaling: how they are driven matters, in transformers too."""
+WITHOUT_CACHE: Final = frozenset(models_layer_norm.WITHOUT_CACHE)
+"""Families for which transformers has no cache."""
+WEIGHT_OFFSET_FAMILIES: Final = models_rms_norm.WEIGHT_OFFSET_FAMILIES | models_layer_norm.WEIGHT_OFFSET_FAMILIES
+"""Families that store what they add to one in place of a norm's weight."""
 
 
 @cache
@@ -143,8 +156,8 @@ def make_model(name: str, **changes: Any) -> Any:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
-            # Gemma stores what it adds to one.
-            norm = parameter.ndim == 1 and parameter_name.endswith("weight") and family != "gemma"
+            flat = parameter.ndim == 1 or (parameter.ndim == 2 and "_norm." in parameter_name)
+            norm = flat and parameter_name.endswith("weight") and family not in WEIGHT_OFFSET_FAMILIES
             parameter.copy_(1 + 0.3 * values if norm else 0.2 * values)
     return model
 
@@ -197,7 +210,7 @@ def original_logits(model: Any, ids: Sequence[int], pieces: Sequence[int] | None
     with torch.no_grad():
         for piece in row.split(list(pieces or [len(ids)]), dim=1):
             out = model(input_ids=piece, past_key_values=past, use_cache=pieces is not None)
-            past = out.past_key_values
+            past = getattr(out, "past_key_values", None)
             given.append(out.logits[0])
     return torch.cat(given)
 

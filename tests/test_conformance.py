@@ -269,7 +269,7 @@ def test_the_deepest_model_and_a_unit_number_of_four_digits() -> None:
 @pytest.mark.rule("SB-M-085")
 def test_many_templates_for_one_tensor_are_refused_soon() -> None:
     value = json.loads(base("gpt2", "manifest"))
-    entry = {"tensors": ["layers.{layer}.mlp.up.weight"], "transposed": True}
+    entry = {"tensors": ["layers.{layer}.mlp.up.weight"], "groups": 1, "transposed": True}
     value["source_names"] = [{"source": f"x{i}.{{layer}}"} | entry for i in range(50_000)]
     start = time.process_time()
     found = problems({"document": "manifest", "base": "gpt2"}, json.dumps(value).encode("ascii"))

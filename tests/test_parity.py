@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -16,10 +17,13 @@ from torch import Tensor
 
 import splitbundle_converter
 from models import (
+    BY_PIECES,
     CONFIGURATIONS,
     LAYERS,
     ONE_PER_FAMILY,
     TOLERANCE,
+    VOCAB,
+    WITHOUT_CACHE,
     bundle,
     checkpoint,
     expected_logits,
@@ -29,13 +33,25 @@ from models import (
     relative,
     token_rows,
 )
-from splitbundle import Bundle
-from splitbundle.architecture import Architecture, Attention, LayerKind, Linear, Llama3, Rotary, Unpositioned
+from splitbundle import Bundle, BundleError
+from splitbundle.architecture import (
+    Alibi,
+    Architecture,
+    Attention,
+    LayerKind,
+    Linear,
+    Llama3,
+    Norm,
+    QueryTemperature,
+    Rotary,
+    Sinusoidal,
+)
 from splitbundle.bundle import VECTORS
 from splitbundle.torch_pipeline import Pipeline, Session
 from splitbundle.torch_stage import Stage, load_stages
 from splitbundle.torch_verify import run_vectors
 from splitbundle.torch_weights import map_tensors
+from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.vectors import case_lengths
 
 Cuts = tuple[int, ...]
@@ -43,8 +59,10 @@ EVERYWHERE: Final = range(LAYERS + 1)
 SINGLE_CUTS: Final[tuple[Cuts, ...]] = tuple((cut,) for cut in EVERYWHERE)
 PAIRS_OF_CUTS: Final[tuple[Cuts, ...]] = tuple(itertools.combinations(EVERYWHERE, 2))
 
-every_configuration = pytest.mark.parametrize("name", CONFIGURATIONS)
-one_per_family = pytest.mark.parametrize("name", ONE_PER_FAMILY)
+STEADY: Final = tuple(name for name in CONFIGURATIONS if name not in BY_PIECES)
+"""The configurations of which transformers computes the same however it is driven."""
+every_configuration = pytest.mark.parametrize("name", STEADY)
+one_per_family = pytest.mark.parametrize("name", [name for name in ONE_PER_FAMILY if name not in BY_PIECES])
 
 
 @pytest.fixture(autouse=True)
@@ -130,14 +148,14 @@ def test_hidden_states_at_every_cut(name: str) -> None:
     """What crosses a boundary is the residual stream of the original: another runtime may take it from there."""
     model = original(name)
     ids = token_rows(11, seed=3)[0]
-    layers = model.transformer.h if name.startswith("gpt2") else model.model.layers
+    layers = model.get_submodule(FAMILIES[CONFIGURATIONS[name][0]].layers)
     hidden: list[Tensor] = []
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden.append(args[0] if args else kwargs["hidden_states"])
 
     def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        hidden.append(output[0] if isinstance(output, tuple) else output)
+        hidden.append(output[0] if isinstance(output, tuple | list) else output)
 
     hooks = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
     hooks += [layer.register_forward_hook(after) for layer in layers]
@@ -346,63 +364,140 @@ def test_the_reference_agrees_with_itself(name: str) -> None:
     """transformers in pieces with its cache against transformers at once: the noise that the tolerance has room for."""
     if name == "mistral-narrow-tied":
         pytest.skip("transformers fails with a cache and a window of one")
+    if CONFIGURATIONS[name][0] in WITHOUT_CACHE:
+        pytest.skip("transformers has no cache for this family")
     row = token_rows(13, seed=1)[0]
     pieces = original_logits(original(name), row, pieces=(3, 1, 7, 2))
-    assert relative(pieces, expected_logits(name, tuple(row))) <= TOLERANCE / 4
+    assert relative(pieces, expected_logits(name, tuple(row))) <= TOLERANCE / 2
+
+
+# Beyond the threshold of a scaling that depends on the length, where pieces and the whole differ, in transformers too.
+
+
+@pytest.mark.rule("SB-C-031")
+@pytest.mark.parametrize("name", sorted(BY_PIECES))
+@pytest.mark.parametrize("cuts", [(), (2,), (1, 3)])
+def test_rows_that_outgrow_a_threshold(name: str, cuts: Cuts) -> None:
+    """Each row against a fresh model driven in that row's own pieces; ragged rows pass it in different calls."""
+    worst = Worst(name)
+    pipeline = chain(name, cuts)
+    for calls in ([[13] * 4], [[3] * 4, [1] * 4, [7] * 4, [2] * 4], [[3, 9, 0, 12], [1] * 4, [0, 3, 7, 1], [6] * 4]):
+        rows = token_rows(*(sum(call[i] for call in calls) for i in range(4)), seed=8)
+        session = pipeline.session(4, 40)
+        left, got = [list(row) for row in rows], [torch.zeros(0, VOCAB) for _ in rows]
+        for call in calls:
+            width = max(call)
+            ids, mask = torch.zeros(2, 4, width, dtype=torch.int64)
+            for i, count in enumerate(call):
+                ids[i, width - count :] = torch.tensor(left[i][:count], dtype=torch.int64)
+                mask[i, width - count :] = 1
+                left[i] = left[i][count:]
+            logits = pipeline(ids, attention_mask=mask, session=session)
+            got = [
+                torch.cat((before, logits[i, width - n :])) for i, (before, n) in enumerate(zip(got, call, strict=True))
+            ]
+        for i, row in enumerate(rows):
+            pieces = [call[i] for call in calls if call[i]]
+            expected = original_logits(load_original(checkpoint(name)), row, pieces=pieces)
+            worst.see(got[i], expected, f"cuts {cuts}, row {i} in {pieces}")
+        with pytest.raises(BundleError, match=r"\[session.rollback\]"):
+            session.rollback([past - 1 for past in session.past])
+        session.rollback(session.past)  # all of a row may go
+    worst.check()
 
 
 # Whether a mistake would be seen at all.
 
 
 def mistakes(facts: Architecture) -> dict[str, Architecture]:
-    """The architecture with one fact changed, for every fact that a shape doesn't hold fast."""
+    """The architecture with one fact changed, for every fact that no shape holds fast and that shows in one row."""
+    kinds = [facts.layer_kinds[name] for name in dict.fromkeys(facts.layers)]
+    made: dict[str, Architecture] = {}
 
-    def with_kinds(change: Callable[[LayerKind], LayerKind]) -> Architecture:
-        return replace(facts, layer_kinds={name: change(kind) for name, kind in facts.layer_kinds.items()})
+    def in_kinds(what: str, change: Callable[[LayerKind], LayerKind]) -> None:
+        changed = {name: change(kind) for name, kind in facts.layer_kinds.items()}
+        if changed != facts.layer_kinds:
+            made[what] = replace(facts, layer_kinds=changed)
 
-    def attention(**changes: Callable[[Attention], Any]) -> Architecture:
-        def change(kind: LayerKind) -> LayerKind:
-            values = {key: make(kind.attention) for key, make in changes.items()}
-            return replace(kind, attention=replace(kind.attention, **values))
+    def in_attention(what: str, change: Callable[[Attention], Attention]) -> None:
+        in_kinds(what, lambda kind: replace(kind, attention=change(kind.attention)))
 
-        return with_kinds(change)
+    def in_position(what: str, of: type, change: Callable[[Any], Any]) -> None:
+        def other(attention: Attention) -> Attention:
+            position = attention.position
+            return replace(attention, position=change(position)) if isinstance(position, of) else attention
 
-    def rotary(**values: Any) -> Architecture:
-        return attention(position=lambda a: replace(a.position, **values))
+        in_attention(what, other)
 
-    def norms(**values: Any) -> Architecture:
-        changed = with_kinds(lambda kind: replace(kind, norm=replace(kind.norm, **values)))
-        return replace(changed, head=replace(facts.head, norm=replace(facts.head.norm, **values)))
+    def in_norms(what: str, change: Callable[[Norm], Norm]) -> None:
+        changed = {name: replace(kind, norm=change(kind.norm)) for name, kind in facts.layer_kinds.items()}
+        norm = None if facts.head.norm is None else change(facts.head.norm)
+        made[what] = replace(facts, layer_kinds=changed, head=replace(facts.head, norm=norm))
 
-    def activation(kind: LayerKind) -> LayerKind:
-        other = "relu" if kind.mlp.activation == "silu" else "silu"
-        return replace(kind, mlp=replace(kind.mlp, activation=other))
-
-    kind = facts.kind_of(LAYERS - 1)
-    made = {
-        "scale": attention(scale=lambda a: a.scale * 1.01),
-        "activation": with_kinds(activation),
-        "norm kind": norms(kind="layer_norm" if kind.norm.kind == "rms_norm" else "rms_norm", bias=kind.norm.bias),
-        "weight offset": norms(weight_offset=1.0 - kind.norm.weight_offset),
-        "multiplier": replace(facts, embedding=replace(facts.embedding, multiplier=facts.embedding.multiplier * 1.01)),
-    }
-    if kind.norm.eps > 1e-4:
-        made["eps"] = norms(eps=kind.norm.eps / 10)
-    if kind.attention.window is not None and kind.attention.window < 12:
-        made["window, one more"] = attention(window=lambda a: a.window and a.window + 1)
-        made["window, none"] = attention(window=lambda a: None)
-    if kind.attention.window != 1 and isinstance(kind.attention.position, Rotary):
-        if kind.attention.position.dim > 2:  # a base to the power of nothing is one
-            made["base"] = rotary(base=kind.attention.position.base * 1.1)
-        made["scaling"] = rotary(scaling=Linear(factor=1.5))
-        if isinstance(scaling := kind.attention.position.scaling, Llama3):
-            made["ramp"] = rotary(scaling=replace(scaling, high_frequency_factor=5.0))
-            made["original positions"] = rotary(scaling=replace(scaling, original_positions=17))
-    if len(set(facts.layers)) > 1:
-        made["layers"] = replace(facts, layers=facts.layers[::-1])
-    if kind.attention.window == 1:  # who sees itself alone doesn't weigh
-        del made["scale"]
+    narrow = any(kind.attention.window == 1 for kind in kinds)  # who sees itself alone doesn't weigh
+    if not narrow:
+        in_attention("scale", lambda a: replace(a, scale=a.scale * 1.02))
+        in_position("base", Rotary, lambda p: replace(p, base=p.base * 1.3) if p.dim > 2 else p)
+        in_position("scaling", Rotary, lambda p: replace(p, scaling=Linear(factor=1.7)))
+        in_position("layout", Rotary, lambda p: replace(p, layout=OTHER_LAYOUT[p.layout]) if p.dim > 2 else p)
+        in_position("ramp", Rotary, _ramp)
+        in_position("bias", Alibi, lambda p: replace(p, max_bias=p.max_bias + 0.5))
+        in_position("bias multiplier", Alibi, lambda p: replace(p, multiplier=p.multiplier * 1.05))
+    in_attention("window", lambda a: replace(a, window=a.window + 1) if a.window and a.window < 12 else a)
+    in_attention("no window", lambda a: replace(a, window=None) if a.window and a.window < 12 else a)
+    in_attention("clip", lambda a: replace(a, clip=a.clip * 1.1) if a.clip else a)
+    in_attention("score cap", lambda a: replace(a, logit_cap=a.logit_cap * 1.05) if a.logit_cap else a)
+    in_attention("temperature", lambda a: replace(a, query_temperature=None) if _is_felt(a.query_temperature) else a)
+    in_attention("q/k norm", _norm_later)
+    in_kinds("activation", _other_activation)
+    in_kinds("residual", lambda kind: replace(kind, residual_multiplier=kind.residual_multiplier * 1.02))
+    in_norms("norm kind", lambda norm: replace(norm, kind=OTHER_NORM[norm.kind]))
+    if kinds[0].norm.affine:
+        in_norms("weight offset", lambda norm: replace(norm, weight_offset=1.0 - norm.weight_offset))
+    if kinds[0].norm.eps > 1e-4:
+        in_norms("eps", lambda norm: replace(norm, eps=norm.eps / 10))
+    if facts.embedding.norm is None:  # which would take it away again
+        multiplier = facts.embedding.multiplier * 1.02
+        made["multiplier"] = replace(facts, embedding=replace(facts.embedding, multiplier=multiplier))
+    position = facts.embedding.position
+    if isinstance(position, Sinusoidal):
+        other = replace(position, offset=position.offset + 1)
+        made["offset"] = replace(facts, embedding=replace(facts.embedding, position=other))
+    made["logits"] = replace(facts, head=replace(facts.head, multiplier=facts.head.multiplier * 1.02))
+    if facts.head.logit_cap is not None:
+        made["cap"] = replace(facts, head=replace(facts.head, logit_cap=facts.head.logit_cap * 1.05))
+    reversed_layers = replace(facts, layers=facts.layers[::-1])
+    if reversed_layers != facts and reversed_layers.unit_tensors() == facts.unit_tensors():
+        made["layers"] = reversed_layers
     return made
+
+
+OTHER_LAYOUT: Final = {"half": "interleaved", "interleaved": "half"}
+OTHER_NORM: Final = {"layer_norm": "rms_norm", "rms_norm": "layer_norm"}
+
+
+def _ramp(position: Rotary) -> Rotary:
+    scaling = position.scaling
+    if isinstance(scaling, Llama3):
+        return replace(position, scaling=replace(scaling, original_positions=scaling.original_positions + 1))
+    return position
+
+
+def _is_felt(temperature: QueryTemperature | None) -> bool:
+    return temperature is not None and temperature.original_positions < 12
+
+
+def _norm_later(attention: Attention) -> Attention:
+    norm = attention.query_key_norm
+    if norm is None or norm.width == "full" or not isinstance(attention.position, Rotary):
+        return attention
+    return replace(attention, query_key_norm=replace(norm, after_rotation=not norm.after_rotation))
+
+
+def _other_activation(kind: LayerKind) -> LayerKind:
+    if kind.mlp.activation == "xielu":  # which has tensors of its own
+        return kind
+    return replace(kind, mlp=replace(kind.mlp, activation="relu" if kind.mlp.activation == "silu" else "silu"))
 
 
 @every_configuration
@@ -424,10 +519,14 @@ def test_a_wrong_tensor_shows(name: str) -> None:
     ids = torch.tensor(token_rows(13, seed=1))
     pipeline = bundle(name).pipeline(trainable=True).requires_grad_(False)
     known = pipeline(ids)
-    attention = bundle(name).architecture.kind_of(0).attention
     for what, parameter in pipeline.named_parameters():
-        if what.endswith("key.bias") and isinstance(attention.position, Unpositioned):
+        found = re.search(r"layers\.(\d+)\.", what.partition("stages.")[2].partition(".")[2])
+        attention = bundle(name).architecture.kind_of(int(found[1]) if found else 0).attention
+        plain = not isinstance(attention.position, Rotary) and attention.query_key_norm is None and not attention.clip
+        if what.endswith("key.bias") and plain:
             continue  # without rotations it adds the same to every key's weight, which changes nothing
+        if parameter.numel() == 1:
+            continue  # nothing to turn round
         if attention.window == 1 and ("query" in what or "key" in what):
             continue  # who sees itself alone doesn't weigh
         kept = parameter.detach().clone()

@@ -471,7 +471,7 @@ def test_parameters_have_their_global_names(name: str) -> None:
         expected = {n for unit in selection.units for n in tensors[unit]}
         if start and selection.head and whole.architecture.head.tied:
             # The embedding's unit is needed for the token table alone.
-            expected.discard("embedding.position.weight")
+            expected = {n for n in expected if not n.startswith("embedding.") or n == "embedding.token.weight"}
         assert set(whole.stage(layers=(start, stop)).state_dict()) == expected
 
 
@@ -561,7 +561,7 @@ def assert_gradients(whole: Bundle, gradients: dict[str, Tensor], model: Any) ->
         else:
             assert relative(got[name], parameter.grad) <= 1e-4, name
         compared += 1
-    assert compared >= 8 * LAYERS
+    assert compared >= 6 * LAYERS
 
 
 @pytest.mark.parametrize("name", [*ONE_PER_FAMILY, "gpt2", "gpt2-unscaled-untied", "llama"])

@@ -190,7 +190,7 @@ def test_the_published_number_of_parameters(name: str, tmp_path: Path) -> None:
 
 def test_what_the_fields_become(tmp_path: Path) -> None:
     gpt2 = read(tmp_path, GPT2)
-    assert gpt2.embedding.position == Learned(count=1024)
+    assert gpt2.embedding.position == Learned(count=1024, offset=0)
     assert (gpt2.head.tied, gpt2.kind_of(11).mlp.activation) == (True, "gelu_tanh")
     llama3 = read(tmp_path, LLAMA3).kind_of(0).attention
     scaling = Llama3(factor=32.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_positions=8192)

@@ -1,8 +1,8 @@
-"""The README's examples run, and its list of files is the files' own first lines.
+"""The README's examples run; its list of files is the files' own first lines, its families those that there are.
 
     python tests/test_readme.py
 
-writes that list anew.
+writes both lists anew.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from splitbundle_converter import family_table
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 BEGIN, END = "## A line for each file\n", "## Licence\n"
+FAMILIES_BEGIN, FAMILIES_END = "quantised weights and remote code are refused.\n", BEGIN
 OTHERS = {
     "spec/v1/bundle.md": "The format, normative: directory, manifest, weight files, boundaries, ids, error codes",
     "spec/v1/decoder.md": "The decoder, normative: each field of architecture.json with its equation",
@@ -65,11 +68,24 @@ def test_the_examples_run(tmp_path: Path) -> None:
 
 
 def test_the_list_of_files_is_true() -> None:
-    text = README.read_text("utf-8")
-    listed = text[text.index(BEGIN) + len(BEGIN) : text.index(END)]
-    assert listed == file_list(), "run python tests/test_readme.py"
+    assert between(BEGIN, END) == file_list(), "run python tests/test_readme.py"
     for path in OTHERS:
         assert (ROOT / path).exists(), path
+
+
+def between(begin: str, end: str) -> str:
+    """What the README has between two lines."""
+    text = README.read_text("utf-8")
+    return text[text.index(begin) + len(begin) : text.index(end)]
+
+
+def families_table() -> str:
+    """The table of families, as the README has it."""
+    return f"\n{family_table.markdown()}\n\n"
+
+
+def test_the_table_of_families_is_true() -> None:
+    assert between(FAMILIES_BEGIN, FAMILIES_END) == families_table(), "run python tests/test_readme.py"
 
 
 def test_the_two_commands_are_the_makefiles() -> None:
@@ -82,5 +98,6 @@ def test_the_two_commands_are_the_makefiles() -> None:
 
 
 if __name__ == "__main__":
-    text = README.read_text("utf-8")
-    README.write_text(text[: text.index(BEGIN) + len(BEGIN)] + file_list() + text[text.index(END) :], "utf-8")
+    for begin, end, content in ((FAMILIES_BEGIN, FAMILIES_END, families_table()), (BEGIN, END, file_list())):
+        text = README.read_text("utf-8")
+        README.write_text(text[: text.index(begin) + len(begin)] + content + text[text.index(end) :], "utf-8")

@@ -353,7 +353,22 @@ def test_parts_that_dont_add_up_are_refused() -> None:
     assert {code for code, _ in refused(part(("wide",)), rest)} == {"weights.tensors"}
     assert {code for code, _ in refused(part(("odd",)), rest)} == {"weights.tensors"}
     assert refused(part(()), more=True) == [("weights.tensors", "")]
-    assert refused(part(()), {}) == [("weights.tensors", "")]
+    with pytest.raises(BundleError, match=r"weights\.tensors.*at least one tensor"):
+        weights.read(io.BytesIO(part(())), PATH, listed(part(())), {}, part=True)
+
+
+@pytest.mark.rule("SB-W-012")
+def test_a_unit_without_tensors_has_a_file_without_data(tmp_path: Path) -> None:
+    # A tied head without a norm is such a unit.
+    file = write_weights(tmp_path / PATH, {}, lambda name: torch.empty(0))
+    data = (tmp_path / PATH).read_bytes()
+    assert file == listed(data) == listed(part(()))
+    assert len(data) == 4096
+    assert read(data, {}).layout == {}
+    with safe_open(tmp_path / PATH, framework="pt") as opened:
+        assert list(opened.keys()) == []
+    assert refused(data, {"odd": TENSORS["odd"]}) == [("weights.tensors", "")]
+    assert refused(part(("odd",)), {}) == [("weights.tensors", "")]
 
 
 @pytest.mark.rule("SB-W-005", "SB-W-007")

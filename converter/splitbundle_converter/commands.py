@@ -84,6 +84,20 @@ def _resplit(args: argparse.Namespace, console: Console) -> int:
     return _report(bundle, output, console)
 
 
+def _families_arguments(parser: argparse.ArgumentParser) -> None:
+    """None of its own."""
+
+
+def _families(args: argparse.Namespace, console: Console) -> int:
+    with _libraries():
+        from splitbundle_converter import family_table
+
+        rows = list(family_table.rows())
+    console.table(family_table.COLUMNS, [[row[column] for column in family_table.COLUMNS] for row in rows])
+    console.json({"ok": True, "families": rows})
+    return 0
+
+
 def _report(bundle: Bundle, output: str, console: Console) -> int:
     console.end_progress()
     shards = ", ".join(f"{shard.name} [{shard.layers[0]}, {shard.layers[1]})" for shard in bundle.shards)
@@ -110,3 +124,6 @@ CONVERT: Final = Command(
     name="convert", help="make a bundle of a checkpoint", configure=_convert_arguments, run=_convert
 )
 RESPLIT: Final = Command(name="resplit", help="cut a bundle elsewhere", configure=_resplit_arguments, run=_resplit)
+FAMILIES: Final = Command(
+    name="families", help="list the families that can be converted", configure=_families_arguments, run=_families
+)

@@ -119,6 +119,17 @@ class ConfigReader:
             return 1.0
         return float(value)
 
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """An array of so many numbers above zero."""
+        values = self.raw(name)
+        if not isinstance(values, list) or len(values) != count:
+            self.refuse(name, f"{count} numbers")
+        elif not all(type(value) in (int, float) and 0 < value < float("inf") for value in values):
+            self.refuse(name, "numbers above 0")
+        else:
+            return tuple(float(value) for value in values)
+        return (1.0,) * count
+
     def boolean(self, name: str) -> bool:
         """A boolean field."""
         value = self.raw(name)

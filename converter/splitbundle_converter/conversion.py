@@ -23,7 +23,8 @@ from splitbundle.version import __version__
 from splitbundle.weights import Tensor as Stored
 from splitbundle_converter import write
 from splitbundle_converter.config_reader import ConfigReader
-from splitbundle_converter.families import FAMILIES, Family
+from splitbundle_converter.families import FAMILIES
+from splitbundle_converter.family import Family
 from splitbundle_converter.publish import publishing
 from splitbundle_converter.source import CONFIG, FLOATS, Source, dtype_of, locate
 from splitbundle_converter.translate import Translation, translate

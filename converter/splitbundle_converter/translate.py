@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,30 +12,36 @@ from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.fields import MAX_PROBLEMS
 from splitbundle.manifest import EMBEDDING, SourceName, expand
-from splitbundle_converter.families import Family
+from splitbundle_converter.family import Family
 from splitbundle_converter.source import Reader, Source, SourceTensor, dtype_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where a logical tensor comes from: rows ``start`` to ``stop`` of a source tensor, transposed first if so."""
+    """Where a logical tensor comes from: rows ``start`` to ``stop`` of each of the ``groups`` of a source tensor."""
 
     source: str
     start: int
     stop: int
+    groups: int
     transposed: bool
 
     def take(self, reader: Reader) -> Tensor:
         """The logical tensor, in the source's dtype, contiguous."""
         whole = reader.get(self.source)
-        rows = whole.T if self.transposed else whole
-        return rows[self.start : self.stop].contiguous()
+        rows = _grouped(whole.T if self.transposed else whole, self.groups)
+        return rows[:, self.start : self.stop].flatten(0, 1).contiguous()
 
 
 def put_together(entry: SourceName, tensors: Callable[[str], Tensor]) -> Tensor:
     """The inverse of ``Origin.take`` over all of an entry's tensors: the source tensor, exact to the bit."""
-    rows = torch.cat([tensors(name) for name in entry.tensors]) if len(entry.tensors) > 1 else tensors(entry.tensors[0])
+    rows = torch.cat([_grouped(tensors(name), entry.groups) for name in entry.tensors], dim=1).flatten(0, 1)
     return rows.T.contiguous() if entry.transposed else rows
+
+
+def _grouped(rows: Tensor, groups: int) -> Tensor:
+    """*Shape:* (rows, …) -> (groups, rows / groups, …)."""
+    return rows.reshape(groups, rows.shape[0] // groups, *rows.shape[1:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,31 +66,46 @@ def translate(source: Source, family: Family, architecture: Architecture) -> Tra
     kept: list[SourceName] = []
     claimed: set[str] = set()
     prefix = _prefix(source, family)
-    for template in family.names:
-        named = SourceName(
-            source=_stored_name(template.source, family, prefix),
-            tensors=template.tensors,
-            transposed=template.transposed,
-        )
+    table = [replace(row, source=_stored_name(row.source, family, prefix)) for row in family.names(architecture)]
+    for named in table:
         entries = [entry for entry in expand(named, layers) if all(name in shapes for name in entry.tensors)]
         for entry in entries:
             claimed.add(entry.source)
             problems += _match(source, entry, shapes, origins)
-        if entries:
-            kept.append(named)
-    kept += _tied_copy(source, family, architecture, prefix, origins, claimed, problems)
+        everywhere = len(entries) == ("{layer}" not in named.source or layers)
+        kept += [named] if everywhere else entries  # where layers differ, the template says too much
+    kept += _tied_copy(source, table, architecture, origins, claimed, problems)
     dropped = {
-        expanded.source
+        _stored_name(pattern, family, prefix).replace("{layer}", str(i))
         for pattern in family.dropped
-        for expanded in expand(
-            SourceName(source=_stored_name(pattern, family, prefix), tensors=(), transposed=False), layers
-        )
+        for i in range(layers)
     }
+    problems += _check_constants(source, family, prefix, layers, dropped)
     for name in sorted(source.tensors.keys() - claimed - dropped):
         problems.append(_extra(source, name, layers))
     if problems:
         raise BundleError(problems[:MAX_PROBLEMS])  # of a checkpoint of another depth, every tensor would be one
     return Translation(origins=origins, source_names=tuple(kept))
+
+
+def _check_constants(source: Source, family: Family, prefix: bool, layers: int, dropped: set[str]) -> list[Problem]:
+    """Adds the constants to what is dropped, where they have the value that the decoder takes for granted."""
+    problems: list[Problem] = []
+    with source.reader() as reader:
+        for pattern, value in family.constants.items():
+            for i in range(layers):
+                name = _stored_name(pattern, family, prefix).replace("{layer}", str(i))
+                if name not in source.tensors:
+                    continue
+                dropped.add(name)
+                stored = reader.get(name).float()
+                if bool(((stored - value).abs() > 0.01 * abs(value)).any()):  # bfloat16 keeps two digits
+                    got = f"{stored.flatten()[0].item():g}"
+                    problems.append(_off(name, source.tensors[name], f"{value:g}, as the decoder has it", got, _FIXED))
+    return problems
+
+
+_FIXED = "A model with another value of this constant can't be converted yet"
 
 
 def _prefix(source: Source, family: Family) -> bool:
@@ -113,8 +134,11 @@ def _match(
         problems.append(_off(entry.source, found, "dtype F32, F16 or BF16", found.dtype, "Save it as one of these"))
     start = 0
     for name, size in zip(entry.tensors, rows, strict=True):
-        origins[name] = Origin(source=entry.source, start=start, stop=start + size, transposed=entry.transposed)
-        start += size
+        stop = start + size // entry.groups
+        origins[name] = Origin(
+            source=entry.source, start=start, stop=stop, groups=entry.groups, transposed=entry.transposed
+        )
+        start = stop
     return problems
 
 
@@ -124,9 +148,8 @@ _MISSING = "The checkpoint isn't whole, or its configuration is another model's"
 
 def _tied_copy(
     source: Source,
-    family: Family,
+    table: list[SourceName],
     architecture: Architecture,
-    prefix: bool,
     origins: dict[str, Origin],
     claimed: set[str],
     problems: list[Problem],
@@ -134,7 +157,7 @@ def _tied_copy(
     """The head's projection where it is tied and yet stored: it must be the embedding, and isn't stored again."""
     if not architecture.head.tied:
         return []
-    name = next(_stored_name(row.source, family, prefix) for row in family.names if row.tensors == (PROJECTION,))
+    name = next(row.source for row in table if row.tensors == (PROJECTION,))
     if name not in source.tensors:
         return []
     claimed.add(name)
@@ -150,7 +173,7 @@ def _tied_copy(
         problems.append(
             _off(name, found, expected, "other values", "Set tie_word_embeddings to false, or drop the tensor")
         )
-    return [SourceName(source=name, tensors=(EMBEDDING,), transposed=False)]
+    return [SourceName(source=name, tensors=(EMBEDDING,), groups=1, transposed=False)]
 
 
 PROJECTION = "head.projection.weight"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from splitbundle.architecture import Architecture, count
 from splitbundle.errors import BundleError, Problem
-from splitbundle_converter.families import Family
+from splitbundle_converter.family import Family
 from splitbundle_converter.source import FLOATS, Source, quiet
 
 LENGTHS = (1, 7, 24)
@@ -70,7 +70,7 @@ def run_original(model: Any, family: Family, ids: Tensor) -> tuple[list[Tensor],
         hidden.append(args[0] if args else kwargs["hidden_states"])
 
     def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        hidden.append(output[0] if isinstance(output, tuple) else output)
+        hidden.append(output[0] if isinstance(output, tuple | list) else output)
 
     hooks = [layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
     hooks += [layer.register_forward_hook(after) for layer in layers]

@@ -20,17 +20,20 @@ MAX_LAYERS: Final = 10_000
 """A hundred times the deepest models; ten times more would take a reader seconds and hundreds of MB to describe."""
 
 NORM_KINDS: Final = ("layer_norm", "rms_norm")
-PLACEMENTS: Final = ("pre",)
-ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
-ROTARY_LAYOUTS: Final = ("half",)
+PLACEMENTS: Final = ("pre", "output", "sandwich", "post", "parallel", "parallel_two")
+ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared", "xielu")
+ROTARY_LAYOUTS: Final = ("half", "interleaved")
+QUERY_KEY_WIDTHS: Final = ("head", "heads", "full")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm:
-    """Normalisation over the hidden dimension."""
+    """Normalisation over the last dimension."""
 
     kind: str
     eps: float
+    affine: bool
+    """Whether there is a weight."""
     weight_offset: float
     """Added to the stored weight: 0, or 1 where the weight is stored as a difference from one."""
     bias: bool
@@ -45,10 +48,21 @@ class Unpositioned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
-    """A table of ``count`` position vectors, added to the token's."""
+    """A table of position vectors, added to the token's: position p has row p + ``offset``, and there are ``count``."""
 
     kind: Literal["learned"] = "learned"
     count: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sinusoidal:
+    """Sines and cosines (Vaswani et al. 2017, arXiv:1706.03762) of position p + ``offset``, added to the token's
+    vector: all sines first, then all cosines.
+    """
+
+    kind: Literal["sinusoidal"] = "sinusoidal"
+    offset: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +91,63 @@ class Llama3:
     original_positions: int
 
 
-Scaling = Unscaled | Linear | Llama3
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dynamic:
+    """The base grows with the length of the row, once that is above ``original_positions`` (NTK-aware scaling)."""
+
+    kind: Literal["dynamic"] = "dynamic"
+    factor: float
+    original_positions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Yarn:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over the pairs from kept to divided frequencies."""
+
+    kind: Literal["yarn"] = "yarn"
+    factor: float
+    original_positions: int
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    """Whether the ends of the ramp are whole numbers."""
+    attention_factor: float
+    """What cosine and sine are multiplied by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongRope:
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): a divisor for each pair, others once a row is longer than
+    ``original_positions``.
+    """
+
+    kind: Literal["longrope"] = "longrope"
+    original_positions: int
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    attention_factor: float
+    """What cosine and sine are multiplied by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proportional:
+    """Only the first ``pairs`` are turned, by frequencies divided by ``factor``."""
+
+    kind: Literal["proportional"] = "proportional"
+    factor: float
+    pairs: int
+
+
+Scaling = Unscaled | Linear | Llama3 | Dynamic | Yarn | LongRope | Proportional
+SCALINGS: Final[dict[str, type[Any]]] = {
+    "none": Unscaled,
+    "linear": Linear,
+    "llama3": Llama3,
+    "dynamic": Dynamic,
+    "yarn": Yarn,
+    "longrope": LongRope,
+    "proportional": Proportional,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +162,34 @@ class Rotary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Alibi:
+    """Attention with linear biases (Press et al. 2021, arXiv:2108.12409): ``multiplier`` times each head's slope."""
+
+    kind: Literal["alibi"] = "alibi"
+    max_bias: float
+    multiplier: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryKeyNorm:
+    """Normalisation of queries and keys: of each head by one weight ("head") or by its own ("heads"), or of all heads
+    together ("full"); before the rotation, or after it.
+    """
+
+    norm: Norm
+    width: str
+    after_rotation: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryTemperature:
+    """Queries of far positions are made larger: 1 + beta · ln(1 + ⌊p / original_positions⌋)."""
+
+    beta: float
+    original_positions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
     """Causal self-attention with ``heads / kv_heads`` query heads to each key head."""
 
@@ -101,9 +199,15 @@ class Attention:
     scale: float
     qkv_bias: bool
     output_bias: bool
+    clip: float | None
+    """Queries, keys and values are held within ± this."""
+    query_key_norm: QueryKeyNorm | None
+    query_temperature: QueryTemperature | None
+    logit_cap: float | None
+    """Scores s become cap · tanh(s / cap)."""
     window: int | None
     """A token sees itself and the ``window - 1`` before it; ``None``: all before it."""
-    position: Unpositioned | Rotary
+    position: Unpositioned | Rotary | Alibi
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +226,8 @@ class LayerKind:
 
     placement: str
     norm: Norm
+    residual_multiplier: float
+    """What attention and the feed-forward block give is multiplied by, before it is added."""
     attention: Attention
     mlp: Mlp
 
@@ -130,17 +236,59 @@ class LayerKind:
 class Embedding:
     """How token ids become the first hidden state."""
 
+    token_size: int
+    """The width of the token table. If it isn't the hidden size, a projection follows, and one precedes the logits."""
     multiplier: float
-    position: Unpositioned | Learned
+    position: Unpositioned | Learned | Sinusoidal
+    norm: Norm | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """How the last hidden state becomes logits."""
 
-    norm: Norm
+    norm: Norm | None
     tied: bool
     """Whether the projection is the token embedding."""
+    bias: bool
+    multiplier: float
+    """What logits are multiplied by."""
+    logit_cap: float | None
+    """Logits z become cap · tanh(z / cap), after the multiplier."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norms:
+    """The norms of a layer of some placement, in order of use."""
+
+    before_attention: tuple[str, ...] = ()
+    before_mlp: tuple[str, ...] = ()
+    """After attention, or before the feed-forward block."""
+    after_mlp: tuple[str, ...] = ()
+
+
+NORMS: Final = {
+    "pre": Norms(before_attention=("attention_norm",), before_mlp=("mlp_norm",)),
+    "output": Norms(before_mlp=("attention_norm",), after_mlp=("mlp_norm",)),
+    "post": Norms(before_mlp=("attention_norm",), after_mlp=("mlp_norm",)),
+    "sandwich": Norms(
+        before_attention=("attention_norm",),
+        before_mlp=("attention_output_norm", "mlp_norm"),
+        after_mlp=("mlp_output_norm",),
+    ),
+    "parallel": Norms(before_attention=("attention_norm",)),
+    "parallel_two": Norms(before_attention=("attention_norm", "mlp_norm")),
+}
+"""Placement -> the names of its norms."""
+
+
+def norm_names(placement: str) -> tuple[str, ...]:
+    """The names of a placement's norms."""
+    norms = NORMS[placement]
+    return (*norms.before_attention, *norms.before_mlp, *norms.after_mlp)
+
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,31 +324,50 @@ class Architecture:
 
     def embedding_tensors(self) -> dict[str, tuple[int, ...]]:
         """The tensors of the embedding unit."""
-        tensors: dict[str, tuple[int, ...]] = {"embedding.token.weight": (self.vocab_size, self.hidden_size)}
-        if isinstance(self.embedding.position, Learned):
-            tensors["embedding.position.weight"] = (self.embedding.position.count, self.hidden_size)
-        return tensors
+        embedding, hidden = self.embedding, self.hidden_size
+        tensors: Shapes = {"embedding.token.weight": (self.vocab_size, embedding.token_size)}
+        if embedding.token_size != hidden:
+            tensors |= _linear_tensors("embedding.projection", hidden, embedding.token_size, False)
+        if isinstance(embedding.position, Learned):
+            tensors["embedding.position.weight"] = (embedding.position.count + embedding.position.offset, hidden)
+        return tensors | _norm_tensors("embedding.norm", embedding.norm, hidden)
 
     def layer_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
         """The tensors of one layer, under their global names."""
         kind, hidden, name = self.kind_of(layer), self.hidden_size, f"layers.{layer}"
         attention, mlp = kind.attention, kind.mlp
         queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-        tensors = _norm_tensors(f"{name}.attention_norm", kind.norm, hidden)
+        norms = NORMS[kind.placement]
+        tensors: Shapes = {}
+        for norm in norms.before_attention:
+            tensors |= _norm_tensors(f"{name}.{norm}", kind.norm, hidden)
         for part, rows in (("query", queries), ("key", keys), ("value", keys)):
             tensors |= _linear_tensors(f"{name}.attention.{part}", rows, hidden, attention.qkv_bias)
+        if attention.query_key_norm is not None:
+            for part, heads in (("query_norm", attention.heads), ("key_norm", attention.kv_heads)):
+                shape = query_key_shape(attention.query_key_norm, heads, attention.head_dim)
+                tensors |= _norm_tensors(f"{name}.attention.{part}", attention.query_key_norm.norm, *shape)
         tensors |= _linear_tensors(f"{name}.attention.output", hidden, queries, attention.output_bias)
-        tensors |= _norm_tensors(f"{name}.mlp_norm", kind.norm, hidden)
+        for norm in norms.before_mlp:
+            tensors |= _norm_tensors(f"{name}.{norm}", kind.norm, hidden)
         for part in ("gate", "up") if mlp.gated else ("up",):
             tensors |= _linear_tensors(f"{name}.mlp.{part}", mlp.intermediate_size, hidden, mlp.bias)
-        return tensors | _linear_tensors(f"{name}.mlp.down", hidden, mlp.intermediate_size, mlp.bias)
+        if mlp.activation == "xielu":
+            tensors |= {f"{name}.mlp.activation.{part}": (1,) for part in ("alpha_p", "alpha_n")}
+        tensors |= _linear_tensors(f"{name}.mlp.down", hidden, mlp.intermediate_size, mlp.bias)
+        for norm in norms.after_mlp:
+            tensors |= _norm_tensors(f"{name}.{norm}", kind.norm, hidden)
+        return tensors
 
     def head_tensors(self) -> dict[str, tuple[int, ...]]:
         """The tensors of the head unit. A tied projection belongs to the embedding unit."""
-        tensors = _norm_tensors("head.norm", self.head.norm, self.hidden_size)
+        size, hidden = self.embedding.token_size, self.hidden_size
+        tensors = _norm_tensors("head.norm", self.head.norm, hidden)
+        if size != hidden:
+            tensors |= _linear_tensors("head.narrowing", size, hidden, False)
         if not self.head.tied:
-            tensors["head.projection.weight"] = (self.vocab_size, self.hidden_size)
-        return tensors
+            tensors["head.projection.weight"] = (self.vocab_size, size)
+        return tensors | ({"head.projection.bias": (self.vocab_size,)} if self.head.bias else {})
 
     def units(self) -> tuple[str, ...]:
         """The names of all units, in order of use."""
@@ -233,9 +400,16 @@ class Architecture:
         return (*first, *(self.layer_unit(i) for i in range(*layers)), *(("head",) if head else ()))
 
 
-def _norm_tensors(name: str, norm: Norm, size: int) -> dict[str, tuple[int, ...]]:
-    tensors: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,)}
-    return tensors | ({f"{name}.bias": (size,)} if norm.bias else {})
+def _norm_tensors(name: str, norm: Norm | None, *shape: int) -> Shapes:
+    if norm is None:
+        return {}
+    tensors: Shapes = {f"{name}.weight": shape} if norm.affine else {}
+    return tensors | ({f"{name}.bias": shape} if norm.bias else {})
+
+
+def query_key_shape(norm: QueryKeyNorm, heads: int, head_dim: int) -> tuple[int, ...]:
+    """The shape of a query or key norm's weight."""
+    return {"head": (head_dim,), "heads": (heads, head_dim), "full": (heads * head_dim,)}[norm.width]
 
 
 def _linear_tensors(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:

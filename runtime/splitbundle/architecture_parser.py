@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
 from splitbundle import strict_json
 from splitbundle.architecture import (
@@ -12,21 +15,30 @@ from splitbundle.architecture import (
     MAX_SIZE,
     NORM_KINDS,
     PLACEMENTS,
+    QUERY_KEY_WIDTHS,
     ROTARY_LAYOUTS,
+    SCALINGS,
+    Alibi,
     Architecture,
     Attention,
+    Dynamic,
     Embedding,
     Head,
     LayerKind,
     Learned,
-    Linear,
     Llama3,
+    LongRope,
     Mlp,
     Norm,
+    Proportional,
+    QueryKeyNorm,
+    QueryTemperature,
     Rotary,
     Scaling,
+    Sinusoidal,
     Unpositioned,
     Unscaled,
+    Yarn,
 )
 from splitbundle.errors import quoted
 from splitbundle.fields import Field, Problems
@@ -82,16 +94,22 @@ def parse(data: bytes) -> Architecture:
 
 
 def _embedding(field: Field) -> Embedding:
-    members = field.members(["multiplier", "position"])
+    members = field.members(["token_size", "multiplier", "position", "norm"])
     return Embedding(
-        multiplier=members["multiplier"].positive_number(), position=_embedding_position(members["position"])
+        token_size=members["token_size"].integer(1, MAX_SIZE),
+        multiplier=members["multiplier"].positive_number(),
+        position=_embedding_position(members["position"]),
+        norm=_optional_norm(members["norm"]),
     )
 
 
-def _embedding_position(field: Field) -> Unpositioned | Learned:
-    kind = _kind(field, ("none", "learned"))
+def _embedding_position(field: Field) -> Unpositioned | Learned | Sinusoidal:
+    kind = _kind(field, ("none", "learned", "sinusoidal"))
     if kind == "learned":
-        return Learned(count=field.members(["kind", "count"])["count"].integer(1, MAX_SIZE))
+        members = field.members(["kind", "count", "offset"])
+        return Learned(count=members["count"].integer(1, MAX_SIZE), offset=members["offset"].integer(0, MAX_SIZE))
+    if kind == "sinusoidal":
+        return Sinusoidal(offset=field.members(["kind", "offset"])["offset"].integer(0, MAX_SIZE))
     if kind == "none":
         field.members(["kind"])
     return Unpositioned()
@@ -105,27 +123,38 @@ def _kind(field: Field, choices: tuple[str, ...]) -> str | None:
 
 
 def _layer_kind(field: Field) -> LayerKind:
-    members = field.members(["placement", "norm", "attention", "mlp"])
+    members = field.members(["placement", "norm", "residual_multiplier", "attention", "mlp"])
     return LayerKind(
         placement=members["placement"].choice(PLACEMENTS),
         norm=_norm(members["norm"]),
+        residual_multiplier=members["residual_multiplier"].positive_number(),
         attention=_attention(members["attention"]),
         mlp=_mlp(members["mlp"]),
     )
 
 
 def _norm(field: Field) -> Norm:
-    members = field.members(["kind", "eps", "weight_offset", "bias"])
+    members = field.members(["kind", "eps", "affine", "weight_offset", "bias"])
     return Norm(
         kind=members["kind"].choice(NORM_KINDS),
         eps=members["eps"].positive_number(),
+        affine=members["affine"].boolean(),
         weight_offset=members["weight_offset"].number((0.0, 1.0)),
         bias=members["bias"].boolean(),
     )
 
 
+def _optional_norm(field: Field) -> Norm | None:
+    return None if field.is_null else _norm(field)
+
+
+def _optional_number(field: Field) -> float | None:
+    return None if field.is_null else field.positive_number()
+
+
 def _attention(field: Field) -> Attention:
-    members = field.members(["heads", "kv_heads", "head_dim", "scale", "qkv_bias", "output_bias", "window", "position"])
+    members = field.members([name.name for name in fields(Attention)])
+    temperature = members["query_temperature"]
     return Attention(
         heads=members["heads"].integer(1, MAX_SIZE),
         kv_heads=members["kv_heads"].integer(1, MAX_SIZE),
@@ -133,13 +162,34 @@ def _attention(field: Field) -> Attention:
         scale=members["scale"].positive_number(),
         qkv_bias=members["qkv_bias"].boolean(),
         output_bias=members["output_bias"].boolean(),
+        clip=_optional_number(members["clip"]),
+        query_key_norm=None if members["query_key_norm"].is_null else _query_key_norm(members["query_key_norm"]),
+        query_temperature=None if temperature.is_null else _query_temperature(temperature),
+        logit_cap=_optional_number(members["logit_cap"]),
         window=None if members["window"].is_null else members["window"].integer(1, MAX_SIZE),
         position=_attention_position(members["position"]),
     )
 
 
-def _attention_position(field: Field) -> Unpositioned | Rotary:
-    kind = _kind(field, ("none", "rotary"))
+def _query_key_norm(field: Field) -> QueryKeyNorm:
+    members = field.members(["norm", "width", "after_rotation"])
+    return QueryKeyNorm(
+        norm=_norm(members["norm"]),
+        width=members["width"].choice(QUERY_KEY_WIDTHS),
+        after_rotation=members["after_rotation"].boolean(),
+    )
+
+
+def _query_temperature(field: Field) -> QueryTemperature:
+    members = field.members(["beta", "original_positions"])
+    return QueryTemperature(
+        beta=members["beta"].positive_number(),
+        original_positions=members["original_positions"].integer(1, MAX_SIZE),
+    )
+
+
+def _attention_position(field: Field) -> Unpositioned | Rotary | Alibi:
+    kind = _kind(field, ("none", "rotary", "alibi"))
     if kind == "rotary":
         members = field.members(["kind", "base", "dim", "layout", "scaling"])
         return Rotary(
@@ -148,28 +198,34 @@ def _attention_position(field: Field) -> Unpositioned | Rotary:
             layout=members["layout"].choice(ROTARY_LAYOUTS),
             scaling=_scaling(members["scaling"]),
         )
+    if kind == "alibi":
+        members = field.members(["kind", "max_bias", "multiplier"])
+        return Alibi(max_bias=members["max_bias"].positive_number(), multiplier=members["multiplier"].positive_number())
     if kind == "none":
         field.members(["kind"])
     return Unpositioned()
 
 
 def _scaling(field: Field) -> Scaling:
-    kind = _kind(field, ("none", "linear", "llama3"))
-    if kind == "linear":
-        return Linear(factor=field.members(["kind", "factor"])["factor"].positive_number())
-    if kind == "llama3":
-        members = field.members(
-            ["kind", "factor", "low_frequency_factor", "high_frequency_factor", "original_positions"]
-        )
-        return Llama3(
-            factor=members["factor"].positive_number(),
-            low_frequency_factor=members["low_frequency_factor"].positive_number(),
-            high_frequency_factor=members["high_frequency_factor"].positive_number(),
-            original_positions=members["original_positions"].integer(1, MAX_SIZE),
-        )
-    if kind == "none":
-        field.members(["kind"])
-    return Unscaled()
+    """The members of a scaling have the types of its record's fields."""
+    kind = _kind(field, tuple(SCALINGS))
+    if kind is None:
+        return Unscaled()
+    record = SCALINGS[kind]
+    members = field.members([member.name for member in fields(record)])
+    values: dict[str, Any] = {}
+    for member in fields(record):
+        item = members[member.name]
+        if member.type == "float":
+            values[member.name] = item.positive_number()
+        elif member.type == "int":
+            values[member.name] = item.integer(1, MAX_SIZE)
+        elif member.type == "bool":
+            values[member.name] = item.boolean()
+        elif member.type == "tuple[float, ...]":
+            values[member.name] = tuple(each.positive_number() for each in item.items(minimum=1))
+    scaling: Scaling = record(**values)
+    return scaling
 
 
 def _mlp(field: Field) -> Mlp:
@@ -183,8 +239,14 @@ def _mlp(field: Field) -> Mlp:
 
 
 def _head(field: Field) -> Head:
-    members = field.members(["norm", "tied"])
-    return Head(norm=_norm(members["norm"]), tied=members["tied"].boolean())
+    members = field.members(["norm", "tied", "bias", "multiplier", "logit_cap"])
+    return Head(
+        norm=_optional_norm(members["norm"]),
+        tied=members["tied"].boolean(),
+        bias=members["bias"].boolean(),
+        multiplier=members["multiplier"].positive_number(),
+        logit_cap=_optional_number(members["logit_cap"]),
+    )
 
 
 def _check_rules(architecture: Architecture, problems: Problems) -> None:
@@ -197,26 +259,49 @@ def _check_rules(architecture: Architecture, problems: Problems) -> None:
     for i, name in enumerate(architecture.layers):
         if name not in architecture.layer_kinds:
             add(f"/layers/{i}", f"a name in /layer_kinds ({', '.join(known)})", name)
-    norms = [("/head/norm", architecture.head.norm)]
+    if isinstance(architecture.embedding.position, Sinusoidal) and architecture.hidden_size < 4:
+        add("/hidden_size", "at least 4, as positions are sinusoidal", architecture.hidden_size)
+    norms = [("/head/norm", architecture.head.norm), ("/embedding/norm", architecture.embedding.norm)]
     for name, kind in architecture.layer_kinds.items():
         at = f"/layer_kinds/{name}"
         if name not in used:
             add(at, "a kind that some layer has", name)
+        attention = kind.attention
         norms.append((f"{at}/norm", kind.norm))
-        attention, position = kind.attention, kind.attention.position
+        if attention.query_key_norm is not None:
+            norms.append((f"{at}/attention/query_key_norm/norm", attention.query_key_norm.norm))
+            if attention.query_key_norm.width == "full" and attention.query_key_norm.after_rotation:
+                add(f"{at}/attention/query_key_norm/after_rotation", "false, as width is full", True)
+        if isinstance(attention.position, Alibi) and attention.logit_cap is not None:
+            add(f"{at}/attention/logit_cap", "null, as position is alibi", attention.logit_cap)
         if attention.heads % attention.kv_heads:
             add(f"{at}/attention/kv_heads", f"a divisor of heads ({attention.heads})", attention.kv_heads)
-        if isinstance(position, Rotary):
-            if position.dim % 2 or position.dim > attention.head_dim:
-                limit = attention.head_dim
-                add(f"{at}/attention/position/dim", f"an even number up to head_dim ({limit})", position.dim)
-            scaling = position.scaling
-            if isinstance(scaling, Llama3) and not scaling.low_frequency_factor < scaling.high_frequency_factor:
-                add(
-                    f"{at}/attention/position/scaling/high_frequency_factor",
-                    f"more than low_frequency_factor ({scaling.low_frequency_factor})",
-                    scaling.high_frequency_factor,
-                )
+        if isinstance(attention.position, Rotary):
+            _check_rotary(attention.position, attention.head_dim, f"{at}/attention/position", add)
     for pointer, norm in norms:
-        if norm.kind == "rms_norm" and norm.bias:
+        if norm is not None and norm.kind == "rms_norm" and norm.bias:
             add(f"{pointer}/bias", "false, as kind is rms_norm", norm.bias)
+        if norm is not None and not norm.affine and (norm.bias or norm.weight_offset):
+            add(f"{pointer}/affine", "true, as there is a bias or an offset", norm.affine)
+
+
+def _check_rotary(rotary: Rotary, head_dim: int, at: str, add: Callable[[str, str, object], None]) -> None:
+    scaling = rotary.scaling
+    if rotary.dim % 2 or rotary.dim > head_dim:
+        add(f"{at}/dim", f"an even number up to head_dim ({head_dim})", rotary.dim)
+    if isinstance(scaling, Llama3) and not scaling.low_frequency_factor < scaling.high_frequency_factor:
+        expected = f"more than low_frequency_factor ({scaling.low_frequency_factor})"
+        add(f"{at}/scaling/high_frequency_factor", expected, scaling.high_frequency_factor)
+    if isinstance(scaling, Yarn) and not rotary.base > 1:
+        add(f"{at}/base", "more than 1, as scaling is yarn", rotary.base)
+    if isinstance(scaling, Yarn) and not scaling.beta_slow < scaling.beta_fast:
+        add(f"{at}/scaling/beta_fast", f"more than beta_slow ({scaling.beta_slow})", scaling.beta_fast)
+    if isinstance(scaling, Dynamic) and rotary.dim < 4:
+        add(f"{at}/dim", "at least 4, as scaling is dynamic", rotary.dim)
+    if isinstance(scaling, Proportional) and scaling.pairs > rotary.dim // 2:
+        add(f"{at}/scaling/pairs", f"at most dim / 2 ({rotary.dim // 2})", scaling.pairs)
+    if isinstance(scaling, LongRope):
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(scaling, name)
+            if len(factors) != rotary.dim // 2:
+                add(f"{at}/scaling/{name}", f"dim / 2 ({rotary.dim // 2}) numbers", f"{len(factors)} numbers")

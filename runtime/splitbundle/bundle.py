@@ -220,7 +220,7 @@ class Bundle:
         for i, path in enumerate(paths):
             listed = self.manifest.files[path]
             with files.open_file(self.path, path, listed) as file:
-                found = weights.read(file, path, listed, left, more=i + 1 < len(paths))
+                found = weights.read(file, path, listed, left, part=len(paths) > 1, more=i + 1 < len(paths))
                 yield file, found
             left = {name: tensor for name, tensor in left.items() if name not in found.layout}
 

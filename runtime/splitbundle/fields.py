@@ -11,6 +11,9 @@ from splitbundle.strict_json import MAX_INTEGER
 
 MAX_PROBLEMS: Final = 100
 """A hostile document could have millions, and nobody reads more."""
+MIN_NUMBER: Final = 1e-37
+MAX_NUMBER: Final = 1e37
+"""A number above zero and its inverse are numbers in float32; what is made of a few of them is one in float64."""
 MAX_ITEMS: Final = 2**18
 """More than the tensors of the deepest model that ``architecture.MAX_LAYERS`` allows."""
 
@@ -103,8 +106,8 @@ class Field:
         if type(self.value) not in (int, float):
             self.refuse("a number", code="field.type")
             return 1.0
-        if not self.value > 0:
-            self.refuse("a number above 0")
+        if not MIN_NUMBER <= self.value <= MAX_NUMBER:
+            self.refuse(f"a number from {MIN_NUMBER} to {MAX_NUMBER}")
             return 1.0
         return float(self.value)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 from splitbundle import names, strict_json
@@ -97,11 +97,14 @@ class Vectors:
 class SourceName:
     """One source tensor, or one a layer where the names hold ``{layer}``.
 
-    The source tensor is ``tensors`` concatenated along their first dimension, then transposed if ``transposed``.
+    The source tensor is ``tensors`` concatenated along their first dimension, then transposed if ``transposed``. With
+    more ``groups`` than one, each tensor's rows are in so many equal groups, and the first group of every tensor comes
+    before the second of any: so some families keep queries, keys and values of a head together.
     """
 
     source: str
     tensors: tuple[str, ...]
+    groups: int
     transposed: bool
 
 
@@ -189,8 +192,8 @@ def expand(entry: SourceName, layers: int) -> Iterator[SourceName]:
         yield entry
         return
     for i in range(layers):
-        yield SourceName(
+        yield replace(
+            entry,
             source=entry.source.replace("{layer}", str(i)),
             tensors=tuple(name.replace("{layer}", str(i)) for name in entry.tensors),
-            transposed=entry.transposed,
         )

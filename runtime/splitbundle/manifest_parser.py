@@ -213,9 +213,10 @@ def _vectors(field: Field) -> Vectors:
 
 
 def _source_name(field: Field) -> SourceName:
-    members = field.members(["source", "tensors", "transposed"])
+    members = field.members(["source", "tensors", "groups", "transposed"])
     return SourceName(
         source=members["source"].string(),
         tensors=tuple(item.string() for item in members["tensors"].items(minimum=1)),
+        groups=members["groups"].integer(1, MAX_SIZE),
         transposed=members["transposed"].boolean(),
     )

@@ -177,6 +177,10 @@ def _check_source_names(
                 wanted = "tensors of one dtype that can be concatenated along their first dimension"
                 problems.add("manifest.sources", f"{at}/tensors", wanted, quoted(expanded.tensors))
                 break
+            if any(shapes[name][0] % expanded.groups for name in expanded.tensors):
+                wanted = "a divisor of every tensor's rows"
+                problems.add("manifest.sources", f"{at}/groups", wanted, str(expanded.groups))
+                break
             if expanded.transposed and len(shapes[expanded.tensors[0]]) != 2:
                 wanted = "false, as the tensors haven't two dimensions"
                 problems.add("manifest.sources", f"{at}/transposed", wanted, "true")

@@ -20,7 +20,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
+    "relu_squared": lambda x: functional.relu(x).square(),
 }
+
+
+class Xielu(nn.Module):
+    """xIELU (Huang & Schlag 2024, arXiv:2411.13010), whose two slopes are learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p = nn.Parameter(torch.empty(1, device="meta"))
+        self.alpha_n = nn.Parameter(torch.empty(1, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """*Shape:* any -> the same."""
+        above = functional.softplus(self.alpha_p) * x * x
+        below = (torch.expm1(x.clamp(max=-1e-6)) - x) * (0.5 + functional.softplus(self.alpha_n))
+        return torch.where(x > 0, above, below) + 0.5 * x
 
 
 class Linear(nn.Linear):
@@ -46,27 +62,32 @@ class Table(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016, arXiv:1607.06450) or RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """LayerNorm (Ba et al. 2016, arXiv:1607.06450) or RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) over the last
+    dimension; the weight may have a dimension more, of heads.
+    """
 
-    def __init__(self, norm: facts.Norm, size: int) -> None:
+    def __init__(self, norm: facts.Norm, *shape: int) -> None:
         super().__init__()
-        self.facts = norm
-        self.weight = nn.Parameter(torch.empty(size, device="meta"))
-        self.bias = nn.Parameter(torch.empty(size, device="meta")) if norm.bias else None
+        self.facts, self.size = norm, shape[-1:]
+        self.weight = nn.Parameter(torch.empty(shape, device="meta")) if norm.affine else None
+        self.bias = nn.Parameter(torch.empty(shape, device="meta")) if norm.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """*Shape:* (..., size) -> (..., size)."""
-        weight, bias, eps = self.weight, self.bias, self.facts.eps
-        if self.facts.weight_offset:
+        weight, bias = self.weight, self.bias
+        if weight is not None and self.facts.weight_offset:
             # In 16 bits, 1 + w would lose what little w says: the sum and the product are taken in float32.
             wide = None if bias is None else bias.float()
-            return self._normalise(x.float(), weight.float() + self.facts.weight_offset, wide, eps).to(x.dtype)
-        return self._normalise(x, weight, bias, eps)
+            return self._normalise(x.float(), weight.float() + self.facts.weight_offset, wide).to(x.dtype)
+        return self._normalise(x, weight, bias)
 
-    def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    def _normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if weight is not None and weight.ndim > 1:
+            x = self._normalise(x, None, None) * weight
+            return x if bias is None else x + bias
         if self.facts.kind == "layer_norm":
-            return functional.layer_norm(x, weight.shape, weight, bias, eps)
-        return functional.rms_norm(x, weight.shape, weight, eps)
+            return functional.layer_norm(x, self.size, weight, bias, self.facts.eps)
+        return functional.rms_norm(x, self.size, weight, self.facts.eps)
 
 
 class Attention(nn.Module):
@@ -79,34 +100,77 @@ class Attention(nn.Module):
         self.query = Linear(hidden, queries, bias=attention.qkv_bias)
         self.key = Linear(hidden, keys, bias=attention.qkv_bias)
         self.value = Linear(hidden, keys, bias=attention.qkv_bias)
+        self.query_norm, self.key_norm = (
+            self._norm(attention, heads) for heads in (attention.heads, attention.kv_heads)
+        )
         self.output = Linear(queries, hidden, bias=attention.output_bias)
+
+    @staticmethod
+    def _norm(attention: facts.Attention, heads: int) -> Norm | None:
+        norm = attention.query_key_norm
+        return None if norm is None else Norm(norm.norm, *facts.query_key_shape(norm, heads, attention.head_dim))
 
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
         """*Shape:* (batch, sequence, hidden) -> the same."""
-        facts_, (batch, length, _) = self.facts, x.shape
-        queries = self.query(x).view(batch, length, facts_.heads, facts_.head_dim).transpose(1, 2)  # [B, H, S, D]
-        keys = self.key(x).view(batch, length, facts_.kv_heads, facts_.head_dim).transpose(1, 2)
-        values = self.value(x).view(batch, length, facts_.kv_heads, facts_.head_dim).transpose(1, 2)
-        if isinstance(facts_.position, facts.Rotary):
-            cos, sin = positions.rotary(facts_.position)
-            queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
+        facts_ = self.facts
+        queries = self._heads(self.query(x), self.query_norm, positions)  # [B, S, H, D]
+        keys = self._heads(self.key(x), self.key_norm, positions)
+        values = split_heads(self._clip(self.value(x)), facts_.head_dim)
+        if facts_.query_temperature is not None:
+            queries = queries * positions.temperature(facts_.query_temperature)
+        queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))  # [B, H, S, D]
         if cache is not None:
             keys, values = cache.extend(self.layer, keys, values, positions)
-        first, mask, causal = positions.mask(facts_.window)
+        mask: Tensor | None
+        if isinstance(facts_.position, facts.Alibi):
+            first, mask, causal = positions.biased_mask(facts_.position, facts_.heads, facts_.window)
+        else:
+            first, mask, causal = positions.mask(facts_.window)
         if first:
             keys, values = keys[:, :, first:], values[:, :, first:]
-        mixed = attend(queries, keys, values, mask=mask, causal=causal, scale=facts_.scale)
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))  # type: ignore[no-any-return]
+        if facts_.logit_cap is None:
+            mixed = attend(queries, keys, values, mask=mask, causal=causal, scale=facts_.scale)
+        else:
+            mask = positions.causal_mask() if causal else mask
+            mixed = attend_capped(queries, keys, values, mask=mask, scale=facts_.scale, cap=facts_.logit_cap)
+        return self.output(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _heads(self, x: Tensor, norm: Norm | None, positions: Positions) -> Tensor:
+        """Clipped, normalised and turned. *Shape:* (batch, sequence, heads · head_dim) -> (…, heads, head_dim)."""
+        position, kind = self.facts.position, self.facts.query_key_norm
+        x = self._clip(x)
+        if norm is not None and kind is not None and kind.width == "full":
+            x, norm = norm(x), None
+        x = split_heads(x, self.facts.head_dim)
+        if norm is not None and kind is not None and not kind.after_rotation:
+            x, norm = norm(x), None
+        if isinstance(position, facts.Rotary):
+            x = rotate(x, *positions.rotary(position), position.layout)
+        return x if norm is None else norm(x)
+
+    def _clip(self, x: Tensor) -> Tensor:
+        return x if self.facts.clip is None else x.clamp(-self.facts.clip, self.facts.clip)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pair of channels (i, i + dim/2) of the first ``dim`` by the angle of its position (layout "half").
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """*Shape:* (batch, sequence, heads · head_dim) -> (batch, sequence, heads, head_dim)."""
+    return x.view(*x.shape[:2], x.shape[2] // head_dim, head_dim)
 
-    *Shape:* x (batch, heads, sequence, head_dim); cos, sin (batch or 1, 1, sequence, dim / 2).
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Turns each pair of channels by the angle of its position: of the first ``dim``, the pairs (i, i + dim/2) in the
+    layout "half", and (2i, 2i + 1) in "interleaved".
+
+    *Shape:* x (batch, sequence, heads, head_dim); cos, sin (batch or 1, sequence, 1, dim / 2).
     """
     half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if layout == "half":
+        first, second = turned[..., :half], turned[..., half:]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    first, second = turned[..., ::2], turned[..., 1::2]
+    pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((pairs.flatten(-2), rest), dim=-1)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -116,7 +180,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None
     """
     batch, heads, length, width = queries.shape
     kv_heads = keys.shape[1]
-    if heads != kv_heads and length == 1:
+    if heads != kv_heads and length == 1 and (mask is None or mask.shape[1] == 1):
         # The heads of a group see the same keys, so they can stand as positions, and no key is repeated in memory.
         grouped = queries.reshape(batch, kv_heads, heads // kv_heads, width)
         mixed = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
@@ -124,6 +188,24 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None
     return functional.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads != kv_heads
     )
+
+
+def attend_capped(
+    queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, scale: float, cap: float
+) -> Tensor:
+    """``attend`` with every score s made cap · tanh(s / cap) before the mask, which no fused kernel does.
+
+    *Shape:* as for ``attend``; mask True where attention goes.
+    """
+    kv_heads = keys.shape[1]
+    batch, heads, length, width = queries.shape
+    grouped = queries.reshape(batch, kv_heads, heads // kv_heads, length, width)
+    scores = grouped @ keys[:, :, None].transpose(-1, -2) * scale
+    scores = torch.tanh(scores / cap) * cap
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
+    return (weights @ values[:, :, None]).flatten(1, 2)
 
 
 class Mlp(nn.Module):
@@ -134,7 +216,7 @@ class Mlp(nn.Module):
         self.gate = Linear(hidden, mlp.intermediate_size, bias=mlp.bias) if mlp.gated else None
         self.up = Linear(hidden, mlp.intermediate_size, bias=mlp.bias)
         self.down = Linear(mlp.intermediate_size, hidden, bias=mlp.bias)
-        self.activation = ACTIVATIONS[mlp.activation]
+        self.activation = Xielu() if mlp.activation == "xielu" else ACTIVATIONS[mlp.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """*Shape:* (batch, sequence, hidden) -> the same."""
@@ -144,19 +226,45 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then the feed-forward block, each normalised before and added to the stream (placement "pre")."""
+    """Attention and the feed-forward block, added to the stream; the placement says where norms stand."""
 
     def __init__(self, kind: facts.LayerKind, hidden: int, layer: int) -> None:
         super().__init__()
-        self.attention_norm = Norm(kind.norm, hidden)
+        self.placement, self.multiplier = kind.placement, kind.residual_multiplier
+        names = facts.norm_names(kind.placement)
+        self.attention_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm = (
+            Norm(kind.norm, hidden) if name in names else None
+            for name in ("attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm")
+        )
         self.attention = Attention(kind.attention, hidden, layer)
-        self.mlp_norm = Norm(kind.norm, hidden)
         self.mlp = Mlp(kind.mlp, hidden)
 
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
         """*Shape:* (batch, sequence, hidden) -> the same."""
-        x = x + self.attention(self.attention_norm(x), positions, cache)
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+        def attend(x: Tensor) -> Tensor:
+            return self.attention(x, positions, cache)  # type: ignore[no-any-return]
+
+        if self.placement in ("parallel", "parallel_two"):
+            normed = _through(self.attention_norm, x)
+            other = normed if self.mlp_norm is None else self.mlp_norm(x)
+            return x + self._scaled(attend(normed) + self.mlp(other))
+        x = self._block(x, attend, self.attention_norm, self.attention_output_norm)
+        return self._block(x, self.mlp, self.mlp_norm, self.mlp_output_norm)
+
+    def _block(self, x: Tensor, block: Callable[[Tensor], Tensor], norm: Norm | None, after: Norm | None) -> Tensor:
+        if self.placement == "output":
+            return x + self._scaled(_through(norm, block(x)))
+        if self.placement == "post":
+            return _through(norm, x + self._scaled(block(x)))
+        return x + self._scaled(_through(after, block(_through(norm, x))))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.multiplier == 1.0 else x * self.multiplier
+
+
+def _through(step: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
+    return x if step is None else step(x)
 
 
 class Embedding(nn.Module):
@@ -164,18 +272,43 @@ class Embedding(nn.Module):
 
     def __init__(self, architecture: facts.Architecture, *, embeds: bool) -> None:
         super().__init__()
-        self.facts = architecture.embedding
-        self.token = Table(architecture.vocab_size, architecture.hidden_size)
-        position = architecture.embedding.position
+        embedding, hidden = architecture.embedding, architecture.hidden_size
+        self.facts, position = embedding, embedding.position
+        self.token = Table(architecture.vocab_size, embedding.token_size)
+        widens = embeds and embedding.token_size != hidden
+        self.projection = Linear(embedding.token_size, hidden, bias=False) if widens else None
         learned = embeds and isinstance(position, facts.Learned)
-        self.position = Table(position.count, architecture.hidden_size) if learned else None  # type: ignore[union-attr]
+        self.position = Table(position.count + position.offset, hidden) if learned else None  # type: ignore[union-attr]
+        self.norm = Norm(embedding.norm, hidden) if embeds and embedding.norm is not None else None
 
     def forward(self, ids: Tensor, positions: Positions) -> Tensor:
         """*Shape:* (batch, sequence) -> (batch, sequence, hidden)."""
+        position = self.facts.position
         x: Tensor = self.token(ids.long())  # torch looks up by 32 and 64 bits alone
         if self.facts.multiplier != 1.0:
             x = x * self.facts.multiplier
-        return x if self.position is None else x + self.position(positions.slots)
+        x = _through(self.projection, x)
+        if self.position is not None and isinstance(position, facts.Learned):
+            x = x + self.position(positions.slots + position.offset)
+        elif isinstance(position, facts.Sinusoidal):
+            x = x + positions.sinusoids(position.offset, x.shape[-1])
+        return _through(self.norm, x)
+
+
+class Projection(nn.Module):
+    """The last product, whose weight may be the token table."""
+
+    def __init__(self, rows: int, columns: int, *, weight: bool, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, device="meta")) if weight else None
+        self.bias = nn.Parameter(torch.empty(rows, device="meta")) if bias else None
+
+    def forward(self, x: Tensor, tied: Tensor | None) -> Tensor:
+        """*Shape:* (…, columns) -> (…, rows)."""
+        weight = self.weight if tied is None else tied
+        if weight is None:
+            raise ValueError("a tied head needs the token table")
+        return functional.linear(x, weight, self.bias)
 
 
 class Head(nn.Module):
@@ -183,15 +316,16 @@ class Head(nn.Module):
 
     def __init__(self, architecture: facts.Architecture) -> None:
         super().__init__()
-        hidden = architecture.hidden_size
-        self.norm = Norm(architecture.head.norm, hidden)
-        self.projection = None if architecture.head.tied else Linear(hidden, architecture.vocab_size, bias=False)
+        hidden, size, head = architecture.hidden_size, architecture.embedding.token_size, architecture.head
+        self.facts = head
+        self.norm = None if head.norm is None else Norm(head.norm, hidden)
+        self.narrowing = Linear(hidden, size, bias=False) if size != hidden else None
+        self.projection = Projection(architecture.vocab_size, size, weight=not head.tied, bias=head.bias)
 
     def forward(self, x: Tensor, tied: Tensor | None) -> Tensor:
         """*Shape:* (batch, k, hidden) -> (batch, k, vocab). ``tied`` is the token table of a tied head."""
-        x = self.norm(x)
-        if self.projection is not None:
-            return self.projection(x)  # type: ignore[no-any-return]
-        if tied is None:
-            raise ValueError("a tied head needs the token table")
-        return functional.linear(x, tied)
+        x = self.projection(_through(self.narrowing, _through(self.norm, x)), tied if self.facts.tied else None)
+        if self.facts.multiplier != 1.0:
+            x = x * self.facts.multiplier
+        cap = self.facts.logit_cap
+        return x if cap is None else torch.tanh(x / cap) * cap

@@ -44,7 +44,12 @@ class Session:
             if not 0 <= n <= past:
                 expected = f"0 to {past} tokens, what row {row} has"
                 raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(n)))
-        self.past = [past - n for past, n in zip(self.past, back, strict=True)]
+        left = [before - n for before, n in zip(self.past, back, strict=True)]
+        for cache in self.caches:
+            for row, n in enumerate(back):
+                if n:
+                    cache.check_rollback(row, left[row])
+        self.past = left
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i goes on from what row ``rows[i]`` was; a row may be taken several times, as beam search does.

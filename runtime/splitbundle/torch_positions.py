@@ -13,7 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from splitbundle.architecture import Architecture, Linear, Llama3, Rotary
+from splitbundle.architecture import (
+    Alibi,
+    Architecture,
+    Dynamic,
+    Linear,
+    Llama3,
+    LongRope,
+    Proportional,
+    QueryTemperature,
+    Rotary,
+    Yarn,
+)
 from splitbundle.errors import BundleError, Problem
 
 
@@ -34,6 +45,7 @@ class Positions:
         self._tokens: tuple[Tensor, Tensor, Tensor] | None = None
         self._masks: dict[int | None, tuple[int, Tensor | None, bool]] = {}
         self._rotations: dict[Rotary, tuple[Tensor, Tensor]] = {}
+        self._biases: dict[tuple[Alibi, int, int | None], tuple[int, Tensor]] = {}
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Positions:
         """The same positions for a stage that computes elsewhere or otherwise."""
@@ -74,12 +86,48 @@ class Positions:
         )
 
     def rotary(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each position's angles. *Shape:* (batch or 1, 1, sequence, dim / 2)."""
+        """Cosine and sine of each position's angles. *Shape:* (batch or 1, sequence, 1, dim / 2)."""
         if rotary not in self._rotations:
             # Angles are taken in float32, as everyone takes them: in float64 they would differ from the model's own.
-            angles = self.slots[:, None, :, None].float() * frequencies(rotary, self.device)
-            self._rotations[rotary] = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+            lengths = [past + count for past, count in zip(self.past, self.count, strict=True)]
+            angles = self.slots[:, :, None, None].float() * row_frequencies(rotary, lengths, self.device)
+            factor = getattr(rotary.scaling, "attention_factor", 1.0)
+            self._rotations[rotary] = (angles.cos() * factor).to(self.dtype), (angles.sin() * factor).to(self.dtype)
         return self._rotations[rotary]
+
+    def sinusoids(self, offset: int, size: int) -> Tensor:
+        """Sines, then cosines, of each position. *Shape:* (batch or 1, sequence, size)."""
+        half = size // 2
+        rates = torch.exp(torch.arange(half, device=self.device).float() * -(math.log(10000.0) / (half - 1)))
+        angles = (self.slots + offset)[:, :, None].float() * rates
+        waves = torch.cat((angles.sin(), angles.cos(), angles.new_zeros(*angles.shape[:2], size % 2)), dim=-1)
+        return waves.to(self.dtype)
+
+    def temperature(self, temperature: QueryTemperature) -> Tensor:
+        """What each position's queries are multiplied by. *Shape:* (batch or 1, sequence, 1, 1)."""
+        whole = self.slots // temperature.original_positions
+        return (1 + temperature.beta * torch.log1p(whole.float())).to(self.dtype)[:, :, None, None]
+
+    def biased_mask(self, alibi: Alibi, heads: int, window: int | None) -> tuple[int, Tensor, bool]:
+        """``mask``, with what ALiBi adds to each score in place of True, and -∞ in place of False.
+
+        *Shape:* of the mask, (batch or 1, heads, sequence, slots from the first on).
+        """
+        key = (alibi, heads, window)
+        if key not in self._biases:
+            first, mask, causal = self.mask(window)
+            mask = self.causal_mask() if causal else mask
+            stop = self.stop if self.uniform is None else self.uniform + self.length
+            distances = torch.arange(first, stop, device=self.device) - self.slots[:, :, None]  # [B, S, T]
+            bias = distances[:, None].float() * slopes(alibi, heads, self.device)[:, None, None]
+            if mask is not None:
+                bias = bias.masked_fill(~mask, float("-inf"))
+            self._biases[key] = first, bias.to(self.dtype)
+        return *self._biases[key], False
+
+    def causal_mask(self) -> Tensor:
+        """The mask itself where ``mask`` says that causal attention will do. *Shape:* (1, 1, sequence, sequence)."""
+        return torch.ones(self.length, self.length, dtype=torch.bool, device=self.device).tril()[None, None]
 
     def mask(self, window: int | None) -> tuple[int, Tensor | None, bool]:
         """What the queries may see: (first slot that any of them sees, mask or None, whether causal attention will do).
@@ -108,29 +156,75 @@ class Positions:
         return first, allowed[:, None], False
 
 
-def frequencies(rotary: Rotary, device: torch.device) -> Tensor:
-    """Radians per position of each pair of channels, in float32. *Shape:* (dim / 2)."""
-    exponents = torch.arange(0, rotary.dim, 2, device=device, dtype=torch.float32) / rotary.dim
-    base: Tensor = 1.0 / (rotary.base**exponents)
+def slopes(alibi: Alibi, heads: int, device: torch.device) -> Tensor:
+    """Each head's slope: powers of 2^(-max_bias / n) for n the power of two from ``heads`` up, every second first."""
+    whole = 2 ** math.ceil(math.log2(heads))
+    powers: Tensor = 2.0 ** (-torch.arange(1, whole + 1, device=device).float() * alibi.max_bias / whole)
+    if whole != heads:
+        powers = torch.cat((powers[1::2], powers[::2]))[:heads]
+    return powers * alibi.multiplier
+
+
+def row_frequencies(rotary: Rotary, lengths: Sequence[int], device: torch.device) -> Tensor:
+    """The frequencies of rows of some lengths. *Shape:* (dim / 2), or (batch, 1, 1, dim / 2) where rows differ."""
     scaling = rotary.scaling
+    if not isinstance(scaling, Dynamic | LongRope):
+        return frequencies(rotary, 0, device)
+    own = [max(length, scaling.original_positions) for length in lengths]
+    if isinstance(scaling, LongRope):
+        own = [min(length, scaling.original_positions + 1) for length in own]
+    tables = {length: frequencies(rotary, length, device) for length in set(own)}
+    return tables[own[0]] if len(tables) == 1 else torch.stack([tables[length] for length in own])[:, None, None]
+
+
+def frequencies(rotary: Rotary, length: int, device: torch.device) -> Tensor:
+    """Radians per position of each pair of channels, in float32, in rows of some length. *Shape:* (dim / 2)."""
+    scaling, dim, base = rotary.scaling, rotary.dim, rotary.base
+    exponents = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
+    if isinstance(scaling, Dynamic):
+        longest = max(length, scaling.original_positions)
+        growth = scaling.factor * longest / scaling.original_positions - (scaling.factor - 1)
+        base = base * growth ** (dim / (dim - 2))
+    if isinstance(scaling, LongRope):
+        long = length > scaling.original_positions
+        divisors = torch.tensor(
+            scaling.long_factors if long else scaling.short_factors, device=device, dtype=torch.float32
+        )
+        return 1.0 / (divisors * base**exponents)
+    plain: Tensor = 1.0 / (base**exponents)
     if isinstance(scaling, Linear):
-        return base / scaling.factor
+        return plain / scaling.factor
+    if isinstance(scaling, Proportional):
+        turned = torch.arange(dim // 2, device=device) < scaling.pairs
+        return torch.where(turned, plain, 0.0) / scaling.factor
     if isinstance(scaling, Llama3):
-        return _llama3(base, scaling)
-    return base
+        return _llama3(plain, scaling)
+    return _yarn(plain, rotary, scaling) if isinstance(scaling, Yarn) else plain
 
 
 def _llama3(base: Tensor, scaling: Llama3) -> Tensor:
-    low, high, original = (
-        scaling.low_frequency_factor,
-        scaling.high_frequency_factor,
-        scaling.original_positions,
-    )
+    low, high, original = scaling.low_frequency_factor, scaling.high_frequency_factor, scaling.original_positions
     wavelength = 2 * math.pi / base
     ramp = (original / wavelength - low) / (high - low)
     between = (1 - ramp) * base / scaling.factor + ramp * base
     slow, fast = wavelength > original / low, wavelength < original / high
     return torch.where(slow, base / scaling.factor, torch.where(fast, base, between))
+
+
+def _yarn(base: Tensor, rotary: Rotary, scaling: Yarn) -> Tensor:
+    def pair(rotations: float) -> float:
+        """The pair (as a real number) that turns so many times over the original positions."""
+        turns = scaling.original_positions / (rotations * 2 * math.pi)
+        return rotary.dim * math.log(turns) / (2 * math.log(rotary.base))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary.dim - 1)
+    high = high + 0.001 if low == high else high
+    index = torch.arange(rotary.dim // 2, device=base.device, dtype=torch.float32)
+    ramp = ((index - low) / (high - low)).clamp(0, 1)
+    return base / scaling.factor * ramp + base * (1 - ramp)
 
 
 class KVCache:
@@ -152,10 +246,15 @@ class KVCache:
         self.layers, self.device, self.dtype = layers, device, dtype
         self.filled = [0] * batch_size
         """The slots of each row that hold a token."""
+        self.thresholds: set[int] = set()
+        """The lengths at which some layer's rotation changes."""
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         for layer in range(*layers):
             attention = architecture.kind_of(layer).attention
+            scaling = getattr(attention.position, "scaling", None)
+            if isinstance(scaling, Dynamic | LongRope):
+                self.thresholds.add(scaling.original_positions)
             shape = (batch_size, attention.kv_heads, capacity, attention.head_dim)
             # Zeros, not whatever memory held: a masked slot still takes part in a product, and 0 · NaN is NaN.
             self.keys[layer] = torch.zeros(shape, device=device, dtype=dtype)
@@ -214,6 +313,25 @@ class KVCache:
                         argument=f"past[{row}]",
                         expected=f"at most {filled}, the positions that this stage's cache holds",
                         got=f"{past}",
+                    )
+                )
+            self.check_rollback(row, past)
+
+    def check_rollback(self, row: int, past: int) -> None:
+        """Whether a row may go back to so many positions.
+
+        Raises:
+            BundleError: ``session.rollback`` where keys would stay that were turned for a longer row.
+        """
+        for threshold in self.thresholds:
+            if 0 < past <= threshold < self.filled[row]:
+                raise BundleError(
+                    Problem(
+                        code="session.rollback",
+                        argument=f"row {row}",
+                        expected=f"0, or more than {threshold} positions, above which rotary positions are scaled",
+                        got=f"{past}",
+                        hint="Cached keys keep their rotation: start the row anew",
                     )
                 )
 

@@ -73,17 +73,18 @@ def run_vectors(bundle: Bundle, shard: str | None = None, progress: Progress | N
         progress("running the shards", len(shards), len(shards))
     wrong = [difference for difference in found.values() if not difference.relative <= TOLERANCE]
     if wrong:
-        raise ParityError(
-            Problem(
-                code="parity",
-                file=vectors.file,
-                argument=difference.where,
-                expected=f"a difference to the original model of at most {TOLERANCE:g} of {difference.scale:.4g}",
-                got=f"{difference.largest:.4g}, {difference.relative:.3g} of it",
-            )
-            for difference in wrong
-        )
+        raise ParityError(_problem(difference, vectors.file) for difference in wrong)
     return list(found.values())
+
+
+def _problem(difference: Difference, file: str) -> Problem:
+    expected = f"a difference to the original model of at most {TOLERANCE:g} of {difference.scale:.4g}"
+    got = f"{difference.largest:.4g}, {difference.relative:.3g} of it"
+    hint = "These weights don't compute what the original model did: convert it again, and report it if it persists"
+    if not math.isfinite(difference.scale):
+        expected, got = "numbers from the original model", "NaN or infinity"
+        hint = "The checkpoint's weights aren't all numbers; --no-check converts them all the same"
+    return Problem(code="parity", file=file, argument=difference.where, expected=expected, got=got, hint=hint)
 
 
 def _input(golden: dict[str, Tensor], case: int, selection: Selection) -> Tensor:

@@ -83,12 +83,14 @@ class Weights:
     data_sha256: str
 
 
-def read(file: BinaryIO, path: str, listed: File, expected: dict[str, Tensor], *, more: bool = False) -> Weights:
+def read(
+    file: BinaryIO, path: str, listed: File, expected: dict[str, Tensor], *, part: bool = False, more: bool = False
+) -> Weights:
     """Reads and judges the header of an open weight file.
 
     The header's digest is checked before its JSON is parsed; then it must be, byte for byte, the canonical header
-    of exactly the ``expected`` tensors (in order of use), which the architecture implies. With ``more``, other files
-    of the unit follow, and this one holds only the first so many of ``expected``.
+    of exactly the ``expected`` tensors (in order of use), which the architecture implies. A ``part``, one of several
+    files of a unit, holds at least one; with ``more``, others follow, and it holds only the first so many.
 
     Raises:
         BundleError: ``weights.header``, ``file.header-digest``, ``weights.tensors``, ``weights.layout``.
@@ -104,7 +106,7 @@ def read(file: BinaryIO, path: str, listed: File, expected: dict[str, Tensor], *
                 hint="The file isn't the one that the manifest lists",
             )
         )
-    return parse(raw, path, listed.size, expected, more=more)
+    return parse(raw, path, listed.size, expected, part=part, more=more)
 
 
 def _read_header(file: BinaryIO, path: str, listed: File) -> bytes:
@@ -128,7 +130,9 @@ def _read_header(file: BinaryIO, path: str, listed: File) -> bytes:
     return start + bytes(text)
 
 
-def parse(raw: bytes, path: str, size: int, expected: dict[str, Tensor], *, more: bool = False) -> Weights:
+def parse(
+    raw: bytes, path: str, size: int, expected: dict[str, Tensor], *, part: bool = False, more: bool = False
+) -> Weights:
     """Judges the header ``raw`` of a file of ``size`` bytes. See ``read``."""
     problems = Problems(path)
     document = Field(strict_json.parse(raw[8:].rstrip(b" "), path), problems)
@@ -142,7 +146,7 @@ def parse(raw: bytes, path: str, size: int, expected: dict[str, Tensor], *, more
     problems.raise_if_any()
     if more:
         expected = dict(islice(expected.items(), len(found)))
-    if not expected:
+    if not expected and (part or more):
         problems.add("weights.tensors", "", "at least one tensor", "none")
     for name, tensor in expected.items():
         if name not in found:

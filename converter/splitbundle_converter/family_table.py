@@ -1,0 +1,101 @@
+"""The table of families for people: what is supported, and what each family's own default configuration is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from splitbundle.architecture import Alibi, Architecture, LayerKind, Learned, Rotary, Sinusoidal, Unscaled
+from splitbundle_converter.config_reader import ConfigReader
+from splitbundle_converter.families import FAMILIES
+from splitbundle_converter.source import quiet
+
+COLUMNS = ("model_type", "norm", "position", "attention", "mlp", "extras")
+
+
+def rows() -> Iterator[dict[str, str]]:
+    """A row for each family, in order of name, from the facts of its default configuration."""
+    from transformers import AutoConfig
+
+    for name in sorted(FAMILIES):
+        with quiet():  # some default configurations name ids that their own vocabulary lacks
+            values = AutoConfig.for_model(name).to_dict()
+        facts = FAMILIES[name].facts(ConfigReader(values, values, name))
+        yield {"model_type": name} | summary(facts)
+
+
+def summary(facts: Architecture) -> dict[str, str]:
+    """What an architecture is made of, in a few words a column."""
+    kinds = list(facts.layer_kinds.values())
+    return {
+        "norm": _norm(facts, kinds[0]),
+        "position": ", ".join(dict.fromkeys(_embedding_position(facts) or map(_position, kinds))),
+        "attention": ", ".join(_attention(kinds)),
+        "mlp": f"{'gated ' if kinds[0].mlp.gated else ''}{kinds[0].mlp.activation}",
+        "extras": ", ".join(_extras(facts, kinds[0])),
+    }
+
+
+def markdown() -> str:
+    """The table as the README has it."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(row[column] for column in COLUMNS) + " |" for row in rows()]
+    return "\n".join(lines)
+
+
+def _norm(facts: Architecture, kind: LayerKind) -> str:
+    norm = kind.norm
+    details = [
+        "1 + weight" if norm.weight_offset else "",
+        "no weight" if not norm.affine else "",
+        "no bias" if norm.kind == "layer_norm" and norm.affine and not norm.bias else "",
+        kind.placement.replace("_", " ") if kind.placement != "pre" else "",
+    ]
+    return ", ".join([norm.kind, *filter(None, details)])
+
+
+def _embedding_position(facts: Architecture) -> list[str]:
+    position = facts.embedding.position
+    if isinstance(position, Learned | Sinusoidal):
+        return [position.kind + (f" + {position.offset}" if position.offset else "")]
+    return []
+
+
+def _position(kind: LayerKind) -> str:
+    position = kind.attention.position
+    if isinstance(position, Rotary):
+        part = f" of {position.dim}/{kind.attention.head_dim}" if position.dim != kind.attention.head_dim else ""
+        scaled = "" if isinstance(position.scaling, Unscaled) else f", {position.scaling.kind}"
+        return f"rotary {position.layout}{part}{scaled}"
+    return "ALiBi" if isinstance(position, Alibi) else "none"
+
+
+def _attention(kinds: list[LayerKind]) -> Iterator[str]:
+    attention = kinds[0].attention
+    sharing = "MHA" if attention.heads == attention.kv_heads else "MQA" if attention.kv_heads == 1 else "GQA"
+    biases = [name for name, has in (("q, k, v", attention.qkv_bias), ("output", attention.output_bias)) if has]
+    yield sharing + (f" with {' and '.join(biases)} bias" if biases else "")
+    if attention.query_key_norm is not None:
+        yield f"q/k norm by {attention.query_key_norm.width}"
+    windows = {kind.attention.window for kind in kinds}
+    if windows != {None}:
+        yield "windows" + (" on some layers" if len(windows) > 1 else "")
+    for name, has in (("clip", attention.clip), ("cap", attention.logit_cap)):
+        if has is not None:
+            yield name
+
+
+def _extras(facts: Architecture, kind: LayerKind) -> Iterator[str]:
+    head, embedding = facts.head, facts.embedding
+    for name, has in (
+        ("tied", head.tied),
+        ("head bias", head.bias),
+        ("embedding ×", embedding.multiplier != 1.0),
+        ("embedding norm", embedding.norm is not None),
+        ("residual ×", kind.residual_multiplier != 1.0),
+        ("logit ×", head.multiplier != 1.0),
+        ("logit cap", head.logit_cap is not None),
+        ("no last norm", head.norm is None),
+        ("query temperature", kind.attention.query_temperature is not None),
+    ):
+        if has:
+            yield name
