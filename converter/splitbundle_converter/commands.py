@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Final
 
 import splitbundle_converter
+from splitbundle import manifest
 from splitbundle.bundle import Bundle
 from splitbundle.commands import integers, positive
 from splitbundle.console import Command, Console
 from splitbundle.errors import MissingExtra
 
-DTYPES: Final = ("keep", "float32", "float16", "bfloat16")
+DTYPES: Final = ("keep", *manifest.DTYPES)
 LIBRARIES: Final = ("torch", "transformers", "safetensors", "jsonschema", "huggingface_hub", "numpy")
 
 

@@ -6,31 +6,29 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor
 
 from splitbundle import architecture as architectures
-from splitbundle import architecture_parser
+from splitbundle import architecture_parser, torch_weights
 from splitbundle.architecture import Architecture, count
 from splitbundle.bundle import VECTORS, Bundle, open_bundle
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.files import Progress
 from splitbundle.manifest import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
 from splitbundle.torch_verify import run_vectors
-from splitbundle.torch_weights import rounded
 from splitbundle.version import __version__
 from splitbundle.weights import Tensor as Stored
 from splitbundle_converter import write
+from splitbundle_converter.commands import DTYPES
 from splitbundle_converter.config_reader import ConfigReader
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.family import Family
 from splitbundle_converter.publish import publishing
-from splitbundle_converter.source import CONFIG, FLOATS, Source, dtype_of, locate
+from splitbundle_converter.source import CONFIG, Source, dtype_of, locate
 from splitbundle_converter.translate import Translation, translate
 from splitbundle_converter.vectors import reference_vectors
-
-DTYPES: Final = ("keep", *FLOATS)
 
 
 def convert(
@@ -191,7 +189,9 @@ def _write_units(
             done += stored(name).size
             origin = translation.origins[name]
             file = source.tensors[origin.source].file
-            return rounded(origin.take(reader), FLOATS[storage.dtype_of(name)], origin.source, file)
+            return torch_weights.rounded(
+                origin.take(reader), torch_weights.DTYPES[storage.dtype_of(name)], origin.source, file
+            )
 
         for files in plan.values():
             for path, tensors in files.items():

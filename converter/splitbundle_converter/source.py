@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from splitbundle import strict_json
 from splitbundle.architecture import MAX_LAYERS
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.manifest import DTYPES
+from splitbundle.weights import CODES
 from splitbundle_converter.families import FAMILIES
 
 CONFIG: Final = "config.json"
@@ -34,7 +35,7 @@ TEXT_FILES: Final = (
     "tokenizer.model",
 )
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES: Final = {CODES[dtype]: dtype for dtype in DTYPES}
 _LAYER_COUNTS: Final = ("num_hidden_layers", "n_layer")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -314,6 +315,3 @@ def _refused(
 
 def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-FLOATS: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

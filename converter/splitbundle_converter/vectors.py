@@ -12,8 +12,9 @@ from torch import Tensor
 
 from splitbundle.architecture import Architecture, count
 from splitbundle.errors import BundleError, Problem
+from splitbundle.torch_weights import DTYPES
 from splitbundle_converter.family import Family
-from splitbundle_converter.source import FLOATS, Source, quiet
+from splitbundle_converter.source import Source, quiet
 
 LENGTHS = (1, 7, 24)
 """Tokens of the cases: one alone, a few, and enough to pass a small window."""
@@ -44,7 +45,7 @@ def reference_vectors(
     if dtype != "keep":
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.copy_(parameter.to(FLOATS[dtype]))
+                parameter.copy_(parameter.to(DTYPES[dtype]))
     generator = random.Random(0)
     lengths = case_lengths(architecture)
     tensors: dict[str, Tensor] = {}

@@ -12,8 +12,8 @@ from splitbundle.architecture import FILE as ARCHITECTURE_FILE
 from splitbundle.version import FORMAT_VERSION
 
 FILE: Final = names.MANIFEST
-DTYPES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""What weights may be stored as, and the bytes of an item."""
+DTYPES: Final = ("float32", "float16", "bfloat16")
+"""What weights may be stored as."""
 ENCODINGS: Final = ("plain",)
 EXTENSIONS: Final[frozenset[str]] = frozenset()
 """The named extensions that this reader understands."""

@@ -117,8 +117,7 @@ class Positions:
         if key not in self._biases:
             first, mask, causal = self.mask(window)
             mask = self.causal_mask() if causal else mask
-            stop = self.stop if self.uniform is None else self.uniform + self.length
-            distances = torch.arange(first, stop, device=self.device) - self.slots[:, :, None]  # [B, S, T]
+            distances = torch.arange(first, self.stop, device=self.device) - self.slots[:, :, None]  # [B, S, T]
             bias = distances[:, None].float() * slopes(alibi, heads, self.device)[:, None, None]
             if mask is not None:
                 bias = bias.masked_fill(~mask, float("-inf"))
