@@ -59,16 +59,16 @@ def _staging(target: Path) -> Iterator[Path]:
     """A new directory beside the target, and beside it a file that is locked for as long as its writer lives."""
     staging = target.with_name(f".{target.name}.tmp-{secrets.token_hex(8)}")
     lock = staging.with_name(staging.name + _LOCK)
-    with lock.open("xb") as held:
-        _lock(held, wait=True)
-        try:
+    try:  # around all of it: an interruption may come between any two steps
+        with lock.open("xb") as held:
+            _lock(held, wait=True)
             staging.mkdir()
             yield staging
-        finally:
-            # Gone already if all went well. What can't be removed must not hide the error that brought us here.
-            _remove(staging)
-            with contextlib.suppress(OSError):
-                lock.unlink()
+    finally:
+        # Gone already if all went well. What can't be removed must not hide the error that brought us here.
+        _remove(staging)
+        with contextlib.suppress(OSError):
+            lock.unlink()
 
 
 def _lock(file: BinaryIO, *, wait: bool) -> bool:
