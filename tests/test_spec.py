@@ -27,7 +27,7 @@ from splitbundle.errors import BundleError
 from splitbundle.manifest import SourceName
 from splitbundle.torch_decoder import ACTIVATIONS, Embedding, Head, Layer, Norm, Xielu
 from splitbundle.torch_pipeline import Session
-from splitbundle.torch_positions import KVCache, Positions, frequencies
+from splitbundle.torch_positions import KVCache, Positions, Reach, frequencies
 from splitbundle_converter.translate import put_together
 
 TESTS = Path(__file__).parent
@@ -445,8 +445,24 @@ def head(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str, Any]) -
 
 
 def scores(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str, Any]) -> None:
-    full["attention"] |= {"logit_cap": 0.7, "query_temperature": {"beta": 0.5, "original_positions": 3}}
+    full["attention"] |= {"logit_cap": 0.7}
+    full["attention"]["query_temperature"] = {"beta": 0.5, "original_positions": 3, "offset": 0}
     sliding["attention"] |= {"window": 4, "logit_cap": 1.3, "position": {"kind": "none"}}
+
+
+def sinks(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str, Any]) -> None:
+    full["attention"] |= {"sinks": True, "chunk": 5}
+    sliding["attention"] |= {"sinks": True, "logit_cap": 0.7, "window": 4}
+
+
+def chunks(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str, Any]) -> None:
+    full["attention"] |= {"heads": 6, "kv_heads": 3, "chunk": 4}
+    full["attention"]["query_temperature"] = {"beta": 0.5, "original_positions": 3, "offset": 1}
+    sliding["attention"] |= {
+        "window": None,
+        "chunk": 3,
+        "position": {"kind": "alibi", "max_bias": 8.0, "multiplier": 1.0},
+    }
 
 
 def clip(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str, Any]) -> None:
@@ -499,6 +515,8 @@ VARIANTS: dict[str, Change] = {
     "embedding": embedding,
     "head": head,
     "scores": scores,
+    "sinks": sinks,
+    "chunks": chunks,
     "clip": clip,
     "activations": activations,
     "xielu without a gate": ungated_xielu,
@@ -568,6 +586,7 @@ def test_tensors_are_those_of_the_table(name: str) -> None:
                 "the embedding has a norm": embedding.norm is not None,
                 "qkv_bias": kind.attention.qkv_bias,
                 "query_key_norm": own is not None,
+                "sinks": kind.attention.sinks,
                 "output_bias": kind.attention.output_bias,
                 "gated": kind.mlp.gated,
                 "mlp has biases": kind.mlp.bias,
@@ -618,6 +637,13 @@ Vector = list[float]
 
 def added(x: Vector, y: Vector) -> Vector:
     return [a + b for a, b in zip(x, y, strict=True)]
+
+
+def sees(facts_: dict[str, Any], p: int, j: int) -> bool:
+    """SB-C-009, for j up to p."""
+    if facts_["window"] is not None:
+        return j > p - int(facts_["window"])
+    return facts_["chunk"] is None or j // facts_["chunk"] == p // facts_["chunk"]
 
 
 def times(factor: float, x: Vector) -> Vector:
@@ -697,7 +723,9 @@ class Reference:
             pieces = normed()
         temperature = facts_["query_temperature"]
         if part == "query" and temperature:
-            growth = 1 + temperature["beta"] * math.log(1 + p // temperature["original_positions"])
+            growth = 1 + temperature["beta"] * math.log(
+                1 + (p + temperature["offset"]) // temperature["original_positions"]
+            )
             pieces = [times(growth, piece) for piece in pieces]
         return pieces
 
@@ -712,10 +740,13 @@ class Reference:
             queries = self.heads(name, "query", facts_, x, p, n)
             y: Vector = []
             for h, query in enumerate(queries):
-                visible = [j for j in range(p + 1) if facts_["window"] is None or j > p - facts_["window"]]
+                visible = [j for j in range(p + 1) if sees(facts_, p, j)]
                 scores = [self.score(facts_, h, query, seen[j][0][h // groups], p, j) for j in visible]
                 powers = [math.exp(s - max(scores)) for s in scores]
-                mixed = [times(a / sum(powers), seen[j][1][h // groups]) for a, j in zip(powers, visible, strict=True)]
+                whole = sum(powers)
+                if facts_["sinks"]:
+                    whole += math.exp(self.tensors[f"{name}.sinks"][h] - max(scores))
+                mixed = [times(a / whole, seen[j][1][h // groups]) for a, j in zip(powers, visible, strict=True)]
                 y += [sum(channel) for channel in zip(*mixed, strict=True)]
             results.append(self.linear(f"{name}.output", y))
         return results
@@ -955,6 +986,7 @@ def close(got: torch.Tensor, expected: list[Vector]) -> bool:
     "SB-C-021",
     "SB-C-022",
     "SB-C-023",
+    "SB-C-032",
     "SB-C-024",
     "SB-C-026",
     "SB-C-027",
@@ -1110,7 +1142,7 @@ def test_frequencies_are_the_formulas_in_float32(scaling: str, length: int) -> N
 @pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16])
 def test_tables_of_positions_are_computed_in_float32_and_then_rounded(default: torch.dtype) -> None:
     alibi = architectures.Alibi(max_bias=8.0, multiplier=0.3)
-    temperature = architectures.QueryTemperature(beta=0.1, original_positions=3)
+    temperature = architectures.QueryTemperature(beta=0.1, original_positions=3, offset=0)
 
     def tables(dtype: torch.dtype) -> list[torch.Tensor]:
         far = Positions([70_001], [5], 5, torch.device("cpu"), dtype)
@@ -1119,7 +1151,12 @@ def test_tables_of_positions_are_computed_in_float32_and_then_rounded(default: t
             for scaling in SCALED.values()
             for part in far.rotary(architectures.Rotary(base=500000.0, dim=128, layout="half", scaling=scaling))
         ]
-        return [far.sinusoids(2, 30), far.temperature(temperature), far.biased_mask(alibi, 6, 40)[1], *turned]
+        return [
+            far.sinusoids(2, 30),
+            far.temperature(temperature),
+            far.biased_mask(alibi, 6, Reach(40, None))[1],
+            *turned,
+        ]
 
     exact = tables(torch.float32)
     angles = [70_003 * math.exp(i * -math.log(10000.0) / 14) for i in range(15)]

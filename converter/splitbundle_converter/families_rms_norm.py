@@ -74,6 +74,7 @@ def ministral3(config: ConfigReader) -> Architecture:
     temperature = QueryTemperature(
         beta=inner.number("llama_4_scaling_beta"),
         original_positions=inner.integer("original_max_position_embeddings"),
+        offset=0,
     )
     return llama_like(
         config,

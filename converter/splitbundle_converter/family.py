@@ -129,6 +129,8 @@ def attention(
         "query_temperature": None,
         "logit_cap": None,
         "window": None,
+        "chunk": None,
+        "sinks": False,
     }
     return Attention(
         heads=heads,

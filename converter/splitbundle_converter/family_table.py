@@ -79,8 +79,14 @@ def _attention(kinds: list[LayerKind]) -> Iterator[str]:
     windows = {kind.attention.window for kind in kinds}
     if windows != {None}:
         yield "windows" + (" on some layers" if len(windows) > 1 else "")
-    for name, has in (("clip", attention.clip), ("cap", attention.logit_cap)):
-        if has is not None:
+    if any(kind.attention.chunk is not None for kind in kinds):
+        yield "chunks"
+    for name, has in (
+        ("clip", attention.clip is not None),
+        ("cap", attention.logit_cap is not None),
+        ("sinks", attention.sinks),
+    ):
+        if has:
             yield name
 
 

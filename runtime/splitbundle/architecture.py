@@ -183,10 +183,11 @@ class QueryKeyNorm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryTemperature:
-    """Queries of far positions are made larger: 1 + beta · ln(1 + ⌊p / original_positions⌋)."""
+    """Queries of far positions are made larger: 1 + beta · ln(1 + ⌊(p + offset) / original_positions⌋)."""
 
     beta: float
     original_positions: int
+    offset: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +208,10 @@ class Attention:
     """Scores s become cap · tanh(s / cap)."""
     window: int | None
     """A token sees itself and the ``window - 1`` before it; ``None``: all before it."""
+    chunk: int | None
+    """A token sees only what is in its own chunk of so many positions; ``None``: there are no chunks."""
+    sinks: bool
+    """Whether each head has a learned score of nothing, which takes part in the softmax and gives no value."""
     position: Unpositioned | Rotary | Alibi
 
 
@@ -347,6 +352,8 @@ class Architecture:
             for part, heads in (("query_norm", attention.heads), ("key_norm", attention.kv_heads)):
                 shape = query_key_shape(attention.query_key_norm, heads, attention.head_dim)
                 tensors |= _norm_tensors(f"{name}.attention.{part}", attention.query_key_norm.norm, *shape)
+        if attention.sinks:
+            tensors[f"{name}.attention.sinks"] = (attention.heads,)
         tensors |= _linear_tensors(f"{name}.attention.output", hidden, queries, attention.output_bias)
         for norm in norms.before_mlp:
             tensors |= _norm_tensors(f"{name}.{norm}", kind.norm, hidden)

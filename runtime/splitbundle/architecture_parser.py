@@ -152,6 +152,10 @@ def _optional_number(field: Field) -> float | None:
     return None if field.is_null else field.positive_number()
 
 
+def _optional_integer(field: Field) -> int | None:
+    return None if field.is_null else field.integer(1, MAX_SIZE)
+
+
 def _attention(field: Field) -> Attention:
     members = field.members([name.name for name in fields(Attention)])
     temperature = members["query_temperature"]
@@ -166,7 +170,9 @@ def _attention(field: Field) -> Attention:
         query_key_norm=None if members["query_key_norm"].is_null else _query_key_norm(members["query_key_norm"]),
         query_temperature=None if temperature.is_null else _query_temperature(temperature),
         logit_cap=_optional_number(members["logit_cap"]),
-        window=None if members["window"].is_null else members["window"].integer(1, MAX_SIZE),
+        window=_optional_integer(members["window"]),
+        chunk=_optional_integer(members["chunk"]),
+        sinks=members["sinks"].boolean(),
         position=_attention_position(members["position"]),
     )
 
@@ -181,10 +187,11 @@ def _query_key_norm(field: Field) -> QueryKeyNorm:
 
 
 def _query_temperature(field: Field) -> QueryTemperature:
-    members = field.members(["beta", "original_positions"])
+    members = field.members(["beta", "original_positions", "offset"])
     return QueryTemperature(
         beta=members["beta"].positive_number(),
         original_positions=members["original_positions"].integer(1, MAX_SIZE),
+        offset=members["offset"].integer(0, MAX_SIZE),
     )
 
 
@@ -274,6 +281,10 @@ def _check_rules(architecture: Architecture, problems: Problems) -> None:
                 add(f"{at}/attention/query_key_norm/after_rotation", "false, as width is full", True)
         if isinstance(attention.position, Alibi) and attention.logit_cap is not None:
             add(f"{at}/attention/logit_cap", "null, as position is alibi", attention.logit_cap)
+        if isinstance(attention.position, Alibi) and attention.sinks:
+            add(f"{at}/attention/sinks", "false, as position is alibi", attention.sinks)
+        if attention.window is not None and attention.chunk is not None:
+            add(f"{at}/attention/chunk", "null, as there is a window", attention.chunk)
         if attention.heads % attention.kv_heads:
             add(f"{at}/attention/kv_heads", f"a divisor of heads ({attention.heads})", attention.kv_heads)
         if isinstance(attention.position, Rotary):

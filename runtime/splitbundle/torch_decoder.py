@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from splitbundle import architecture as facts
-from splitbundle.torch_positions import KVCache, Positions
+from splitbundle.torch_positions import KVCache, Positions, Reach
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -95,7 +95,7 @@ class Attention(nn.Module):
 
     def __init__(self, attention: facts.Attention, hidden: int, layer: int) -> None:
         super().__init__()
-        self.facts, self.layer = attention, layer
+        self.facts, self.layer, self.reach = attention, layer, Reach(attention.window, attention.chunk)
         queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
         self.query = Linear(hidden, queries, bias=attention.qkv_bias)
         self.key = Linear(hidden, keys, bias=attention.qkv_bias)
@@ -103,6 +103,7 @@ class Attention(nn.Module):
         self.query_norm, self.key_norm = (
             self._norm(attention, heads) for heads in (attention.heads, attention.kv_heads)
         )
+        self.sinks = nn.Parameter(torch.empty(attention.heads, device="meta")) if attention.sinks else None
         self.output = Linear(queries, hidden, bias=attention.output_bias)
 
     @staticmethod
@@ -123,16 +124,17 @@ class Attention(nn.Module):
             keys, values = cache.extend(self.layer, keys, values, positions)
         mask: Tensor | None
         if isinstance(facts_.position, facts.Alibi):
-            first, mask, causal = positions.biased_mask(facts_.position, facts_.heads, facts_.window)
+            first, mask, causal = positions.biased_mask(facts_.position, facts_.heads, self.reach)
         else:
-            first, mask, causal = positions.mask(facts_.window)
+            first, mask, causal = positions.mask(self.reach)
         if first:
             keys, values = keys[:, :, first:], values[:, :, first:]
-        if facts_.logit_cap is None:
+        if facts_.logit_cap is None and self.sinks is None:
             mixed = attend(queries, keys, values, mask=mask, causal=causal, scale=facts_.scale)
         else:
             mask = positions.causal_mask() if causal else mask
-            mixed = attend_capped(queries, keys, values, mask=mask, scale=facts_.scale, cap=facts_.logit_cap)
+            cap, sinks = facts_.logit_cap, self.sinks
+            mixed = attend_unfused(queries, keys, values, mask=mask, scale=facts_.scale, cap=cap, sinks=sinks)
         return self.output(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _heads(self, x: Tensor, norm: Norm | None, positions: Positions) -> Tensor:
@@ -190,21 +192,33 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None
     )
 
 
-def attend_capped(
-    queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, scale: float, cap: float
+def attend_unfused(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    mask: Tensor | None,
+    scale: float,
+    cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """``attend`` with every score s made cap · tanh(s / cap) before the mask, which no fused kernel does.
+    """``attend`` with what no fused kernel does: every score s made cap · tanh(s / cap) before the mask, and one score
+    more a head, of nothing.
 
-    *Shape:* as for ``attend``; mask True where attention goes.
+    *Shape:* as for ``attend``; mask True where attention goes; sinks (heads).
     """
     kv_heads = keys.shape[1]
     batch, heads, length, width = queries.shape
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads, length, width)
     scores = grouped @ keys[:, :, None].transpose(-1, -2) * scale
-    scores = torch.tanh(scores / cap) * cap
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
     if mask is not None:
         scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
+    if sinks is not None:
+        nothing = sinks.to(scores.dtype).reshape(1, kv_heads, heads // kv_heads, 1, 1)
+        scores = torch.cat((scores, nothing.expand(*scores.shape[:-1], 1)), dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)[..., : keys.shape[2]]
     return (weights @ values[:, :, None]).flatten(1, 2)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ from splitbundle.architecture import (
 from splitbundle.errors import BundleError, Problem
 
 
+class Reach(NamedTuple):
+    """How far back the queries of a layer see."""
+
+    window: int | None
+    chunk: int | None
+
+    def first(self, position: int) -> int:
+        """The first position that one sees."""
+        if self.chunk is not None:
+            return position // self.chunk * self.chunk
+        return 0 if self.window is None else max(0, position + 1 - self.window)
+
+
 class Positions:
     """The positions of one call: computed once, used by every layer."""
 
@@ -43,9 +57,9 @@ class Positions:
         """One above the last position."""
         self._slots: Tensor | None = None
         self._tokens: tuple[Tensor, Tensor, Tensor] | None = None
-        self._masks: dict[int | None, tuple[int, Tensor | None, bool]] = {}
+        self._masks: dict[Reach, tuple[int, Tensor | None, bool]] = {}
         self._rotations: dict[Rotary, tuple[Tensor, Tensor]] = {}
-        self._biases: dict[tuple[Alibi, int, int | None], tuple[int, Tensor]] = {}
+        self._biases: dict[tuple[Alibi, int, Reach], tuple[int, Tensor]] = {}
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Positions:
         """The same positions for a stage that computes elsewhere or otherwise."""
@@ -105,17 +119,17 @@ class Positions:
 
     def temperature(self, temperature: QueryTemperature) -> Tensor:
         """What each position's queries are multiplied by. *Shape:* (batch or 1, sequence, 1, 1)."""
-        whole = self.slots // temperature.original_positions
+        whole = (self.slots + temperature.offset) // temperature.original_positions
         return (1 + temperature.beta * torch.log1p(whole.float())).to(self.dtype)[:, :, None, None]
 
-    def biased_mask(self, alibi: Alibi, heads: int, window: int | None) -> tuple[int, Tensor, bool]:
+    def biased_mask(self, alibi: Alibi, heads: int, reach: Reach) -> tuple[int, Tensor, bool]:
         """``mask``, with what ALiBi adds to each score in place of True, and -∞ in place of False.
 
         *Shape:* of the mask, (batch or 1, heads, sequence, slots from the first on).
         """
-        key = (alibi, heads, window)
+        key = (alibi, heads, reach)
         if key not in self._biases:
-            first, mask, causal = self.mask(window)
+            first, mask, causal = self.mask(reach)
             mask = self.causal_mask() if causal else mask
             distances = torch.arange(first, self.stop, device=self.device) - self.slots[:, :, None]  # [B, S, T]
             bias = distances[:, None].float() * slopes(alibi, heads, self.device)[:, None, None]
@@ -128,30 +142,31 @@ class Positions:
         """The mask itself where ``mask`` says that causal attention will do. *Shape:* (1, 1, sequence, sequence)."""
         return torch.ones(self.length, self.length, dtype=torch.bool, device=self.device).tril()[None, None]
 
-    def mask(self, window: int | None) -> tuple[int, Tensor | None, bool]:
+    def mask(self, reach: Reach) -> tuple[int, Tensor | None, bool]:
         """What the queries may see: (first slot that any of them sees, mask or None, whether causal attention will do).
 
         *Shape:* of the mask, (batch or 1, 1, sequence, slots from the first on), True where attention goes.
         """
-        if window not in self._masks:
-            self._masks[window] = self._mask(window)
-        return self._masks[window]
+        if reach not in self._masks:
+            self._masks[reach] = self._mask(reach)
+        return self._masks[reach]
 
-    def _mask(self, window: int | None) -> tuple[int, Tensor | None, bool]:
+    def _mask(self, reach: Reach) -> tuple[int, Tensor | None, bool]:
         if self.uniform is None:
             first, stop, queries = 0, self.stop, self.slots[:, :, None]
         else:
-            first = 0 if window is None else max(0, self.uniform + 1 - window)
-            stop = self.uniform + self.length
+            first, stop = reach.first(self.uniform), self.uniform + self.length
             if self.length == 1:
                 return first, None, False
-            if self.uniform == 0 and (window is None or stop <= window):
+            if self.uniform == 0 and reach.first(stop - 1) == 0:
                 return 0, None, True
             queries = torch.arange(self.uniform, stop, device=self.device)[None, :, None]
         keys = torch.arange(first, stop, device=self.device)
         allowed = keys <= queries
-        if window is not None:
-            allowed &= keys > queries - window
+        if reach.window is not None:
+            allowed &= keys > queries - reach.window
+        if reach.chunk is not None:
+            allowed &= keys // reach.chunk == queries // reach.chunk
         return first, allowed[:, None], False
 
 
