@@ -504,6 +504,35 @@ def test_a_tower_that_needs_another_library(tmp_path: Path) -> None:
     assert convert(source, check=False).manifest.vectors is None
 
 
+EARLIER: Final = {
+    "_name_or_path": "someone/model",
+    "add_cross_attention": False,
+    "architectures": ["LlamaForCausalLM"],
+    "bad_words_ids": None,
+    "chunk_size_feed_forward": 0,
+    "diversity_penalty": 0.0,
+    "early_stopping": False,
+    "length_penalty": 1.0,
+    "num_beams": 1,
+    "pruned_heads": {},
+    "tie_encoder_decoder": False,
+    "torch_dtype": "float16",
+    "typical_p": 1.0,
+    "use_bfloat16": False,
+}
+
+
+def test_configurations_of_earlier_versions(tmp_path: Path) -> None:
+    """They have every option of generation in each nested configuration; one that says something is refused."""
+    fields = {"ignore_index": -100, "vocab_size": VOCAB, "torch_dtype": "float16", "architectures": ["Llava"]}
+    source = change_text(make(tmp_path, "llava", **fields), **EARLIER)
+    assert convert(source).manifest.vectors is not None
+    assert str(refused(change_text(source, add_cross_attention=True))) == (
+        "[source.config] config.json /text_config/add_cross_attention: expected a field that this family is known "
+        "to have, got True. Remove it if it changes nothing"
+    )
+
+
 # Tensors.
 
 BASE: Final = "language_model.model."
