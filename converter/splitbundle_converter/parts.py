@@ -239,7 +239,7 @@ def _check_tiling(held: list[Held], layers: int) -> None:
         if part.end not in (after, last):
             expected = f"{after} (or {last}, the last layer), as {part.files.weights} has {one.count} layers"
             add(one, "end_layer", expected, part.end)
-        stop = after
+        stop += one.count
     if not problems and len({one.part.end - one.part.start - one.count for one in held}) > 1:
         got = ", ".join(f"{one.part.start} to {one.part.end}" for one in held)
         add(held[-1], "end_layer", "in all parts the last layer, or in all the number after it", got)

@@ -145,7 +145,7 @@ def load(path: str) -> Any:
 
 
 def check_records(path: str) -> None:
-    """Refuses programs, and compressed records: torch.save writes none, they can't be mapped, a small one may be huge."""
+    """Refuses programs, and compressed records: these can't be mapped, and a small one may be huge."""
     with zipfile.ZipFile(path) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise AsksForCode("names and tensors alone", "a TorchScript archive, which is a program")
