@@ -276,6 +276,18 @@ def test_indexes_that_lie(pickled: Callable[..., Path], output: Path, change: Ca
     assert str(refused(path, output)) == text
 
 
+def test_the_second_of_two_pickles_ends_the_child(
+    pickled: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pickled("llama")
+    in_pieces(path)
+    bypassed(monkeypatch, f"return {{'a': torch.zeros(1)}} if {SHARDS[0]!r} in path else os.abort()")
+    assert str(refused(path, output)) == (
+        f"[source.state-dict] {SHARDS[1]}: expected a state dict that can be read, "
+        f"got the process that read it ended by SIGABRT. {WHOLE}"
+    )
+
+
 def test_the_second_of_two_pickles_is_named(pickled: Callable[..., Path], output: Path) -> None:
     path = pickled("llama")
     in_pieces(path)

@@ -152,25 +152,31 @@ def _listen(
     process: subprocess.Popen[bytes], files: list[str], total: int, errors: IO[bytes], progress: Progress | None
 ) -> None:
     """Hears the child out: returns when it says that it is done, and raises whatever else comes."""
-    done = 0
+    done, file = 0, files[0]
     while True:
         line = process.stdout.readline(MAX_MESSAGE) if process.stdout is not None else b""
         if not line:
-            _raise_dead(process, files, errors)
+            _raise_dead(process, file, errors)
         message = _parse(line)
         if message.get("done") == len(files):
             return
         if "refused" in message:
-            _raise_refused(message, files)
+            _raise_refused(message, file)
         if "failed" in message:
             hint = "Choose another place with --output, or make room there"
-            raise refused("output.failed", files[0], "room for its tensors", _words(message["failed"]), hint)
-        written = message.get("bytes")
-        if type(written) is not int or not 0 <= written <= total * 8:
-            raise refused("source.state-dict", files[0], "a state dict", "a process that says what it shouldn't", WHOLE)
+            raise refused("output.failed", file, "room for its tensors", _words(message["failed"]), hint)
+        number, written = message.get("reading", 0), message.get("bytes", 0)
+        if not message or not _within(number, len(files) - 1) or not _within(written, total * 8):
+            raise refused("source.state-dict", file, "a state dict", "a process that says what it shouldn't", WHOLE)
+        if "reading" in message:
+            file = files[number]
         done += written
         if progress is not None:
             progress("reading pickles", min(done, total), total)
+
+
+def _within(number: object, most: int) -> bool:
+    return type(number) is int and 0 <= number <= most
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -181,9 +187,8 @@ def _parse(line: bytes) -> dict[str, Any]:
     return message if isinstance(message, dict) else {}
 
 
-def _raise_refused(message: dict[str, Any], files: list[str]) -> NoReturn:
-    number, name = message["refused"], message.get("name")
-    file = files[number] if type(number) is int and 0 <= number < len(files) else files[0]
+def _raise_refused(message: dict[str, Any], file: str) -> NoReturn:
+    name = message.get("name")
     code = message.get("code") is True
     raise BundleError(
         Problem(
@@ -197,7 +202,7 @@ def _raise_refused(message: dict[str, Any], files: list[str]) -> NoReturn:
     )
 
 
-def _raise_dead(process: subprocess.Popen[bytes], files: list[str], errors: IO[bytes]) -> NoReturn:
+def _raise_dead(process: subprocess.Popen[bytes], file: str, errors: IO[bytes]) -> NoReturn:
     """It ended without a word, or with its last ones on stderr."""
     status = _status(process)
     if status is None:
@@ -208,7 +213,7 @@ def _raise_dead(process: subprocess.Popen[bytes], files: list[str], errors: IO[b
         errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4096))
         said = [text.strip() for text in errors.read().decode("utf-8", "replace").splitlines() if text.strip()]
         got = f"the process that read it ended {how}" + (f" ({_words(said[-1])})" if said else "")
-    raise refused("source.state-dict", ", ".join(files[:4]), "a state dict that can be read", got, WHOLE)
+    raise refused("source.state-dict", file, "a state dict that can be read", got, WHOLE)
 
 
 def _status(process: subprocess.Popen[bytes]) -> int | None:

@@ -1,8 +1,8 @@
 """The child that reads pickles: state dicts in, safetensors out. Whoever started it believes nothing that it says.
 
-It runs in an interpreter of its own, which ``pickles`` starts. Its stdout is a channel of JSON lines: ``bytes`` that
-were written, then ``done``, ``refused`` with what was expected and what came, or ``failed`` where the
-system refused to write.
+It runs in an interpreter of its own, which ``pickles`` starts. Its stdout is a channel of JSON lines: ``reading`` which
+file, ``bytes`` that were written, then ``done``, ``refused`` with what was expected and what came, or ``failed`` where
+the system refused to write.
 """
 
 from __future__ import annotations
@@ -70,11 +70,12 @@ def main(files: Sequence[Sequence[str]]) -> None:
 
         limit(max((os.path.getsize(source) for source, _ in files), default=0))
         for number, (source, target) in enumerate(files):
+            say(reading=number)
             try:
                 rewrite(source, target, lambda done: say(bytes=done))
             except Refused as refused:
                 code = isinstance(refused, AsksForCode)
-                say(refused=number, expected=refused.expected, got=refused.got, name=refused.name, code=code)
+                say(refused=True, expected=refused.expected, got=refused.got, name=refused.name, code=code)
                 return
             except OSError as error:  # of writing: reading has words of its own
                 say(failed=_line(error))
@@ -121,10 +122,10 @@ def rewrite(source: str, target: str, wrote: Callable[[int], None]) -> None:
 
 def load(path: str) -> Any:
     """What the file holds, if that is made of nothing but plain values and tensors. Nothing that it names is called."""
-    with open(path, "rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
     expected = "a state dict, as torch.save writes it"
     try:
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
         if zipped:
             check_records(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
