@@ -13,7 +13,8 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.fields import MAX_PROBLEMS
 from splitbundle.manifest import EMBEDDING, SourceName, expand
 from splitbundle_converter.family import Family
-from splitbundle_converter.source import Reader, Source, SourceTensor, dtype_of
+from splitbundle_converter.source import Reader, Source, dtype_of
+from splitbundle_converter.source_files import SourceTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,7 @@ def _check_constants(source: Source, family: Family, prefix: bool, layers: int, 
                 stored = reader.get(name).float()
                 if bool(((stored - value).abs() > 0.01 * abs(value)).any()):  # bfloat16 keeps two digits
                     got = f"{stored.flatten()[0].item():g}"
-                    problems.append(_off(name, source.tensors[name], f"{value:g}, as the decoder has it", got, _FIXED))
+                    problems.append(_off(source.tensors[name], f"{value:g}, as the decoder has it", got, _FIXED))
     return problems
 
 
@@ -125,13 +126,14 @@ def _match(
     expected = shape[::-1] if entry.transposed else shape
     found = source.tensors.get(entry.source)
     if found is None:
-        wanted = f"a tensor {quoted(entry.source)} of shape {list(expected)}"
-        return [Problem(code="source.tensor", file=source.name, expected=wanted, got="none", hint=_MISSING)]
+        file, stored = source.place_of(entry.source)
+        wanted = f"a tensor {quoted(stored)} of shape {list(expected)}"
+        return [Problem(code="source.tensor", file=file, expected=wanted, got="none", hint=_MISSING)]
     problems: list[Problem] = []
     if found.shape != expected:
-        problems.append(_off(entry.source, found, f"shape {list(expected)}", f"{list(found.shape)}", _MISSING))
+        problems.append(_off(found, f"shape {list(expected)}", f"{list(found.shape)}", _MISSING))
     if dtype_of(found) is None:
-        problems.append(_off(entry.source, found, "dtype F32, F16 or BF16", found.dtype, "Save it as one of these"))
+        problems.append(_off(found, "dtype F32, F16 or BF16", found.dtype, "Save it as one of these"))
     start = 0
     for name, size in zip(entry.tensors, rows, strict=True):
         stop = start + size // entry.groups
@@ -170,20 +172,20 @@ def _tied_copy(
         )
     if not equal:
         expected = f"the values of {embedding.source}, as tie_word_embeddings is true"
-        problems.append(
-            _off(name, found, expected, "other values", "Set tie_word_embeddings to false, or drop the tensor")
-        )
+        problems.append(_off(found, expected, "other values", "Set tie_word_embeddings to false, or drop the tensor"))
     return [SourceName(source=name, tensors=(EMBEDDING,), groups=1, transposed=False)]
 
 
 PROJECTION = "head.projection.weight"
 
 
-def _off(name: str, found: SourceTensor, expected: str, got: str, hint: str | None = None) -> Problem:
-    return Problem(code="source.tensor", file=found.file, pointer=f"/{name}", expected=expected, got=got, hint=hint)
+def _off(found: SourceTensor, expected: str, got: str, hint: str | None = None) -> Problem:
+    return Problem(
+        code="source.tensor", file=found.file, pointer=f"/{found.stored}", expected=expected, got=got, hint=hint
+    )
 
 
 def _extra(source: Source, name: str, layers: int) -> Problem:
     found = source.tensors[name]
     expected = f"only the tensors of a model of {layers} layers as its configuration describes it"
-    return _off(name, found, expected, f"an extra tensor {found.dtype} {list(found.shape)}", _EXTRA)
+    return _off(found, expected, f"an extra tensor {found.dtype} {list(found.shape)}", _EXTRA)
