@@ -878,7 +878,7 @@ def test_one_token_that_is_no_number_fails_the_check(source: Callable[[str], Pat
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_round_trip_is_exact(name: str, dtype: str, output: Path) -> None:
     """Names, shapes, dtypes and bits, of every configuration."""
     path = checkpoint(name, dtype)
