@@ -68,11 +68,13 @@ def small_model(model_type: str) -> Any:
         size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{size:,} parameters: more of its fields have to be cut down")
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # or a model would depend on what the process has drawn before
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Much more, and where scores aren't scaled (Granite's default) float32 differs from float64 by 2e-5.
+                parameter.add_(0.1 * torch.randn(parameter.shape))
     return model
 
 
