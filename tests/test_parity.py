@@ -585,25 +585,46 @@ def test_golden_vectors_hold_the_rounded_weights(name: str, tmp_path: Path) -> N
             assert relative(golden[f"case.{case}.logits"], logits[-1]) <= TOLERANCE
 
 
-@one_per_family
+def rms(got: Tensor, expected: Tensor) -> float:
+    """The root of the mean square of the differences: steadier than the largest, which one unlucky rounding makes."""
+    return float((got.double() - expected.double()).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_computing_in_16_bits(name: str, dtype: str, tmp_path: Path) -> None:
-    """No farther from the float32 answer than twice what transformers is in the same dtype, in prefill and decoding."""
-    path = checkpoint(name)
+    """As far from the float32 answer as transformers is in the same dtype, in prefill and in decoding.
+
+    The two add in different orders (transformers' eager attention rounds its scores to 16 bits, torch's fused one keeps
+    them), so neither is always the nearer; what is left over is the chance of a few hundred roundings.
+    """
+    path, narrow = checkpoint(name), DTYPES[dtype]
     converted = splitbundle_converter.convert(path, tmp_path / "b.splitbundle", split=(2,), dtype=dtype, check=False)
     pipeline = converted.pipeline()
-    assert {stage.dtype for stage in pipeline.stages} == {DTYPES[dtype]}
-    exact, narrow = original_of(path, DTYPES[dtype]), original_of(path, DTYPES[dtype], DTYPES[dtype])
-    known, theirs, ours, decoded = [], [], [], []
-    for row in token_rows(*[13] * 6, seed=1):
-        known.append(original_logits(exact, row))
-        theirs.append(original_logits(narrow, row))
-        ids = torch.tensor([row])
-        ours.append(pipeline(ids)[0])
-        session = pipeline.session(1, len(row))
-        decoded.append(torch.cat([pipeline(piece, session=session)[0] for piece in ids.split([4] + [1] * 9, dim=1)]))
-    allowed = 2 * relative(torch.cat(theirs), torch.cat(known))
-    for what, got in (("prefill", ours), ("decoding", decoded)):
-        assert torch.cat(got).dtype == DTYPES[dtype]
-        difference = relative(torch.cat(got), torch.cat(known))
-        assert difference <= allowed, f"{what}: {difference:.3g}, and transformers' is {allowed / 2:.3g}"
+    assert {stage.dtype for stage in pipeline.stages} == {narrow}
+    rows = token_rows(*[13] * 6, seed=1)
+    ids = torch.tensor(rows)
+    session = pipeline.session(len(rows), ids.shape[1])
+    pieces = [4] + [1] * 9
+    ours = {
+        "prefill": pipeline(ids),
+        "decoding": torch.cat([pipeline(piece, session=session) for piece in ids.split(pieces, dim=1)], dim=1),
+    }
+
+    def computed(load: Callable[[], Any], pieces: list[int] | None) -> Tensor:
+        if pieces is None:
+            model = load()
+            return torch.stack([original_logits(model, row) for row in rows])
+        return torch.stack([original_logits(load(), row, pieces) for row in rows])  # such models remember a length
+
+    def reference(pieces: list[int] | None) -> tuple[Tensor, float]:
+        known = computed(lambda: original_of(path, narrow), pieces)
+        return known, rms(computed(lambda: load_original(path, narrow), pieces), known)
+
+    whole = reference(None)
+    for what, got in ours.items():
+        known, allowed = reference(pieces) if what == "decoding" and name in BY_PIECES else whole
+        assert got.dtype == narrow
+        ratio = rms(got, known) / allowed
+        print(f"{name}, {dtype}, {what}: {ratio:.2f} of transformers' own deviation")
+        assert ratio <= 1.25, what

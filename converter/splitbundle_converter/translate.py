@@ -13,6 +13,7 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.fields import MAX_PROBLEMS
 from splitbundle.manifest import EMBEDDING, SourceName, expand
 from splitbundle_converter.family import Family
+from splitbundle_converter.heads import wrong_head
 from splitbundle_converter.source import Reader, Source, dtype_of
 from splitbundle_converter.source_files import SourceTensor
 
@@ -57,8 +58,8 @@ def translate(source: Source, family: Family, architecture: Architecture) -> Tra
     """Matches the checkpoint's tensors with those that the architecture implies, exactly.
 
     Raises:
-        BundleError: ``source.tensor`` for each tensor that is missing, extra, of another shape or dtype, and for a
-            stored copy of a tied embedding that differs from it.
+        BundleError: ``source.tensor`` for a head that is no causal language model's; else for each tensor that is
+            missing, extra, of another shape or dtype, and for a stored copy of a tied embedding that differs from it.
     """
     shapes = architecture.tensors()
     layers = len(architecture.layers)
@@ -68,6 +69,10 @@ def translate(source: Source, family: Family, architecture: Architecture) -> Tra
     claimed: set[str] = set()
     prefix = _prefix(source, family)
     table = [replace(row, source=_stored_name(row.source, family, prefix)) for row in family.names(architecture)]
+    head = {row.source: row.tensors[0] in shapes for row in table if row.tensors[0] in HEAD}
+    wrong = wrong_head(source, head, base_alone=not prefix)
+    if wrong is not None:
+        raise BundleError(wrong)
     for named in table:
         entries = [entry for entry in expand(named, layers) if all(name in shapes for name in entry.tensors)]
         for entry in entries:
@@ -100,7 +105,7 @@ def _check_constants(source: Source, family: Family, prefix: bool, layers: int, 
                     continue
                 dropped.add(name)
                 stored = reader.get(name).float()
-                if bool(((stored - value).abs() > 0.01 * abs(value)).any()):  # bfloat16 keeps two digits
+                if bool(((stored - value).abs() > 0.02 * abs(value)).any()):  # 16 bits keep less than two digits
                     got = f"{stored.flatten()[0].item():g}"
                     problems.append(_off(source.tensors[name], f"{value:g}, as the decoder has it", got, _FIXED))
     return problems
@@ -177,6 +182,7 @@ def _tied_copy(
 
 
 PROJECTION = "head.projection.weight"
+HEAD = (PROJECTION, "head.projection.bias")
 
 
 def _off(found: SourceTensor, expected: str, got: str, hint: str | None = None) -> Problem:
