@@ -16,7 +16,7 @@ from splitbundle_converter.decoder_facts import (
     learned,
     root_of_hidden,
 )
-from splitbundle_converter.family import Names, changed, in_layers, q_k_v, row
+from splitbundle_converter.family import QUERY_KEY_VALUE, Names, changed, in_layers, q_k_v, row
 
 GPT: Final = Facts(
     inert=TRAINING,
@@ -29,7 +29,6 @@ GPT: Final = Facts(
 )
 """By default fields have Llama's names; everything has a bias, and positions are no part of attention."""
 ALIBI: Final = Alibi(max_bias=8.0, multiplier=1.0)
-QUERY_KEY_VALUE: Final = ("attention.query", "attention.key", "attention.value")
 
 
 # GPT-2 and what shares its names.
@@ -103,6 +102,11 @@ def _gpt2_scale(sizes: Sizes) -> list[float]:
     scale = sizes.head_dim**-0.5 if sizes.config.boolean("scale_attn_weights") else 1.0
     by_layer = sizes.config.boolean("scale_attn_by_inverse_layer_idx")
     return [scale / (layer + 1) if by_layer else scale for layer in range(sizes.layers)]
+
+
+def _openai_activation(sizes: Sizes) -> str:
+    """Its "gelu" is GPT-2's "gelu_new"."""
+    return sizes.config.choice("afn", {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"})
 
 
 def _gpt_neo_windows(sizes: Sizes) -> list[int | None]:
@@ -223,113 +227,51 @@ def mpt(config: ConfigReader) -> Architecture:
     return MPT.but(clip=clip, scale=scale)(config)
 
 
+# A family is a few lines here; with one field a line, nobody would see the table.
+# fmt: off
 GPT_FAMILIES: Final = (
     # GPT-2 (Radford et al. 2019).
-    row(
-        "gpt2",
-        GPT2_NAMES,
-        GPT2,
-        transposed=CONV1D,
-        inert=["n_ctx", "reorder_and_upcast_attn"],
-        only={"add_cross_attention": False},
-        scale=_gpt2_scale,
-        embedding_position=learned("n_positions"),
-    ),
-    # GPT (Radford et al. 2018): norms after the sums, none at the end. Its "gelu" is GPT-2's "gelu_new".
-    row(
-        "openai-gpt",
-        OPENAI_GPT_NAMES,
-        GPT2,
-        transposed=CONV1D,
-        inert=["n_ctx", "predict_special_tokens"],
-        only={"n_special": 0},
-        inner=four_times_hidden(),
-        activation=lambda sizes: sizes.config.choice(
-            "afn", {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
-        ),
-        placement="post",
-        embedding_position=learned("n_positions"),
-        head_norm=False,
-    ),
+    row("gpt2", GPT2_NAMES, GPT2, transposed=CONV1D, inert=["n_ctx", "reorder_and_upcast_attn"],
+        only={"add_cross_attention": False}, scale=_gpt2_scale, embedding_position=learned("n_positions")),
+    # GPT (Radford et al. 2018): norms after the sums, none at the end.
+    row("openai-gpt", OPENAI_GPT_NAMES, GPT2, transposed=CONV1D, inert=["n_ctx", "predict_special_tokens"],
+        only={"n_special": 0}, inner=four_times_hidden(),
+        activation=_openai_activation,
+        placement="post", embedding_position=learned("n_positions"), head_norm=False),
     # SantaCoder and StarCoder (Li et al. 2023, arXiv:2305.06161): GPT-2 with one key head, or as many as queries.
-    row(
-        "gpt_bigcode",
-        {**GPT2_NAMES, "transformer.bias": None},
-        GPT2,
-        fused_by_key_head=True,
-        inert=BIGCODE_INERT,
+    row("gpt_bigcode", {**GPT2_NAMES, "transformer.bias": None}, GPT2, fused_by_key_head=True, inert=BIGCODE_INERT,
         only={"add_cross_attention": False},
         kv_heads=lambda sizes: 1 if sizes.config.boolean("multi_query") else sizes.heads,
-        scale=either("scale_attn_weights", None, 1.0),
-        embedding_position=learned("n_positions"),
-    ),
-    # GPT-Neo (Black et al. 2021): scores aren't scaled; every second layer sees a window.
-    row(
-        "gpt_neo",
-        GPT_NEO_NAMES,
-        GPT2,
-        inert=["attention_types"],  # attention_layers has been made of them
-        hidden="hidden_size",
-        heads="num_heads",
-        layers="num_layers",
-        inner=four_times_hidden("intermediate_size"),
-        scale=1.0,
-        qkv_bias=False,
-        window=_gpt_neo_windows,
-        embedding_position=learned("max_position_embeddings"),
-    ),
+        scale=either("scale_attn_weights", None, 1.0), embedding_position=learned("n_positions")),
+    # GPT-Neo (Black et al. 2021): scores aren't scaled; every second layer sees a window. attention_layers has
+    # been made of attention_types.
+    row("gpt_neo", GPT_NEO_NAMES, GPT2, inert=["attention_types"], hidden="hidden_size", heads="num_heads",
+        layers="num_layers", inner=four_times_hidden("intermediate_size"), scale=1.0, qkv_bias=False,
+        window=_gpt_neo_windows, embedding_position=learned("max_position_embeddings")),
     # GPT-J (Wang & Komatsuzaki 2021): one norm before both blocks; of some channels, neighbouring pairs are turned.
     row("gptj", changed(GPTJ_NAMES, {"attn.bias": None}), GPTJ),
-    row(
-        "codegen",
-        changed(
-            GPTJ_NAMES,
-            {"attn.qkv_proj": ("attention.query", "attention.value", "attention.key"), "attn.causal_mask": None},
-        ),
-        codegen,
-        fused_groups=CODEGEN_GROUPS,
-    ),
+    row("codegen",
+        changed(GPTJ_NAMES, {"attn.causal_mask": None,
+                             "attn.qkv_proj": ("attention.query", "attention.value", "attention.key")}),
+        codegen, fused_groups=CODEGEN_GROUPS),
     # OPT (Zhang et al. 2022, arXiv:2205.01068) and Galactica. OPT-350M has norms after the sums, and narrow tokens.
-    row(
-        "opt",
-        _opt_names("model.decoder", "lm_head", "final_layer_norm"),
-        GPT,
-        only={"learned_embeddings": True, "scale_embeddings": False},
-        inner=four_times_hidden("ffn_dim"),
-        activation="activation_function",
-        norm=layer_norm(TORCH_EPS, affine="layer_norm_elementwise_affine"),
-        placement=either("do_layer_norm_before", "pre", "post"),
-        bias="enable_bias",
-        embedding_size="word_embed_proj_dim",
-        embedding_position=learned("max_position_embeddings", offset=2),
-        head_norm=_opt_last_norm,
-    ),
+    row("opt", _opt_names("model.decoder", "lm_head", "final_layer_norm"), GPT,
+        only={"learned_embeddings": True, "scale_embeddings": False}, inner=four_times_hidden("ffn_dim"),
+        activation="activation_function", norm=layer_norm(TORCH_EPS, affine="layer_norm_elementwise_affine"),
+        placement=either("do_layer_norm_before", "pre", "post"), bias="enable_bias",
+        embedding_size="word_embed_proj_dim", embedding_position=learned("max_position_embeddings", offset=2),
+        head_norm=_opt_last_norm),
     # BioGPT (Luo et al. 2022, arXiv:2210.10341). Its norms don't take the configuration's layer_norm_eps.
-    row(
-        "biogpt",
-        _opt_names("biogpt", "output_projection", "layer_norm"),
-        GPT,
-        inert=["layer_norm_eps"],
-        norm=layer_norm(TORCH_EPS),
-        embedding_multiplier=_scaled_embedding,
-        embedding_position=learned("max_position_embeddings", offset=2),
-    ),
-    # XGLM (Lin et al. 2021, arXiv:2112.10668): sinusoidal positions.
-    row(
-        "xglm",
-        {**_opt_names("model", "lm_head", "layer_norm"), "model.embed_positions.weights": None},
-        GPT,
+    row("biogpt", _opt_names("biogpt", "output_projection", "layer_norm"), GPT, inert=["layer_norm_eps"],
+        norm=layer_norm(TORCH_EPS), embedding_multiplier=_scaled_embedding,
+        embedding_position=learned("max_position_embeddings", offset=2)),
+    # XGLM (Lin et al. 2021, arXiv:2112.10668): sinusoidal positions. From a pad_token_id of two on, transformers takes
+    # the waves of one position for zeros.
+    row("xglm", {**_opt_names("model", "lm_head", "layer_norm"), "model.embed_positions.weights": None}, GPT,
         inert=["decoder_start_token_id", "max_position_embeddings"],
-        # From a pad_token_id of two on, transformers takes the waves of one position for zeros.
-        only={"add_cross_attention": False, "pad_token_id": (None, 0, 1)},
-        hidden="d_model",
-        heads="attention_heads",
-        layers="num_layers",
-        inner=four_times_hidden("ffn_dim"),
-        activation="activation_function",
-        norm=layer_norm(TORCH_EPS),
-        embedding_multiplier=_scaled_embedding,
-        embedding_position=Sinusoidal(offset=2),
-    ),
+        only={"add_cross_attention": False, "pad_token_id": (None, 0, 1)}, hidden="d_model", heads="attention_heads",
+        layers="num_layers", inner=four_times_hidden("ffn_dim"), activation="activation_function",
+        norm=layer_norm(TORCH_EPS), embedding_multiplier=_scaled_embedding, embedding_position=Sinusoidal(offset=2)),
     row("mpt", MPT_NAMES, mpt),
 )
+# fmt: on

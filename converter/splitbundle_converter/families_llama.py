@@ -20,7 +20,7 @@ from splitbundle_converter.decoder_facts import (
     turned_by_type,
     turned_in_windows,
 )
-from splitbundle_converter.family import Names, OneTensor, changed, in_layers, q_k_v, row
+from splitbundle_converter.family import QUERY_KEY_VALUE, Names, OneTensor, changed, in_layers, q_k_v, row
 from splitbundle_converter.rotary_config import rotary
 
 NAMES: Final[Names] = {
@@ -41,17 +41,6 @@ OUTPUT_NORMS: Final = changed(
     NAMES, {"post_attention_layernorm": "attention_norm", "post_feedforward_layernorm": "mlp_norm"}
 )
 FUSED_GATE: Final = changed(NAMES, {"mlp.gate_up_proj": ("mlp.gate", "mlp.up")})
-GLM4_NORMS: Final = {"post_self_attn_layernorm": "attention_output_norm", "post_attention_layernorm": "mlp_norm"} | {
-    "post_mlp_layernorm": "mlp_output_norm"
-}
-APERTUS_CHANGES: Final[Names] = {
-    "attention_layernorm": "attention_norm",
-    "feedforward_layernorm": "mlp_norm",
-    "mlp.act_fn.alpha_p": OneTensor("mlp.activation.alpha_p"),
-    "mlp.act_fn.alpha_n": OneTensor("mlp.activation.alpha_n"),
-    "mlp.act_fn.beta": 0.5,
-    "mlp.act_fn.eps": -1e-6,
-}
 PHI_NAMES: Final[Names] = {
     "model.embed_tokens": "embedding.token",
     **in_layers(
@@ -143,6 +132,8 @@ def _hunyuan_rotary(sizes: Sizes) -> Rotary:
     return Rotary(base=base, dim=head_dim, layout="half", scaling=Unscaled())
 
 
+# A family is a few lines here; with one field a line, nobody would see the table.
+# fmt: off
 LLAMA_FAMILIES: Final = (
     # Llama 1 to 3 (Touvron et al. 2023, arXiv:2302.13971).
     row("llama", NAMES, LLAMA),
@@ -164,164 +155,87 @@ LLAMA_FAMILIES: Final = (
     # Qwen 3 (Qwen Team 2025, arXiv:2505.09388): normalised queries and keys in place of biases.
     row("qwen3", NAMES, BIASED, inert=QWEN, query_key_norm="head", window=layer_windows),
     # Seed-OSS (ByteDance 2025): as Qwen 2.
-    row(
-        "seed_oss",
-        NAMES,
-        PLAIN,
-        inert=["pretraining_tp", "residual_dropout"],
-        qkv_bias="attention_bias",
-        output_bias="attention_out_bias",
-        mlp_bias="mlp_bias",
-    ),
+    row("seed_oss", NAMES, PLAIN, inert=["pretraining_tp", "residual_dropout"], qkv_bias="attention_bias",
+        output_bias="attention_out_bias", mlp_bias="mlp_bias"),
     # OLMo 2 (OLMo Team 2024, arXiv:2501.00656): norms on what the blocks give, and on all heads' queries and keys.
     row("olmo2", OUTPUT_NORMS, OLMO2),
     # OLMo 3 (OLMo Team 2025, arXiv:2512.13961): windows on three layers of four, whose rotations aren't scaled.
     row("olmo3", OUTPUT_NORMS, OLMO2, window=layer_windows, position=turned_by_type),
-    # EXAONE 4.0 (LG AI Research 2025, arXiv:2507.11407): norms on what the blocks give.
-    row(
-        "exaone4",
-        OUTPUT_NORMS,
-        PLAIN,
-        inert=["sliding_window_pattern"],  # layer_types has been made of it
-        placement="output",
-        query_key_norm="head",
-        window=layer_windows,
-        position=_exaone4_positions,
-    ),
-    # SmolLM3 (Hugging Face 2025): every fourth layer knows no position.
-    row(
-        "smollm3",
-        NAMES,
-        BIASED_BOTH,
-        # layer_types and no_rope_layers have been made of the first two.
-        inert=["max_window_layers", "no_rope_layer_interval", "pretraining_tp"],
-        window=_smollm3_windows,
-        position=_smollm3_positions,
-    ),
+    # EXAONE 4.0 (LG AI Research 2025, arXiv:2507.11407): norms on what the blocks give. The inert field has become
+    # layer_types.
+    row("exaone4", OUTPUT_NORMS, PLAIN, inert=["sliding_window_pattern"], placement="output", query_key_norm="head",
+        window=layer_windows, position=_exaone4_positions),
+    # SmolLM3 (Hugging Face 2025): every fourth layer knows no position. The first two inert fields have become
+    # layer_types and no_rope_layers.
+    row("smollm3", NAMES, BIASED_BOTH, inert=["max_window_layers", "no_rope_layer_interval", "pretraining_tp"],
+        window=_smollm3_windows, position=_smollm3_positions),
     # GLM-4 (Team GLM 2024, arXiv:2406.12793): the first half of a head's channels turned in neighbouring pairs.
     row("glm", FUSED_GATE, GLM),
     # GLM-4-0414 (Z.ai 2025): norms after each block too.
-    row("glm4", changed(FUSED_GATE, GLM4_NORMS), GLM, placement="sandwich"),
+    row("glm4", changed(FUSED_GATE, {"post_self_attn_layernorm": "attention_output_norm",
+                                     "post_attention_layernorm": "mlp_norm", "post_mlp_layernorm": "mlp_output_norm"}),
+        GLM, placement="sandwich"),
     # Granite 3 (IBM 2024). Logits are divided.
     row("granite", NAMES, SCALED, head_multiplier=lambda sizes: 1 / sizes.config.number("logits_scaling")),
     # HyperCLOVA X SEED (NAVER 2025): norms after each block too. Logits are multiplied.
-    row(
-        "hyperclovax",
-        changed(NAMES, {"post_norm1": "attention_output_norm", "post_norm2": "mlp_output_norm"}),
-        SCALED,
-        head_multiplier="logits_scaling",
-        placement=either("use_post_norm", "sandwich", "pre"),
-    ),
+    row("hyperclovax", changed(NAMES, {"post_norm1": "attention_output_norm", "post_norm2": "mlp_output_norm"}), SCALED,
+        head_multiplier="logits_scaling", placement=either("use_post_norm", "sandwich", "pre")),
     # Phi-3 and Phi-4 (Microsoft 2024, arXiv:2404.14219): Mistral with fused projections and LongRoPE.
-    row(
-        "phi3",
-        changed(FUSED_GATE, {"self_attn.qkv_proj": ("attention.query", "attention.key", "attention.value")}),
-        PLAIN,
-        # transformers has put the last two into rope_parameters.
-        inert=["embd_pdrop", "resid_pdrop", "original_max_position_embeddings", "partial_rotary_factor"],
-        only={"attention_bias": False, "lm_head_bias": False, "mlp_bias": False}
-        | {"full_attn_mod": 1, "interpolate_factor": 1},
-        window=one_window,
-        position=turned(partial=True),
-    ),
+    # transformers has put the last two inert fields into rope_parameters.
+    row("phi3", changed(FUSED_GATE, {"self_attn.qkv_proj": QUERY_KEY_VALUE}),
+        PLAIN, inert=["embd_pdrop", "resid_pdrop", "original_max_position_embeddings", "partial_rotary_factor"],
+        only={"attention_bias": False, "lm_head_bias": False, "mlp_bias": False,
+              "full_attn_mod": 1, "interpolate_factor": 1},
+        window=one_window, position=turned(partial=True)),
     # ERNIE 4.5 (Baidu 2025): Llama turned in neighbouring pairs.
     row("ernie4_5", NAMES, PLAIN, bias="use_bias", position=turned("interleaved")),
     # Helium (Kyutai 2025): Llama turned in neighbouring pairs.
     row("helium", NAMES, PLAIN, qkv_bias="attention_bias", mlp_bias="mlp_bias", position=turned("interleaved")),
     # Hunyuan (Tencent 2025): queries and keys normalised after the rotation.
-    row(
-        "hunyuan_v1_dense",
+    row("hunyuan_v1_dense",
         changed(NAMES, {f"self_attn.{part}_layernorm": f"attention.{part}_norm" for part in ("query", "key")}),
-        BIASED,
-        inert=HUNYUAN,
+        BIASED, inert=HUNYUAN,
         only={"add_classification_head": False, "mlp_bias": False, "use_cla": False, "use_qk_norm": True},
-        required=["head_dim"],
-        query_key_norm="head",
-        after_rotation=True,
-        position=_hunyuan_rotary,
-    ),
+        required=["head_dim"], query_key_norm="head", after_rotation=True, position=_hunyuan_rotary),
     # Apertus (Swiss AI Initiative 2025, arXiv:2509.14233): no gates, and an activation that learns.
-    row(
-        "apertus",
-        changed(NAMES, APERTUS_CHANGES),
-        BIASED,
-        inert=["hidden_dropout"],
-        only={"mlp_bias": False, "post_norm": False, "qk_norm": True},
-        gated=False,
-        query_key_norm="head",
-    ),
-    # With LayerNorm: Phi 1 to 2 (Li et al. 2023, arXiv:2309.05463): one norm before both blocks.
-    row(
-        "phi",
-        PHI_NAMES,
-        PLAIN,
-        inert=TRAINING,
-        norm=layer_norm("layer_norm_eps"),
-        placement="parallel",
-        bias=True,
-        query_key_norm=either("qk_layernorm", "head", None),
-        position=turned(partial=True),
-        gated=False,
-        head_bias=True,
-    ),
+    row("apertus",
+        changed(NAMES, {"attention_layernorm": "attention_norm", "feedforward_layernorm": "mlp_norm",
+                        "mlp.act_fn.alpha_p": OneTensor("mlp.activation.alpha_p"),
+                        "mlp.act_fn.alpha_n": OneTensor("mlp.activation.alpha_n"),
+                        "mlp.act_fn.beta": 0.5, "mlp.act_fn.eps": -1e-6}),
+        BIASED, inert=["hidden_dropout"],
+        only={"mlp_bias": False, "post_norm": False, "qk_norm": True}, gated=False, query_key_norm="head"),
+    # From here on with LayerNorm. Phi 1 to 2 (Li et al. 2023, arXiv:2309.05463): one norm before both blocks.
+    row("phi", PHI_NAMES, PLAIN, inert=TRAINING, norm=layer_norm("layer_norm_eps"), placement="parallel", bias=True,
+        query_key_norm=either("qk_layernorm", "head", None), position=turned(partial=True), gated=False,
+        head_bias=True),
     # StableLM (Bellagente et al. 2024, arXiv:2402.17834); of the 12B one, the norms of single heads can't be named.
-    row(
-        "stablelm",
-        NAMES,
-        PLAIN,
-        inert=TRAINING,
-        only={"head_dim": None, "qk_layernorm": False},
-        norm=layer_norm("layer_norm_eps"),
-        placement=either("use_parallel_residual", "parallel", "pre"),
-        qkv_bias="use_qkv_bias",
-        position=turned(partial=True),
-    ),
-    # StarCoder 2 (Lozhkov et al. 2024, arXiv:2402.19173): a window on every layer, or on none.
-    row(
-        "starcoder2",
-        changed(NAMES, {"mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}),
-        PLAIN,
-        # The other two are published beside hidden_act and norm_epsilon.
+    row("stablelm", NAMES, PLAIN, inert=TRAINING, only={"head_dim": None, "qk_layernorm": False},
+        norm=layer_norm("layer_norm_eps"), placement=either("use_parallel_residual", "parallel", "pre"),
+        qkv_bias="use_qkv_bias", position=turned(partial=True)),
+    # StarCoder 2 (Lozhkov et al. 2024, arXiv:2402.19173): a window on every layer, or on none. The last two
+    # inert fields are published beside hidden_act and norm_epsilon.
+    row("starcoder2", changed(NAMES, {"mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}), PLAIN,
         inert=[*TRAINING, "activation_function", "layer_norm_epsilon"],
-        only={"mlp_type": "default", "norm_type": "layer_norm"},
-        norm=layer_norm("norm_epsilon"),
-        bias="use_bias",
-        window=one_window,
-        gated=False,
-    ),
+        only={"mlp_type": "default", "norm_type": "layer_norm"}, norm=layer_norm("norm_epsilon"), bias="use_bias",
+        window=one_window, gated=False),
     # Nemotron-4 and Minitron (Parmar et al. 2024, arXiv:2402.16819): norm weights as differences from one.
-    row(
-        "nemotron",
-        NAMES,
-        BIASED_BOTH,
-        norm=layer_norm("norm_eps", weight_offset=1.0),
-        position=turned(partial=True),
-        gated=False,
-    ),
+    row("nemotron", NAMES, BIASED_BOTH, norm=layer_norm("norm_eps", weight_offset=1.0), position=turned(partial=True),
+        gated=False),
     # Jais 2 (Inception and MBZUAI 2025).
     row("jais2", NAMES, BIASED_BOTH, norm=layer_norm("layer_norm_eps"), gated=False),
     # OLMo 1 (Groeneveld et al. 2024, arXiv:2402.00838): norms that have no parameters.
     row("olmo", NAMES, BIASED, inert=["pretraining_tp"], norm=layer_norm(TORCH_EPS, affine=False), clip="clip_qkv"),
     # Command R and Aya (Cohere 2024): norms without a bias; each head may have its own for queries and keys.
-    row(
-        "cohere",
-        NAMES,
-        COHERE,
-        inert=["model_max_length", "pretraining_tp"],
-        query_key_norm=either("use_qk_norm", "heads", None),
-        position=turned("interleaved"),
-    ),
+    row("cohere", NAMES, COHERE, inert=["model_max_length", "pretraining_tp"],
+        query_key_norm=either("use_qk_norm", "heads", None), position=turned("interleaved")),
     # Command R7B and A (Cohere 2025, arXiv:2504.00698): layers with a window are turned, layers without one aren't.
-    row(
-        "cohere2",
-        NAMES,
-        COHERE,
-        # layer_types has been made of the first two; the others are of generation and of several devices.
+    # The first two inert fields have become layer_types; the others are of generation and of several devices.
+    row("cohere2", NAMES, COHERE,
         inert=["layer_switch", "sliding_window_pattern", "cache_implementation", "use_parallel_embedding"],
-        only={"order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj"}
-        | {"rotary_pct": 1.0, "use_qk_norm": False, "use_embedding_sharing": True}
-        | {"use_gated_activation": True, "use_parallel_block": True},
-        window=layer_windows,
-        position=turned_in_windows("interleaved"),
-    ),
+        only={"order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj",
+              "rotary_pct": 1.0, "use_qk_norm": False, "use_embedding_sharing": True, "use_gated_activation": True,
+              "use_parallel_block": True},
+        window=layer_windows, position=turned_in_windows("interleaved")),
 )
+# fmt: on

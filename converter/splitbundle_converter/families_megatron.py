@@ -6,8 +6,8 @@ from typing import Final
 
 from splitbundle.architecture import Architecture
 from splitbundle_converter.decoder_facts import Sizes, either, four_times_hidden, layer_norm, turned
-from splitbundle_converter.families_gpt import ALIBI, GPT, GPT2, QUERY_KEY_VALUE
-from splitbundle_converter.family import Names, OneTensor, changed, in_layers, row
+from splitbundle_converter.families_gpt import ALIBI, GPT, GPT2
+from splitbundle_converter.family import QUERY_KEY_VALUE, Names, OneTensor, changed, in_layers, row
 
 
 def _names(base: str, *, table: str, layers: str, attention: str, norm: str, projection: str = "lm_head") -> Names:
@@ -84,73 +84,35 @@ def _persimmon_kv_heads(sizes: Sizes) -> int:
     return sizes.heads
 
 
+# A family is a few lines here; with one field a line, nobody would see the table.
+# fmt: off
 MEGATRON_FAMILIES: Final = (
     # BLOOM (Le Scao et al. 2022, arXiv:2211.05100): ALiBi, and a norm after the embedding.
-    row(
-        "bloom",
-        {**BLOOM_NAMES, "transformer.word_embeddings_layernorm": "embedding.norm"},
-        GPT2,
-        fused_by_key_head=True,
-        inert=BLOOM_INERT,
-        only={"apply_residual_connection_post_layernorm": False},
-        hidden="hidden_size",
-        inner=four_times_hidden(),
-        activation=lambda sizes: "gelu_tanh",
-        position=ALIBI,
-        embedding_norm=True,
-    ),
+    row("bloom", {**BLOOM_NAMES, "transformer.word_embeddings_layernorm": "embedding.norm"}, GPT2,
+        fused_by_key_head=True, inert=BLOOM_INERT, only={"apply_residual_connection_post_layernorm": False},
+        hidden="hidden_size", inner=four_times_hidden(), activation=lambda sizes: "gelu_tanh", position=ALIBI,
+        embedding_norm=True),
     # GPT-NeoX (Black et al. 2022, arXiv:2204.06745) and Pythia: a norm for each of the two blocks.
-    row(
-        "gpt_neox",
-        NEOX_NAMES,
-        GPT,
-        fused_by_key_head=True,
-        inert=["is_decoder", "max_position_embeddings"],
-        placement=either("use_parallel_residual", "parallel_two", "pre"),
-        qkv_bias="attention_bias",
-        output_bias="attention_bias",
-        position=turned(partial=True),
-    ),
+    row("gpt_neox", NEOX_NAMES, GPT, fused_by_key_head=True, inert=["is_decoder", "max_position_embeddings"],
+        placement=either("use_parallel_residual", "parallel_two", "pre"), qkv_bias="attention_bias",
+        output_bias="attention_bias", position=turned(partial=True)),
     # GPT-NeoX-Japanese (ABEJA 2022): no biases but one, of the last layer's attention.
-    row(
-        "gpt_neox_japanese",
-        NEOX_JAPANESE_NAMES,
-        GPT,
-        fused_by_key_head=True,
+    row("gpt_neox_japanese", NEOX_JAPANESE_NAMES, GPT, fused_by_key_head=True,
         inert=["is_decoder", "max_position_embeddings"],
-        inner=lambda sizes: sizes.hidden * sizes.config.integer("intermediate_multiple_size"),
-        bias=False,
+        inner=lambda sizes: sizes.hidden * sizes.config.integer("intermediate_multiple_size"), bias=False,
         output_bias=lambda sizes: [layer == sizes.layers - 1 for layer in range(sizes.layers)],
-        position=turned(partial=True),
-    ),
+        position=turned(partial=True)),
     # Persimmon (Elsen et al. 2023): each head's queries and keys are normalised.
-    row(
-        "persimmon",
-        PERSIMMON_NAMES,
-        GPT,
-        fused_by_key_head=True,
-        inert=["max_position_embeddings"],
-        kv_heads=_persimmon_kv_heads,
-        query_key_norm=either("qk_layernorm", "head", None),
-        position=turned(partial=True),
-    ),
+    row("persimmon", PERSIMMON_NAMES, GPT, fused_by_key_head=True, inert=["max_position_embeddings"],
+        kv_heads=_persimmon_kv_heads, query_key_norm=either("qk_layernorm", "head", None),
+        position=turned(partial=True)),
     # Falcon (Almazrouei et al. 2023, arXiv:2311.16867): one key head and one norm; later, groups of heads, two norms.
     # With ALiBi there is no one answer: transformers adds biases that are rounded to bfloat16, and adds them twice
-    # where attention isn't fused.
-    row(
-        "falcon",
-        FALCON_NAMES,
-        GPT,
-        fused_by_key_head=True,
-        names_of=_falcon_names,
-        inert=["ff_factor", "max_position_embeddings"],  # ffn_hidden_size is what counts
+    # where attention isn't fused. Of ff_factor and ffn_hidden_size, the latter is what counts.
+    row("falcon", FALCON_NAMES, GPT, fused_by_key_head=True, names_of=_falcon_names,
+        inert=["ff_factor", "max_position_embeddings"],
         only={"alibi": False, "apply_residual_connection_post_layernorm": False},
-        inner=four_times_hidden("ffn_hidden_size"),
-        activation="activation",
-        norm=layer_norm("layer_norm_epsilon"),
-        placement=_falcon_placement,
-        kv_heads=_falcon_kv_heads,
-        bias="bias",
-        position=turned(),
-    ),
+        inner=four_times_hidden("ffn_hidden_size"), activation="activation", norm=layer_norm("layer_norm_epsilon"),
+        placement=_falcon_placement, kv_heads=_falcon_kv_heads, bias="bias", position=turned()),
 )
+# fmt: on

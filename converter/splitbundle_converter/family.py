@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from splitbundle.architecture import Architecture
 from splitbundle.manifest import SourceName
@@ -48,6 +48,7 @@ Meaning = str | tuple[str, ...] | OneTensor | float | None
 """
 Names = Mapping[str, Meaning]
 """A family's names, with ``{layer}`` for the number of each layer, and what they stand for."""
+QUERY_KEY_VALUE: Final = ("attention.query", "attention.key", "attention.value")
 
 
 def in_layers(modules: str, *parts: Names) -> Names:
@@ -57,7 +58,7 @@ def in_layers(modules: str, *parts: Names) -> Names:
 
 def q_k_v(module: str) -> Names:
     """Queries, keys and values under the names that most families have for them."""
-    return {f"{module}.{part[0]}_proj": f"attention.{part}" for part in ("query", "key", "value")}
+    return {f"{module}.{part}_proj": name for part, name in zip("qkv", QUERY_KEY_VALUE, strict=True)}
 
 
 def changed(names: Names, modules: Names) -> Names:
@@ -81,7 +82,7 @@ def _in_layer(meaning: Meaning) -> Meaning:
 
 
 def _parts(meaning: Meaning) -> tuple[str, ...]:
-    """The canonical modules of a name."""
+    """The canonical modules that a name of the source stands for."""
     return (meaning,) if isinstance(meaning, str) else meaning if isinstance(meaning, tuple) else ()
 
 
@@ -110,6 +111,10 @@ def row(
     """
     if isinstance(facts, Facts):
         facts = facts.but(**changes)
+    elif changes:
+        raise TypeError(
+            f"{model_type}: a function of the configuration takes no changes, but {', '.join(changes)} came"
+        )
     layers = layers_of(names)
     turned = frozenset(f"{layers}.{{layer}}.{module}.weight" for module in transposed)
 
