@@ -93,7 +93,8 @@ class Facts:
     """The facts of a decoder, each a value, or the name of the configuration's field that has it, or a function.
 
     A string is a field, but where a fact is a word itself (``placement``, ``query_key_norm``). A function is given the
-    sizes, and with them the configuration. A fact of attention may be a list, with a value for each layer.
+    sizes, and with them the configuration. A fact of attention may be a list, with a value for each layer. By default,
+    fields have Llama's names.
     """
 
     inert: frozenset[str] = frozenset()
@@ -115,7 +116,7 @@ class Facts:
     placement: Fact[str] = "pre"
     residual_multiplier: Fact[float] | str = 1.0
     bias: PerLayer[bool] | str = False
-    """Of every linear part of a layer; the three other fields overrule it."""
+    """Of every projection of a layer; ``qkv_bias``, ``output_bias`` and ``mlp_bias`` overrule it."""
 
     # Attention.
     kv_heads: Fact[int] | str | None = "num_key_value_heads"

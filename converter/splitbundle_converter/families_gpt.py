@@ -27,7 +27,7 @@ GPT: Final = Facts(
     inner=four_times_hidden("intermediate_size"),
     bias=True,
 )
-"""By default fields have Llama's names; everything has a bias, and positions are no part of attention."""
+"""Everything has a bias, and positions are no part of attention."""
 ALIBI: Final = Alibi(max_bias=8.0, multiplier=1.0)
 
 
