@@ -27,7 +27,7 @@ from models import CONFIGURATIONS, LAYERS, ONE_PER_FAMILY, bundle, checkpoint, m
 from splitbundle import Bundle, BundleError, ParityError
 from splitbundle.bundle import VECTORS
 from splitbundle.torch_weights import map_tensors
-from splitbundle_converter import conversion, family
+from splitbundle_converter import conversion, decoder_facts
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.translate import Translation, translate
 
@@ -135,7 +135,7 @@ def test_a_family_that_is_not_in_the_table(source: Callable[[str], Path], output
     )
 
 
-ACTIVATIONS: Final = f"one of {', '.join(family.ACTIVATIONS)}"
+ACTIVATIONS: Final = f"one of {', '.join(decoder_facts.ACTIVATIONS)}"
 KNOWN: Final = "a field that this family is known to have"
 UNSUPPORTED: Final = "Correct the configuration; a model that needs this value can't be converted yet"
 USELESS: Final = "Remove it if it changes nothing"
