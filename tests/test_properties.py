@@ -27,7 +27,7 @@ from splitbundle import Bundle, BundleError
 from splitbundle.manifest import expand
 from splitbundle_converter.conversion import read_architecture
 from splitbundle_converter.families import FAMILIES
-from splitbundle_converter.source import Source, locate
+from splitbundle_converter.source import Source
 from splitbundle_converter.translate import Translation, put_together, translate
 
 DEEPEST: Final = 9
@@ -59,7 +59,7 @@ def of_depth(name: str, layers: int) -> dict[str, Any]:
     fields = CONFIGURATIONS[name][1]
     changes: dict[str, Any] = {depth: layers for depth in DEPTHS if depth in fields}
     assert len(changes) == 1, name
-    for listed in ("layer_types", "no_rope_layers"):
+    for listed in ("layer_types", "no_rope_layers", "layer_rope_theta"):
         if listed in fields:
             changes[listed] = list(itertools.islice(itertools.cycle(fields[listed]), layers))
     if "attention_types" in fields:
@@ -181,7 +181,7 @@ def test_names_map_there_and_back(name: str) -> None:
 
     @for_examples(name, 3, layers=st.integers(1, DEEPEST))
     def holds(layers: int) -> None:
-        source = locate(deep(name, layers), None)
+        source = Source(deep(name, layers), name=name)
         family, architecture, _ = read_architecture(source)
         table = translate(source, family, architecture)
         entries = [entry for row in table.source_names for entry in expand(row, layers)]
@@ -217,12 +217,12 @@ def problems(source: Source) -> list[Any]:
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_one_wrong_tensor_is_named(name: str) -> None:
     """Whichever is missing, renamed, added, of another shape or dtype: each is refused, and by its name alone."""
-    whole = locate(checkpoint(name), None)
+    whole = Source(checkpoint(name), name=name)
     names = sorted({origin.source for origin in translated(whole).origins.values()})
 
     @for_examples(name, 25, data=st.data())
     def holds(data: st.DataObject) -> None:
-        source = locate(checkpoint(name), None)
+        source = Source(checkpoint(name), name=name)
         victim = data.draw(st.sampled_from(names), "tensor")
         found = source.tensors[victim]
         missing = f"a tensor {victim!r} of shape {list(found.shape)}"
@@ -234,7 +234,7 @@ def test_one_wrong_tensor_is_named(name: str) -> None:
             case "renamed":
                 other = renamed(data, victim)
                 assume(other not in source.tensors)
-                source.tensors[other] = source.tensors.pop(victim)
+                source.tensors[other] = replace(source.tensors.pop(victim), stored=other)
                 first, second = problems(source)
                 assert (first.expected, first.got) == (missing, "none")
                 assert second.pointer == f"/{other}"
@@ -242,7 +242,7 @@ def test_one_wrong_tensor_is_named(name: str) -> None:
             case "added":
                 other = renamed(data, victim)
                 assume(other not in source.tensors)
-                source.tensors[other] = found
+                source.tensors[other] = replace(found, stored=other)
                 (problem,) = problems(source)
                 assert problem.pointer == f"/{other}"
             case "shape":

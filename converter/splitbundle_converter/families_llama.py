@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
-from splitbundle.architecture import Architecture, QueryTemperature, Rotary, Unscaled
+from splitbundle.architecture import MAX_LAYERS, Architecture, QueryTemperature, Rotary, Unscaled
 from splitbundle_converter.config_reader import TRAINING, ConfigReader
 from splitbundle_converter.decoder_facts import (
     TORCH_EPS,
@@ -114,6 +115,57 @@ def _smollm3_positions(sizes: Sizes) -> list[Position]:
     return [position if turns else None for turns in turning]
 
 
+def _granite_swa_positions(sizes: Sizes) -> list[Position]:
+    """A base for each layer; 0 where it knows no position."""
+    config, bases = sizes.config, sizes.config.raw("layer_rope_theta")
+    position = turned()(sizes)
+    numbers = isinstance(bases, list) and all(type(base) in (int, float) and base >= 0 for base in bases)
+    if not numbers or len(bases) != sizes.layers:
+        config.refuse("layer_rope_theta", f"numbers from 0, {sizes.layers} of them")
+        bases = [0] * sizes.layers
+    return [replace(position, base=float(base)) if base else None for base in bases]
+
+
+def llama4(config: ConfigReader) -> Architecture:
+    """Llama 4 (Meta 2025) without experts: layers that know positions see one chunk, and normalise queries and keys
+    after turning them; on the others, queries of far positions are larger.
+    """
+    # The first three have become the others of their kind; the rest is of experts, of which there are none.
+    config.inert(["interleave_moe_layer_step", "no_rope_layer_interval", "layer_types", "intermediate_size"])
+    config.inert(["num_experts_per_tok", "num_local_experts", "output_router_logits", "router_aux_loss_coef"])
+    config.inert(["router_jitter_noise"])
+    config.only("moe_layers", [])
+    layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
+    knowing, types = config.raw("no_rope_layers"), config.raw("layer_types")
+    if not isinstance(knowing, list) or len(knowing) < layers or any(knows not in (0, 1) for knows in knowing):
+        config.refuse("no_rope_layers", f"0, or 1 for a layer that has positions, {layers} times")
+        knowing = [1] * layers
+    if not isinstance(types, list) or len(types) != layers or not {*types} <= {"chunked_attention", "full_attention"}:
+        config.refuse("layer_types", "chunked_attention or full_attention for each layer")
+        types = ["full_attention"] * layers
+    chunk = config.integer("attention_chunk_size") if "chunked_attention" in types else None
+    tuned, normed = config.boolean("attn_temperature_tuning"), config.boolean("use_qk_norm")
+    config.inert(["attention_chunk_size", "attn_scale", "floor_scale"])
+    temperature = QueryTemperature(
+        beta=config.number("attn_scale"), original_positions=config.integer("floor_scale"), offset=1
+    )
+    turning = turned("interleaved")
+
+    def positions(sizes: Sizes) -> list[Position]:
+        position = turning(sizes)
+        return [position if knows else None for knows in knowing[:layers]]
+
+    return BIASED.but(
+        inner="intermediate_size_mlp",
+        chunk=[chunk if kind == "chunked_attention" else None for kind in types],
+        position=positions,
+        query_key_norm=["head" if normed and knows else None for knows in knowing[:layers]],
+        query_key_affine=False,
+        after_rotation=True,
+        query_temperature=[temperature if tuned and not knows else None for knows in knowing[:layers]],
+    )(config)
+
+
 def _hunyuan_rotary(sizes: Sizes) -> Rotary:
     """Where ``alpha`` is given, "dynamic" means another base, the same for all lengths, and nothing else counts."""
     config, head_dim = sizes.config, sizes.head_dim
@@ -178,6 +230,12 @@ LLAMA_FAMILIES: Final = (
         GLM, placement="sandwich"),
     # Granite 3 (IBM 2024). Logits are divided.
     row("granite", NAMES, SCALED, head_multiplier=lambda sizes: 1 / sizes.config.number("logits_scaling")),
+    # Granite with attention sinks (IBM 2026), a window on three layers of four, and a base for each layer.
+    row("granite_swa", changed(NAMES, {"self_attn.sinks": OneTensor("attention.sinks")}), SCALED, sinks=True,
+        head_multiplier=lambda sizes: 1 / sizes.config.number("logits_scaling"), window=layer_windows,
+        position=_granite_swa_positions),
+    row("llama4_text", changed(NAMES, {f"feed_forward.{part}_proj": f"mlp.{part}" for part in ("gate", "up", "down")}),
+        llama4),
     # HyperCLOVA X SEED (NAVER 2025): norms after each block too. Logits are multiplied.
     row("hyperclovax", changed(NAMES, {"post_norm1": "attention_output_norm", "post_norm2": "mlp_output_norm"}), SCALED,
         head_multiplier="logits_scaling", placement=either("use_post_norm", "sandwich", "pre")),
