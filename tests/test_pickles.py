@@ -490,6 +490,21 @@ def test_no_pickle_either(pickled: Callable[..., Path], output: Path) -> None:
     )
 
 
+def test_a_directory_is_no_pickle(pickled: Callable[..., Path], output: Path) -> None:
+    path = pickled("llama")
+    (path / BIN).unlink()
+    (path / "x.pt").mkdir()
+    text = f"[source.missing] source: expected {SAFE}, {BIN}, an index of either, or one file .pt or .pth, got none"
+    assert str(refused(path, output)) == text
+
+
+def test_a_single_pickle_comes_before_an_index(pickled: Callable[..., Path], output: Path) -> None:
+    """As in transformers."""
+    path = pickled("llama")
+    (path / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "elsewhere.bin"}}))
+    assert convert(path, output, check=False).fingerprint == bundle("llama").fingerprint
+
+
 def test_a_git_lfs_pointer(pickled: Callable[..., Path], output: Path) -> None:
     path = pickled("llama")
     (path / BIN).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 42\n")

@@ -566,6 +566,25 @@ def test_indexes_that_lie(source: Callable[[str], Path], output: Path, change: C
     assert str(refused(path, output)) == text
 
 
+def test_an_index_that_lies_of_everything_is_not_quoted_without_end(
+    source: Callable[[str], Path], output: Path
+) -> None:
+    path = source("llama")
+    in_pieces(path, lambda weight_map, *_: weight_map.update({f"x{i}": PIECES[0] for i in range(300)}))
+    assert refused(path, output).codes == ("source.tensor",) * 100
+
+
+def test_a_single_file_comes_before_an_index(source: Callable[[str], Path], output: Path) -> None:
+    """As in transformers, which the check holds the bundle against: the index isn't even read."""
+    path = source("llama")
+    single = (path / WEIGHTS).read_bytes()
+    in_pieces(path, lambda weight_map, first, second: first.update({"lm_head.weight": first["lm_head.weight"] + 1}))
+    (path / WEIGHTS).write_bytes(single)
+    assert accepted(path, output).fingerprint == bundle("llama").fingerprint
+    (path / INDEX).write_text("nothing that could be read")
+    accepted(path, output, force=True, check=False)
+
+
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_a_checkpoint_in_pieces_is_the_same_model(source: Callable[[str], Path], output: Path, name: str) -> None:
     path = source(name)

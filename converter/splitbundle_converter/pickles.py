@@ -72,7 +72,8 @@ def read_model(place: Place, private: Path, progress: Progress | None) -> Pickle
         BundleError: ``source.*``; ``output.failed`` where there is no room.
     """
     weight_map, files = _find(place)
-    rewritten = rewrite({file: check_there(place.directory, file, BIN.index) for file in files}, private, progress)
+    namer = place.name if weight_map is None else BIN.index
+    rewritten = rewrite({file: check_there(place.directory, file, namer) for file in files}, private, progress)
     tensors = gather(weight_map, files, BIN, lambda file: read_headers(file, rewritten[file]))
     return PickledSource(place, tensors)
 
@@ -80,7 +81,9 @@ def read_model(place: Place, private: Path, progress: Progress | None) -> Pickle
 def _find(place: Place) -> tuple[dict[str, str] | None, list[str]]:
     """The index's map, if there is an index, and the files of a model in pickles."""
     weight_map, files = weight_files(place.directory, BIN, place.name)
-    files = files or sorted(path.name for path in place.directory.iterdir() if path.suffix in SUFFIXES)
+    files = files or sorted(
+        path.name for path in place.directory.iterdir() if path.suffix in SUFFIXES and path.is_file()
+    )
     if weight_map is None and len(files) != 1:
         expected = f"{SAFETENSORS.single}, {BIN.single}, an index of either, or one file {' or '.join(SUFFIXES)}"
         hint = "Parts of a model need a file like bottom_metadata.json beside each bottom.pt" if files else None

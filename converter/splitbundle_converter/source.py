@@ -127,7 +127,8 @@ class Source:
             raise no_weights(self.directory, self.name)
 
         def headers(file: str) -> Iterator[tuple[str, SourceTensor]]:
-            return read_headers(file, check_there(self.directory, file, SAFETENSORS.index))
+            namer = self.name if weight_map is None else SAFETENSORS.index
+            return read_headers(file, check_there(self.directory, file, namer))
 
         return gather(weight_map, files, SAFETENSORS, headers)
 
