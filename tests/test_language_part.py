@@ -460,6 +460,16 @@ def test_a_field_beside_the_language_part_that_is_refused(
     assert str(refused(make(tmp_path, model_type, **fields))) == message
 
 
+@pytest.mark.parametrize("inside", ["text_config", "vision_config"])
+def test_counts_that_would_fill_the_memory(inside: str, tmp_path: Path) -> None:
+    source = make(tmp_path, "llava")
+    config = json.loads((source / "config.json").read_text())
+    config[inside]["num_labels"] = 10**15
+    (source / "config.json").write_text(json.dumps(config))
+    text = f"[source.config] config.json /{inside}/num_labels: expected an integer from 0 to 100000, got 1000000"
+    assert str(refused(source)).startswith(text)
+
+
 def test_attention_to_what_follows_is_refused(tmp_path: Path) -> None:
     """PaliGemma's own default: text that comes after a prefix would see all of it."""
     source = change_text(make(tmp_path, "paligemma"), use_bidirectional_attention=None)

@@ -16,7 +16,7 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.manifest import EMBEDDING, SourceName, expand
 from splitbundle_converter.composites import COMPOSITES, INERT, LANGUAGE, TEXT, Composite, text_type
 from splitbundle_converter.config_reader import ConfigReader
-from splitbundle_converter.configuration import build, check_layer_counts, readable
+from splitbundle_converter.configuration import build, check_counts, readable
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.family import Family
 from splitbundle_converter.source import CONFIG, Configuration, Source
@@ -112,7 +112,7 @@ def read_language_part(source: Source) -> LanguagePart:
     composite = _composite(raw)
     family = FAMILIES[text_type(raw) or composite.text_type]
     readable(Configuration(raw={} if raw.get(TEXT) is None else raw[TEXT], file=found.file, pointer=f"/{TEXT}"))
-    _check_all_layer_counts(found)
+    _check_all_counts(found)
     built = build(found)
     nested = getattr(built, TEXT)
     if nested.model_type != family.model_type:
@@ -179,11 +179,11 @@ def _composite(raw: dict[str, Any]) -> Composite:
     return composite
 
 
-def _check_all_layer_counts(found: Configuration) -> None:
-    check_layer_counts(found)
+def _check_all_counts(found: Configuration) -> None:
+    check_counts(found)
     for name, value in found.raw.items():
         if isinstance(value, dict):
-            _check_all_layer_counts(replace(found, raw=value, pointer=f"{found.pointer}/{name}"))
+            _check_all_counts(replace(found, raw=value, pointer=f"{found.pointer}/{name}"))
 
 
 def _inert_generation(values: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,14 +47,25 @@ Headers = Callable[[str], Iterator[tuple[str, SourceTensor]]]
 """A weight file's name -> its tensors by name."""
 
 
-def read_small(directory: Path, name: str, owner: str) -> bytes:
-    """A small file of the checkpoint that is called ``owner``.
+def read_small(directory: Path, name: str, owner: str, most: int = strict_json.MAX_BYTES) -> bytes:
+    """A small file, of at most so many bytes, of the checkpoint that is called ``owner``.
+
+    It may be a link, as everything in the hub's cache is one; but what is opened is a regular file, as a pipe would
+    never end.
 
     Raises:
         BundleError: ``source.missing``, ``source.unreadable``.
     """
+    path = directory / name
     try:
-        return (directory / name).read_bytes()
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise refused("source.unreadable", name, "a regular file", "a pipe, a socket or a device")
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            got = f"{path.stat().st_size} bytes"
+            raise refused("source.unreadable", name, f"a file of at most {most} bytes", got)
+        return data
     except (FileNotFoundError, IsADirectoryError):
         raise refused("source.missing", name, f"a file {name} in {owner}", "none") from None
     except OSError as error:

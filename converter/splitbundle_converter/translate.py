@@ -104,11 +104,20 @@ def _check_constants(source: Source, family: Family, prefix: bool, layers: int, 
                 if name not in source.tensors:
                     continue
                 dropped.add(name)
-                stored = reader.get(name).float()
-                if bool(((stored - value).abs() > 0.02 * abs(value)).any()):  # 16 bits keep less than two digits
-                    got = f"{stored.flatten()[0].item():g}"
+                stored = reader.get(name).float().flatten()
+                wrong = stored[~torch.isin(stored, _roundings(value))]
+                if len(wrong):
+                    got = f"{wrong[0].item():g}"
                     problems.append(_off(source.tensors[name], f"{value:g}, as the decoder has it", got, _FIXED))
     return problems
+
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _roundings(value: float) -> Tensor:
+    """The number as each dtype of a checkpoint keeps it: a constant that was stored in 16 bits is still that one."""
+    return torch.stack([torch.tensor(value).to(dtype).float() for dtype in _FLOATS])
 
 
 _FIXED = "A model with another value of this constant can't be converted yet"
