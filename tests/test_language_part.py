@@ -233,6 +233,15 @@ def test_layouts_of_names(layout: str, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in restored.items())
 
 
+def test_a_module_whose_name_begins_as_the_language_parts_is_left_out(tmp_path: Path) -> None:
+    """``model.language_model.`` ends as the prefix ``model.`` does, and that doesn't make it one."""
+    change = renamed(*LAYOUTS["beside"])
+    adapter = {"model.language_adapter.weight": torch.zeros(3)}
+    source = make(tmp_path, "llava", lambda tensors: change(tensors) | adapter)
+    part = convert(source, check=False).manifest.extensions["part"]
+    assert {"module": "model.language_adapter", "tensors": 1, "parameters": 3} in part["left_out"]
+
+
 def test_16_bits(tmp_path: Path) -> None:
     source = make(tmp_path, "llava", lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
     assert convert(source).manifest.storage.dtype == "bfloat16"

@@ -136,10 +136,10 @@ def read_language_part(source: Source) -> LanguagePart:
     architecture, not_applied = _applied(architecture, composite)
     # What is written must be what a reader takes: the same rules, before a byte is written.
     architecture = architecture_parser.parse(architecture.to_bytes())
-    renamed, own_names = _renamed(family, architecture, base, head)
+    outer = base.removesuffix(family.prefix) if base.endswith(f".{family.prefix}") else ""
+    renamed, own_names = _renamed(family, architecture, base, outer, head)
     part = copy.copy(source)
-    nesting = base.removesuffix(family.prefix) if base.endswith(family.prefix) else base
-    inside = {name for name in source.tensors if name.startswith(nesting or base) or name == head}
+    inside = {name for name in source.tensors if name.startswith(outer or base) or name == head}
     part.tensors = {name: tensor for name, tensor in source.tensors.items() if name in inside}
     return LanguagePart(
         composite=composite,
@@ -286,9 +286,13 @@ def _nowhere(source: Source, wanted: list[str], probe: str, candidates: list[str
     return _tensor_problem(source, expected, got, "The checkpoint isn't whole, or its configuration is another model's")
 
 
-def _renamed(family: Family, architecture: Architecture, base: str, head: str | None) -> tuple[Family, dict[str, str]]:
-    """The row with the checkpoint's names, and those names -> the row's own."""
-    outer = base.removesuffix(family.prefix) if base.endswith(family.prefix) else ""
+def _renamed(
+    family: Family, architecture: Architecture, base: str, outer: str, head: str | None
+) -> tuple[Family, dict[str, str]]:
+    """The row with the checkpoint's names, and those names -> the row's own.
+
+    ``outer`` is the module that holds a whole language model, if there is one: its base stands there under its prefix.
+    """
 
     def stored(name: str, tensors: tuple[str, ...] = ()) -> str:
         if name.startswith(family.prefix):
