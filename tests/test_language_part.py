@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,20 +22,13 @@ from splitbundle_converter.composites import COMPOSITES
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.source import quiet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Tensors = dict[str, Tensor]
 UNSUPPORTED: Final = "Correct the configuration; a model that needs this value can't be converted yet"
 ONLY: Final = "Only these families can be converted; splitbundle never guesses at another"
 CUTS: Final = ((1,), (0, LAYERS))
 IDS: Final = torch.randint(VOCAB, (2, 13), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose by threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def convert(source: Path, name: str = "b", **named: Any) -> Bundle:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,21 +19,14 @@ from models import bundle, checkpoint, make_model
 from splitbundle import BundleError, cli
 from splitbundle_converter.families import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CUTS: Final = (1, 3)
 RANGES: Final = {"bottom": (0, 1), "trunk": (1, 3), "top": (3, 4)}
 GPT2: Final = "a name of gpt2's tensors, with or without 'transformer.', its layers numbered from 0: such as"
 
 Tensors = dict[str, Tensor]
 Rename = Callable[[str], str]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose by threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

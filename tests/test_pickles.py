@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,8 @@ from splitbundle import BundleError, ParityError
 from splitbundle_converter import pickles, unpickle
 from splitbundle_converter.families import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT: Final = Path(__file__).resolve().parents[1]
 SAFE: Final = "model.safetensors"
 BIN: Final = "pytorch_model.bin"
@@ -40,15 +42,6 @@ WHOLE: Final = pickles.WHOLE
 LOAD: Final = torch.load
 
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose by threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +33,8 @@ from splitbundle_converter import conversion, decoder_facts
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.translate import Translation, translate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 PIECES: Final = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -40,15 +42,6 @@ MISSING: Final = "The checkpoint isn't whole, or its configuration is another mo
 QUERY: Final = "model.layers.1.self_attn.q_proj.weight"
 
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose by threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from splitbundle.bundle import Bundle
 from splitbundle.commands import integers, positive
 from splitbundle.console import Command, Console
 from splitbundle.errors import MissingExtra
+from splitbundle_converter.composites import EXTENSION, LANGUAGE
 
 DTYPES: Final = ("keep", *manifest.DTYPES)
 LIBRARIES: Final = ("torch", "transformers", "safetensors", "jsonschema", "huggingface_hub", "numpy")
@@ -37,7 +38,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default named after the model")
     parser.add_argument("--revision", help="of a hub id: a branch, tag or commit")
     parser.add_argument(
-        "--part", metavar="language", help="of a checkpoint that is for images or sounds too: its language part alone"
+        "--part", metavar=LANGUAGE, help="of a checkpoint that is for images or sounds too: its language part alone"
     )
     _shard_arguments(parser, ", or parts are where they were cut")
     parser.add_argument(
@@ -77,7 +78,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             allow_pickle=args.allow_pickle,
             progress=console.progress,
         )
-    return _report(bundle, output, console, bundle.manifest.extensions.get("part"))
+    return _report(bundle, output, console, bundle.manifest.extensions.get(EXTENSION))
 
 
 def _resplit_arguments(parser: argparse.ArgumentParser) -> None:
