@@ -1,9 +1,9 @@
-"""What a run says at its end, besides how many tests passed. It needs pytest alone, as the runtime's own suite does."""
+"""What modules of tests share, and what a run says at its end. Loading it needs pytest alone: all suites do."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pytest
@@ -15,6 +15,20 @@ _COUNTED: Final = "model type"
 def count_as(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Says what became of the one model type that a test is about; the run's last lines have the counts."""
     return lambda what: record_property(_COUNTED, what)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models this small only lose by threads; and what a test sees mustn't depend on the machine.
+
+    Modules ask for it by a mark, as not all suites are to have it.
+    """
+    import torch  # here, so that loading this file needs no backend
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -94,6 +94,21 @@ def test_the_guard_sees_what_it_guards(tmp_path: Path) -> None:
     assert "torch" not in allowed("splitbundle", bad)
 
 
+def lines(package: str, *patterns: str) -> int:
+    """Of all files of a package that the patterns find."""
+    found = {path for pattern in patterns for path in PACKAGES[package].glob(pattern)}
+    assert len(found) >= len(patterns)
+    return sum(len(path.read_text("utf-8").splitlines()) for path in found)
+
+
+def test_sizes() -> None:
+    """One decoder and one table, each on a few pages: spec/decisions/0008 says what is counted, and why."""
+    assert lines("splitbundle", "torch_decoder.py", "torch_positions.py") <= 720
+    assert lines("splitbundle_converter", "families.py", "families_*.py") <= 770
+    sizes = {path.name: lines(package, path.name) for package in PACKAGES for path in PACKAGES[package].glob("*.py")}
+    assert {name: size for name, size in sizes.items() if size > 430} == {}
+
+
 @pytest.mark.parametrize("module", [splitbundle, splitbundle_converter])
 def test_all_is_what_is_public(module: object) -> None:
     names = module.__all__  # type: ignore[attr-defined]

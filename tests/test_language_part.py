@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,20 +22,13 @@ from splitbundle_converter.composites import COMPOSITES
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.source import quiet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Tensors = dict[str, Tensor]
 UNSUPPORTED: Final = "Correct the configuration; a model that needs this value can't be converted yet"
 ONLY: Final = "Only these families can be converted; splitbundle never guesses at another"
 CUTS: Final = ((1,), (0, LAYERS))
 IDS: Final = torch.randint(VOCAB, (2, 13), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose by threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def convert(source: Path, name: str = "b", **named: Any) -> Bundle:
@@ -231,6 +224,15 @@ def test_layouts_of_names(layout: str, tmp_path: Path) -> None:
     restored = dict(splitbundle_converter.source_tensors(bundle))
     assert restored.keys() == {name for name in tensors if name.startswith(base) or name == head}
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in restored.items())
+
+
+def test_a_module_whose_name_begins_as_the_language_parts_is_left_out(tmp_path: Path) -> None:
+    """``model.language_model.`` ends as the prefix ``model.`` does, and that doesn't make it one."""
+    change = renamed(*LAYOUTS["beside"])
+    adapter = {"model.language_adapter.weight": torch.zeros(3)}
+    source = make(tmp_path, "llava", lambda tensors: change(tensors) | adapter)
+    part = convert(source, check=False).manifest.extensions["part"]
+    assert {"module": "model.language_adapter", "tensors": 1, "parameters": 3} in part["left_out"]
 
 
 def test_16_bits(tmp_path: Path) -> None:
@@ -458,6 +460,16 @@ def test_a_field_beside_the_language_part_that_is_refused(
     model_type: str, fields: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     assert str(refused(make(tmp_path, model_type, **fields))) == message
+
+
+@pytest.mark.parametrize("inside", ["text_config", "vision_config"])
+def test_counts_that_would_fill_the_memory(inside: str, tmp_path: Path) -> None:
+    source = make(tmp_path, "llava")
+    config = json.loads((source / "config.json").read_text())
+    config[inside]["num_labels"] = 10**15
+    (source / "config.json").write_text(json.dumps(config))
+    text = f"[source.config] config.json /{inside}/num_labels: expected an integer from 0 to 100000, got 1000000"
+    assert str(refused(source)).startswith(text)
 
 
 def test_attention_to_what_follows_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -54,6 +54,8 @@ from splitbundle.torch_weights import map_tensors
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.vectors import case_lengths
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Cuts = tuple[int, ...]
 EVERYWHERE: Final = range(LAYERS + 1)
 SINGLE_CUTS: Final[tuple[Cuts, ...]] = tuple((cut,) for cut in EVERYWHERE)
@@ -63,15 +65,6 @@ STEADY: Final = tuple(name for name in CONFIGURATIONS if name not in BY_PIECES)
 """The configurations of which transformers computes the same however it is driven."""
 every_configuration = pytest.mark.parametrize("name", STEADY)
 one_per_family = pytest.mark.parametrize("name", [name for name in ONE_PER_FAMILY if name not in BY_PIECES])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose by threads; and what a test sees mustn't depend on the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import splitbundle
 import splitbundle_converter
 from models import bundle, checkpoint, make_model
-from splitbundle import BundleError
+from splitbundle import BundleError, cli
 from splitbundle_converter.families import FAMILIES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CUTS: Final = (1, 3)
 RANGES: Final = {"bottom": (0, 1), "trunk": (1, 3), "top": (3, 4)}
@@ -24,15 +27,6 @@ GPT2: Final = "a name of gpt2's tensors, with or without 'transformer.', its lay
 
 Tensors = dict[str, Tensor]
 Rename = Callable[[str], str]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose by threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -142,6 +136,17 @@ def test_a_split_of_ones_own_wins(parts: Path, output: Path) -> None:
     assert [(shard.name, shard.layers) for shard in made.shards] == [("client", (0, 2)), ("server", (2, 4))]
     shutil.rmtree(output)
     assert len(convert(parts, output, split=[], check=False).shards) == 1
+
+
+def test_the_command_cuts_them_where_they_were_cut(parts: Path, output: Path) -> None:
+    """Unless it is told where; and a bundle that is cut again is whole, unless it is told where."""
+    words = ["convert", str(write(parts, "gpt2")), "--allow-pickle", "--no-check", "--quiet", "-o", str(output)]
+    assert cli.main(words) == 0
+    assert [(shard.name, shard.layers) for shard in splitbundle.open(output).shards] == list(RANGES.items())
+    assert cli.main([*words, "--force", "--split", "2"]) == 0
+    assert splitbundle.open(output).manifest.cuts == (2,)
+    assert cli.main(["resplit", str(output), "--force", "--quiet"]) == 0
+    assert splitbundle.open(output).manifest.cuts == ()
 
 
 @pytest.mark.parametrize(
@@ -260,6 +265,35 @@ def test_configurations_that_differ(parts: Path, output: Path) -> None:
         "[source.parts] trunk_metadata.json /config/n_head: expected 5, as in bottom_metadata.json, got 7\n"
         "[source.parts] top_metadata.json /config/n_embd: expected 35, as in bottom_metadata.json, got none"
     )
+
+
+def test_parts_of_two_types_with_the_same_fields(parts: Path, output: Path) -> None:
+    """The type is no field that changes nothing, though other fields say what it changes."""
+    config = json.loads((checkpoint("llama") / "config.json").read_text())
+    for name in ("attention_bias", "mlp_bias", "pretraining_tp"):  # mistral hasn't these
+        del config[name]
+    types = {"bottom": "llama", "trunk": "llama", "top": "mistral"}
+    write(parts, "llama", **{part: {"config": config | {"model_type": types[part]}} for part in types})
+    assert str(refused(parts, output)) == (
+        "[source.parts] top_metadata.json /config: expected the model that bottom_metadata.json describes, "
+        "got another: mistral, and not llama. Save every part with the configuration of the whole"
+    )
+
+
+def test_two_files_of_one_part(parts: Path, output: Path) -> None:
+    write(parts, "gpt2")
+    shutil.copy(parts / "bottom.pt", parts / "bottom.pth")
+    assert str(refused(parts, output)) == (
+        "[source.parts] bottom_metadata.json: expected one file of weights beside it, got bottom.pt and bottom.pth. "
+        "Remove the one that isn't meant"
+    )
+
+
+def test_problems_are_not_listed_without_end(parts: Path, output: Path) -> None:
+    write(parts, "gpt2")
+    for number in range(300):
+        (parts / f"x{number}_metadata.json").write_text("{}")
+    assert refused(parts, output).codes == ("source.missing",) * 100
 
 
 def test_a_configuration_beside_them_of_another_model(parts: Path, output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,8 @@ from splitbundle import BundleError, ParityError
 from splitbundle_converter import pickles, unpickle
 from splitbundle_converter.families import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT: Final = Path(__file__).resolve().parents[1]
 SAFE: Final = "model.safetensors"
 BIN: Final = "pytorch_model.bin"
@@ -39,15 +42,6 @@ WHOLE: Final = pickles.WHOLE
 LOAD: Final = torch.load
 
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose by threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -490,6 +484,21 @@ def test_no_pickle_either(pickled: Callable[..., Path], output: Path) -> None:
     )
 
 
+def test_a_directory_is_no_pickle(pickled: Callable[..., Path], output: Path) -> None:
+    path = pickled("llama")
+    (path / BIN).unlink()
+    (path / "x.pt").mkdir()
+    text = f"[source.missing] source: expected {SAFE}, {BIN}, an index of either, or one file .pt or .pth, got none"
+    assert str(refused(path, output)) == text
+
+
+def test_a_single_pickle_comes_before_an_index(pickled: Callable[..., Path], output: Path) -> None:
+    """As in transformers."""
+    path = pickled("llama")
+    (path / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "elsewhere.bin"}}))
+    assert convert(path, output, check=False).fingerprint == bundle("llama").fingerprint
+
+
 def test_a_git_lfs_pointer(pickled: Callable[..., Path], output: Path) -> None:
     path = pickled("llama")
     (path / BIN).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 42\n")
@@ -598,7 +607,7 @@ def test_what_the_child_gets(pickled: Callable[..., Path], output: Path, monkeyp
     body = (
         "import json, resource\n"
         "limits = {name: resource.getrlimit(getattr(resource, name)) for name in "
-        "('RLIMIT_CORE', 'RLIMIT_FSIZE', 'RLIMIT_AS')}\n"
+        "('RLIMIT_CORE', 'RLIMIT_FSIZE', 'RLIMIT_AS', 'RLIMIT_CPU')}\n"
         "seen = {'environment': dict(os.environ), 'input': sys.stdin.read(), 'limits': limits, 'place': os.getcwd(),\n"
         "        'isolated': sys.flags.isolated, 'mode': os.stat('.').st_mode,\n"
         "        'named': sorted(map(repr, named.items()))}\n"
@@ -622,8 +631,87 @@ def test_what_the_child_gets(pickled: Callable[..., Path], output: Path, monkeyp
     size = (path / BIN).stat().st_size
     assert found["limits"]["RLIMIT_CORE"] == [0, 0]
     assert found["limits"]["RLIMIT_FSIZE"] == [4 * size + 2**30] * 2
+    soft, hard = found["limits"]["RLIMIT_CPU"]
+    assert 60 < soft < 180
+    assert hard == soft + 5
     if sys.platform == "linux":
         assert 2**30 < found["limits"]["RLIMIT_AS"][1] < 2**36
+
+
+def hashed_for_ever(path: Path) -> None:
+    """A dict whose key is a tuple of twice a tuple of twice ..., 64 deep: hashing it looks at 2**64 of them."""
+    data = b"\x80\x02})q\x00" + b"h\x00\x86q\x00" * 64 + b"K\x01s."
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {record: archive.read(record) for record in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for record, content in records.items():
+            archive.writestr(record, data if record.endswith("/data.pkl") else content)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is the system's")
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="tuples remember their hash")
+def test_a_pickle_that_takes_for_ever(
+    pickled: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pickled("llama")
+    hashed_for_ever(path / BIN)
+    short = "import main; from splitbundle_converter import unpickle as u; u.limit.__defaults__ = (0.5,); main("
+    monkeypatch.setattr(pickles, "BOOT", pickles.BOOT.replace("import main; main(", short))
+    assert str(refused(path, output)) == (
+        f"[source.state-dict] {BIN}: expected a state dict that can be read, got the process that read it ended by "
+        f"SIGXCPU. {WHOLE}"
+    )
+
+
+def test_a_child_that_says_nothing_is_ended(
+    pickled: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what it started: computing isn't all that takes time."""
+    path, held = pickled("llama"), output.parent.parent / "held"
+    monkeypatch.setattr(pickles, "PATIENCE", 8.0)
+    bypassed(
+        monkeypatch,
+        f"import fcntl\nfile = open({str(held)!r}, 'w')\nfcntl.flock(file, fcntl.LOCK_EX)\nos.fork()\ntime.sleep(600)",
+    )
+    assert str(refused(path, output)) == (
+        f"[source.state-dict] {BIN}: expected a state dict that can be read, "
+        f"got no word for 8 s from the process that reads it. {WHOLE}"
+    )
+    with held.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # hangs for as long as a grandchild lives
+
+
+def test_a_name_of_any_length_is_refused_as_code(pickled: Callable[..., Path], output: Path) -> None:
+    """A message of the child has a longest length, and what a file names hasn't."""
+    path = pickled("llama")
+    with zipfile.ZipFile(path / BIN) as archive:
+        records = {record: archive.read(record) for record in archive.namelist()}
+    with zipfile.ZipFile(path / BIN, "w") as archive:
+        for record, content in records.items():
+            code = b"\x80\x02cos\n" + b"x" * 20_000 + b"\n."
+            archive.writestr(record, code if record.endswith("/data.pkl") else content)
+    text = str(refused(path, output))
+    assert text.startswith(
+        f"[source.pickle] {BIN}: expected names and tensors alone, got a pickle that asks for os.xxx"
+    )
+    assert len(text) < 1000
+
+
+def test_what_the_system_refuses_here(
+    pickled: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, *_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    path = pickled("llama")
+    monkeypatch.setattr(Path, "write_text", full)
+    text = str(refused(path, output))
+    assert text.startswith(f"[output.failed] {output.parent}/.{output.name}.tmp-")
+    assert text.endswith(
+        "/request.json: expected a place that can be written, got OSError: [Errno 28] No space left on device: "
+        f"'{text.partition(' ')[2].partition(':')[0]}'. Choose another place with --output, or make room there"
+    )
 
 
 def test_what_the_child_starts_ends_with_it(
@@ -713,7 +801,7 @@ before, peak = private(), 0
 def wrote(done):
     global peak
     peak = max(peak, private())
-unpickle.limit(os.path.getsize(sys.argv[1]))
+unpickle.limit(os.path.getsize(sys.argv[1]), os.path.getsize(sys.argv[1]))
 unpickle.rewrite(sys.argv[1], sys.argv[2], wrote)
 print(peak - before)
 """

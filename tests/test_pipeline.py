@@ -7,7 +7,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -37,16 +37,9 @@ from splitbundle.torch_pipeline import Pipeline, load_pipeline
 from splitbundle.torch_sampling import Sampling, draw
 from splitbundle.torch_stage import Stage, load_stages
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 one_per_family = pytest.mark.parametrize("name", ONE_PER_FAMILY)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose by threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

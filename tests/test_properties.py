@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -30,17 +30,10 @@ from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.source import Source
 from splitbundle_converter.translate import Translation, put_together, translate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DEEPEST: Final = 9
 DEPTHS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose by threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def for_examples(

@@ -15,7 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from splitbundle_converter import family_table
+from splitbundle_converter.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -87,6 +90,14 @@ def families_table() -> str:
 
 def test_the_table_of_families_is_true() -> None:
     assert between(FAMILIES_BEGIN, FAMILIES_END) == families_table(), "run python tests/test_readme.py"
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_no_row_is_made_of_what_is_refused(name: str) -> None:
+    """Where a default configuration is, the row is of one that isn't, and says what it needs."""
+    config, _ = family_table.default(name)
+    FAMILIES[name].facts(config)
+    assert not config.problems
 
 
 def test_the_two_commands_are_the_makefiles() -> None:

@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -24,12 +25,15 @@ from torch import Tensor
 import splitbundle
 import splitbundle_converter
 from models import CONFIGURATIONS, LAYERS, ONE_PER_FAMILY, bundle, checkpoint, make_model
-from splitbundle import Bundle, BundleError, ParityError
+from splitbundle import Bundle, BundleError, ParityError, strict_json
 from splitbundle.bundle import VECTORS
+from splitbundle.files import MAX_TEXT_BYTES
 from splitbundle.torch_weights import map_tensors
 from splitbundle_converter import conversion, decoder_facts
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.translate import Translation, translate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -38,15 +42,6 @@ MISSING: Final = "The checkpoint isn't whole, or its configuration is another mo
 QUERY: Final = "model.layers.1.self_attn.q_proj.weight"
 
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose by threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -566,6 +561,25 @@ def test_indexes_that_lie(source: Callable[[str], Path], output: Path, change: C
     assert str(refused(path, output)) == text
 
 
+def test_an_index_that_lies_of_everything_is_not_quoted_without_end(
+    source: Callable[[str], Path], output: Path
+) -> None:
+    path = source("llama")
+    in_pieces(path, lambda weight_map, *_: weight_map.update({f"x{i}": PIECES[0] for i in range(300)}))
+    assert refused(path, output).codes == ("source.tensor",) * 100
+
+
+def test_a_single_file_comes_before_an_index(source: Callable[[str], Path], output: Path) -> None:
+    """As in transformers, which the check holds the bundle against: the index isn't even read."""
+    path = source("llama")
+    single = (path / WEIGHTS).read_bytes()
+    in_pieces(path, lambda weight_map, first, second: first.update({"lm_head.weight": first["lm_head.weight"] + 1}))
+    (path / WEIGHTS).write_bytes(single)
+    assert accepted(path, output).fingerprint == bundle("llama").fingerprint
+    (path / INDEX).write_text("nothing that could be read")
+    accepted(path, output, force=True, check=False)
+
+
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_a_checkpoint_in_pieces_is_the_same_model(source: Callable[[str], Path], output: Path, name: str) -> None:
     path = source(name)
@@ -904,6 +918,99 @@ def test_a_constant_of_another_value(source: Callable[[str], Path], output: Path
         f"[source.tensor] {WEIGHTS} /model.layers.2.mlp.act_fn.beta: expected 0.5, as the decoder has it, got 0.75. "
         "A model with another value of this constant can't be converted yet"
     )
+
+
+@pytest.mark.parametrize(("value", "got"), [(0.505, "0.505"), (0.508, "0.508"), (float("nan"), "nan")])
+def test_a_constant_that_is_nearly_the_decoders(
+    source: Callable[[str], Path], output: Path, value: float, got: str
+) -> None:
+    path = source("apertus")
+    change_tensors(path, replaced("model.layers.2.mlp.act_fn.beta", lambda x: torch.full_like(x, value)))
+    text = str(refused(path, output))
+    assert f"/model.layers.2.mlp.act_fn.beta: expected 0.5, as the decoder has it, got {got}. " in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_constant_as_each_dtype_keeps_it(source: Callable[[str], Path], output: Path, dtype: torch.dtype) -> None:
+    path = source("apertus")
+    change_tensors(path, replaced("model.layers.2.mlp.act_fn.eps", lambda x: torch.full_like(x, -1e-6).to(dtype)))
+    accepted(path, output, check=False)
+
+
+# Small files.
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_file_that_is_too_large_is_not_read(source: Callable[[str], Path], output: Path, name: str) -> None:
+    """Of 3 GiB, without a byte of them on the disk."""
+    path = source("llama")
+    with (path / name).open("wb") as file:
+        file.truncate(3 * 2**30)
+    tracemalloc.start()
+    text = str(refused(path, output))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    most = strict_json.MAX_BYTES if name == "config.json" else MAX_TEXT_BYTES
+    assert text.startswith(f"[source.unreadable] {name}: expected a file of at most {most} bytes, got 3221225472 bytes")
+    assert peak < 2 * most + 2**26
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
+def test_a_pipe_is_no_configuration(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / "config.json").unlink()
+    os.mkfifo(path / "config.json")
+    assert str(refused(path, output)) == (
+        "[source.unreadable] config.json: expected a regular file, got a pipe, a socket or a device"
+    )
+
+
+def test_a_file_may_be_a_link(source: Callable[[str], Path], output: Path) -> None:
+    """As in the hub's cache."""
+    path = source("llama")
+    (path / "config.json").rename(path / "blob")
+    (path / "config.json").symlink_to("blob")
+    accepted(path, output, check=False)
+
+
+# Counts.
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "text"),
+    [
+        ("llama", {"num_labels": 10**15}, "/num_labels: expected an integer from 0 to 100000, got 1000000000000000"),
+        ("llama", {"_num_labels": -1}, "/_num_labels: expected an integer from 0 to 100000, got -1"),
+        *(
+            (
+                "gpt_neo",
+                {"attention_types": types},
+                "/attention_types: expected lists of kinds that are repeated to at most 10000 layers, got [",
+            )
+            for types in (
+                [[["global", "local"], 10**15]],
+                [[["global"] * 10001, 1]],
+                [[[], 10**15]],
+                [["local", 10**15]],
+                [[["global"], 10000], [["local"], 1]],
+                [[["global"], -1], [["local"], 10001]],
+            )
+        ),
+    ],
+)
+def test_counts_that_would_fill_the_memory(
+    source: Callable[[str], Path], output: Path, name: str, fields: dict[str, Any], text: str
+) -> None:
+    """They are refused before transformers makes so many items of them: it would never end."""
+    path = source(name)
+    change_config(path, **fields)
+    assert str(refused(path, output)).startswith(f"[source.config] config.json {text}")
+
+
+def test_as_many_labels_as_anyone_has(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    change_config(path, num_labels=100_000)
+    accepted(path, output)
 
 
 def test_mixed_dtypes_are_kept(source: Callable[[str], Path], output: Path) -> None:

@@ -14,14 +14,15 @@ from splitbundle.bundle import Bundle
 from splitbundle.commands import integers, positive
 from splitbundle.console import Command, Console
 from splitbundle.errors import MissingExtra
+from splitbundle_converter.composites import EXTENSION, LANGUAGE
 
 DTYPES: Final = ("keep", *manifest.DTYPES)
 LIBRARIES: Final = ("torch", "transformers", "safetensors", "jsonschema", "huggingface_hub", "numpy")
 
 
-def _shard_arguments(parser: argparse.ArgumentParser) -> None:
+def _shard_arguments(parser: argparse.ArgumentParser, uncut: str) -> None:
     parser.add_argument(
-        "--split", type=integers, default=(), metavar="2,10", help="the layers to cut before; by default nothing is cut"
+        "--split", type=integers, metavar="2,10", help=f"the layers to cut before; by default nothing is cut{uncut}"
     )
     parser.add_argument(
         "--names",
@@ -37,9 +38,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default named after the model")
     parser.add_argument("--revision", help="of a hub id: a branch, tag or commit")
     parser.add_argument(
-        "--part", metavar="language", help="of a checkpoint that is for images or sounds too: its language part alone"
+        "--part", metavar=LANGUAGE, help="of a checkpoint that is for images or sounds too: its language part alone"
     )
-    _shard_arguments(parser)
+    _shard_arguments(parser, ", or parts are where they were cut")
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
@@ -77,20 +78,20 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             allow_pickle=args.allow_pickle,
             progress=console.progress,
         )
-    return _report(bundle, output, console, bundle.manifest.extensions.get("part"))
+    return _report(bundle, output, console, bundle.manifest.extensions.get(EXTENSION))
 
 
 def _resplit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a whole .splitbundle directory")
     parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default the bundle itself, with --force")
-    _shard_arguments(parser)
+    _shard_arguments(parser, "")
 
 
 def _resplit(args: argparse.Namespace, console: Console) -> int:
     output = args.output or args.bundle
     with _libraries():
         bundle = splitbundle_converter.resplit(
-            args.bundle, output, split=args.split, names=args.names, force=args.force, progress=console.progress
+            args.bundle, output, split=args.split or (), names=args.names, force=args.force, progress=console.progress
         )
     return _report(bundle, output, console)
 

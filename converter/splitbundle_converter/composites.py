@@ -13,6 +13,8 @@ from typing import Any, Final
 LANGUAGE: Final = "language"
 PARTS: Final = (LANGUAGE,)
 """The parts of a checkpoint that can be converted alone."""
+EXTENSION: Final = "part"
+"""The name under which the manifest says what a bundle is a part of."""
 TEXT: Final = "text_config"
 """Where every class of the table keeps the configuration of its language part."""
 

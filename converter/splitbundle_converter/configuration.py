@@ -15,7 +15,15 @@ from splitbundle_converter.family import Family
 from splitbundle_converter.refusal import line, refused
 from splitbundle_converter.source import Configuration, quiet
 
-_LAYER_COUNTS: Final = ("num_hidden_layers", "n_layer")
+_MAX_LABELS: Final = 100_000
+"""Of a classifier's classes: several times those of the largest data sets."""
+_COUNTS: Final = {
+    "num_hidden_layers": (1, MAX_LAYERS),
+    "n_layer": (1, MAX_LAYERS),
+    "num_labels": (0, _MAX_LABELS),
+    "_num_labels": (0, _MAX_LABELS),
+}
+"""Numbers of items that transformers makes, whatever else it is told, and which of them are let through."""
 
 
 def read_configuration(found: Configuration) -> tuple[Family, Architecture, dict[str, Any]]:
@@ -46,7 +54,7 @@ def resolve(found: Configuration) -> Any:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         expected, hint = f"one of {', '.join(sorted(FAMILIES))}", family_hint(raw, FAMILIES)
         raise _refused("source.family", found, "model_type", expected, hint)
-    check_layer_counts(found)
+    check_counts(found)
     return build(found)
 
 
@@ -69,16 +77,30 @@ def readable(found: Configuration) -> dict[str, Any]:
     return raw
 
 
-def check_layer_counts(found: Configuration) -> None:
-    """Refuses numbers of layers that nothing has: some classes make a list of as many items as such a field says.
+def check_counts(found: Configuration) -> None:
+    """Refuses numbers of layers and labels that nothing has: some classes make as many items as such a field says.
 
     Raises:
         BundleError: ``source.config``.
     """
-    for field in _LAYER_COUNTS:
+    for field, (least, most) in _COUNTS.items():
         count = found.raw.get(field)
-        if type(count) is int and not 1 <= count <= MAX_LAYERS:
-            raise _refused("source.config", found, field, f"an integer from 1 to {MAX_LAYERS}")
+        if type(count) is int and not least <= count <= most:
+            raise _refused("source.config", found, field, f"an integer from {least} to {most}")
+    if _repeated(found.raw.get("attention_types")) > MAX_LAYERS:
+        expected = f"lists of kinds that are repeated to at most {MAX_LAYERS} layers"
+        raise _refused("source.config", found, "attention_types", expected)
+
+
+def _repeated(types: object) -> int:
+    """How many layers GPT-Neo's pairs of a list and a number of repetitions make; what is no pair, it refuses."""
+    pairs = [item for item in types if isinstance(item, list) and len(item) > 1] if isinstance(types, list) else []
+    # An empty list, too, is repeated as often as it says.
+    return sum(
+        max(1, len(kinds) if isinstance(kinds, list | str | dict) else 0) * times
+        for kinds, times, *_ in pairs
+        if type(times) is int and times > 0
+    )
 
 
 def build(found: Configuration) -> Any:

@@ -15,7 +15,7 @@ from splitbundle import architecture as architectures
 from splitbundle import torch_weights
 from splitbundle.architecture import Architecture, count
 from splitbundle.bundle import VECTORS, Bundle, open_bundle
-from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.errors import quoted
 from splitbundle.files import Progress
 from splitbundle.manifest import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
 from splitbundle.torch_verify import run_vectors
@@ -23,13 +23,14 @@ from splitbundle.version import __version__
 from splitbundle.weights import Tensor as Stored
 from splitbundle_converter import write
 from splitbundle_converter.commands import DTYPES
-from splitbundle_converter.composites import PARTS
+from splitbundle_converter.composites import EXTENSION, PARTS
 from splitbundle_converter.configuration import read_configuration
 from splitbundle_converter.family import Family
-from splitbundle_converter.language_part import EXTENSION, read_language_part
+from splitbundle_converter.language_part import read_language_part
 from splitbundle_converter.opening import opened
 from splitbundle_converter.original_part import load_original_part
 from splitbundle_converter.publish import publishing
+from splitbundle_converter.refusal import refused
 from splitbundle_converter.source import Source, dtype_of
 from splitbundle_converter.translate import Translation, translate
 from splitbundle_converter.vectors import load_original, reference_vectors
@@ -78,23 +79,12 @@ def convert(
         ParityError: the chained shards don't compute what the original does; nothing is left behind.
     """
     if dtype not in DTYPES:
-        raise BundleError(
-            Problem(
-                code="usage.dtype",
-                argument="dtype",
-                expected=f"one of {', '.join(DTYPES)}",
-                got=quoted(dtype),
-            )
-        )
+        raise refused("usage.dtype", None, f"one of {', '.join(DTYPES)}", quoted(dtype), argument="dtype")
     if part is not None and part not in PARTS:
-        raise BundleError(
-            Problem(code="usage.part", argument="part", expected=f"one of {', '.join(PARTS)}", got=quoted(part))
-        )
+        raise refused("usage.part", None, f"one of {', '.join(PARTS)}", quoted(part), argument="part")
     if max_file_size is not None and (type(max_file_size) is not int or max_file_size < 1):
-        got = quoted(max_file_size)
-        raise BundleError(
-            Problem(code="usage.size", argument="max_file_size", expected="a number of bytes from 1", got=got)
-        )
+        expected, got = "a number of bytes from 1", quoted(max_file_size)
+        raise refused("usage.size", None, expected, got, argument="max_file_size")
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
     with opened(
         source, revision, output=target, allow_pickle=allow_pickle, force=force, progress=progress

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
 
 from splitbundle.architecture import Alibi, Architecture, LayerKind, Learned, Rotary, Sinusoidal, Unscaled
 from splitbundle_converter.config_reader import ConfigReader
@@ -12,20 +13,36 @@ from splitbundle_converter.source import quiet
 COLUMNS = ("model_type", "norm", "position", "attention", "mlp", "extras")
 
 
+_GIVEN: Final[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "head_dim": lambda values: values["hidden_size"] // values["num_attention_heads"],
+    "moe_layers": lambda values: [],
+    "num_key_value_heads": lambda values: values["num_attention_heads"],
+}
+"""Fields without which a default configuration is refused, and what a plain model of the family has there."""
+
+
 def rows() -> Iterator[dict[str, str]]:
     """A row for each family, in order of name, from the facts of its default configuration."""
-    from transformers import AutoConfig
-
     for name in sorted(FAMILIES):
-        with quiet():  # some default configurations name ids that their own vocabulary lacks
-            values = AutoConfig.for_model(name).to_dict()
-        config = ConfigReader(values, values, name)
+        config, needs = default(name)
         row = {"model_type": name} | summary(FAMILIES[name].facts(config))
-        if config.problems:  # the default is a model of another kind, of which this family converts what it can
-            fields = {(problem.pointer or "")[1:]: problem.expected for problem in config.problems}
-            needs = [f"{field} {'given' if values[field] is None else wanted}" for field, wanted in fields.items()]
+        if needs:  # the default is a model of another kind, of which this family converts what it can
             row["extras"] = ", ".join(filter(None, [row["extras"], f"only with {' and '.join(needs)}"]))
         yield row
+
+
+def default(name: str) -> tuple[ConfigReader, list[str]]:
+    """A family's default configuration, with what is missing filled in, and what that is in words."""
+    from transformers import AutoConfig
+
+    with quiet():  # some default configurations name ids that their own vocabulary lacks
+        values = AutoConfig.for_model(name).to_dict()
+    config = ConfigReader(values, values, name)
+    FAMILIES[name].facts(config)
+    wanted = {(problem.pointer or "")[1:]: problem.expected for problem in config.problems}
+    needs = [f"{field} {'given' if values[field] is None else expected}" for field, expected in wanted.items()]
+    filled = values | {field: _GIVEN[field](values) for field in wanted if field in _GIVEN}
+    return ConfigReader(filled, filled, name), needs
 
 
 def summary(facts: Architecture) -> dict[str, str]:

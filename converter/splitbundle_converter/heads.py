@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from splitbundle.errors import Problem, quoted
+from splitbundle_converter.refusal import problem
 from splitbundle_converter.source import Source
 
 _OTHER_TASKS: Final = ("score", "classifier", "qa_outputs")
@@ -26,23 +27,16 @@ def wrong_head(source: Source, head: Mapping[str, bool], *, base_alone: bool) ->
     for module in _OTHER_TASKS:
         other = sorted(name for name in source.tensors if name.startswith(f"{module}."))
         if other:
-            return Problem(
-                code="source.tensor",
-                file=source.tensors[other[-1]].file,
-                pointer=f"/{other[-1]}",
-                expected="the head of a causal language model",
-                got=f"a head for another task{_of(source)}",
-                hint=f"{_HINT}convert the one that this was trained from",
-            )
+            file, expected = source.tensors[other[-1]].file, "the head of a causal language model"
+            hint = f"{_HINT}convert the one that this was trained from"
+            got = f"a head for another task{_of(source)}"
+            return problem("source.tensor", file, expected, got, hint, f"/{other[-1]}")
     needed = [name for name, needs in head.items() if needs]
     if needed and base_alone:
-        return Problem(
-            code="source.tensor",
-            file=source.name,
-            expected=f"the head of a causal language model: {', '.join(map(quoted, needed))}",
-            got=f"none, a base model that was saved without its head{_of(source)}",
-            hint=f"{_HINT}save it with AutoModelForCausalLM, from a checkpoint that has the head",
-        )
+        expected = f"the head of a causal language model: {', '.join(map(quoted, needed))}"
+        got = f"none, a base model that was saved without its head{_of(source)}"
+        hint = f"{_HINT}save it with AutoModelForCausalLM, from a checkpoint that has the head"
+        return problem("source.tensor", source.name, expected, got, hint)
     return None
 
 

@@ -12,18 +12,17 @@ import torch
 
 from splitbundle import architecture_parser
 from splitbundle.architecture import Architecture, Head
-from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.errors import BundleError, quoted
 from splitbundle.manifest import EMBEDDING, SourceName, expand
 from splitbundle_converter.composites import COMPOSITES, INERT, LANGUAGE, TEXT, Composite, text_type
 from splitbundle_converter.config_reader import ConfigReader
-from splitbundle_converter.configuration import build, check_layer_counts, readable
+from splitbundle_converter.configuration import build, check_counts, readable
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.family import Family
-from splitbundle_converter.source import CONFIG, Configuration, Source
-from splitbundle_converter.translate import PROJECTION
+from splitbundle_converter.refusal import refused
+from splitbundle_converter.source import Configuration, Source
+from splitbundle_converter.translate import MISSING, PROJECTION
 
-EXTENSION: Final = "part"
-"""The name under which the manifest says what a bundle is a part of."""
 _HEAD: Final = "lm_head.weight"
 """What every class with a head of its own calls it."""
 _HEAD_DEFAULTS: Final[dict[str, Any]] = {"multiplier": 1.0, "logit_cap": None}
@@ -109,15 +108,16 @@ def read_language_part(source: Source) -> LanguagePart:
     """
     found = source.configuration()
     raw = readable(found)
-    composite = _composite(raw)
+    composite = _composite(found)
     family = FAMILIES[text_type(raw) or composite.text_type]
     readable(Configuration(raw={} if raw.get(TEXT) is None else raw[TEXT], file=found.file, pointer=f"/{TEXT}"))
-    _check_all_layer_counts(found)
+    _check_all_counts(found)
     built = build(found)
     nested = getattr(built, TEXT)
     if nested.model_type != family.model_type:
-        raise BundleError(_config_problem(f"/{TEXT}/model_type", family.model_type, quoted(nested.model_type)))
-    top = ConfigReader(built.to_dict(), type(built)().to_dict(), CONFIG)
+        got, pointer = quoted(nested.model_type), f"/{TEXT}/model_type"
+        raise refused("source.config", found.file, family.model_type, got, pointer=pointer)
+    top = ConfigReader(built.to_dict(), type(built)().to_dict(), found.file)
     stated = raw.get("tie_word_embeddings")
     top.inert([*built.sub_configs, *INERT, *composite.inert, *_inert_generation(built.to_dict())])
     tied = None if composite.whole else bool(top.raw("tie_word_embeddings")) and composite.ties
@@ -127,7 +127,10 @@ def read_language_part(source: Source) -> LanguagePart:
     values = nested.to_dict()
     for name in (*_inert_generation(values), *(composite.text_inert & values.keys())):
         del values[name]
-    architecture = _architecture(family, values, type(nested)().to_dict(), composite, tied)
+    config = ConfigReader(values, type(nested)().to_dict(), found.file, f"/{TEXT}")
+    if tied is not None:
+        values["tie_word_embeddings"] = tied  # the checkpoint's class has the head, so it is its field that counts
+    architecture = _architecture(family, config, composite)
     top.finish()
     base, head = _places(source, family, architecture)
     if composite.ties and not composite.whole and stated is None and head is not None and tied:
@@ -136,10 +139,10 @@ def read_language_part(source: Source) -> LanguagePart:
     architecture, not_applied = _applied(architecture, composite)
     # What is written must be what a reader takes: the same rules, before a byte is written.
     architecture = architecture_parser.parse(architecture.to_bytes())
-    renamed, own_names = _renamed(family, architecture, base, head)
+    outer = base.removesuffix(family.prefix) if base.endswith(f".{family.prefix}") else ""
+    renamed, own_names = _renamed(family, architecture, base, outer, head)
     part = copy.copy(source)
-    nesting = base.removesuffix(family.prefix) if base.endswith(family.prefix) else base
-    inside = {name for name in source.tensors if name.startswith(nesting or base) or name == head}
+    inside = {name for name in source.tensors if name.startswith(outer or base) or name == head}
     part.tensors = {name: tensor for name, tensor in source.tensors.items() if name in inside}
     return LanguagePart(
         composite=composite,
@@ -153,49 +156,39 @@ def read_language_part(source: Source) -> LanguagePart:
     )
 
 
-def _composite(raw: dict[str, Any]) -> Composite:
+def _composite(found: Configuration) -> Composite:
+    raw, file = found.raw, found.file
     model_type = raw.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
-        raise BundleError(
-            Problem(
-                code="usage.part",
-                argument="part",
-                expected="a checkpoint that has other parts than a language model",
-                got=f"model_type {quoted(model_type)}, which is one as a whole",
-                hint="Convert it without --part",
-            )
-        )
+        expected = "a checkpoint that has other parts than a language model"
+        got = f"model_type {quoted(model_type)}, which is one as a whole"
+        raise refused("usage.part", None, expected, got, "Convert it without --part", argument="part")
     if not isinstance(model_type, str) or model_type not in COMPOSITES:
         text = text_type(raw)
         hint = None if text is None else f"Its language part is {quoted(text, 40)}, but where it is isn't known"
         expected = f"one of {', '.join(sorted(COMPOSITES))}, whose language part can be converted alone"
-        raise BundleError(_family_problem("/model_type", expected, quoted(model_type), hint))
+        raise refused("source.family", file, expected, quoted(model_type), hint, "/model_type")
     composite, text = COMPOSITES[model_type], text_type(raw)
     known = composite.texts or FAMILIES.keys()
     if text not in known:
         got = text if text is not None else raw[TEXT].get("model_type")
         expected = f"one of {', '.join(sorted(known))}"
-        raise BundleError(_family_problem(f"/{TEXT}/model_type", expected, quoted(got)))
+        raise refused("source.family", file, expected, quoted(got), pointer=f"/{TEXT}/model_type")
     return composite
 
 
-def _check_all_layer_counts(found: Configuration) -> None:
-    check_layer_counts(found)
+def _check_all_counts(found: Configuration) -> None:
+    check_counts(found)
     for name, value in found.raw.items():
         if isinstance(value, dict):
-            _check_all_layer_counts(replace(found, raw=value, pointer=f"{found.pointer}/{name}"))
+            _check_all_counts(replace(found, raw=value, pointer=f"{found.pointer}/{name}"))
 
 
 def _inert_generation(values: dict[str, Any]) -> list[str]:
     return [name for name, value in _GENERATION.items() if name in values and values[name] == value]
 
 
-def _architecture(
-    family: Family, values: dict[str, Any], defaults: dict[str, Any], composite: Composite, tied: bool | None
-) -> Architecture:
-    if tied is not None:
-        values["tie_word_embeddings"] = tied  # the checkpoint's class has the head, so it is its field that counts
-    config = ConfigReader(values, defaults, CONFIG, f"/{TEXT}")
+def _architecture(family: Family, config: ConfigReader, composite: Composite) -> Architecture:
     architecture = family.facts(config)
     if not composite.whole and architecture.head.bias:
         expected = f"a type of model whose head has no bias, as that of {composite.class_name} has none"
@@ -252,9 +245,9 @@ def _places(source: Source, family: Family, architecture: Architecture) -> tuple
     right = [base for base in candidates if all(base + name in source.tensors for name in wanted)]
     if len(right) > 1:
         found = ", ".join(f"{base}{probe}" for base in sorted(right))
-        raise BundleError(_tensor_problem(source, "one language part with every tensor of it", f"several: {found}"))
+        raise refused("source.tensor", source.name, "one language part with every tensor of it", f"several: {found}")
     if not right:
-        raise BundleError(_nowhere(source, wanted, probe, candidates))
+        raise _nowhere(source, wanted, probe, candidates)
     base = right[0]
     own = {
         entry.source.removeprefix(family.prefix)
@@ -265,30 +258,36 @@ def _places(source: Source, family: Family, architecture: Architecture) -> tuple
     above = ["", *(base[: i + 1] for i, character in enumerate(base) if character == ".")]
     heads = sorted({above + name for above in above for name in (*own, _HEAD)} & source.tensors.keys())
     if len(heads) > 1:
-        raise BundleError(_tensor_problem(source, "one head of the language part", f"several: {', '.join(heads)}"))
+        got = f"several: {', '.join(heads)}"
+        raise refused("source.tensor", source.name, "one head of the language part", got)
     if not heads and not architecture.head.tied:
         hint = (
             "The checkpoint isn't whole, or its head is the embedding: then tie_word_embeddings has to be true, at the "
             "top level of config.json where the class has the head"
         )
         expected = f"the language part's {_HEAD}, as tie_word_embeddings isn't true"
-        raise BundleError(_tensor_problem(source, expected, "none", hint))
+        raise refused("source.tensor", source.name, expected, "none", hint)
     return base, heads[0] if heads else None
 
 
-def _nowhere(source: Source, wanted: list[str], probe: str, candidates: list[str]) -> Problem:
+def _nowhere(source: Source, wanted: list[str], probe: str, candidates: list[str]) -> BundleError:
     if not candidates:
-        return _tensor_problem(source, f"a language part's tensor {quoted(probe)}, whatever stands before it", "none")
+        expected = f"a language part's tensor {quoted(probe)}, whatever stands before it"
+        return refused("source.tensor", source.name, expected, "none")
     nearest = max(candidates, key=lambda base: sum(base + name in source.tensors for name in wanted))
     missing = [nearest + name for name in wanted if nearest + name not in source.tensors]
     got = f"{len(wanted) - len(missing)}; the first that isn't there is {missing[0]}"
     expected = f"the {len(wanted)} tensors of the language part as {TEXT} describes it below {quoted(nearest)}"
-    return _tensor_problem(source, expected, got, "The checkpoint isn't whole, or its configuration is another model's")
+    return refused("source.tensor", source.name, expected, got, MISSING)
 
 
-def _renamed(family: Family, architecture: Architecture, base: str, head: str | None) -> tuple[Family, dict[str, str]]:
-    """The row with the checkpoint's names, and those names -> the row's own."""
-    outer = base.removesuffix(family.prefix) if base.endswith(family.prefix) else ""
+def _renamed(
+    family: Family, architecture: Architecture, base: str, outer: str, head: str | None
+) -> tuple[Family, dict[str, str]]:
+    """The row with the checkpoint's names, and those names -> the row's own.
+
+    ``outer`` is the module that holds a whole language model, if there is one: its base stands there under its prefix.
+    """
 
     def stored(name: str, tensors: tuple[str, ...] = ()) -> str:
         if name.startswith(family.prefix):
@@ -325,15 +324,3 @@ def _left_out(source: Source, names: Iterable[str]) -> Iterator[LeftOut]:
         modules.setdefault(module, []).append(math.prod(source.tensors[name].shape))
     for module, sizes in modules.items():
         yield LeftOut(module=module, tensors=len(sizes), parameters=sum(sizes))
-
-
-def _family_problem(pointer: str, expected: str, got: str, hint: str | None = None) -> Problem:
-    return Problem(code="source.family", file=CONFIG, pointer=pointer, expected=expected, got=got, hint=hint)
-
-
-def _config_problem(pointer: str, expected: str, got: str) -> Problem:
-    return Problem(code="source.config", file=CONFIG, pointer=pointer, expected=expected, got=got)
-
-
-def _tensor_problem(source: Source, expected: str, got: str, hint: str | None = None) -> Problem:
-    return Problem(code="source.tensor", file=source.name, expected=expected, got=got, hint=hint)

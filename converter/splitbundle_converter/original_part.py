@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
-from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.errors import BundleError, quoted
 from splitbundle_converter.composites import TEXT
 from splitbundle_converter.configuration import build
 from splitbundle_converter.language_part import LanguagePart
+from splitbundle_converter.refusal import refused
 from splitbundle_converter.source import quiet
+from splitbundle_converter.vectors import UNCHECKED, checked, from_tensors
 
 
 def load_original_part(part: LanguagePart) -> tuple[Any, str]:
@@ -64,46 +66,19 @@ def _spoil(whole: Any) -> None:
 
 
 def _language_model(part: LanguagePart, text: Any) -> Any:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # a class for each type that is in the table
     with part.source.reader() as reader:
-        stored = {own: reader.get(name) for name, own in part.own_names.items()}
-        loaded = classes[type(text)].from_pretrained(
-            None,
-            config=text,
-            state_dict=stored,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            output_loading_info=True,
-        )
-    model, info = loaded
-    keys = ("missing_keys", "mismatched_keys", "unexpected_keys")
-    wrong = {key: sorted(map(str, info[key])) for key in keys if info.get(key)}
-    if wrong:
-        expected = "every tensor that transformers wants of the language part"
-        raise BundleError(Problem(code="source.tensor", file=part.source.name, expected=expected, got=str(wrong)))
-    return model.eval()
+        loaded = from_tensors(text, {own: reader.get(name) for name, own in part.own_names.items()})
+    expected = "every tensor that transformers wants of the language part"
+    return checked(loaded, part.source, expected, ("missing_keys", "mismatched_keys", "unexpected_keys"))
 
 
 def _place(part: LanguagePart, whole: Any, places: list[str]) -> str:
     if len(places) != 1:
         expected = f"one language model in {part.composite.class_name}"
-        raise BundleError(
-            Problem(code="source.config", file=part.source.name, expected=expected, got=quoted(places), hint=_UNCHECKED)
-        )
+        raise refused("source.config", part.source.name, expected, quoted(places), UNCHECKED)
     return places[0]
 
 
-_UNCHECKED = "--no-check converts without the original model, and without golden vectors"
-
-
 def _missing_library(part: LanguagePart, error: ImportError) -> BundleError:
-    return BundleError(
-        Problem(
-            code="backend.missing",
-            expected=f"the libraries that {part.composite.class_name} needs",
-            got=" ".join(str(error).split())[:300],
-            hint=_UNCHECKED,
-        )
-    )
+    expected = f"the libraries that {part.composite.class_name} needs"
+    return refused("backend.missing", None, expected, " ".join(str(error).split())[:300], UNCHECKED)

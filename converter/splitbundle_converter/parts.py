@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from splitbundle import strict_json
+from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.fields import MAX_PROBLEMS, Field, Problems
 from splitbundle.files import Progress
@@ -94,20 +95,27 @@ def find_parts(place: Place) -> list[PartFiles]:
     """The parts in a directory: each ``X_metadata.json`` goes with ``X.pt``. None, where no metadata has weights.
 
     Raises:
-        BundleError: ``source.missing`` for the weights of some metadata, where others have theirs.
+        BundleError: ``source.missing`` for the weights of some metadata, where others have theirs; ``source.parts``
+            where some could be of two files.
     """
     found: list[PartFiles] = []
     alone: list[str] = []
+    problems: list[Problem] = []
     for path in sorted(place.directory.glob(f"*{METADATA}")):
         stem = path.name.removesuffix(METADATA)
         names = [stem] if stem.endswith(SUFFIXES) else [f"{stem}{suffix}" for suffix in SUFFIXES]
         weights = [name for name in names if (place.directory / name).is_file()]
         found += [PartFiles(metadata=path.name, weights=name) for name in weights[:1]]
         alone += names[:1] if not weights else []
-    if found and alone:
-        raise BundleError(
+        if len(weights) > 1:
+            expected, hint = "one file of weights beside it", "Remove the one that isn't meant"
+            problems.append(problem("source.parts", path.name, expected, " and ".join(weights), hint))
+    if found:
+        problems += [
             problem("source.missing", name, "the weights that its metadata describe", "none") for name in alone
-        )
+        ]
+    if problems:
+        raise BundleError(problems[:MAX_PROBLEMS])
     return found
 
 
@@ -120,13 +128,14 @@ def read_parts(place: Place, found: list[PartFiles], private: Path, progress: Pr
     """
     parts = _in_order([_metadata(place, files) for files in found], place)
     _check_configs(parts)
-    first = Configuration(raw=parts[0].config, file=parts[0].files.metadata, pointer="/config")
+    first, *others = (Configuration(raw=part.config, file=part.files.metadata, pointer="/config") for part in parts)
     family, architecture, _ = read_configuration(first)
+    for other in others:
+        _check_same_model(other, first, family, architecture, "Save every part with the configuration of the whole")
     if (place.directory / CONFIG).is_file():
         raw = strict_json.parse(read_small(place.directory, CONFIG, place.name), CONFIG)
-        if read_configuration(Configuration(raw=raw, file=CONFIG))[1] != architecture:
-            expected = f"the model that {first.file} describes"
-            raise refused("source.parts", CONFIG, expected, "another", "Remove the one of them that isn't meant")
+        hint = "Remove the one of them that isn't meant"
+        _check_same_model(Configuration(raw=raw, file=CONFIG), first, family, architecture, hint)
     files = {
         part.files.weights: check_there(place.directory, part.files.weights, part.files.metadata) for part in parts
     }
@@ -178,6 +187,21 @@ def _check_configs(parts: list[Part]) -> None:
                 problems.append(problem("source.parts", part.files.metadata, expected, got, pointer=f"/config/{name}"))
     if problems:
         raise BundleError(problems[:MAX_PROBLEMS])
+
+
+def _check_same_model(
+    other: Configuration, first: Configuration, family: Family, architecture: Architecture, hint: str
+) -> None:
+    """Whether a configuration is that of the model that the first one describes, whatever fields say so."""
+    its_family, its_architecture, _ = read_configuration(other)
+    expected = f"the model that {first.file} describes"
+    if its_family.model_type != family.model_type:
+        got = f"another: {its_family.model_type}, and not {family.model_type}"
+    elif its_architecture != architecture:
+        got = "another"
+    else:
+        return
+    raise refused("source.parts", other.file, expected, got, hint, other.pointer or None)
 
 
 def _same(one: object, other: object) -> bool:
@@ -246,7 +270,7 @@ def _check_tiling(held: list[Held], layers: int) -> None:
     if not problems and stop != layers:
         add(held[-1], "end_layer", f"{layers} layers in all, as the configuration has them", f"{stop}")
     if problems:
-        raise BundleError(problems)
+        raise BundleError(problems[:MAX_PROBLEMS])
 
 
 def _put_together(held: list[Held], names: PartNames, family: Family) -> dict[str, SourceTensor]:

@@ -15,15 +15,17 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final, NoReturn
 
 from splitbundle import strict_json
 from splitbundle.errors import BundleError, Problem
 from splitbundle.files import Progress
-from splitbundle_converter.refusal import refused
+from splitbundle_converter.refusal import line, refused
 from splitbundle_converter.source import Place, Source
 from splitbundle_converter.source_files import (
     SAFETENSORS,
@@ -48,6 +50,9 @@ KEPT: Final = (
 )
 """The variables that loading torch may need. HF_TOKEN, and whatever else stands in the environment, stays here."""
 MAX_MESSAGE: Final = 16384
+PATIENCE = 120.0
+"""Seconds without a message, beside what the bytes take, after which the child is ended: it may wait for ever."""
+BYTES_A_SECOND: Final = 10e6
 STATE_DICT: Final = (
     "Where you trust the file, load it with the code that it names, and save its tensors alone: "
     "torch.save(model.state_dict(), ...)"
@@ -72,7 +77,8 @@ def read_model(place: Place, private: Path, progress: Progress | None) -> Pickle
         BundleError: ``source.*``; ``output.failed`` where there is no room.
     """
     weight_map, files = _find(place)
-    rewritten = rewrite({file: check_there(place.directory, file, BIN.index) for file in files}, private, progress)
+    namer = place.name if weight_map is None else BIN.index
+    rewritten = rewrite({file: check_there(place.directory, file, namer) for file in files}, private, progress)
     tensors = gather(weight_map, files, BIN, lambda file: read_headers(file, rewritten[file]))
     return PickledSource(place, tensors)
 
@@ -80,7 +86,9 @@ def read_model(place: Place, private: Path, progress: Progress | None) -> Pickle
 def _find(place: Place) -> tuple[dict[str, str] | None, list[str]]:
     """The index's map, if there is an index, and the files of a model in pickles."""
     weight_map, files = weight_files(place.directory, BIN, place.name)
-    files = files or sorted(path.name for path in place.directory.iterdir() if path.suffix in SUFFIXES)
+    files = files or sorted(
+        path.name for path in place.directory.iterdir() if path.suffix in SUFFIXES and path.is_file()
+    )
     if weight_map is None and len(files) != 1:
         expected = f"{SAFETENSORS.single}, {BIN.single}, an index of either, or one file {' or '.join(SUFFIXES)}"
         hint = "Parts of a model need a file like bottom_metadata.json beside each bottom.pt" if files else None
@@ -93,10 +101,11 @@ def rewrite(pickles: Mapping[str, Path], private: Path, progress: Progress | Non
 
     Raises:
         BundleError: ``source.pickle`` for what asks for code, ``source.state-dict`` for what isn't one or ends the
-            child, ``output.failed`` where there is no room.
+            child or takes it too long, ``output.failed`` where there is no room.
     """
-    total = sum(path.stat().st_size for path in pickles.values())
-    free = shutil.disk_usage(private).free
+    with _writing(private):
+        total = sum(path.stat().st_size for path in pickles.values())
+        free = shutil.disk_usage(private).free
     if free < total:
         hint = "Choose another place with --output, or make room there"
         expected = f"{total / 2**30:.1f} GiB of room for the tensors of the pickles, until the bundle is written"
@@ -105,13 +114,30 @@ def rewrite(pickles: Mapping[str, Path], private: Path, progress: Progress | Non
     request = private / "request.json"
     path = [os.path.abspath(entry) for entry in sys.path if entry]
     files = [[str(source.absolute()), str(targets[file])] for file, source in pickles.items()]
-    request.write_text(json.dumps({"path": path, "files": files}), "utf-8")
-    with (private / "errors.txt").open("w+b") as errors, _child(request, errors) as process:
-        _listen(process, list(pickles), total, errors, progress)
-    for file, target in targets.items():
-        if not target.exists() or not stat.S_ISREG(target.lstat().st_mode):
+    with contextlib.ExitStack() as stack:
+        with _writing(private):
+            request.write_text(json.dumps({"path": path, "files": files}), "utf-8")
+            errors = stack.enter_context((private / "errors.txt").open("w+b"))
+            process = stack.enter_context(_child(request, errors))
+        patience = PATIENCE + total / BYTES_A_SECOND
+        silent = stack.enter_context(_ended_if_silent(process, patience))
+        _listen(process, list(pickles), total, errors, silent, progress)
+    with _writing(private):
+        made = {file for file, target in targets.items() if target.exists() and stat.S_ISREG(target.lstat().st_mode)}
+    for file in targets:
+        if file not in made:
             raise refused("source.state-dict", file, "a state dict", "nothing that the process made of it", WHOLE)
     return targets
+
+
+@contextlib.contextmanager
+def _writing(private: Path) -> Iterator[None]:
+    """What the system refuses while this process prepares the child's work, or looks for it."""
+    try:
+        yield
+    except OSError as error:
+        expected, hint = "a place that can be written", "Choose another place with --output, or make room there"
+        raise refused("output.failed", str(error.filename or private), expected, line(error), hint) from error
 
 
 @contextlib.contextmanager
@@ -137,27 +163,76 @@ def _child(request: Path, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.returncode is None:  # not waited for: until then, nobody else gets its number
-        if sys.platform == "win32":
-            process.kill()
-        else:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode is None:
+        _kill(process)
     process.wait()
     if process.stdout is not None:
         process.stdout.close()
 
 
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends what wasn't waited for: until then, nobody else gets its number."""
+    if sys.platform == "win32":
+        process.kill()
+    else:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@dataclass(slots=True)
+class _Silence:
+    """Whether the child says anything, as the two threads that ask and answer it know."""
+
+    seconds: float
+    heard: threading.Event = field(default_factory=threading.Event)
+    over: bool = False
+    """Whether nobody listens any more."""
+    ended: bool = False
+    """Whether the child was ended for its silence."""
+
+
+@contextlib.contextmanager
+def _ended_if_silent(process: subprocess.Popen[bytes], seconds: float) -> Iterator[_Silence]:
+    """Ends the child when it has said nothing for so long; a pipe can't be asked with a time limit on every system."""
+    silence = _Silence(seconds)
+
+    def watch() -> None:
+        while silence.heard.wait(seconds):
+            silence.heard.clear()
+            if silence.over:
+                return
+        silence.ended = True
+        _kill(process)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield silence
+    finally:
+        silence.over = True
+        silence.heard.set()
+        thread.join()
+
+
 def _listen(
-    process: subprocess.Popen[bytes], files: list[str], total: int, errors: IO[bytes], progress: Progress | None
+    process: subprocess.Popen[bytes],
+    files: list[str],
+    total: int,
+    errors: IO[bytes],
+    silence: _Silence,
+    progress: Progress | None,
 ) -> None:
     """Hears the child out: returns when it says that it is done, and raises whatever else comes."""
     done, file = 0, files[0]
     while True:
-        line = process.stdout.readline(MAX_MESSAGE) if process.stdout is not None else b""
-        if not line:
+        said = process.stdout.readline(MAX_MESSAGE) if process.stdout is not None else b""
+        silence.heard.set()
+        if silence.ended:
+            got = f"no word for {silence.seconds:.0f} s from the process that reads it"
+            raise refused("source.state-dict", file, "a state dict that can be read", got, WHOLE)
+        if not said:
             _raise_dead(process, file, errors)
-        message = _parse(line)
+        message = _parse(said)
         if message.get("done") == len(files):
             return
         if "refused" in message:
@@ -179,9 +254,9 @@ def _within(number: object, most: int) -> bool:
     return type(number) is int and 0 <= number <= most
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _parse(said: bytes) -> dict[str, Any]:
     try:
-        message = strict_json.parse(line, "message")
+        message = strict_json.parse(said, "message")
     except BundleError:
         return {}
     return message if isinstance(message, dict) else {}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from splitbundle import strict_json
 from splitbundle.errors import BundleError
+from splitbundle.files import MAX_TEXT_BYTES
 from splitbundle.manifest import DTYPES
 from splitbundle.weights import CODES
 from splitbundle_converter.refusal import line, refused
@@ -84,7 +85,8 @@ class Source:
         Raises:
             BundleError: ``source.missing``, ``source.unreadable``.
         """
-        return read_small(self.directory, name, self.name)
+        most = MAX_TEXT_BYTES if name in TEXT_FILES else strict_json.MAX_BYTES
+        return read_small(self.directory, name, self.name, most)
 
     def place_of(self, name: str) -> tuple[str, str]:
         """The file in which a tensor that is missing should be, and its name there: for messages."""
@@ -108,7 +110,8 @@ class Source:
         card = self.directory / "README.md"
         if not card.is_file():
             return None
-        front = re.match(r"\A---\n(.*?)\n---", card.read_text("utf-8", "replace")[:65536], re.DOTALL)
+        with card.open(encoding="utf-8", errors="replace") as text:
+            front = re.match(r"\A---\n(.*?)\n---", text.read(65536), re.DOTALL)
         found = re.search(r"^license:\s*([\w.-]+)\s*$", front[1], re.MULTILINE) if front else None
         return found[1] if found else None
 
@@ -127,7 +130,8 @@ class Source:
             raise no_weights(self.directory, self.name)
 
         def headers(file: str) -> Iterator[tuple[str, SourceTensor]]:
-            return read_headers(file, check_there(self.directory, file, SAFETENSORS.index))
+            namer = self.name if weight_map is None else SAFETENSORS.index
+            return read_headers(file, check_there(self.directory, file, namer))
 
         return gather(weight_map, files, SAFETENSORS, headers)
 

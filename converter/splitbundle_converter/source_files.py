@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from splitbundle import strict_json
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.fields import MAX_PROBLEMS
 from splitbundle_converter.refusal import line, problem, refused
 
 
@@ -45,14 +47,25 @@ Headers = Callable[[str], Iterator[tuple[str, SourceTensor]]]
 """A weight file's name -> its tensors by name."""
 
 
-def read_small(directory: Path, name: str, owner: str) -> bytes:
-    """A small file of the checkpoint that is called ``owner``.
+def read_small(directory: Path, name: str, owner: str, most: int = strict_json.MAX_BYTES) -> bytes:
+    """A small file, of at most so many bytes, of the checkpoint that is called ``owner``.
+
+    It may be a link, as everything in the hub's cache is one; but what is opened is a regular file, as a pipe would
+    never end.
 
     Raises:
         BundleError: ``source.missing``, ``source.unreadable``.
     """
+    path = directory / name
     try:
-        return (directory / name).read_bytes()
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise refused("source.unreadable", name, "a regular file", "a pipe, a socket or a device")
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            got = f"{path.stat().st_size} bytes"
+            raise refused("source.unreadable", name, f"a file of at most {most} bytes", got)
+        return data
     except (FileNotFoundError, IsADirectoryError):
         raise refused("source.missing", name, f"a file {name} in {owner}", "none") from None
     except OSError as error:
@@ -61,15 +74,19 @@ def read_small(directory: Path, name: str, owner: str) -> bytes:
 
 
 def weight_files(directory: Path, naming: Naming, owner: str) -> tuple[dict[str, str] | None, list[str]]:
-    """The index's map, if there is an index, and the files with weights; no files where there are no weights.
+    """The index's map, if it is an index that counts, and the files with weights; none where there are no weights.
+
+    The single file comes first, as it does for transformers: an index beside it isn't looked at.
 
     Raises:
         BundleError: ``source.index``, ``source.unreadable``, ``json.*``.
     """
-    if (directory / naming.index).is_file():
-        weight_map = _weight_map(read_small(directory, naming.index, owner), naming)
-        return weight_map, sorted(set(weight_map.values()))
-    return None, [naming.single] if (directory / naming.single).is_file() else []
+    if (directory / naming.single).is_file():
+        return None, [naming.single]
+    if not (directory / naming.index).is_file():
+        return None, []
+    weight_map = _weight_map(read_small(directory, naming.index, owner), naming)
+    return weight_map, sorted(set(weight_map.values()))
 
 
 def gather(
@@ -92,7 +109,7 @@ def gather(
         if name not in tensors:
             problems.append(problem("source.tensor", naming.index, f"{quoted(name)} in {file}", "none"))
     if problems:
-        raise BundleError(problems)
+        raise BundleError(problems[:MAX_PROBLEMS])
     return tensors
 
 
@@ -116,15 +133,15 @@ def read_headers(file: str, path: Path) -> Iterator[tuple[str, SourceTensor]]:
         raise refused("source.safetensors", file, "a safetensors file", line(error)) from error
 
 
-def check_there(directory: Path, file: str, index: str) -> Path:
-    """The path of a weight file, which is there, and is no Git LFS pointer.
+def check_there(directory: Path, file: str, namer: str) -> Path:
+    """The path of a weight file that ``namer`` names, which is there, and is no Git LFS pointer.
 
     Raises:
         BundleError: ``source.missing``, ``source.lfs-pointer``.
     """
     path = directory / file
     if not path.is_file():
-        raise refused("source.missing", file, f"a file that {index} names", "none")
+        raise refused("source.missing", file, f"a file that {namer} names", "none")
     with path.open("rb") as start:
         if start.read(40).startswith(b"version https://git-lfs"):
             hint = "Fetch the weights: git lfs pull"

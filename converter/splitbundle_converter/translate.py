@@ -14,6 +14,7 @@ from splitbundle.fields import MAX_PROBLEMS
 from splitbundle.manifest import EMBEDDING, SourceName, expand
 from splitbundle_converter.family import Family
 from splitbundle_converter.heads import wrong_head
+from splitbundle_converter.refusal import problem
 from splitbundle_converter.source import Reader, Source, dtype_of
 from splitbundle_converter.source_files import SourceTensor
 
@@ -104,11 +105,20 @@ def _check_constants(source: Source, family: Family, prefix: bool, layers: int, 
                 if name not in source.tensors:
                     continue
                 dropped.add(name)
-                stored = reader.get(name).float()
-                if bool(((stored - value).abs() > 0.02 * abs(value)).any()):  # 16 bits keep less than two digits
-                    got = f"{stored.flatten()[0].item():g}"
+                stored = reader.get(name).float().flatten()
+                wrong = stored[~torch.isin(stored, _roundings(value))]
+                if len(wrong):
+                    got = f"{wrong[0].item():g}"
                     problems.append(_off(source.tensors[name], f"{value:g}, as the decoder has it", got, _FIXED))
     return problems
+
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _roundings(value: float) -> Tensor:
+    """The number as each dtype of a checkpoint keeps it: a constant that was stored in 16 bits is still that one."""
+    return torch.stack([torch.tensor(value).to(dtype).float() for dtype in _FLOATS])
 
 
 _FIXED = "A model with another value of this constant can't be converted yet"
@@ -133,10 +143,10 @@ def _match(
     if found is None:
         file, stored = source.place_of(entry.source)
         wanted = f"a tensor {quoted(stored)} of shape {list(expected)}"
-        return [Problem(code="source.tensor", file=file, expected=wanted, got="none", hint=_MISSING)]
+        return [problem("source.tensor", file, wanted, "none", MISSING)]
     problems: list[Problem] = []
     if found.shape != expected:
-        problems.append(_off(found, f"shape {list(expected)}", f"{list(found.shape)}", _MISSING))
+        problems.append(_off(found, f"shape {list(expected)}", f"{list(found.shape)}", MISSING))
     if dtype_of(found) is None:
         problems.append(_off(found, "dtype F32, F16 or BF16", found.dtype, "Save it as one of these"))
     start = 0
@@ -150,7 +160,7 @@ def _match(
 
 
 _EXTRA = "Check the configuration's number of layers and its features; remove the tensor if it is no part of the model"
-_MISSING = "The checkpoint isn't whole, or its configuration is another model's"
+MISSING = "The checkpoint isn't whole, or its configuration is another model's"
 
 
 def _tied_copy(
@@ -186,9 +196,7 @@ HEAD = (PROJECTION, "head.projection.bias")
 
 
 def _off(found: SourceTensor, expected: str, got: str, hint: str | None = None) -> Problem:
-    return Problem(
-        code="source.tensor", file=found.file, pointer=f"/{found.stored}", expected=expected, got=got, hint=hint
-    )
+    return problem("source.tensor", found.file, expected, got, hint, f"/{found.stored}")
 
 
 def _extra(source: Source, name: str, layers: int) -> Problem:

@@ -14,6 +14,7 @@ import os
 import re
 import struct
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pickle import UnpicklingError  # the error alone
@@ -24,10 +25,15 @@ from torch import Tensor
 
 CHUNK: Final = 2**23
 MAX_NAME: Final = 1024
+MAX_WORDS: Final = 400
+"""Characters of each thing that is said of a file. In a message, one may take twelve bytes."""
 MAX_GROWTH: Final = 4
 """A tied table is stored once and written twice. What grows by more is made to fill the disk."""
 HEADROOM: Final = 2**30
 """Bytes of address space beside the file itself: the objects that a pickle makes, and one tensor's copy."""
+SECONDS: Final = 60.0
+"""Of computing, beside what the bytes take: a small pickle may nest tuples so that hashing them never ends."""
+BYTES_A_SECOND: Final = 50e6
 WRAPPERS: Final = ("state_dict", "model_state_dict", "model")
 """Where training loops keep the state dict, beside optimizers and counters."""
 CODES: Final = {
@@ -68,14 +74,17 @@ def main(files: Sequence[Sequence[str]]) -> None:
             channel.write(json.dumps(message) + "\n")
             channel.flush()
 
-        limit(max((os.path.getsize(source) for source, _ in files), default=0))
+        sizes = [os.path.getsize(source) for source, _ in files]
+        limit(max(sizes, default=0), sum(sizes))
         for number, (source, target) in enumerate(files):
             say(reading=number)
             try:
                 rewrite(source, target, lambda done: say(bytes=done))
             except Refused as refused:
                 code = isinstance(refused, AsksForCode)
-                say(refused=True, expected=refused.expected, got=refused.got, name=refused.name, code=code)
+                # A file chooses these words, and a message that is too long would be none.
+                words = {"expected": refused.expected, "got": refused.got, "name": refused.name}
+                say(refused=True, code=code, **{key: word and word[:MAX_WORDS] for key, word in words.items()})
                 return
             except OSError as error:  # of writing: reading has words of its own
                 say(failed=_line(error))
@@ -83,18 +92,20 @@ def main(files: Sequence[Sequence[str]]) -> None:
         say(done=len(files))
 
 
-def limit(size: int) -> None:
-    """What reading a file of so many bytes may take of the system, where the system has limits."""
+def limit(size: int, total: int, seconds: float = SECONDS) -> None:
+    """What reading files of at most ``size`` bytes may take of the system, where the system has limits."""
     torch.set_num_threads(1)
     if sys.platform == "win32":
         return
     import resource
 
-    def at_most(kind: int, most: int) -> None:
+    def at_most(kind: int, most: int, grace: int = 0) -> None:
         with contextlib.suppress(ValueError, OSError):  # some systems have the name of a limit, and no limit
-            resource.setrlimit(kind, (most, most))
+            resource.setrlimit(kind, (most, most + grace))
 
     at_most(resource.RLIMIT_CORE, 0)
+    # A signal of its own comes first, by which the parent knows why it ended.
+    at_most(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds + total / BYTES_A_SECOND), grace=5)
     at_most(resource.RLIMIT_FSIZE, MAX_GROWTH * size + HEADROOM)
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as status:
         taken = int(status.read().split()[0]) * resource.getpagesize()

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from splitbundle.architecture import Architecture, count
-from splitbundle.errors import BundleError, Problem
 from splitbundle.torch_weights import DTYPES
 from splitbundle_converter.configuration import resolve
 from splitbundle_converter.family import Family
+from splitbundle_converter.refusal import refused
 from splitbundle_converter.source import Source, quiet
 
+UNCHECKED = "--no-check converts without the original model, and without golden vectors"
 LENGTHS = (1, 7, 24)
 """Tokens of the cases: one alone, a few, and enough to pass a small window."""
 
@@ -90,18 +91,38 @@ def run_original(model: Any, place: str, ids: Tensor) -> tuple[list[Tensor], Ten
 def load_original(source: Source, family: Family) -> tuple[Any, str]:
     """The model as transformers itself loads the checkpoint, and where its layers are."""
     with quiet():
-        model, info = _load_tensors(source) if source.rewritten else _load_directory(source)
-    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info.get(key)}
+        loaded = _load_tensors(source) if source.rewritten else _load_directory(source)
+    model = checked(loaded, source, "every tensor that transformers wants", ("missing_keys", "mismatched_keys"))
+    return model, family.layers
+
+
+def checked(loaded: tuple[Any, dict[str, Any]], source: Source, expected: str, keys: tuple[str, ...]) -> Any:
+    """The model that transformers loaded, where what it says of the tensors' names has nothing under ``keys``.
+
+    Raises:
+        BundleError: ``source.tensor``.
+    """
+    model, info = loaded
+    wrong = {key: sorted(map(str, info[key])) for key in keys if info.get(key)}
     if wrong:
-        raise BundleError(
-            Problem(
-                code="source.tensor",
-                file=source.name,
-                expected="every tensor that transformers wants",
-                got=str(wrong),
-            )
-        )
-    return model.eval(), family.layers
+        raise refused("source.tensor", source.name, expected, str(wrong))
+    return model.eval()
+
+
+def from_tensors(config: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    """A configuration's causal language model in float32 with these tensors, and what transformers says of them."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    original: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # a class for each type that is in the table
+    loaded: tuple[Any, dict[str, Any]] = original.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    return loaded
 
 
 def _load_directory(source: Source) -> Any:
@@ -120,34 +141,18 @@ def _load_directory(source: Source) -> Any:
 
 def _load_tensors(source: Source) -> Any:
     """From the tensors that ``source`` reads: transformers itself would unpickle, and knows no parts."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     config = resolve(source.configuration())
     with source.reader() as reader:
         tensors = {name: reader.get(name) for name in source.tensors}  # views of mappings, which they keep
-    original: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return original.from_pretrained(
-        None,
-        config=config,
-        state_dict=tensors,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        output_loading_info=True,
-    )
+    return from_tensors(config, tensors)
 
 
 def _check_memory(need: int) -> None:
     available = available_memory()
     # A fifth more than the weights: activations, and what loading holds for a moment.
     if available is not None and need * 1.2 > available:
-        raise BundleError(
-            Problem(
-                code="memory",
-                expected=f"{need * 1.2 / 2**30:.1f} GiB of free memory to check against the original model in float32",
-                got=f"{available / 2**30:.1f} GiB",
-                hint="--no-check converts without the original model, and without golden vectors",
-            )
-        )
+        expected = f"{need * 1.2 / 2**30:.1f} GiB of free memory to check against the original model in float32"
+        raise refused("memory", None, expected, f"{available / 2**30:.1f} GiB", UNCHECKED)
 
 
 def available_memory() -> int | None:

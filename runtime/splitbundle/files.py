@@ -13,6 +13,8 @@ from splitbundle.errors import BundleError, Problem
 from splitbundle.manifest import File
 
 CHUNK: Final = 2**20
+MAX_TEXT_BYTES: Final = 256 * 2**20
+"""Of a tokenizer's file: vocabularies of a million tokens take some 100 MB."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and how much there is."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from splitbundle import files, strict_json
+from splitbundle import files
 from splitbundle.errors import BundleError, Problem
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ class TextTokenizer:
             raise BundleError(
                 Problem(code="text.none", file=str(bundle.path), expected="a tokenizer", got="a bundle without one")
             )
-        limit = 16 * strict_json.MAX_BYTES  # vocabularies of a million tokens take some 100 MB
-        data = files.read_listed(bundle.path, path, bundle.manifest.files[path], limit)
+        data = files.read_listed(bundle.path, path, bundle.manifest.files[path], files.MAX_TEXT_BYTES)
         try:
             self._tokenizer = Tokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # the library raises Exception itself
