@@ -7,28 +7,19 @@ in ``spec/v1/graph.md``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from onnx import ModelProto
 
 from splitbundle import architecture as facts
 from splitbundle.architecture import Alibi, Architecture, Learned, Rotary, Sinusoidal
+from splitbundle.bundle import Selection
+from splitbundle.graphs import next_name, ports
+from splitbundle.manifest import Shard
 from splitbundle.torch_positions import Reach
-from splitbundle_converter.graph_builder import GraphBuilder, Size, Stored
+from splitbundle_converter.graph_builder import GraphBuilder, Stored
 from splitbundle_converter.graph_positions import GraphPositions
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """What a graph computes."""
-
-    name: str
-    layers: tuple[int, int]
-    embeds: bool
-    head: bool
-
-
-def build(architecture: Architecture, part: Part, stored: dict[str, Stored]) -> ModelProto:
+def build(architecture: Architecture, part: Shard | Selection, stored: dict[str, Stored]) -> ModelProto:
     """The graph of a part of the model.
 
     Args:
@@ -40,42 +31,29 @@ def build(architecture: Architecture, part: Part, stored: dict[str, Stored]) -> 
 
 
 class _Decoder:
-    def __init__(self, architecture: Architecture, part: Part, stored: dict[str, Stored]) -> None:
+    def __init__(self, architecture: Architecture, part: Shard | Selection, stored: dict[str, Stored]) -> None:
         self.architecture, self.part = architecture, part
         self.graph = GraphBuilder(stored)
 
     def build(self) -> ModelProto:
         graph, part, hidden = self.graph, self.part, self.architecture.hidden_size
-        if part.embeds:
-            tokens = graph.input("token_ids", "int64", ["batch", "sequence"])
-        else:
-            tokens = graph.input("hidden", "float32", ["batch", "sequence", hidden])
+        inputs, outputs = ports(self.architecture, part.layers, embeds=part.embeds, head=part.head)
+        for port in inputs:
+            graph.input(port)
+        tokens = inputs[0].name
         self.positions = GraphPositions(graph, tokens, f"layers.{part.layers[0]}.key")
-        if part.head:
-            graph.input("selected", "int64", ["selected"])
-        for i in range(*part.layers):
-            for which in ("key", "value"):
-                graph.input(f"layers.{i}.{which}", "float32", self.cache_shape(i))
         x = self.embed(tokens) if part.embeds else tokens
         x = graph.op("Reshape", "stream", x, graph.integers(-1, hidden))
         for i in range(*part.layers):
             x = self.layer(i, x)
         if part.head:
-            graph.output(self.head(x), "float32", ["selected", self.architecture.vocab_size])
+            self.head(x)
         else:
-            shape_ = graph.op(
-                "Concat", "hidden.shape", self.positions.batch_and_sequence, graph.integers(hidden), axis=0
-            )
-            graph.output(graph.op("Reshape", "hidden.next", x, shape_), "float32", ["batch", "sequence", hidden])
-        for i in range(*part.layers):
-            for which in ("key", "value"):
-                graph.output(f"layers.{i}.{which}.next", "float32", self.cache_shape(i))
+            shape = graph.op("Concat", "hidden.shape", self.positions.both, graph.integers(hidden), axis=0)
+            graph.op("Reshape", next_name("hidden"), x, shape)
+        for port in outputs:
+            graph.output(port)
         return graph.model(part.name)
-
-    def cache_shape(self, i: int) -> list[Size]:
-        """Of the keys and of the values of a layer."""
-        attention = self.architecture.kind_of(i).attention
-        return ["batch", attention.kv_heads, "slots", attention.head_dim]
 
     # The ends.
 
@@ -87,9 +65,7 @@ class _Decoder:
         if embedding.token_size != hidden:
             flat = graph.op("Reshape", "embedding.flat", x, graph.integers(-1, embedding.token_size))
             x = self.linear("embedding.projection", flat, bias=False)
-            shape = graph.op(
-                "Concat", "embedding.shape", self.positions.batch_and_sequence, graph.integers(hidden), axis=0
-            )
+            shape = graph.op("Concat", "embedding.shape", self.positions.both, graph.integers(hidden), axis=0)
             x = graph.op("Reshape", "embedding.widened", x, shape)
         position = embedding.position
         if isinstance(position, Learned):
@@ -164,9 +140,8 @@ class _Decoder:
         )
         if kind.query_temperature is not None:
             query = graph.op("Mul", f"{name}.query.warmed", query, self.positions.temperature(kind.query_temperature))
-        past = self.positions.past
-        keys = graph.op("TensorScatter", f"layers.{i}.key.next", f"layers.{i}.key", key, past, axis=2)
-        values = graph.op("TensorScatter", f"layers.{i}.value.next", f"layers.{i}.value", value, past, axis=2)
+        keys = graph.op("TensorScatter", f"layers.{i}.key.next", f"layers.{i}.key", key, "past", axis=2)
+        values = graph.op("TensorScatter", f"layers.{i}.value.next", f"layers.{i}.value", value, "past", axis=2)
         # The heads of a group see the same keys, so they stand as positions, and no key is repeated in memory.
         query = self.times(f"{name}.query.scaled", query, kind.scale)
         grouped = graph.op("Reshape", f"{name}.query.grouped", query, graph.integers(0, kv_heads, -1, head_dim))
@@ -344,7 +319,7 @@ class _Decoder:
         """Dimensions start to end of (batch, sequence), then sizes; None stands for the sequence."""
         if self.graph.has(name):
             return name
-        graph, both = self.graph, self.positions.batch_and_sequence
+        graph, both = self.graph, self.positions.both
         parts = [graph.op("Slice", f"{name}.first", both, graph.integers(start), graph.integers(end))]
         for number, size in enumerate(sizes):
             if size is None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-OPSET: Final = 24
-"""The first with ``TensorScatter``, which extends a cache in place."""
+from splitbundle.graphs import OPSET
+from splitbundle.manifest import Port
+from splitbundle.weights import Tensor
+
 IR_VERSION: Final = 12
 """What ONNX released opset 24 with."""
 DTYPES: Final = {
@@ -19,8 +20,6 @@ DTYPES: Final = {
     "bfloat16": TensorProto.BFLOAT16,
     "int64": TensorProto.INT64,
 }
-Size = int | str
-"""Of a dimension: a number, or the name of one that varies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +29,7 @@ class Stored:
     file: str
     offset: int
     """Of its first byte in the file."""
-    size: int
-    """Bytes."""
-    dtype: str
-    shape: tuple[int, ...]
+    tensor: Tensor
 
 
 class GraphBuilder:
@@ -57,15 +53,13 @@ class GraphBuilder:
         self._nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
 
-    def input(self, name: str, dtype: str, shape: Sequence[Size]) -> str:
+    def input(self, port: Port) -> None:
         """An input of the graph."""
-        self.inputs.append(helper.make_tensor_value_info(name, DTYPES[dtype], list(shape)))
-        return name
+        self.inputs.append(helper.make_tensor_value_info(port.name, DTYPES[port.dtype], list(port.shape)))
 
-    def output(self, value: str, dtype: str, shape: Sequence[Size]) -> str:
+    def output(self, port: Port) -> None:
         """Makes a value an output of the graph."""
-        self.outputs.append(helper.make_tensor_value_info(value, DTYPES[dtype], list(shape)))
-        return value
+        self.outputs.append(helper.make_tensor_value_info(port.name, DTYPES[port.dtype], list(port.shape)))
 
     def number(self, value: float) -> str:
         """A float32 scalar."""
@@ -98,9 +92,9 @@ class GraphBuilder:
         """A tensor of a weight file, in the dtype that it is stored in."""
         if name not in self._initializers:
             where = self._stored[name]
-            tensor = TensorProto(name=name, data_type=DTYPES[where.dtype], dims=where.shape)
+            tensor = TensorProto(name=name, data_type=DTYPES[where.tensor.dtype], dims=where.tensor.shape)
             tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", where.file), ("offset", where.offset), ("length", where.size)):
+            for key, value in (("location", where.file), ("offset", where.offset), ("length", where.tensor.size)):
                 tensor.external_data.add(key=key, value=str(value))
             self._initializers[name] = tensor
         return name
@@ -108,7 +102,7 @@ class GraphBuilder:
     def weight(self, name: str) -> str:
         """A tensor of a weight file in float32: one of 16 bits is widened, which a runtime does once, as it loads."""
         self.stored(name)
-        if self._stored[name].dtype == "float32":
+        if self._stored[name].tensor.dtype == "float32":
             return name
         if name not in self._widened:
             self._widened[name] = self.float32(f"{name}.float32", name)
@@ -128,7 +122,7 @@ class GraphBuilder:
 
     def stored_dtype(self, name: str) -> str:
         """The dtype that a tensor of a weight file is stored in."""
-        return self._stored[name].dtype
+        return self._stored[name].tensor.dtype
 
     def has(self, name: str) -> bool:
         """Whether there is a node of this name."""

@@ -22,16 +22,14 @@ class GraphPositions:
     def __init__(self, graph: GraphBuilder, tokens: str, cache: str) -> None:
         """Takes the graph's first input, of shape (batch, sequence, …), and the name of its first cache."""
         self.graph, self._cache = graph, cache
-        self.past = graph.input("past", "int64", ["batch"])
-        self.count = graph.input("count", "int64", ["batch"])
         self._built: dict[object, str] = {}
         shape = graph.op("Shape", "positions.shape", tokens, start=0, end=2)
-        self.batch_and_sequence = shape
+        self.both = shape
         sequence = graph.op("Gather", "positions.sequence", shape, graph.integer(1))
         offsets = graph.op("Range", "positions.offsets", graph.integer(0), sequence, graph.integer(1))
         column = graph.integers(1)
-        past = graph.op("Unsqueeze", "positions.past", self.past, column)
-        count = graph.op("Unsqueeze", "positions.count", self.count, column)
+        past = graph.op("Unsqueeze", "positions.past", "past", column)
+        count = graph.op("Unsqueeze", "positions.count", "count", column)
         stop = graph.op("Add", "positions.stop", past, count)
         last = graph.op("Sub", "positions.last", stop, graph.integer(1))
         last = graph.op("Max", "positions.last_or_first", last, graph.integer(0))

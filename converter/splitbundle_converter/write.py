@@ -147,6 +147,7 @@ def make_shards(
                 embeds=first,
                 head=last,
                 units=needed,
+                graph=None,
                 bytes=sum(listed[path].size for unit in needed for path in units[unit]),
                 parameters=sum(count(tensors[unit]) for unit in needed),
             )

@@ -8,11 +8,11 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from splitbundle import architecture as architectures
 from splitbundle import (
@@ -32,11 +32,11 @@ from splitbundle.manifest import Manifest, Shard
 from splitbundle.verification import Verification
 
 if TYPE_CHECKING:
-    from splitbundle.torch_pipeline import Pipeline
-    from splitbundle.torch_stage import Stage
     from splitbundle.torch_verify import Difference
 
-BACKENDS: Final = ("torch",)
+BACKENDS: Final = ("torch", "onnxruntime")
+OPTIONS: Final = {"torch": ("device", "dtype", "trainable"), "onnxruntime": ("providers", "threads", "low_memory")}
+"""What each backend can be told; what is left at None, or at false, isn't told."""
 VECTORS: Final = "vectors"
 """Names the golden vectors where units are named."""
 
@@ -183,7 +183,7 @@ class Bundle:
             ParityError: a difference above 1e-5 of the largest magnitude there.
             BundleError: ``vectors.none``; what loading refuses.
         """
-        found: list[Difference] = _torch_module("torch_verify").run_vectors(self, shard, progress)
+        found: list[Difference] = _backend_module("torch", "verify").run_vectors(self, shard, progress)
         return found
 
     def weight_groups(self) -> dict[str, tuple[str, ...]]:
@@ -235,43 +235,67 @@ class Bundle:
         device: str | None = None,
         dtype: str | None = None,
         trainable: bool = False,
-    ) -> Stage:
+        providers: Sequence[Any] | None = None,
+        threads: int | None = None,
+        low_memory: bool = False,
+    ) -> Any:
         """A shard, or any range of global layers, loaded and ready to compute.
 
         Weights are mapped, not copied, unless ``device`` or ``dtype`` ask for another one than is stored.
 
         Args:
             name: a shard's name; or
-            layers: ``(start, stop)``, whatever the cuts on disk.
+            layers: ``(start, stop)``: with torch whatever the cuts on disk, with onnxruntime one shard or several.
             embeds: whether to begin with the embedding; by default when ``start`` is 0.
             head: whether to end with the head; by default when ``stop`` is the number of layers.
-            backend: ``"torch"``.
-            device: as torch names it; by default the CPU.
-            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; by default the stored one.
-            trainable: whether the parameters take gradients. Training never changes the bundle: weights are mapped
-                copy-on-write. Stages that are opened apart have parameters of their own, even a tied embedding; open
-                a ``pipeline`` to have them tied.
+            backend: ``"torch"``, which computes with tensors, or ``"onnxruntime"``, with numpy arrays in float32.
+            device: torch: as torch names it; by default the CPU.
+            dtype: torch: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; by default the stored one.
+            trainable: torch: whether the parameters take gradients. Training never changes the bundle: weights are
+                mapped copy-on-write. Stages that are opened apart have parameters of their own, even a tied
+                embedding; open a ``pipeline`` to have them tied.
+            providers: onnxruntime: its execution providers, by falling preference; by default the CPU's.
+            threads: onnxruntime: how many compute; by default one a core.
+            low_memory: onnxruntime: keep the weights in their files, and make no faster copy of them.
 
         Raises:
             BundleError: no such part, a file that is absent or not the listed one, or no such backend.
         """
         selection = self.select(name, layers=layers, embeds=embeds, head=head)
-        load = _backend(backend).load_stages
-        stages: list[Stage] = load(self, [selection], device=device, dtype=dtype, trainable=trainable)
-        return stages[0]
+        options = _options(backend, locals())
+        return _backend_module(backend, "stage").load_stages(self, [selection], **options)[0]
 
     def pipeline(
         self,
         *,
-        backend: str = "torch",
+        backend: str | Mapping[str, str] = "torch",
         device: str | None = None,
         dtype: str | None = None,
         trainable: bool = False,
-    ) -> Pipeline:
-        """All shards, as stages in order. Arguments and errors as for ``stage``; tied weights are one parameter."""
-        load = _backend(backend).load_pipeline
-        pipeline: Pipeline = load(self, device=device, dtype=dtype, trainable=trainable)
-        return pipeline
+        providers: Sequence[Any] | None = None,
+        threads: int | None = None,
+        low_memory: bool = False,
+    ) -> Any:
+        """All shards, as stages in order. Arguments and errors as for ``stage``; tied weights are one parameter.
+
+        ``backend`` may name one for each shard, ``{"bottom": "onnxruntime"}``; the others are computed with torch. A
+        pipeline of two backends takes and gives numpy arrays.
+        """
+        given = locals()
+        if isinstance(backend, str):
+            return _backend_module(backend, "pipeline").load_pipeline(self, **_options(backend, given))
+        for shard in backend:
+            self.shard(shard)
+        own = {shard.name: backend.get(shard.name, "torch") for shard in self.shards}
+        stages: dict[str, Any] = {}
+        for used in dict.fromkeys(own.values()):
+            named = [shard for shard, its in own.items() if its == used]
+            selections = [self.select(shard) for shard in named]
+            options = _options(used, given, others=own.values())
+            loaded = _backend_module(used, "stage").load_stages(self, selections, **options)
+            stages |= dict(zip(named, loaded, strict=True))
+        module = _backend_module("onnxruntime" if "onnxruntime" in own.values() else "torch", "pipeline")
+        return module.Pipeline([stages[shard.name] for shard in self.shards])
 
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
@@ -317,16 +341,35 @@ def mend(root: Path) -> None:
                 old[-1].rename(root)
 
 
-def _backend(name: str) -> ModuleType:
-    if name not in BACKENDS:
+def _options(backend: str, given: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
+    """What a backend is told of what a caller gave.
+
+    Raises:
+        BundleError: ``stage.backend`` for an unknown backend, or an option of another one.
+    """
+    if backend not in BACKENDS:
         raise BundleError(
-            Problem(code="stage.backend", argument="backend", expected=" or ".join(BACKENDS), got=quoted(name))
+            Problem(code="stage.backend", argument="backend", expected=" or ".join(BACKENDS), got=quoted(backend))
         )
-    return _torch_module("torch_pipeline")
+    known = {name for used in (backend, *others) for name in OPTIONS.get(used, ())}
+    told = {name: given[name] for names in OPTIONS.values() for name in names if given[name] not in (None, False)}
+    if backend == "onnxruntime" and told.get("dtype") == "float32":
+        del told["dtype"]  # what it computes in anyway
+    for name, value in told.items():
+        if name not in known:
+            hint = f"It is an option of another backend; {backend} has {', '.join(OPTIONS[backend])}"
+            raise BundleError(
+                Problem(code="stage.backend", argument=name, expected="nothing", got=quoted(value), hint=hint)
+            )
+    return {name: value for name, value in told.items() if name in OPTIONS[backend]}
 
 
-def _torch_module(name: str) -> ModuleType:
-    full = f"splitbundle.{name}"
+LIBRARIES: Final = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "numpy")}
+
+
+def _backend_module(backend: str, name: str) -> ModuleType:
+    """A leaf, imported when it is first needed."""
+    full = f"splitbundle.{backend}_{name}"
     if full in sys.modules:
         return sys.modules[full]
     try:
@@ -335,6 +378,6 @@ def _torch_module(name: str) -> ModuleType:
             warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
             return importlib.import_module(full)
     except ModuleNotFoundError as error:
-        if error.name != "torch":
+        if error.name not in LIBRARIES[backend]:
             raise
-        raise MissingExtra.of("torch", "torch", 'compute with backend="torch"') from None
+        raise MissingExtra.of(backend, backend, f'compute with backend="{backend}"') from None
