@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import splitbundle_converter
 from splitbundle import manifest
@@ -36,6 +36,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a checkpoint directory, or a hub id")
     parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default named after the model")
     parser.add_argument("--revision", help="of a hub id: a branch, tag or commit")
+    parser.add_argument(
+        "--part", metavar="language", help="of a checkpoint that is for images or sounds too: its language part alone"
+    )
     _shard_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the stored weights; by default their own")
     parser.add_argument(
@@ -62,12 +65,13 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             names=args.names,
             dtype=args.dtype,
             revision=args.revision,
+            part=args.part,
             check=args.check,
             force=args.force,
             max_file_size=args.max_file_size,
             progress=console.progress,
         )
-    return _report(bundle, output, console)
+    return _report(bundle, output, console, bundle.manifest.extensions.get("part"))
 
 
 def _resplit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,15 +103,27 @@ def _families(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _report(bundle: Bundle, output: str, console: Console) -> int:
+def _report(bundle: Bundle, output: str, console: Console, part: dict[str, Any] | None = None) -> int:
     console.end_progress()
+    if part is not None:
+        _report_part(part, console)
     shards = ", ".join(f"{shard.name} [{shard.layers[0]}, {shard.layers[1]})" for shard in bundle.shards)
     checked = "not checked" if bundle.manifest.vectors is None else "checked against the original model"
     console.text(f"{output}: {shards}; {checked}")
     console.text(f"  fingerprint {bundle.fingerprint}")
     console.text(f"  bundle id   {bundle.id}")
-    console.json({"ok": True, "path": str(output), "bundle_id": bundle.id, "fingerprint": bundle.fingerprint})
+    ids = {"bundle_id": bundle.id, "fingerprint": bundle.fingerprint}
+    console.json({"ok": True, "path": str(output), **ids} | ({} if part is None else {"part": part}))
     return 0
+
+
+def _report_part(part: dict[str, Any], console: Console) -> None:
+    """Says what of a checkpoint is no part of the bundle."""
+    for item in part["left_out"]:
+        many = "tensor" if item["tensors"] == 1 else "tensors"
+        console.note(f"left out: {item['module']}: {item['tensors']:,} {many}, {item['parameters']:,} parameters")
+    for field, value in part["not_applied"].items():
+        console.note(f"left out: the head's {field} ({value:g}), which {part['class']} doesn't apply either")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from splitbundle.version import __version__
 from splitbundle.weights import Tensor as Stored
 from splitbundle_converter import write
 from splitbundle_converter.commands import DTYPES
+from splitbundle_converter.composites import PARTS
 from splitbundle_converter.config_reader import ConfigReader
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.family import Family
+from splitbundle_converter.language_part import EXTENSION, read_language_part
+from splitbundle_converter.original_part import load_original_part
 from splitbundle_converter.publish import publishing
 from splitbundle_converter.source import CONFIG, Source, dtype_of, locate
 from splitbundle_converter.translate import Translation, translate
-from splitbundle_converter.vectors import reference_vectors
+from splitbundle_converter.vectors import load_original, reference_vectors
 
 
 def convert(
@@ -39,6 +43,7 @@ def convert(
     names: Sequence[str] | None = None,
     dtype: str = "keep",
     revision: str | None = None,
+    part: str | None = None,
     check: bool = True,
     force: bool = False,
     max_file_size: int | None = None,
@@ -55,6 +60,8 @@ def convert(
         names: the shards' names; by default bottom, trunk, top (trunk-1 … when there are more).
         dtype: "float32", "float16", "bfloat16", or "keep" for each tensor's own.
         revision: of a hub id.
+        part: "language" for the language part of a checkpoint that has others, for images or sounds. What is left out
+            is said in the bundle's ``manifest.extensions["part"]``.
         check: whether to compute golden vectors with the original class, and to hold the chained shards against them.
         force: whether to replace an existing bundle; the old one stays whole until the new one is complete.
         max_file_size: bytes above which a unit is written in parts.
@@ -76,6 +83,10 @@ def convert(
                 got=quoted(dtype),
             )
         )
+    if part is not None and part not in PARTS:
+        raise BundleError(
+            Problem(code="usage.part", argument="part", expected=f"one of {', '.join(PARTS)}", got=quoted(part))
+        )
     if max_file_size is not None and (type(max_file_size) is not int or max_file_size < 1):
         got = quoted(max_file_size)
         raise BundleError(
@@ -83,7 +94,15 @@ def convert(
         )
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
     checkpoint = locate(source, revision)
-    family, architecture, config = read_architecture(checkpoint)
+    extensions: dict[str, Any] = {}
+    if part is None:
+        family, architecture, config = read_architecture(checkpoint)
+        load = partial(load_original, checkpoint, family)
+    else:
+        language = read_language_part(checkpoint)
+        checkpoint, family, architecture = language.source, language.family, language.architecture
+        config, extensions[EXTENSION] = language.values, language.extension()
+        load = partial(load_original_part, language)
     cuts = tuple(split)
     write.check_cuts(cuts, len(architecture.layers))
     shard_names = write.shard_names(cuts, None if names is None else tuple(names))
@@ -94,7 +113,7 @@ def convert(
         listed[architectures.FILE] = write.write_file(root, architectures.FILE, architecture.to_bytes())
         vectors = None
         if check:
-            vectors = _write_vectors(root, checkpoint, family, architecture, dtype, listed, progress)
+            vectors = _write_vectors(root, load, architecture, dtype, listed, progress)
         for name in checkpoint.text_files():
             listed[f"tokenizer/{name}"] = write.write_file(root, f"tokenizer/{name}", checkpoint.read(name))
         weight_files = tuple(path for paths in units.values() for path in paths)
@@ -124,6 +143,7 @@ def convert(
                 ),
                 vectors=vectors,
                 source_names=translation.source_names,
+                extensions=extensions,
             ),
             architecture,
         )
@@ -203,8 +223,7 @@ def _write_units(
 
 def _write_vectors(
     root: Path,
-    source: Source,
-    family: Family,
+    load: Callable[[], tuple[Any, str]],
     architecture: Architecture,
     dtype: str,
     listed: dict[str, File],
@@ -212,7 +231,7 @@ def _write_vectors(
 ) -> Vectors:
     if progress is not None:
         progress("running the original model", 0, 1)
-    lengths, tensors = reference_vectors(source, family, architecture, dtype)
+    lengths, tensors = reference_vectors(load, architecture, dtype)
     stored = {
         name: Stored(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
         for name, tensor in tensors.items()

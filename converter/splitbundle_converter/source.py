@@ -18,6 +18,7 @@ from splitbundle.architecture import MAX_LAYERS
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.manifest import DTYPES
 from splitbundle.weights import CODES
+from splitbundle_converter.composites import family_hint
 from splitbundle_converter.families import FAMILIES
 
 CONFIG: Final = "config.json"
@@ -63,41 +64,46 @@ class Source:
             BundleError: ``source.missing``, ``source.family``, ``source.remote-code``, ``source.quantised``,
                 ``source.config``.
         """
-        raw = strict_json.parse(self.read(CONFIG), CONFIG)
-        if not isinstance(raw, dict):
-            raise _refused("source.config", CONFIG, "an object", quoted(raw))
-        if "auto_map" in raw:
-            hint = "splitbundle never runs code of a checkpoint"
-            raise _refused("source.remote-code", CONFIG, "no auto_map", quoted(raw["auto_map"]), hint, "/auto_map")
-        if raw.get("quantization_config") is not None:
-            hint = "Convert the checkpoint that was quantised"
-            got = quoted(raw["quantization_config"])
-            raise _refused(
-                "source.quantised", CONFIG, "weights that aren't quantised", got, hint, "/quantization_config"
-            )
+        raw = self.raw_config()
         # Other classes than those of the table aren't even built: some make a list of as many items as a field says.
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             expected = f"one of {', '.join(sorted(FAMILIES))}"
-            hint = "Only these families can be converted; splitbundle never guesses at another"
+            hint = family_hint(raw, FAMILIES)
             raise _refused("source.family", CONFIG, expected, quoted(model_type), hint, "/model_type")
-        for field in _LAYER_COUNTS:
-            count = raw.get(field)
-            if type(count) is int and not 1 <= count <= MAX_LAYERS:
-                expected = f"an integer from 1 to {MAX_LAYERS}"
-                raise _refused("source.config", CONFIG, expected, quoted(count), pointer=f"/{field}")
+        check_layer_counts(raw)
+        config = self.built_config()
+        return config.model_type, config.to_dict(), type(config)().to_dict()
+
+    def raw_config(self) -> dict[str, Any]:
+        """The fields of config.json as they stand there, of a checkpoint that may be read at all.
+
+        Raises:
+            BundleError: ``source.missing``, ``source.remote-code``, ``source.quantised``, ``source.config``.
+        """
+        raw = strict_json.parse(self.read(CONFIG), CONFIG)
+        if not isinstance(raw, dict):
+            raise _refused("source.config", CONFIG, "an object", quoted(raw))
+        check_readable(raw)
+        return raw
+
+    def built_config(self) -> Any:
+        """The configuration as transformers reads it. Only for types that are known to be safe to build.
+
+        Raises:
+            BundleError: ``source.config``.
+        """
         from transformers import AutoConfig
 
         try:
             with quiet():
-                config = AutoConfig.from_pretrained(str(self.directory), trust_remote_code=False, local_files_only=True)
+                return AutoConfig.from_pretrained(str(self.directory), trust_remote_code=False, local_files_only=True)
         except (ValueError, TypeError, LookupError, ArithmeticError, OSError, AttributeError) as error:
             raise _refused("source.config", CONFIG, "a configuration that transformers reads", _line(error)) from error
         except Exception as error:  # huggingface_hub's validation errors derive from Exception alone
             if not type(error).__module__.startswith("huggingface_hub"):
                 raise
             raise _refused("source.config", CONFIG, "a configuration that transformers reads", _line(error)) from error
-        return config.model_type, config.to_dict(), type(config)().to_dict()
 
     def read(self, name: str) -> bytes:
         """A small file of the checkpoint.
@@ -234,6 +240,27 @@ class Reader:
         """Lets the file go."""
         self._open.close()
         self._opened = self._file = None
+
+
+def check_readable(raw: dict[str, Any], pointer: str = "") -> None:
+    """Refuses a configuration, or a part of one, that asks for code of its own or for quantised weights."""
+    if "auto_map" in raw:
+        hint = "splitbundle never runs code of a checkpoint"
+        got = quoted(raw["auto_map"])
+        raise _refused("source.remote-code", CONFIG, "no auto_map", got, hint, f"{pointer}/auto_map")
+    if raw.get("quantization_config") is not None:
+        hint = "Convert the checkpoint that was quantised"
+        got, where = quoted(raw["quantization_config"]), f"{pointer}/quantization_config"
+        raise _refused("source.quantised", CONFIG, "weights that aren't quantised", got, hint, where)
+
+
+def check_layer_counts(raw: dict[str, Any], pointer: str = "") -> None:
+    """Refuses numbers of layers that nothing has: some classes make a list of as many items as such a field says."""
+    for field in _LAYER_COUNTS:
+        count = raw.get(field)
+        if type(count) is int and not 1 <= count <= MAX_LAYERS:
+            expected = f"an integer from 1 to {MAX_LAYERS}"
+            raise _refused("source.config", CONFIG, expected, quoted(count), pointer=f"{pointer}/{field}")
 
 
 def dtype_of(tensor: SourceTensor) -> str | None:

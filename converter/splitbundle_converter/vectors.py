@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,12 @@ def case_lengths(architecture: Architecture) -> tuple[int, ...]:
 
 
 def reference_vectors(
-    source: Source, family: Family, architecture: Architecture, dtype: str
+    load: Callable[[], tuple[Any, str]], architecture: Architecture, dtype: str
 ) -> tuple[tuple[int, ...], dict[str, Tensor]]:
     """The cases' lengths, and their tensors under the names of ``spec/v1/bundle.md``, section "Golden vectors".
 
     Args:
-        source: the checkpoint, from which transformers loads the model itself.
-        family: says where the model's layers are.
+        load: gives the original model in float32, and the module list of its layers.
         architecture: of the model.
         dtype: what the weights were rounded to, or "keep".
 
@@ -41,7 +41,7 @@ def reference_vectors(
         BundleError: ``memory`` where the model in float32 doesn't fit.
     """
     _check_memory(count(architecture.tensors()) * 4)
-    model = _load(source)
+    model, layers = load()
     if dtype != "keep":
         with torch.no_grad():
             for parameter in model.parameters():
@@ -51,7 +51,7 @@ def reference_vectors(
     tensors: dict[str, Tensor] = {}
     for i, length in enumerate(lengths):
         ids = torch.tensor([generator.randrange(architecture.vocab_size) for _ in range(length)])
-        hidden, logits = run_original(model, family, ids)
+        hidden, logits = run_original(model, layers, ids)
         tensors[f"case.{i}.ids"] = ids
         for layer, state in enumerate(hidden):
             tensors[f"case.{i}.hidden.{layer}"] = state
@@ -59,12 +59,14 @@ def reference_vectors(
     return lengths, tensors
 
 
-def run_original(model: Any, family: Family, ids: Tensor) -> tuple[list[Tensor], Tensor]:
+def run_original(model: Any, place: str, ids: Tensor) -> tuple[list[Tensor], Tensor]:
     """The hidden states before the first and after every layer, and all logits, of one row.
+
+    ``place`` is the module list of the layers.
 
     *Shape:* (sequence) -> each (sequence, hidden), and (sequence, vocab), float32.
     """
-    layers = model.get_submodule(family.layers)
+    layers = model.get_submodule(place)
     hidden: list[Tensor] = []
 
     def before_first(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -84,7 +86,8 @@ def run_original(model: Any, family: Family, ids: Tensor) -> tuple[list[Tensor],
     return [state[0].contiguous() for state in hidden], logits
 
 
-def _load(source: Source) -> Any:
+def load_original(source: Source, family: Family) -> tuple[Any, str]:
+    """The model as transformers itself loads the checkpoint, and where its layers are."""
     from transformers import AutoModelForCausalLM
 
     with quiet():
@@ -108,7 +111,7 @@ def _load(source: Source) -> Any:
                 got=str(wrong),
             )
         )
-    return model.eval()
+    return model.eval(), family.layers
 
 
 def _check_memory(need: int) -> None:

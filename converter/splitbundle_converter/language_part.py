@@ -1,0 +1,340 @@
+"""The language part of a checkpoint that has others: its configuration, its tensors, and what is left out."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+
+from splitbundle import architecture_parser
+from splitbundle.architecture import Architecture, Head
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.manifest import EMBEDDING, SourceName, expand
+from splitbundle_converter.composites import COMPOSITES, INERT, LANGUAGE, TEXT, Composite, text_type
+from splitbundle_converter.config_reader import ConfigReader
+from splitbundle_converter.families import FAMILIES
+from splitbundle_converter.family import Family
+from splitbundle_converter.source import CONFIG, Source, check_layer_counts, check_readable
+from splitbundle_converter.translate import PROJECTION
+
+EXTENSION: Final = "part"
+"""The name under which the manifest says what a bundle is a part of."""
+_HEAD: Final = "lm_head.weight"
+"""What every class with a head of its own calls it."""
+_HEAD_DEFAULTS: Final[dict[str, Any]] = {"multiplier": 1.0, "logit_cap": None}
+"""The fields of ``Head`` that are applied to logits, and their values where nothing is."""
+_GENERATION: Final[dict[str, Any]] = {
+    "add_cross_attention": False,
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "chunk_size_feed_forward": 0,
+    "cross_attention_hidden_size": None,
+    "decoder_start_token_id": None,
+    "diversity_penalty": 0.0,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "output_scores": False,
+    "pruned_heads": {},
+    "remove_invalid_values": False,
+    "suppress_tokens": None,
+    "tf_legacy_loss": False,
+    "tie_encoder_decoder": False,
+    "typical_p": 1.0,
+}
+"""What earlier versions of transformers wrote into every nested configuration, with the value that says nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """A module of the checkpoint that is no part of the bundle."""
+
+    module: str
+    tensors: int
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguagePart:
+    """The language part of a checkpoint."""
+
+    composite: Composite
+    source: Source
+    """The checkpoint, with the part's tensors alone."""
+    family: Family
+    """The row of the part's type, with its names as the checkpoint has them."""
+    own_names: dict[str, str]
+    """The tensors' names in the checkpoint -> those that the part's own class gives them."""
+    architecture: Architecture
+    values: dict[str, Any]
+    """The part's configuration."""
+    left_out: tuple[LeftOut, ...]
+    not_applied: dict[str, Any]
+    """Facts of the head that the part's own class applies, and the checkpoint's class doesn't."""
+
+    def extension(self) -> dict[str, Any]:
+        """What the manifest says about the part; see ``spec/v1/bundle.md``, section "Versions and extensions"."""
+        return {
+            "name": LANGUAGE,
+            "of": self.composite.model_type,
+            "class": self.composite.class_name,
+            "left_out": [
+                {"module": item.module, "tensors": item.tensors, "parameters": item.parameters}
+                for item in self.left_out
+            ],
+            "not_applied": self.not_applied,
+        }
+
+
+def read_language_part(source: Source) -> LanguagePart:
+    """The language part of a checkpoint, found by its configuration and its tensors' names.
+
+    Raises:
+        BundleError: ``usage.part`` where the checkpoint is a language model as a whole; ``source.family``,
+            ``source.config``, ``source.quantised``, ``source.remote-code``, ``source.tensor``.
+    """
+    raw = source.raw_config()
+    composite = _composite(raw)
+    family = FAMILIES[text_type(raw) or composite.text_type]
+    text = {} if raw.get(TEXT) is None else raw[TEXT]
+    if not isinstance(text, dict):
+        raise BundleError(_config_problem(f"/{TEXT}", "an object", quoted(text)))
+    check_readable(text, f"/{TEXT}")
+    _check_all_layer_counts(raw)
+    built = source.built_config()
+    nested = getattr(built, TEXT)
+    if nested.model_type != family.model_type:
+        raise BundleError(_config_problem(f"/{TEXT}/model_type", family.model_type, quoted(nested.model_type)))
+    top = ConfigReader(built.to_dict(), type(built)().to_dict(), CONFIG)
+    stated = raw.get("tie_word_embeddings")
+    top.inert([*built.sub_configs, *INERT, *composite.inert, *_inert_generation(built.to_dict())])
+    tied = None if composite.whole else bool(top.raw("tie_word_embeddings")) and composite.ties
+    for field in composite.same:
+        if top.raw(field) != getattr(nested, field):
+            top.refuse(field, f"{getattr(nested, field)}, as in {TEXT}")
+    values = nested.to_dict()
+    for name in (*_inert_generation(values), *(composite.text_inert & values.keys())):
+        del values[name]
+    architecture = _architecture(family, values, type(nested)().to_dict(), composite, tied)
+    top.finish()
+    base, head = _places(source, family, architecture)
+    if composite.ties and not composite.whole and stated is None and head is not None and tied:
+        # Where the configuration doesn't say, transformers ties what is equal.
+        architecture = _with_head(architecture, tied=_equal(source, family, architecture, base, head))
+    architecture, not_applied = _applied(architecture, composite)
+    # What is written must be what a reader takes: the same rules, before a byte is written.
+    architecture = architecture_parser.parse(architecture.to_bytes())
+    renamed, own_names = _renamed(family, architecture, base, head)
+    part = copy.copy(source)
+    nesting = base.removesuffix(family.prefix) if base.endswith(family.prefix) else base
+    inside = {name for name in source.tensors if name.startswith(nesting or base) or name == head}
+    part.tensors = {name: tensor for name, tensor in source.tensors.items() if name in inside}
+    return LanguagePart(
+        composite=composite,
+        source=part,
+        family=renamed,
+        own_names=own_names,
+        architecture=architecture,
+        values=values | {"tie_word_embeddings": architecture.head.tied},
+        left_out=tuple(_left_out(source, source.tensors.keys() - inside)),
+        not_applied=not_applied,
+    )
+
+
+def _composite(raw: dict[str, Any]) -> Composite:
+    model_type = raw.get("model_type")
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        raise BundleError(
+            Problem(
+                code="usage.part",
+                argument="part",
+                expected="a checkpoint that has other parts than a language model",
+                got=f"model_type {quoted(model_type)}, which is one as a whole",
+                hint="Convert it without --part",
+            )
+        )
+    if not isinstance(model_type, str) or model_type not in COMPOSITES:
+        text = text_type(raw)
+        hint = None if text is None else f"Its language part is {quoted(text, 40)}, but where it is isn't known"
+        expected = f"one of {', '.join(sorted(COMPOSITES))}, whose language part can be converted alone"
+        raise BundleError(_family_problem("/model_type", expected, quoted(model_type), hint))
+    composite, text = COMPOSITES[model_type], text_type(raw)
+    known = composite.texts or FAMILIES.keys()
+    if text not in known:
+        got = text if text is not None else raw[TEXT].get("model_type")
+        expected = f"one of {', '.join(sorted(known))}"
+        raise BundleError(_family_problem(f"/{TEXT}/model_type", expected, quoted(got)))
+    return composite
+
+
+def _check_all_layer_counts(raw: dict[str, Any], pointer: str = "") -> None:
+    check_layer_counts(raw, pointer)
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            _check_all_layer_counts(value, f"{pointer}/{name}")
+
+
+def _inert_generation(values: dict[str, Any]) -> list[str]:
+    return [name for name, value in _GENERATION.items() if name in values and values[name] == value]
+
+
+def _architecture(
+    family: Family, values: dict[str, Any], defaults: dict[str, Any], composite: Composite, tied: bool | None
+) -> Architecture:
+    if tied is not None:
+        values["tie_word_embeddings"] = tied  # the checkpoint's class has the head, so it is its field that counts
+    config = ConfigReader(values, defaults, CONFIG, f"/{TEXT}")
+    architecture = family.facts(config)
+    if not composite.whole and architecture.head.bias:
+        expected = f"a type of model whose head has no bias, as that of {composite.class_name} has none"
+        config.refuse("model_type", expected)
+    if not composite.whole and architecture.embedding.token_size != architecture.hidden_size:
+        expected = f"a head as wide as the layers, as {composite.class_name} has it"
+        config.refuse("hidden_size", expected, architecture.embedding.token_size)
+    config.finish()
+    return architecture
+
+
+def _applied(architecture: Architecture, composite: Composite) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture as the checkpoint's class computes it, and the facts that its head doesn't apply."""
+    if composite.whole:
+        return architecture, {}
+    dropped = {
+        field: getattr(architecture.head, field)
+        for field, nothing in _HEAD_DEFAULTS.items()
+        if field not in composite.applies and getattr(architecture.head, field) != nothing
+    }
+    return _with_head(architecture, **{field: _HEAD_DEFAULTS[field] for field in dropped}), dropped
+
+
+def _with_head(architecture: Architecture, **fields: Any) -> Architecture:
+    head: Head = replace(architecture.head, **fields)
+    return replace(architecture, head=head)
+
+
+# Where the tensors are.
+
+
+def _implied(family: Family, architecture: Architecture) -> Iterator[SourceName]:
+    """Every entry of the row's table that the architecture implies."""
+    shapes, layers = architecture.tensors(), len(architecture.layers)
+    for row in family.names(architecture):
+        for entry in expand(row, layers):
+            if all(name in shapes for name in entry.tensors):
+                yield entry
+
+
+def _places(source: Source, family: Family, architecture: Architecture) -> tuple[str, str | None]:
+    """What stands before the names of the base model, and the name of the head's projection, if it is stored.
+
+    A prefix is right if every tensor that the architecture implies is found below it, and nothing else counts.
+    """
+    wanted = [
+        entry.source.removeprefix(family.prefix)
+        for entry in _implied(family, architecture)
+        if entry.source.startswith(family.prefix)
+    ]
+    probe = next(entry.source for entry in _implied(family, architecture) if entry.tensors == (EMBEDDING,))
+    probe = probe.removeprefix(family.prefix)
+    candidates = [name.removesuffix(probe) for name in source.tensors if name == probe or name.endswith(f".{probe}")]
+    right = [base for base in candidates if all(base + name in source.tensors for name in wanted)]
+    if len(right) > 1:
+        found = ", ".join(f"{base}{probe}" for base in sorted(right))
+        raise BundleError(_tensor_problem(source, "one language part with every tensor of it", f"several: {found}"))
+    if not right:
+        raise BundleError(_nowhere(source, wanted, probe, candidates))
+    base = right[0]
+    own = {
+        entry.source.removeprefix(family.prefix)
+        for entry in _implied(family, _with_head(architecture, tied=False))
+        if entry.tensors == (PROJECTION,)
+    }
+    # The head is the language model's, or that of one of the modules that hold it.
+    above = ["", *(base[: i + 1] for i, character in enumerate(base) if character == ".")]
+    heads = sorted({above + name for above in above for name in (*own, _HEAD)} & source.tensors.keys())
+    if len(heads) > 1:
+        raise BundleError(_tensor_problem(source, "one head of the language part", f"several: {', '.join(heads)}"))
+    if not heads and not architecture.head.tied:
+        hint = (
+            "The checkpoint isn't whole, or its head is the embedding: then tie_word_embeddings has to be true, at the "
+            "top level of config.json where the class has the head"
+        )
+        expected = f"the language part's {_HEAD}, as tie_word_embeddings isn't true"
+        raise BundleError(_tensor_problem(source, expected, "none", hint))
+    return base, heads[0] if heads else None
+
+
+def _nowhere(source: Source, wanted: list[str], probe: str, candidates: list[str]) -> Problem:
+    if not candidates:
+        return _tensor_problem(source, f"a language part's tensor {quoted(probe)}, whatever stands before it", "none")
+    nearest = max(candidates, key=lambda base: sum(base + name in source.tensors for name in wanted))
+    missing = [nearest + name for name in wanted if nearest + name not in source.tensors]
+    got = f"{len(wanted) - len(missing)}; the first that isn't there is {missing[0]}"
+    expected = f"the {len(wanted)} tensors of the language part as {TEXT} describes it below {quoted(nearest)}"
+    return _tensor_problem(source, expected, got, "The checkpoint isn't whole, or its configuration is another model's")
+
+
+def _renamed(family: Family, architecture: Architecture, base: str, head: str | None) -> tuple[Family, dict[str, str]]:
+    """The row with the checkpoint's names, and those names -> the row's own."""
+    outer = base.removesuffix(family.prefix) if base.endswith(family.prefix) else ""
+
+    def stored(name: str, tensors: tuple[str, ...] = ()) -> str:
+        if name.startswith(family.prefix):
+            return base + name.removeprefix(family.prefix)
+        return head if head is not None and tensors == (PROJECTION,) else outer + name
+
+    table = tuple(replace(row, source=stored(row.source, row.tensors)) for row in family.names(architecture))
+    own = {stored(entry.source, entry.tensors): entry.source for entry in _implied(family, architecture)}
+    renamed = replace(
+        family,
+        names=lambda architecture: table,
+        prefix=base,
+        dropped=tuple(stored(name) for name in family.dropped),
+        constants={stored(name): value for name, value in family.constants.items()},
+    )
+    return renamed, own
+
+
+def _equal(source: Source, family: Family, architecture: Architecture, base: str, head: str) -> bool:
+    probe = next(entry.source for entry in _implied(family, architecture) if entry.tensors == (EMBEDDING,))
+    embedding = base + probe.removeprefix(family.prefix)
+    if source.tensors[embedding].shape != source.tensors[head].shape:
+        return False
+    with source.reader() as reader:
+        return torch.equal(reader.get(embedding), reader.get(head))
+
+
+def _left_out(source: Source, names: Iterable[str]) -> Iterator[LeftOut]:
+    modules: dict[str, list[int]] = {}
+    for name in sorted(names):
+        path = name.split(".")
+        # Newer classes hold everything in one module, which would say nothing.
+        module = ".".join(path[:2] if path[0] == "model" else path[:1])
+        modules.setdefault(module, []).append(math.prod(source.tensors[name].shape))
+    for module, sizes in modules.items():
+        yield LeftOut(module=module, tensors=len(sizes), parameters=sum(sizes))
+
+
+def _family_problem(pointer: str, expected: str, got: str, hint: str | None = None) -> Problem:
+    return Problem(code="source.family", file=CONFIG, pointer=pointer, expected=expected, got=got, hint=hint)
+
+
+def _config_problem(pointer: str, expected: str, got: str) -> Problem:
+    return Problem(code="source.config", file=CONFIG, pointer=pointer, expected=expected, got=got)
+
+
+def _tensor_problem(source: Source, expected: str, got: str, hint: str | None = None) -> Problem:
+    return Problem(code="source.tensor", file=source.name, expected=expected, got=got, hint=hint)

@@ -1,0 +1,108 @@
+"""The original of a language part: the checkpoint's own class, around the language part's weights and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle_converter.composites import TEXT
+from splitbundle_converter.language_part import LanguagePart
+from splitbundle_converter.source import quiet
+
+
+def load_original_part(part: LanguagePart) -> tuple[Any, str]:
+    """The original model in float32, and where its layers are.
+
+    The checkpoint's class is built without memory for its weights; then its language model, and its head, are replaced
+    by loaded ones. So it is that class that decides what is computed of text, at the cost of the language part alone.
+    All other weights are not-a-numbers: where they have a say, it is seen.
+
+    Raises:
+        BundleError: ``source.tensor``, ``source.config``, and ``backend.missing`` where the class needs a library that
+            isn't installed.
+    """
+    import transformers
+
+    config = part.source.built_config()
+    config._attn_implementation = "eager"
+    text = getattr(config, TEXT)
+    text.tie_word_embeddings = part.architecture.head.tied
+    with quiet():
+        language = _language_model(part, text)
+        own_prefix = language.base_model_prefix + "."
+        layers = part.family.layers.removeprefix(own_prefix)
+        if part.composite.whole:
+            return language, own_prefix + layers
+        try:
+            with torch.device("meta"):
+                whole = getattr(transformers, part.composite.class_name)(config).eval()
+        except ImportError as error:
+            raise _missing_library(part, error) from error
+    base, head = language.base_model, language.get_output_embeddings()
+    place = _place(part, whole, [name for name, module in whole.named_modules() if type(module) is type(base)])
+    whole.set_submodule(place, base)
+    own_head = whole.get_output_embeddings()
+    whole.set_submodule(
+        _place(part, whole, [name for name, module in whole.named_modules() if module is own_head]), head
+    )
+    _spoil(whole)
+    return whole, f"{place}.{layers}"
+
+
+def _spoil(whole: Any) -> None:
+    """Gives what has no memory yet one number for all of it, as some classes look at where their weights are."""
+    for module in whole.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    nothing = torch.nan if tensor.is_floating_point() else 0
+                    spoiled = torch.full((), nothing, dtype=tensor.dtype).expand(tensor.shape)
+                    tensors[name] = torch.nn.Parameter(spoiled, False) if tensors is module._parameters else spoiled
+
+
+def _language_model(part: LanguagePart, text: Any) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING  # a class for each type that is in the table
+    with part.source.reader() as reader:
+        stored = {own: reader.get(name) for name, own in part.own_names.items()}
+        loaded = classes[type(text)].from_pretrained(
+            None,
+            config=text,
+            state_dict=stored,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+    model, info = loaded
+    keys = ("missing_keys", "mismatched_keys", "unexpected_keys")
+    wrong = {key: sorted(map(str, info[key])) for key in keys if info.get(key)}
+    if wrong:
+        expected = "every tensor that transformers wants of the language part"
+        raise BundleError(Problem(code="source.tensor", file=part.source.name, expected=expected, got=str(wrong)))
+    return model.eval()
+
+
+def _place(part: LanguagePart, whole: Any, places: list[str]) -> str:
+    if len(places) != 1:
+        expected = f"one language model in {part.composite.class_name}"
+        raise BundleError(
+            Problem(code="source.config", file=part.source.name, expected=expected, got=quoted(places), hint=_UNCHECKED)
+        )
+    return places[0]
+
+
+_UNCHECKED = "--no-check converts without the original model, and without golden vectors"
+
+
+def _missing_library(part: LanguagePart, error: ImportError) -> BundleError:
+    return BundleError(
+        Problem(
+            code="backend.missing",
+            expected=f"the libraries that {part.composite.class_name} needs",
+            got=" ".join(str(error).split())[:300],
+            hint=_UNCHECKED,
+        )
+    )
