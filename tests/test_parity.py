@@ -49,7 +49,6 @@ from splitbundle.architecture import (
 from splitbundle.bundle import VECTORS
 from splitbundle.torch_pipeline import Pipeline, Session
 from splitbundle.torch_stage import Stage, load_stages
-from splitbundle.torch_verify import run_vectors
 from splitbundle.torch_weights import map_tensors
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.vectors import case_lengths
@@ -577,7 +576,7 @@ def test_golden_vectors_hold_the_rounded_weights(name: str, tmp_path: Path) -> N
     for dtype in ("bfloat16", "float16"):
         path = tmp_path / f"{dtype}.splitbundle"
         converted = splitbundle_converter.convert(checkpoint(name), path, split=(2,), dtype=dtype)
-        assert max(difference.relative for difference in run_vectors(converted)) <= TOLERANCE
+        assert max(difference.relative for difference in converted.run_vectors()) <= TOLERANCE
         golden = map_tensors(converted, VECTORS)
         model = original_of(checkpoint(name), DTYPES[dtype])
         for case in range(len(case_lengths(converted.architecture))):

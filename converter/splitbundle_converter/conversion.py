@@ -18,7 +18,6 @@ from splitbundle.bundle import VECTORS, Bundle, open_bundle
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.files import Progress
 from splitbundle.manifest import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
-from splitbundle.torch_verify import run_vectors
 from splitbundle.version import __version__
 from splitbundle.weights import Tensor as Stored
 from splitbundle_converter import write
@@ -47,6 +46,7 @@ def convert(
     check: bool = True,
     force: bool = False,
     max_file_size: int | None = None,
+    onnx: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Converts a checkpoint into a bundle.
@@ -65,6 +65,7 @@ def convert(
         check: whether to compute golden vectors with the original class, and to hold the chained shards against them.
         force: whether to replace an existing bundle; the old one stays whole until the new one is complete.
         max_file_size: bytes above which a unit is written in parts.
+        onnx: whether to add a graph to each shard, for onnxruntime.
         progress: called with what is being done, how much is done, and how much there is.
 
     Returns:
@@ -92,6 +93,7 @@ def convert(
         raise BundleError(
             Problem(code="usage.size", argument="max_file_size", expected="a number of bytes from 1", got=got)
         )
+    graphs = write.graph_writer() if onnx else None
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
     checkpoint = locate(source, revision)
     extensions: dict[str, Any] = {}
@@ -147,8 +149,10 @@ def convert(
             ),
             architecture,
         )
+        if graphs is not None:
+            graphs(root)
         if check:
-            run_vectors(open_bundle(root), progress=progress)
+            open_bundle(root).run_vectors(backend="all" if onnx else "torch", progress=progress)
     return open_bundle(target)
 
 

@@ -18,6 +18,7 @@ from splitbundle import architecture as architectures
 from splitbundle import (
     architecture_parser,
     files,
+    golden,
     manifest,
     manifest_parser,
     manifest_rules,
@@ -32,7 +33,7 @@ from splitbundle.manifest import Manifest, Shard
 from splitbundle.verification import Verification
 
 if TYPE_CHECKING:
-    from splitbundle.torch_verify import Difference
+    from splitbundle.golden import Difference
 
 BACKENDS: Final = ("torch", "onnxruntime")
 OPTIONS: Final = {"torch": ("device", "dtype", "trainable"), "onnxruntime": ("providers", "threads", "low_memory")}
@@ -173,8 +174,15 @@ class Bundle:
         """
         return verification.verify(self, shard, exact=exact, progress=progress)
 
-    def run_vectors(self, shard: str | None = None, *, progress: Progress | None = None) -> list[Difference]:
+    def run_vectors(
+        self, shard: str | None = None, *, backend: str = "torch", progress: Progress | None = None
+    ) -> list[Difference]:
         """Computes the golden vectors in float32 through all shards, or through one from its golden input.
+
+        Args:
+            shard: the one to run alone.
+            backend: ``"torch"``, ``"onnxruntime"``, or ``"all"`` for both, and then the one against the other.
+            progress: called with what is being done, how much is done, and how much there is.
 
         Returns:
             The largest difference to the original model at each boundary and at the logits.
@@ -183,8 +191,14 @@ class Bundle:
             ParityError: a difference above 1e-5 of the largest magnitude there.
             BundleError: ``vectors.none``; what loading refuses.
         """
-        found: list[Difference] = _backend_module("torch", "verify").run_vectors(self, shard, progress)
-        return found
+        if backend != "all":
+            _options(backend, {})
+        modules = [_backend_module(each, "verify") for each in BACKENDS if backend in (each, "all")]
+        run = modules[-1].run_both if backend == "all" else modules[0].run_vectors
+        differences: list[Difference] = run(self, shard, progress)
+        if self.manifest.vectors is not None:
+            golden.check(differences, self.manifest.vectors.file)
+        return differences
 
     def weight_groups(self) -> dict[str, tuple[str, ...]]:
         """Everything that is stored as tensors: each unit, and the golden vectors, with its files in order."""
@@ -352,7 +366,7 @@ def _options(backend: str, given: Mapping[str, Any], others: Iterable[str] = ())
             Problem(code="stage.backend", argument="backend", expected=" or ".join(BACKENDS), got=quoted(backend))
         )
     known = {name for used in (backend, *others) for name in OPTIONS.get(used, ())}
-    told = {name: given[name] for names in OPTIONS.values() for name in names if given[name] not in (None, False)}
+    told = {name: given[name] for names in OPTIONS.values() for name in names if given.get(name) not in (None, False)}
     if backend == "onnxruntime" and told.get("dtype") == "float32":
         del told["dtype"]  # what it computes in anyway
     for name, value in told.items():

@@ -95,6 +95,9 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", metavar="NAME", help="only what this shard needs; the rest may be absent")
     parser.add_argument("--exact", action="store_true", help="refuse files that the manifest doesn't list")
     parser.add_argument("--run", action="store_true", help="also compute the golden vectors of the original model")
+    parser.add_argument(
+        "--backend", choices=(*BACKENDS, "all"), default=BACKENDS[0], help="what computes them; all: each, and compared"
+    )
 
 
 def _verify(args: argparse.Namespace, console: Console) -> int:
@@ -107,15 +110,17 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
         raise VerificationError(error.problems) from error
     differences = []
     if args.run:
-        differences = bundle.run_vectors(args.shard, progress=console.progress)
+        differences = bundle.run_vectors(args.shard, backend=args.backend, progress=console.progress)
     console.end_progress()
     for path in found.unlisted:
         console.note(f"not listed in the manifest, and never opened: {path}")
     what = f"{args.bundle}, shard {args.shard}" if args.shard else args.bundle
     console.text(f"{what}: {len(found.files)} files, {found.bytes:,} bytes, every size and digest as listed")
     for difference in differences:
+        one, other = difference.between
+        what = "the original model" if other == "original" else other
         console.text(
-            f"  {difference.where:12} differs from the original model by {difference.relative:.2g} of its largest value"
+            f"  {difference.where:12} {one} differs from {what} by {difference.relative:.2g} of the largest value"
         )
     console.json(
         {
@@ -125,7 +130,8 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
             "bytes": found.bytes,
             "unlisted": list(found.unlisted),
             "differences": [
-                {"where": d.where, "largest": d.largest, "scale": d.scale, "relative": d.relative} for d in differences
+                {"where": d.where, "between": d.between, "largest": d.largest, "scale": d.scale, "relative": d.relative}
+                for d in differences
             ],
         }
     )

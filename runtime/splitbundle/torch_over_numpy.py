@@ -24,7 +24,8 @@ class StageOverNumpy(StageSurface):
     def _tensor(self, array: Any) -> Any:
         if type(array).__module__ != "numpy":
             return array  # the torch stage says what it is
-        tensor = torch.from_numpy(array).to(self.inner.device)
+        # torch warns of memory that it can't protect from being written.
+        tensor = torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.inner.device)
         return tensor if self.embeds else tensor.to(self.inner.dtype)
 
     def cache(self, batch_size: int, capacity: int) -> Any:
@@ -40,9 +41,11 @@ class StageOverNumpy(StageSurface):
         with torch.no_grad():
             self.inner.check_call(self._tensor(inputs), self.inner.adopt(call), cache, logits)
 
-    def __call__(self, inputs: Any, *, positions: Call, cache: Any = None, logits: LogitsWanted = "all") -> Any:
+    def __call__(
+        self, inputs: Any, *, positions: Call | None = None, logits: LogitsWanted = "all", **given: Any
+    ) -> Any:
         """*Shape:* as the torch stage's, in float32."""
+        call = None if positions is None else self.inner.adopt(positions)
         with torch.no_grad():
-            tensor = self._tensor(inputs)
-            result = self.inner(tensor, positions=self.inner.adopt(positions), cache=cache, logits=logits)
+            result = self.inner(self._tensor(inputs), positions=call, logits=logits, **given)
         return result.float().cpu().numpy()
