@@ -91,9 +91,9 @@ class Shard:
     embeds: bool
     head: bool
     units: tuple[str, ...]
-    graph: Graph | None
     bytes: int
     parameters: int
+    graph: Graph | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
