@@ -42,6 +42,7 @@ _GRANITE: Final[dict[str, Any]] = {
     "attention_multiplier": 0.29,
     "logits_scaling": 2.3,
 }
+_LLAMA4: Final[dict[str, Any]] = _ROTARY | {"intermediate_size_mlp": 45, "moe_layers": []}
 _GEMMA: Final[dict[str, Any]] = _ROTARY | {"head_dim": 10, "query_pre_attn_scalar": 7, "sliding_window": 5}
 
 CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
@@ -377,6 +378,41 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         | {"num_key_value_heads": 1, "head_dim": 14, "tie_word_embeddings": False, "sliding_window": 3}
         | {"layer_types": _ALTERNATING[::-1]},
     ),
+    # No window is as wide as the tokens that are run; full layers turn by another base than windowed ones, or not.
+    "granite_swa": (
+        "granite_swa",
+        _ROTARY | {"num_key_value_heads": 2, "sliding_window": 5, "tie_word_embeddings": False},
+    ),
+    "granite_swa-bases-biased": (
+        "granite_swa",
+        _ROTARY
+        | {"num_key_value_heads": 1, "sliding_window": 4, "layer_types": _ALTERNATING, "attention_bias": True}
+        | {"layer_rope_theta": [0, 500.0, 10000, 0.0], "mlp_bias": True}
+        | _GRANITE,
+    ),
+    "granite_swa-yarn": (
+        "granite_swa",
+        _ROTARY
+        | {"num_key_value_heads": 6, "sliding_window": 3, "layer_rope_theta": [100.0, 0, 5000.0, 5000.0]}
+        | {"rope_parameters": _YARN},
+    ),
+    "llama4_text": (
+        "llama4_text",
+        _LLAMA4 | {"num_key_value_heads": 2, "head_dim": 10, "attention_chunk_size": 5},
+    ),
+    "llama4_text-tuned-biased": (
+        "llama4_text",
+        _LLAMA4
+        | {"num_key_value_heads": 1, "head_dim": 14, "attention_chunk_size": 3, "attention_bias": True}
+        | {"no_rope_layers": [0, 1, 0, 1], "floor_scale": 4, "attn_scale": 0.5, "tie_word_embeddings": True},
+    ),
+    "llama4_text-without-norm": (
+        "llama4_text",
+        _LLAMA4
+        | {"num_key_value_heads": 6, "head_dim": 8, "attention_chunk_size": 7, "use_qk_norm": False}
+        | {"attn_temperature_tuning": False, "no_rope_layers": [1, 1, 1, 0], "rope_parameters": _LLAMA3}
+        | {"layer_types": ["full_attention", "chunked_attention"] * 2},
+    ),
     "vaultgemma": ("vaultgemma", _GEMMA),
     "vaultgemma-capped-biased": (
         "vaultgemma",
@@ -418,6 +454,8 @@ ONE_PER_FAMILY: Final = (
     "gemma2-capped-biased",
     "gemma3_text-linear-biased",
     "vaultgemma-capped-biased",
+    "granite_swa-bases-biased",
+    "llama4_text-tuned-biased",
 )
 """The configuration of each family that has the most ways to go wrong."""
 

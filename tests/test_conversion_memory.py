@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -61,8 +62,6 @@ def write_gpt2(directory: Path, layers: int) -> tuple[int, int]:
 
 def over(source: Path, output: Path) -> int:
     """The most private memory that converting takes, over a process that has only made the converter's imports."""
-    import json
-
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(source), str(output)], capture_output=True, text=True, timeout=600
     )
@@ -104,6 +103,29 @@ def test_a_full_size_gpt2(tmp_path: Path) -> None:
     # Four times the layers of the same widths take no more, but for the header and the digests of their files.
     write_gpt2(tmp_path / "deep", 48)
     assert over(tmp_path / "deep", tmp_path / "deep.splitbundle") <= taken + 16 * MEBI
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
+def test_sharded_checkpoints_of_two_sizes(tmp_path: Path) -> None:
+    """Twice the size in as many files takes no more, and no tensor is ever copied: the largest has 125 MiB."""
+    command = [sys.executable, "-m", "benchmarks.conversion_memory", "--gigabytes", "0.35,0.75", "--files", "4"]
+    done = subprocess.run(
+        [*command, "--directory", str(tmp_path), "--json"],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    small, large = json.loads(done.stdout)
+    assert small["files"] >= 3
+    assert large["files"] >= 3
+    assert large["bytes"] > 2 * small["bytes"]
+    assert small["largest_tensor"] > 120 * MEBI
+    assert small["over"] <= 32 * MEBI
+    assert abs(large["over"] - small["over"]) <= 16 * MEBI
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_sums_are_those_of_the_files(tmp_path: Path) -> None:

@@ -444,9 +444,12 @@ def mistakes(facts: Architecture) -> dict[str, Architecture]:
         in_position("bias multiplier", Alibi, lambda p: replace(p, multiplier=p.multiplier * 1.05))
     in_attention("window", lambda a: replace(a, window=a.window + 1) if a.window and a.window < 12 else a)
     in_attention("no window", lambda a: replace(a, window=None) if a.window and a.window < 12 else a)
+    in_attention("chunk", lambda a: replace(a, chunk=a.chunk + 1) if a.chunk and a.chunk < 12 else a)
+    in_attention("no chunk", lambda a: replace(a, chunk=None) if a.chunk and a.chunk < 12 else a)
     in_attention("clip", lambda a: replace(a, clip=a.clip * 1.1) if a.clip else a)
     in_attention("score cap", lambda a: replace(a, logit_cap=a.logit_cap * 1.05) if a.logit_cap else a)
     in_attention("temperature", lambda a: replace(a, query_temperature=None) if _is_felt(a.query_temperature) else a)
+    in_attention("temperature's offset", _other_offset)
     in_attention("q/k norm", _norm_later)
     in_kinds("activation", _other_activation)
     in_kinds("residual", lambda kind: replace(kind, residual_multiplier=kind.residual_multiplier * 1.02))
@@ -490,7 +493,16 @@ def _norm_later(attention: Attention) -> Attention:
     norm = attention.query_key_norm
     if norm is None or norm.width == "full" or not isinstance(attention.position, Rotary):
         return attention
+    if not norm.norm.affine:  # turning changes no norm: without a weight, before and after are one
+        return replace(attention, query_key_norm=None)
     return replace(attention, query_key_norm=replace(norm, after_rotation=not norm.after_rotation))
+
+
+def _other_offset(attention: Attention) -> Attention:
+    own = attention.query_temperature
+    if own is None or not _is_felt(own):
+        return attention
+    return replace(attention, query_temperature=replace(own, offset=own.offset + 1))
 
 
 def _other_activation(kind: LayerKind) -> LayerKind:
@@ -584,25 +596,50 @@ def test_golden_vectors_hold_the_rounded_weights(name: str, tmp_path: Path) -> N
             assert relative(golden[f"case.{case}.logits"], logits[-1]) <= TOLERANCE
 
 
-@one_per_family
+def deviations(got: Tensor, expected: Tensor) -> Tensor:
+    """The root of the mean square of each row's differences: steadier than the largest, one unlucky rounding.
+
+    *Shape:* (rows, sequence, vocab) twice -> (rows).
+    """
+    return (got.double() - expected.double()).square().mean(dim=(1, 2)).sqrt()
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_computing_in_16_bits(name: str, dtype: str, tmp_path: Path) -> None:
-    """No farther from the float32 answer than twice what transformers is in the same dtype, in prefill and decoding."""
-    path = checkpoint(name)
+    """As far from the float32 answer as transformers is in the same dtype, in prefill and in decoding.
+
+    The two add in different orders (transformers' eager attention rounds its scores to 16 bits, torch's fused one keeps
+    them), so neither is always the nearer; what is left over is the chance of a few hundred roundings. One that tips
+    a row's attention makes that row's deviation twice the other's: it is the rows' (geometric) mean that is held.
+    """
+    path, narrow = checkpoint(name), DTYPES[dtype]
     converted = splitbundle_converter.convert(path, tmp_path / "b.splitbundle", split=(2,), dtype=dtype, check=False)
     pipeline = converted.pipeline()
-    assert {stage.dtype for stage in pipeline.stages} == {DTYPES[dtype]}
-    exact, narrow = original_of(path, DTYPES[dtype]), original_of(path, DTYPES[dtype], DTYPES[dtype])
-    known, theirs, ours, decoded = [], [], [], []
-    for row in token_rows(*[13] * 6, seed=1):
-        known.append(original_logits(exact, row))
-        theirs.append(original_logits(narrow, row))
-        ids = torch.tensor([row])
-        ours.append(pipeline(ids)[0])
-        session = pipeline.session(1, len(row))
-        decoded.append(torch.cat([pipeline(piece, session=session)[0] for piece in ids.split([4] + [1] * 9, dim=1)]))
-    allowed = 2 * relative(torch.cat(theirs), torch.cat(known))
-    for what, got in (("prefill", ours), ("decoding", decoded)):
-        assert torch.cat(got).dtype == DTYPES[dtype]
-        difference = relative(torch.cat(got), torch.cat(known))
-        assert difference <= allowed, f"{what}: {difference:.3g}, and transformers' is {allowed / 2:.3g}"
+    assert {stage.dtype for stage in pipeline.stages} == {narrow}
+    rows = token_rows(*[13] * 6, seed=1)
+    ids = torch.tensor(rows)
+    session = pipeline.session(len(rows), ids.shape[1])
+    pieces = [4] + [1] * 9
+    ours = {
+        "prefill": pipeline(ids),
+        "decoding": torch.cat([pipeline(piece, session=session) for piece in ids.split(pieces, dim=1)], dim=1),
+    }
+
+    def computed(load: Callable[[], Any], pieces: list[int] | None) -> Tensor:
+        if pieces is None:
+            model = load()
+            return torch.stack([original_logits(model, row) for row in rows])
+        return torch.stack([original_logits(load(), row, pieces) for row in rows])  # such models remember a length
+
+    def reference(pieces: list[int] | None) -> tuple[Tensor, Tensor]:
+        known = computed(lambda: original_of(path, narrow), pieces)
+        return known, deviations(computed(lambda: load_original(path, narrow), pieces), known)
+
+    whole = reference(None)
+    for what, got in ours.items():
+        known, allowed = reference(pieces) if what == "decoding" and name in BY_PIECES else whole
+        assert got.dtype == narrow
+        ratio = float((deviations(got, known) / allowed).log().mean().exp())
+        print(f"{name}, {dtype}, {what}: {ratio:.2f} of transformers' own deviation")
+        assert ratio <= 1.25, what

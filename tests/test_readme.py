@@ -41,7 +41,8 @@ def blocks(kind: str) -> list[str]:
 def file_list() -> str:
     """A table: each module with the first sentence of its docstring, and what isn't a module."""
     lines = ["", "| file | what it is |", "|---|---|"]
-    for folder in ("runtime/splitbundle", "converter/splitbundle_converter", "schemas/splitbundle_schemas", "examples"):
+    packages = ("runtime/splitbundle", "converter/splitbundle_converter", "schemas/splitbundle_schemas")
+    for folder in (*packages, "examples", "benchmarks"):
         for path in sorted((ROOT / folder).glob("*.py")):
             docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
             first = docstring.partition("\n")[0].rstrip(".").replace("|", r"\|")

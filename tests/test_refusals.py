@@ -17,16 +17,17 @@ from typing import Any, Final
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import splitbundle
 import splitbundle_converter
-from models import CONFIGURATIONS, LAYERS, ONE_PER_FAMILY, bundle, checkpoint
+from models import CONFIGURATIONS, LAYERS, ONE_PER_FAMILY, bundle, checkpoint, make_model
 from splitbundle import Bundle, BundleError, ParityError
 from splitbundle.bundle import VECTORS
 from splitbundle.torch_weights import map_tensors
-from splitbundle_converter import conversion, family
+from splitbundle_converter import conversion, decoder_facts
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.translate import Translation, translate
 
@@ -134,7 +135,7 @@ def test_a_family_that_is_not_in_the_table(source: Callable[[str], Path], output
     )
 
 
-ACTIVATIONS: Final = f"one of {', '.join(family.ACTIVATIONS)}"
+ACTIVATIONS: Final = f"one of {', '.join(decoder_facts.ACTIVATIONS)}"
 KNOWN: Final = "a field that this family is known to have"
 UNSUPPORTED: Final = "Correct the configuration; a model that needs this value can't be converted yet"
 USELESS: Final = "Remove it if it changes nothing"
@@ -481,7 +482,8 @@ def test_a_pickle(source: Callable[[str], Path], output: Path) -> None:
     assert str(refused(path, output)) == (
         f"[source.pickle] pytorch_model.bin: expected weights in {WEIGHTS} or {INDEX}, "
         "got a pickle, which can run code. Save the model as safetensors where you trust it: "
-        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True). "
+        "Or --allow-pickle: it reads names and tensors alone, and refuses what asks for more, in a process of its own"
     )
 
 
@@ -605,17 +607,73 @@ def test_a_base_model_saved_alone(source: Callable[[str], Path], output: Path, n
     assert {key for key, _ in splitbundle_converter.source_tensors(made)} == set(load_file(path / WEIGHTS))
 
 
-def test_a_base_model_saved_alone_without_its_head(source: Callable[[str], Path], output: Path) -> None:
-    path = source("llama")
-    change_tensors(
-        path,
-        lambda tensors: {
-            key.removeprefix("model."): tensor for key, tensor in tensors.items() if key != "lm_head.weight"
-        },
-    )
+def save_as(auto: str, name: str, path: Path) -> Path:
+    """The named model's base in a class of ``auto``, as transformers saves it; its head, if it has one, is new."""
+    config = make_model(name, pad_token_id=0, num_labels=3).config
+    getattr(transformers, auto).from_config(config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "saved"),
+    [
+        ("llama", "'lm_head.weight'", "LlamaModel"),
+        ("gpt_neox", "'embed_out.weight'", "GPTNeoXModel"),
+        ("phi", "'lm_head.weight', 'lm_head.bias'", "PhiModel"),
+        ("gptj-tied", "'lm_head.bias'", "GPTJModel"),
+        ("gpt2-unscaled-untied", "'lm_head.weight'", "GPT2Model"),
+    ],
+)
+def test_a_base_model_saved_without_its_head(output: Path, name: str, head: str, saved: str) -> None:
+    path = save_as("AutoModel", name, output.parent.parent / "source")
     assert str(refused(path, output)) == (
-        f"[source.tensor] source: expected a tensor 'lm_head.weight' of shape [61, 36], got none. {MISSING}"
+        f"[source.tensor] source: expected the head of a causal language model: {head}, "
+        f"got none, a base model that was saved without its head, {saved}. Only causal language models can be "
+        "converted: save it with AutoModelForCausalLM, from a checkpoint that has the head"
     )
+
+
+def test_a_tied_base_model_needs_no_head(output: Path) -> None:
+    path = save_as("AutoModel", "gpt2", output.parent.parent / "source")
+    accepted(path, output, split=(2,))
+
+
+@pytest.mark.parametrize(
+    ("auto", "name", "tensor", "saved"),
+    [
+        ("AutoModelForSequenceClassification", "llama", "score.weight", "LlamaForSequenceClassification"),
+        ("AutoModelForSequenceClassification", "gpt2", "score.weight", "GPT2ForSequenceClassification"),
+        ("AutoModelForTokenClassification", "gpt_neox", "classifier.weight", "GPTNeoXForTokenClassification"),
+        # Here transformers puts another prefix before the base model.
+        ("AutoModelForQuestionAnswering", "qwen2", "qa_outputs.weight", "Qwen2ForQuestionAnswering"),
+    ],
+)
+def test_a_head_for_another_task(output: Path, auto: str, name: str, tensor: str, saved: str) -> None:
+    """Also of a family whose own head is tied and stores nothing."""
+    path = save_as(auto, name, output.parent.parent / "source")
+    expected = (
+        f"[source.tensor] {WEIGHTS} /{tensor}: expected the head of a causal language model, got a head for another "
+        f"task, {saved}. Only causal language models can be converted: convert the one that this was trained from"
+    )
+    assert str(refused(path, output)) == expected
+    for architectures in (None, [], ["A", "B"], [1], "A", ...):
+        change_config(path, architectures=architectures)
+        assert str(refused(path, output)) == expected.replace(f", {saved}", "")
+
+
+def test_a_head_that_is_there_and_incomplete(source: Callable[[str], Path], output: Path) -> None:
+    """It isn't another task's: each tensor is named."""
+    path = source("phi")
+    change_tensors(path, without("lm_head.bias"))
+    missing = f"[source.tensor] source: expected a tensor 'lm_head.bias' of shape [61], got none. {MISSING}"
+    assert str(refused(path, output)) == missing
+    change_tensors(path, lambda tensors: tensors.update({"score.weight": torch.zeros(2, 48)}))
+    assert [problem.pointer for problem in refused(path, output).problems] == [None, "/score.weight"]
+    change_tensors(path, without("lm_head.weight", "score.weight"))
+    assert [problem.expected for problem in refused(path, output).problems] == [
+        "a tensor 'lm_head.weight' of shape [61, 48]",
+        "a tensor 'lm_head.bias' of shape [61]",
+    ]
 
 
 def test_buffers_of_old_checkpoints_are_dropped(source: Callable[[str], Path], output: Path) -> None:
@@ -821,7 +879,7 @@ def test_one_token_that_is_no_number_fails_the_check(source: Callable[[str], Pat
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_round_trip_is_exact(name: str, dtype: str, output: Path) -> None:
     """Names, shapes, dtypes and bits, of every configuration."""
     path = checkpoint(name, dtype)

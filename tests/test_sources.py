@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import splitbundle
 import splitbundle_converter
@@ -27,9 +29,10 @@ REPOSITORY = "someone/license-gpt2"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of a hub as fetching a snapshot needs, with one model, and a branch "old" of it."""
+    """As much of a hub as fetching a snapshot needs: models, each with a branch "old"."""
 
     asked: ClassVar[list[str]] = []
+    models: ClassVar[dict[str, Path]] = {}
 
     def do_GET(self) -> None:
         self.answer(body=True)
@@ -40,18 +43,20 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def answer(self, *, body: bool) -> None:
         path = self.path.partition("?")[0]
         self.asked.append(f"{self.command} {path} {self.headers.get('Authorization', '')}".strip())
-        files = sorted(file for file in CHECKPOINT.iterdir() if file.is_file())
+        model = next((model for model in self.models if f"/{model}/" in path), "")
+        files = sorted(file for file in self.models[model].iterdir() if file.is_file()) if model else []
         for revision in ("main", "old", COMMIT):
-            if path == f"/api/models/{REPOSITORY}/revision/{revision}":
-                siblings = [{"rfilename": file.name} for file in files] + [{"rfilename": "pytorch_model.bin"}]
-                self.send(200, json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode(), body)
+            if path == f"/api/models/{model}/revision/{revision}":
+                names = {*(file.name for file in files), "pytorch_model.bin"}
+                siblings = [{"rfilename": name} for name in sorted(names)]
+                self.send(200, json.dumps({"id": model, "sha": COMMIT, "siblings": siblings}).encode(), body)
                 return
-            if path == f"/api/models/{REPOSITORY}/tree/{revision}":
+            if path == f"/api/models/{model}/tree/{revision}":
                 tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
                 self.send(200, json.dumps(tree).encode(), body)
                 return
         for file in files:
-            if path.startswith(f"/{REPOSITORY}/resolve/") and path.endswith(f"/{file.name}"):
+            if path.startswith(f"/{model}/resolve/") and path.endswith(f"/{file.name}"):
                 self.send(200, file.read_bytes(), body)
                 return
         self.send(404, b"{}", body, **{"X-Error-Code": "RepoNotFound"})
@@ -77,6 +82,7 @@ def hub() -> Iterator[str]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Hub.asked.clear()
+    Hub.models = {REPOSITORY: CHECKPOINT}
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
@@ -119,6 +125,42 @@ def test_a_hub_id_is_fetched_and_pinned_to_its_commit(hub: str, tmp_path: Path) 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert splitbundle.open(again).id == bundle.id
+
+
+def test_a_model_that_the_hub_has_as_a_pickle(hub: str, tmp_path: Path) -> None:
+    """It isn't even fetched unless that is allowed; and what isn't the model never is."""
+    local = tmp_path / "pickled"
+    shutil.copytree(CHECKPOINT, local)
+    torch.save(load_file(local / "model.safetensors"), local / "pytorch_model.bin")
+    (local / "model.safetensors").unlink()
+    for name in ("training_args.bin", "optimizer.pt"):
+        (local / name).write_bytes(b"never fetched")
+    Hub.models = {"someone/pickled": local}
+    output, words = tmp_path / "x.splitbundle", ("someone/pickled", "--no-check")
+    done = convert(hub, tmp_path / "hf", *words, "-o", output)
+    assert done.returncode == 1
+    assert "[source.pickle] pytorch_model.bin: expected weights in model.safetensors or " in done.stderr
+    assert not any(".bin" in line for line in Hub.asked)
+
+    done = convert(hub, tmp_path / "hf", *words, "--allow-pickle", "-o", output)
+    assert done.returncode == 0, done.stderr
+    made = splitbundle.open(output)
+    assert (made.manifest.model.source, made.manifest.model.revision) == ("someone/pickled", COMMIT)
+    assert not any("training_args" in line or "optimizer" in line for line in Hub.asked)
+    safe = splitbundle_converter.convert(CHECKPOINT, tmp_path / "safe.splitbundle", check=False)
+    assert made.fingerprint == safe.fingerprint
+
+    # From the cache alone, with the hub gone.
+    again = tmp_path / "again.splitbundle"
+    away = ("http://127.0.0.1:9", tmp_path / "hf", *words, "--allow-pickle", "-o", again)
+    done = convert(*away, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_safetensors_of_the_hub_come_first(hub: str, tmp_path: Path) -> None:
+    done = convert(hub, tmp_path / "hf", REPOSITORY, "--no-check", "--allow-pickle", "-o", tmp_path / "x.splitbundle")
+    assert done.returncode == 0, done.stderr
+    assert not any("pytorch_model.bin" in line for line in Hub.asked)
 
 
 def test_a_model_that_the_hub_lacks(hub: str, tmp_path: Path) -> None:

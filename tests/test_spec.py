@@ -144,7 +144,7 @@ def _code_arguments(call: ast.Call) -> Iterator[ast.expr]:
     yield from (keyword.value for keyword in call.keywords if keyword.arg == "code")
     function = call.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-    noting = name in {"add", "refuse", "_refuse", "_refused", "_problem", "_Refused"}
+    noting = name in {"add", "refuse", "_refuse", "refused", "problem", "_Refused"}
     if noting and call.args and re.fullmatch(r"[a-z]+\.[a-z-]+|network|memory", " ".join(_constants(call.args[0]))):
         yield call.args[0]
 

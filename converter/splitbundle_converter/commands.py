@@ -40,6 +40,11 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--part", metavar="language", help="of a checkpoint that is for images or sounds too: its language part alone"
     )
     _shard_arguments(parser)
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="take weights that are pickles (.bin, .pt): tensors alone, read in a process of its own",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the stored weights; by default their own")
     parser.add_argument(
         "--check",
@@ -71,6 +76,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             force=args.force,
             max_file_size=args.max_file_size,
             onnx=args.onnx,
+            allow_pickle=args.allow_pickle,
             progress=console.progress,
         )
     return _report(bundle, output, console, bundle.manifest.extensions.get("part"))

@@ -61,7 +61,32 @@ INERT: Final = frozenset(
     ]
 )
 """Fields of every configuration that change no number of a decoder in inference."""
-
+TRAINING: Final = frozenset(
+    [
+        "activation_dropout",
+        "attention_dropout",
+        "attention_probs_dropout_prob",
+        "attn_pdrop",
+        "classifier_dropout",
+        "dropout",
+        "embd_pdrop",
+        "embed_dropout",
+        "embedding_dropout",
+        "hidden_dropout",
+        "hidden_dropout_prob",
+        "init_std",
+        "layerdrop",
+        "resid_dropout",
+        "resid_pdrop",
+        "residual_dropout",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+    ]
+)
+"""Fields of training, and of heads that classify: they change no number of a language model in inference."""
 
 UNSUPPORTED: Final = "Correct the configuration; a model that needs this value can't be converted yet"
 
@@ -90,18 +115,18 @@ class ConfigReader:
         return self._values.get(name)
 
     def refuse(self, name: str, expected: str, got: object = None, hint: str | None = None) -> None:
-        """Notes that a field can't be converted."""
+        """Notes that a field can't be converted; once, though several facts may need it."""
         got = self._values.get(name) if got is None else got
-        self.problems.append(
-            Problem(
-                code="source.config",
-                file=self._file,
-                pointer=f"{self._pointer}/{name}",
-                expected=expected,
-                got=quoted(got),
-                hint=hint or UNSUPPORTED,
-            )
+        problem = Problem(
+            code="source.config",
+            file=self._file,
+            pointer=f"{self._pointer}/{name}",
+            expected=expected,
+            got=quoted(got),
+            hint=hint or UNSUPPORTED,
         )
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     def integer(self, name: str, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
         """An integer field."""
@@ -118,6 +143,10 @@ class ConfigReader:
             self.refuse(name, "a number above 0")
             return 1.0
         return float(value)
+
+    def optional_number(self, name: str) -> float | None:
+        """A number above zero, or None where there is none."""
+        return None if self.raw(name) is None else self.number(name)
 
     def numbers(self, name: str, count: int) -> tuple[float, ...]:
         """An array of so many numbers above zero."""

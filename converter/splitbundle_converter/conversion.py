@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from splitbundle import architecture as architectures
-from splitbundle import architecture_parser, torch_weights
+from splitbundle import torch_weights
 from splitbundle.architecture import Architecture, count
 from splitbundle.bundle import VECTORS, Bundle, open_bundle
 from splitbundle.errors import BundleError, Problem, quoted
@@ -23,13 +23,13 @@ from splitbundle.weights import Tensor as Stored
 from splitbundle_converter import write
 from splitbundle_converter.commands import DTYPES
 from splitbundle_converter.composites import PARTS
-from splitbundle_converter.config_reader import ConfigReader
-from splitbundle_converter.families import FAMILIES
+from splitbundle_converter.configuration import read_configuration
 from splitbundle_converter.family import Family
 from splitbundle_converter.language_part import EXTENSION, read_language_part
+from splitbundle_converter.opening import opened
 from splitbundle_converter.original_part import load_original_part
 from splitbundle_converter.publish import publishing
-from splitbundle_converter.source import CONFIG, Source, dtype_of, locate
+from splitbundle_converter.source import Source, dtype_of
 from splitbundle_converter.translate import Translation, translate
 from splitbundle_converter.vectors import load_original, reference_vectors
 
@@ -38,7 +38,7 @@ def convert(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    split: Sequence[int] = (),
+    split: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
     dtype: str = "keep",
     revision: str | None = None,
@@ -47,6 +47,7 @@ def convert(
     force: bool = False,
     max_file_size: int | None = None,
     onnx: bool = False,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Converts a checkpoint into a bundle.
@@ -56,7 +57,8 @@ def convert(
     Args:
         source: a checkpoint directory, or a hub id.
         output: the bundle's directory, which appears whole or not at all.
-        split: the cuts, rising layer numbers from 0 to the number of layers.
+        split: the cuts, rising layer numbers from 0 to the number of layers; by default none, or where the source's
+            parts were cut.
         names: the shards' names; by default bottom, trunk, top (trunk-1 … when there are more).
         dtype: "float32", "float16", "bfloat16", or "keep" for each tensor's own.
         revision: of a hub id.
@@ -66,6 +68,7 @@ def convert(
         force: whether to replace an existing bundle; the old one stays whole until the new one is complete.
         max_file_size: bytes above which a unit is written in parts.
         onnx: whether to add a graph to each shard, for onnxruntime.
+        allow_pickle: whether to take weights that are pickles: names and tensors alone, read in a process of its own.
         progress: called with what is being done, how much is done, and how much there is.
 
     Returns:
@@ -95,7 +98,38 @@ def convert(
         )
     graphs = write.graph_writer() if onnx else None
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
-    checkpoint = locate(source, revision)
+    with opened(
+        source, revision, output=target, allow_pickle=allow_pickle, force=force, progress=progress
+    ) as checkpoint:
+        return _convert(
+            checkpoint,
+            target,
+            part=part,
+            split=split,
+            names=names,
+            dtype=dtype,
+            check=check,
+            force=force,
+            max_file_size=max_file_size,
+            graphs=graphs,
+            progress=progress,
+        )
+
+
+def _convert(
+    checkpoint: Source,
+    target: Path,
+    *,
+    part: str | None,
+    split: Sequence[int] | None,
+    names: Sequence[str] | None,
+    dtype: str,
+    check: bool,
+    force: bool,
+    max_file_size: int | None,
+    graphs: Callable[[Path], None] | None,
+    progress: Progress | None,
+) -> Bundle:
     extensions: dict[str, Any] = {}
     if part is None:
         family, architecture, config = read_architecture(checkpoint)
@@ -105,7 +139,7 @@ def convert(
         checkpoint, family, architecture = language.source, language.family, language.architecture
         config, extensions[EXTENSION] = language.values, language.extension()
         load = partial(load_original_part, language)
-    cuts = tuple(split)
+    cuts = checkpoint.cuts if split is None else tuple(split)
     write.check_cuts(cuts, len(architecture.layers))
     shard_names = write.shard_names(cuts, None if names is None else tuple(names))
     translation = translate(checkpoint, family, architecture)
@@ -152,7 +186,7 @@ def convert(
         if graphs is not None:
             graphs(root)
         if check:
-            open_bundle(root).run_vectors(backend="all" if onnx else "torch", progress=progress)
+            open_bundle(root).run_vectors(backend="torch" if graphs is None else "all", progress=progress)
     return open_bundle(target)
 
 
@@ -162,13 +196,7 @@ def read_architecture(source: Source) -> tuple[Family, Architecture, dict[str, A
     Raises:
         BundleError: ``source.family``, ``source.config``.
     """
-    model_type, values, defaults = source.config()
-    family = FAMILIES[model_type]
-    config = ConfigReader(values, defaults, CONFIG)
-    architecture = family.facts(config)
-    config.finish()
-    # What is written must be what a reader takes: the same rules, before a byte is written.
-    return family, architecture_parser.parse(architecture.to_bytes()), values
+    return read_configuration(source.configuration())
 
 
 def _context_length(config: dict[str, Any]) -> int | None:
@@ -212,9 +240,9 @@ def _write_units(
                 progress("converting", done, total)
             done += stored(name).size
             origin = translation.origins[name]
-            file = source.tensors[origin.source].file
+            found = source.tensors[origin.source]
             return torch_weights.rounded(
-                origin.take(reader), torch_weights.DTYPES[storage.dtype_of(name)], origin.source, file
+                origin.take(reader), torch_weights.DTYPES[storage.dtype_of(name)], found.stored, found.file
             )
 
         for files in plan.values():

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Final
 
 from splitbundle_converter.families_gemma import GEMMA_FAMILIES
-from splitbundle_converter.families_layer_norm import LAYER_NORM_FAMILIES
-from splitbundle_converter.families_layer_norm_rotary import LAYER_NORM_ROTARY_FAMILIES
-from splitbundle_converter.families_rms_norm import RMS_NORM_FAMILIES
+from splitbundle_converter.families_gpt import GPT_FAMILIES
+from splitbundle_converter.families_llama import LLAMA_FAMILIES
+from splitbundle_converter.families_megatron import MEGATRON_FAMILIES
 from splitbundle_converter.family import Family
 
 FAMILIES: Final[dict[str, Family]] = {
-    row.model_type: row
-    for row in (*LAYER_NORM_FAMILIES, *LAYER_NORM_ROTARY_FAMILIES, *RMS_NORM_FAMILIES, *GEMMA_FAMILIES)
+    row.model_type: row for row in (*GPT_FAMILIES, *MEGATRON_FAMILIES, *LLAMA_FAMILIES, *GEMMA_FAMILIES)
 }

@@ -19,8 +19,13 @@ def rows() -> Iterator[dict[str, str]]:
     for name in sorted(FAMILIES):
         with quiet():  # some default configurations name ids that their own vocabulary lacks
             values = AutoConfig.for_model(name).to_dict()
-        facts = FAMILIES[name].facts(ConfigReader(values, values, name))
-        yield {"model_type": name} | summary(facts)
+        config = ConfigReader(values, values, name)
+        row = {"model_type": name} | summary(FAMILIES[name].facts(config))
+        if config.problems:  # the default is a model of another kind, of which this family converts what it can
+            fields = {(problem.pointer or "")[1:]: problem.expected for problem in config.problems}
+            needs = [f"{field} {'given' if values[field] is None else wanted}" for field, wanted in fields.items()]
+            row["extras"] = ", ".join(filter(None, [row["extras"], f"only with {' and '.join(needs)}"]))
+        yield row
 
 
 def summary(facts: Architecture) -> dict[str, str]:

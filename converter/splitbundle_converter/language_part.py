@@ -16,9 +16,10 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.manifest import EMBEDDING, SourceName, expand
 from splitbundle_converter.composites import COMPOSITES, INERT, LANGUAGE, TEXT, Composite, text_type
 from splitbundle_converter.config_reader import ConfigReader
+from splitbundle_converter.configuration import build, check_layer_counts, readable
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.family import Family
-from splitbundle_converter.source import CONFIG, Source, check_layer_counts, check_readable
+from splitbundle_converter.source import CONFIG, Configuration, Source
 from splitbundle_converter.translate import PROJECTION
 
 EXTENSION: Final = "part"
@@ -106,15 +107,13 @@ def read_language_part(source: Source) -> LanguagePart:
         BundleError: ``usage.part`` where the checkpoint is a language model as a whole; ``source.family``,
             ``source.config``, ``source.quantised``, ``source.remote-code``, ``source.tensor``.
     """
-    raw = source.raw_config()
+    found = source.configuration()
+    raw = readable(found)
     composite = _composite(raw)
     family = FAMILIES[text_type(raw) or composite.text_type]
-    text = {} if raw.get(TEXT) is None else raw[TEXT]
-    if not isinstance(text, dict):
-        raise BundleError(_config_problem(f"/{TEXT}", "an object", quoted(text)))
-    check_readable(text, f"/{TEXT}")
-    _check_all_layer_counts(raw)
-    built = source.built_config()
+    readable(Configuration(raw={} if raw.get(TEXT) is None else raw[TEXT], file=found.file, pointer=f"/{TEXT}"))
+    _check_all_layer_counts(found)
+    built = build(found)
     nested = getattr(built, TEXT)
     if nested.model_type != family.model_type:
         raise BundleError(_config_problem(f"/{TEXT}/model_type", family.model_type, quoted(nested.model_type)))
@@ -180,11 +179,11 @@ def _composite(raw: dict[str, Any]) -> Composite:
     return composite
 
 
-def _check_all_layer_counts(raw: dict[str, Any], pointer: str = "") -> None:
-    check_layer_counts(raw, pointer)
-    for name, value in raw.items():
+def _check_all_layer_counts(found: Configuration) -> None:
+    check_layer_counts(found)
+    for name, value in found.raw.items():
         if isinstance(value, dict):
-            _check_all_layer_counts(value, f"{pointer}/{name}")
+            _check_all_layer_counts(replace(found, raw=value, pointer=f"{found.pointer}/{name}"))
 
 
 def _inert_generation(values: dict[str, Any]) -> list[str]:

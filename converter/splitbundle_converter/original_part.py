@@ -8,6 +8,7 @@ import torch
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle_converter.composites import TEXT
+from splitbundle_converter.configuration import build
 from splitbundle_converter.language_part import LanguagePart
 from splitbundle_converter.source import quiet
 
@@ -25,7 +26,7 @@ def load_original_part(part: LanguagePart) -> tuple[Any, str]:
     """
     import transformers
 
-    config = part.source.built_config()
+    config = build(part.source.configuration())
     config._attn_implementation = "eager"
     text = getattr(config, TEXT)
     text.tie_word_embeddings = part.architecture.head.tied

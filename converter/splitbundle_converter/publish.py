@@ -33,13 +33,7 @@ def publishing(destination: str | os.PathLike[str], *, force: bool) -> Iterator[
         BundleError: ``output.exists`` without ``force``, or for what isn't a bundle; ``output.failed`` where the system
             doesn't let it be written.
     """
-    target = Path(os.path.abspath(destination))  # not resolved: a link is refused, not followed
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise _unwritable(target, f"{target.parent} is a file") from error
-    except OSError as error:
-        raise _failed(target, error) from error
+    target = _place(destination)
     try:
         mend(target)
         _refuse_existing(target, force)
@@ -52,6 +46,39 @@ def publishing(destination: str | os.PathLike[str], *, force: bool) -> Iterator[
         if error.filename is not None and not str(error.filename).startswith(str(target.parent)):
             raise  # something that was being read, somewhere else
         raise _failed(target, error) from error
+
+
+@contextlib.contextmanager
+def scratch(destination: str | os.PathLike[str], *, force: bool) -> Iterator[Path]:
+    """A private directory beside ``destination`` for what is needed on the way; it vanishes however the block ends.
+
+    It is called as half-written bundles are, so the next writer of this destination removes what a killed one left.
+
+    Raises:
+        BundleError: ``output.exists`` and ``output.failed``, as ``publishing``: before the work, not after it.
+    """
+    target = _place(destination)
+    with contextlib.ExitStack() as stack:
+        try:
+            mend(target)
+            _refuse_existing(target, force)
+            _sweep(target)
+            directory = stack.enter_context(_staging(target))
+            directory.chmod(0o700)
+        except OSError as error:
+            raise _failed(target, error) from error
+        yield directory
+
+
+def _place(destination: str | os.PathLike[str]) -> Path:
+    target = Path(os.path.abspath(destination))  # not resolved: a link is refused, not followed
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise _unwritable(target, f"{target.parent} is a file") from error
+    except OSError as error:
+        raise _failed(target, error) from error
+    return target
 
 
 @contextlib.contextmanager

@@ -13,7 +13,9 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.fields import MAX_PROBLEMS
 from splitbundle.manifest import EMBEDDING, SourceName, expand
 from splitbundle_converter.family import Family
-from splitbundle_converter.source import Reader, Source, SourceTensor, dtype_of
+from splitbundle_converter.heads import wrong_head
+from splitbundle_converter.source import Reader, Source, dtype_of
+from splitbundle_converter.source_files import SourceTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +58,8 @@ def translate(source: Source, family: Family, architecture: Architecture) -> Tra
     """Matches the checkpoint's tensors with those that the architecture implies, exactly.
 
     Raises:
-        BundleError: ``source.tensor`` for each tensor that is missing, extra, of another shape or dtype, and for a
-            stored copy of a tied embedding that differs from it.
+        BundleError: ``source.tensor`` for a head that is no causal language model's; else for each tensor that is
+            missing, extra, of another shape or dtype, and for a stored copy of a tied embedding that differs from it.
     """
     shapes = architecture.tensors()
     layers = len(architecture.layers)
@@ -67,6 +69,10 @@ def translate(source: Source, family: Family, architecture: Architecture) -> Tra
     claimed: set[str] = set()
     prefix = _prefix(source, family)
     table = [replace(row, source=_stored_name(row.source, family, prefix)) for row in family.names(architecture)]
+    head = {row.source: row.tensors[0] in shapes for row in table if row.tensors[0] in HEAD}
+    wrong = wrong_head(source, head, base_alone=not prefix)
+    if wrong is not None:
+        raise BundleError(wrong)
     for named in table:
         entries = [entry for entry in expand(named, layers) if all(name in shapes for name in entry.tensors)]
         for entry in entries:
@@ -99,9 +105,9 @@ def _check_constants(source: Source, family: Family, prefix: bool, layers: int, 
                     continue
                 dropped.add(name)
                 stored = reader.get(name).float()
-                if bool(((stored - value).abs() > 0.01 * abs(value)).any()):  # bfloat16 keeps two digits
+                if bool(((stored - value).abs() > 0.02 * abs(value)).any()):  # 16 bits keep less than two digits
                     got = f"{stored.flatten()[0].item():g}"
-                    problems.append(_off(name, source.tensors[name], f"{value:g}, as the decoder has it", got, _FIXED))
+                    problems.append(_off(source.tensors[name], f"{value:g}, as the decoder has it", got, _FIXED))
     return problems
 
 
@@ -125,13 +131,14 @@ def _match(
     expected = shape[::-1] if entry.transposed else shape
     found = source.tensors.get(entry.source)
     if found is None:
-        wanted = f"a tensor {quoted(entry.source)} of shape {list(expected)}"
-        return [Problem(code="source.tensor", file=source.name, expected=wanted, got="none", hint=_MISSING)]
+        file, stored = source.place_of(entry.source)
+        wanted = f"a tensor {quoted(stored)} of shape {list(expected)}"
+        return [Problem(code="source.tensor", file=file, expected=wanted, got="none", hint=_MISSING)]
     problems: list[Problem] = []
     if found.shape != expected:
-        problems.append(_off(entry.source, found, f"shape {list(expected)}", f"{list(found.shape)}", _MISSING))
+        problems.append(_off(found, f"shape {list(expected)}", f"{list(found.shape)}", _MISSING))
     if dtype_of(found) is None:
-        problems.append(_off(entry.source, found, "dtype F32, F16 or BF16", found.dtype, "Save it as one of these"))
+        problems.append(_off(found, "dtype F32, F16 or BF16", found.dtype, "Save it as one of these"))
     start = 0
     for name, size in zip(entry.tensors, rows, strict=True):
         stop = start + size // entry.groups
@@ -170,20 +177,21 @@ def _tied_copy(
         )
     if not equal:
         expected = f"the values of {embedding.source}, as tie_word_embeddings is true"
-        problems.append(
-            _off(name, found, expected, "other values", "Set tie_word_embeddings to false, or drop the tensor")
-        )
+        problems.append(_off(found, expected, "other values", "Set tie_word_embeddings to false, or drop the tensor"))
     return [SourceName(source=name, tensors=(EMBEDDING,), groups=1, transposed=False)]
 
 
 PROJECTION = "head.projection.weight"
+HEAD = (PROJECTION, "head.projection.bias")
 
 
-def _off(name: str, found: SourceTensor, expected: str, got: str, hint: str | None = None) -> Problem:
-    return Problem(code="source.tensor", file=found.file, pointer=f"/{name}", expected=expected, got=got, hint=hint)
+def _off(found: SourceTensor, expected: str, got: str, hint: str | None = None) -> Problem:
+    return Problem(
+        code="source.tensor", file=found.file, pointer=f"/{found.stored}", expected=expected, got=got, hint=hint
+    )
 
 
 def _extra(source: Source, name: str, layers: int) -> Problem:
     found = source.tensors[name]
     expected = f"only the tensors of a model of {layers} layers as its configuration describes it"
-    return _off(name, found, expected, f"an extra tensor {found.dtype} {list(found.shape)}", _EXTRA)
+    return _off(found, expected, f"an extra tensor {found.dtype} {list(found.shape)}", _EXTRA)

@@ -14,6 +14,7 @@ from torch import Tensor
 from splitbundle.architecture import Architecture, count
 from splitbundle.errors import BundleError, Problem
 from splitbundle.torch_weights import DTYPES
+from splitbundle_converter.configuration import resolve
 from splitbundle_converter.family import Family
 from splitbundle_converter.source import Source, quiet
 
@@ -88,19 +89,8 @@ def run_original(model: Any, place: str, ids: Tensor) -> tuple[list[Tensor], Ten
 
 def load_original(source: Source, family: Family) -> tuple[Any, str]:
     """The model as transformers itself loads the checkpoint, and where its layers are."""
-    from transformers import AutoModelForCausalLM
-
     with quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(source.directory),
-            dtype=torch.float32,
-            attn_implementation="eager",
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    model, info = loaded
+        model, info = _load_tensors(source) if source.rewritten else _load_directory(source)
     wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info.get(key)}
     if wrong:
         raise BundleError(
@@ -112,6 +102,38 @@ def load_original(source: Source, family: Family) -> tuple[Any, str]:
             )
         )
     return model.eval(), family.layers
+
+
+def _load_directory(source: Source) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        str(source.directory),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        trust_remote_code=False,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+
+
+def _load_tensors(source: Source) -> Any:
+    """From the tensors that ``source`` reads: transformers itself would unpickle, and knows no parts."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = resolve(source.configuration())
+    with source.reader() as reader:
+        tensors = {name: reader.get(name) for name in source.tensors}  # views of mappings, which they keep
+    original: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return original.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
 
 
 def _check_memory(need: int) -> None:

@@ -1,0 +1,105 @@
+"""A checkpoint's configuration: what is refused before transformers sees it, what it makes of it, and the facts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Final
+
+from splitbundle import architecture_parser
+from splitbundle.architecture import MAX_LAYERS, Architecture
+from splitbundle.errors import BundleError, quoted
+from splitbundle_converter.composites import family_hint
+from splitbundle_converter.config_reader import ConfigReader
+from splitbundle_converter.families import FAMILIES
+from splitbundle_converter.family import Family
+from splitbundle_converter.refusal import line, refused
+from splitbundle_converter.source import Configuration, quiet
+
+_LAYER_COUNTS: Final = ("num_hidden_layers", "n_layer")
+
+
+def read_configuration(found: Configuration) -> tuple[Family, Architecture, dict[str, Any]]:
+    """The family, the facts and all fields of a configuration.
+
+    Raises:
+        BundleError: ``source.family``, ``source.remote-code``, ``source.quantised``, ``source.config``.
+    """
+    config = resolve(found)
+    values = config.to_dict()
+    family = FAMILIES[config.model_type]
+    reader = ConfigReader(values, type(config)().to_dict(), found.file, found.pointer)
+    architecture = family.facts(reader)
+    reader.finish()
+    # What is written must be what a reader takes: the same rules, before a byte is written.
+    return family, architecture_parser.parse(architecture.to_bytes()), values
+
+
+def resolve(found: Configuration) -> Any:
+    """The configuration of a language model as transformers reads it. Remote code never runs.
+
+    Raises:
+        BundleError: ``source.family``, ``source.remote-code``, ``source.quantised``, ``source.config``.
+    """
+    raw = readable(found)
+    # Other classes than those of the table aren't even built: some make a list of as many items as a field says.
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        expected, hint = f"one of {', '.join(sorted(FAMILIES))}", family_hint(raw, FAMILIES)
+        raise _refused("source.family", found, "model_type", expected, hint)
+    check_layer_counts(found)
+    return build(found)
+
+
+def readable(found: Configuration) -> dict[str, Any]:
+    """The fields, of a configuration or a part of one that asks for no code of its own and no quantised weights.
+
+    Raises:
+        BundleError: ``source.remote-code``, ``source.quantised``, ``source.config``.
+    """
+    raw = found.raw
+    if not isinstance(raw, dict):
+        raise refused("source.config", found.file, "an object", quoted(raw), pointer=found.pointer or None)
+    if "auto_map" in raw:
+        raise _refused(
+            "source.remote-code", found, "auto_map", "no auto_map", "splitbundle never runs code of a checkpoint"
+        )
+    if raw.get("quantization_config") is not None:
+        hint = "Convert the checkpoint that was quantised"
+        raise _refused("source.quantised", found, "quantization_config", "weights that aren't quantised", hint)
+    return raw
+
+
+def check_layer_counts(found: Configuration) -> None:
+    """Refuses numbers of layers that nothing has: some classes make a list of as many items as such a field says.
+
+    Raises:
+        BundleError: ``source.config``.
+    """
+    for field in _LAYER_COUNTS:
+        count = found.raw.get(field)
+        if type(count) is int and not 1 <= count <= MAX_LAYERS:
+            raise _refused("source.config", found, field, f"an integer from 1 to {MAX_LAYERS}")
+
+
+def build(found: Configuration) -> Any:
+    """The configuration as transformers reads it. Only for types that are known to be safe to build.
+
+    Raises:
+        BundleError: ``source.config``.
+    """
+    from transformers import CONFIG_MAPPING
+
+    expected = "a configuration that transformers reads"
+    try:
+        with quiet():
+            return CONFIG_MAPPING[found.raw["model_type"]].from_dict(copy.deepcopy(found.raw))
+    except (ValueError, TypeError, LookupError, ArithmeticError, OSError, AttributeError) as error:
+        raise refused("source.config", found.file, expected, line(error), pointer=found.pointer or None) from error
+    except Exception as error:  # huggingface_hub's validation errors derive from Exception alone
+        if not type(error).__module__.startswith("huggingface_hub"):
+            raise
+        raise refused("source.config", found.file, expected, line(error), pointer=found.pointer or None) from error
+
+
+def _refused(code: str, found: Configuration, field: str, expected: str, hint: str | None = None) -> BundleError:
+    return refused(code, found.file, expected, quoted(found.raw.get(field)), hint, f"{found.pointer}/{field}")

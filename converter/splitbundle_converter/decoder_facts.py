@@ -1,0 +1,356 @@
+"""Where in a configuration each fact of a decoder stands: what a row of the family table says, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeAlias, TypeVar
+
+from splitbundle.architecture import (
+    MAX_LAYERS,
+    Alibi,
+    Architecture,
+    Attention,
+    Embedding,
+    Head,
+    LayerKind,
+    Learned,
+    Mlp,
+    Norm,
+    QueryKeyNorm,
+    QueryTemperature,
+    Rotary,
+    Sinusoidal,
+    Unpositioned,
+)
+from splitbundle_converter.config_reader import ConfigReader
+from splitbundle_converter.rotary_config import rotary
+
+ACTIVATIONS: Final = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu_squared",
+    "xielu": "xielu",
+}
+"""transformers' names of activations -> ours; several are one function computed in different ways."""
+LAYER_TYPES: Final = ("full_attention", "sliding_attention")
+TORCH_EPS: Final = 1e-5
+"""What ``torch.nn.LayerNorm`` adds to the variance where a family doesn't say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What is known of a model when its other facts are read."""
+
+    config: ConfigReader
+    hidden: int
+    heads: int
+    head_dim: int
+    layers: int
+
+
+T = TypeVar("T")
+Fact: TypeAlias = T | Callable[[Sizes], T]
+PerLayer: TypeAlias = Fact[T | list[T]]
+Position: TypeAlias = Rotary | Alibi | None
+"""None: no position enters here."""
+
+
+def rms_norm(eps: str, *, weight_offset: float = 0.0) -> Callable[[ConfigReader], Norm]:
+    """RMSNorm with a weight; ``eps`` is a field."""
+    return lambda config: Norm(
+        kind="rms_norm", eps=config.number(eps), affine=True, weight_offset=weight_offset, bias=False
+    )
+
+
+def layer_norm(
+    eps: str | float, *, affine: bool | str = True, bias: bool = True, weight_offset: float = 0.0
+) -> Callable[[ConfigReader], Norm]:
+    """LayerNorm, by default with weight and bias; ``eps`` and ``affine`` are values or fields."""
+
+    def read(config: ConfigReader) -> Norm:
+        weight = config.boolean(affine) if isinstance(affine, str) else affine
+        number = config.number(eps) if isinstance(eps, str) else eps
+        return Norm(kind="layer_norm", eps=number, affine=weight, weight_offset=weight_offset, bias=bias and weight)
+
+    return read
+
+
+def turned(layout: str = "half", *, partial: bool = False) -> Callable[[Sizes], Rotary]:
+    """Rotary positions; the arguments are those of ``rotary``."""
+    return lambda sizes: rotary(sizes.config, sizes.head_dim, layout=layout, partial=partial)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """The facts of a decoder, each a value, or the name of the configuration's field that has it, or a function.
+
+    A string is a field, but where a fact is a word itself (``placement``, ``query_key_norm``). A function is given the
+    sizes, and with them the configuration. A fact of attention may be a list, with a value for each layer. By default,
+    fields have Llama's names.
+    """
+
+    inert: frozenset[str] = frozenset()
+    """Fields that change no number."""
+    only: Mapping[str, object] = field(default_factory=dict)
+    """Fields that may be there with one value alone, or with one of a tuple of values."""
+    required: tuple[str, ...] = ()
+    """Fields without which transformers fails, though they have a meaning here."""
+
+    # The sizes are fields always, as messages name them.
+    hidden: str = "hidden_size"
+    heads: str = "num_attention_heads"
+    layers: str = "num_hidden_layers"
+    head_dim: str | None = "head_dim"
+    """Where there is no such field, or null, the heads share the hidden size."""
+
+    norm: Callable[[ConfigReader], Norm]
+    """Every norm of the model."""
+    placement: Fact[str] = "pre"
+    residual_multiplier: Fact[float] | str = 1.0
+    bias: PerLayer[bool] | str = False
+    """Of every projection of a layer; ``qkv_bias``, ``output_bias`` and ``mlp_bias`` overrule it."""
+
+    # Attention.
+    kv_heads: Fact[int] | str | None = "num_key_value_heads"
+    """None: as many as heads."""
+    scale: PerLayer[float | None] | str = None
+    """Of the scores; None: 1/√head_dim."""
+    qkv_bias: PerLayer[bool] | str | None = None
+    output_bias: PerLayer[bool] | str | None = None
+    clip: Fact[float | None] | str = None
+    query_key_norm: PerLayer[str | None] = None
+    """The width of the norm of queries and keys, if they have one."""
+    query_key_affine: bool = True
+    """Whether that norm has weights, if the model's norms have."""
+    after_rotation: bool = False
+    """Whether that norm comes after the rotation."""
+    query_temperature: PerLayer[QueryTemperature | None] = None
+    logit_cap: Fact[float | None] | str = None
+    window: PerLayer[int | None] = None
+    chunk: PerLayer[int | None] = None
+    sinks: bool = False
+    position: PerLayer[Position] = None
+
+    # The feed-forward block.
+    gated: bool = True
+    activation: Fact[str] = "hidden_act"
+    inner: Fact[int] | str = "intermediate_size"
+    mlp_bias: bool | str | None = None
+
+    # The embedding and the head.
+    embedding_size: str | None = None
+    """The width of the token table, if it isn't the hidden size."""
+    embedding_multiplier: Fact[float] | str = 1.0
+    embedding_position: Fact[Learned | Sinusoidal | None] = None
+    embedding_norm: bool = False
+    head_norm: Fact[bool] = True
+    head_bias: bool = False
+    head_multiplier: Fact[float] | str = 1.0
+    head_logit_cap: Fact[float | None] | str = None
+
+    def but(self, **changes: Any) -> Facts:
+        """The same facts but for ``changes``; those of ``inert`` and ``only`` are added."""
+        inert, only = frozenset(changes.pop("inert", ())), changes.pop("only", {})
+        return replace(self, inert=self.inert | inert, only={**self.only, **only}, **changes)
+
+    def __call__(self, config: ConfigReader) -> Architecture:
+        """The architecture that a configuration describes; what can't be converted, its reader notes."""
+        config.inert(self.inert)
+        for name, values in self.only.items():
+            config.only(name, *(values if isinstance(values, tuple) else (values,)))
+        for name in self.required:
+            config.integer(name)
+        sizes = self._sizes(config)
+        norm = self.norm(config)
+        mlp = Mlp(
+            gated=self.gated,
+            activation=_read(self.activation, sizes, lambda name: config.choice(name, ACTIVATIONS)),
+            intermediate_size=_read(self.inner, sizes, config.integer),
+            bias=self._bias(self.mlp_bias, sizes),
+        )
+        placement = _read(self.placement, sizes)
+        residual_multiplier = _read(self.residual_multiplier, sizes, config.number)
+        attention = self._attention(sizes, norm)
+
+        def layer(index: int) -> LayerKind:
+            own = {name: fact[index] if isinstance(fact, list) else fact for name, fact in attention.items()}
+            own["position"] = own["position"] or Unpositioned()
+            return LayerKind(
+                placement=placement,
+                norm=norm,
+                residual_multiplier=residual_multiplier,
+                attention=Attention(heads=sizes.heads, head_dim=sizes.head_dim, **own),
+                mlp=mlp,
+            )
+
+        kinds, layers = _name([layer(index) for index in range(sizes.layers)])
+        return Architecture(
+            vocab_size=config.integer("vocab_size"),
+            hidden_size=sizes.hidden,
+            embedding=Embedding(
+                token_size=sizes.hidden if self.embedding_size is None else config.integer(self.embedding_size),
+                multiplier=_read(self.embedding_multiplier, sizes, config.number),
+                position=_read(self.embedding_position, sizes) or Unpositioned(),
+                norm=norm if self.embedding_norm else None,
+            ),
+            layer_kinds=kinds,
+            layers=layers,
+            head=Head(
+                norm=norm if _read(self.head_norm, sizes) else None,
+                tied=config.boolean("tie_word_embeddings"),
+                bias=self.head_bias,
+                multiplier=_read(self.head_multiplier, sizes, config.number),
+                logit_cap=_read(self.head_logit_cap, sizes, config.optional_number),
+            ),
+        )
+
+    def _sizes(self, config: ConfigReader) -> Sizes:
+        hidden, heads = config.integer(self.hidden), config.integer(self.heads)
+        if self.head_dim is not None and config.raw(self.head_dim) is not None:
+            head_dim = config.integer(self.head_dim)
+        else:
+            head_dim = max(1, hidden // heads)
+            if hidden % heads:
+                config.refuse(self.hidden, f"a multiple of {self.heads} ({heads})")
+        layers = config.integer(self.layers, maximum=MAX_LAYERS)  # which bounds what is made of it
+        return Sizes(config=config, hidden=hidden, heads=heads, head_dim=head_dim, layers=layers)
+
+    def _attention(self, sizes: Sizes, norm: Norm) -> dict[str, Any]:
+        """The fields of ``Attention`` that aren't sizes; of a list, each layer has an item."""
+        config = sizes.config
+        kv_heads = _read(self.kv_heads, sizes, config.integer)
+        if isinstance(self.kv_heads, str) and sizes.heads % kv_heads:
+            config.refuse(self.kv_heads, f"a divisor of {self.heads} ({sizes.heads})")
+        scale, widths = _read(self.scale, sizes, config.number), _read(self.query_key_norm, sizes)
+        plain = Norm(kind=norm.kind, eps=norm.eps, affine=False, weight_offset=0.0, bias=False)
+
+        def own_norm(width: str | None) -> QueryKeyNorm | None:
+            if width is None:
+                return None
+            own = norm if self.query_key_affine else plain
+            return QueryKeyNorm(norm=own, width=width, after_rotation=self.after_rotation)
+
+        return {
+            "kv_heads": sizes.heads if kv_heads is None else kv_heads,
+            "scale": sizes.head_dim**-0.5 if scale is None else scale,
+            "qkv_bias": self._bias(self.qkv_bias, sizes),
+            "output_bias": self._bias(self.output_bias, sizes),
+            "clip": _read(self.clip, sizes, config.optional_number),
+            "query_key_norm": [own_norm(each) for each in widths] if isinstance(widths, list) else own_norm(widths),
+            "query_temperature": _read(self.query_temperature, sizes),
+            "logit_cap": _read(self.logit_cap, sizes, config.optional_number),
+            "window": _read(self.window, sizes),
+            "chunk": _read(self.chunk, sizes),
+            "sinks": self.sinks,
+            "position": _read(self.position, sizes),
+        }
+
+    def _bias(self, fact: Any, sizes: Sizes) -> Any:
+        return _read(self.bias if fact is None else fact, sizes, sizes.config.boolean)
+
+
+def _read(fact: Any, sizes: Sizes, of_field: Callable[[str], Any] = str) -> Any:
+    """The value of a fact; where the fact is no word itself, ``of_field`` reads the field that a string names."""
+    if callable(fact):
+        return fact(sizes)
+    return of_field(fact) if isinstance(fact, str) else fact
+
+
+def _name(layers: list[LayerKind]) -> tuple[dict[str, LayerKind], tuple[str, ...]]:
+    """Layers that are alike are one kind, named after what it attends to: the kinds, and each layer's name."""
+    turned = any(not isinstance(kind.attention.position, Unpositioned) for kind in layers)
+    kinds: dict[str, LayerKind] = {}
+    order: list[str] = []
+    for kind in layers:
+        stem = "full" if kind.attention.window is None else "sliding"
+        if turned and isinstance(kind.attention.position, Unpositioned):
+            stem += "_unpositioned"
+        name, number = stem, 1
+        while kinds.setdefault(name, kind) != kind:
+            number += 1
+            name = f"{stem}_{number}"
+        order.append(name)
+    return kinds, tuple(order)
+
+
+# Facts that several families say in the same way.
+
+
+def either(name: str, yes: T, no: T) -> Callable[[Sizes], T]:
+    """One of two values, as a boolean field says."""
+    return lambda sizes: yes if sizes.config.boolean(name) else no
+
+
+def four_times_hidden(name: str | None = None) -> Callable[[Sizes], int]:
+    """The width of a feed-forward block: that of a field, if there is one and it isn't null."""
+    return lambda sizes: (
+        4 * sizes.hidden if name is None or sizes.config.raw(name) is None else sizes.config.integer(name)
+    )
+
+
+def root_of_hidden(sizes: Sizes) -> float:
+    """What some embeddings are multiplied by."""
+    return float(sizes.hidden**0.5)
+
+
+def learned(count: str, *, offset: int = 0) -> Callable[[Sizes], Learned]:
+    """A table of positions; ``count`` is a field."""
+    return lambda sizes: Learned(count=sizes.config.integer(count), offset=offset)
+
+
+def one_window(sizes: Sizes) -> int | None:
+    """The window of all layers, if they have one."""
+    return None if sizes.config.raw("sliding_window") is None else sizes.config.integer("sliding_window")
+
+
+def layer_types(sizes: Sizes) -> list[str]:
+    """What each layer attends to."""
+    config, types = sizes.config, sizes.config.raw("layer_types")
+    if not isinstance(types, list) or not all(kind in LAYER_TYPES for kind in types):
+        config.refuse("layer_types", "full_attention or sliding_attention for each layer")
+    elif len(types) != sizes.layers:
+        config.refuse("layer_types", f"one for each of num_hidden_layers ({sizes.layers})", len(types))
+    else:
+        return types
+    return ["full_attention"] * sizes.layers
+
+
+def layer_windows(sizes: Sizes) -> list[int | None]:
+    """The window of each layer: that of the configuration where ``layer_types`` says so."""
+    types, window = layer_types(sizes), one_window(sizes)
+    if window is None and "sliding_attention" in types:
+        sizes.config.refuse("sliding_window", "a window, as some layer_types are sliding_attention", "none")
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def turned_in_windows(layout: str = "half") -> Callable[[Sizes], list[Position]]:
+    """Rotary positions of the layers that have a window; the others know no position."""
+
+    def read(sizes: Sizes) -> list[Position]:
+        position = turned(layout)(sizes)
+        return [position if kind == "sliding_attention" else None for kind in layer_types(sizes)]
+
+    return read
+
+
+def turned_by_type(sizes: Sizes) -> list[Position]:
+    """Rotary positions of each layer, where ``rope_parameters`` has an object for each layer type."""
+    types, inner = layer_types(sizes), sizes.config.inside("rope_parameters")
+    of_type: dict[str, Rotary] = {}
+    for kind in dict.fromkeys(types):
+        parameters = inner.inside(kind)
+        parameters.only("truncate", True)  # transformers looks for it outside of this object, and takes true
+        of_type[kind] = rotary(sizes.config, sizes.head_dim, parameters=parameters)
+    inner.inert(LAYER_TYPES)
+    for name in inner.unread():
+        inner.refuse(name, "only an object for each layer type")
+    sizes.config.problems += inner.problems
+    return [of_type[kind] for kind in types]

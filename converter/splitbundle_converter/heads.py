@@ -1,0 +1,54 @@
+"""Which head a checkpoint has: that of a causal language model, none, or that of another task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from splitbundle.errors import Problem, quoted
+from splitbundle_converter.source import Source
+
+_OTHER_TASKS: Final = ("score", "classifier", "qa_outputs")
+"""The modules of the heads with which transformers classifies texts and tokens, and answers questions."""
+_HINT: Final = "Only causal language models can be converted: "
+
+
+def wrong_head(source: Source, head: Mapping[str, bool], *, base_alone: bool) -> Problem | None:
+    """Why a checkpoint can't predict tokens, if that is so; of one that can, nothing.
+
+    Args:
+        source: the checkpoint.
+        head: the names under which the family stores its head's tensors, and whether this model needs each.
+        base_alone: whether the base model was saved alone, its names without a prefix.
+    """
+    if any(name in source.tensors for name in head):
+        return None  # what is missing or extra besides is said of each tensor
+    for module in _OTHER_TASKS:
+        other = sorted(name for name in source.tensors if name.startswith(f"{module}."))
+        if other:
+            return Problem(
+                code="source.tensor",
+                file=source.tensors[other[-1]].file,
+                pointer=f"/{other[-1]}",
+                expected="the head of a causal language model",
+                got=f"a head for another task{_of(source)}",
+                hint=f"{_HINT}convert the one that this was trained from",
+            )
+    needed = [name for name, needs in head.items() if needs]
+    if needed and base_alone:
+        return Problem(
+            code="source.tensor",
+            file=source.name,
+            expected=f"the head of a causal language model: {', '.join(map(quoted, needed))}",
+            got=f"none, a base model that was saved without its head{_of(source)}",
+            hint=f"{_HINT}save it with AutoModelForCausalLM, from a checkpoint that has the head",
+        )
+    return None
+
+
+def _of(source: Source) -> str:
+    """The class that the configuration names, in words to be put at an end."""
+    config = source.configuration().raw
+    classes = config.get("architectures") if isinstance(config, dict) else None
+    named = isinstance(classes, list) and len(classes) == 1 and isinstance(classes[0], str)
+    return f", {classes[0][:100]}" if named and classes else ""

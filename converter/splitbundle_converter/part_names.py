@@ -1,0 +1,77 @@
+"""The names that tensors have in one part of a model: the family's own, with the layers counted from the part's first.
+
+Whoever cuts a model writes modules of their own, so the names may lack what stood around them: GPT-2's
+``transformer.h.3.ln_1.weight`` is ``h.1.ln_1.weight`` in a part that begins with layer 2. What remains must be the
+family's name to the letter. Only the list of the layers may be called as such lists are (``layers``, ``h``,
+``blocks``), because nothing else in a model is numbered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from splitbundle.architecture import Architecture
+from splitbundle_converter.family import Family
+
+LISTS: Final = ("layers", "h", "blocks")
+LAYER: Final = "{layer}"
+EMBEDDING: Final = "embedding"
+HEAD: Final = "head"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A tensor of a part, recognised."""
+
+    source: str
+    """Its name in the whole model, with ``{layer}`` for the layer's number."""
+    unit: str | None
+    """``embedding`` or ``head``, where it belongs to one of them."""
+    layers: str | None = None
+    """What the part calls the list of its layers, for a layer's tensor."""
+    layer: int | None = None
+    """The layer's number in the part."""
+
+
+class PartNames:
+    """The names that a family's tensors may have in a part."""
+
+    def __init__(self, family: Family, architecture: Architecture) -> None:
+        self.layers = family.layers
+        units = {row.source: row.tensors[0].partition(".")[0] for row in family.names(architecture)}
+        units |= dict.fromkeys((*family.dropped, *family.constants), "")
+        around = (family.layers.rpartition(".")[0] + ".", family.prefix)
+        inside = f"{family.layers}.{LAYER}."
+        self._units = {name: unit if unit in (EMBEDDING, HEAD) else None for name, unit in units.items()}
+        self._of_layers = {name.removeprefix(inside) for name in units if name.startswith(inside)}
+        self._lists = {family.layers, *(family.layers.removeprefix(outer) for outer in around), *LISTS}
+        # A name's full form comes last, and so wins over what another name is without its surroundings.
+        self._others = {
+            form: name
+            for outer in (*around, "")
+            for name in units
+            if LAYER not in name
+            for form in (name.removeprefix(outer),)
+        }
+        inner = next(name.removeprefix(inside) for name in units if name.startswith(inside))
+        self.example = f"{family.layers.rpartition('.')[2]}.0.{inner}"
+
+    def find(self, name: str) -> Found | None:
+        """The tensor that a part calls ``name``; None where the family has none."""
+        if name in self._others:
+            source = self._others[name]
+            return Found(source=source, unit=self._units[source])
+        for layers in self._lists:
+            number, _, inner = name.removeprefix(f"{layers}.").partition(".")
+            if name.startswith(f"{layers}.") and inner in self._of_layers and _is_number(number):
+                return Found(source=f"{self.layers}.{LAYER}.{inner}", unit=None, layers=layers, layer=int(number))
+        return None
+
+    def is_dropped(self, source: str, family: Family) -> bool:
+        """Whether a tensor holds nothing that was learned, and so may stand in several parts."""
+        return source in family.dropped or source in family.constants
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 6 and str(int(text)) == text

@@ -1,0 +1,269 @@
+"""Parts of a model that split learning left on disk: state dicts, and beside each what it is a part of.
+
+    bottom.pt  bottom_metadata.json     {"component": "bottom", "start_layer": 0, "end_layer": 2, "config": {...}}
+    trunk.pt   trunk_metadata.json
+    top.pt     top_metadata.json
+
+They are put together under the names of the whole model, and then converted as any checkpoint. Nothing is guessed:
+``end_layer`` is taken as the last layer or as the number after it, whichever fits the layers that each file holds, and
+what doesn't tile the model is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from splitbundle import strict_json
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.fields import MAX_PROBLEMS, Field, Problems
+from splitbundle.files import Progress
+from splitbundle_converter.config_reader import INERT
+from splitbundle_converter.configuration import read_configuration
+from splitbundle_converter.family import Family
+from splitbundle_converter.part_names import EMBEDDING, HEAD, LAYER, PartNames
+from splitbundle_converter.pickles import SUFFIXES, PickledSource, rewrite
+from splitbundle_converter.refusal import problem, refused
+from splitbundle_converter.source import CONFIG, Configuration, Place
+from splitbundle_converter.source_files import SourceTensor, check_there, read_headers, read_small
+
+METADATA: Final = "_metadata.json"
+COMPONENTS: Final = ("bottom", "trunk", "top")
+FIELDS: Final = ("component", "start_layer", "end_layer", "config")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartFiles:
+    """The two files of a part."""
+
+    metadata: str
+    weights: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What a part says of itself."""
+
+    files: PartFiles
+    component: str
+    start: int
+    end: int
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What a part's file holds: its tensors under the names of the whole model, with ``{layer}`` filled in later."""
+
+    part: Part
+    tensors: tuple[tuple[str, int | None, SourceTensor], ...]
+    """Name, number of the layer in the part, tensor."""
+    layers: str
+    """What it calls the list of its layers."""
+    count: int
+    """Of its layers."""
+
+
+class PartsSource(PickledSource):
+    """A model that was put together from its parts."""
+
+    def __init__(self, place: Place, held: list[Held], family: Family, tensors: dict[str, SourceTensor]) -> None:
+        super().__init__(place, tensors)
+        self._held, self._layers = held, family.layers
+        self._starts = [sum(other.count for other in held[:i]) for i in range(len(held))]
+        self.cuts = tuple(self._starts[1:])
+        first = held[0].part
+        self._configuration = Configuration(raw=first.config, file=first.files.metadata, pointer="/config")
+
+    def configuration(self) -> Configuration:
+        """The one that all parts have."""
+        return self._configuration
+
+    def place_of(self, name: str) -> tuple[str, str]:
+        """The part that should hold a layer's tensor, and what it would be called there."""
+        number, _, inner = name.removeprefix(f"{self._layers}.").partition(".")
+        if name.startswith(f"{self._layers}.") and number.isdecimal():
+            for start, held in zip(self._starts, self._held, strict=True):
+                if start <= int(number) < start + held.count:
+                    return held.part.files.weights, f"{held.layers}.{int(number) - start}.{inner}"
+        return super().place_of(name)
+
+
+def find_parts(place: Place) -> list[PartFiles]:
+    """The parts in a directory: each ``X_metadata.json`` goes with ``X.pt``. None, where no metadata has weights.
+
+    Raises:
+        BundleError: ``source.missing`` for the weights of some metadata, where others have theirs.
+    """
+    found: list[PartFiles] = []
+    alone: list[str] = []
+    for path in sorted(place.directory.glob(f"*{METADATA}")):
+        stem = path.name.removesuffix(METADATA)
+        names = [stem] if stem.endswith(SUFFIXES) else [f"{stem}{suffix}" for suffix in SUFFIXES]
+        weights = [name for name in names if (place.directory / name).is_file()]
+        found += [PartFiles(metadata=path.name, weights=name) for name in weights[:1]]
+        alone += names[:1] if not weights else []
+    if found and alone:
+        raise BundleError(
+            problem("source.missing", name, "the weights that its metadata describe", "none") for name in alone
+        )
+    return found
+
+
+def read_parts(place: Place, found: list[PartFiles], private: Path, progress: Progress | None) -> PartsSource:
+    """The model that some parts make, their pickles rewritten into the directory ``private``.
+
+    Raises:
+        BundleError: ``source.parts`` where they don't fit each other, ``source.tensor`` for names that the family
+            hasn't, ``field.*`` and ``json.*`` of metadata; and what configurations and pickles can be refused for.
+    """
+    parts = _in_order([_metadata(place, files) for files in found], place)
+    _check_configs(parts)
+    first = Configuration(raw=parts[0].config, file=parts[0].files.metadata, pointer="/config")
+    family, architecture, _ = read_configuration(first)
+    if (place.directory / CONFIG).is_file():
+        raw = strict_json.parse(read_small(place.directory, CONFIG, place.name), CONFIG)
+        if read_configuration(Configuration(raw=raw, file=CONFIG))[1] != architecture:
+            expected = f"the model that {first.file} describes"
+            raise refused("source.parts", CONFIG, expected, "another", "Remove the one of them that isn't meant")
+    files = {
+        part.files.weights: check_there(place.directory, part.files.weights, part.files.metadata) for part in parts
+    }
+    rewritten = rewrite(files, private, progress)
+    names = PartNames(family, architecture)
+    held = [_hold(part, rewritten[part.files.weights], names, family) for part in parts]
+    _check_tiling(held, len(architecture.layers))
+    return PartsSource(place, held, family, _put_together(held, names, family))
+
+
+def _metadata(place: Place, files: PartFiles) -> Part:
+    problems = Problems(files.metadata)
+    document = Field(
+        strict_json.parse(read_small(place.directory, files.metadata, place.name), files.metadata), problems
+    )
+    members = document.members(FIELDS, open=True)
+    config = members["config"]
+    if not isinstance(config.value, dict):
+        config.refuse("an object", code="field.type")
+    part = Part(
+        files=files,
+        component=members["component"].choice(COMPONENTS),
+        start=members["start_layer"].integer(),
+        end=members["end_layer"].integer(-1),  # the last layer of a bottom that only embeds
+        config=config.value,
+    )
+    problems.raise_if_any()
+    return part
+
+
+def _in_order(parts: list[Part], place: Place) -> list[Part]:
+    """Bottom, trunks, top. There may be no trunk, and several."""
+    components = sorted((part.component for part in parts), key=COMPONENTS.index)
+    if components.count("bottom") != 1 or components.count("top") != 1:
+        got = ", ".join(f"{part.component} ({part.files.metadata})" for part in parts[:8])
+        raise refused("source.parts", place.name, "one bottom, one top, and what lies between them", got)
+    return sorted(parts, key=lambda part: (COMPONENTS.index(part.component), part.start))
+
+
+def _check_configs(parts: list[Part]) -> None:
+    """Whether all have one configuration, but for what changes no number."""
+    first = parts[0]
+    problems = []
+    for part in parts[1:]:
+        for name in sorted((part.config.keys() | first.config.keys()) - INERT):
+            wanted, got = (quoted(config[name]) if name in config else "none" for config in (first.config, part.config))
+            if name not in first.config or name not in part.config or not _same(first.config[name], part.config[name]):
+                expected = f"{wanted}, as in {first.files.metadata}"
+                problems.append(problem("source.parts", part.files.metadata, expected, got, pointer=f"/config/{name}"))
+    if problems:
+        raise BundleError(problems[:MAX_PROBLEMS])
+
+
+def _same(one: object, other: object) -> bool:
+    return strict_json.dump_compact(one) == strict_json.dump_compact(other)  # in Python, 1 is True
+
+
+def _hold(part: Part, path: Path, names: PartNames, family: Family) -> Held:
+    """What a part's file holds, each name recognised, its layers numbered from 0 without gaps."""
+    problems: list[Problem] = []
+    tensors, lists, numbers = [], set(), set()
+    for name, tensor in read_headers(part.files.weights, path):
+        found = names.find(name)
+        if found is None:
+            expected = (
+                f"a name of {family.model_type}'s tensors, with or without {quoted(family.prefix)}, "
+                f"its layers numbered from 0: such as {quoted(names.example)}"
+            )
+            got, hint = f"{tensor.dtype} {list(tensor.shape)}", "Save the part with the names that the model has"
+            problems.append(problem("source.tensor", part.files.weights, expected, got, hint, f"/{name}"))
+            continue
+        owner = {EMBEDDING: "bottom", HEAD: "top"}.get(found.unit or "", part.component)
+        if owner != part.component:
+            expected, got = f"the {found.unit} in the {owner} alone", f"it in the {part.component}"
+            problems.append(problem("source.tensor", part.files.weights, expected, got, pointer=f"/{name}"))
+        if found.layers is not None and found.layer is not None:
+            lists.add(found.layers)
+            numbers.add(found.layer)
+        tensors.append((found.source, found.layer, tensor))
+    if problems:
+        raise BundleError(problems[:MAX_PROBLEMS])
+    if len(lists) > 1:
+        got = ", ".join(sorted(lists))
+        raise refused("source.parts", part.files.weights, "one list of layers", f"several: {got}")
+    if numbers and max(numbers) != len(numbers) - 1:
+        hint = "In each part the layers count from 0; start_layer says where they stand in the model"
+        got = f"{len(numbers)} layers, {min(numbers)} to {max(numbers)}"
+        raise refused("source.parts", part.files.weights, f"layers numbered from 0 to {len(numbers) - 1}", got, hint)
+    layers = lists.pop() if lists else family.layers
+    return Held(part=part, tensors=tuple(tensors), layers=layers, count=len(numbers))
+
+
+def _check_tiling(held: list[Held], layers: int) -> None:
+    """Whether the ranges that the metadata give are those of the layers that are there, one after the other."""
+    problems: list[Problem] = []
+
+    def add(one: Held, field: str, expected: str, got: object) -> None:
+        found = ", ".join(other.part.component for other in held)
+        hint = f"The parts are {found}, with {', '.join(str(other.count) for other in held)} layers"
+        problems.append(problem("source.parts", one.part.files.metadata, expected, str(got), hint, pointer=f"/{field}"))
+
+    stop = 0
+    for one in held:
+        part = one.part
+        if part.start != stop:
+            add(one, "start_layer", f"{stop}, so that the parts tile the model", part.start)
+        if part.component == "trunk" and one.count == 0:
+            add(one, "component", "a trunk with layers", "one without")
+        after, last = part.start + one.count, part.start + one.count - 1
+        if part.end not in (after, last):
+            expected = f"{after} (or {last}, the last layer), as {part.files.weights} has {one.count} layers"
+            add(one, "end_layer", expected, part.end)
+        stop += one.count
+    if not problems and len({one.part.end - one.part.start - one.count for one in held}) > 1:
+        got = ", ".join(f"{one.part.start} to {one.part.end}" for one in held)
+        add(held[-1], "end_layer", "in all parts the last layer, or in all the number after it", got)
+    if not problems and stop != layers:
+        add(held[-1], "end_layer", f"{layers} layers in all, as the configuration has them", f"{stop}")
+    if problems:
+        raise BundleError(problems)
+
+
+def _put_together(held: list[Held], names: PartNames, family: Family) -> dict[str, SourceTensor]:
+    tensors: dict[str, SourceTensor] = {}
+    problems: list[Problem] = []
+    start = 0
+    for one in held:
+        for source, layer, tensor in one.tensors:
+            name = source if layer is None else source.replace(LAYER, str(start + layer))
+            if name in tensors and not names.is_dropped(source, family):
+                expected, got = (
+                    f"only one {quoted(name)}",
+                    f"another, beside {tensors[name].stored} of {tensors[name].file}",
+                )
+                problems.append(problem("source.tensor", tensor.file, expected, got, pointer=f"/{tensor.stored}"))
+            tensors.setdefault(name, tensor)
+        start += one.count
+    if problems:
+        raise BundleError(problems[:MAX_PROBLEMS])
+    return tensors

@@ -1,0 +1,235 @@
+"""Weights in pickles: which files they are, and a child process that rewrites them as safetensors.
+
+Nothing is unpickled in this process. The child gets no secret of the environment, and limits of what it may take; what
+it leaves is read as any stranger's safetensors, and what it says as any stranger's words. It is no sandbox: code that
+got past ``weights_only`` would run with this user's rights, so a pickle is still a matter of trust.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Final, NoReturn
+
+from splitbundle import strict_json
+from splitbundle.errors import BundleError, Problem
+from splitbundle.files import Progress
+from splitbundle_converter.refusal import refused
+from splitbundle_converter.source import Place, Source
+from splitbundle_converter.source_files import (
+    SAFETENSORS,
+    Naming,
+    SourceTensor,
+    check_there,
+    gather,
+    read_headers,
+    weight_files,
+)
+
+BIN: Final = Naming(single="pytorch_model.bin", index="pytorch_model.bin.index.json", suffix=".bin")
+SUFFIXES: Final = (".pt", ".pth")
+BOOT: Final = (
+    "import json, sys; request = json.load(open(sys.argv[1], encoding='utf-8')); sys.path[:] = request['path']; "
+    "from splitbundle_converter.unpickle import main; main(request['files'])"
+)
+"""Isolated (-I), an interpreter ignores PYTHONPATH; yet it must find the libraries that this one has found."""
+KEPT: Final = (
+    *("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "LANG", "LC_ALL"),
+    "KMP_DUPLICATE_LIB_OK",
+)
+"""The variables that loading torch may need. HF_TOKEN, and whatever else stands in the environment, stays here."""
+MAX_MESSAGE: Final = 16384
+STATE_DICT: Final = (
+    "Where you trust the file, load it with the code that it names, and save its tensors alone: "
+    "torch.save(model.state_dict(), ...)"
+)
+WHOLE: Final = "The file may be damaged, or no checkpoint of torch.save: fetch or save it again"
+
+
+class PickledSource(Source):
+    """A checkpoint whose tensors were rewritten: its directory has the pickles and everything else."""
+
+    rewritten = True
+
+    def __init__(self, place: Place, tensors: dict[str, SourceTensor]) -> None:
+        self.directory, self.name, self.revision = place.directory, place.name, place.revision
+        self.tensors = tensors
+
+
+def read_model(place: Place, private: Path, progress: Progress | None) -> PickledSource:
+    """A model in pickles, rewritten into the directory ``private``.
+
+    Raises:
+        BundleError: ``source.*``; ``output.failed`` where there is no room.
+    """
+    weight_map, files = _find(place)
+    rewritten = rewrite({file: check_there(place.directory, file, BIN.index) for file in files}, private, progress)
+    tensors = gather(weight_map, files, BIN, lambda file: read_headers(file, rewritten[file]))
+    return PickledSource(place, tensors)
+
+
+def _find(place: Place) -> tuple[dict[str, str] | None, list[str]]:
+    """The index's map, if there is an index, and the files of a model in pickles."""
+    weight_map, files = weight_files(place.directory, BIN, place.name)
+    files = files or sorted(path.name for path in place.directory.iterdir() if path.suffix in SUFFIXES)
+    if weight_map is None and len(files) != 1:
+        expected = f"{SAFETENSORS.single}, {BIN.single}, an index of either, or one file {' or '.join(SUFFIXES)}"
+        hint = "Parts of a model need a file like bottom_metadata.json beside each bottom.pt" if files else None
+        raise refused("source.missing", place.name, expected, ", ".join(files[:8]) or "none", hint)
+    return weight_map, files
+
+
+def rewrite(pickles: Mapping[str, Path], private: Path, progress: Progress | None) -> dict[str, Path]:
+    """Has a child process rewrite state dicts; gives the safetensors file of each, which nobody has looked at yet.
+
+    Raises:
+        BundleError: ``source.pickle`` for what asks for code, ``source.state-dict`` for what isn't one or ends the
+            child, ``output.failed`` where there is no room.
+    """
+    total = sum(path.stat().st_size for path in pickles.values())
+    free = shutil.disk_usage(private).free
+    if free < total:
+        hint = "Choose another place with --output, or make room there"
+        expected = f"{total / 2**30:.1f} GiB of room for the tensors of the pickles, until the bundle is written"
+        raise refused("output.failed", str(private.parent), expected, f"{free / 2**30:.1f} GiB", hint)
+    targets = {file: private / f"{number:05d}.safetensors" for number, file in enumerate(pickles)}
+    request = private / "request.json"
+    path = [os.path.abspath(entry) for entry in sys.path if entry]
+    files = [[str(source.absolute()), str(targets[file])] for file, source in pickles.items()]
+    request.write_text(json.dumps({"path": path, "files": files}), "utf-8")
+    with (private / "errors.txt").open("w+b") as errors, _child(request, errors) as process:
+        _listen(process, list(pickles), total, errors, progress)
+    for file, target in targets.items():
+        if not target.exists() or not stat.S_ISREG(target.lstat().st_mode):
+            raise refused("source.state-dict", file, "a state dict", "nothing that the process made of it", WHOLE)
+    return targets
+
+
+@contextlib.contextmanager
+def _child(request: Path, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """The running child. However the block ends, it ends too, and what it started."""
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    environment |= {name: str(request.parent) for name in ("HOME", "TMPDIR", "TEMP", "TMP")}
+    # Threads would need address space, and a library that looks for GPUs may hang.
+    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(  # noqa: S603  # this interpreter, and arguments of ours
+        [sys.executable, "-I", "-B", "-c", BOOT, str(request)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        cwd=request.parent,
+        env=environment,
+        start_new_session=True,  # a group of its own: an interruption comes to this process, which ends the group
+    )
+    try:
+        yield process
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.returncode is None:  # not waited for: until then, nobody else gets its number
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def _listen(
+    process: subprocess.Popen[bytes], files: list[str], total: int, errors: IO[bytes], progress: Progress | None
+) -> None:
+    """Hears the child out: returns when it says that it is done, and raises whatever else comes."""
+    done, file = 0, files[0]
+    while True:
+        line = process.stdout.readline(MAX_MESSAGE) if process.stdout is not None else b""
+        if not line:
+            _raise_dead(process, file, errors)
+        message = _parse(line)
+        if message.get("done") == len(files):
+            return
+        if "refused" in message:
+            _raise_refused(message, file)
+        if "failed" in message:
+            hint = "Choose another place with --output, or make room there"
+            raise refused("output.failed", file, "room for its tensors", _words(message["failed"]), hint)
+        number, written = message.get("reading", 0), message.get("bytes", 0)
+        if not message or not _within(number, len(files) - 1) or not _within(written, total * 8):
+            raise refused("source.state-dict", file, "a state dict", "a process that says what it shouldn't", WHOLE)
+        if "reading" in message:
+            file = files[number]
+        done += written
+        if progress is not None:
+            progress("reading pickles", min(done, total), total)
+
+
+def _within(number: object, most: int) -> bool:
+    return type(number) is int and 0 <= number <= most
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        message = strict_json.parse(line, "message")
+    except BundleError:
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+def _raise_refused(message: dict[str, Any], file: str) -> NoReturn:
+    name = message.get("name")
+    code = message.get("code") is True
+    raise BundleError(
+        Problem(
+            code="source.pickle" if code else "source.state-dict",
+            file=file,
+            pointer=None if name is None else f"/{_words(name)}",
+            expected=_words(message.get("expected")),
+            got=_words(message.get("got")),
+            hint=STATE_DICT if code else WHOLE,
+        )
+    )
+
+
+def _raise_dead(process: subprocess.Popen[bytes], file: str, errors: IO[bytes]) -> NoReturn:
+    """It ended without a word, or with its last ones on stderr."""
+    status = _status(process)
+    if status is None:
+        got = "a process that closed its output and went on"
+    else:
+        names = {number.value: number.name for number in signal.Signals}
+        how = f"by {names.get(-status, -status)}" if status < 0 else f"with status {status}"
+        errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4096))
+        said = [text.strip() for text in errors.read().decode("utf-8", "replace").splitlines() if text.strip()]
+        got = f"the process that read it ended {how}" + (f" ({_words(said[-1])})" if said else "")
+    raise refused("source.state-dict", file, "a state dict that can be read", got, WHOLE)
+
+
+def _status(process: subprocess.Popen[bytes]) -> int | None:
+    """The status of a child that has said its last; None if it goes on."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        if not hasattr(os, "waitid"):
+            if process.poll() is not None:
+                return process.returncode
+        # Looked at without taking its number from it, so that its group can still be ended by that number.
+        elif found := os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+            return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        time.sleep(0.01)
+    return None
+
+
+def _words(text: object) -> str:
+    """What the child says, as harmless as it is short."""
+    return ascii(text)[1:-1][:400] if isinstance(text, str) else "something"

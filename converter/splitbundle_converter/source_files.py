@@ -1,0 +1,146 @@
+"""The weight files of a checkpoint: what their headers say, and the index that says which tensor is in which."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from safetensors import SafetensorError, safe_open
+
+from splitbundle import strict_json
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle_converter.refusal import line, problem, refused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Naming:
+    """How a checkpoint's weight files are called: one file, or an index and the files that it names."""
+
+    single: str
+    index: str
+    suffix: str
+
+
+SAFETENSORS: Final = Naming(single="model.safetensors", index="model.safetensors.index.json", suffix=".safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceTensor:
+    """A tensor of the checkpoint, as its file's header describes it."""
+
+    file: str
+    """The checkpoint's own file, which messages name."""
+    stored: str
+    """The tensor's name in it."""
+    path: Path
+    """Where its bytes are read: that file, or what it was rewritten to."""
+    dtype: str
+    shape: tuple[int, ...]
+
+
+Headers = Callable[[str], Iterator[tuple[str, SourceTensor]]]
+"""A weight file's name -> its tensors by name."""
+
+
+def read_small(directory: Path, name: str, owner: str) -> bytes:
+    """A small file of the checkpoint that is called ``owner``.
+
+    Raises:
+        BundleError: ``source.missing``, ``source.unreadable``.
+    """
+    try:
+        return (directory / name).read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        raise refused("source.missing", name, f"a file {name} in {owner}", "none") from None
+    except OSError as error:
+        hint = "Check the permissions of the file"
+        raise refused("source.unreadable", name, "a file that can be read", f"{error.strerror}", hint) from error
+
+
+def weight_files(directory: Path, naming: Naming, owner: str) -> tuple[dict[str, str] | None, list[str]]:
+    """The index's map, if there is an index, and the files with weights; no files where there are no weights.
+
+    Raises:
+        BundleError: ``source.index``, ``source.unreadable``, ``json.*``.
+    """
+    if (directory / naming.index).is_file():
+        weight_map = _weight_map(read_small(directory, naming.index, owner), naming)
+        return weight_map, sorted(set(weight_map.values()))
+    return None, [naming.single] if (directory / naming.single).is_file() else []
+
+
+def gather(
+    weight_map: dict[str, str] | None, files: list[str], naming: Naming, headers: Headers
+) -> dict[str, SourceTensor]:
+    """The tensors of all files by name. Each stands in one file, the one that the index names.
+
+    Raises:
+        BundleError: ``source.tensor``, and what ``headers`` raises.
+    """
+    tensors: dict[str, SourceTensor] = {}
+    problems: list[Problem] = []
+    for file in files:
+        for name, tensor in headers(file):
+            if weight_map is not None and weight_map.get(name) != file:
+                got = f"it is in {file} too" if name in weight_map else f"none; it is in {file}"
+                problems.append(problem("source.tensor", naming.index, f"one entry for {quoted(name)}", got))
+            tensors[name] = tensor
+    for name, file in (weight_map or {}).items():
+        if name not in tensors:
+            problems.append(problem("source.tensor", naming.index, f"{quoted(name)} in {file}", "none"))
+    if problems:
+        raise BundleError(problems)
+    return tensors
+
+
+def read_headers(file: str, path: Path) -> Iterator[tuple[str, SourceTensor]]:
+    """The tensors of the safetensors file at ``path``, which messages call ``file``.
+
+    Raises:
+        BundleError: ``source.safetensors``.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # no mapping, though it has keys
+                piece = opened.get_slice(name)
+                yield (
+                    name,
+                    SourceTensor(
+                        file=file, stored=name, path=path, dtype=piece.get_dtype(), shape=tuple(piece.get_shape())
+                    ),
+                )
+    except SafetensorError as error:
+        raise refused("source.safetensors", file, "a safetensors file", line(error)) from error
+
+
+def check_there(directory: Path, file: str, index: str) -> Path:
+    """The path of a weight file, which is there, and is no Git LFS pointer.
+
+    Raises:
+        BundleError: ``source.missing``, ``source.lfs-pointer``.
+    """
+    path = directory / file
+    if not path.is_file():
+        raise refused("source.missing", file, f"a file that {index} names", "none")
+    with path.open("rb") as start:
+        if start.read(40).startswith(b"version https://git-lfs"):
+            hint = "Fetch the weights: git lfs pull"
+            raise refused("source.lfs-pointer", file, "weights", "a Git LFS pointer", hint)
+    return path
+
+
+def _weight_map(data: bytes, naming: Naming) -> dict[str, str]:
+    document = strict_json.parse(data, naming.index)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        expected = "an object weight_map"
+        raise refused("source.index", naming.index, expected, quoted(weight_map), pointer="/weight_map")
+    name_of_file = re.compile(rf"[\w.-]+{re.escape(naming.suffix)}")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not name_of_file.fullmatch(file) or file.startswith("."):
+            expected = f"the name of a {naming.suffix} file beside the index"
+            raise refused("source.index", naming.index, expected, quoted(file), pointer=f"/weight_map/{name}")
+    return dict(weight_map)
