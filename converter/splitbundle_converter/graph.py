@@ -170,7 +170,7 @@ class _Decoder:
         if not kind.sinks:
             return graph.op("Softmax", f"{name}.weights", scores, axis=-1)
         groups = graph.integers(1, kind.kv_heads, kind.heads // kind.kv_heads, 1, 1)
-        sinks = graph.op("Reshape", f"{name}.sinks", graph.weight(f"{name}.sinks"), groups)
+        sinks = graph.op("Reshape", f"{name}.sinks.by_head", graph.weight(f"{name}.sinks"), groups)
         ends = graph.op(
             "Slice",
             f"{name}.sinks.shape",

@@ -47,8 +47,8 @@ class GraphBuilder:
 
     def op(self, kind: str, name: str, *inputs: str, **attributes: Any) -> str:
         """A node of one output, which is called what the node is called."""
-        if name in self._names:
-            raise ValueError(f"two nodes are called {name}")
+        if name in self._names or name in self._initializers or name in self._stored:
+            raise ValueError(f"two values are called {name}")
         self._names.add(name)
         self._nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name

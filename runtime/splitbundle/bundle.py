@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from splitbundle.golden import Difference
 
 BACKENDS: Final = ("torch", "onnxruntime")
-OPTIONS: Final = {"torch": ("device", "dtype", "trainable"), "onnxruntime": ("providers", "threads", "low_memory")}
+OPTIONS: Final = {"torch": ("device", "dtype", "trainable"), "onnxruntime": ("providers", "threads", "prepack")}
 """What each backend can be told; what is left at None, or at false, isn't told."""
 VECTORS: Final = "vectors"
 """Names the golden vectors where units are named."""
@@ -251,7 +251,7 @@ class Bundle:
         trainable: bool = False,
         providers: Sequence[Any] | None = None,
         threads: int | None = None,
-        low_memory: bool = False,
+        prepack: bool = False,
     ) -> Any:
         """A shard, or any range of global layers, loaded and ready to compute.
 
@@ -270,7 +270,8 @@ class Bundle:
                 embedding; open a ``pipeline`` to have them tied.
             providers: onnxruntime: its execution providers, by falling preference; by default the CPU's.
             threads: onnxruntime: how many compute; by default one a core.
-            low_memory: onnxruntime: keep the weights in their files, and make no faster copy of them.
+            prepack: onnxruntime: whether to copy the weights into the layout in which many rows at once are faster; by
+                default they stay in their files, and no memory is taken for them.
 
         Raises:
             BundleError: no such part, a file that is absent or not the listed one, or no such backend.
@@ -288,7 +289,7 @@ class Bundle:
         trainable: bool = False,
         providers: Sequence[Any] | None = None,
         threads: int | None = None,
-        low_memory: bool = False,
+        prepack: bool = False,
     ) -> Any:
         """All shards, as stages in order. Arguments and errors as for ``stage``; tied weights are one parameter.
 

@@ -31,7 +31,7 @@ class KVCache(Slots):
         self.values: dict[str, Any] = {}
         """The same memory as onnxruntime takes it: bound as an input and as the next output, it is written in place."""
         self._sizes = {name: cache_sizes(architecture, name) for name in cache_names(layers)}
-        self._bindings: dict[int, Any] = {}
+        self._bindings: dict[Any, Any] = {}
 
     def make_room(self, call: Call) -> None:
         """Adds slots until this call's tokens and their padding have theirs."""
@@ -57,14 +57,13 @@ class KVCache(Slots):
 
     def binding(self, session: Any, names: Sequence[str]) -> Any:
         """What binds a graph's caches to this one's, kept from call to call."""
-        key = id(session)
-        if key not in self._bindings:
+        if session not in self._bindings:
             binding = session.io_binding()
             for name in names:
                 binding.bind_ortvalue_input(name, self.values[name])
                 binding.bind_ortvalue_output(next_name(name), self.values[name])
-            self._bindings[key] = binding
-        return self._bindings[key]
+            self._bindings[session] = binding
+        return self._bindings[session]
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what row ``rows[i]`` was."""

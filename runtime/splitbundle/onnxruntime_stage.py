@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -147,16 +146,19 @@ class LoadedGraph:
         graph = shard.graph
         if graph is None:
             raise _no_graph(bundle, f"shard {shard.name}")
-        data = files.read_file(bundle.path, graph.file, MAX_GRAPH)
-        listed = bundle.manifest.files[graph.file]
-        if hashlib.sha256(data).hexdigest() != listed.sha256:
-            got = hashlib.sha256(data).hexdigest()
-            raise BundleError(Problem(code="file.digest", file=graph.file, expected=listed.sha256, got=got))
+        data = files.read_listed(bundle.path, graph.file, bundle.manifest.files[graph.file], MAX_GRAPH)
         for unit in shard.units:
             for _ in bundle.open_weights(unit):
                 """Sizes and header digests are as listed, so every tensor lies where the graph looks for it."""
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
-        self.session = onnxruntime.InferenceSession(data, options, providers=list(providers))
+        try:
+            self.session = onnxruntime.InferenceSession(data, options, providers=list(providers))
+        except Exception as error:  # its errors derive from Exception alone
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            expected = "a graph that onnxruntime can run"
+            raise BundleError(Problem(code="stage.graph", file=graph.file, expected=expected, got=got)) from error
         self.input = graph.inputs[0].name
         self.output = graph.outputs[0]
         self.head = shard.head
@@ -201,7 +203,7 @@ def load_stages(
     *,
     providers: Sequence[Any] | None = None,
     threads: int | None = None,
-    low_memory: bool = False,
+    prepack: bool = False,
 ) -> list[Stage]:
     """Stages over graphs, and the weight files that those read where they lie. See ``Bundle.stage``.
 
@@ -224,9 +226,8 @@ def load_stages(
             options.log_severity_level = 3
             if threads is not None:
                 options.intra_op_num_threads = threads
-            if low_memory:
+            if not prepack:
                 options.add_session_config_entry("session.disable_prepacking", "1")
-                options.enable_cpu_mem_arena = False
             graphs.append(LoadedGraph(bundle, shard, options, chosen))
         stages.append(Stage(bundle, selection, graphs))
     return stages
