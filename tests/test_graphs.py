@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,15 @@ from splitbundle.onnxruntime_stage import load_stages
 
 STEADY: Final = tuple(name for name in CONFIGURATIONS if name not in BY_PIECES)
 ONE_EACH: Final = tuple(name for name in ONE_PER_FAMILY if name not in BY_PIECES)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small only lose by threads; and what a test sees mustn't depend on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @cache

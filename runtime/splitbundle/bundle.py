@@ -298,7 +298,8 @@ class Bundle:
         """
         given = locals()
         if isinstance(backend, str):
-            return _backend_module(backend, "pipeline").load_pipeline(self, **_options(backend, given))
+            options = _options(backend, given)
+            return _backend_module(backend, "pipeline").load_pipeline(self, **options)
         for shard in backend:
             self.shard(shard)
         own = {shard.name: backend.get(shard.name, "torch") for shard in self.shards}
