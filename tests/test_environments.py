@@ -40,19 +40,28 @@ def run(*command: str | Path, timeout: float = SECONDS, **variables: str) -> str
 
 
 @pytest.mark.slow
-def test_the_runtime_suite_passes_with_torch_alone(tmp_path: Path) -> None:
-    """In an environment of its own, with torch and pytest and what they bring: no numpy, no transformers."""
-    environment = tmp_path / "torch-alone"
+@pytest.mark.parametrize(
+    ("library", "folder", "absent"),
+    [
+        ("torch", "runtime", ("numpy", "onnxruntime", "transformers", "safetensors", "jsonschema", "tokenizers")),
+        ("onnxruntime", "onnxruntime_alone", ("torch", "onnx", "transformers", "safetensors", "jsonschema")),
+    ],
+)
+def test_a_backends_suite_passes_with_it_alone(
+    tmp_path: Path, library: str, folder: str, absent: tuple[str, ...]
+) -> None:
+    """In an environment of its own, with the backend and pytest and what they bring."""
+    environment = tmp_path / "alone"
     venv.create(environment, with_pip=True)
     python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    run(*pip, "--constraint", ROOT / "constraints.txt", "torch", "pytest", timeout=600)
+    run(*pip, "--constraint", ROOT / "constraints.txt", library, "pytest", timeout=600)
     run(*pip, "--no-deps", ROOT, timeout=600)
     listed = run(python, "-m", "pip", "list", "--format", "freeze").lower()
-    assert "torch==" in listed
-    for library in ("numpy", "transformers", "safetensors", "jsonschema", "tokenizers"):
-        assert f"{library}==" not in listed
-    suite = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / "runtime", timeout=600)
+    assert f"{library}==" in listed
+    for other in absent:
+        assert f"\n{other}==" not in f"\n{listed}"
+    suite = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / folder, timeout=600)
     assert " passed" in suite
     assert "skipped" not in suite or os.name == "nt"
 

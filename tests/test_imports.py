@@ -28,6 +28,7 @@ CONVERTER = {
     "transformers",
     "safetensors",
     "onnx",
+    "numpy",
     "jsonschema",
     "huggingface_hub",
 }

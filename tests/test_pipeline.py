@@ -33,8 +33,9 @@ from models import (
     token_rows,
 )
 from splitbundle import Bundle, BundleError
+from splitbundle.sampling import Sampling
 from splitbundle.torch_pipeline import Pipeline, load_pipeline
-from splitbundle.torch_sampling import Sampling, draw
+from splitbundle.torch_sampling import draw
 from splitbundle.torch_stage import Stage, load_stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -193,6 +193,8 @@ WHERE = {
     ("bundle.md", "model", ""): "/model",
     ("bundle.md", "storage", ""): "/storage",
     ("bundle.md", "shards[i]", ""): "/shards/0",
+    ("bundle.md", "shards[i].graph", ""): "/shards/0/graph",
+    ("bundle.md", "shards[i].graph.inputs[i]", ""): "/shards/0/graph/inputs/0",
     ("bundle.md", "boundaries[i]", ""): "/boundaries/0",
     ("bundle.md", "boundaries[i].tensors", ""): "/boundaries/0/tensors",
     ("bundle.md", "boundaries[i].tensors.hidden", ""): "/boundaries/0/tensors/hidden",
@@ -230,7 +232,11 @@ def example(table: tuple[str, str, str]) -> tuple[str, Any]:
     """A document that has what a table describes: a base, or a vector that is accepted."""
     file, path, kind = table
     if file == "bundle.md":
-        return "manifest", json.loads((BASES / "gpt2.manifest.json").read_text("utf-8"))
+        vector = json.loads((TESTS / "conformance" / "accept" / "manifest-graph.json").read_text("utf-8"))
+        value = json.loads((BASES / "gpt2.manifest.json").read_text("utf-8"))
+        for operation in vector["patch"]:
+            put(value, operation["path"], operation["value"])
+        return "manifest", value
     if kind in ("", "learned", "rotary", "llama3") and path.rpartition(".")[2] not in (
         "query_key_norm",
         "query_temperature",

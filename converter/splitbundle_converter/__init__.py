@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from splitbundle_converter.conversion import convert
-    from splitbundle_converter.resplitting import resplit
+    from splitbundle_converter.resplitting import add_onnx, resplit
     from splitbundle_converter.restore import source_tensors
 
-__all__ = ["convert", "resplit", "source_tensors"]
+__all__ = ["add_onnx", "convert", "resplit", "source_tensors"]
 
-_MODULES = {"convert": "conversion", "resplit": "resplitting", "source_tensors": "restore"}
+_MODULES = {
+    "add_onnx": "resplitting",
+    "convert": "conversion",
+    "resplit": "resplitting",
+    "source_tensors": "restore",
+}
 
 
 def __getattr__(name: str) -> Any:

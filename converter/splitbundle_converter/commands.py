@@ -59,6 +59,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="write larger units in parts; one tensor may be larger",
     )
+    parser.add_argument("--onnx", action="store_true", help="add a graph to each shard, for onnxruntime")
 
 
 def _convert(args: argparse.Namespace, console: Console) -> int:
@@ -75,6 +76,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             check=args.check,
             force=args.force,
             max_file_size=args.max_file_size,
+            onnx=args.onnx,
             allow_pickle=args.allow_pickle,
             progress=console.progress,
         )
@@ -94,6 +96,18 @@ def _resplit(args: argparse.Namespace, console: Console) -> int:
             args.bundle, output, split=args.split or (), names=args.names, force=args.force, progress=console.progress
         )
     return _report(bundle, output, console)
+
+
+def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a whole .splitbundle directory")
+    parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default the bundle itself")
+    parser.add_argument("--force", action="store_true", help="replace another bundle at --output")
+
+
+def _add_onnx(args: argparse.Namespace, console: Console) -> int:
+    with _libraries():
+        bundle = splitbundle_converter.add_onnx(args.bundle, args.output, force=args.force, progress=console.progress)
+    return _report(bundle, args.output or args.bundle, console)
 
 
 def _families_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +162,9 @@ CONVERT: Final = Command(
     name="convert", help="make a bundle of a checkpoint", configure=_convert_arguments, run=_convert
 )
 RESPLIT: Final = Command(name="resplit", help="cut a bundle elsewhere", configure=_resplit_arguments, run=_resplit)
+ADD_ONNX: Final = Command(
+    name="add-onnx", help="add a graph to each shard, for onnxruntime", configure=_add_onnx_arguments, run=_add_onnx
+)
 FAMILIES: Final = Command(
     name="families", help="list the families that can be converted", configure=_families_arguments, run=_families
 )

@@ -18,7 +18,6 @@ from splitbundle.bundle import VECTORS, Bundle, open_bundle
 from splitbundle.errors import quoted
 from splitbundle.files import Progress
 from splitbundle.manifest import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
-from splitbundle.torch_verify import run_vectors
 from splitbundle.version import __version__
 from splitbundle.weights import Tensor as Stored
 from splitbundle_converter import write
@@ -48,6 +47,7 @@ def convert(
     check: bool = True,
     force: bool = False,
     max_file_size: int | None = None,
+    onnx: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -68,6 +68,7 @@ def convert(
         check: whether to compute golden vectors with the original class, and to hold the chained shards against them.
         force: whether to replace an existing bundle; the old one stays whole until the new one is complete.
         max_file_size: bytes above which a unit is written in parts.
+        onnx: whether to add a graph to each shard, for onnxruntime.
         allow_pickle: whether to take weights that are pickles: names and tensors alone, read in a process of its own.
         progress: called with what is being done, how much is done, and how much there is.
 
@@ -85,6 +86,7 @@ def convert(
     if max_file_size is not None and (type(max_file_size) is not int or max_file_size < 1):
         expected, got = "a number of bytes from 1", quoted(max_file_size)
         raise refused("usage.size", None, expected, got, argument="max_file_size")
+    graphs = write.graph_writer() if onnx else None
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
     with opened(
         source, revision, output=target, allow_pickle=allow_pickle, force=force, progress=progress
@@ -99,6 +101,7 @@ def convert(
             check=check,
             force=force,
             max_file_size=max_file_size,
+            graphs=graphs,
             progress=progress,
         )
 
@@ -114,6 +117,7 @@ def _convert(
     check: bool,
     force: bool,
     max_file_size: int | None,
+    graphs: Callable[[Path], None] | None,
     progress: Progress | None,
 ) -> Bundle:
     extensions: dict[str, Any] = {}
@@ -169,8 +173,10 @@ def _convert(
             ),
             architecture,
         )
+        if graphs is not None:
+            graphs(root)
         if check:
-            run_vectors(open_bundle(root), progress=progress)
+            open_bundle(root).run_vectors(backend="torch" if graphs is None else "all", progress=progress)
     return open_bundle(target)
 
 

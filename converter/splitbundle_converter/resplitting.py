@@ -24,6 +24,7 @@ def resplit(
     split: Sequence[int] = (),
     names: Sequence[str] | None = None,
     force: bool = False,
+    onnx: bool | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Writes a bundle with other cuts. Files are copied, sharing their blocks where the file system can.
@@ -34,16 +35,19 @@ def resplit(
         split: the cuts.
         names: the shards' names, as for ``convert``.
         force: whether to replace an existing bundle.
+        onnx: whether to add a graph to each shard, for onnxruntime; by default if the old shards have graphs.
         progress: called with what is being done, how much is done, and how much there is.
 
     Raises:
         BundleError: ``usage.*``, ``output.*``, ``file.*``.
     """
     old = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    old_graphs = {shard.graph.file for shard in old.shards if shard.graph is not None}
+    graphs = write.graph_writer() if onnx or (onnx is None and old_graphs) else None
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
     cuts = tuple(split)
     given = None if names is None else tuple(names)
-    kept = {path: file for path, file in old.manifest.files.items() if path != CARD}
+    kept = {path: file for path, file in old.manifest.files.items() if path != CARD and path not in old_graphs}
     absent = [path for path in old.absent() if path in kept]
     if absent:
         raise BundleError(missing(path) for path in absent)
@@ -61,6 +65,8 @@ def resplit(
         hidden_size = old.architecture.hidden_size if cuts else None
         draft = replace(old.manifest, shards=shards, hidden_size=hidden_size, files=kept)
         write.finish(root, draft, old.architecture)
+        if graphs is not None:
+            graphs(root)
     return open_bundle(target)
 
 
@@ -80,3 +86,28 @@ def _copy(old: Path, new: Path, path: str, bundle: Bundle) -> None:
             source.seek(0)
             target.seek(0)
             shutil.copyfileobj(source, target, 2**20)
+
+
+def add_onnx(
+    bundle: str | os.PathLike[str] | Bundle,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Adds a graph to each shard of a bundle, for onnxruntime. The weights, the cuts and the fingerprint stay.
+
+    Args:
+        bundle: a whole bundle.
+        output: the new bundle's directory; by default the old one's, which stays whole until the new one is complete.
+        force: whether to replace an existing bundle at ``output``.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Raises:
+        BundleError: ``output.*``, ``file.*``.
+        MissingExtra: without onnx and onnxruntime.
+    """
+    old = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    names = [shard.name for shard in old.shards]
+    target, force = (old.path, True) if output is None else (output, force)
+    return resplit(old, target, split=old.manifest.cuts, names=names, force=force, onnx=True, progress=progress)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from splitbundle import files, manifest, manifest_parser, manifest_rules, names, weights
 from splitbundle.architecture import Architecture, count
-from splitbundle.errors import BundleError, Problem
+from splitbundle.errors import BundleError, MissingExtra, Problem
 from splitbundle.manifest import File, Manifest, Shard
 from splitbundle.weights import Tensor as Stored
 
@@ -147,6 +147,7 @@ def make_shards(
                 embeds=first,
                 head=last,
                 units=needed,
+                graph=None,
                 bytes=sum(listed[path].size for unit in needed for path in units[unit]),
                 parameters=sum(count(tensors[unit]) for unit in needed),
             )
@@ -175,6 +176,23 @@ def finish(root: Path, draft: Manifest, architecture: Architecture) -> Manifest:
     sums = "".join(manifest.sums_line(lines[path], path) for path in sorted(lines))
     write_file(root, names.SUMS, sums.encode("ascii"))
     return complete
+
+
+def graph_writer() -> Callable[[Path], None]:
+    """What adds graphs to a bundle that is being written.
+
+    Raises:
+        MissingExtra: without the libraries that make graphs and check them.
+    """
+    try:
+        import onnxruntime  # noqa: F401  # with which what the graphs compute is checked
+
+        from splitbundle_converter.graph_files import add_graphs
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnxruntime"):
+            raise
+        raise MissingExtra.of(error.name, "onnx", "make graphs") from None
+    return add_graphs
 
 
 def check_schemas(manifest_data: bytes, architecture_data: bytes) -> None:

@@ -8,16 +8,17 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from splitbundle import architecture as architectures
 from splitbundle import (
     architecture_parser,
     files,
+    golden,
     manifest,
     manifest_parser,
     manifest_rules,
@@ -32,11 +33,11 @@ from splitbundle.manifest import Manifest, Shard
 from splitbundle.verification import Verification
 
 if TYPE_CHECKING:
-    from splitbundle.torch_pipeline import Pipeline
-    from splitbundle.torch_stage import Stage
-    from splitbundle.torch_verify import Difference
+    from splitbundle.golden import Difference
 
-BACKENDS: Final = ("torch",)
+BACKENDS: Final = ("torch", "onnxruntime")
+OPTIONS: Final = {"torch": ("device", "dtype", "trainable"), "onnxruntime": ("providers", "threads", "prepack")}
+"""What each backend can be told; what is left at None, or at false, isn't told."""
 VECTORS: Final = "vectors"
 """Names the golden vectors where units are named."""
 
@@ -173,8 +174,15 @@ class Bundle:
         """
         return verification.verify(self, shard, exact=exact, progress=progress)
 
-    def run_vectors(self, shard: str | None = None, *, progress: Progress | None = None) -> list[Difference]:
+    def run_vectors(
+        self, shard: str | None = None, *, backend: str = "torch", progress: Progress | None = None
+    ) -> list[Difference]:
         """Computes the golden vectors in float32 through all shards, or through one from its golden input.
+
+        Args:
+            shard: the one to run alone.
+            backend: ``"torch"``, ``"onnxruntime"``, or ``"all"`` for both, and then the one against the other.
+            progress: called with what is being done, how much is done, and how much there is.
 
         Returns:
             The largest difference to the original model at each boundary and at the logits.
@@ -183,8 +191,14 @@ class Bundle:
             ParityError: a difference above 1e-5 of the largest magnitude there.
             BundleError: ``vectors.none``; what loading refuses.
         """
-        found: list[Difference] = _torch_module("torch_verify").run_vectors(self, shard, progress)
-        return found
+        if backend != "all":
+            _options(backend, {})
+        modules = [_backend_module(each, "verify") for each in BACKENDS if backend in (each, "all")]
+        run = modules[-1].run_both if backend == "all" else modules[0].run_vectors
+        differences: list[Difference] = run(self, shard, progress)
+        if self.manifest.vectors is not None:
+            golden.check(differences, self.manifest.vectors.file)
+        return differences
 
     def weight_groups(self) -> dict[str, tuple[str, ...]]:
         """Everything that is stored as tensors: each unit, and the golden vectors, with its files in order."""
@@ -235,43 +249,69 @@ class Bundle:
         device: str | None = None,
         dtype: str | None = None,
         trainable: bool = False,
-    ) -> Stage:
+        providers: Sequence[Any] | None = None,
+        threads: int | None = None,
+        prepack: bool = False,
+    ) -> Any:
         """A shard, or any range of global layers, loaded and ready to compute.
 
         Weights are mapped, not copied, unless ``device`` or ``dtype`` ask for another one than is stored.
 
         Args:
             name: a shard's name; or
-            layers: ``(start, stop)``, whatever the cuts on disk.
+            layers: ``(start, stop)``: with torch whatever the cuts on disk, with onnxruntime one shard or several.
             embeds: whether to begin with the embedding; by default when ``start`` is 0.
             head: whether to end with the head; by default when ``stop`` is the number of layers.
-            backend: ``"torch"``.
-            device: as torch names it; by default the CPU.
-            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; by default the stored one.
-            trainable: whether the parameters take gradients. Training never changes the bundle: weights are mapped
-                copy-on-write. Stages that are opened apart have parameters of their own, even a tied embedding; open
-                a ``pipeline`` to have them tied.
+            backend: ``"torch"``, which computes with tensors, or ``"onnxruntime"``, with numpy arrays in float32.
+            device: torch: as torch names it; by default the CPU.
+            dtype: torch: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; by default the stored one.
+            trainable: torch: whether the parameters take gradients. Training never changes the bundle: weights are
+                mapped copy-on-write. Stages that are opened apart have parameters of their own, even a tied
+                embedding; open a ``pipeline`` to have them tied.
+            providers: onnxruntime: its execution providers, by falling preference; by default the CPU's.
+            threads: onnxruntime: how many compute; by default one a core.
+            prepack: onnxruntime: whether to copy the weights into the layout in which many rows at once are faster; by
+                default they stay in their files, and no memory is taken for them.
 
         Raises:
             BundleError: no such part, a file that is absent or not the listed one, or no such backend.
         """
         selection = self.select(name, layers=layers, embeds=embeds, head=head)
-        load = _backend(backend).load_stages
-        stages: list[Stage] = load(self, [selection], device=device, dtype=dtype, trainable=trainable)
-        return stages[0]
+        options = _options(backend, locals())
+        return _backend_module(backend, "stage").load_stages(self, [selection], **options)[0]
 
     def pipeline(
         self,
         *,
-        backend: str = "torch",
+        backend: str | Mapping[str, str] = "torch",
         device: str | None = None,
         dtype: str | None = None,
         trainable: bool = False,
-    ) -> Pipeline:
-        """All shards, as stages in order. Arguments and errors as for ``stage``; tied weights are one parameter."""
-        load = _backend(backend).load_pipeline
-        pipeline: Pipeline = load(self, device=device, dtype=dtype, trainable=trainable)
-        return pipeline
+        providers: Sequence[Any] | None = None,
+        threads: int | None = None,
+        prepack: bool = False,
+    ) -> Any:
+        """All shards, as stages in order. Arguments and errors as for ``stage``; tied weights are one parameter.
+
+        ``backend`` may name one for each shard, ``{"bottom": "onnxruntime"}``; the others are computed with torch. A
+        pipeline of two backends takes and gives numpy arrays.
+        """
+        given = locals()
+        if isinstance(backend, str):
+            options = _options(backend, given)
+            return _backend_module(backend, "pipeline").load_pipeline(self, **options)
+        for shard in backend:
+            self.shard(shard)
+        own = {shard.name: backend.get(shard.name, "torch") for shard in self.shards}
+        stages: dict[str, Any] = {}
+        for used in dict.fromkeys(own.values()):
+            named = [shard for shard, its in own.items() if its == used]
+            selections = [self.select(shard) for shard in named]
+            options = _options(used, given, others=own.values())
+            loaded = _backend_module(used, "stage").load_stages(self, selections, **options)
+            stages |= dict(zip(named, loaded, strict=True))
+        module = _backend_module("onnxruntime" if "onnxruntime" in own.values() else "torch", "pipeline")
+        return module.Pipeline([stages[shard.name] for shard in self.shards])
 
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
@@ -317,16 +357,35 @@ def mend(root: Path) -> None:
                 old[-1].rename(root)
 
 
-def _backend(name: str) -> ModuleType:
-    if name not in BACKENDS:
+def _options(backend: str, given: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
+    """What a backend is told of what a caller gave.
+
+    Raises:
+        BundleError: ``stage.backend`` for an unknown backend, or an option of another one.
+    """
+    if backend not in BACKENDS:
         raise BundleError(
-            Problem(code="stage.backend", argument="backend", expected=" or ".join(BACKENDS), got=quoted(name))
+            Problem(code="stage.backend", argument="backend", expected=" or ".join(BACKENDS), got=quoted(backend))
         )
-    return _torch_module("torch_pipeline")
+    known = {name for used in (backend, *others) for name in OPTIONS.get(used, ())}
+    told = {name: given[name] for names in OPTIONS.values() for name in names if given.get(name) not in (None, False)}
+    if backend == "onnxruntime" and told.get("dtype") == "float32":
+        del told["dtype"]  # what it computes in anyway
+    for name, value in told.items():
+        if name not in known:
+            hint = f"It is an option of another backend; {backend} has {', '.join(OPTIONS[backend])}"
+            raise BundleError(
+                Problem(code="stage.backend", argument=name, expected="nothing", got=quoted(value), hint=hint)
+            )
+    return {name: value for name, value in told.items() if name in OPTIONS[backend]}
 
 
-def _torch_module(name: str) -> ModuleType:
-    full = f"splitbundle.{name}"
+LIBRARIES: Final = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "numpy")}
+
+
+def _backend_module(backend: str, name: str) -> ModuleType:
+    """A leaf, imported when it is first needed."""
+    full = f"splitbundle.{backend}_{name}"
     if full in sys.modules:
         return sys.modules[full]
     try:
@@ -335,6 +394,6 @@ def _torch_module(name: str) -> ModuleType:
             warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
             return importlib.import_module(full)
     except ModuleNotFoundError as error:
-        if error.name != "torch":
+        if error.name not in LIBRARIES[backend]:
             raise
-        raise MissingExtra.of("torch", "torch", 'compute with backend="torch"') from None
+        raise MissingExtra.of(backend, backend, f'compute with backend="{backend}"') from None

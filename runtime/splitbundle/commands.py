@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from splitbundle.bundle import BACKENDS, Bundle, open_bundle
@@ -42,10 +44,17 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     console.text(f"  vectors      {checked}")
     console.text("\nshards")
     rows = [
-        (s.name, f"[{s.layers[0]}, {s.layers[1]})", _parts(s.embeds, s.head), s.parameters, s.bytes)
+        (
+            s.name,
+            f"[{s.layers[0]}, {s.layers[1]})",
+            _parts(s.embeds, s.head),
+            s.parameters,
+            s.bytes,
+            "-" if s.graph is None else s.graph.file,
+        )
         for s in bundle.shards
     ]
-    console.table(("name", "layers", "with", "parameters", "bytes"), rows)
+    console.table(("name", "layers", "with", "parameters", "bytes", "graph"), rows)
     if bundle.manifest.cuts:
         console.text("\nboundaries")
         shape = f"(batch, sequence, {architecture.hidden_size})"
@@ -80,7 +89,7 @@ def describe(bundle: Bundle) -> dict[str, object]:
         "model": {name: getattr(model, name) for name in type(model).__slots__},
         "architecture": bundle.architecture.as_json(),
         "storage": {"dtype": manifest.storage.dtype, "exceptions": manifest.storage.exceptions},
-        "shards": [{name: getattr(shard, name) for name in type(shard).__slots__} for shard in manifest.shards],
+        "shards": [asdict(shard) for shard in manifest.shards],
         "boundaries": [{"at": cut, "tensors": boundary} for cut in manifest.cuts],
         "units": {unit: list(paths) for unit, paths in manifest.units.items()},
         "text": {"tokenizer": manifest.text.tokenizer, "stop_ids": list(manifest.text.stop_ids)},
@@ -95,6 +104,11 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", metavar="NAME", help="only what this shard needs; the rest may be absent")
     parser.add_argument("--exact", action="store_true", help="refuse files that the manifest doesn't list")
     parser.add_argument("--run", action="store_true", help="also compute the golden vectors of the original model")
+    parser.add_argument(
+        "--backend",
+        choices=(*BACKENDS, "all"),
+        help="what computes them, by default what is installed; all: each, compared",
+    )
 
 
 def _verify(args: argparse.Namespace, console: Console) -> int:
@@ -107,15 +121,17 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
         raise VerificationError(error.problems) from error
     differences = []
     if args.run:
-        differences = bundle.run_vectors(args.shard, progress=console.progress)
+        differences = bundle.run_vectors(args.shard, backend=args.backend or _installed(), progress=console.progress)
     console.end_progress()
     for path in found.unlisted:
         console.note(f"not listed in the manifest, and never opened: {path}")
     what = f"{args.bundle}, shard {args.shard}" if args.shard else args.bundle
     console.text(f"{what}: {len(found.files)} files, {found.bytes:,} bytes, every size and digest as listed")
     for difference in differences:
+        one, other = difference.between
+        what = "the original model" if other == "original" else other
         console.text(
-            f"  {difference.where:12} differs from the original model by {difference.relative:.2g} of its largest value"
+            f"  {difference.where:12} {one} differs from {what} by {difference.relative:.2g} of the largest value"
         )
     console.json(
         {
@@ -125,7 +141,8 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
             "bytes": found.bytes,
             "unlisted": list(found.unlisted),
             "differences": [
-                {"where": d.where, "largest": d.largest, "scale": d.scale, "relative": d.relative} for d in differences
+                {"where": d.where, "between": d.between, "largest": d.largest, "scale": d.scale, "relative": d.relative}
+                for d in differences
             ],
         }
     )
@@ -143,7 +160,9 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=positive, metavar="K")
     parser.add_argument("--top-p", type=float, metavar="P")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0])
+    parser.add_argument(
+        "--backend", choices=BACKENDS, help="by default torch, or onnxruntime if that alone is installed"
+    )
     parser.add_argument("--device", help="as torch names it")
     parser.add_argument("--dtype", help="to compute in: float32, float16 or bfloat16; by default the stored one")
 
@@ -223,8 +242,13 @@ def _tokenizer(bundle: Bundle) -> TextTokenizer:
     return TextTokenizer(bundle)
 
 
+def _installed() -> str:
+    """The backend that is there; the first one where all are, or none is."""
+    return next((backend for backend in BACKENDS if importlib.util.find_spec(backend) is not None), BACKENDS[0])
+
+
 def _tokens(bundle: Bundle, ids: list[int], args: argparse.Namespace) -> Iterator[int]:
-    pipeline = bundle.pipeline(backend=args.backend, device=args.device, dtype=args.dtype)
+    pipeline = bundle.pipeline(backend=args.backend or _installed(), device=args.device, dtype=args.dtype)
     given = pipeline.token_ids([ids])
     limit = bundle.architecture.position_limit
     room = 64 if limit is None else max(1, min(64, limit - len(ids) + 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
 from splitbundle import names, strict_json
@@ -15,6 +15,10 @@ FILE: Final = names.MANIFEST
 DTYPES: Final = ("float32", "float16", "bfloat16")
 """What weights may be stored as."""
 ENCODINGS: Final = ("plain",)
+VARIANTS: Final = ("standard",)
+"""Of graphs: "standard" has no operators but those of ONNX itself."""
+PORT_DTYPES: Final = ("float32", "int64")
+"""Of what goes into a graph and comes out of it."""
 EXTENSIONS: Final[frozenset[str]] = frozenset()
 """The named extensions that this reader understands."""
 BOUNDARY_TENSORS: Final = ("hidden", "past", "count")
@@ -55,6 +59,30 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Port:
+    """An input or an output of a graph."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    """Of each dimension its size, or what it is called where each call chooses it."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype} [{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """An ONNX graph of a shard, whose weights are the shard's weight files."""
+
+    file: str
+    variant: str
+    opset: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """A name for a range of layers, and what it needs on disk."""
 
@@ -65,6 +93,7 @@ class Shard:
     units: tuple[str, ...]
     bytes: int
     parameters: int
+    graph: Graph | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +175,7 @@ class Manifest:
             "producer": self.producer,
             "model": _members(self.model),
             "storage": _members(self.storage),
-            "shards": [_members(shard) | {"graph": None} for shard in self.shards],
+            "shards": [asdict(shard) for shard in self.shards],
             "boundaries": [{"at": cut, "tensors": {"hidden": hidden, "past": row, "count": row}} for cut in self.cuts],
             "units": {unit: {"files": list(files)} for unit, files in self.units.items()},
             "files": {

@@ -16,9 +16,13 @@ from splitbundle.manifest import (
     EXTENSIONS,
     FILE,
     MAX_CASES,
+    PORT_DTYPES,
+    VARIANTS,
     File,
+    Graph,
     Manifest,
     Model,
+    Port,
     Shard,
     SourceName,
     Storage,
@@ -139,8 +143,6 @@ def _storage(field: Field) -> Storage:
 def _shard(field: Field) -> Shard:
     members = field.members(["name", "layers", "embeds", "head", "units", "graph", "bytes", "parameters"])
     layers = [item.integer() for item in members["layers"].items(minimum=2, maximum=2)]
-    if not members["graph"].is_null:
-        members["graph"].refuse("null")
     name = members["name"]
     if isinstance(name.value, str) and not names.is_shard(name.value):
         name.refuse(names.SHARD_RULE)
@@ -150,9 +152,27 @@ def _shard(field: Field) -> Shard:
         embeds=members["embeds"].boolean(),
         head=members["head"].boolean(),
         units=tuple(item.string() for item in members["units"].items()),
+        graph=None if members["graph"].is_null else _graph(members["graph"]),
         bytes=members["bytes"].integer(),
         parameters=members["parameters"].integer(),
     )
+
+
+def _graph(field: Field) -> Graph:
+    members = field.members(["file", "variant", "opset", "inputs", "outputs"])
+    return Graph(
+        file=members["file"].string(),
+        variant=members["variant"].choice(VARIANTS),
+        opset=members["opset"].integer(1),
+        inputs=tuple(_port(item) for item in members["inputs"].items()),
+        outputs=tuple(_port(item) for item in members["outputs"].items()),
+    )
+
+
+def _port(field: Field) -> Port:
+    members = field.members(["name", "dtype", "shape"])
+    sizes = [item.string() if isinstance(item.value, str) else item.integer(1) for item in members["shape"].items()]
+    return Port(name=members["name"].string(), dtype=members["dtype"].choice(PORT_DTYPES), shape=tuple(sizes))
 
 
 def _boundary(field: Field) -> tuple[int, int]:

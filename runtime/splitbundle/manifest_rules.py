@@ -6,7 +6,8 @@ from splitbundle.architecture import FILE as ARCHITECTURE_FILE
 from splitbundle.architecture import Architecture, count
 from splitbundle.errors import quoted
 from splitbundle.fields import Problems, escape
-from splitbundle.manifest import EMBEDDING, FILE, Manifest, Shard, expand, fingerprint
+from splitbundle.graphs import OPSET, ports
+from splitbundle.manifest import EMBEDDING, FILE, Graph, Manifest, Shard, expand, fingerprint
 
 
 def check_files(manifest: Manifest, problems: Problems) -> None:
@@ -40,6 +41,15 @@ def check_files(manifest: Manifest, problems: Problems) -> None:
             "a .safetensors file of /files, of no unit",
             quoted(vectors.file),
         )
+    graphs: set[str] = set()
+    for i, shard in enumerate(manifest.shards):
+        if shard.graph is not None:
+            path, pointer = shard.graph.file, f"/shards/{i}/graph/file"
+            if path not in manifest.files or not path.endswith(".onnx") or "/" in path:
+                problems.add("manifest.files", pointer, "an .onnx file of /files, at the top", quoted(path))
+            elif path in graphs:
+                problems.add("manifest.files", pointer, "a file of one shard alone", quoted(path))
+            graphs.add(path)
 
 
 def check_shards(manifest: Manifest, boundaries: list[tuple[int, int]], problems: Problems) -> None:
@@ -134,6 +144,8 @@ def _check_shard_totals(
     at: str,
     problems: Problems,
 ) -> None:
+    if shard.graph is not None:
+        _check_graph(shard.graph, architecture, shard, f"{at}/graph", problems)
     needed = architecture.units_of(shard.layers, embeds=shard.embeds, head=shard.head)
     if shard.units != needed:
         problems.add("manifest.shards", f"{at}/units", ", ".join(needed), ", ".join(map(quoted, shard.units)))
@@ -143,6 +155,20 @@ def _check_shard_totals(
     for key, expected in (("bytes", size), ("parameters", parameters)):
         if getattr(shard, key) != expected:
             problems.add("manifest.shards", f"{at}/{key}", str(expected), str(getattr(shard, key)))
+
+
+def _check_graph(graph: Graph, architecture: Architecture, shard: Shard, at: str, problems: Problems) -> None:
+    if graph.opset != OPSET:
+        problems.add("manifest.graphs", f"{at}/opset", str(OPSET), str(graph.opset))
+    expected = ports(architecture, shard.layers, embeds=shard.embeds, head=shard.head)
+    for which, wanted, found in zip(("inputs", "outputs"), expected, (graph.inputs, graph.outputs), strict=True):
+        for i, port in enumerate(wanted):
+            if i >= len(found) or found[i] != port:
+                got = f"{found[i]}" if i < len(found) else "none"
+                problems.add("manifest.graphs", f"{at}/{which}/{i}", str(port), got)
+                break
+        if len(found) > len(wanted):
+            problems.add("manifest.graphs", f"{at}/{which}", f"{len(wanted)} of them", str(len(found)))
 
 
 def _check_source_names(

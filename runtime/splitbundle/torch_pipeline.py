@@ -1,81 +1,28 @@
-"""Stages in order: calls, sessions and generation."""
+"""Stages in order, computed with torch."""
 
 from __future__ import annotations
 
-import operator
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.torch_positions import KVCache
-from splitbundle.torch_sampling import Sampling, draw
-from splitbundle.torch_stage import LogitsWanted, Stage, load_stages
+from splitbundle.pipelines import PipelineSurface, Session, check_tiling
+from splitbundle.sampling import Sampling
+from splitbundle.torch_sampling import draw
+from splitbundle.torch_stage import Stage, load_stages
 
 if TYPE_CHECKING:
     from splitbundle.bundle import Bundle
 
-STOPPED = -1
-"""What ``generate`` gives for a row that has stopped."""
+__all__ = ["Pipeline", "Session", "load_pipeline", "load_stages"]
 
 
-class Session:
-    """The state of one running sequence batch: each stage's KV cache, and how many positions each row has behind it."""
-
-    def __init__(self, caches: list[KVCache], batch_size: int, capacity: int) -> None:
-        self.caches, self.batch_size, self.capacity = caches, batch_size, capacity
-        self.past = [0] * batch_size
-
-    def rollback(self, tokens: int | Sequence[int]) -> None:
-        """Forgets the last tokens of every row, or of each row as many as are given for it.
-
-        Raises:
-            BundleError: ``session.rollback`` for more than a row has, or another number of rows.
-        """
-        back = _integers([tokens] * self.batch_size if isinstance(tokens, int) else tokens, "tokens")
-        if len(back) != self.batch_size:
-            expected = f"one number, or one for each of {self.batch_size} rows"
-            raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(back)))
-        for row, (n, past) in enumerate(zip(back, self.past, strict=True)):
-            if not 0 <= n <= past:
-                expected = f"0 to {past} tokens, what row {row} has"
-                raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(n)))
-        left = [before - n for before, n in zip(self.past, back, strict=True)]
-        for cache in self.caches:
-            for row, n in enumerate(back):
-                if n:
-                    cache.check_rollback(row, left[row])
-        self.past = left
-
-    def reorder(self, rows: Sequence[int]) -> None:
-        """Row i goes on from what row ``rows[i]`` was; a row may be taken several times, as beam search does.
-
-        Raises:
-            BundleError: ``input.value`` for rows that don't exist, or another number of them.
-        """
-        order = _integers(rows, "rows")
-        if len(order) != self.batch_size or not all(0 <= row < self.batch_size for row in order):
-            expected = f"{self.batch_size} row numbers below {self.batch_size}"
-            raise BundleError(Problem(code="input.value", argument="rows", expected=expected, got=quoted(order)))
-        for cache in self.caches:
-            cache.reorder(order)
-        self.past = [self.past[row] for row in order]
-
-
-def _integers(values: Iterable[int], argument: str) -> list[int]:
-    """Values that are integers, be it numpy's or torch's, as integers."""
-    try:
-        return [operator.index(value) for value in values]
-    except TypeError:
-        expected, got = "integers", quoted(values)
-        raise BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got)) from None
-
-
-class Pipeline(nn.Module):
+class Pipeline(PipelineSurface, nn.Module):
     """Stages whose layer ranges tile the model, called as one model."""
 
     def __init__(self, stages: Sequence[Stage], *, same_weights: bool = True) -> None:
@@ -90,33 +37,8 @@ class Pipeline(nn.Module):
             BundleError: ``pipeline.tiling``, ``pipeline.fingerprint``.
         """
         super().__init__()
-        self._check(stages, same_weights)
+        check_tiling(stages, same_weights=same_weights)
         self.stages = nn.ModuleList(stages)
-
-    @staticmethod
-    def _check(stages: Sequence[Stage], same_weights: bool) -> None:
-        def refuse(code: str, where: str, expected: str, got: str, hint: str | None = None) -> NoReturn:
-            raise BundleError(Problem(code=code, argument=where, expected=expected, got=got, hint=hint))
-
-        at = 0
-        for i, stage in enumerate(stages):
-            ends = (stage.embeds == (i == 0)) and ((stage.head is not None) == (i == len(stages) - 1))
-            if stage.layer_range[0] != at or not ends or stage.architecture != stages[0].architecture:
-                expected = f"a stage of one model from layer {at} on, the first embeds, the last has the head"
-                got = f"layers {stage.layer_range}, embeds={stage.embeds}, head={stage.head is not None}"
-                refuse("pipeline.tiling", f"stages[{i}]", expected, got)
-            if same_weights and stage.fingerprint != stages[0].fingerprint:
-                hint = "same_weights=False mixes the weights of models on purpose"
-                expected = f"the fingerprint of the first stage, {stages[0].fingerprint}"
-                refuse("pipeline.fingerprint", f"stages[{i}]", expected, stage.fingerprint, hint)
-            at = stage.layer_range[1]
-        if not stages or at != len(stages[0].architecture.layers):
-            refuse("pipeline.tiling", "stages", "stages up to the last layer", f"up to {at}")
-
-    @property
-    def first(self) -> Stage:
-        """The stage that takes token ids."""
-        return self._in_order()[0]
 
     def _in_order(self) -> list[Stage]:
         return list(self.stages)  # type: ignore[arg-type]  # or what wraps them, and has their attributes
@@ -125,175 +47,28 @@ class Pipeline(nn.Module):
         """Rows of equal length as this pipeline takes them. *Shape:* (batch, sequence), int64."""
         return torch.tensor(rows, dtype=torch.int64, device=self.first.device)
 
-    def session(self, batch_size: int = 1, capacity: int | None = None) -> Session:
-        """An empty session of ``capacity`` slots a row; by default 512, or as many as the model has positions for.
+    def _enter(self, x: Tensor, stage: Stage) -> Tensor:
+        return x.to(stage.device) if stage.embeds else x.to(stage.device, stage.dtype)
 
-        Raises:
-            BundleError: ``session.capacity`` for more positions than the model has.
-        """
-        if capacity is None:
-            capacity = min(512, self.first.architecture.position_limit or 512)
-        caches = [stage.cache(batch_size, capacity) for stage in self._in_order()]
-        return Session(caches, batch_size, capacity)
+    def _nested(self, array: object) -> list[list[Any]] | None:
+        return array.tolist() if isinstance(array, Tensor) else None
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        *,
-        attention_mask: Tensor | None = None,
-        session: Session | None = None,
-        logits: LogitsWanted = "all",
-    ) -> Tensor:
-        """Logits for some tokens of each row, after those that the session has.
+    def _shift(self, x: Tensor, starts: Sequence[int]) -> Tensor:
+        if not any(starts):
+            return x
+        return torch.stack([row.roll(-start, dims=0) for row, start in zip(x, starts, strict=True)])
 
-        *Shape:* (batch, sequence) -> (batch, sequence, vocab), or (batch, k, vocab) for ``logits="last"`` or k.
+    def _lengthen(self, x: Tensor, more: int) -> Tensor:
+        return functional.pad(x, (0, 0, 0, more))
 
-        Args:
-            token_ids: of an integer dtype.
-            attention_mask: (batch, sequence), 1 for a token of this call, 0 for padding: one run of ones a row,
-                possibly empty, padded left, right or on both sides. Padding enters no cache; its logits are zero.
-            session: what ``session()`` gave; it goes on from where it is.
-            logits: "all" positions, each row's "last", or its last k.
+    def _draw(self, logits: Tensor, sampling: Sampling, generator: random.Random) -> Tensor:
+        return draw(logits, sampling, generator)
 
-        Raises:
-            BundleError: ``input.*``, ``session.*``.
-        """
-        stages = self._in_order()
-        caches: Sequence[KVCache | None] = [None] * len(stages) if session is None else session.caches
-        if len(caches) != len(stages):
-            expected, got = f"the session of a pipeline of {len(stages)} stages", f"one of {len(caches)}"
-            raise BundleError(Problem(code="input.cache", argument="session", expected=expected, got=got))
-        length = token_ids.shape[1] if isinstance(token_ids, Tensor) and token_ids.ndim == 2 else 0
-        starts = counts = None
-        if attention_mask is not None:
-            starts, counts = _runs(attention_mask, token_ids)
-            token_ids = _shift(token_ids, starts)
-        past = None if session is None else session.past
-        # Every stage is asked before any cache is written, so that a refusal leaves the session as it was.
-        positions = stages[0].check(token_ids, past=past, count=counts, cache=caches[0], logits=logits)
-        for stage, cache in zip(stages[1:], caches[1:], strict=True):
-            stage.check_call(token_ids, positions.on(stage.device, stage.dtype), cache, logits)
-        x = token_ids[:, : positions.length]
-        for stage, cache in zip(stages, caches, strict=True):
-            x = x.to(stage.device) if stage.embeds else x.to(stage.device, stage.dtype)
-            x = stage(x, positions=positions.on(stage.device, stage.dtype), cache=cache, logits=logits)
-        if session is not None:
-            session.past = [before + n for before, n in zip(positions.past, positions.count, strict=True)]
-        if starts is not None and logits == "all":
-            x = functional.pad(x, (0, 0, 0, length - x.shape[1]))
-            x = _shift(x, [-start for start in starts])
-        return x
+    def _row(self, values: list[int], like: Tensor) -> Tensor:
+        return torch.tensor(values, device=like.device)
 
-    def generate(
-        self,
-        token_ids: Tensor,
-        *,
-        max_new_tokens: int = 20,
-        attention_mask: Tensor | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop_ids: Sequence[int] = (),
-        session: Session | None = None,
-    ) -> Iterator[Tensor]:
-        """Goes on from a prompt, one token of every row at a time.
-
-        *Shape:* (batch, sequence) -> up to ``max_new_tokens`` times (batch), int64.
-
-        A row ends with the first of ``stop_ids`` that it draws, which is still given; from then on it gives -1.
-
-        Args:
-            token_ids: the prompt.
-            max_new_tokens: how many tokens to give at most.
-            attention_mask: as for a call.
-            temperature: 0 for the likeliest token, else what the logits are divided by.
-            top_k: draw among the k likeliest.
-            top_p: draw among the likeliest that together reach this probability.
-            seed: of the draws; None for another each time.
-            stop_ids: tokens that end a row.
-            session: one to go on with; by default a new one that is large enough.
-        """
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        if type(max_new_tokens) is not int or max_new_tokens < 0:
-            got = quoted(max_new_tokens)
-            raise BundleError(
-                Problem(code="input.value", argument="max_new_tokens", expected="a number from 0", got=got)
-            )
-        counts = None if attention_mask is None else _runs(attention_mask, token_ids)[1]
-        longest = self.first.check(token_ids, count=counts).stop
-        if session is None and counts is not None and min(counts) == 0:
-            expected, got = "at least one token in every row to go on from", "a row of padding alone"
-            raise BundleError(Problem(code="input.mask", argument="attention_mask", expected=expected, got=got))
-        limit = self.first.architecture.position_limit
-        if session is None and limit is not None and longest + max_new_tokens - 1 > limit:
-            expected = f"at most {limit - longest + 1}: the model has {limit} positions, the prompt {longest} tokens"
-            raise BundleError(
-                Problem(code="input.position", argument="max_new_tokens", expected=expected, got=f"{max_new_tokens}")
-            )
-        if session is None:
-            # The last token is given and not fed again, so it needs no slot.
-            session = self.session(token_ids.shape[0], max(1, longest + max_new_tokens - 1))
-        stops = frozenset(_integers(stop_ids, "stop_ids"))
-        return self._generate(token_ids, attention_mask, max_new_tokens, sampling, stops, session)
-
-    def _generate(
-        self,
-        token_ids: Tensor,
-        attention_mask: Tensor | None,
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop_ids: frozenset[int],
-        session: Session,
-    ) -> Iterator[Tensor]:
-        generator = random.Random(sampling.seed)
-        running = [True] * token_ids.shape[0]
-        for _ in range(max_new_tokens):
-            with torch.no_grad():  # not around the loop: the caller's code between two tokens isn't ours
-                last = self(token_ids, attention_mask=attention_mask, session=session, logits="last")[:, -1]
-                drawn = draw(last, sampling, generator).to(token_ids.device)
-            given = [token if alive else STOPPED for token, alive in zip(drawn.tolist(), running, strict=True)]
-            yield torch.tensor(given, device=token_ids.device)
-            running = [token >= 0 and token not in stop_ids for token in given]
-            if not any(running):
-                return
-            token_ids, attention_mask = drawn[:, None], None
-            if not all(running):
-                attention_mask = torch.tensor(running, device=token_ids.device)[:, None]
-
-
-def _runs(mask: Tensor, token_ids: Tensor) -> tuple[list[int], list[int]]:
-    """Where each row's tokens begin, and how many they are.
-
-    Raises:
-        BundleError: ``input.shape``, ``input.mask``.
-    """
-
-    def refuse(code: str, expected: str, got: str) -> None:
-        raise BundleError(Problem(code=code, argument="attention_mask", expected=expected, got=got))
-
-    if not isinstance(mask, Tensor) or mask.shape != token_ids.shape:
-        got = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
-        refuse(
-            "input.shape",
-            f"{tuple(token_ids.shape)}, as token_ids: the mask covers this call's tokens only",
-            got,
-        )
-    starts, counts = [], []
-    for row, values in enumerate(mask.tolist()):
-        ones = [i for i, value in enumerate(values) if value]
-        if any(value not in (0, 1) for value in values) or (ones and ones[-1] - ones[0] + 1 != len(ones)):
-            refuse("input.mask", f"one run of ones, the rest zeros, in row {row}", quoted(values))
-        starts.append(ones[0] if ones else 0)
-        counts.append(len(ones))
-    return starts, counts
-
-
-def _shift(x: Tensor, starts: Sequence[int]) -> Tensor:
-    """Moves row b left by starts[b], around the end. *Shape:* (batch, sequence, …) -> the same."""
-    if not any(starts):
-        return x
-    return torch.stack([row.roll(-start, dims=0) for row, start in zip(x, starts, strict=True)])
+    def _without_gradients(self) -> AbstractContextManager[Any]:
+        return torch.no_grad()
 
 
 def load_pipeline(

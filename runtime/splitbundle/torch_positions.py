@@ -1,9 +1,4 @@
-"""Where the tokens of a call stand, and what the tokens before them left: positions, masks, rotations, the KV cache.
-
-In a stage, row b's tokens come first: its positions past[b] … past[b]+count[b]−1 stand at 0 … count[b]−1 of the
-sequence, and what follows is padding. So slot = position, and a causal mask keeps padding out by itself wherever all
-rows have the same past.
-"""
+"""Where the tokens of a call stand, and what the tokens before them left, in torch: masks, rotations, the KV cache."""
 
 from __future__ import annotations
 
@@ -26,7 +21,7 @@ from splitbundle.architecture import (
     Rotary,
     Yarn,
 )
-from splitbundle.errors import BundleError, Problem
+from splitbundle.calls import Call, Slots
 
 
 class Reach(NamedTuple):
@@ -42,19 +37,14 @@ class Reach(NamedTuple):
         return 0 if self.window is None else max(0, position + 1 - self.window)
 
 
-class Positions:
+class Positions(Call):
     """The positions of one call: computed once, used by every layer."""
 
     def __init__(
         self, past: Sequence[int], count: Sequence[int], length: int, device: torch.device, dtype: torch.dtype
     ):
-        self.past, self.count, self.length = tuple(past), tuple(count), length
+        super().__init__(past, count, length)
         self.device, self.dtype = device, dtype
-        self.uniform = self.past[0] if len(set(self.past)) == 1 else None
-        """The past that all rows share, or None."""
-        self.padded = any(n != length for n in self.count)
-        self.stop = max(p + n for p, n in zip(self.past, self.count, strict=True)) if self.past else 0
-        """One above the last position."""
         self._slots: Tensor | None = None
         self._tokens: tuple[Tensor, Tensor, Tensor] | None = None
         self._masks: dict[Reach, tuple[int, Tensor | None, bool]] = {}
@@ -241,11 +231,8 @@ def _yarn(base: Tensor, rotary: Rotary, scaling: Yarn) -> Tensor:
     return base / scaling.factor * ramp + base * (1 - ramp)
 
 
-class KVCache:
-    """The keys and values of a stage's layers, ``capacity`` slots a row; slot = position.
-
-    What lies at or above a row's past + count has no meaning: a call with a lower past forgets what lay above it.
-    """
+class KVCache(Slots):
+    """The keys and values of a stage's layers; slot = position."""
 
     def __init__(
         self,
@@ -256,19 +243,12 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.capacity, self.batch_size = capacity, batch_size
-        self.layers, self.device, self.dtype = layers, device, dtype
-        self.filled = [0] * batch_size
-        """The slots of each row that hold a token."""
-        self.thresholds: set[int] = set()
-        """The lengths at which some layer's rotation changes."""
+        super().__init__(architecture, layers, batch_size, capacity)
+        self.device, self.dtype = device, dtype
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         for layer in range(*layers):
             attention = architecture.kind_of(layer).attention
-            scaling = getattr(attention.position, "scaling", None)
-            if isinstance(scaling, Dynamic | LongRope):
-                self.thresholds.add(scaling.original_positions)
             shape = (batch_size, attention.kv_heads, capacity, attention.head_dim)
             # Zeros, not whatever memory held: a masked slot still takes part in a product, and 0 · NaN is NaN.
             self.keys[layer] = torch.zeros(shape, device=device, dtype=dtype)
@@ -293,69 +273,9 @@ class KVCache:
         """The layers whose keys these are, and what and where they are."""
         return self.layers, self.dtype, self.device
 
-    def check(self, positions: Positions) -> None:
-        """Whether this call fits.
-
-        Raises:
-            BundleError: ``session.capacity``; ``input.position`` for a past above what the cache holds.
-        """
-        if len(positions.past) != self.batch_size:
-            rows = len(positions.past)
-            raise BundleError(
-                Problem(
-                    code="input.shape",
-                    argument="batch",
-                    expected=f"{self.batch_size} rows, as the cache",
-                    got=f"{rows}",
-                )
-            )
-        if positions.stop > self.capacity:
-            raise BundleError(
-                Problem(
-                    code="session.capacity",
-                    argument="capacity",
-                    expected=f"at least {positions.stop} slots",
-                    got=f"{self.capacity}",
-                    hint="Open a session with more capacity",
-                )
-            )
-        for row, (past, filled) in enumerate(zip(positions.past, self.filled, strict=True)):
-            if past > filled:
-                raise BundleError(
-                    Problem(
-                        code="input.position",
-                        argument=f"past[{row}]",
-                        expected=f"at most {filled}, the positions that this stage's cache holds",
-                        got=f"{past}",
-                    )
-                )
-            self.check_rollback(row, past)
-
-    def check_rollback(self, row: int, past: int) -> None:
-        """Whether a row may go back to so many positions.
-
-        Raises:
-            BundleError: ``session.rollback`` where keys would stay that were turned for a longer row.
-        """
-        for threshold in self.thresholds:
-            if 0 < past <= threshold < self.filled[row]:
-                raise BundleError(
-                    Problem(
-                        code="session.rollback",
-                        argument=f"row {row}",
-                        expected=f"0, or more than {threshold} positions, above which rotary positions are scaled",
-                        got=f"{past}",
-                        hint="Cached keys keep their rotation: start the row anew",
-                    )
-                )
-
-    def advance(self, positions: Positions) -> None:
-        """Takes this call's tokens as stored."""
-        self.filled = [past + count for past, count in zip(positions.past, positions.count, strict=True)]
-
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what row ``rows[i]`` was."""
         for stored in (self.keys, self.values):
             for layer, tensor in stored.items():
                 stored[layer] = tensor.index_select(0, torch.tensor(rows, device=tensor.device))
-        self.filled = [self.filled[row] for row in rows]
+        super().reorder(rows)

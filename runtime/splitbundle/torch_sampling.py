@@ -1,46 +1,14 @@
-"""From logits to the next token, the same in every backend: one uniform a row, and the inverse of the distribution."""
+"""From logits to the next token with torch."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from splitbundle.errors import BundleError, Problem, quoted
-
-_NOT_FINITE = "The weights aren't all numbers, or the dtype is too narrow for this model: try another"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn. ``temperature`` 0 takes the likeliest, the lowest id among equals."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    """Only the k likeliest."""
-    top_p: float | None = None
-    """Only the likeliest that together reach this probability (Holtzman et al. 2020, arXiv:1904.09751)."""
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        def is_number(value: object) -> bool:
-            return type(value) in (int, float)
-
-        for name, good, expected in (
-            ("temperature", is_number(self.temperature) and 0 <= self.temperature < float("inf"), "a number from 0"),
-            ("top_k", self.top_k is None or (type(self.top_k) is int and self.top_k >= 1), "a number from 1, or None"),
-            (
-                "top_p",
-                self.top_p is None or (is_number(self.top_p) and 0 < self.top_p <= 1),
-                "a number above 0, up to 1, or None",
-            ),
-            ("seed", self.seed is None or type(self.seed) is int, "a number, or None"),
-        ):
-            if not good:
-                got = quoted(getattr(self, name))
-                raise BundleError(Problem(code="input.value", argument=name, expected=expected, got=got))
+from splitbundle.errors import BundleError
+from splitbundle.sampling import NOT_FINITE, Sampling
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: random.Random) -> Tensor:
@@ -56,9 +24,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: random.Random) -> Tensor
     """
     largest, likeliest = logits.max(dim=-1)
     if not bool(largest.isfinite().all()):  # the largest is NaN where any is: a draw would hide it
-        raise BundleError(
-            Problem(code="input.value", argument="logits", expected="numbers", got="NaN or infinity", hint=_NOT_FINITE)
-        )
+        raise BundleError(NOT_FINITE)
     if sampling.temperature == 0:
         return likeliest
     # Less the largest before the division: a small temperature would make infinities of both, and NaN of the rest.

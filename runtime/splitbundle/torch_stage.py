@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from splitbundle.calls import Call
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.stages import Given, LogitsWanted, StageSurface
 from splitbundle.torch_decoder import Embedding, Head, Layer
 from splitbundle.torch_positions import KVCache, Positions
 from splitbundle.torch_weights import compute_dtype, map_tensors, rounded
@@ -19,27 +21,24 @@ if TYPE_CHECKING:
 
 Rows = Sequence[int] | Tensor
 """An integer for each row."""
-LogitsWanted = Literal["all", "last"] | int
 
 
-class Stage(nn.Module):
+class Stage(StageSurface, nn.Module):
     """A part of the model. Its parameters bear the canonical names, with global layer numbers.
 
     The first stage takes token ids, the others ``hidden``; the last one gives logits, the others ``hidden``.
     """
 
+    backend = "torch"
+    array = "a torch.Tensor"
+    integer_dtypes = frozenset(f"torch.{name}" for name in ("int64", "int32", "int16", "uint8", "int8"))
+
     def __init__(self, bundle: Bundle, selection: Selection) -> None:
         super().__init__()
-        architecture = bundle.architecture
-        self.name = selection.name
-        self.fingerprint = bundle.fingerprint
-        """Of the model that the weights came from; training doesn't change it."""
-        self.layer_range = selection.layers
-        self.architecture = architecture
+        self._describe(bundle, selection)
+        architecture, hidden = bundle.architecture, bundle.architecture.hidden_size
         tied = selection.head and architecture.head.tied
-        self.embeds = selection.embeds
         self.embedding = Embedding(architecture, embeds=self.embeds) if self.embeds or tied else None
-        hidden = architecture.hidden_size
         self.layers = nn.ModuleDict(
             {str(i): Layer(architecture.kind_of(i), hidden, i) for i in range(*selection.layers)}
         )
@@ -59,28 +58,44 @@ class Stage(nn.Module):
         """Where this stage computes."""
         return next(self.parameters()).device
 
-    def cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty KV cache for this stage's layers.
+    def _make_cache(self, batch_size: int, capacity: int) -> KVCache:
+        return KVCache(self.architecture, self.layer_range, batch_size, capacity, self.device, self.dtype)
 
-        Raises:
-            BundleError: ``session.capacity`` for more positions than the model has.
-        """
-        if type(batch_size) is not int or batch_size < 1:
-            expected, got = "a number from 1", quoted(batch_size)
-            raise BundleError(Problem(code="input.value", argument="batch_size", expected=expected, got=got))
-        limit = self.architecture.position_limit
-        if type(capacity) is not int or not 1 <= capacity <= (limit or capacity):
-            expected = f"1 to {limit}, the positions of the model" if limit else "at least 1"
-            raise BundleError(
-                Problem(code="session.capacity", argument="capacity", expected=expected, got=quoted(capacity))
-            )
-        try:
-            return KVCache(self.architecture, self.layer_range, batch_size, capacity, self.device, self.dtype)
-        except (RuntimeError, MemoryError) as error:  # torch's allocators raise either, and nothing more precise
-            expected, got = "slots that memory can hold", f"{capacity} in {batch_size} rows: {str(error)[:100]}"
-            raise BundleError(
-                Problem(code="session.capacity", argument="capacity", expected=expected, got=got)
-            ) from error
+    def _given(self, array: object) -> Given | None:
+        if not isinstance(array, Tensor):
+            return None
+        return Given(shape=tuple(array.shape), dtype=str(array.dtype), device=str(array.device))
+
+    def _bounds(self, array: Tensor) -> tuple[int, int]:
+        low, high = array.aminmax()
+        return int(low), int(high)
+
+    def _place(self) -> Given:
+        return Given(shape=(), dtype=str(self.dtype), device=str(self.device))
+
+    def _other_dtype(self) -> str:
+        return "Convert it with .to(stage.dtype), or open the stage with dtype="
+
+    def _call(self, past: Sequence[int], count: Sequence[int], length: int) -> Positions:
+        return Positions(past, count, length, self.device, self.dtype)
+
+    def adopt(self, call: Call) -> Positions:
+        """A call of another stage, as this one wants it."""
+        if isinstance(call, Positions) and call.device == self.device and call.dtype == self.dtype:
+            return call
+        return self._call(call.past, call.count, call.length)
+
+    def _check_cache(self, cache: KVCache) -> None:
+        if cache.kind != (self.layer_range, self.dtype, self.device):
+            expected = f"a cache of layers {self.layer_range} in {self.dtype} on {self.device}"
+            self._refuse("input.cache", "cache", expected, "one of layers {} in {} on {}".format(*cache.kind))
+
+    def check_call(self, inputs: Tensor, call: Call, cache: KVCache | None, logits: LogitsWanted = "all") -> None:
+        """The part of ``check`` that every stage of a pipeline has to see for itself."""
+        super().check_call(inputs, call, cache, logits)
+        tracked = cache is not None and torch.is_grad_enabled()
+        if tracked and (inputs.requires_grad or any(p.requires_grad for p in self.parameters())):
+            self._refuse("input.grad", "cache", "a call without gradients: use torch.no_grad()", "gradients enabled")
 
     def forward(
         self,
@@ -119,49 +134,6 @@ class Stage(nn.Module):
         short = length - positions.length if self.head is None or logits == "all" else 0
         return functional.pad(x, (0, 0, 0, short)) if short else x
 
-    def check(
-        self,
-        inputs: Tensor,
-        *,
-        past: Rows | None = None,
-        count: Rows | None = None,
-        cache: KVCache | None = None,
-        logits: LogitsWanted = "all",
-    ) -> Positions:
-        """Whether a call can be computed, and its positions. Nothing is written, so no refusal changes a cache.
-
-        Arguments and errors are those of a call.
-        """
-        self._check_inputs(inputs)
-        batch, length = inputs.shape[:2]
-        before = self._rows("past", past, batch, 0, 0, 2**31)
-        brought = self._rows("count", count, batch, length, 0, length)
-        if cache is None and any(before):
-            self._refuse("input.position", "past", "0 for every row without a cache", quoted(before))
-        positions = Positions(before, brought, max(1, *brought), self.device, self.dtype)
-        limit = self.architecture.position_limit
-        if self.embeds and limit is not None and positions.stop > limit:
-            expected = f"at most {limit}, the positions of the model"
-            self._refuse("input.position", "past + count", expected, f"{positions.stop}")
-        self.check_call(inputs, positions, cache, logits)
-        return positions
-
-    def check_call(
-        self, inputs: Tensor, positions: Positions, cache: KVCache | None, logits: LogitsWanted = "all"
-    ) -> None:
-        """The part of ``check`` that every stage of a pipeline has to see for itself."""
-        if cache is not None:
-            if cache.kind != (self.layer_range, self.dtype, self.device):
-                expected = f"a cache of layers {self.layer_range} in {self.dtype} on {self.device}"
-                self._refuse("input.cache", "cache", expected, "one of layers {} in {} on {}".format(*cache.kind))
-            cache.check(positions)
-            if torch.is_grad_enabled() and (inputs.requires_grad or any(p.requires_grad for p in self.parameters())):
-                self._refuse(
-                    "input.grad", "cache", "a call without gradients: use torch.no_grad()", "gradients enabled"
-                )
-        if self.head is not None:
-            self._logits_wanted(logits)
-
     def _compute(self, x: Tensor, positions: Positions, cache: KVCache | None, logits: LogitsWanted) -> Tensor:
         if not any(positions.count):  # no row brings a token: there is nothing to compute, and nothing to attend to
             width = self.architecture.hidden_size if self.head is None else self.architecture.vocab_size
@@ -180,56 +152,6 @@ class Stage(nn.Module):
         x, valid = _keep(x, positions, self._logits_wanted(logits))
         x = self.head(x, None if self.embedding is None else self.embedding.token.weight)
         return x if valid is None else x.masked_fill(~valid[..., None], 0)
-
-    def _logits_wanted(self, logits: LogitsWanted) -> int | None:
-        if logits == "all":
-            return None
-        if logits == "last":
-            return 1
-        if type(logits) is not int or logits < 1:
-            self._refuse("input.value", "logits", '"all", "last" or a number from 1', quoted(logits))
-        return logits
-
-    def _check_inputs(self, inputs: object) -> None:
-        name = "token ids" if self.embeds else f"hidden at layer {self.layer_range[0]}"
-        if not isinstance(inputs, Tensor):
-            self._refuse("input.type", name, "a torch.Tensor", type(inputs).__name__)
-        if inputs.device != self.device:
-            hint = "Move it with .to(...), or open the stage with device="
-            self._refuse("input.device", name, f"{self.device}, where this stage is", str(inputs.device), hint)
-        if self.embeds:
-            if inputs.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
-                self._refuse("input.dtype", name, "an integer dtype", str(inputs.dtype))
-            if inputs.ndim != 2 or 0 in inputs.shape:
-                self._refuse("input.shape", name, "(batch, sequence), neither 0", str(tuple(inputs.shape)))
-            low, high = (int(bound) for bound in inputs.aminmax())
-            if low < 0 or high >= self.architecture.vocab_size:
-                got = str(low if low < 0 else high)
-                self._refuse("input.value", name, f"ids from 0 to {self.architecture.vocab_size - 1}", got)
-        else:
-            if inputs.dtype != self.dtype:
-                hint = "Convert it with .to(stage.dtype), or open the stage with dtype="
-                self._refuse("input.dtype", name, f"{self.dtype}, as this stage computes", str(inputs.dtype), hint)
-            width = self.architecture.hidden_size
-            if inputs.ndim != 3 or 0 in inputs.shape or inputs.shape[2] != width:
-                hint = "It must be what the stage before gave, of the same model"
-                self._refuse("input.shape", name, f"(batch, sequence, {width})", str(tuple(inputs.shape)), hint)
-
-    def _rows(self, name: str, given: Rows | None, batch: int, default: int, low: int, high: int) -> list[int]:
-        if given is None:
-            return [default] * batch
-        if isinstance(given, Tensor) and (given.is_floating_point() or given.ndim != 1):
-            self._refuse("input.dtype", name, "(batch) of an integer dtype", f"{given.dtype} {tuple(given.shape)}")
-        values = given.tolist() if isinstance(given, Tensor) else list(given)
-        if len(values) != batch:
-            self._refuse("input.shape", name, f"{batch} rows, as the tokens", f"{len(values)}")
-        if not all(type(value) is int and low <= value <= high for value in values):
-            self._refuse("input.value", name, f"integers from {low} to {high}", quoted(values))
-        return values
-
-    def _refuse(self, code: str, argument: str, expected: str, got: str, hint: str | None = None) -> NoReturn:
-        where = f"stage {self.name}, {argument}"
-        raise BundleError(Problem(code=code, argument=where, expected=expected, got=got, hint=hint))
 
 
 def _keep(x: Tensor, positions: Positions, wanted: int | None) -> tuple[Tensor, Tensor | None]:

@@ -69,7 +69,7 @@ def main() -> None:
             source = Path(directory, f"golden-{name}")
             model.save_pretrained(source)
             output = HERE / sys.argv[1] / f"{name}.splitbundle"
-            splitbundle_converter.convert(source, output, split=cuts, dtype=dtype, force=True)
+            splitbundle_converter.convert(source, output, split=cuts, dtype=dtype, onnx=True, force=True)
 
 
 if __name__ == "__main__":

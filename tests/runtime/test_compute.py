@@ -12,7 +12,7 @@ import torch
 import splitbundle
 from splitbundle import BundleError
 from splitbundle.bundle import VECTORS
-from splitbundle.torch_verify import TOLERANCE
+from splitbundle.golden import TOLERANCE
 from splitbundle.torch_weights import map_tensors
 
 

@@ -16,8 +16,9 @@ from torch import nn
 
 import splitbundle
 from splitbundle import BundleError
+from splitbundle.sampling import Sampling
 from splitbundle.torch_pipeline import Pipeline
-from splitbundle.torch_sampling import Sampling, draw
+from splitbundle.torch_sampling import draw
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "v1.0"

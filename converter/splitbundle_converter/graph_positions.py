@@ -1,0 +1,153 @@
+"""The part of a graph that depends on positions alone, computed once for all layers: slots, rotations, masks.
+
+The equations are those of ``spec/v1/decoder.md``. B rows, S positions of this call, T slots of a cache, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from splitbundle.architecture import Alibi, Dynamic, LongRope, QueryTemperature, Rotary
+from splitbundle.torch_positions import Reach, frequencies, slopes
+from splitbundle_converter.graph_builder import GraphBuilder
+
+CPU = torch.device("cpu")
+
+
+class GraphPositions:
+    """Values of a graph, each built when it is first needed."""
+
+    def __init__(self, graph: GraphBuilder, tokens: str, cache: str) -> None:
+        """Takes the graph's first input, of shape (batch, sequence, …), and the name of its first cache."""
+        self.graph, self._cache = graph, cache
+        self._built: dict[object, str] = {}
+        shape = graph.op("Shape", "positions.shape", tokens, start=0, end=2)
+        self.both = shape
+        sequence = graph.op("Gather", "positions.sequence", shape, graph.integer(1))
+        offsets = graph.op("Range", "positions.offsets", graph.integer(0), sequence, graph.integer(1))
+        column = graph.integers(1)
+        past = graph.op("Unsqueeze", "positions.past", "past", column)
+        count = graph.op("Unsqueeze", "positions.count", "count", column)
+        stop = graph.op("Add", "positions.stop", past, count)
+        last = graph.op("Sub", "positions.last", stop, graph.integer(1))
+        last = graph.op("Max", "positions.last_or_first", last, graph.integer(0))
+        # Padding repeats its row's last position, so that every table has it.
+        self.stop = stop
+        unbounded = graph.op("Add", "positions.unbounded", past, offsets)
+        self.slots = graph.op("Min", "positions", unbounded, last)
+        """*Shape:* (batch, sequence), int64."""
+
+    def real(self) -> str:
+        """The positions in float32. *Shape:* (batch, sequence, 1)."""
+        if "real" not in self._built:
+            wide = self.graph.op("Unsqueeze", "positions.column", self.slots, self.graph.integers(2))
+            self._built["real"] = self.graph.float32("positions.float32", wide)
+        return self._built["real"]
+
+    def rotation(self, rotary: Rotary) -> tuple[str, str]:
+        """Cosines and sines. *Shape:* twice (batch, sequence, dim / 2)."""
+        if (rotary, "cos") not in self._built:
+            graph = self.graph
+            name = f"rotation.{sum(isinstance(key, tuple) and key[1:] == ('cos',) for key in self._built)}"
+            angles = graph.op("Mul", f"{name}.angles", self.real(), self._frequencies(rotary, name))
+            factor = getattr(rotary.scaling, "attention_factor", 1.0)
+            for part, kind in (("cos", "Cos"), ("sin", "Sin")):
+                wave = graph.op(kind, f"{name}.{part}", angles)
+                if factor != 1.0:
+                    wave = graph.op("Mul", f"{name}.{part}.scaled", wave, graph.number(factor))
+                self._built[rotary, part] = wave
+        return self._built[rotary, "cos"], self._built[rotary, "sin"]
+
+    def _frequencies(self, rotary: Rotary, name: str) -> str:
+        """*Shape:* (dim / 2), or (batch, 1, dim / 2) where it depends on the length of the row."""
+        graph, scaling = self.graph, rotary.scaling
+        if isinstance(scaling, LongRope):
+            original = scaling.original_positions
+            short, long = (graph.floats(frequencies(rotary, n, CPU).tolist()) for n in (original, original + 1))
+            length = graph.op("Unsqueeze", f"{name}.length", self.stop, graph.integers(2))
+            is_long = graph.op("Greater", f"{name}.is_long", length, graph.integer(original))
+            return graph.op("Where", f"{name}.frequencies", is_long, long, short)
+        if isinstance(scaling, Dynamic):
+            exponents = (torch.arange(0, rotary.dim, 2, dtype=torch.float32) / rotary.dim).tolist()
+            original = scaling.original_positions
+            length = graph.op("Unsqueeze", f"{name}.length", self.stop, graph.integers(2))
+            longest = graph.op("Max", f"{name}.longest", length, graph.integer(original))
+            times = graph.op(
+                "Mul",
+                f"{name}.times",
+                graph.float32(f"{name}.float32", longest),
+                graph.number(scaling.factor / original),
+            )
+            growth = graph.op("Sub", f"{name}.growth", times, graph.number(scaling.factor - 1))
+            power = graph.op("Pow", f"{name}.power", growth, graph.number(rotary.dim / (rotary.dim - 2)))
+            base = graph.op("Mul", f"{name}.base", power, graph.number(rotary.base))
+            return graph.op(
+                "Reciprocal", f"{name}.frequencies", graph.op("Pow", f"{name}.bases", base, graph.floats(exponents))
+            )
+        return graph.floats(frequencies(rotary, 0, CPU).tolist())
+
+    def sinusoids(self, offset: int, size: int) -> str:
+        """*Shape:* (batch, sequence, size)."""
+        graph, half = self.graph, size // 2
+        rates = torch.exp(torch.arange(half).float() * -(math.log(10000.0) / (half - 1))).tolist()
+        moved = graph.op("Add", "embedding.position.moved", self.real(), graph.number(float(offset)))
+        angles = graph.op("Mul", "embedding.position.angles", moved, graph.floats(rates))
+        waves = [graph.op(kind, f"embedding.position.{kind.lower()}", angles) for kind in ("Sin", "Cos")]
+        if size % 2:
+            waves.append(graph.op("Mul", "embedding.position.zero", moved, graph.number(0.0)))
+        return graph.op("Concat", "embedding.position", *waves, axis=-1)
+
+    def temperature(self, temperature: QueryTemperature) -> str:
+        """*Shape:* (batch, 1, sequence, 1)."""
+        if temperature not in self._built:
+            graph = self.graph
+            name = f"temperature.{sum(isinstance(key, QueryTemperature) for key in self._built)}"
+            moved = graph.op("Add", f"{name}.moved", self.slots, graph.integer(temperature.offset))
+            whole = graph.op("Div", f"{name}.whole", moved, graph.integer(temperature.original_positions))
+            more = graph.op("Add", f"{name}.more", graph.float32(f"{name}.float32", whole), graph.number(1.0))
+            grown = graph.op(
+                "Mul", f"{name}.grown", graph.op("Log", f"{name}.log", more), graph.number(temperature.beta)
+            )
+            factor = graph.op("Add", f"{name}.factor", grown, graph.number(1.0))
+            self._built[temperature] = graph.op("Unsqueeze", name, factor, graph.integers(1, 3))
+        return self._built[temperature]
+
+    def bias(self, reach: Reach, alibi: Alibi | None, heads: int, kv_heads: int) -> str:
+        """What is added to scores: 0 or ALiBi's distances where a query sees a key, and -∞ elsewhere.
+
+        *Shape:* (batch, 1, 1, sequence, slots), or (batch, kv_heads, heads / kv_heads, sequence, slots) with ALiBi.
+        """
+        key = (reach, alibi, heads, kv_heads) if alibi is not None else (reach,)
+        if key not in self._built:
+            number = sum(isinstance(other, tuple) and isinstance(other[0], Reach) for other in self._built)
+            self._built[key] = self._bias(f"mask.{number}", reach, alibi, heads, kv_heads)
+        return self._built[key]
+
+    def _bias(self, name: str, reach: Reach, alibi: Alibi | None, heads: int, kv_heads: int) -> str:
+        graph = self.graph
+        if "keys" not in self._built:
+            slots = graph.op("Shape", "mask.slots", self._cache, start=2, end=3)
+            slots = graph.op("Squeeze", "mask.slots.number", slots)
+            self._built["keys"] = graph.op("Range", "mask.keys", graph.integer(0), slots, graph.integer(1))
+            self._built["queries"] = graph.op("Unsqueeze", "mask.queries", self.slots, graph.integers(1, 2, 4))
+        keys, queries = self._built["keys"], self._built["queries"]  # [T] and [B, 1, 1, S, 1]
+        sees = graph.op("LessOrEqual", f"{name}.causal", keys, queries)
+        if reach.window is not None:
+            first = graph.op("Sub", f"{name}.first", queries, graph.integer(reach.window))
+            near = graph.op("Greater", f"{name}.near", keys, first)
+            sees = graph.op("And", f"{name}.window", sees, near)
+        if reach.chunk is not None:
+            chunks = [
+                graph.op("Div", f"{name}.{which}_chunk", value, graph.integer(reach.chunk))
+                for which, value in (("key", keys), ("query", queries))
+            ]
+            same = graph.op("Equal", f"{name}.same_chunk", *chunks)
+            sees = graph.op("And", f"{name}.chunk", sees, same)
+        added = graph.number(0.0)
+        if alibi is not None:
+            distance = graph.op("Sub", f"{name}.distance", keys, queries)
+            slope = slopes(alibi, heads, CPU).reshape(1, kv_heads, heads // kv_heads, 1, 1).tolist()
+            added = graph.op("Mul", f"{name}.alibi", graph.float32(f"{name}.float32", distance), graph.floats(slope))
+        return graph.op("Where", name, sees, added, graph.number(float("-inf")))

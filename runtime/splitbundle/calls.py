@@ -1,0 +1,106 @@
+"""One call of a stage: which positions its tokens have, and whether a cache can take them. The same in every backend.
+
+In a stage, row b's tokens come first: its positions past[b] … past[b]+count[b]−1 stand at 0 … count[b]−1 of the
+sequence, and what follows is padding. So slot = position, and a causal mask keeps padding out by itself wherever all
+rows have the same past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from splitbundle.architecture import Architecture, Dynamic, LongRope
+from splitbundle.errors import BundleError, Problem
+
+
+class Call:
+    """What each row has behind it, and what it brings now."""
+
+    def __init__(self, past: Sequence[int], count: Sequence[int], length: int) -> None:
+        self.past, self.count, self.length = tuple(past), tuple(count), length
+        self.uniform = self.past[0] if len(set(self.past)) == 1 else None
+        """The past that all rows share, or None."""
+        self.padded = any(n != length for n in self.count)
+        self.stop = max(p + n for p, n in zip(self.past, self.count, strict=True)) if self.past else 0
+        """One above the last position."""
+
+
+class Slots:
+    """What a KV cache knows of its rows: ``capacity`` slots each, of which the first ``filled`` hold a token.
+
+    What lies at or above a row's past + count has no meaning: a call with a lower past forgets what lay above it.
+    """
+
+    def __init__(self, architecture: Architecture, layers: tuple[int, int], batch_size: int, capacity: int) -> None:
+        self.layers, self.batch_size, self.capacity = layers, batch_size, capacity
+        self.filled = [0] * batch_size
+        self.thresholds: set[int] = set()
+        """The lengths at which some layer's rotation changes."""
+        for layer in range(*layers):
+            scaling = getattr(architecture.kind_of(layer).attention.position, "scaling", None)
+            if isinstance(scaling, Dynamic | LongRope):
+                self.thresholds.add(scaling.original_positions)
+
+    def check(self, call: Call) -> None:
+        """Whether this call fits.
+
+        Raises:
+            BundleError: ``session.capacity``; ``input.position`` for a past above what the cache holds.
+        """
+        if len(call.past) != self.batch_size:
+            rows = len(call.past)
+            raise BundleError(
+                Problem(
+                    code="input.shape",
+                    argument="batch",
+                    expected=f"{self.batch_size} rows, as the cache",
+                    got=f"{rows}",
+                )
+            )
+        if call.stop > self.capacity:
+            raise BundleError(
+                Problem(
+                    code="session.capacity",
+                    argument="capacity",
+                    expected=f"at least {call.stop} slots",
+                    got=f"{self.capacity}",
+                    hint="Open a session with more capacity",
+                )
+            )
+        for row, (past, filled) in enumerate(zip(call.past, self.filled, strict=True)):
+            if past > filled:
+                raise BundleError(
+                    Problem(
+                        code="input.position",
+                        argument=f"past[{row}]",
+                        expected=f"at most {filled}, the positions that this stage's cache holds",
+                        got=f"{past}",
+                    )
+                )
+            self.check_rollback(row, past)
+
+    def check_rollback(self, row: int, past: int) -> None:
+        """Whether a row may go back to so many positions.
+
+        Raises:
+            BundleError: ``session.rollback`` where keys would stay that were turned for a longer row.
+        """
+        for threshold in self.thresholds:
+            if 0 < past <= threshold < self.filled[row]:
+                raise BundleError(
+                    Problem(
+                        code="session.rollback",
+                        argument=f"row {row}",
+                        expected=f"0, or more than {threshold} positions, above which rotary positions are scaled",
+                        got=f"{past}",
+                        hint="Cached keys keep their rotation: start the row anew",
+                    )
+                )
+
+    def advance(self, call: Call) -> None:
+        """Takes this call's tokens as stored."""
+        self.filled = [past + count for past, count in zip(call.past, call.count, strict=True)]
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Row i becomes what row ``rows[i]`` was."""
+        self.filled = [self.filled[row] for row in rows]

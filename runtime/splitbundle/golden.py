@@ -1,0 +1,123 @@
+"""Running the golden vectors: does what is stored compute what the original model computed?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from splitbundle.errors import BundleError, ParityError, Problem
+
+if TYPE_CHECKING:
+    from splitbundle.bundle import Bundle, Selection
+    from splitbundle.files import Progress
+
+TOLERANCE: Final = 1e-5
+"""Of the largest magnitude: ten times what the original model itself differs by between two ways to compute it."""
+Outputs = dict[tuple[str, int], Any]
+"""``hidden.N`` or ``logits``, and the case -> what came out there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """The largest difference at one place, over all cases."""
+
+    where: str
+    """``hidden.N``: before layer N; ``logits``."""
+    largest: float
+    scale: float
+    """The largest magnitude there."""
+    between: tuple[str, str]
+    """What computed the one, and what the other: a backend, or the "original"."""
+
+    @property
+    def relative(self) -> float:
+        """The difference as a fraction of the scale."""
+        return self.largest / self.scale if self.scale else self.largest
+
+
+def compute(
+    bundle: Bundle,
+    shard: str | None,
+    golden: Mapping[str, Any],
+    load: Callable[[Selection], Callable[..., Any]],
+    progress: Progress | None,
+) -> Outputs:
+    """What chained shards compute of the golden vectors, or one shard of its golden input. One is loaded at a time.
+
+    Args:
+        bundle: whose vectors they are.
+        shard: the one to run alone, or None for all.
+        golden: the tensors of the vectors, as arrays of a backend.
+        load: gives the stage of a selection, computing in float32.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Raises:
+        BundleError: ``vectors.none`` for a bundle without vectors.
+    """
+    vectors = bundle.manifest.vectors
+    if vectors is None:
+        hint = "It was converted with --no-check; convert it again without"
+        raise BundleError(
+            Problem(code="vectors.none", expected="golden vectors", got="a bundle without them", hint=hint)
+        )
+    shards = [bundle.shard(shard)] if shard is not None else bundle.shards
+    outputs: Outputs = {}
+    states: dict[int, Any] = {}
+    for i, part in enumerate(shards):
+        if progress is not None:
+            progress("running the shards", i, len(shards))
+        selection = bundle.select(part.name)
+        stage = load(selection)
+        where = "logits" if selection.head else f"hidden.{selection.layers[1]}"
+        name = "ids" if selection.embeds else f"hidden.{selection.layers[0]}"
+        for case in range(len(vectors.lengths)):
+            states[case] = stage(states.get(case, golden[f"case.{case}.{name}"][None]), logits="last")
+            outputs[where, case] = states[case][0, -1] if where == "logits" else states[case][0]
+    if progress is not None:
+        progress("running the shards", len(shards), len(shards))
+    return outputs
+
+
+def compare(got: Outputs, expected: Mapping[tuple[str, int], Any], between: tuple[str, str]) -> list[Difference]:
+    """The largest difference at each place."""
+    found: dict[str, Difference] = {}
+    for (where, case), value in got.items():
+        other = expected[where, case]
+        largest, scale = float(abs(value - other).max()), float(abs(other).max())
+        difference = Difference(where=where, largest=largest, scale=scale, between=between)
+        before = found.get(where)
+        # A NaN must win and stay, and compares as larger than nothing.
+        if before is None or math.isnan(difference.relative) or difference.relative > before.relative:
+            found[where] = difference
+    return list(found.values())
+
+
+def check(differences: list[Difference], file: str) -> None:
+    """Whether all are small.
+
+    Raises:
+        ParityError: ``parity`` where they differ by more than the tolerance, or aren't numbers.
+    """
+    wrong = [difference for difference in differences if not difference.relative <= TOLERANCE]
+    if wrong:
+        raise ParityError(_problem(difference, file) for difference in wrong)
+
+
+def _problem(difference: Difference, file: str) -> Problem:
+    other = "the original model" if difference.between[1] == "original" else difference.between[1]
+    expected = f"a difference to {other} of at most {TOLERANCE:g} of {difference.scale:.4g}"
+    got = f"{difference.largest:.4g}, {difference.relative:.3g} of it"
+    hint = "These weights don't compute what the original model did: convert it again, and report it if it persists"
+    if difference.between[1] != "original":
+        hint = f"{difference.between[0]} computes otherwise here: report it with this bundle's architecture.json"
+    if not math.isfinite(difference.scale):
+        expected, got = f"numbers from {other}", "NaN or infinity"
+        hint = "The checkpoint's weights aren't all numbers; --no-check converts them all the same"
+    return Problem(code="parity", file=file, argument=difference.where, expected=expected, got=got, hint=hint)
+
+
+def original_outputs(golden: Mapping[str, Any], outputs: Outputs) -> Outputs:
+    """What the original model computed at the same places."""
+    return {(where, case): golden[f"case.{case}.{where}"] for where, case in outputs}

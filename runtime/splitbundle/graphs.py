@@ -1,0 +1,46 @@
+"""What the graph of a part of the model takes and gives: ``spec/v1/bundle.md``, section "Graphs"."""
+
+from __future__ import annotations
+
+from splitbundle.architecture import Architecture
+from splitbundle.manifest import Port
+
+OPSET = 24
+"""The ONNX operator set that graphs are written in."""
+
+
+def next_name(name: str) -> str:
+    """The output that an input becomes in the next call."""
+    return f"{name}.next"
+
+
+def cache_names(layers: tuple[int, int]) -> list[str]:
+    """The KV caches of some layers, as a graph calls them."""
+    return [f"layers.{layer}.{which}" for layer in range(*layers) for which in ("key", "value")]
+
+
+def cache_sizes(architecture: Architecture, name: str) -> tuple[int, int]:
+    """The heads and the channels of a KV cache."""
+    attention = architecture.kind_of(int(name.split(".")[1])).attention
+    return attention.kv_heads, attention.head_dim
+
+
+def ports(
+    architecture: Architecture, layers: tuple[int, int], *, embeds: bool, head: bool
+) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """The inputs and the outputs of a part's graph, in order."""
+    hidden = ("batch", "sequence", architecture.hidden_size)
+    first = Port(name="token_ids", dtype="int64", shape=hidden[:2])
+    inputs = [first if embeds else Port(name="hidden", dtype="float32", shape=hidden)]
+    inputs += [Port(name=name, dtype="int64", shape=("batch",)) for name in ("past", "count")]
+    if head:
+        inputs.append(Port(name="selected", dtype="int64", shape=("selected",)))
+        outputs = [Port(name="logits", dtype="float32", shape=("selected", architecture.vocab_size))]
+    else:
+        outputs = [Port(name=next_name("hidden"), dtype="float32", shape=hidden)]
+    for name in cache_names(layers):
+        heads, width = cache_sizes(architecture, name)
+        port = Port(name=name, dtype="float32", shape=("batch", heads, "slots", width))
+        inputs.append(port)
+        outputs.append(Port(name=next_name(name), dtype=port.dtype, shape=port.shape))
+    return tuple(inputs), tuple(outputs)

@@ -1,0 +1,75 @@
+"""Stages in order, over numpy arrays: all under onnxruntime, or some of them under torch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from splitbundle.onnxruntime_sampling import draw
+from splitbundle.onnxruntime_stage import Stage, load_stages
+from splitbundle.pipelines import PipelineSurface, Session, check_tiling
+from splitbundle.sampling import Sampling
+
+if TYPE_CHECKING:
+    from splitbundle.bundle import Bundle
+
+__all__ = ["Pipeline", "Session", "load_pipeline", "load_stages"]
+
+
+class Pipeline(PipelineSurface):
+    """Stages whose layer ranges tile the model, called as one model. It takes and gives numpy arrays."""
+
+    def __init__(self, stages: Sequence[Any], *, same_weights: bool = True) -> None:
+        """Takes stages in order, of this backend or of torch.
+
+        Args:
+            stages: their layer ranges tile the model; the first embeds, the last has the head.
+            same_weights: whether they must come from one model, by the fingerprint.
+
+        Raises:
+            BundleError: ``pipeline.tiling``, ``pipeline.fingerprint``.
+        """
+        check_tiling(stages, same_weights=same_weights)
+        self.stages = [_over_numpy(stage) for stage in stages]
+
+    __call__ = PipelineSurface.forward
+
+    def _in_order(self) -> Sequence[Any]:
+        return self.stages
+
+    def token_ids(self, rows: Sequence[Sequence[int]]) -> numpy.ndarray:
+        """Rows of equal length as this pipeline takes them. *Shape:* (batch, sequence), int64."""
+        return numpy.array(rows, dtype=numpy.int64)
+
+    def _nested(self, array: object) -> list[list[Any]] | None:
+        return array.tolist() if isinstance(array, numpy.ndarray) else None
+
+    def _shift(self, x: numpy.ndarray, starts: Sequence[int]) -> numpy.ndarray:
+        if not any(starts):
+            return x
+        return numpy.stack([numpy.roll(row, -start, axis=0) for row, start in zip(x, starts, strict=True)])
+
+    def _lengthen(self, x: numpy.ndarray, more: int) -> numpy.ndarray:
+        return numpy.pad(x, ((0, 0), (0, more), (0, 0)))
+
+    def _draw(self, logits: numpy.ndarray, sampling: Sampling, generator: random.Random) -> numpy.ndarray:
+        return draw(logits, sampling, generator)
+
+    def _row(self, values: list[int], like: numpy.ndarray) -> numpy.ndarray:
+        return numpy.array(values, dtype=numpy.int64)
+
+
+def _over_numpy(stage: Any) -> Any:
+    if isinstance(stage, Stage):
+        return stage
+    from splitbundle.torch_over_numpy import StageOverNumpy  # only where torch is there already
+
+    return StageOverNumpy(stage)
+
+
+def load_pipeline(bundle: Bundle, **options: Any) -> Pipeline:
+    """All shards of a bundle. See ``Bundle.pipeline``."""
+    return Pipeline(load_stages(bundle, [bundle.select(shard.name) for shard in bundle.shards], **options))

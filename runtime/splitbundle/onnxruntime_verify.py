@@ -1,0 +1,56 @@
+"""Running the golden vectors with onnxruntime, and both backends against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from splitbundle import golden
+from splitbundle.bundle import VECTORS
+from splitbundle.onnxruntime_stage import load_stages
+
+if TYPE_CHECKING:
+    from splitbundle.bundle import Bundle, Selection
+    from splitbundle.files import Progress
+
+
+def run_vectors(bundle: Bundle, shard: str | None, progress: Progress | None) -> list[golden.Difference]:
+    """See ``Bundle.run_vectors``."""
+    tensors = {} if bundle.manifest.vectors is None else _arrays(bundle)
+    outputs = golden.compute(bundle, shard, tensors, lambda part: load_stages(bundle, [part])[0], progress)
+    return golden.compare(outputs, golden.original_outputs(tensors, outputs), ("onnxruntime", "original"))
+
+
+def run_both(bundle: Bundle, shard: str | None, progress: Progress | None) -> list[golden.Difference]:
+    """Each backend against the original model, and then the two against each other."""
+    from splitbundle.torch_over_numpy import StageOverNumpy
+    from splitbundle.torch_stage import load_stages as load_torch
+
+    def torch_stage(part: Selection) -> Callable[..., Any]:
+        return StageOverNumpy(load_torch(bundle, [part], dtype="float32")[0])
+
+    tensors = {} if bundle.manifest.vectors is None else _arrays(bundle)
+    torch_outputs = golden.compute(bundle, shard, tensors, torch_stage, progress)
+    outputs = golden.compute(bundle, shard, tensors, lambda part: load_stages(bundle, [part])[0], progress)
+    original = golden.original_outputs(tensors, outputs)
+    return [
+        *golden.compare(torch_outputs, original, ("torch", "original")),
+        *golden.compare(outputs, original, ("onnxruntime", "original")),
+        *golden.compare(outputs, torch_outputs, ("onnxruntime", "torch")),
+    ]
+
+
+def _arrays(bundle: Bundle) -> dict[str, numpy.ndarray]:
+    """The golden vectors."""
+    arrays: dict[str, numpy.ndarray] = {}
+    for file, found in bundle.open_weights(VECTORS):
+        file.seek(0)
+        data = bytearray(file.read())  # which makes arrays that can be written
+        for name, (tensor, offset) in found.layout.items():
+            dtype = numpy.dtype(tensor.dtype)
+            count = tensor.size // dtype.itemsize
+            flat = numpy.frombuffer(data, dtype, count, found.start + offset)
+            arrays[name] = flat.reshape(tensor.shape)
+    return arrays

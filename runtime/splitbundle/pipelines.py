@@ -1,0 +1,301 @@
+"""Stages in order, whatever computes them: calls, sessions and generation."""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
+
+from splitbundle.calls import Slots
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.sampling import Sampling
+from splitbundle.stages import Array, LogitsWanted, StageSurface
+
+STOPPED = -1
+"""What ``generate`` gives for a row that has stopped."""
+
+
+class Session:
+    """The state of one running sequence batch: each stage's KV cache, and how many positions each row has behind it."""
+
+    def __init__(self, caches: Sequence[Slots], batch_size: int, capacity: int) -> None:
+        self.caches, self.batch_size, self.capacity = caches, batch_size, capacity
+        self.past = [0] * batch_size
+
+    def rollback(self, tokens: int | Sequence[int]) -> None:
+        """Forgets the last tokens of every row, or of each row as many as are given for it.
+
+        Raises:
+            BundleError: ``session.rollback`` for more than a row has, or another number of rows.
+        """
+        back = integers([tokens] * self.batch_size if isinstance(tokens, int) else tokens, "tokens")
+        if len(back) != self.batch_size:
+            expected = f"one number, or one for each of {self.batch_size} rows"
+            raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(back)))
+        for row, (n, past) in enumerate(zip(back, self.past, strict=True)):
+            if not 0 <= n <= past:
+                expected = f"0 to {past} tokens, what row {row} has"
+                raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(n)))
+        left = [before - n for before, n in zip(self.past, back, strict=True)]
+        for cache in self.caches:
+            for row, n in enumerate(back):
+                if n:
+                    cache.check_rollback(row, left[row])
+        self.past = left
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Row i goes on from what row ``rows[i]`` was; a row may be taken several times, as beam search does.
+
+        Raises:
+            BundleError: ``input.value`` for rows that don't exist, or another number of them.
+        """
+        order = integers(rows, "rows")
+        if len(order) != self.batch_size or not all(0 <= row < self.batch_size for row in order):
+            expected = f"{self.batch_size} row numbers below {self.batch_size}"
+            raise BundleError(Problem(code="input.value", argument="rows", expected=expected, got=quoted(order)))
+        for cache in self.caches:
+            cache.reorder(order)
+        self.past = [self.past[row] for row in order]
+
+
+def integers(values: Iterable[int], argument: str) -> list[int]:
+    """Values that are integers, be it numpy's or torch's, as integers."""
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        expected, got = "integers", quoted(values)
+        raise BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got)) from None
+
+
+def check_tiling(stages: Sequence[StageSurface], *, same_weights: bool) -> None:
+    """Whether stages, in order, are one model.
+
+    Raises:
+        BundleError: ``pipeline.tiling``, ``pipeline.fingerprint``.
+    """
+
+    def refuse(code: str, where: str, expected: str, got: str, hint: str | None = None) -> NoReturn:
+        raise BundleError(Problem(code=code, argument=where, expected=expected, got=got, hint=hint))
+
+    at = 0
+    for i, stage in enumerate(stages):
+        ends = (stage.embeds == (i == 0)) and (stage.has_head == (i == len(stages) - 1))
+        if stage.layer_range[0] != at or not ends or stage.architecture != stages[0].architecture:
+            expected = f"a stage of one model from layer {at} on, the first embeds, the last has the head"
+            got = f"layers {stage.layer_range}, embeds={stage.embeds}, head={stage.has_head}"
+            refuse("pipeline.tiling", f"stages[{i}]", expected, got)
+        if same_weights and stage.fingerprint != stages[0].fingerprint:
+            hint = "same_weights=False mixes the weights of models on purpose"
+            expected = f"the fingerprint of the first stage, {stages[0].fingerprint}"
+            refuse("pipeline.fingerprint", f"stages[{i}]", expected, stage.fingerprint, hint)
+        at = stage.layer_range[1]
+    if not stages or at != len(stages[0].architecture.layers):
+        refuse("pipeline.tiling", "stages", "stages up to the last layer", f"up to {at}")
+
+
+class PipelineSurface:
+    """Stages whose layer ranges tile the model, called as one model."""
+
+    # What a backend says for itself.
+
+    def _in_order(self) -> Sequence[Any]:
+        """The stages."""
+        raise NotImplementedError
+
+    def token_ids(self, rows: Sequence[Sequence[int]]) -> Array:
+        """Rows of equal length as this pipeline takes them. *Shape:* (batch, sequence), int64."""
+        raise NotImplementedError
+
+    def _enter(self, x: Array, stage: Any) -> Array:
+        """What crosses a boundary, as the stage wants it."""
+        return x
+
+    def _nested(self, array: object) -> list[list[Any]] | None:
+        """A two-dimensional array as lists; None for anything else."""
+        raise NotImplementedError
+
+    def _shift(self, x: Array, starts: Sequence[int]) -> Array:
+        """Moves row b left by starts[b], around the end. *Shape:* (batch, sequence, …) -> the same."""
+        raise NotImplementedError
+
+    def _lengthen(self, x: Array, more: int) -> Array:
+        """Zeros after the end of the sequence. *Shape:* (batch, sequence, …) -> (batch, sequence + more, …)."""
+        raise NotImplementedError
+
+    def _draw(self, logits: Array, sampling: Sampling, generator: random.Random) -> Array:
+        """The next token of each row. *Shape:* (batch, vocab) -> (batch), int64."""
+        raise NotImplementedError
+
+    def _row(self, values: list[int], like: Array) -> Array:
+        """*Shape:* (how many), int64, beside another array."""
+        raise NotImplementedError
+
+    def _without_gradients(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    # What is the same everywhere.
+
+    @property
+    def first(self) -> Any:
+        """The stage that takes token ids."""
+        return self._in_order()[0]
+
+    def session(self, batch_size: int = 1, capacity: int | None = None) -> Session:
+        """An empty session of ``capacity`` slots a row; by default 512, or as many as the model has positions for.
+
+        Raises:
+            BundleError: ``session.capacity`` for more positions than the model has.
+        """
+        if capacity is None:
+            capacity = min(512, self.first.architecture.position_limit or 512)
+        caches = [stage.cache(batch_size, capacity) for stage in self._in_order()]
+        return Session(caches, batch_size, capacity)
+
+    def forward(
+        self,
+        token_ids: Array,
+        *,
+        attention_mask: Array | None = None,
+        session: Session | None = None,
+        logits: LogitsWanted = "all",
+    ) -> Array:
+        """Logits for some tokens of each row, after those that the session has.
+
+        *Shape:* (batch, sequence) -> (batch, sequence, vocab), or (batch, k, vocab) for ``logits="last"`` or k.
+
+        Args:
+            token_ids: of an integer dtype.
+            attention_mask: (batch, sequence), 1 for a token of this call, 0 for padding: one run of ones a row,
+                possibly empty, padded left, right or on both sides. Padding enters no cache; its logits are zero.
+            session: what ``session()`` gave; it goes on from where it is.
+            logits: "all" positions, each row's "last", or its last k.
+
+        Raises:
+            BundleError: ``input.*``, ``session.*``.
+        """
+        stages = self._in_order()
+        caches: Sequence[Any] = [None] * len(stages) if session is None else session.caches
+        if len(caches) != len(stages):
+            expected, got = f"the session of a pipeline of {len(stages)} stages", f"one of {len(caches)}"
+            raise BundleError(Problem(code="input.cache", argument="session", expected=expected, got=got))
+        shape = tuple(getattr(token_ids, "shape", ()))
+        starts = counts = None
+        if attention_mask is not None:
+            starts, counts = self._runs(attention_mask, shape)
+            token_ids = self._shift(token_ids, starts)
+        past = None if session is None else session.past
+        # Every stage is asked before any cache is written, so that a refusal leaves the session as it was.
+        call = stages[0].check(token_ids, past=past, count=counts, cache=caches[0], logits=logits)
+        for stage, cache in zip(stages[1:], caches[1:], strict=True):
+            stage.check_call(token_ids, stage.adopt(call), cache, logits)
+        x = token_ids[:, : call.length]
+        for stage, cache in zip(stages, caches, strict=True):
+            x = stage(self._enter(x, stage), positions=stage.adopt(call), cache=cache, logits=logits)
+        if session is not None:
+            session.past = [before + n for before, n in zip(call.past, call.count, strict=True)]
+        if starts is not None and logits == "all":
+            x = self._shift(self._lengthen(x, shape[1] - x.shape[1]), [-start for start in starts])
+        return x
+
+    def _runs(self, mask: object, shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
+        """Where each row's tokens begin, and how many they are.
+
+        Raises:
+            BundleError: ``input.shape``, ``input.mask``.
+        """
+
+        def refuse(code: str, expected: str, got: str) -> None:
+            raise BundleError(Problem(code=code, argument="attention_mask", expected=expected, got=got))
+
+        rows, own = self._nested(mask), tuple(getattr(mask, "shape", ()))
+        if rows is None or own != shape:
+            got = type(mask).__name__ if rows is None else str(own)
+            refuse("input.shape", f"{shape}, as token_ids: the mask covers this call's tokens only", got)
+        starts, counts = [], []
+        for row, values in enumerate(rows or ()):
+            ones = [i for i, value in enumerate(values) if value]
+            if any(value not in (0, 1) for value in values) or (ones and ones[-1] - ones[0] + 1 != len(ones)):
+                refuse("input.mask", f"one run of ones, the rest zeros, in row {row}", quoted(values))
+            starts.append(ones[0] if ones else 0)
+            counts.append(len(ones))
+        return starts, counts
+
+    def generate(
+        self,
+        token_ids: Array,
+        *,
+        max_new_tokens: int = 20,
+        attention_mask: Array | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_ids: Sequence[int] = (),
+        session: Session | None = None,
+    ) -> Iterator[Array]:
+        """Goes on from a prompt, one token of every row at a time.
+
+        *Shape:* (batch, sequence) -> up to ``max_new_tokens`` times (batch), int64.
+
+        A row ends with the first of ``stop_ids`` that it draws, which is still given; from then on it gives -1.
+
+        Args:
+            token_ids: the prompt.
+            max_new_tokens: how many tokens to give at most.
+            attention_mask: as for a call.
+            temperature: 0 for the likeliest token, else what the logits are divided by.
+            top_k: draw among the k likeliest.
+            top_p: draw among the likeliest that together reach this probability.
+            seed: of the draws; None for another each time.
+            stop_ids: tokens that end a row.
+            session: one to go on with; by default a new one that is large enough.
+        """
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        if type(max_new_tokens) is not int or max_new_tokens < 0:
+            got = quoted(max_new_tokens)
+            raise BundleError(
+                Problem(code="input.value", argument="max_new_tokens", expected="a number from 0", got=got)
+            )
+        shape = tuple(getattr(token_ids, "shape", ()))
+        counts = None if attention_mask is None else self._runs(attention_mask, shape)[1]
+        longest = self.first.check(token_ids, count=counts).stop
+        if session is None and counts is not None and min(counts) == 0:
+            expected, got = "at least one token in every row to go on from", "a row of padding alone"
+            raise BundleError(Problem(code="input.mask", argument="attention_mask", expected=expected, got=got))
+        limit = self.first.architecture.position_limit
+        if session is None and limit is not None and longest + max_new_tokens - 1 > limit:
+            expected = f"at most {limit - longest + 1}: the model has {limit} positions, the prompt {longest} tokens"
+            raise BundleError(
+                Problem(code="input.position", argument="max_new_tokens", expected=expected, got=f"{max_new_tokens}")
+            )
+        if session is None:
+            # The last token is given and not fed again, so it needs no slot.
+            session = self.session(shape[0], max(1, longest + max_new_tokens - 1))
+        stops = frozenset(integers(stop_ids, "stop_ids"))
+        return self._generate(token_ids, attention_mask, max_new_tokens, sampling, stops, session)
+
+    def _generate(
+        self,
+        token_ids: Array,
+        attention_mask: Array | None,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        session: Session,
+    ) -> Iterator[Array]:
+        generator = random.Random(sampling.seed)
+        running = [True] * token_ids.shape[0]
+        for _ in range(max_new_tokens):
+            with self._without_gradients():  # not around the loop: the caller's code between two tokens isn't ours
+                last = self.forward(token_ids, attention_mask=attention_mask, session=session, logits="last")[:, -1]
+                drawn = self._draw(last, sampling, generator)
+            given = [token if alive else STOPPED for token, alive in zip(drawn.tolist(), running, strict=True)]
+            yield self._row(given, token_ids)
+            running = [token >= 0 and token not in stop_ids for token in given]
+            if not any(running):
+                return
+            token_ids, attention_mask = self._row(drawn.tolist(), token_ids)[:, None], None
+            if not all(running):
+                attention_mask = self._row([int(alive) for alive in running], token_ids)[:, None]

@@ -1,0 +1,196 @@
+"""What a stage is in every backend: its part of the model, and the checks of what crosses a boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
+
+from splitbundle.architecture import Architecture
+from splitbundle.calls import Call, Slots
+from splitbundle.errors import BundleError, Problem, quoted
+
+if TYPE_CHECKING:
+    from splitbundle.bundle import Bundle, Selection
+
+LogitsWanted = Literal["all", "last"] | int
+Array = Any
+"""A tensor of the backend."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """An array that a caller gave, in the words of its backend."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+
+
+class StageSurface:
+    """A part of the model. The first stage takes token ids, the others ``hidden``; the last one gives logits."""
+
+    backend: ClassVar[str]
+    array: ClassVar[str]
+    """What arrays are called."""
+    integer_dtypes: ClassVar[frozenset[str]]
+
+    name: str
+    fingerprint: str
+    """Of the model that the weights came from; training doesn't change it."""
+    layer_range: tuple[int, int]
+    architecture: Architecture
+    embeds: bool
+    has_head: bool
+
+    def _describe(self, bundle: Bundle, selection: Selection) -> None:
+        self.name = selection.name
+        self.fingerprint = bundle.fingerprint
+        self.layer_range = selection.layers
+        self.architecture = bundle.architecture
+        self.embeds, self.has_head = selection.embeds, selection.head
+
+    # What a backend says for itself.
+
+    def _given(self, array: object) -> Given | None:
+        """An array of this backend; None for anything else."""
+        raise NotImplementedError
+
+    def _bounds(self, array: Array) -> tuple[int, int]:
+        """The least and the largest of some integers."""
+        raise NotImplementedError
+
+    def _place(self) -> Given:
+        """What this stage computes in, and where; without a shape."""
+        raise NotImplementedError
+
+    def _call(self, past: Sequence[int], count: Sequence[int], length: int) -> Call:
+        """A call, as this backend wants it."""
+        return Call(past, count, length)
+
+    def _make_cache(self, batch_size: int, capacity: int) -> Slots:
+        raise NotImplementedError
+
+    def adopt(self, call: Call) -> Call:
+        """A call of another stage, as this one wants it."""
+        return call
+
+    # What is the same everywhere.
+
+    def cache(self, batch_size: int, capacity: int) -> Any:
+        """An empty KV cache for this stage's layers.
+
+        Raises:
+            BundleError: ``session.capacity`` for more positions than the model has, or than memory can hold.
+        """
+        if type(batch_size) is not int or batch_size < 1:
+            expected, got = "a number from 1", quoted(batch_size)
+            raise BundleError(Problem(code="input.value", argument="batch_size", expected=expected, got=got))
+        limit = self.architecture.position_limit
+        if type(capacity) is not int or not 1 <= capacity <= (limit or capacity):
+            expected = f"1 to {limit}, the positions of the model" if limit else "at least 1"
+            raise BundleError(
+                Problem(code="session.capacity", argument="capacity", expected=expected, got=quoted(capacity))
+            )
+        try:
+            return self._make_cache(batch_size, capacity)
+        except (RuntimeError, MemoryError) as error:  # allocators raise either, and nothing more precise
+            expected, got = "slots that memory can hold", f"{capacity} in {batch_size} rows: {str(error)[:100]}"
+            raise BundleError(
+                Problem(code="session.capacity", argument="capacity", expected=expected, got=got)
+            ) from error
+
+    def check(
+        self,
+        inputs: Array,
+        *,
+        past: Any = None,
+        count: Any = None,
+        cache: Any = None,
+        logits: LogitsWanted = "all",
+    ) -> Any:
+        """Whether a call can be computed, and its positions. Nothing is written, so no refusal changes a cache.
+
+        Arguments and errors are those of a call.
+        """
+        self._check_inputs(inputs)
+        batch, length = inputs.shape[:2]
+        before = self._rows("past", past, batch, 0, 0, 2**31)
+        brought = self._rows("count", count, batch, length, 0, length)
+        if cache is None and any(before):
+            self._refuse("input.position", "past", "0 for every row without a cache", quoted(before))
+        call = self._call(before, brought, max(1, *brought))
+        limit = self.architecture.position_limit
+        if self.embeds and limit is not None and call.stop > limit:
+            expected = f"at most {limit}, the positions of the model"
+            self._refuse("input.position", "past + count", expected, f"{call.stop}")
+        self.check_call(inputs, call, cache, logits)
+        return call
+
+    def check_call(self, inputs: Array, call: Call, cache: Any, logits: LogitsWanted = "all") -> None:
+        """The part of ``check`` that every stage of a pipeline has to see for itself."""
+        if cache is not None:
+            self._check_cache(cache)
+            cache.check(call)
+        if self.has_head:
+            self._logits_wanted(logits)
+
+    def _check_cache(self, cache: Any) -> None:
+        raise NotImplementedError
+
+    def _logits_wanted(self, logits: LogitsWanted) -> int | None:
+        if logits == "all":
+            return None
+        if logits == "last":
+            return 1
+        if type(logits) is not int or logits < 1:
+            self._refuse("input.value", "logits", '"all", "last" or a number from 1', quoted(logits))
+        return logits
+
+    def _check_inputs(self, inputs: object) -> None:
+        name = "token ids" if self.embeds else f"hidden at layer {self.layer_range[0]}"
+        given, own = self._given(inputs), self._place()
+        if given is None:
+            self._refuse("input.type", name, self.array, type(inputs).__name__)
+        if given.device != own.device:
+            hint = "Move it with .to(...), or open the stage with device="
+            self._refuse("input.device", name, f"{own.device}, where this stage is", given.device, hint)
+        if self.embeds:
+            if given.dtype not in self.integer_dtypes:
+                self._refuse("input.dtype", name, "an integer dtype", given.dtype)
+            if len(given.shape) != 2 or 0 in given.shape:
+                self._refuse("input.shape", name, "(batch, sequence), neither 0", str(given.shape))
+            low, high = self._bounds(inputs)
+            if low < 0 or high >= self.architecture.vocab_size:
+                got = str(low if low < 0 else high)
+                self._refuse("input.value", name, f"ids from 0 to {self.architecture.vocab_size - 1}", got)
+        else:
+            if given.dtype != own.dtype:
+                self._refuse(
+                    "input.dtype", name, f"{own.dtype}, as this stage computes", given.dtype, self._other_dtype()
+                )
+            width = self.architecture.hidden_size
+            if len(given.shape) != 3 or 0 in given.shape or given.shape[2] != width:
+                hint = "It must be what the stage before gave, of the same model"
+                self._refuse("input.shape", name, f"(batch, sequence, {width})", str(given.shape), hint)
+
+    def _other_dtype(self) -> str:
+        """What to do about hidden states in another dtype."""
+        raise NotImplementedError
+
+    def _rows(self, name: str, given: Any, batch: int, default: int, low: int, high: int) -> list[int]:
+        if given is None:
+            return [default] * batch
+        array = self._given(given)
+        if array is not None and (array.dtype not in self.integer_dtypes or len(array.shape) != 1):
+            self._refuse("input.dtype", name, "(batch) of an integer dtype", f"{array.dtype} {array.shape}")
+        values = list(given) if array is None else given.tolist()
+        if len(values) != batch:
+            self._refuse("input.shape", name, f"{batch} rows, as the tokens", f"{len(values)}")
+        if not all(type(value) is int and low <= value <= high for value in values):
+            self._refuse("input.value", name, f"integers from {low} to {high}", quoted(values))
+        return values
+
+    def _refuse(self, code: str, argument: str, expected: str, got: str, hint: str | None = None) -> NoReturn:
+        where = f"stage {self.name}, {argument}"
+        raise BundleError(Problem(code=code, argument=where, expected=expected, got=got, hint=hint))

@@ -1,0 +1,341 @@
+"""The shards' graphs under onnxruntime: what they compute, how they are written, and what is refused of them."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+import splitbundle
+import splitbundle_converter
+from models import BY_PIECES, CONFIGURATIONS, LAYERS, ONE_PER_FAMILY, TOLERANCE, VOCAB, checkpoint, scratch, token_rows
+from models import bundle as torch_bundle
+from scenarios import Worst, run
+from splitbundle import Bundle, BundleError
+from splitbundle.onnxruntime_pipeline import Pipeline
+from splitbundle.onnxruntime_stage import load_stages
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STEADY: Final = tuple(name for name in CONFIGURATIONS if name not in BY_PIECES)
+ONE_EACH: Final = tuple(name for name in ONE_PER_FAMILY if name not in BY_PIECES)
+
+
+@cache
+def bundle(name: str, split: tuple[int, ...] = tuple(range(LAYERS + 1)), dtype: str = "float32") -> Bundle:
+    """The named model with a graph a shard; by default each layer is a shard, and so are the embedding and the head."""
+    output = scratch() / f"{name}-{'-'.join(map(str, split))}-{dtype}-graphs.splitbundle"
+    return splitbundle_converter.convert(checkpoint(name, dtype), output, split=split, check=False, onnx=True)
+
+
+class OverTensors:
+    """A pipeline over numpy arrays that takes and gives tensors, so that it can be told what torch's is told."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.inner = pipeline
+
+    def session(self, batch_size: int, capacity: int) -> Any:
+        return self.inner.session(batch_size, capacity)
+
+    def __call__(self, ids: Tensor, *, attention_mask: Tensor | None, **options: Any) -> Tensor:
+        mask = None if attention_mask is None else attention_mask.numpy()
+        return torch.from_numpy(self.inner(ids.numpy(), attention_mask=mask, **options))
+
+
+def stages(whole: Bundle, *cuts: int) -> list[Any]:
+    """Stages that meet at some cuts, each of several graphs in a row."""
+    edges = (0, *cuts, LAYERS)
+    selections = [
+        whole.select(layers=(start, stop), embeds=i == 0, head=i == len(cuts))
+        for i, (start, stop) in enumerate(itertools.pairwise(edges))
+    ]
+    return load_stages(whole, selections, threads=1)
+
+
+# What graphs compute.
+
+
+@pytest.mark.rule("SB-O-004", "SB-O-005", "SB-C-001")
+@pytest.mark.parametrize("name", STEADY)
+def test_scenarios_cut_everywhere(name: str) -> None:
+    """Pieces, padding, rollback, reordering, last logits: as the original, with a graph a layer."""
+    worst = Worst(name)
+    run(OverTensors(Pipeline(stages(bundle(name), 2))), worst, "cut everywhere")
+    worst.check()
+
+
+@pytest.mark.rule("SB-O-004", "SB-O-005")
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_scenarios_in_one_graph_and_mixed(name: str) -> None:
+    """The whole model in one graph; and every second shard with torch."""
+    worst = Worst(name)
+    run(OverTensors(bundle(name, ()).pipeline(backend="onnxruntime", threads=1)), worst, "uncut")
+    cut = bundle(name, (1, 3))
+    for backends in ({"bottom": "onnxruntime", "top": "onnxruntime"}, {"trunk": "onnxruntime"}):
+        run(OverTensors(cut.pipeline(backend=backends, threads=1)), worst, f"{backends}")
+    worst.check()
+
+
+@pytest.mark.parametrize("name", sorted(BY_PIECES))
+@pytest.mark.parametrize("split", [(), (1, 3)])
+def test_rows_that_outgrow_a_threshold(name: str, split: tuple[int, ...]) -> None:
+    """Held against torch, whose own test holds it against the original driven alike."""
+    whole = bundle(name, split)
+    torch_pipeline, pipeline = whole.pipeline(), whole.pipeline(backend="onnxruntime", threads=1)
+    ids = torch.tensor(token_rows(21, 21, 21, seed=5))
+    mask = torch.tensor([[0] * 4 + [1] * 3, [1] * 7, [1] * 5 + [0] * 2])
+    with torch.no_grad():
+        sessions = torch_pipeline.session(3, 40), pipeline.session(3, 40)
+        for start in range(0, 21, 7):
+            piece = ids[:, start : start + 7]
+            expected = torch_pipeline(piece, attention_mask=mask, session=sessions[0])
+            got = pipeline(piece.numpy(), attention_mask=mask.numpy(), session=sessions[1])
+            assert numpy.abs(got - expected.numpy()).max() <= TOLERANCE * expected.abs().max().item()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2-by-layer", "gemma2-capped-biased", "apertus-biased"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_16_bits_are_widened(name: str, dtype: str) -> None:
+    """Float32 arithmetic on the stored weights: what torch computes when it is asked for float32."""
+    whole = bundle(name, (2,), dtype)
+    assert whole.manifest.storage.dtype == dtype
+    ids = torch.tensor(token_rows(12, 12, seed=6))
+    with torch.no_grad():
+        expected = whole.pipeline(dtype="float32")(ids).numpy()
+    got = whole.pipeline(backend="onnxruntime", threads=1)(ids.numpy())
+    assert numpy.abs(got - expected).max() <= TOLERANCE * numpy.abs(expected).max()
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8}])
+def test_both_backends_draw_alike(sampling: dict[str, Any]) -> None:
+    whole = bundle("llama")
+    ids = torch.tensor(token_rows(5, 5, seed=7))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    drawn = [
+        [
+            token.tolist()
+            for token in pipeline.generate(given, attention_mask=own, max_new_tokens=12, seed=4, **sampling)
+        ]
+        for pipeline, given, own in (
+            (whole.pipeline(), ids, mask),
+            (whole.pipeline(backend="onnxruntime"), ids.numpy(), mask.numpy()),
+        )
+    ]
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == 12
+
+
+@pytest.mark.parametrize("options", [{"prepack": True}, {"threads": 2}])
+def test_options_change_no_number(options: dict[str, Any]) -> None:
+    whole, ids = bundle("qwen2-mixed", (2,)), numpy.array(token_rows(9, 9))
+    plain = whole.pipeline(backend="onnxruntime", threads=1)(ids)
+    assert numpy.abs(whole.pipeline(backend="onnxruntime", **options)(ids) - plain).max() <= TOLERANCE * plain.max()
+
+
+def test_caches_are_extended_where_they_lie() -> None:
+    """The session's memory is the graphs': no call but one that needs more slots makes another array."""
+    whole = bundle("llama")
+    pipeline = whole.pipeline(backend="onnxruntime", threads=1)
+    session = pipeline.session(2, 50)
+    pipeline(numpy.array(token_rows(5, 5)), session=session)
+    cache = session.caches[1]
+    (name, *_), before = cache.arrays, {name: id(array) for name, array in cache.arrays.items()}
+    row = cache.arrays[name][:, :, 5].copy()
+    assert not row.any()
+    pipeline(numpy.array(token_rows(1, 1)), session=session)
+    assert {name: id(array) for name, array in cache.arrays.items()} == before
+    assert cache.arrays[name][:, :, 5].all()
+
+
+# How graphs are written.
+
+
+@pytest.mark.rule("SB-O-002", "SB-O-003", "SB-O-006")
+@pytest.mark.parametrize("name", ["gpt2", "llama-llama3", "gemma2-capped-biased", "granite_swa-bases-biased"])
+def test_a_graph_by_its_rules(name: str) -> None:
+    whole = bundle(name, (0, 1, 3))
+    for shard in whole.shards:
+        assert shard.graph is not None
+        path = whole.path / shard.graph.file
+        onnx.checker.check_model(str(path), full_check=True)
+        model = onnx.load(str(path), load_external_data=False)
+        assert [(each.domain, each.version) for each in model.opset_import] == [("", 24)]
+        for ports, values in ((shard.graph.inputs, model.graph.input), (shard.graph.outputs, model.graph.output)):
+            assert [port.name for port in ports] == [value.name for value in values]
+            for port, value in zip(ports, values, strict=True):
+                sizes = value.type.tensor_type.shape.dim
+                assert list(port.shape) == [size.dim_param or size.dim_value for size in sizes]
+        expected = {tensor for unit in shard.units for tensor in whole.architecture.tensors_of(unit)}
+        external = {each.name: each for each in model.graph.initializer if each.external_data}
+        assert external.keys() <= expected
+        if not whole.architecture.head.tied or not shard.head or shard.embeds:
+            assert external.keys() == expected
+        stored = torch_tensors(whole, shard.units)
+        for tensor, initializer in external.items():
+            where = {each.key: each.value for each in initializer.external_data}
+            data = (whole.path / where["location"]).read_bytes()[int(where["offset"]) :][: int(where["length"])]
+            assert data == stored[tensor].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def torch_tensors(whole: Bundle, units: tuple[str, ...]) -> dict[str, Tensor]:
+    from splitbundle.torch_weights import map_tensors
+
+    return {name: tensor.reshape(-1) for unit in units for name, tensor in map_tensors(whole, unit).items()}
+
+
+def test_names_say_where_a_node_is() -> None:
+    model = onnx.load(str(bundle("llama", (1, 3)).path / "trunk.onnx"), load_external_data=False)
+    names = [node.name for node in model.graph.node]
+    assert "layers.1.attention.query" in names
+    assert "layers.2.mlp.down" in names
+    assert len(set(names)) == len(names)
+    known = re.compile(r"layers\.[12]\.|positions|rotation\.|mask\.|shapes\.|stream|hidden\.")
+    assert [name for name in names if not known.match(name)] == []
+    assert all(node.output[0] == node.name for node in model.graph.node)
+
+
+def test_a_bundle_with_graphs_is_hardly_larger(tmp_path: Path) -> None:
+    """Every weight is stored once."""
+    plain, graphs = torch_bundle("llama"), bundle("llama")
+    assert plain.fingerprint == graphs.fingerprint
+    added = sum(file.size for path, file in graphs.manifest.files.items() if path.endswith(".onnx"))
+    weights = {path: file for path, file in graphs.manifest.files.items() if path.endswith(".safetensors")}
+    assert weights == {path: plain.manifest.files[path] for path in weights}
+    assert added < 30_000 * len(graphs.shards)
+
+
+def test_graphs_are_deterministic(tmp_path: Path) -> None:
+    one = splitbundle_converter.convert(checkpoint("llama"), tmp_path / "a", split=[2], check=False, onnx=True)
+    other = splitbundle_converter.convert(checkpoint("llama"), tmp_path / "b", split=[2], check=False, onnx=True)
+    assert one.id == other.id
+
+
+def test_adding_graphs_to_a_bundle(tmp_path: Path) -> None:
+    """In place, or beside; what was there stays, and cutting again makes graphs of the new shards."""
+    plain = splitbundle_converter.convert(checkpoint("gpt2"), tmp_path / "plain", split=[1, 3])
+    with pytest.raises(BundleError, match=r"\[stage.graph\] layers \[0, 1\): expected a graph a shard"):
+        plain.stage("bottom", backend="onnxruntime")
+    added = splitbundle_converter.add_onnx(plain, tmp_path / "added")
+    assert added.fingerprint == plain.fingerprint
+    assert [shard.graph and shard.graph.file for shard in added.shards] == ["bottom.onnx", "trunk.onnx", "top.onnx"]
+    inside = splitbundle_converter.add_onnx(tmp_path / "plain")
+    assert inside.id == added.id
+    assert inside.verify(exact=True).unlisted == ()
+    again = splitbundle_converter.resplit(inside, tmp_path / "again", split=[2])
+    assert [shard.graph and shard.graph.file for shard in again.shards] == ["bottom.onnx", "top.onnx"]
+    assert not (again.path / "trunk.onnx").exists()
+    without = splitbundle_converter.resplit(inside, tmp_path / "without", split=[2], onnx=False)
+    assert not list(without.path.glob("*.onnx"))
+
+
+# Golden vectors.
+
+
+def test_golden_vectors_in_both_backends(tmp_path: Path) -> None:
+    whole = splitbundle_converter.convert(checkpoint("llama"), tmp_path / "b", split=[1], onnx=True)
+    assert {d.between for d in whole.run_vectors(backend="onnxruntime")} == {("onnxruntime", "original")}
+    both = whole.run_vectors(backend="all")
+    assert [(d.where, d.between) for d in both] == [
+        (where, between)
+        for between in (("torch", "original"), ("onnxruntime", "original"), ("onnxruntime", "torch"))
+        for where in ("hidden.1", "logits")
+    ]
+    assert all(0 < d.relative < TOLERANCE for d in both)
+    assert [d.where for d in whole.run_vectors("top", backend="all")] == ["logits"] * 3
+
+
+# What is refused.
+
+
+@pytest.fixture
+def whole() -> Bundle:
+    return bundle("llama")
+
+
+@pytest.mark.rule("SB-O-007")
+@pytest.mark.parametrize("path", ["trunk-2.onnx", "layer-001.safetensors"])
+def test_changed_files_are_refused(whole: Bundle, tmp_path: Path, path: str) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(whole.path, tmp_path / "copy"))
+    data = bytearray((copy / path).read_bytes())
+    data[40] ^= 1
+    (copy / path).write_bytes(data)
+    with pytest.raises(BundleError) as caught:
+        splitbundle.open(copy).stage("trunk-2", backend="onnxruntime")
+    assert caught.value.problems[0].file == path
+    assert caught.value.codes[0] in ("file.digest", "file.header-digest")
+
+
+def test_ranges_that_no_graph_computes(tmp_path: Path) -> None:
+    cut = bundle("llama", (1, 3))
+    assert cut.stage(layers=(1, 4), backend="onnxruntime").layer_range == (1, 4)
+    for layers in ((1, 2), (0, 2), (2, 4)):
+        with pytest.raises(BundleError) as caught:
+            cut.stage(layers=layers, backend="onnxruntime")
+        (problem,) = caught.value.problems
+        assert problem.code == "stage.graph"
+        assert problem.expected == "layers that shards' graphs compute: bottom [0, 1), trunk [1, 3), top [3, 4)"
+        assert "add-onnx" in (problem.hint or "")
+    with pytest.raises(BundleError, match=r"\[stage.graph\]"):  # the bottom's graph embeds
+        cut.stage(layers=(0, 1), embeds=False, backend="onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [
+        ({"backend": "onnx"}, "backend"),
+        ({"backend": "onnxruntime", "trainable": True}, "trainable"),
+        ({"backend": "onnxruntime", "device": "cuda"}, "device"),
+        ({"backend": "onnxruntime", "dtype": "bfloat16"}, "dtype"),
+        ({"backend": "torch", "threads": 2}, "threads"),
+        ({"backend": "torch", "prepack": True}, "prepack"),
+    ],
+)
+def test_options_of_another_backend(whole: Bundle, options: dict[str, Any], argument: str) -> None:
+    with pytest.raises(BundleError) as caught:
+        whole.pipeline(**options)
+    assert (caught.value.codes, caught.value.problems[0].argument) == (("stage.backend",), argument)
+
+
+def test_unknown_providers(whole: Bundle) -> None:
+    with pytest.raises(BundleError, match=r"\[input.device\] providers: expected some of .*CPUExecutionProvider"):
+        whole.pipeline(backend="onnxruntime", providers=["NoSuchProvider"])
+    assert whole.pipeline(backend="onnxruntime", providers=["CPUExecutionProvider"])
+
+
+def test_boundary_checks_are_those_of_torch(whole: Bundle) -> None:
+    """The same problems in the same words, but for what arrays are called."""
+    ours = {"torch": whole.stage("trunk-2"), "onnxruntime": whole.stage("trunk-2", backend="onnxruntime")}
+    embeds = {"torch": whole.stage("bottom"), "onnxruntime": whole.stage("bottom", backend="onnxruntime")}
+    width = whole.architecture.hidden_size
+
+    def said(stage: Any, given: Any, **options: Any) -> tuple[str, ...]:
+        with pytest.raises(BundleError) as caught:
+            stage(given, **options)
+        (problem,) = caught.value.problems
+        words = (problem.code, problem.argument, problem.expected, problem.got)
+        return tuple((word or "").replace("torch.", "") for word in words)
+
+    hidden = torch.zeros(1, 3, width)
+    ids = torch.tensor([[1, 2, VOCAB]])
+    for stage, given, options in (
+        (ours, torch.zeros(1, 3, width + 1), {}),
+        (ours, torch.zeros(3, width), {}),
+        (ours, hidden.double(), {}),
+        (ours, hidden, {"past": [1]}),
+        (ours, hidden, {"count": [4]}),
+        (ours, hidden, {"count": [1, 2]}),
+        (embeds, ids, {}),
+        (embeds, ids.float(), {}),
+        (embeds, ids[0], {}),
+    ):
+        assert said(stage["torch"], given, **options) == said(stage["onnxruntime"], given.numpy(), **options)
+    assert said(ours["onnxruntime"], [[0.0]])[0] == "input.type"
