@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -184,14 +185,11 @@ def graph_writer() -> Callable[[Path], None]:
     Raises:
         MissingExtra: without the libraries that make graphs and check them.
     """
-    try:
-        import onnxruntime  # noqa: F401  # with which what the graphs compute is checked
+    for library in ("onnx", "onnxruntime"):  # the second checks what the graphs compute
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtra.of(library, "onnx", "make graphs")
+    from splitbundle_converter.graph_files import add_graphs
 
-        from splitbundle_converter.graph_files import add_graphs
-    except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnxruntime"):
-            raise
-        raise MissingExtra.of(error.name, "onnx", "make graphs") from None
     return add_graphs
 
 
