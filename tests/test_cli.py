@@ -70,8 +70,8 @@ def test_inspect(bundle: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert lines[0] == "license-gpt2: gpt2, 757,248 parameters in float32"
-    assert "bottom [0, 2) embedding 309,696 1,251,072" in lines
-    assert "top [4, 6) head 309,888 1,255,936" in lines
+    assert "bottom [0, 2) embedding 309,696 1,251,072 -" in lines
+    assert "top [4, 6) head 309,888 1,255,936 -" in lines
     assert "at layer 4 hidden (batch, sequence, 96), past (batch), count (batch)" in lines
     document = json.loads(call("inspect", "--json", bundle).stdout)
     assert document["fingerprint"] == splitbundle.open(bundle).fingerprint

@@ -336,6 +336,23 @@ def test_a_part_that_is_missing(parts: Path, output: Path, part: str, text: str)
     assert str(refused(parts, output)).startswith(f"[source.parts] {text}")
 
 
+def test_a_part_without_metadata_is_mentioned(parts: Path, output: Path) -> None:
+    write(parts, "gpt2")
+    (parts / "trunk_metadata.json").unlink()
+    assert str(refused(parts, output)).endswith("; of trunk.pt no metadata says what it is")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrapper"), [("module.", "DistributedDataParallel"), ("_orig_mod.", "torch.compile")]
+)
+def test_parts_of_a_wrapped_model(parts: Path, output: Path, prefix: str, wrapper: str) -> None:
+    write(parts, "gpt2", rename=lambda key: prefix + key)
+    assert str(refused(parts, output)).startswith(
+        "[source.tensor] bottom.pt: expected the names that the model's tensors have, "
+        f"got names that all begin with {prefix!r}, as {wrapper} makes them. Save the state dict of the model inside: "
+    )
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
@@ -400,11 +417,12 @@ def test_tensors_in_a_part_that_they_are_none_of(parts: Path, output: Path) -> N
     tensors["bottom"]["ln_f.weight"] = torch.zeros(35)
     error = refused(write(parts, "gpt2", tensors=tensors), output)
     assert str(error) == (
-        "[source.tensor] bottom.pt /ln_f.weight: expected the head in the top alone, got it in the bottom"
+        "[source.tensor] bottom.pt /ln_f.weight: expected the head in the top alone, got it in the bottom. Remove it"
     )
     del tensors["bottom"]["ln_f.weight"]
     assert str(refused(write(parts, "gpt2", tensors=tensors), output)) == (
-        "[source.tensor] trunk.pt /wpe.weight: expected the embedding in the bottom alone, got it in the trunk"
+        "[source.tensor] trunk.pt /wpe.weight: expected the embedding in the bottom alone, got it in the trunk. Remove "
+        "it: a tied head needs no copy of the embedding"
     )
 
 

@@ -125,14 +125,35 @@ def test_a_family_that_is_not_in_the_table(source: Callable[[str], Path], output
     change_config(path, model_type=model_type)
     got = None if model_type is ... else model_type
     assert str(refused(path, output)) == (
-        f"[source.family] config.json /model_type: expected one of {', '.join(sorted(FAMILIES))}, got {got!r}. "
-        "Only these families can be converted; splitbundle never guesses at another"
+        "[source.family] config.json /model_type: expected one of the families that splitbundle families lists, got "
+        f"{got!r}. Other families can't be converted; splitbundle never guesses at one"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("num_local_experts", 8, "mixtures of experts"),
+        ("kv_lora_rank", 512, "latent attention"),
+        ("state_size", 16, "recurrent layers"),
+        ("num_kv_shared_layers", 10, "layers that share keys and values, or have inputs of their own"),
+        ("is_encoder_decoder", True, "encoders"),
+    ],
+)
+def test_why_a_family_is_not_in_the_table(
+    source: Callable[[str], Path], output: Path, field: str, value: Any, what: str
+) -> None:
+    path = source("llama")
+    change_config(path, model_type="mixtral", **{field: value})
+    assert str(refused(path, output)) == (
+        "[source.family] config.json /model_type: expected one of the families that splitbundle families lists, got "
+        f"'mixtral'. It has {field} {value!r}, and {what} can't be converted yet"
     )
 
 
 ACTIVATIONS: Final = f"one of {', '.join(decoder_facts.ACTIVATIONS)}"
 KNOWN: Final = "a field that this family is known to have"
-UNSUPPORTED: Final = "Correct the configuration; a model that needs this value can't be converted yet"
+UNSUPPORTED: Final = "A model with this value can't be converted yet; with another value it would be another model"
 USELESS: Final = "Remove it if it changes nothing"
 ROPE: Final[dict[str, Any]] = {"rope_type": "default", "rope_theta": 10000.0}
 ROPE_TYPES: Final = "one of default, linear, dynamic, yarn, longrope, llama3, proportional"
@@ -337,7 +358,8 @@ def test_code_of_a_checkpoint_never_runs(source: Callable[[str], Path], output: 
     assert str(refused(path, output)) == (
         "[source.remote-code] config.json /auto_map: expected no auto_map, "
         "got {'AutoConfig': 'modeling.C', 'AutoModelForCausalLM': 'modeling.M'}. "
-        "splitbundle never runs code of a checkpoint"
+        "splitbundle never runs code of a checkpoint. transformers computes llama itself: if these are its weights, "
+        "remove auto_map"
     )
     assert not mark.exists()
 
@@ -487,6 +509,18 @@ def test_no_weights(source: Callable[[str], Path], output: Path) -> None:
     (path / WEIGHTS).unlink()
     text = f"[source.missing] {WEIGHTS}: expected {WEIGHTS} or {INDEX} in source, got neither"
     assert str(refused(path, output)) == text
+    (path / "adapter_config.json").write_text("{}")
+    assert str(refused(path, output)) == f"{text}. This is an adapter: merge it into its base model, and save that"
+
+
+def test_weights_of_a_wrapped_model(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    save_file({f"module.{name}": tensor for name, tensor in load_file(path / WEIGHTS).items()}, path / WEIGHTS)
+    assert str(refused(path, output)) == (
+        "[source.tensor] source: expected the names that the model's tensors have, got names that all begin with "
+        "'module.', as DistributedDataParallel makes them. Save the state dict of the model inside: "
+        "wrapper.module.state_dict(), or model._orig_mod.state_dict()"
+    )
 
 
 def test_a_git_lfs_pointer(source: Callable[[str], Path], output: Path) -> None:

@@ -118,7 +118,7 @@ def _families(args: argparse.Namespace, console: Console) -> int:
     with _libraries():
         from splitbundle_converter import family_table
 
-        rows = list(family_table.rows())
+        rows = list(family_table.details())
     console.table(family_table.COLUMNS, [[row[column] for column in family_table.COLUMNS] for row in rows])
     console.json({"ok": True, "families": rows})
     return 0
@@ -126,13 +126,13 @@ def _families(args: argparse.Namespace, console: Console) -> int:
 
 def _report(bundle: Bundle, output: str, console: Console, part: dict[str, Any] | None = None) -> int:
     console.end_progress()
-    if part is not None:
-        _report_part(part, console)
     shards = ", ".join(f"{shard.name} [{shard.layers[0]}, {shard.layers[1]})" for shard in bundle.shards)
     checked = "not checked" if bundle.manifest.vectors is None else "checked against the original model"
     console.text(f"{output}: {shards}; {checked}")
     console.text(f"  fingerprint {bundle.fingerprint}")
     console.text(f"  bundle id   {bundle.id}")
+    if part is not None:
+        _report_part(part, console)
     ids = {"bundle_id": bundle.id, "fingerprint": bundle.fingerprint}
     console.json({"ok": True, "path": str(output), **ids} | ({} if part is None else {"part": part}))
     return 0
@@ -142,9 +142,9 @@ def _report_part(part: dict[str, Any], console: Console) -> None:
     """Says what of a checkpoint is no part of the bundle."""
     for item in part["left_out"]:
         many = "tensor" if item["tensors"] == 1 else "tensors"
-        console.note(f"left out: {item['module']}: {item['tensors']:,} {many}, {item['parameters']:,} parameters")
+        console.text(f"  left out    {item['module']}: {item['tensors']:,} {many}, {item['parameters']:,} parameters")
     for field, value in part["not_applied"].items():
-        console.note(f"left out: the head's {field} ({value:g}), which {part['class']} doesn't apply either")
+        console.text(f"  left out    the head's {field} ({value:g}), which {part['class']} doesn't apply either")
 
 
 @contextmanager

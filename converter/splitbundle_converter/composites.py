@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from splitbundle_converter.unsupported import reason
+
 LANGUAGE: Final = "language"
 PARTS: Final = (LANGUAGE,)
 """The parts of a checkpoint that can be converted alone."""
@@ -163,7 +165,7 @@ def text_type(raw: Mapping[str, Any]) -> str | None:
 def family_hint(raw: Mapping[str, Any], families: Collection[str]) -> str:
     """What to do about a model type that isn't in the table of families."""
     text, model_type = text_type(raw), raw.get("model_type")
-    only = "Only these families can be converted; splitbundle never guesses at another"
+    only = reason(raw) or "Other families can't be converted; splitbundle never guesses at one"
     if text is None:
         return only
     if isinstance(model_type, str) and model_type in COMPOSITES and text in families:

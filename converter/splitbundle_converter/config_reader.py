@@ -88,7 +88,7 @@ TRAINING: Final = frozenset(
 )
 """Fields of training, and of heads that classify: they change no number of a language model in inference."""
 
-UNSUPPORTED: Final = "Correct the configuration; a model that needs this value can't be converted yet"
+UNSUPPORTED: Final = "A model with this value can't be converted yet; with another value it would be another model"
 
 
 class ConfigReader:

@@ -14,6 +14,7 @@ from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.family import Family
 from splitbundle_converter.refusal import line, refused
 from splitbundle_converter.source import Configuration, quiet
+from splitbundle_converter.unsupported import EXPECTED
 
 _MAX_LABELS: Final = 100_000
 """Of a classifier's classes: several times those of the largest data sets."""
@@ -52,8 +53,7 @@ def resolve(found: Configuration) -> Any:
     # Other classes than those of the table aren't even built: some make a list of as many items as a field says.
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        expected, hint = f"one of {', '.join(sorted(FAMILIES))}", family_hint(raw, FAMILIES)
-        raise _refused("source.family", found, "model_type", expected, hint)
+        raise _refused("source.family", found, "model_type", EXPECTED, family_hint(raw, FAMILIES))
     check_counts(found)
     return build(found)
 
@@ -68,9 +68,10 @@ def readable(found: Configuration) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise refused("source.config", found.file, "an object", quoted(raw), pointer=found.pointer or None)
     if "auto_map" in raw:
-        raise _refused(
-            "source.remote-code", found, "auto_map", "no auto_map", "splitbundle never runs code of a checkpoint"
-        )
+        hint, model_type = "splitbundle never runs code of a checkpoint", raw.get("model_type")
+        if isinstance(model_type, str) and model_type in FAMILIES:
+            hint += f". transformers computes {model_type} itself: if these are its weights, remove auto_map"
+        raise _refused("source.remote-code", found, "auto_map", "no auto_map", hint)
     if raw.get("quantization_config") is not None:
         hint = "Convert the checkpoint that was quantised"
         raise _refused("source.quantised", found, "quantization_config", "weights that aren't quantised", hint)

@@ -31,6 +31,15 @@ def rows() -> Iterator[dict[str, str]]:
         yield row
 
 
+def details() -> Iterator[dict[str, Any]]:
+    """The same for programs: each family's default architecture, and the fields of a configuration that it knows."""
+    for name, row in zip(sorted(FAMILIES), rows(), strict=True):
+        config, needs = default(name)
+        facts = FAMILIES[name].facts(config)
+        known = sorted(config.read)
+        yield row | {"only_with": needs, "fields": known, "default_architecture": facts.as_json()}
+
+
 def default(name: str) -> tuple[ConfigReader, list[str]]:
     """A family's default configuration, with what is missing filled in, and what that is in words."""
     from transformers import AutoConfig
@@ -53,7 +62,7 @@ def summary(facts: Architecture) -> dict[str, str]:
         "position": ", ".join(dict.fromkeys(_embedding_position(facts) or map(_position, kinds))),
         "attention": ", ".join(_attention(kinds)),
         "mlp": f"{'gated ' if kinds[0].mlp.gated else ''}{kinds[0].mlp.activation}",
-        "extras": ", ".join(_extras(facts, kinds[0])),
+        "extras": ", ".join(_extras(facts, kinds)),
     }
 
 
@@ -94,10 +103,13 @@ def _position(kind: LayerKind) -> str:
 def _attention(kinds: list[LayerKind]) -> Iterator[str]:
     attention = kinds[0].attention
     sharing = "MHA" if attention.heads == attention.kv_heads else "MQA" if attention.kv_heads == 1 else "GQA"
-    biases = [name for name, has in (("q, k, v", attention.qkv_bias), ("output", attention.output_bias)) if has]
+    output = {kind.attention.output_bias for kind in kinds}
+    biases = ["q, k, v"] if attention.qkv_bias else []
+    biases += [] if output == {False} else ["output"] if output == {True} else ["some layers' output"]
     yield sharing + (f" with {' and '.join(biases)} bias" if biases else "")
-    if attention.query_key_norm is not None:
-        yield f"q/k norm by {attention.query_key_norm.width}"
+    norm = next(filter(None, (kind.attention.query_key_norm for kind in kinds)), None)
+    if norm is not None:
+        yield f"q/k norm by {norm.width}{' after rotation' if norm.after_rotation else ''}"
     windows = {kind.attention.window for kind in kinds}
     if windows != {None}:
         yield "windows" + (" on some layers" if len(windows) > 1 else "")
@@ -112,8 +124,8 @@ def _attention(kinds: list[LayerKind]) -> Iterator[str]:
             yield name
 
 
-def _extras(facts: Architecture, kind: LayerKind) -> Iterator[str]:
-    head, embedding = facts.head, facts.embedding
+def _extras(facts: Architecture, kinds: list[LayerKind]) -> Iterator[str]:
+    head, embedding, kind = facts.head, facts.embedding, kinds[0]
     for name, has in (
         ("tied", head.tied),
         ("head bias", head.bias),
@@ -123,7 +135,7 @@ def _extras(facts: Architecture, kind: LayerKind) -> Iterator[str]:
         ("logit ×", head.multiplier != 1.0),
         ("logit cap", head.logit_cap is not None),
         ("no last norm", head.norm is None),
-        ("query temperature", kind.attention.query_temperature is not None),
+        ("query temperature", any(each.attention.query_temperature is not None for each in kinds)),
     ):
         if has:
             yield name

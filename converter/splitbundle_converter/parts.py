@@ -27,7 +27,13 @@ from splitbundle_converter.part_names import EMBEDDING, HEAD, LAYER, PartNames
 from splitbundle_converter.pickles import SUFFIXES, PickledSource, rewrite
 from splitbundle_converter.refusal import problem, refused
 from splitbundle_converter.source import CONFIG, Configuration, Place
-from splitbundle_converter.source_files import SourceTensor, check_there, read_headers, read_small
+from splitbundle_converter.source_files import (
+    SourceTensor,
+    check_there,
+    check_unwrapped,
+    read_headers,
+    read_small,
+)
 
 METADATA: Final = "_metadata.json"
 COMPONENTS: Final = ("bottom", "trunk", "top")
@@ -142,7 +148,7 @@ def read_parts(place: Place, found: list[PartFiles], private: Path, progress: Pr
     rewritten = rewrite(files, private, progress)
     names = PartNames(family, architecture)
     held = [_hold(part, rewritten[part.files.weights], names, family) for part in parts]
-    _check_tiling(held, len(architecture.layers))
+    _check_tiling(held, len(architecture.layers), _without_metadata(place, found))
     return PartsSource(place, held, family, _put_together(held, names, family))
 
 
@@ -212,7 +218,9 @@ def _hold(part: Part, path: Path, names: PartNames, family: Family) -> Held:
     """What a part's file holds, each name recognised, its layers numbered from 0 without gaps."""
     problems: list[Problem] = []
     tensors, lists, numbers = [], set(), set()
-    for name, tensor in read_headers(part.files.weights, path):
+    headers = list(read_headers(part.files.weights, path))
+    check_unwrapped((name for name, _ in headers), part.files.weights)
+    for name, tensor in headers:
         found = names.find(name)
         if found is None:
             expected = (
@@ -225,7 +233,8 @@ def _hold(part: Part, path: Path, names: PartNames, family: Family) -> Held:
         owner = {EMBEDDING: "bottom", HEAD: "top"}.get(found.unit or "", part.component)
         if owner != part.component:
             expected, got = f"the {found.unit} in the {owner} alone", f"it in the {part.component}"
-            problems.append(problem("source.tensor", part.files.weights, expected, got, pointer=f"/{name}"))
+            hint = "Remove it" + (": a tied head needs no copy of the embedding" if found.unit == EMBEDDING else "")
+            problems.append(problem("source.tensor", part.files.weights, expected, got, hint, f"/{name}"))
         if found.layers is not None and found.layer is not None:
             lists.add(found.layers)
             numbers.add(found.layer)
@@ -243,13 +252,21 @@ def _hold(part: Part, path: Path, names: PartNames, family: Family) -> Held:
     return Held(part=part, tensors=tuple(tensors), layers=layers, count=len(numbers))
 
 
-def _check_tiling(held: list[Held], layers: int) -> None:
+def _without_metadata(place: Place, found: list[PartFiles]) -> list[str]:
+    """Files that could be parts, if anything said so."""
+    known = {part.weights for part in found}
+    return sorted(path.name for path in place.directory.iterdir() if path.suffix in SUFFIXES and path.name not in known)
+
+
+def _check_tiling(held: list[Held], layers: int, ignored: list[str]) -> None:
     """Whether the ranges that the metadata give are those of the layers that are there, one after the other."""
     problems: list[Problem] = []
 
     def add(one: Held, field: str, expected: str, got: object) -> None:
         found = ", ".join(other.part.component for other in held)
         hint = f"The parts are {found}, with {', '.join(str(other.count) for other in held)} layers"
+        if ignored:
+            hint += f"; of {', '.join(ignored[:8])} no metadata says what it is"
         problems.append(problem("source.parts", one.part.files.metadata, expected, str(got), hint, pointer=f"/{field}"))
 
     stop = 0

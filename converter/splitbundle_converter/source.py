@@ -44,6 +44,13 @@ TEXT_FILES: Final = (
     "tokenizer.model",
 )
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_OTHERS: Final = {
+    "adapter_config.json": "This is an adapter: merge it into its base model, and save that",
+    "*.gguf": "Weights in GGUF are made of a checkpoint: convert that",
+    "tf_model*.h5": "Load it with a version of transformers that knows TensorFlow, and save it as safetensors",
+    "flax_model*": "Load it with a version of transformers that knows Flax, and save it as safetensors",
+}
+"""Files that lie where the weights should be -> what to do."""
 HUB_PICKLES: Final = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 """What is fetched of a model that the hub has in pickles alone: not the state of an optimizer, nor arguments."""
 _DTYPES: Final = {CODES[dtype]: dtype for dtype in DTYPES}
@@ -147,7 +154,8 @@ def no_weights(directory: Path, name: str) -> BundleError:
     if pickles:
         return pickled(pickles[0])
     expected = f"{SAFETENSORS.single} or {SAFETENSORS.index} in {name}"
-    return refused("source.missing", SAFETENSORS.single, expected, "neither")
+    there = (hint for pattern, hint in _OTHERS.items() if any(directory.glob(pattern)))
+    return refused("source.missing", SAFETENSORS.single, expected, "neither", next(there, None))
 
 
 def pickled(file: str) -> BundleError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -26,6 +26,8 @@ class Naming:
     suffix: str
 
 
+WRAPPERS: Final = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
+"""What stands before the names of a wrapped model's tensors -> what wrapped it."""
 SAFETENSORS: Final = Naming(single="model.safetensors", index="model.safetensors.index.json", suffix=".safetensors")
 
 
@@ -161,3 +163,19 @@ def _weight_map(data: bytes, naming: Naming) -> dict[str, str]:
             expected = f"the name of a {naming.suffix} file beside the index"
             raise refused("source.index", naming.index, expected, quoted(file), pointer=f"/weight_map/{name}")
     return dict(weight_map)
+
+
+def check_unwrapped(names: Iterable[str], file: str) -> None:
+    """Refuses names that are those of what the model was wrapped in while it was trained.
+
+    Raises:
+        BundleError: ``source.tensor``.
+    """
+    known = list(names)
+    for prefix, wrapper in WRAPPERS.items():
+        if known and all(name.startswith(prefix) for name in known):
+            got = f"names that all begin with {prefix!r}, as {wrapper} makes them"
+            hint = (
+                "Save the state dict of the model inside: wrapper.module.state_dict(), or model._orig_mod.state_dict()"
+            )
+            raise refused("source.tensor", file, "the names that the model's tensors have", got, hint)

@@ -16,7 +16,7 @@ from splitbundle_converter.family import Family
 from splitbundle_converter.heads import wrong_head
 from splitbundle_converter.refusal import problem
 from splitbundle_converter.source import Reader, Source, dtype_of
-from splitbundle_converter.source_files import SourceTensor
+from splitbundle_converter.source_files import SourceTensor, check_unwrapped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,7 @@ def translate(source: Source, family: Family, architecture: Architecture) -> Tra
         BundleError: ``source.tensor`` for a head that is no causal language model's; else for each tensor that is
             missing, extra, of another shape or dtype, and for a stored copy of a tied embedding that differs from it.
     """
+    check_unwrapped(source.tensors, source.name)
     shapes = architecture.tensors()
     layers = len(architecture.layers)
     problems: list[Problem] = []

@@ -34,6 +34,11 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
         f"  size         {len(architecture.layers)} layers, hidden {architecture.hidden_size}, "
         f"vocabulary {architecture.vocab_size:,}, context {model.context_length or 'not stated'}"
     )
+    part = bundle.manifest.extensions.get("part")
+    if isinstance(part, dict):
+        out = [item.get("module") for item in part.get("left_out", []) if isinstance(item, dict)]
+        left = f"; without {', '.join(map(str, out))}" if out else ""
+        console.text(f"  part         {part.get('name')} of {part.get('of')}{left}")
     console.text(f"  bundle id    {bundle.id}")
     console.text(f"  fingerprint  {bundle.fingerprint}")
     console.text(f"  architecture {bundle.architecture_id}")
@@ -96,6 +101,7 @@ def describe(bundle: Bundle) -> dict[str, object]:
         "files": {path: {"size": file.size, "sha256": file.sha256} for path, file in manifest.files.items()},
         "absent": list(bundle.absent()),
         "vectors": None if manifest.vectors is None else list(manifest.vectors.lengths),
+        "extensions": manifest.extensions,
     }
 
 

@@ -1,0 +1,35 @@
+"""Why a model type isn't in the table of families, as far as its configuration says it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from splitbundle.errors import quoted
+
+EXPECTED: Final = "one of the families that splitbundle families lists"
+_REASONS: Final = {
+    "mixtures of experts": (
+        *("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"),
+        *("moe_intermediate_size", "num_experts_per_tok", "moe_top_k"),
+    ),
+    "latent attention": ("kv_lora_rank", "qk_rope_head_dim"),
+    "recurrent layers": (
+        *("state_size", "ssm_state_size", "mamba_d_state", "mamba_d_conv", "conv_L_cache", "lru_width"),
+        *("linear_num_value_heads", "linear_conv_kernel_dim", "attention_hidden_size", "rescale_every"),
+    ),
+    "layers that share keys and values, or have inputs of their own": (
+        *("num_kv_shared_layers", "hidden_size_per_layer_input"),
+    ),
+    "encoders": ("is_encoder_decoder", "encoder_layers"),
+}
+"""What the decoder has no facts for -> the fields that speak of it."""
+
+
+def reason(raw: Mapping[str, Any]) -> str | None:
+    """What a configuration has that can't be converted, and the field that says so; None where no field does."""
+    for what, fields in _REASONS.items():
+        for field in fields:
+            if raw.get(field):
+                return f"It has {field} {quoted(raw[field], 40)}, and {what} can't be converted yet"
+    return None
