@@ -222,7 +222,7 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "stablelm-parallel-biased": (
         "stablelm",
         _ROTARY
-        | {"num_key_value_heads": 2, "use_parallel_residual": True, "use_qkv_bias": True}
+        | {"num_key_value_heads": 2, "use_parallel_residual": True, "use_qkv_bias": True, "qk_layernorm": True}
         | {"rope_parameters": _LINEAR | {"partial_rotary_factor": 0.67}},
     ),
     "stablelm-one-kv-tied": (

@@ -538,9 +538,10 @@ def source_gradients(whole: Bundle, gradients: dict[str, Tensor]) -> dict[str, T
     from splitbundle_converter.translate import put_together
 
     return {
-        entry.source: put_together(entry, gradients.__getitem__)
+        name: gradient
         for template in whole.manifest.source_names
         for entry in expand(template, LAYERS)
+        for name, gradient in put_together(entry, gradients.__getitem__).items()
     }
 
 

@@ -130,6 +130,8 @@ class Facts:
     """The width of the norm of queries and keys, if they have one."""
     query_key_affine: bool = True
     """Whether that norm has weights, if the model's norms have."""
+    query_key_bias: bool = True
+    """Whether it has biases, if the model's norms have."""
     after_rotation: bool = False
     """Whether that norm comes after the rotation."""
     query_temperature: PerLayer[QueryTemperature | None] = None
@@ -235,7 +237,7 @@ class Facts:
         def own_norm(width: str | None) -> QueryKeyNorm | None:
             if width is None:
                 return None
-            own = norm if self.query_key_affine else plain
+            own = replace(norm, bias=norm.bias and self.query_key_bias) if self.query_key_affine else plain
             return QueryKeyNorm(norm=own, width=width, after_rotation=self.after_rotation)
 
         return {

@@ -268,10 +268,12 @@ LLAMA_FAMILIES: Final = (
     row("phi", PHI_NAMES, PLAIN, inert=TRAINING, norm=layer_norm("layer_norm_eps"), placement="parallel", bias=True,
         query_key_norm=either("qk_layernorm", "head", None), position=turned(partial=True), gated=False,
         head_bias=True),
-    # StableLM (Bellagente et al. 2024, arXiv:2402.17834); of the 12B one, the norms of single heads can't be named.
-    row("stablelm", NAMES, PLAIN, inert=TRAINING, only={"head_dim": None, "qk_layernorm": False},
-        norm=layer_norm("layer_norm_eps"), placement=either("use_parallel_residual", "parallel", "pre"),
-        qkv_bias="use_qkv_bias", position=turned(partial=True)),
+    # StableLM (Bellagente et al. 2024, arXiv:2402.17834); the 12B one has a norm for each head, without a bias.
+    row("stablelm", changed(NAMES, {"self_attn.q_layernorm.norms.{row}": "attention.query_norm",
+                                    "self_attn.k_layernorm.norms.{row}": "attention.key_norm"}),
+        PLAIN, inert=TRAINING, only={"head_dim": None}, norm=layer_norm("layer_norm_eps"),
+        query_key_norm=either("qk_layernorm", "heads", None), query_key_bias=False, qkv_bias="use_qkv_bias",
+        placement=either("use_parallel_residual", "parallel", "pre"), position=turned(partial=True)),
     # StarCoder 2 (Lozhkov et al. 2024, arXiv:2402.19173): a window on every layer, or on none. The last two
     # inert fields are published beside hidden_act and norm_epsilon.
     row("starcoder2", changed(NAMES, {"mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}), PLAIN,

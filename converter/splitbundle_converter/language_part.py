@@ -13,7 +13,7 @@ import torch
 from splitbundle import architecture_parser
 from splitbundle.architecture import Architecture, Head
 from splitbundle.errors import BundleError, quoted
-from splitbundle.manifest import EMBEDDING, SourceName, expand
+from splitbundle.manifest import EMBEDDING, SourceName, expand, row_sources
 from splitbundle_converter.composites import COMPOSITES, INERT, LANGUAGE, TEXT, Composite, text_type
 from splitbundle_converter.config_reader import ConfigReader
 from splitbundle_converter.configuration import build, check_counts, readable
@@ -234,10 +234,12 @@ def _places(source: Source, family: Family, architecture: Architecture) -> tuple
 
     A prefix is right if every tensor that the architecture implies is found below it, and nothing else counts.
     """
+    shapes = architecture.tensors()
     wanted = [
-        entry.source.removeprefix(family.prefix)
+        name.removeprefix(family.prefix)
         for entry in _implied(family, architecture)
         if entry.source.startswith(family.prefix)
+        for name in row_sources(entry.source, shapes[entry.tensors[0]][0])
     ]
     probe = next(entry.source for entry in _implied(family, architecture) if entry.tensors == (EMBEDDING,))
     probe = probe.removeprefix(family.prefix)
@@ -295,7 +297,12 @@ def _renamed(
         return head if head is not None and tensors == (PROJECTION,) else outer + name
 
     table = tuple(replace(row, source=stored(row.source, row.tensors)) for row in family.names(architecture))
-    own = {stored(entry.source, entry.tensors): entry.source for entry in _implied(family, architecture)}
+    shapes = architecture.tensors()
+    own = {
+        stored(name, entry.tensors): name
+        for entry in _implied(family, architecture)
+        for name in row_sources(entry.source, shapes[entry.tensors[0]][0])
+    }
     renamed = replace(
         family,
         names=lambda architecture: table,

@@ -31,4 +31,4 @@ def source_tensors(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
 
     for template in bundle.manifest.source_names:
         for entry in expand(template, len(bundle.architecture.layers)):
-            yield entry.source, put_together(entry, tensor)
+            yield from put_together(entry, tensor).items()

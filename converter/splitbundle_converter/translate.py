@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.fields import MAX_PROBLEMS
-from splitbundle.manifest import EMBEDDING, SourceName, expand
+from splitbundle.manifest import EMBEDDING, ROW, SourceName, expand, row_sources
 from splitbundle_converter.family import Family
 from splitbundle_converter.heads import wrong_head
 from splitbundle_converter.refusal import problem
@@ -28,18 +29,24 @@ class Origin:
     stop: int
     groups: int
     transposed: bool
+    rows: tuple[str, ...] = ()
+    """The source tensors that are a row each, where ``source`` is but the first of them."""
 
     def take(self, reader: Reader) -> Tensor:
         """The logical tensor, in the source's dtype, contiguous."""
+        if self.rows:
+            return torch.stack([reader.get(name) for name in self.rows])
         whole = reader.get(self.source)
         rows = _grouped(whole.T if self.transposed else whole, self.groups)
         return rows[:, self.start : self.stop].flatten(0, 1).contiguous()
 
 
-def put_together(entry: SourceName, tensors: Callable[[str], Tensor]) -> Tensor:
-    """The inverse of ``Origin.take`` over all of an entry's tensors: the source tensor, exact to the bit."""
+def put_together(entry: SourceName, tensors: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The inverse of ``Origin.take`` over all of an entry's tensors: the source tensors by name, exact to the bit."""
     rows = torch.cat([_grouped(tensors(name), entry.groups) for name in entry.tensors], dim=1).flatten(0, 1)
-    return rows.T.contiguous() if entry.transposed else rows
+    if ROW in entry.source:
+        return dict(zip(row_sources(entry.source, len(rows)), rows, strict=True))
+    return {entry.source: rows.T.contiguous() if entry.transposed else rows}
 
 
 def _grouped(rows: Tensor, groups: int) -> Tensor:
@@ -78,8 +85,10 @@ def translate(source: Source, family: Family, architecture: Architecture) -> Tra
     for named in table:
         entries = [entry for entry in expand(named, layers) if all(name in shapes for name in entry.tensors)]
         for entry in entries:
-            claimed.add(entry.source)
-            problems += _match(source, entry, shapes, origins)
+            names = row_sources(entry.source, shapes[entry.tensors[0]][0])
+            claimed.update(names)
+            match = partial(_match_rows, names=names) if ROW in entry.source else _match
+            problems += match(source, entry, shapes=shapes, origins=origins)
         everywhere = len(entries) == ("{layer}" not in named.source or layers)
         kept += [named] if everywhere else entries  # where layers differ, the template says too much
     kept += _tied_copy(source, table, architecture, origins, claimed, problems)
@@ -132,6 +141,30 @@ def _prefix(source: Source, family: Family) -> bool:
 
 def _stored_name(name: str, family: Family, prefix: bool) -> str:
     return name if prefix else name.removeprefix(family.prefix)
+
+
+def _match_rows(
+    source: Source,
+    entry: SourceName,
+    shapes: Mapping[str, tuple[int, ...]],
+    origins: dict[str, Origin],
+    *,
+    names: tuple[str, ...],
+) -> list[Problem]:
+    """A tensor whose rows are tensors of their own: each must be there, and all of one dtype."""
+    (name,) = entry.tensors
+    own: dict[str, Origin] = {}
+    problems = [
+        problem
+        for each in names
+        for problem in _match(source, replace(entry, source=each), {name: shapes[name][1:]}, own)
+    ]
+    if not problems:
+        dtype = source.tensors[names[0]].dtype
+        other = [source.tensors[each] for each in names if source.tensors[each].dtype != dtype]
+        problems += [_off(found, f"dtype {dtype}, as {names[0]}", found.dtype, MISSING) for found in other[:1]]
+        origins[name] = replace(own[name], source=names[0], rows=names)
+    return problems
 
 
 def _match(

@@ -24,6 +24,8 @@ EXTENSIONS: Final[frozenset[str]] = frozenset()
 BOUNDARY_TENSORS: Final = ("hidden", "past", "count")
 EMBEDDING: Final = "embedding.token.weight"
 """The one logical tensor that a source may hold twice: once more as a tied head's projection."""
+ROW: Final = "{row}"
+"""Stands in the name of a source tensor for the number of a row, where each row is a tensor."""
 MAX_CASES: Final = 64
 """The most golden vectors: each case has a tensor a layer, and a reader names them all."""
 
@@ -124,11 +126,12 @@ class Vectors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceName:
-    """One source tensor, or one a layer where the names hold ``{layer}``.
+    """One source tensor; one a layer where the names hold ``{layer}``, and one a row where ``source`` holds ``{row}``.
 
     The source tensor is ``tensors`` concatenated along their first dimension, then transposed if ``transposed``. With
     more ``groups`` than one, each tensor's rows are in so many equal groups, and the first group of every tensor comes
-    before the second of any: so some families keep queries, keys and values of a head together.
+    before the second of any: so some families keep queries, keys and values of a head together. Where ``source`` holds
+    ``{row}``, each source tensor is one row of the only tensor.
     """
 
     source: str
@@ -226,3 +229,8 @@ def expand(entry: SourceName, layers: int) -> Iterator[SourceName]:
             source=entry.source.replace("{layer}", str(i)),
             tensors=tuple(name.replace("{layer}", str(i)) for name in entry.tensors),
         )
+
+
+def row_sources(source: str, rows: int) -> tuple[str, ...]:
+    """The source tensors that a name stands for: one a row of its logical tensor, or itself."""
+    return tuple(source.replace(ROW, str(i)) for i in range(rows)) if ROW in source else (source,)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from splitbundle.architecture import FILE as ARCHITECTURE_FILE
 from splitbundle.architecture import Architecture, count
 from splitbundle.errors import quoted
 from splitbundle.fields import Problems, escape
 from splitbundle.graphs import OPSET, ports
-from splitbundle.manifest import EMBEDDING, FILE, Graph, Manifest, Shard, expand, fingerprint
+from splitbundle.manifest import EMBEDDING, FILE, ROW, Graph, Manifest, Shard, expand, fingerprint
+
+_ROW_NAME = re.compile(r"([^{}]+\.)?\{row\}(\.[^{}]+)?")
 
 
 def check_files(manifest: Manifest, problems: Problems) -> None:
@@ -211,6 +215,12 @@ def _check_source_names(
                 wanted = "false, as the tensors haven't two dimensions"
                 problems.add("manifest.sources", f"{at}/transposed", wanted, "true")
                 break
+            first = shapes[expanded.tensors[0]]
+            plain = len(expanded.tensors) == 1 and len(first) > 1 and expanded.groups == 1 and not expanded.transposed
+            if ROW in expanded.source and not (plain and _ROW_NAME.fullmatch(expanded.source)):
+                wanted = f"{ROW} once, between dots, and one tensor of two dimensions or more, in one group, as it is"
+                problems.add("manifest.sources", f"{at}/source", wanted, quoted(expanded.source))
+                break
             again = [name for name in expanded.tensors if name in covered and name != EMBEDDING]
             if again or len(set(expanded.tensors)) != len(expanded.tensors):
                 wanted = f"tensors that no other source tensor holds, but for {EMBEDDING}"
@@ -218,6 +228,11 @@ def _check_source_names(
                 break
             sources.add(expanded.source)
             covered.update(expanded.tensors)
+    by_row = {source for source in sources if ROW in source}
+    for source in sources if by_row else ():
+        templates = {f"{source[: n.start()]}{ROW}{source[n.end() :]}" for n in re.finditer(r"\d+", source)}
+        if not by_row.isdisjoint(templates):
+            problems.add("manifest.sources", "/source_names", "a source tensor of one entry alone", quoted(source))
     left = shapes.keys() - covered
     if left and not problems.found:
         problems.add(
