@@ -22,7 +22,7 @@ SECONDS = 120
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The licence model as three shards."""
     output = tmp_path_factory.mktemp("environments") / "license.splitbundle"
-    return splitbundle_converter.convert(CHECKPOINT, output, split=[2, 4], check=False).path
+    return splitbundle_converter.convert(CHECKPOINT, output, split=[2, 4], check=False, onnx=True).path
 
 
 def run(*command: str | Path, timeout: float = SECONDS, **variables: str) -> str:
@@ -87,10 +87,11 @@ WORKER_KINDS = ["thread", "spawn"] + ([] if os.name == "nt" else ["fork", "forks
 
 @pytest.mark.parametrize("options", [(), ("--cold",), ("--intel-openmp",)], ids=["warm", "cold", "intel-openmp"])
 @pytest.mark.parametrize("worker", WORKER_KINDS)
-def test_generating_works_in_every_worker(bundle: Path, worker: str, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("way", ["splitbundle", "splitbundle-onnxruntime"])
+def test_generating_works_in_every_worker(bundle: Path, way: str, worker: str, options: tuple[str, ...]) -> None:
     if "--intel-openmp" in options and not Path(sys.prefix, "lib", "libiomp5.so").exists():
         pytest.skip("intel-openmp isn't made for this platform")
-    out = run(sys.executable, WORKERS, "splitbundle", worker, bundle, *options)
+    out = run(sys.executable, WORKERS, way, worker, bundle, *options)
     lines = out.splitlines()
     tokens = {line.partition(" ")[2] for line in lines if line.startswith(("parent ", "worker "))}
     assert tokens == {"[12, 221, 54, 268, 419, 593, 14, 16]"}, out  # , Version 2.0 (

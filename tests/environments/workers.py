@@ -17,17 +17,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 PROMPT = [44, 308, 68, 455, 270, 618, 325]
 TOKENS = 8
 
 
-def by_splitbundle(path: str) -> list[int]:
+def by_splitbundle(path: str, backend: str = "torch") -> list[int]:
     """Tokens from three chained shards."""
     import splitbundle
 
-    pipeline = splitbundle.open(path).pipeline()
+    pipeline = splitbundle.open(path).pipeline(backend=backend)
     prompt = pipeline.token_ids([PROMPT])
     pipeline(pipeline.token_ids([PROMPT * 16] * 4))  # enough work for every thread that there is
     return [int(token[0]) for token in pipeline.generate(prompt, max_new_tokens=TOKENS)]
@@ -45,7 +46,11 @@ def by_transformers(path: str) -> list[int]:
     return [int(token) for token in tokens[0, len(PROMPT) :]]
 
 
-WAYS: dict[str, Callable[[str], list[int]]] = {"splitbundle": by_splitbundle, "transformers": by_transformers}
+WAYS: dict[str, Callable[[str], list[int]]] = {
+    "splitbundle": by_splitbundle,
+    "splitbundle-onnxruntime": partial(by_splitbundle, backend="onnxruntime"),
+    "transformers": by_transformers,
+}
 
 
 def work(way: str, path: str) -> None:
