@@ -2,7 +2,7 @@
 
 Only standard operators. The residual stream is (batch · sequence, hidden), so that every projection is a ``Gemm`` that
 reads the stored weight, [out, in], where it lies. The equations are in ``spec/v1/decoder.md``, the inputs and outputs
-in ``spec/v1/graph.md``.
+in ``spec/v1/bundle.md``, section "Graphs".
 """
 
 from __future__ import annotations

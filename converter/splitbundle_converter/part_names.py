@@ -3,7 +3,7 @@
 Whoever cuts a model writes modules of their own, so the names may lack what stood around them: GPT-2's
 ``transformer.h.3.ln_1.weight`` is ``h.1.ln_1.weight`` in a part that begins with layer 2. What remains must be the
 family's name to the letter. Only the list of the layers may be called as such lists are (``layers``, ``h``,
-``blocks``), because nothing else in a model is numbered.
+``blocks``). Tensors of which a model keeps each row apart aren't known here, and so are refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""splitbundle: run or train a part of a transformer, with torch alone.
+"""splitbundle: run or train a part of a transformer, with torch alone, or with onnxruntime alone.
 
     bundle = splitbundle.open("gpt2.splitbundle")
     logits = bundle.pipeline()(token_ids)

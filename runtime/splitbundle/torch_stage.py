@@ -86,9 +86,11 @@ class Stage(StageSurface, nn.Module):
         return self._call(call.past, call.count, call.length)
 
     def _check_cache(self, cache: KVCache) -> None:
-        if cache.kind != (self.layer_range, self.dtype, self.device):
+        if not isinstance(cache, KVCache) or cache.kind != (self.layer_range, self.dtype, self.device):
             expected = f"a cache of layers {self.layer_range} in {self.dtype} on {self.device}"
-            self._refuse("input.cache", "cache", expected, "one of layers {} in {} on {}".format(*cache.kind))
+            own = isinstance(cache, KVCache)  # and not that of another backend
+            got = "one of layers {} in {} on {}".format(*cache.kind) if own else type(cache).__name__
+            self._refuse("input.cache", "cache", expected, got)
 
     def check_call(self, inputs: Tensor, call: Call, cache: KVCache | None, logits: LogitsWanted = "all") -> None:
         """The part of ``check`` that every stage of a pipeline has to see for itself."""
