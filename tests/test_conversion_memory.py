@@ -44,6 +44,21 @@ thread.join()
 print(json.dumps({"before": before, "peak": peak}))
 """
 
+LOADING = """
+import sys
+import numpy, onnxruntime
+import splitbundle
+import splitbundle.onnxruntime_pipeline
+
+def private():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+before = private()
+pipeline = splitbundle.open(sys.argv[1]).pipeline(backend="onnxruntime")
+print(private() - before)
+"""
+
 
 def write_gpt2(directory: Path, layers: int) -> tuple[int, int]:
     """A random GPT-2 of 124 M for 12 layers. Gives the bytes of its parameter tensors, and of the largest."""
@@ -99,6 +114,16 @@ def test_a_full_size_gpt2(tmp_path: Path) -> None:
     assert (again.pipeline()(ids) - whole).abs().max() <= 1e-5 * scale
     sums = subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=again.path, capture_output=True, text=True)
     assert sums.returncode == 0, sums.stdout
+
+    # Graphs store nothing again, and onnxruntime maps what torch maps.
+    graphs = splitbundle_converter.add_onnx(bundle, tmp_path / "graphs.splitbundle")
+    plain_size, size = (sum(file.size for file in each.manifest.files.values()) for each in (bundle, graphs))
+    assert size <= 1.01 * plain_size, f"{size / plain_size:.6f}"
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, str(graphs.path)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 0.1 * total, f"{int(done.stdout) / total:.3f} of the weights"
 
     # Four times the layers of the same widths take no more, but for the header and the digests of their files.
     write_gpt2(tmp_path / "deep", 48)

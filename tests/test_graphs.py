@@ -19,7 +19,7 @@ import splitbundle_converter
 from models import BY_PIECES, CONFIGURATIONS, LAYERS, ONE_PER_FAMILY, TOLERANCE, VOCAB, checkpoint, scratch, token_rows
 from models import bundle as torch_bundle
 from scenarios import Worst, run
-from splitbundle import Bundle, BundleError
+from splitbundle import Bundle, BundleError, onnxruntime_stage
 from splitbundle.onnxruntime_pipeline import Pipeline
 from splitbundle.onnxruntime_stage import load_stages
 
@@ -73,8 +73,9 @@ def test_scenarios_cut_everywhere(name: str) -> None:
 
 @pytest.mark.rule("SB-O-004", "SB-O-005")
 @pytest.mark.parametrize("name", ONE_EACH)
-def test_scenarios_in_one_graph_and_mixed(name: str) -> None:
-    """The whole model in one graph; and every second shard with torch."""
+def test_scenarios_in_one_graph_and_mixed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole model in one graph, prompts computed in pieces of a token or two; and every second shard with torch."""
+    monkeypatch.setattr(onnxruntime_stage, "PIECE", 5)
     worst = Worst(name)
     run(OverTensors(bundle(name, ()).pipeline(backend="onnxruntime", threads=1)), worst, "uncut")
     cut = bundle(name, (1, 3))
@@ -85,8 +86,9 @@ def test_scenarios_in_one_graph_and_mixed(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(BY_PIECES))
 @pytest.mark.parametrize("split", [(), (1, 3)])
-def test_rows_that_outgrow_a_threshold(name: str, split: tuple[int, ...]) -> None:
-    """Held against torch, whose own test holds it against the original driven alike."""
+def test_rows_that_outgrow_a_threshold(name: str, split: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held against torch, whose own test holds it against the original driven alike. Their calls stay whole."""
+    monkeypatch.setattr(onnxruntime_stage, "PIECE", 5)
     whole = bundle(name, split)
     torch_pipeline, pipeline = whole.pipeline(), whole.pipeline(backend="onnxruntime", threads=1)
     ids = torch.tensor(token_rows(21, 21, 21, seed=5))
@@ -154,6 +156,31 @@ def test_caches_are_extended_where_they_lie() -> None:
     pipeline(numpy.array(token_rows(1, 1)), session=session)
     assert {name: id(array) for name, array in cache.arrays.items()} == before
     assert cache.arrays[name][:, :, 5].all()
+
+
+@pytest.mark.parametrize("logits", ["all", "last", 4])
+def test_a_prompt_in_pieces_is_the_prompt(logits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rows of other lengths and pasts."""
+    whole = bundle("llama", (2,))
+    pipeline = whole.pipeline(backend="onnxruntime", threads=1)
+    rows, mask = numpy.array(token_rows(11, 11)), numpy.array([[1] * 11, [0] * 7 + [1] * 4])
+    lengths: list[int] = []
+    compute = onnxruntime_stage.LoadedGraph.run
+
+    def watched(graph: Any, x: Any, *rest: Any) -> Any:
+        lengths.append(x.shape[1])
+        return compute(graph, x, *rest)
+
+    monkeypatch.setattr(onnxruntime_stage.LoadedGraph, "run", watched)
+    results = []
+    for size, expected in ((1000, [11]), (6, [3, 3, 3, 2])):
+        monkeypatch.setattr(onnxruntime_stage, "PIECE", size)
+        session = pipeline.session(2, 40)
+        pipeline(rows[:, :3], attention_mask=numpy.array([[1, 0, 0], [1, 1, 1]]), session=session)
+        lengths.clear()
+        results.append(pipeline(rows, attention_mask=mask, session=session, logits=logits))
+        assert lengths == expected * 2  # two shards
+    assert numpy.abs(results[0] - results[1]).max() <= TOLERANCE * numpy.abs(results[0]).max()
 
 
 # How graphs are written.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -489,3 +490,25 @@ def test_a_tied_head_alone_has_its_table() -> None:
         "[input.dtype] stage layers[2:4], hidden at layer 2: expected torch.float32, as this stage computes, "
         "got torch.int64. Convert it with .to(stage.dtype), or open the stage with dtype="
     )
+
+
+def test_type_checkers_know_the_stages_of_each_backend(tmp_path: Path) -> None:
+    program = """
+import splitbundle
+bundle = splitbundle.open("x")
+reveal_type(bundle.stage("a"))
+reveal_type(bundle.pipeline(dtype="float32"))
+reveal_type(bundle.stage(layers=(0, 1), backend="onnxruntime", threads=1))
+reveal_type(bundle.pipeline(backend="onnxruntime"))
+"""
+    (tmp_path / "consumer.py").write_text(program)
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "--follow-imports", "silent"]
+    done = subprocess.run([*command, "consumer.py"], cwd=tmp_path, capture_output=True, text=True)
+    revealed = re.findall(r'Revealed type is "splitbundle\.(\S+)"', done.stdout)
+    expected = [
+        "torch_stage.Stage",
+        "torch_pipeline.Pipeline",
+        "onnxruntime_stage.Stage",
+        "onnxruntime_pipeline.Pipeline",
+    ]
+    assert revealed == expected, done.stdout

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import importlib
 import os
-import sys
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, overload
 
 from splitbundle import architecture as architectures
 from splitbundle import (
     architecture_parser,
+    backends,
     files,
     golden,
     manifest,
@@ -27,17 +24,15 @@ from splitbundle import (
     weights,
 )
 from splitbundle.architecture import Architecture
-from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
+from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.files import Progress
 from splitbundle.manifest import Manifest, Shard
 from splitbundle.verification import Verification
 
 if TYPE_CHECKING:
+    from splitbundle import onnxruntime_pipeline, onnxruntime_stage, torch_pipeline, torch_stage
     from splitbundle.golden import Difference
 
-BACKENDS: Final = ("torch", "onnxruntime")
-OPTIONS: Final = {"torch": ("device", "dtype", "trainable"), "onnxruntime": ("providers", "threads", "prepack")}
-"""What each backend can be told; what is left at None, or at false, isn't told."""
 VECTORS: Final = "vectors"
 """Names the golden vectors where units are named."""
 
@@ -192,8 +187,8 @@ class Bundle:
             BundleError: ``vectors.none``; what loading refuses.
         """
         if backend != "all":
-            _options(backend, {})
-        modules = [_backend_module(each, "verify") for each in BACKENDS if backend in (each, "all")]
+            backends.options(backend, {})
+        modules = [backends.module(each, "verify") for each in backends.BACKENDS if backend in (each, "all")]
         run = modules[-1].run_both if backend == "all" else modules[0].run_vectors
         differences: list[Difference] = run(self, shard, progress)
         if self.manifest.vectors is not None:
@@ -238,6 +233,51 @@ class Bundle:
                 yield file, found
             left = {name: tensor for name, tensor in left.items() if name not in found.layout}
 
+    @overload
+    def stage(
+        self,
+        name: str | None = None,
+        *,
+        layers: tuple[int, int] | None = None,
+        embeds: bool | None = None,
+        head: bool | None = None,
+        backend: Literal["torch"] = "torch",
+        device: str | None = None,
+        dtype: str | None = None,
+        trainable: bool = False,
+    ) -> torch_stage.Stage: ...
+
+    @overload
+    def stage(
+        self,
+        name: str | None = None,
+        *,
+        layers: tuple[int, int] | None = None,
+        embeds: bool | None = None,
+        head: bool | None = None,
+        backend: Literal["onnxruntime"],
+        providers: Sequence[Any] | None = None,
+        threads: int | None = None,
+        prepack: bool = False,
+    ) -> onnxruntime_stage.Stage: ...
+
+    @overload
+    def stage(
+        self,
+        name: str | None = None,
+        *,
+        layers: tuple[int, int] | None = None,
+        embeds: bool | None = None,
+        head: bool | None = None,
+        backend: str,
+        device: str | None = None,
+        dtype: str | None = None,
+        trainable: bool = False,
+        providers: Sequence[Any] | None = None,
+        threads: int | None = None,
+        prepack: bool = False,
+    ) -> Any: ...
+
     def stage(
         self,
         name: str | None = None,
@@ -277,8 +317,41 @@ class Bundle:
             BundleError: no such part, a file that is absent or not the listed one, or no such backend.
         """
         selection = self.select(name, layers=layers, embeds=embeds, head=head)
-        options = _options(backend, locals())
-        return _backend_module(backend, "stage").load_stages(self, [selection], **options)[0]
+        options = backends.options(backend, locals())
+        return backends.module(backend, "stage").load_stages(self, [selection], **options)[0]
+
+    @overload
+    def pipeline(
+        self,
+        *,
+        backend: Literal["torch"] = "torch",
+        device: str | None = None,
+        dtype: str | None = None,
+        trainable: bool = False,
+    ) -> torch_pipeline.Pipeline: ...
+
+    @overload
+    def pipeline(
+        self,
+        *,
+        backend: Literal["onnxruntime"],
+        providers: Sequence[Any] | None = None,
+        threads: int | None = None,
+        prepack: bool = False,
+    ) -> onnxruntime_pipeline.Pipeline: ...
+
+    @overload
+    def pipeline(
+        self,
+        *,
+        backend: str | Mapping[str, str],
+        device: str | None = None,
+        dtype: str | None = None,
+        trainable: bool = False,
+        providers: Sequence[Any] | None = None,
+        threads: int | None = None,
+        prepack: bool = False,
+    ) -> Any: ...
 
     def pipeline(
         self,
@@ -298,20 +371,9 @@ class Bundle:
         """
         given = locals()
         if isinstance(backend, str):
-            options = _options(backend, given)
-            return _backend_module(backend, "pipeline").load_pipeline(self, **options)
-        for shard in backend:
-            self.shard(shard)
-        own = {shard.name: backend.get(shard.name, "torch") for shard in self.shards}
-        stages: dict[str, Any] = {}
-        for used in dict.fromkeys(own.values()):
-            named = [shard for shard, its in own.items() if its == used]
-            selections = [self.select(shard) for shard in named]
-            options = _options(used, given, others=own.values())
-            loaded = _backend_module(used, "stage").load_stages(self, selections, **options)
-            stages |= dict(zip(named, loaded, strict=True))
-        module = _backend_module("onnxruntime" if "onnxruntime" in own.values() else "torch", "pipeline")
-        return module.Pipeline([stages[shard.name] for shard in self.shards])
+            options = backends.options(backend, given)
+            return backends.module(backend, "pipeline").load_pipeline(self, **options)
+        return backends.mixed_pipeline(self, backend, given)
 
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
@@ -355,45 +417,3 @@ def mend(root: Path) -> None:
         if old:
             with contextlib.suppress(OSError):  # another process mended it first
                 old[-1].rename(root)
-
-
-def _options(backend: str, given: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
-    """What a backend is told of what a caller gave.
-
-    Raises:
-        BundleError: ``stage.backend`` for an unknown backend, or an option of another one.
-    """
-    if backend not in BACKENDS:
-        raise BundleError(
-            Problem(code="stage.backend", argument="backend", expected=" or ".join(BACKENDS), got=quoted(backend))
-        )
-    known = {name for used in (backend, *others) for name in OPTIONS.get(used, ())}
-    told = {name: given[name] for names in OPTIONS.values() for name in names if given.get(name) not in (None, False)}
-    if backend == "onnxruntime" and told.get("dtype") == "float32":
-        del told["dtype"]  # what it computes in anyway
-    for name, value in told.items():
-        if name not in known:
-            hint = f"It is an option of another backend; {backend} has {', '.join(OPTIONS[backend])}"
-            raise BundleError(
-                Problem(code="stage.backend", argument=name, expected="nothing", got=quoted(value), hint=hint)
-            )
-    return {name: value for name, value in told.items() if name in OPTIONS[backend]}
-
-
-LIBRARIES: Final = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "numpy")}
-
-
-def _backend_module(backend: str, name: str) -> ModuleType:
-    """A leaf, imported when it is first needed."""
-    full = f"splitbundle.{backend}_{name}"
-    if full in sys.modules:
-        return sys.modules[full]
-    try:
-        with warnings.catch_warnings():
-            # torch says so where there is no numpy, which is how it comes when it is installed alone.
-            warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-            return importlib.import_module(full)
-    except ModuleNotFoundError as error:
-        if error.name not in LIBRARIES[backend]:
-            raise
-        raise MissingExtra.of(backend, backend, f'compute with backend="{backend}"') from None

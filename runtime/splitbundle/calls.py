@@ -7,7 +7,7 @@ rows have the same past.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from splitbundle.architecture import Architecture, Dynamic, LongRope
 from splitbundle.errors import BundleError, Problem
@@ -23,6 +23,14 @@ class Call:
         self.padded = any(n != length for n in self.count)
         self.stop = max(p + n for p, n in zip(self.past, self.count, strict=True)) if self.past else 0
         """One above the last position."""
+
+    def pieces(self, size: int) -> Iterator[tuple[int, Call]]:
+        """This call as calls of at most ``size`` tokens a row, one after another, each with the offset it begins at."""
+        for start in range(0, self.length, size):
+            length = min(size, self.length - start)
+            past = [p + min(n, start) for p, n in zip(self.past, self.count, strict=True)]
+            count = [min(max(n - start, 0), length) for n in self.count]
+            yield start, Call(past, count, length)
 
 
 class Slots:
@@ -78,6 +86,10 @@ class Slots:
                     )
                 )
             self.check_rollback(row, past)
+
+    def rescales(self, call: Call) -> bool:
+        """Whether rotations in this call depend on its length, so that it isn't the same as its pieces."""
+        return any(call.stop > threshold for threshold in self.thresholds)
 
     def check_rollback(self, row: int, past: int) -> None:
         """Whether a row may go back to so many positions.

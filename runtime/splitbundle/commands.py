@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from splitbundle.bundle import BACKENDS, Bundle, open_bundle
+from splitbundle.backends import BACKENDS
+from splitbundle.bundle import Bundle, open_bundle
 from splitbundle.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, Problem, VerificationError
 from splitbundle.manifest import BOUNDARY_TENSORS

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 MAX_GRAPH: int = 64 * 2**20
 """Bytes: a graph holds no weights."""
+PIECE: int = 512
+"""Tokens, of all rows, that a graph computes at once: scores of a long prompt as a whole would fill the memory, and
+half of them are of slots that a token doesn't see (``spec/decisions/0009``)."""
+_Pieces = Sequence[tuple[int, Call]]
 
 
 class Stage(StageSurface):
@@ -102,41 +106,51 @@ class Stage(StageSurface):
         return numpy.pad(x, ((0, 0), (0, short), (0, 0))) if short else x
 
     def _compute(self, x: numpy.ndarray, call: Call, cache: KVCache | None, wanted: int | None) -> numpy.ndarray:
-        batch, width = len(x), self.architecture.vocab_size if self.has_head else self.architecture.hidden_size
-        places, valid = _selected(call, wanted) if self.has_head else (None, None)
+        batch = len(x)
         if not any(call.count):  # no row brings a token: there is nothing to compute, and nothing to attend to
+            width = self.architecture.vocab_size if self.has_head else self.architecture.hidden_size
             return numpy.zeros((batch, wanted or call.length, width), numpy.float32)
         own = cache if cache is not None else KVCache(self.architecture, self.layer_range, batch, call.stop)
-        own.make_room(call)
-        for graph in self.graphs:
-            x = graph.run(x, call, own, places)
+        pieces = [(0, call)] if own.rescales(call) else list(call.pieces(max(PIECE // batch, 1)))
+        result = self._logits(x, pieces, own, call, wanted) if self.has_head else self._hidden(x, pieces, own, call)
         if cache is not None:
             cache.advance(call)
-        if self.has_head:
-            shape = (batch, wanted or call.length, width)
-            if valid is None:
-                return x.reshape(shape)
-            spread = numpy.zeros(shape, numpy.float32)
-            spread[valid] = x
-            return spread
+        return result
+
+    def _hidden(self, x: numpy.ndarray, pieces: _Pieces, cache: KVCache, call: Call) -> numpy.ndarray:
+        """*Shape:* (batch, sequence) or hidden -> hidden (batch, sequence, hidden), zero at padding."""
+        parts = [self._run(x[:, start : start + piece.length], piece, cache) for start, piece in pieces]
+        hidden = parts[0] if len(parts) == 1 else numpy.concatenate(parts, axis=1)
         if call.padded:
-            x[numpy.arange(call.length)[None] >= numpy.array(call.count)[:, None]] = 0
+            hidden[numpy.arange(call.length)[None] >= numpy.array(call.count)[:, None]] = 0
+        return hidden
+
+    def _logits(
+        self, x: numpy.ndarray, pieces: _Pieces, cache: KVCache, call: Call, wanted: int | None
+    ) -> numpy.ndarray:
+        """*Shape:* (batch, sequence) or hidden -> logits (batch, k, vocab), zero where a row has no token."""
+        count = numpy.array(call.count)[:, None]
+        offsets = numpy.arange(call.length)[None] if wanted is None else count + numpy.arange(-wanted, 0)[None]
+        valid = (offsets >= 0) & (offsets < count)  # (batch, k)
+        logits = numpy.zeros((*valid.shape, self.architecture.vocab_size), numpy.float32)
+        for start, piece in pieces:
+            here = valid & (offsets >= start) & (offsets < start + piece.length)
+            rows, places = numpy.nonzero(here)
+            selected = rows * piece.length + numpy.broadcast_to(offsets, here.shape)[rows, places] - start
+            part = self._run(x[:, start : start + piece.length], piece, cache, selected)
+            if here.all():  # in order, too: no copy of what may be large
+                logits = part.reshape(logits.shape)
+            else:
+                logits[rows, places] = part
+        return logits
+
+    def _run(
+        self, x: numpy.ndarray, call: Call, cache: KVCache, selected: numpy.ndarray | None = None
+    ) -> numpy.ndarray:
+        cache.make_room(call)
+        for graph in self.graphs:
+            x = graph.run(x, call, cache, selected)
         return x
-
-
-def _selected(call: Call, wanted: int | None) -> tuple[numpy.ndarray, numpy.ndarray | None]:
-    """Which tokens logits are computed of, counted through all rows, and where they stand (None: one after another).
-
-    *Shape:* (selected), int64; (batch, k), bool.
-    """
-    batch, length = len(call.past), call.length
-    if wanted is None:
-        offsets = numpy.broadcast_to(numpy.arange(length), (batch, length))
-    else:
-        offsets = numpy.array(call.count)[:, None] + numpy.arange(-wanted, 0)[None]
-    valid = (offsets >= 0) & (offsets < numpy.array(call.count)[:, None])
-    places = offsets + numpy.arange(batch)[:, None] * length
-    return places[valid].astype(numpy.int64), None if valid.all() else valid
 
 
 class LoadedGraph:

@@ -1,0 +1,79 @@
+"""The backends that compute: what each can be told, and their modules, imported when one is first needed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final
+
+from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
+
+if TYPE_CHECKING:
+    from splitbundle.bundle import Bundle
+
+BACKENDS: Final = ("torch", "onnxruntime")
+OPTIONS: Final = {"torch": ("device", "dtype", "trainable"), "onnxruntime": ("providers", "threads", "prepack")}
+"""What each backend can be told; what is left at None, or at false, isn't told."""
+LIBRARIES: Final = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "numpy")}
+
+
+def options(backend: str, given: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
+    """What a backend is told of what a caller gave.
+
+    Raises:
+        BundleError: ``stage.backend`` for an unknown backend, or an option of another one.
+    """
+    if backend not in BACKENDS:
+        raise BundleError(
+            Problem(code="stage.backend", argument="backend", expected=" or ".join(BACKENDS), got=quoted(backend))
+        )
+    known = {name for used in (backend, *others) for name in OPTIONS.get(used, ())}
+    told = {name: given[name] for names in OPTIONS.values() for name in names if given.get(name) not in (None, False)}
+    if backend == "onnxruntime" and told.get("dtype") == "float32":
+        del told["dtype"]  # what it computes in anyway
+    for name, value in told.items():
+        if name not in known:
+            hint = f"It is an option of another backend; {backend} has {', '.join(OPTIONS[backend])}"
+            raise BundleError(
+                Problem(code="stage.backend", argument=name, expected="nothing", got=quoted(value), hint=hint)
+            )
+    return {name: value for name, value in told.items() if name in OPTIONS[backend]}
+
+
+def module(backend: str, name: str) -> ModuleType:
+    """A leaf, imported when it is first needed."""
+    full = f"splitbundle.{backend}_{name}"
+    if full in sys.modules:
+        return sys.modules[full]
+    try:
+        with warnings.catch_warnings():
+            # torch says so where there is no numpy, which is how it comes when it is installed alone.
+            warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+            return importlib.import_module(full)
+    except ModuleNotFoundError as error:
+        if error.name not in LIBRARIES[backend]:
+            raise
+        raise MissingExtra.of(backend, backend, f'compute with backend="{backend}"') from None
+
+
+def mixed_pipeline(bundle: Bundle, own: Mapping[str, str], given: Mapping[str, Any]) -> Any:
+    """A pipeline of stages of several backends: ``own`` names that of a shard, and torch computes the others.
+
+    Raises:
+        BundleError: as ``Bundle.pipeline``.
+    """
+    for shard in own:
+        bundle.shard(shard)
+    backend_of = {shard.name: own.get(shard.name, "torch") for shard in bundle.shards}
+    stages: dict[str, Any] = {}
+    for used in dict.fromkeys(backend_of.values()):
+        named = [shard for shard, its in backend_of.items() if its == used]
+        selections = [bundle.select(shard) for shard in named]
+        told = options(used, given, others=backend_of.values())
+        loaded = module(used, "stage").load_stages(bundle, selections, **told)
+        stages |= dict(zip(named, loaded, strict=True))
+    last = module("onnxruntime" if "onnxruntime" in backend_of.values() else "torch", "pipeline")
+    return last.Pipeline([stages[shard.name] for shard in bundle.shards])
