@@ -183,6 +183,13 @@ def test_a_prompt_in_pieces_is_the_prompt(logits: Any, monkeypatch: pytest.Monke
     assert numpy.abs(results[0] - results[1]).max() <= TOLERANCE * numpy.abs(results[0]).max()
 
 
+def test_a_session_that_memory_cannot_hold_is_refused_at_once() -> None:
+    whole = bundle("llama", (2,))
+    for backend in ("torch", "onnxruntime"):
+        with pytest.raises(BundleError, match=r"\[session.capacity\] capacity: expected slots that memory can hold"):
+            whole.pipeline(backend=backend).session(10**12, 40)
+
+
 # How graphs are written.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -32,6 +33,8 @@ class KVCache(Slots):
         """The same memory as onnxruntime takes it: bound as an input and as the next output, it is written in place."""
         self._sizes = {name: cache_sizes(architecture, name) for name in cache_names(layers)}
         self._bindings: dict[Any, Any] = {}
+        # What can't be had is said now and not in the middle of a text: this asks for the memory, and doesn't touch it.
+        numpy.empty([batch_size, capacity, sum(map(math.prod, self._sizes.values()))], numpy.float32)
 
     def make_room(self, call: Call) -> None:
         """Adds slots until this call's tokens and their padding have theirs."""

@@ -291,11 +291,12 @@ class PipelineSurface:
             with self._without_gradients():  # not around the loop: the caller's code between two tokens isn't ours
                 last = self.forward(token_ids, attention_mask=attention_mask, session=session, logits="last")[:, -1]
                 drawn = self._draw(last, sampling, generator)
-            given = [token if alive else STOPPED for token, alive in zip(drawn.tolist(), running, strict=True)]
+            tokens = drawn.tolist()
+            given = [token if alive else STOPPED for token, alive in zip(tokens, running, strict=True)]
             yield self._row(given, token_ids)
             running = [token >= 0 and token not in stop_ids for token in given]
             if not any(running):
                 return
-            token_ids, attention_mask = self._row(drawn.tolist(), token_ids)[:, None], None
+            token_ids, attention_mask = self._row(tokens, token_ids)[:, None], None
             if not all(running):
                 attention_mask = self._row([int(alive) for alive in running], token_ids)[:, None]
