@@ -11,9 +11,9 @@ from onnx import ModelProto
 
 from splitbundle import architecture as facts
 from splitbundle.architecture import Alibi, Architecture, Learned, Rotary, Sinusoidal
-from splitbundle.bundle import Selection
 from splitbundle.graphs import next_name, ports
 from splitbundle.manifest import Shard
+from splitbundle.selections import Selection
 from splitbundle.torch_positions import Reach
 from splitbundle_converter.graph_builder import GraphBuilder, Stored
 from splitbundle_converter.graph_positions import GraphPositions

@@ -6,7 +6,6 @@ import contextlib
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, overload
 
@@ -19,6 +18,7 @@ from splitbundle import (
     manifest,
     manifest_parser,
     manifest_rules,
+    selections,
     strict_json,
     verification,
     weights,
@@ -27,6 +27,7 @@ from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.files import Progress
 from splitbundle.manifest import Manifest, Shard
+from splitbundle.selections import Selection
 from splitbundle.verification import Verification
 
 if TYPE_CHECKING:
@@ -35,17 +36,6 @@ if TYPE_CHECKING:
 
 VECTORS: Final = "vectors"
 """Names the golden vectors where units are named."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """A part of the model: what a stage computes, and the units that it needs."""
-
-    name: str
-    layers: tuple[int, int]
-    embeds: bool
-    head: bool
-    units: tuple[str, ...]
 
 
 class Bundle:
@@ -110,47 +100,7 @@ class Bundle:
         Raises:
             BundleError: ``stage.name``, ``stage.range``.
         """
-        if (name is None) == (layers is None):
-            raise BundleError(
-                Problem(
-                    code="stage.range",
-                    argument="layers",
-                    expected="a shard's name or layers=",
-                    got="both or neither",
-                )
-            )
-        if name is not None:
-            shard = self.shard(name)
-            return Selection(name=name, layers=shard.layers, embeds=shard.embeds, head=shard.head, units=shard.units)
-        total = len(self.architecture.layers)
-        if (
-            not isinstance(layers, tuple | list)
-            or len(layers) != 2
-            or not all(type(i) is int for i in layers)
-            or not 0 <= layers[0] <= layers[1] <= total
-        ):
-            raise BundleError(
-                Problem(
-                    code="stage.range",
-                    argument="layers",
-                    expected=f"(start, stop) with 0 <= start <= stop <= {total}",
-                    got=quoted(layers),
-                )
-            )
-        start, stop = layers
-        embeds = start == 0 if embeds is None else embeds
-        head = stop == total if head is None else head
-        if (embeds and start != 0) or (head and stop != total) or (start == stop and not embeds and not head):
-            raise BundleError(
-                Problem(
-                    code="stage.range",
-                    argument="layers",
-                    expected=f"a range with a layer, the embedding (at 0) or the head (at {total})",
-                    got=f"layers=({start}, {stop}), embeds={embeds}, head={head}",
-                )
-            )
-        units = self.architecture.units_of((start, stop), embeds=embeds, head=head)
-        return Selection(name=f"layers[{start}:{stop}]", layers=(start, stop), embeds=embeds, head=head, units=units)
+        return selections.select(self, name, layers, embeds, head)
 
     def absent(self) -> tuple[str, ...]:
         """The listed files that aren't there: none in a whole bundle, some in a partial one."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 from splitbundle.errors import BundleError, ParityError, Problem
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle, Selection
+    from splitbundle.bundle import Bundle
     from splitbundle.files import Progress
+    from splitbundle.selections import Selection
 
 TOLERANCE: Final = 1e-5
 """Of the largest magnitude: ten times what the original model itself differs by between two ways to compute it."""

@@ -16,8 +16,9 @@ from splitbundle.onnxruntime_cache import KVCache
 from splitbundle.stages import Given, LogitsWanted, StageSurface
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle, Selection
+    from splitbundle.bundle import Bundle
     from splitbundle.manifest import Shard
+    from splitbundle.selections import Selection
 
 MAX_GRAPH: int = 64 * 2**20
 """Bytes: a graph holds no weights."""

@@ -12,8 +12,9 @@ from splitbundle.bundle import VECTORS
 from splitbundle.onnxruntime_stage import load_stages
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle, Selection
+    from splitbundle.bundle import Bundle
     from splitbundle.files import Progress
+    from splitbundle.selections import Selection
 
 
 def run_vectors(bundle: Bundle, shard: str | None, progress: Progress | None) -> list[golden.Difference]:

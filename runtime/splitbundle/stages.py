@@ -11,7 +11,8 @@ from splitbundle.calls import Call, Slots
 from splitbundle.errors import BundleError, Problem, quoted
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle, Selection
+    from splitbundle.bundle import Bundle
+    from splitbundle.selections import Selection
 
 LogitsWanted = Literal["all", "last"] | int
 Array = Any

@@ -17,7 +17,8 @@ from splitbundle.torch_positions import KVCache, Positions
 from splitbundle.torch_weights import compute_dtype, map_tensors, rounded
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle, Selection
+    from splitbundle.bundle import Bundle
+    from splitbundle.selections import Selection
 
 Rows = Sequence[int] | Tensor
 """An integer for each row."""

@@ -14,8 +14,9 @@ from splitbundle.torch_stage import load_stages
 from splitbundle.torch_weights import map_tensors
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle, Selection
+    from splitbundle.bundle import Bundle
     from splitbundle.files import Progress
+    from splitbundle.selections import Selection
 
 
 def run_vectors(bundle: Bundle, shard: str | None, progress: Progress | None) -> list[golden.Difference]:
