@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,12 +42,22 @@ VECTORS: Final = "vectors"
 class Bundle:
     """A ``.splitbundle`` directory. Immutable, and safe to share between threads and to pickle to workers."""
 
-    def __init__(self, path: Path, manifest: Manifest, architecture: Architecture, id: str) -> None:  # noqa: A002
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        architecture: Architecture,
+        id: str,  # noqa: A002
+        *,
+        strict: bool = False,
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.architecture = architecture
         self.id = id
         """``sha256:`` of manifest.json: pins everything, cuts included."""
+        self.strict = strict
+        """Whether only bytes are computed on that were hashed: ``open(..., verify="always")``."""
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, {self.manifest.model.name!r}, shards={[s.name for s in self.shards]})"
@@ -182,6 +193,26 @@ class Bundle:
                 found = weights.read(file, path, listed, left, part=len(paths) > 1, more=i + 1 < len(paths))
                 yield file, found
             left = {name: tensor for name, tensor in left.items() if name not in found.layout}
+
+    def weight_bytes(self, group: str) -> Iterator[tuple[mmap.mmap, weights.Weights]]:
+        """The bytes of a unit's files (or of the vectors'), in order, with their headers read and checked.
+
+        They are mapped copy-on-write: what is only read shares the memory of the file, and what is written changes this
+        process's copy of a page and never the file (``spec/decisions/0005``). In a bundle that was opened strictly they
+        are read into private memory, once, and hashed there.
+
+        Raises:
+            BundleError: as for ``open_weights``; ``file.digest`` in a strict bundle; ``file.unreadable`` where the
+                system has no memory, or no more mappings, to give.
+        """
+        for path, (file, found) in zip(self.weight_groups()[group], self.open_weights(group), strict=True):
+            listed = self.manifest.files[path]
+            if self.strict:
+                memory = files.read_private(file, path, listed)
+                weights.check_header(memory[: found.start], path, listed)  # that of these bytes, too
+                yield memory, found
+            else:
+                yield files.map_private(file, path, listed), found
 
     @overload
     def stage(
@@ -326,12 +357,29 @@ class Bundle:
         return backends.mixed_pipeline(self, backend, given)
 
 
-def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+def open_bundle(
+    path: str | os.PathLike[str],
+    *,
+    verify: Literal["never", "always"] = "never",
+    id: str | None = None,  # noqa: A002
+) -> Bundle:
     """Opens a bundle: reads its manifest and architecture, and no weights.
 
+    Args:
+        path: the bundle's directory.
+        verify: ``"never"`` maps weights when they are needed, once their sizes and headers are known to be those that
+            are listed; their digests are checked by ``Bundle.verify``. ``"always"`` reads each file that is needed into
+            private memory, once, hashes it there, and computes on just those bytes: whatever happens to the file
+            afterwards changes no number and ends no process. It takes memory for the weights, and time to hash them.
+        id: the bundle id that it must have, ``sha256:`` and 64 digits; checked before anything is parsed.
+
     Raises:
-        BundleError: what is wrong with either file; ``file.missing`` where there is no bundle.
+        BundleError: what is wrong with either file; ``file.missing`` where there is no bundle; ``file.digest`` where it
+            isn't the one with that id.
     """
+    if verify not in ("never", "always"):
+        expected = "never or always"
+        raise BundleError(Problem(code="input.value", argument="verify", expected=expected, got=quoted(verify)))
     root = Path(os.path.abspath(path))  # so that it stays where it is when the process changes its directory
     there = ""
     try:
@@ -351,12 +399,18 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
             )
         )
     data = files.read_file(root, manifest.FILE, strict_json.MAX_BYTES)
+    if id is not None and manifest.identity(data) != id:
+        hint = "It is another bundle, or a changed one"
+        got = manifest.identity(data)
+        raise BundleError(
+            Problem(code="file.digest", file=manifest.FILE, expected=f"the bundle id {quoted(id)}", got=got, hint=hint)
+        )
     parsed = manifest_parser.parse(data)
     listed = parsed.files[architectures.FILE]
     document = files.read_listed(root, architectures.FILE, listed, strict_json.MAX_BYTES)
     architecture = architecture_parser.parse(document)
     manifest_rules.check_against(parsed, architecture)
-    return Bundle(root, parsed, architecture, manifest.identity(data))
+    return Bundle(root, parsed, architecture, manifest.identity(data), strict=verify == "always")
 
 
 def mend(root: Path) -> None:

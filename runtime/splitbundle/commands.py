@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from splitbundle.backends import BACKENDS
 from splitbundle.bundle import Bundle, open_bundle
@@ -110,17 +110,19 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a .splitbundle directory")
     parser.add_argument("--shard", metavar="NAME", help="only what this shard needs; the rest may be absent")
     parser.add_argument("--exact", action="store_true", help="refuse files that the manifest doesn't list")
+    parser.add_argument("--id", metavar="SHA256", help="the bundle id that it must have, sha256:…, as inspect shows it")
     parser.add_argument("--run", action="store_true", help="also compute the golden vectors of the original model")
     parser.add_argument(
         "--backend",
         choices=(*BACKENDS, "all"),
         help="what computes them, by default what is installed; all: each, compared",
     )
+    _strict_argument(parser)
 
 
 def _verify(args: argparse.Namespace, console: Console) -> int:
     try:
-        bundle = open_bundle(args.bundle)
+        bundle = open_bundle(args.bundle, verify=_when(args), id=args.id)
         found = bundle.verify(args.shard, exact=args.exact, progress=console.progress)
     except BundleError as error:
         if error.codes == ("stage.name",) or error.problems[0].file == str(args.bundle):
@@ -172,6 +174,17 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="as torch names it")
     parser.add_argument("--dtype", help="to compute in: float32, float16 or bfloat16; by default the stored one")
+    _strict_argument(parser)
+
+
+def _strict_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strict", action="store_true", help="compute only on bytes read into memory, once, and hashed there"
+    )
+
+
+def _when(args: argparse.Namespace) -> Literal["never", "always"]:
+    return "always" if args.strict else "never"
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -190,7 +203,7 @@ def positive(text: str) -> int:
 
 
 def _generate(args: argparse.Namespace, console: Console) -> int:
-    bundle = open_bundle(args.bundle)
+    bundle = open_bundle(args.bundle, verify=_when(args))
     text = None
     if args.ids is None:
         tokenizer = _tokenizer(bundle)

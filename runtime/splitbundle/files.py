@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import stat
 from collections.abc import Callable
@@ -83,6 +84,63 @@ def missing(path: str) -> Problem:
     return Problem(code="file.missing", file=path, expected="a file that the manifest lists", got="none", hint=hint)
 
 
+def map_private(file: BinaryIO, path: str, listed: File) -> mmap.mmap:
+    """An open file's bytes, copy-on-write, over a mapping that lives as long as what refers to it.
+
+    Raises:
+        BundleError: ``file.unreadable``.
+    """
+    try:
+        return mmap.mmap(file.fileno(), listed.size, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:  # no more mappings to give; a file that has just been shortened
+        got = getattr(error, "strerror", None) or str(error)
+        problem = Problem(code="file.unreadable", file=path, expected="a file that can be mapped", got=got)
+        raise BundleError(problem) from error
+
+
+def read_private(file: BinaryIO, path: str, listed: File) -> mmap.mmap:
+    """An open file's bytes, read once into memory of this process alone, and hashed there.
+
+    Raises:
+        BundleError: ``file.digest``, ``file.size``, ``file.unreadable``.
+    """
+    try:
+        memory = _private_memory(listed.size)
+    except OSError as error:
+        expected, got = f"memory for its {listed.size} bytes", f"{error.strerror}"
+        hint = "Opened without strictness, it is mapped and takes none"
+        raise BundleError(Problem(code="file.unreadable", file=path, expected=expected, got=got, hint=hint)) from error
+    digest, done = hashlib.sha256(), 0
+    file.seek(0)
+    with memoryview(memory) as view:
+        while done < listed.size:
+            try:
+                count = file.readinto(view[done : min(done + CHUNK, listed.size)])  # type: ignore[attr-defined]
+            except OSError as error:
+                raise BundleError(_unreadable(path, error)) from error
+            if not count:
+                expected, got = f"{listed.size} bytes", f"{done} bytes"
+                raise BundleError(Problem(code="file.size", file=path, expected=expected, got=got))
+            digest.update(view[done : done + count])
+            done += count
+    _check_digest(path, listed, digest.hexdigest())
+    return memory
+
+
+def _private_memory(size: int) -> mmap.mmap:
+    """Pages of this process, and after a fork of each of the two: Python's default would share them."""
+    if hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size)
+
+
+def _check_digest(path: str, listed: File, digest: str) -> None:
+    if digest != listed.sha256:
+        raise BundleError(
+            Problem(code="file.digest", file=path, expected=f"sha256 {listed.sha256}", got=digest, hint=FETCH)
+        )
+
+
 def read_listed(root: Path, path: str, expected: File, limit: int) -> bytes:
     """The whole of a small file, once its digest is known to be the listed one.
 
@@ -90,11 +148,7 @@ def read_listed(root: Path, path: str, expected: File, limit: int) -> bytes:
         BundleError: as for ``read_file``, and ``file.digest``.
     """
     data = read_file(root, path, limit, expected)
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != expected.sha256:
-        raise BundleError(
-            Problem(code="file.digest", file=path, expected=f"sha256 {expected.sha256}", got=digest, hint=FETCH)
-        )
+    _check_digest(path, expected, hashlib.sha256(data).hexdigest())
     return data
 
 

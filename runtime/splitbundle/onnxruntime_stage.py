@@ -162,10 +162,19 @@ class LoadedGraph:
         if graph is None:
             raise _no_graph(bundle, f"shard {shard.name}")
         data = files.read_listed(bundle.path, graph.file, bundle.manifest.files[graph.file], MAX_GRAPH)
+        read: dict[str, Any] = {}
         for unit in shard.units:
+            if bundle.strict:
+                paths = bundle.manifest.units[unit]
+                read |= dict(zip(paths, (memory for memory, _ in bundle.weight_bytes(unit)), strict=True))
+                continue
             for _ in bundle.open_weights(unit):
                 """Sizes and header digests are as listed, so every tensor lies where the graph looks for it."""
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
+        if bundle.strict:  # onnxruntime copies what it needs of them, and opens no file
+            sizes = [len(memory) for memory in read.values()]
+            options.add_external_initializers_from_files_in_memory(list(read), list(read.values()), sizes)
+        else:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
         try:
             self.session = onnxruntime.InferenceSession(data, options, providers=list(providers))
         except Exception as error:  # its errors derive from Exception alone

@@ -46,9 +46,7 @@ def run_both(bundle: Bundle, shard: str | None, progress: Progress | None) -> li
 def _arrays(bundle: Bundle) -> dict[str, numpy.ndarray]:
     """The golden vectors."""
     arrays: dict[str, numpy.ndarray] = {}
-    for file, found in bundle.open_weights(VECTORS):
-        file.seek(0)
-        data = bytearray(file.read())  # which makes arrays that can be written
+    for data, found in bundle.weight_bytes(VECTORS):
         for name, (tensor, offset) in found.layout.items():
             dtype = numpy.dtype(tensor.dtype)
             count = tensor.size // dtype.itemsize

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -34,13 +33,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def map_tensors(bundle: Bundle, group: str) -> dict[str, Tensor]:
-    """The tensors of a unit (or of the golden vectors), over mappings that live as long as they do.
-
-    The mappings are copy-on-write: what is only read shares the memory of the file, and what is written changes this
-    process's copy of a page and never the file (spec/decisions/0005).
+    """The tensors of a unit (or of the golden vectors), over bytes that live as long as they do.
 
     Raises:
-        BundleError: ``file.*`` and ``weights.*``; ``file.unreadable`` where the system has no more mappings to give.
+        BundleError: as for ``Bundle.weight_bytes``.
     """
     if sys.byteorder != "little":
         raise BundleError(
@@ -51,16 +47,11 @@ def map_tensors(bundle: Bundle, group: str) -> dict[str, Tensor]:
             )
         )
     tensors: dict[str, Tensor] = {}
-    for file, found in bundle.open_weights(group):
-        try:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except OSError as error:
-            wanted, got = "a file that can be mapped", f"{error.strerror}"
-            raise BundleError(Problem(code="file.unreadable", file=group, expected=wanted, got=got)) from error
+    for data, found in bundle.weight_bytes(group):
         for name, (tensor, offset) in found.layout.items():
             dtype = DTYPES[tensor.dtype]
             count = tensor.size // dtype.itemsize
-            flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=found.start + offset)
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=found.start + offset)
             tensors[name] = flat.view(tensor.shape)
     return tensors
 

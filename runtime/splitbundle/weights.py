@@ -96,17 +96,23 @@ def read(
         BundleError: ``weights.header``, ``file.header-digest``, ``weights.tensors``, ``weights.layout``.
     """
     raw = _read_header(file, path, listed)
-    if hashlib.sha256(raw).hexdigest() != listed.header_sha256:
-        raise BundleError(
-            Problem(
-                code="file.header-digest",
-                file=path,
-                expected=f"a header with sha256 {listed.header_sha256}",
-                got=hashlib.sha256(raw).hexdigest(),
-                hint="The file isn't the one that the manifest lists",
-            )
-        )
+    check_header(raw, path, listed)
     return parse(raw, path, listed.size, expected, part=part, more=more)
+
+
+def check_header(raw: bytes, path: str, listed: File) -> None:
+    """Whether a header is the listed one.
+
+    Raises:
+        BundleError: ``file.header-digest``.
+    """
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != listed.header_sha256:
+        expected, hint = (
+            f"a header with sha256 {listed.header_sha256}",
+            "The file isn't the one that the manifest lists",
+        )
+        raise BundleError(Problem(code="file.header-digest", file=path, expected=expected, got=digest, hint=hint))
 
 
 def _read_header(file: BinaryIO, path: str, listed: File) -> bytes:
