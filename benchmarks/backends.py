@@ -47,6 +47,7 @@ MODELS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
             "num_key_value_heads": 2,
             "max_position_embeddings": 32768,
             "tie_word_embeddings": True,
+            "eos_token_id": 151643,
         },
     ),
 }
@@ -57,6 +58,7 @@ CONTENDERS: Final = (
     "splitbundle onnxruntime prepacked",
     "transformers",
     "onnxruntime-genai",
+    "onnxruntime-genai on the bundle",
 )
 MEASURES: Final = ("first token", "load", "prefill", "decode")
 """Seconds: from the process's start, of loading, a token of the prompt, a token after it."""
@@ -104,10 +106,11 @@ def _prepare(args: argparse.Namespace) -> list[str]:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)).float().save_pretrained(checkpoint)
     if not bundle.exists():
-        splitbundle_converter.convert(checkpoint, bundle, check=False, onnx=True)
-    there = [name for name in CONTENDERS if name != "onnxruntime-genai"]
+        splitbundle_converter.convert(checkpoint, bundle, check=False, genai=True)
+    there = [name for name in CONTENDERS if not name.startswith("onnxruntime-genai")]
     if importlib.util.find_spec("onnxruntime_genai") is None:
         return there
+    there.append("onnxruntime-genai on the bundle")
     if not built.exists():
         command = ["-m", "onnxruntime_genai.models.builder", "-m", args.model, "-i", checkpoint, "-o", built]
         command += ["-p", "fp32", "-e", "cpu", "-c", root / "cache"]
@@ -218,11 +221,15 @@ def _transformers(args: argparse.Namespace) -> Feed:
     return feed
 
 
-def _genai(args: argparse.Namespace) -> Feed:
+def _genai(args: argparse.Namespace, kind: str = "-genai") -> Feed:
     import numpy
     import onnxruntime_genai as genai
 
-    model = genai.Model(str(Path(args.directory) / f"{args.model}-genai"))
+    config = genai.Config(str(Path(args.directory) / f"{args.model}{kind}"))
+    # By default it takes half of the processors.
+    options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": args.threads}}}}
+    config.overlay(json.dumps(options))
+    model = genai.Model(config)
     generator: Any = None
 
     def feed(ids: list[int], anew: bool) -> None:
@@ -243,6 +250,7 @@ _LOADERS: Final[dict[str, Callable[[argparse.Namespace], Feed]]] = {
     "splitbundle onnxruntime prepacked": lambda args: _onnxruntime(args, prepack=True),
     "transformers": _transformers,
     "onnxruntime-genai": _genai,
+    "onnxruntime-genai on the bundle": lambda args: _genai(args, ".splitbundle"),
 }
 
 

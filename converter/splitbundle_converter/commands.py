@@ -60,6 +60,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="write larger units in parts; one tensor may be larger",
     )
     parser.add_argument("--onnx", action="store_true", help="add a graph to each shard, for onnxruntime")
+    parser.add_argument(
+        "--genai", action="store_true", help="add such graphs, and what onnxruntime-genai needs to run them"
+    )
 
 
 def _convert(args: argparse.Namespace, console: Console) -> int:
@@ -77,6 +80,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             force=args.force,
             max_file_size=args.max_file_size,
             onnx=args.onnx,
+            genai=args.genai,
             allow_pickle=args.allow_pickle,
             progress=console.progress,
         )
@@ -102,11 +106,16 @@ def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a whole .splitbundle directory")
     parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default the bundle itself")
     parser.add_argument("--force", action="store_true", help="replace another bundle at --output")
+    parser.add_argument(
+        "--genai", action="store_true", default=None, help="add what onnxruntime-genai needs to run them, too"
+    )
 
 
 def _add_onnx(args: argparse.Namespace, console: Console) -> int:
     with _libraries():
-        bundle = splitbundle_converter.add_onnx(args.bundle, args.output, force=args.force, progress=console.progress)
+        bundle = splitbundle_converter.add_onnx(
+            args.bundle, args.output, force=args.force, genai=args.genai, progress=console.progress
+        )
     return _report(bundle, args.output or args.bundle, console)
 
 

@@ -48,6 +48,7 @@ def convert(
     force: bool = False,
     max_file_size: int | None = None,
     onnx: bool = False,
+    genai: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -69,6 +70,7 @@ def convert(
         force: whether to replace an existing bundle; the old one stays whole until the new one is complete.
         max_file_size: bytes above which a unit is written in parts.
         onnx: whether to add a graph to each shard, for onnxruntime.
+        genai: whether to add what onnxruntime-genai needs to run the graphs; they are added then, too.
         allow_pickle: whether to take weights that are pickles: names and tensors alone, read in a process of its own.
         progress: called with what is being done, how much is done, and how much there is.
 
@@ -86,7 +88,7 @@ def convert(
     if max_file_size is not None and (type(max_file_size) is not int or max_file_size < 1):
         expected, got = "a number of bytes from 1", quoted(max_file_size)
         raise refused("usage.size", None, expected, got, argument="max_file_size")
-    graphs = write.graph_writer() if onnx else None
+    graphs = write.graph_writer(genai=genai) if onnx or genai else None
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
     with opened(
         source, revision, output=target, allow_pickle=allow_pickle, force=force, progress=progress

@@ -13,13 +13,21 @@ from splitbundle.graphs import OPSET, ports
 from splitbundle.manifest import File, Graph, Shard
 from splitbundle.names import CARD
 from splitbundle_converter import graph, write
+from splitbundle_converter.genai_files import write_genai
 from splitbundle_converter.graph_builder import Stored
 
 
-def add_graphs(root: Path) -> None:
+def add_graphs(root: Path, *, genai: bool = False) -> None:
     """Writes a graph for each shard of the bundle in ``root``, which nobody else sees yet, and lists them.
 
     Each is checked by ``onnx.checker`` in full, and its shapes are inferred strictly.
+
+    Args:
+        root: the bundle's directory.
+        genai: whether to write what onnxruntime-genai needs, too.
+
+    Raises:
+        BundleError: ``usage.genai``.
     """
     bundle = open_bundle(root)
     listed = {path: file for path, file in bundle.manifest.files.items() if path != CARD}
@@ -30,7 +38,10 @@ def add_graphs(root: Path) -> None:
         inputs, outputs = ports(bundle.architecture, shard.layers, embeds=shard.embeds, head=shard.head)
         own = Graph(file=path, variant="standard", opset=OPSET, inputs=inputs, outputs=outputs)
         shards.append(replace(shard, graph=own))
-    write.finish(root, replace(bundle.manifest, shards=tuple(shards), files=listed), bundle.architecture)
+    draft = replace(bundle.manifest, shards=tuple(shards), files=listed)
+    if genai:
+        draft = replace(draft, files=listed | write_genai(draft, bundle.architecture, root))
+    write.finish(root, draft, bundle.architecture)
 
 
 def _write(bundle: Bundle, shard: Shard, root: Path, path: str) -> File:

@@ -25,6 +25,7 @@ def resplit(
     names: Sequence[str] | None = None,
     force: bool = False,
     onnx: bool | None = None,
+    genai: bool | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Writes a bundle with other cuts. Files are copied, sharing their blocks where the file system can.
@@ -36,6 +37,7 @@ def resplit(
         names: the shards' names, as for ``convert``.
         force: whether to replace an existing bundle.
         onnx: whether to add a graph to each shard, for onnxruntime; by default if the old shards have graphs.
+        genai: whether to add what onnxruntime-genai needs to run the graphs; by default if it was there.
         progress: called with what is being done, how much is done, and how much there is.
 
     Raises:
@@ -43,11 +45,15 @@ def resplit(
     """
     old = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     old_graphs = {shard.graph.file for shard in old.shards if shard.graph is not None}
-    graphs = write.graph_writer() if onnx or (onnx is None and old_graphs) else None
+    if genai is None:
+        genai = onnx is not False and write.GENAI[0] in old.manifest.files
+    with_graphs = onnx or genai or (onnx is None and old_graphs)
+    graphs = write.graph_writer(genai=genai) if with_graphs else None
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
     cuts = tuple(split)
     given = None if names is None else tuple(names)
-    kept = {path: file for path, file in old.manifest.files.items() if path != CARD and path not in old_graphs}
+    left = {CARD, *old_graphs, *write.GENAI}
+    kept = {path: file for path, file in old.manifest.files.items() if path not in left}
     absent = [path for path in old.absent() if path in kept]
     if absent:
         raise BundleError(missing(path) for path in absent)
@@ -93,6 +99,7 @@ def add_onnx(
     output: str | os.PathLike[str] | None = None,
     *,
     force: bool = False,
+    genai: bool | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Adds a graph to each shard of a bundle, for onnxruntime. The weights, the cuts and the fingerprint stay.
@@ -101,13 +108,16 @@ def add_onnx(
         bundle: a whole bundle.
         output: the new bundle's directory; by default the old one's, which stays whole until the new one is complete.
         force: whether to replace an existing bundle at ``output``.
+        genai: whether to add what onnxruntime-genai needs to run the graphs; by default if it was there.
         progress: called with what is being done, how much is done, and how much there is.
 
     Raises:
-        BundleError: ``output.*``, ``file.*``.
+        BundleError: ``usage.genai``, ``output.*``, ``file.*``.
         MissingExtra: without onnx and onnxruntime.
     """
     old = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     names = [shard.name for shard in old.shards]
     target, force = (old.path, True) if output is None else (output, force)
-    return resplit(old, target, split=old.manifest.cuts, names=names, force=force, onnx=True, progress=progress)
+    return resplit(
+        old, target, split=old.manifest.cuts, names=names, force=force, onnx=True, genai=genai, progress=progress
+    )

@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -179,8 +180,12 @@ def finish(root: Path, draft: Manifest, architecture: Architecture) -> Manifest:
     return complete
 
 
-def graph_writer() -> Callable[[Path], None]:
-    """What adds graphs to a bundle that is being written.
+GENAI: Final = ("genai_config.json", "genai.inputs.onnx", "genai.logits.onnx")
+"""What onnxruntime-genai needs besides the shards' graphs; its own name first. A shard's name has no dot."""
+
+
+def graph_writer(*, genai: bool = False) -> Callable[[Path], None]:
+    """What adds graphs to a bundle that is being written, and what onnxruntime-genai needs to run them.
 
     Raises:
         MissingExtra: without the libraries that make graphs and check them.
@@ -190,7 +195,7 @@ def graph_writer() -> Callable[[Path], None]:
             raise MissingExtra.of(library, "onnx", "make graphs")
     from splitbundle_converter.graph_files import add_graphs
 
-    return add_graphs
+    return partial(add_graphs, genai=genai)
 
 
 def check_schemas(manifest_data: bytes, architecture_data: bytes) -> None:
