@@ -59,7 +59,14 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="write larger units in parts; one tensor may be larger",
     )
-    parser.add_argument("--onnx", action="store_true", help="add a graph to each shard, for onnxruntime")
+    parser.add_argument(
+        "--onnx",
+        nargs="?",
+        const="standard",
+        default=False,
+        metavar="VARIANT",
+        help="add a graph to each shard, for onnxruntime: standard, the default, or float16",
+    )
 
 
 def _convert(args: argparse.Namespace, console: Console) -> int:
@@ -101,12 +108,17 @@ def _resplit(args: argparse.Namespace, console: Console) -> int:
 def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a whole .splitbundle directory")
     parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default the bundle itself")
+    parser.add_argument(
+        "--variant", default="standard", help="standard, the default, computes in float32; float16 in float16"
+    )
     parser.add_argument("--force", action="store_true", help="replace another bundle at --output")
 
 
 def _add_onnx(args: argparse.Namespace, console: Console) -> int:
     with _libraries():
-        bundle = splitbundle_converter.add_onnx(args.bundle, args.output, force=args.force, progress=console.progress)
+        bundle = splitbundle_converter.add_onnx(
+            args.bundle, args.output, variant=args.variant, force=args.force, progress=console.progress
+        )
     return _report(bundle, args.output or args.bundle, console)
 
 

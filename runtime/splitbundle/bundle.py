@@ -177,7 +177,8 @@ class Bundle:
     def run_vectors(
         self, shard: str | None = None, *, backend: str = "torch", progress: Progress | None = None
     ) -> list[Difference]:
-        """Computes the golden vectors in float32 through all shards, or through one from its golden input.
+        """Computes the golden vectors through all shards, or through one from its golden input: in float32, or in what
+        the graphs compute in.
 
         Args:
             shard: the one to run alone.
@@ -188,7 +189,8 @@ class Bundle:
             The largest difference to the original model at each boundary and at the logits.
 
         Raises:
-            ParityError: a difference above 1e-5 of the largest magnitude there.
+            ParityError: a difference above 1e-5 of the largest magnitude there; above 0.08 where graphs compute in
+                float16, which has 13 bits fewer.
             BundleError: ``vectors.none``; what loading refuses.
         """
         if backend != "all":
@@ -262,7 +264,8 @@ class Bundle:
             layers: ``(start, stop)``: with torch whatever the cuts on disk, with onnxruntime one shard or several.
             embeds: whether to begin with the embedding; by default when ``start`` is 0.
             head: whether to end with the head; by default when ``stop`` is the number of layers.
-            backend: ``"torch"``, which computes with tensors, or ``"onnxruntime"``, with numpy arrays in float32.
+            backend: ``"torch"``, which computes with tensors, or ``"onnxruntime"``, with numpy arrays in float32 (and
+                in what the graphs compute in, by their variant in the manifest).
             device: torch: as torch names it; by default the CPU.
             dtype: torch: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; by default the stored one.
             trainable: torch: whether the parameters take gradients. Training never changes the bundle: weights are

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -26,7 +26,7 @@ MAX_GRAPH: int = 64 * 2**20
 class Stage(StageSurface):
     """A part of the model. The first stage takes token ids, the others ``hidden``; the last one gives logits.
 
-    It takes and gives numpy arrays, and computes in float32.
+    It takes and gives numpy arrays in float32, and computes in what its graphs compute in.
     """
 
     backend = "onnxruntime"
@@ -38,12 +38,13 @@ class Stage(StageSurface):
     def __init__(self, bundle: Bundle, selection: Selection, graphs: Sequence[LoadedGraph]) -> None:
         self._describe(bundle, selection)
         self.graphs = tuple(graphs)
+        self._cache_dtypes = {name: dtype for graph in self.graphs for name, dtype in graph.caches.items()}
 
     def __repr__(self) -> str:
         return f"Stage({self.name}, layers [{self.layer_range[0]}, {self.layer_range[1]}), onnxruntime)"
 
     def _make_cache(self, batch_size: int, capacity: int) -> KVCache:
-        return KVCache(self.architecture, self.layer_range, batch_size, capacity)
+        return KVCache(self.architecture, self.layer_range, batch_size, capacity, self._cache_dtypes)
 
     def _given(self, array: object) -> Given | None:
         if not isinstance(array, numpy.ndarray):
@@ -60,9 +61,10 @@ class Stage(StageSurface):
         return "Convert it with .astype(numpy.float32)"
 
     def _check_cache(self, cache: KVCache) -> None:
-        if not isinstance(cache, KVCache) or cache.layers != self.layer_range:
-            got = f"one of layers {cache.layers}" if isinstance(cache, KVCache) else type(cache).__name__
-            self._refuse("input.cache", "cache", f"a cache of layers {self.layer_range} for onnxruntime", got)
+        own = self.layer_range, self._cache_dtypes
+        if not isinstance(cache, KVCache) or (cache.layers, cache.dtypes) != own:
+            got = f"one of {_said(cache.layers, cache.dtypes)}" if isinstance(cache, KVCache) else type(cache).__name__
+            self._refuse("input.cache", "cache", f"a cache of {_said(*own)} for onnxruntime", got)
 
     def __call__(
         self,
@@ -106,7 +108,7 @@ class Stage(StageSurface):
         places, valid = _selected(call, wanted) if self.has_head else (None, None)
         if not any(call.count):  # no row brings a token: there is nothing to compute, and nothing to attend to
             return numpy.zeros((batch, wanted or call.length, width), numpy.float32)
-        own = cache if cache is not None else KVCache(self.architecture, self.layer_range, batch, call.stop)
+        own = cache if cache is not None else self._make_cache(batch, call.stop)
         own.make_room(call)
         for graph in self.graphs:
             x = graph.run(x, call, own, places)
@@ -122,6 +124,10 @@ class Stage(StageSurface):
         if call.padded:
             x[numpy.arange(call.length)[None] >= numpy.array(call.count)[:, None]] = 0
         return x
+
+
+def _said(layers: tuple[int, int], dtypes: Mapping[str, str]) -> str:
+    return f"layers {layers}" + "".join(f" in {dtype}" for dtype in sorted(set(dtypes.values())))
 
 
 def _selected(call: Call, wanted: int | None) -> tuple[numpy.ndarray, numpy.ndarray | None]:
@@ -162,11 +168,13 @@ class LoadedGraph:
         self.input = graph.inputs[0].name
         self.output = graph.outputs[0]
         self.head = shard.head
-        self.caches = cache_names(shard.layers)
+        names = cache_names(shard.layers)
+        self.caches = {port.name: port.dtype for port in graph.inputs if port.name in names}
+        """Each with its dtype."""
 
     def run(self, x: numpy.ndarray, call: Call, cache: KVCache, selected: numpy.ndarray | None) -> numpy.ndarray:
         """*Shape:* token ids (batch, sequence) or hidden -> hidden (batch, sequence, hidden), or (selected, vocab)."""
-        binding = cache.binding(self.session, self.caches)
+        binding = cache.binding(self.session, tuple(self.caches))
         given = {self.input: x, "past": call.past, "count": call.count}
         sizes = {"batch": len(x), "sequence": x.shape[1]}
         if self.head and selected is not None:
