@@ -194,6 +194,15 @@ def load_original(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
 
 
+def original_of(path: Path, stored: torch.dtype, computed: torch.dtype = torch.float32) -> Any:
+    """transformers holding the weights as they are stored."""
+    model = load_original(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(stored))
+    return model.to(computed)
+
+
 def original_logits(model: Any, ids: Sequence[int], pieces: Sequence[int] | None = None) -> Tensor:
     """What transformers computes for one row alone.
 
@@ -237,3 +246,11 @@ def token_rows(*lengths: int, seed: int = 0) -> list[list[int]]:
     """Random tokens: a row of each length."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def deviations(got: Tensor, expected: Tensor) -> Tensor:
+    """The root of the mean square of each row's differences: steadier than the largest, one unlucky rounding.
+
+    *Shape:* (rows, sequence, vocab) twice -> (rows).
+    """
+    return (got.double() - expected.double()).square().mean(dim=(1, 2)).sqrt()

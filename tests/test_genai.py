@@ -180,7 +180,7 @@ def test_what_is_written() -> None:
     assert sum(whole.manifest.files[path].size for path in GENAI) < 10_000
 
 
-@pytest.mark.rule("SB-O-008")
+@pytest.mark.rule("SB-O-016")
 def test_cutting_again_writes_them_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They name the shards' graphs."""
 

@@ -16,23 +16,55 @@ from torch import Tensor
 
 import splitbundle
 import splitbundle_converter
-from models import BY_PIECES, CONFIGURATIONS, LAYERS, ONE_PER_FAMILY, TOLERANCE, VOCAB, checkpoint, scratch, token_rows
+from models import (
+    BY_PIECES,
+    CONFIGURATIONS,
+    LAYERS,
+    ONE_PER_FAMILY,
+    TOLERANCE,
+    VOCAB,
+    checkpoint,
+    deviations,
+    load_original,
+    original_logits,
+    scratch,
+    token_rows,
+)
 from models import bundle as torch_bundle
 from scenarios import Worst, run
 from splitbundle import Bundle, BundleError, onnxruntime_stage
+from splitbundle.golden import FLOAT16_TOLERANCE
 from splitbundle.onnxruntime_pipeline import Pipeline
 from splitbundle.onnxruntime_stage import load_stages
+from splitbundle_converter.graph_builder import DTYPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEADY: Final = tuple(name for name in CONFIGURATIONS if name not in BY_PIECES)
+FLOAT16: Final = (
+    "gpt2",
+    "llama",
+    "gemma2-capped-biased",
+    "bloom",
+    "granite_swa-bases-biased",
+    "llama4_text-tuned-biased",
+    "apertus-biased",
+    "cohere-normed",
+)
+"""Both norms, most placements, caps, offsets, ALiBi, sinks, chunks, temperatures, xIELU."""
 ONE_EACH: Final = tuple(name for name in ONE_PER_FAMILY if name not in BY_PIECES)
 
 
-@cache
-def bundle(name: str, split: tuple[int, ...] = tuple(range(LAYERS + 1)), dtype: str = "float32") -> Bundle:
+def bundle(
+    name: str, split: tuple[int, ...] = tuple(range(LAYERS + 1)), dtype: str = "float32", variant: str = "standard"
+) -> Bundle:
     """The named model with a graph a shard; by default each layer is a shard, and so are the embedding and the head."""
-    output = scratch() / f"{name}-{'-'.join(map(str, split))}-{dtype}-graphs.splitbundle"
-    return splitbundle_converter.convert(checkpoint(name, dtype), output, split=split, check=False, onnx=True)
+    return _bundle(name, split, dtype, variant)
+
+
+@cache
+def _bundle(name: str, split: tuple[int, ...], dtype: str, variant: str) -> Bundle:
+    output = scratch() / f"{name}-{'-'.join(map(str, split))}-{dtype}-{variant}.splitbundle"
+    return splitbundle_converter.convert(checkpoint(name, dtype), output, split=split, check=False, onnx=variant)
 
 
 class OverTensors:
@@ -115,6 +147,36 @@ def test_weights_of_16_bits_are_widened(name: str, dtype: str) -> None:
     assert numpy.abs(got - expected).max() <= TOLERANCE * numpy.abs(expected).max()
 
 
+@pytest.mark.rule("SB-O-004", "SB-O-005")
+@pytest.mark.parametrize("name", FLOAT16)
+def test_computing_in_float16(name: str) -> None:
+    """As far from the float32 answer as transformers is in float16: in one call, in pieces, and padded."""
+    pipeline = bundle(name, (2,), "float16", "float16").pipeline(backend="onnxruntime", threads=1)
+    rows = token_rows(*[13] * 6, seed=1)
+    ids, session = numpy.array(rows), pipeline.session(len(rows), 13)
+    pieces = [pipeline(piece, session=session) for piece in numpy.split(ids, range(4, 13), axis=1)]
+    assert {array.dtype for cache in session.caches for array in cache.arrays.values()} == {numpy.dtype("float16")}
+    padded, mask = numpy.zeros((6, 18), numpy.int64), numpy.zeros((6, 18), numpy.int64)
+    for i in range(6):
+        padded[i, i : i + 13], mask[i, i : i + 13] = ids[i], 1
+    among = pipeline(padded, attention_mask=mask)
+    computed = {
+        "prefill": pipeline(ids),
+        "pieces": numpy.concatenate(pieces, axis=1),
+        "padded": numpy.stack([among[i, i : i + 13] for i in range(6)]),
+    }
+    path = checkpoint(name, "float16")
+    known, other = (
+        torch.stack([original_logits(model, row) for row in rows])
+        for model in (load_original(path), load_original(path, torch.float16))
+    )
+    allowed = deviations(other, known)
+    for what, got in computed.items():
+        assert got.dtype == numpy.float32
+        ratio = float((deviations(torch.from_numpy(got), known) / allowed).log().mean().exp())
+        assert 0.1 < ratio <= 1.25, what  # one far below would be of a graph that doesn't compute in float16
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8}])
 def test_both_backends_draw_alike(sampling: dict[str, Any]) -> None:
     whole = bundle("llama")
@@ -143,13 +205,15 @@ def test_options_change_no_number(options: dict[str, Any]) -> None:
     )
 
 
-def test_caches_are_extended_where_they_lie() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_caches_are_extended_where_they_lie(dtype: str) -> None:
     """The session's memory is the graphs': no call but one that needs more slots makes another array."""
-    whole = bundle("llama")
+    whole = bundle("llama", (2,), dtype, "float16" if dtype == "float16" else "standard")
     pipeline = whole.pipeline(backend="onnxruntime", threads=1)
     session = pipeline.session(2, 50)
     pipeline(numpy.array(token_rows(5, 5)), session=session)
     cache = session.caches[1]
+    assert {array.dtype.name for array in cache.arrays.values()} == {dtype}
     (name, *_), before = cache.arrays, {name: id(array) for name, array in cache.arrays.items()}
     row = cache.arrays[name][:, :, 5].copy()
     assert not row.any()
@@ -195,8 +259,9 @@ def test_a_session_that_memory_cannot_hold_is_refused_at_once() -> None:
 
 @pytest.mark.rule("SB-O-002", "SB-O-003", "SB-O-006")
 @pytest.mark.parametrize("name", ["gpt2", "llama-llama3", "gemma2-capped-biased", "granite_swa-bases-biased"])
-def test_a_graph_by_its_rules(name: str) -> None:
-    whole = bundle(name, (0, 1, 3))
+@pytest.mark.parametrize("variant", ["standard", "float16"])
+def test_a_graph_by_its_rules(name: str, variant: str) -> None:
+    whole = bundle(name, (0, 1, 3), "float32" if variant == "standard" else "float16", variant)
     for shard in whole.shards:
         assert shard.graph is not None
         path = whole.path / shard.graph.file
@@ -206,6 +271,7 @@ def test_a_graph_by_its_rules(name: str) -> None:
         for ports, values in ((shard.graph.inputs, model.graph.input), (shard.graph.outputs, model.graph.output)):
             assert [port.name for port in ports] == [value.name for value in values]
             for port, value in zip(ports, values, strict=True):
+                assert DTYPES[port.dtype] == value.type.tensor_type.elem_type
                 sizes = value.type.tensor_type.shape.dim
                 assert list(port.shape) == [size.dim_param or size.dim_value for size in sizes]
         expected = {tensor for unit in shard.units for tensor in whole.architecture.tensors_of(unit)}
@@ -226,8 +292,20 @@ def torch_tensors(whole: Bundle, units: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: tensor.reshape(-1) for unit in units for name, tensor in map_tensors(whole, unit).items()}
 
 
-def test_names_say_where_a_node_is() -> None:
-    model = onnx.load(str(bundle("llama", (1, 3)).path / "trunk.onnx"), load_external_data=False)
+def test_weights_in_float16_are_used_as_they_are() -> None:
+    """No projection, norm or table of a graph that computes in float16 has its weights cast."""
+    for shard in (whole := bundle("llama", (2,), "float16", "float16")).shards:
+        assert shard.graph is not None
+        model = onnx.load(str(whole.path / shard.graph.file), load_external_data=False)
+        weights = {each.name for each in model.graph.initializer if each.external_data}
+        assert weights
+        assert [node.name for node in model.graph.node if node.op_type == "Cast" and node.input[0] in weights] == []
+
+
+@pytest.mark.parametrize("variant", ["standard", "float16"])
+def test_names_say_where_a_node_is(variant: str) -> None:
+    dtype = "float16" if variant == "float16" else "float32"
+    model = onnx.load(str(bundle("llama", (1, 3), dtype, variant).path / "trunk.onnx"), load_external_data=False)
     names = [node.name for node in model.graph.node]
     assert "layers.1.attention.query" in names
     assert "layers.2.mlp.down" in names
@@ -271,7 +349,55 @@ def test_adding_graphs_to_a_bundle(tmp_path: Path) -> None:
     assert not list(without.path.glob("*.onnx"))
 
 
+@pytest.mark.rule("SB-O-017")
+def test_graphs_in_float16(tmp_path: Path) -> None:
+    """Asked for, kept where a bundle is cut again, and refused over other weights."""
+    plain = splitbundle_converter.convert(checkpoint("llama", "float16"), tmp_path / "plain", split=[2], check=False)
+    added = splitbundle_converter.add_onnx(plain, tmp_path / "added", variant="float16")
+    again = splitbundle_converter.resplit(added, tmp_path / "again", split=[1, 3])
+    assert [shard.graph and shard.graph.variant for shard in again.shards] == ["float16"] * 3
+    standard = splitbundle_converter.resplit(again, tmp_path / "standard", split=[2], onnx=True)
+    assert [shard.graph and shard.graph.variant for shard in standard.shards] == ["standard"] * 2
+    for dtype, stored in (("float32", "float32"), ("bfloat16", "bfloat16")):
+        path = checkpoint("llama", dtype)
+        with pytest.raises(BundleError) as caught:
+            splitbundle_converter.convert(path, tmp_path / "none", onnx="float16")
+        (problem,) = caught.value.problems
+        assert (problem.code, problem.argument, problem.got) == ("usage.onnx", "onnx", f"some in {stored}")
+        assert "--dtype float16" in (problem.hint or "")
+    with pytest.raises(BundleError, match=r"\[usage.onnx\] onnx: expected weights that are all stored as float16"):
+        splitbundle_converter.add_onnx(bundle("llama", (2,)), tmp_path / "none", variant="float16")
+    with pytest.raises(BundleError, match=r"expected standard or float16, got 'bfloat16'.*can't multiply bfloat16"):
+        splitbundle_converter.add_onnx(plain, tmp_path / "none", variant="bfloat16")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_cache_of_another_variant_is_refused() -> None:
+    """Two stages of the same layers, whose graphs keep keys in different dtypes."""
+    narrow, wide = (
+        bundle("llama", (2,), "float16", variant).stage("bottom", backend="onnxruntime", threads=1)
+        for variant in ("float16", "standard")
+    )
+    with pytest.raises(BundleError) as caught:
+        narrow(numpy.array([[1, 2]]), cache=wide.cache(1, 8))
+    (problem,) = caught.value.problems
+    assert problem.code == "input.cache"
+    assert problem.expected == "a cache of layers (0, 2) in float16 for onnxruntime"
+    assert problem.got == "one of layers (0, 2) in float32"
+
+
 # Golden vectors.
+
+
+def test_golden_vectors_in_float16(tmp_path: Path) -> None:
+    """What onnxruntime computes is held at what float16 can, torch at what float32 can."""
+    path = tmp_path / "b"
+    whole = splitbundle_converter.convert(checkpoint("llama", "float16"), path, split=[1], onnx="float16")
+    for difference in whole.run_vectors(backend="all"):
+        rough = "onnxruntime" in difference.between
+        assert difference.tolerance == (FLOAT16_TOLERANCE if rough else TOLERANCE)
+        assert difference.relative < (1e-2 if rough else TOLERANCE)
+        assert (difference.relative > TOLERANCE) == rough
 
 
 def test_golden_vectors_in_both_backends(tmp_path: Path) -> None:
@@ -330,7 +456,6 @@ def test_ranges_that_no_graph_computes(tmp_path: Path) -> None:
         ({"backend": "onnx"}, "backend"),
         ({"backend": "onnxruntime", "trainable": True}, "trainable"),
         ({"backend": "onnxruntime", "device": "cuda"}, "device"),
-        ({"backend": "onnxruntime", "dtype": "bfloat16"}, "dtype"),
         ({"backend": "torch", "threads": 2}, "threads"),
         ({"backend": "torch", "prepack": True}, "prepack"),
     ],
@@ -339,6 +464,17 @@ def test_options_of_another_backend(whole: Bundle, options: dict[str, Any], argu
     with pytest.raises(BundleError) as caught:
         whole.pipeline(**options)
     assert (caught.value.codes, caught.value.problems[0].argument) == (("stage.backend",), argument)
+
+
+@pytest.mark.parametrize(("variant", "other"), [("standard", "bfloat16"), ("float16", "float32")])
+def test_graphs_compute_in_their_own_dtype(variant: str, other: str) -> None:
+    whole = bundle("llama", (2,), "float16", variant)
+    own = "float16" if variant == "float16" else "float32"
+    assert len(whole.pipeline(backend="onnxruntime", dtype=own, threads=1).stages) == 2
+    with pytest.raises(BundleError, match=rf"\[input.dtype\] dtype: expected {own}, in which the graph of shard"):
+        whole.pipeline(backend="onnxruntime", dtype=other, threads=1)
+    mixed = whole.pipeline(backend={"bottom": "onnxruntime"}, dtype=other, threads=1)  # torch's there
+    assert str(mixed.stages[1].stage.dtype) == f"torch.{other}"
 
 
 def test_unknown_providers(whole: Bundle) -> None:

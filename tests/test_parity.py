@@ -26,10 +26,12 @@ from models import (
     WITHOUT_CACHE,
     bundle,
     checkpoint,
+    deviations,
     expected_logits,
     load_original,
     original,
     original_logits,
+    original_of,
     relative,
     token_rows,
 )
@@ -369,15 +371,6 @@ def test_a_wrong_tensor_shows(name: str) -> None:
 DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def original_of(path: Path, stored: torch.dtype, computed: torch.dtype = torch.float32) -> Any:
-    """transformers holding the weights as they are stored."""
-    model = load_original(path)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(stored))
-    return model.to(computed)
-
-
 @one_per_family
 @pytest.mark.parametrize("source", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["keep", "float32", "bfloat16", "float16"])
@@ -410,14 +403,6 @@ def test_golden_vectors_hold_the_rounded_weights(name: str, tmp_path: Path) -> N
         for case in range(len(case_lengths(converted.architecture))):
             logits = original_logits(model, golden[f"case.{case}.ids"].tolist())
             assert relative(golden[f"case.{case}.logits"], logits[-1]) <= TOLERANCE
-
-
-def deviations(got: Tensor, expected: Tensor) -> Tensor:
-    """The root of the mean square of each row's differences: steadier than the largest, one unlucky rounding.
-
-    *Shape:* (rows, sequence, vocab) twice -> (rows).
-    """
-    return (got.double() - expected.double()).square().mean(dim=(1, 2)).sqrt()
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

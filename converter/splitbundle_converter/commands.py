@@ -61,6 +61,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--onnx", action="store_true", help="add a graph to each shard, for onnxruntime")
     parser.add_argument(
+        "--variant", help="such graphs: standard, the default, compute in float32; float16 in the weights' float16"
+    )
+    parser.add_argument(
         "--genai", action="store_true", help="add such graphs, and what onnxruntime-genai needs to run them"
     )
 
@@ -79,7 +82,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             check=args.check,
             force=args.force,
             max_file_size=args.max_file_size,
-            onnx=args.onnx,
+            onnx=args.variant or args.onnx,
             genai=args.genai,
             allow_pickle=args.allow_pickle,
             progress=console.progress,
@@ -105,6 +108,9 @@ def _resplit(args: argparse.Namespace, console: Console) -> int:
 def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a whole .splitbundle directory")
     parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default the bundle itself")
+    parser.add_argument(
+        "--variant", default="standard", help="standard, the default, computes in float32; float16 in float16"
+    )
     parser.add_argument("--force", action="store_true", help="replace another bundle at --output")
     parser.add_argument(
         "--genai", action="store_true", default=None, help="add what onnxruntime-genai needs to run them, too"
@@ -114,7 +120,12 @@ def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_onnx(args: argparse.Namespace, console: Console) -> int:
     with _libraries():
         bundle = splitbundle_converter.add_onnx(
-            args.bundle, args.output, force=args.force, genai=args.genai, progress=console.progress
+            args.bundle,
+            args.output,
+            variant=args.variant,
+            force=args.force,
+            genai=args.genai,
+            progress=console.progress,
         )
     return _report(bundle, args.output or args.bundle, console)
 

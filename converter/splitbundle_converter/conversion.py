@@ -47,7 +47,7 @@ def convert(
     check: bool = True,
     force: bool = False,
     max_file_size: int | None = None,
-    onnx: bool = False,
+    onnx: bool | str = False,
     genai: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -69,7 +69,8 @@ def convert(
         check: whether to compute golden vectors with the original class, and to hold the chained shards against them.
         force: whether to replace an existing bundle; the old one stays whole until the new one is complete.
         max_file_size: bytes above which a unit is written in parts.
-        onnx: whether to add a graph to each shard, for onnxruntime.
+        onnx: whether to add a graph to each shard, for onnxruntime: True or "standard" for one that computes in
+            float32, "float16" for one that computes in the float16 that the weights are stored in.
         genai: whether to add what onnxruntime-genai needs to run the graphs; they are added then, too.
         allow_pickle: whether to take weights that are pickles: names and tensors alone, read in a process of its own.
         progress: called with what is being done, how much is done, and how much there is.
@@ -88,7 +89,7 @@ def convert(
     if max_file_size is not None and (type(max_file_size) is not int or max_file_size < 1):
         expected, got = "a number of bytes from 1", quoted(max_file_size)
         raise refused("usage.size", None, expected, got, argument="max_file_size")
-    graphs = write.graph_writer(genai=genai) if onnx or genai else None
+    graphs = write.graph_writer(onnx, genai=genai)
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
     with opened(
         source, revision, output=target, allow_pickle=allow_pickle, force=force, progress=progress
@@ -119,7 +120,7 @@ def _convert(
     check: bool,
     force: bool,
     max_file_size: int | None,
-    graphs: Callable[[Path], None] | None,
+    graphs: write.GraphWriter | None,
     progress: Progress | None,
 ) -> Bundle:
     extensions: dict[str, Any] = {}
@@ -136,6 +137,8 @@ def _convert(
     shard_names = write.shard_names(cuts, None if names is None else tuple(names))
     translation = translate(checkpoint, family, architecture)
     storage = _storage(checkpoint, translation, dtype)
+    if graphs is not None:
+        graphs.check(storage)
     with publishing(target, force=force) as root:
         listed, units = _write_units(root, checkpoint, architecture, translation, storage, max_file_size, progress)
         listed[architectures.FILE] = write.write_file(root, architectures.FILE, architecture.to_bytes())

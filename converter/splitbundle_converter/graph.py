@@ -1,12 +1,14 @@
 """The ONNX graph of a shard, built from ``architecture.json`` brick by brick, as the torch decoder is.
 
 Only standard operators. The residual stream is (batch · sequence, hidden), so that every projection is a ``Gemm`` that
-reads the stored weight, [out, in], where it lies. The equations are in ``spec/v1/decoder.md``, the inputs and outputs
-in ``spec/v1/bundle.md``, section "Graphs".
+reads the stored weight, [out, in], where it lies. A graph that computes in float16 computes in float32 what the torch
+decoder does (positions, masks, softmax, norms whose weight has an offset), caps and the GELU. The equations are in
+``spec/v1/decoder.md``, the inputs and outputs in ``spec/v1/bundle.md``, section "Graphs".
 """
 
 from __future__ import annotations
 
+import numpy
 from onnx import ModelProto
 
 from splitbundle import architecture as facts
@@ -19,30 +21,32 @@ from splitbundle_converter.graph_builder import GraphBuilder, Stored
 from splitbundle_converter.graph_positions import GraphPositions
 
 
-def build(architecture: Architecture, part: Shard | Selection, stored: dict[str, Stored]) -> ModelProto:
+def build(
+    architecture: Architecture, part: Shard | Selection, stored: dict[str, Stored], dtype: str = "float32"
+) -> ModelProto:
     """The graph of a part of the model.
 
     Args:
         architecture: of the model.
         part: what the graph computes.
         stored: where each tensor of the part lies.
+        dtype: what it computes in: float32, or float16.
     """
-    return _Decoder(architecture, part, stored).build()
+    return _Decoder(architecture, part, GraphBuilder(stored, dtype)).build()
 
 
 class _Decoder:
-    def __init__(self, architecture: Architecture, part: Shard | Selection, stored: dict[str, Stored]) -> None:
-        self.architecture, self.part = architecture, part
-        self.graph = GraphBuilder(stored)
+    def __init__(self, architecture: Architecture, part: Shard | Selection, graph: GraphBuilder) -> None:
+        self.architecture, self.part, self.graph = architecture, part, graph
 
     def build(self) -> ModelProto:
         graph, part, hidden = self.graph, self.part, self.architecture.hidden_size
-        inputs, outputs = ports(self.architecture, part.layers, embeds=part.embeds, head=part.head)
+        inputs, outputs = ports(self.architecture, part.layers, embeds=part.embeds, head=part.head, dtype=graph.dtype)
         for port in inputs:
             graph.input(port)
         tokens = inputs[0].name
         self.positions = GraphPositions(graph, tokens, f"layers.{part.layers[0]}.key")
-        x = self.embed(tokens) if part.embeds else tokens
+        x = self.embed(tokens) if part.embeds else graph.narrow(tokens)
         x = graph.op("Reshape", "stream", x, graph.integers(-1, hidden))
         for i in range(*part.layers):
             x = self.layer(i, x)
@@ -50,7 +54,7 @@ class _Decoder:
             self.head(x)
         else:
             shape = graph.op("Concat", "hidden.shape", self.positions.both, graph.integers(hidden), axis=0)
-            graph.op("Reshape", next_name("hidden"), x, shape)
+            graph.op("Reshape", next_name("hidden"), graph.wide(x), shape)
         for port in outputs:
             graph.output(port)
         return graph.model(part.name)
@@ -72,15 +76,14 @@ class _Decoder:
             moved = graph.op("Add", "embedding.position.rows", self.positions.slots, graph.integer(position.offset))
             x = graph.op("Add", "embedding.sum", x, self.rows("embedding.position", moved))
         elif isinstance(position, Sinusoidal):
-            x = graph.op("Add", "embedding.sum", x, self.positions.sinusoids(position.offset, hidden))
+            x = graph.op("Add", "embedding.sum", x, graph.narrow(self.positions.sinusoids(position.offset, hidden)))
         return self.norm("embedding.norm", x, embedding.norm, hidden)
 
     def rows(self, table: str, index: str) -> str:
-        """Rows of a table: of one of 16 bits, only what is taken is widened."""
+        """Rows of a table: of one of another dtype, only what is taken is cast."""
         name = self.graph.stored(f"{table}.weight")
         taken = self.graph.op("Gather", table, name, index)
-        wide = self.graph.stored_dtype(name) == "float32"
-        return taken if wide else self.graph.float32(f"{table}.float32", taken)
+        return self.graph.cast(taken, self.graph.stored_dtype(name), self.graph.dtype)
 
     def head(self, x: str) -> str:
         """*Shape:* (batch · sequence, hidden) -> (selected, vocab)."""
@@ -92,10 +95,13 @@ class _Decoder:
         table = "embedding.token.weight" if head.tied else "head.projection.weight"
         biases = [graph.weight("head.projection.bias")] if head.bias else []
         plain = head.multiplier == 1.0 and head.logit_cap is None
-        name = "logits" if plain else "head.projection"
+        name = "logits" if plain and graph.dtype == "float32" else "head.projection"
         x = graph.op("Gemm", name, x, graph.weight(table), *biases, transB=1)
+        if graph.dtype != "float32":
+            x = graph.float32("logits" if plain else "head.projection.float32", x)
         if head.multiplier != 1.0:
-            x = self.times("logits" if head.logit_cap is None else "head.scaled", x, head.multiplier)
+            name = "logits" if head.logit_cap is None else "head.scaled"
+            x = graph.op("Mul", name, x, graph.number(head.multiplier))
         return x if head.logit_cap is None else self.cap("logits", x, head.logit_cap)
 
     # A layer.
@@ -139,14 +145,15 @@ class _Decoder:
             head_dim,
         )
         if kind.query_temperature is not None:
-            query = graph.op("Mul", f"{name}.query.warmed", query, self.positions.temperature(kind.query_temperature))
+            warmth = graph.narrow(self.positions.temperature(kind.query_temperature))
+            query = graph.op("Mul", f"{name}.query.warmed", query, warmth)
         keys = graph.op("TensorScatter", f"layers.{i}.key.next", f"layers.{i}.key", key, "past", axis=2)
         values = graph.op("TensorScatter", f"layers.{i}.value.next", f"layers.{i}.value", value, "past", axis=2)
         # The heads of a group see the same keys, so they stand as positions, and no key is repeated in memory.
         query = self.times(f"{name}.query.scaled", query, kind.scale)
         grouped = graph.op("Reshape", f"{name}.query.grouped", query, graph.integers(0, kv_heads, -1, head_dim))
         turned = graph.op("Transpose", f"{name}.key.transposed", keys, perm=[0, 1, 3, 2])
-        scores = graph.op("MatMul", f"{name}.scores", grouped, turned)  # [B, K, G · S, T]
+        scores = graph.wide(graph.op("MatMul", f"{name}.scores", grouped, turned))  # [B, K, G · S, T]
         if kind.logit_cap is not None:
             scores = self.cap(f"{name}.scores.capped", scores, kind.logit_cap)
         alibi = kind.position if isinstance(kind.position, Alibi) else None
@@ -154,7 +161,7 @@ class _Decoder:
         shape = self.grouped_shape(kv_heads, heads // kv_heads)
         scores = graph.op("Reshape", f"{name}.scores.by_head", scores, shape)  # [B, K, G, S, T]
         scores = graph.op("Add", f"{name}.scores.masked", scores, bias)
-        weights = self.softmax(name, scores, kind)
+        weights = graph.narrow(self.softmax(name, scores, kind))
         weights = graph.op(
             "Reshape", f"{name}.weights.grouped", weights, graph.op("Shape", f"{name}.scores.shape", f"{name}.scores")
         )
@@ -170,7 +177,7 @@ class _Decoder:
         if not kind.sinks:
             return graph.op("Softmax", f"{name}.weights", scores, axis=-1)
         groups = graph.integers(1, kind.kv_heads, kind.heads // kind.kv_heads, 1, 1)
-        sinks = graph.op("Reshape", f"{name}.sinks.by_head", graph.weight(f"{name}.sinks"), groups)
+        sinks = graph.op("Reshape", f"{name}.sinks.by_head", graph.weight(f"{name}.sinks", "float32"), groups)
         ends = graph.op(
             "Slice",
             f"{name}.sinks.shape",
@@ -204,7 +211,8 @@ class _Decoder:
         attributes: dict[str, int] = {"interleaved": int(rotary.layout == "interleaved")}
         if rotary.dim != head_dim:
             attributes["rotary_embedding_dim"] = rotary.dim
-        return self.graph.op("RotaryEmbedding", f"{name}.rotated", x, *self.positions.rotation(rotary), **attributes)
+        waves = [self.graph.narrow(wave) for wave in self.positions.rotation(rotary)]
+        return self.graph.op("RotaryEmbedding", f"{name}.rotated", x, *waves, **attributes)
 
     def split(self, name: str, x: str, head_dim: int) -> str:
         """*Shape:* (batch · sequence, heads · head_dim) -> (batch, heads, sequence, head_dim)."""
@@ -231,31 +239,34 @@ class _Decoder:
         """*Shape:* (…, size) -> the same."""
         if norm is None:
             return x
-        graph = self.graph
-        weight = graph.weight(f"{name}.weight") if norm.affine else graph.floats([1.0] * size)
+        # Statistics are of float32 in any case, by the operators' definition. In 16 bits, 1 + w would lose what w says.
+        graph, dtype = self.graph, "float32" if norm.weight_offset else self.graph.dtype
+        weight = graph.weight(f"{name}.weight", dtype) if norm.affine else graph.floats([1.0] * size, dtype)
         if norm.weight_offset:
             weight = graph.op("Add", f"{name}.whole_weight", weight, graph.number(norm.weight_offset))
-        biases = [graph.weight(f"{name}.bias")] if norm.bias else []
+        biases = [graph.weight(f"{name}.bias", dtype)] if norm.bias else []
         kind = {"layer_norm": "LayerNormalization", "rms_norm": "RMSNormalization"}[norm.kind]
-        return graph.op(kind, name, x, weight, *biases, axis=-1, epsilon=norm.eps)
+        x = graph.cast(x, graph.dtype, dtype)
+        return graph.cast(graph.op(kind, name, x, weight, *biases, axis=-1, epsilon=norm.eps), dtype, graph.dtype)
 
     def head_norm(self, name: str, x: str, own: facts.QueryKeyNorm, heads: int, head_dim: int) -> str:
         """*Shape:* (batch, heads, sequence, head_dim) -> the same."""
         if own.width == "head":
             return self.norm(name, x, own.norm, head_dim)
         graph, by_head = self.graph, self.graph.integers(heads, 1, head_dim)
+        dtype = "float32" if own.norm.weight_offset else graph.dtype
         plain = facts.Norm(kind=own.norm.kind, eps=own.norm.eps, affine=False, weight_offset=0.0, bias=False)
-        x = self.norm(f"{name}.plain", x, plain, head_dim)
+        x = graph.cast(self.norm(f"{name}.plain", x, plain, head_dim), graph.dtype, dtype)
         if own.norm.affine:
-            weight = graph.weight(f"{name}.weight")
+            weight = graph.weight(f"{name}.weight", dtype)
             if own.norm.weight_offset:
                 weight = graph.op("Add", f"{name}.whole_weight", weight, graph.number(own.norm.weight_offset))
             weight = graph.op("Reshape", f"{name}.by_head", weight, by_head)
             x = graph.op("Mul", name, x, weight)
         if own.norm.bias:
-            bias = graph.op("Reshape", f"{name}.bias.by_head", graph.weight(f"{name}.bias"), by_head)
+            bias = graph.op("Reshape", f"{name}.bias.by_head", graph.weight(f"{name}.bias", dtype), by_head)
             x = graph.op("Add", f"{name}.biased", x, bias)
-        return x
+        return graph.cast(x, dtype, graph.dtype)
 
     def activation(self, name: str, x: str, kind: str) -> str:
         """*Shape:* any -> the same."""
@@ -263,16 +274,18 @@ class _Decoder:
         if kind == "silu":
             return graph.op("Mul", name, x, graph.op("Sigmoid", f"{name}.sigmoid", x))
         if kind in ("gelu", "gelu_tanh"):
-            return graph.op("Gelu", name, x, approximate="tanh" if kind == "gelu_tanh" else "none")
+            # A function, which a runtime without a kernel expands: eight roundings to 16 bits in place of one.
+            form = "tanh" if kind == "gelu_tanh" else "none"
+            return graph.narrow(graph.op("Gelu", name, graph.wide(x), approximate=form))
         if kind in ("relu", "relu_squared"):
             positive = graph.op("Relu", name, x)
             return positive if kind == "relu" else graph.op("Mul", f"{name}.squared", positive, positive)
         return self.xielu(name, x)
 
     def xielu(self, name: str, x: str) -> str:
-        graph = self.graph
+        graph, x = self.graph, self.graph.wide(x)  # exp(x) - 1 would lose a small x in 16 bits
         slopes = [
-            graph.op("Softplus", f"{name}.{part}.softplus", graph.weight(f"{name}.{part}"))
+            graph.op("Softplus", f"{name}.{part}.softplus", graph.weight(f"{name}.{part}", "float32"))
             for part in ("alpha_p", "alpha_n")
         ]
         half = graph.op("Mul", f"{name}.half", x, graph.number(0.5))
@@ -283,10 +296,10 @@ class _Decoder:
         below = graph.op("Sub", f"{name}.bent", grown, x)
         below = graph.op("Mul", f"{name}.below", below, graph.op("Add", f"{name}.slope", slopes[1], graph.number(0.5)))
         positive = graph.op("Greater", f"{name}.is_positive", x, graph.number(0.0))
-        return graph.op("Add", name, graph.op("Where", f"{name}.both", positive, above, below), half)
+        return graph.narrow(graph.op("Add", name, graph.op("Where", f"{name}.both", positive, above, below), half))
 
     def cap(self, name: str, x: str, cap: float) -> str:
-        """cap · tanh(x / cap). *Shape:* any -> the same."""
+        """cap · tanh(x / cap), in float32. *Shape:* any -> the same."""
         graph = self.graph
         bent = graph.op("Tanh", f"{name}.tanh", graph.op("Div", f"{name}.small", x, graph.number(cap)))
         return graph.op("Mul", name, bent, graph.number(cap))
@@ -295,11 +308,18 @@ class _Decoder:
         """*Shape:* any -> the same."""
         if clip is None:
             return x
-        return self.graph.op("Clip", f"{name}.clipped", x, self.graph.number(-clip), self.graph.number(clip))
+        ends = (self.graph.number(end, self.graph.dtype) for end in (-clip, clip))
+        return self.graph.op("Clip", f"{name}.clipped", x, *ends)
 
     def times(self, name: str, x: str, factor: float) -> str:
         """*Shape:* any -> the same."""
-        return x if factor == 1.0 else self.graph.op("Mul", name, x, self.graph.number(factor))
+        if factor == 1.0:
+            return x
+        graph = self.graph
+        # A factor that 16 bits don't hold would err the same way everywhere: the product is taken in float32.
+        dtype = graph.dtype if float(numpy.asarray(factor, graph.dtype)) == factor else "float32"
+        x = graph.op("Mul", name, graph.cast(x, graph.dtype, dtype), graph.number(factor, dtype))
+        return graph.cast(x, dtype, graph.dtype)
 
     # Shapes, each computed once.
 

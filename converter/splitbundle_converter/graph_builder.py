@@ -35,13 +35,14 @@ class Stored:
 class GraphBuilder:
     """Nodes in order. A value has the name of the node that gives it, or that name and a suffix."""
 
-    def __init__(self, stored: dict[str, Stored]) -> None:
+    def __init__(self, stored: dict[str, Stored], dtype: str = "float32") -> None:
+        """Takes where weights lie, and what the graph computes in."""
         self._stored = stored
+        self.dtype = dtype
         self._nodes: list[NodeProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._initializers: dict[str, TensorProto] = {}
         self._names: set[str] = set()
-        self._widened: dict[str, str] = {}
         self.inputs: list[ValueInfoProto] = []
         self.outputs: list[ValueInfoProto] = []
 
@@ -61,13 +62,13 @@ class GraphBuilder:
         """Makes a value an output of the graph."""
         self.outputs.append(helper.make_tensor_value_info(port.name, DTYPES[port.dtype], list(port.shape)))
 
-    def number(self, value: float) -> str:
-        """A float32 scalar."""
-        return self.floats(value)
+    def number(self, value: float, dtype: str = "float32") -> str:
+        """A scalar."""
+        return self.floats(value, dtype)
 
-    def floats(self, values: Any) -> str:
+    def floats(self, values: Any, dtype: str = "float32") -> str:
         """Floats that are known now. *Shape:* that of the values."""
-        return self._constant(numpy.asarray(values, dtype=numpy.float32), "number")
+        return self._constant(numpy.asarray(values, dtype=dtype), "number")
 
     def integers(self, *values: int) -> str:
         """Integers that are known now. *Shape:* (how many)."""
@@ -99,18 +100,29 @@ class GraphBuilder:
             self._initializers[name] = tensor
         return name
 
-    def weight(self, name: str) -> str:
-        """A tensor of a weight file in float32: one of 16 bits is widened, which a runtime does once, as it loads."""
-        self.stored(name)
-        if self._stored[name].tensor.dtype == "float32":
-            return name
-        if name not in self._widened:
-            self._widened[name] = self.float32(f"{name}.float32", name)
-        return self._widened[name]
+    def weight(self, name: str, dtype: str | None = None) -> str:
+        """A tensor of a weight file in what the graph computes in, or in another dtype.
+
+        Where that isn't the stored one it is cast, which a runtime does once, as it loads.
+        """
+        return self.cast(self.stored(name), self.stored_dtype(name), dtype or self.dtype)
 
     def float32(self, name: str, value: str) -> str:
         """A value cast to float32."""
         return self.op("Cast", name, value, to=TensorProto.FLOAT)
+
+    def cast(self, value: str, old: str, new: str) -> str:
+        """A value of one dtype in another, cast once."""
+        name = f"{value}.{new}"
+        return value if old == new else name if self.has(name) else self.op("Cast", name, value, to=DTYPES[new])
+
+    def wide(self, value: str) -> str:
+        """A value of the dtype that the graph computes in, in float32, for what 16 bits would spoil."""
+        return self.cast(value, self.dtype, "float32")
+
+    def narrow(self, value: str) -> str:
+        """A float32 value in the dtype that the graph computes in."""
+        return self.cast(value, "float32", self.dtype)
 
     def model(self, name: str) -> ModelProto:
         """The whole."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from splitbundle.bundle import Bundle, open_bundle
-from splitbundle.errors import BundleError
+from splitbundle.errors import BundleError, quoted
 from splitbundle.files import Progress, missing, open_file
 from splitbundle.names import CARD
 from splitbundle_converter import write
 from splitbundle_converter.publish import publishing
+from splitbundle_converter.refusal import refused
 
 
 def resplit(
@@ -24,7 +25,7 @@ def resplit(
     split: Sequence[int] = (),
     names: Sequence[str] | None = None,
     force: bool = False,
-    onnx: bool | None = None,
+    onnx: bool | str | None = None,
     genai: bool | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -36,7 +37,8 @@ def resplit(
         split: the cuts.
         names: the shards' names, as for ``convert``.
         force: whether to replace an existing bundle.
-        onnx: whether to add a graph to each shard, for onnxruntime; by default if the old shards have graphs.
+        onnx: whether to add a graph to each shard, for onnxruntime, as for ``convert``; by default of the variant that
+            the old shards' graphs have, if they have any.
         genai: whether to add what onnxruntime-genai needs to run the graphs; by default if it was there.
         progress: called with what is being done, how much is done, and how much there is.
 
@@ -44,11 +46,12 @@ def resplit(
         BundleError: ``usage.*``, ``output.*``, ``file.*``.
     """
     old = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    old_graphs = {shard.graph.file for shard in old.shards if shard.graph is not None}
+    old_graphs = {shard.graph.file: shard.graph.variant for shard in old.shards if shard.graph is not None}
     if genai is None:
         genai = onnx is not False and write.GENAI[0] in old.manifest.files
-    with_graphs = onnx or genai or (onnx is None and old_graphs)
-    graphs = write.graph_writer(genai=genai) if with_graphs else None
+    graphs = write.graph_writer(_variant(old_graphs.values()) if onnx is None else onnx, genai=genai)
+    if graphs is not None:
+        graphs.check(old.manifest.storage)
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
     cuts = tuple(split)
     given = None if names is None else tuple(names)
@@ -76,6 +79,14 @@ def resplit(
     return open_bundle(target)
 
 
+def _variant(variants: Iterable[str]) -> str | bool:
+    known = list(dict.fromkeys(variants))
+    if len(known) > 1:
+        expected = "one variant, where the old shards have several"
+        raise refused("usage.onnx", None, expected, quoted(known), argument="onnx")
+    return known[0] if known else False
+
+
 def _copy(old: Path, new: Path, path: str, bundle: Bundle) -> None:
     place = new / path
     place.parent.mkdir(exist_ok=True)
@@ -98,6 +109,7 @@ def add_onnx(
     bundle: str | os.PathLike[str] | Bundle,
     output: str | os.PathLike[str] | None = None,
     *,
+    variant: str = "standard",
     force: bool = False,
     genai: bool | None = None,
     progress: Progress | None = None,
@@ -107,17 +119,18 @@ def add_onnx(
     Args:
         bundle: a whole bundle.
         output: the new bundle's directory; by default the old one's, which stays whole until the new one is complete.
+        variant: of the graphs: "standard" computes in float32, "float16" in the float16 that weights are stored in.
         force: whether to replace an existing bundle at ``output``.
         genai: whether to add what onnxruntime-genai needs to run the graphs; by default if it was there.
         progress: called with what is being done, how much is done, and how much there is.
 
     Raises:
-        BundleError: ``usage.genai``, ``output.*``, ``file.*``.
+        BundleError: ``usage.onnx``, ``usage.genai``, ``output.*``, ``file.*``.
         MissingExtra: without onnx and onnxruntime.
     """
     old = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     names = [shard.name for shard in old.shards]
     target, force = (old.path, True) if output is None else (output, force)
     return resplit(
-        old, target, split=old.manifest.cuts, names=names, force=force, onnx=True, genai=genai, progress=progress
+        old, target, split=old.manifest.cuts, names=names, force=force, onnx=variant, genai=genai, progress=progress
     )

@@ -6,8 +6,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -17,9 +16,10 @@ from torch import Tensor
 
 from splitbundle import files, manifest, manifest_parser, manifest_rules, names, weights
 from splitbundle.architecture import Architecture, count
-from splitbundle.errors import BundleError, MissingExtra, Problem
-from splitbundle.manifest import File, Manifest, Shard
+from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
+from splitbundle.manifest import File, Manifest, Shard, Storage
 from splitbundle.weights import Tensor as Stored
+from splitbundle_converter.refusal import refused
 
 Produce = Callable[[str], Tensor]
 """Gives a logical tensor by its name, in the dtype to store."""
@@ -184,18 +184,51 @@ GENAI: Final = ("genai_config.json", "genai.inputs.onnx", "genai.logits.onnx")
 """What onnxruntime-genai needs besides the shards' graphs; its own name first. A shard's name has no dot."""
 
 
-def graph_writer(*, genai: bool = False) -> Callable[[Path], None]:
-    """What adds graphs to a bundle that is being written, and what onnxruntime-genai needs to run them.
+@dataclass(frozen=True, slots=True)
+class GraphWriter:
+    """What adds graphs to a bundle that is being written, and what onnxruntime-genai needs to run them."""
+
+    variant: str
+    genai: bool
+
+    def check(self, storage: Storage) -> None:
+        """Whether weights that are stored so can have such graphs.
+
+        Raises:
+            BundleError: ``usage.onnx``.
+        """
+        dtype = manifest.VARIANTS[self.variant]
+        others = [stored for stored in storage.dtypes if stored != dtype]
+        if self.variant != "standard" and others:
+            expected = f"weights that are all stored as {dtype}, for graphs that compute in it"
+            hint = f"Standard graphs take any weights; convert --dtype {dtype} stores all weights so"
+            raise refused("usage.onnx", None, expected, f"some in {others[0]}", argument="onnx", hint=hint)
+
+    def __call__(self, root: Path) -> None:
+        """Adds a graph to each shard of the bundle in ``root``."""
+        from splitbundle_converter.graph_files import add_graphs
+
+        add_graphs(root, self.variant, genai=self.genai)
+
+
+def graph_writer(onnx: bool | str, *, genai: bool = False) -> GraphWriter | None:
+    """What adds the graphs that were asked for; None where none were.
 
     Raises:
+        BundleError: ``usage.onnx`` for a variant that isn't known.
         MissingExtra: without the libraries that make graphs and check them.
     """
+    if not onnx and not genai:
+        return None
+    variant = onnx if isinstance(onnx, str) else "standard"
+    if variant not in manifest.VARIANTS:
+        hint = "Weights in bfloat16 are widened to float32 by the standard graphs: onnxruntime can't multiply bfloat16"
+        told = hint if variant == "bfloat16" else None
+        raise refused("usage.onnx", None, " or ".join(manifest.VARIANTS), quoted(variant), argument="onnx", hint=told)
     for library in ("onnx", "onnxruntime"):  # the second checks what the graphs compute
         if importlib.util.find_spec(library) is None:
             raise MissingExtra.of(library, "onnx", "make graphs")
-    from splitbundle_converter.graph_files import add_graphs
-
-    return partial(add_graphs, genai=genai)
+    return GraphWriter(variant, genai)
 
 
 def check_schemas(manifest_data: bytes, architecture_data: bytes) -> None:

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from splitbundle.bundle import Bundle
 
 BACKENDS: Final = ("torch", "onnxruntime")
-OPTIONS: Final = {"torch": ("device", "dtype", "trainable"), "onnxruntime": ("providers", "threads", "prepack")}
+OPTIONS: Final = {
+    "torch": ("device", "dtype", "trainable"),
+    "onnxruntime": ("dtype", "providers", "threads", "prepack"),
+}
 """What each backend can be told; what is left at None, or at false, isn't told."""
 LIBRARIES: Final = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "numpy")}
 
@@ -30,10 +33,11 @@ def options(backend: str, given: Mapping[str, Any], others: Iterable[str] = ()) 
         raise BundleError(
             Problem(code="stage.backend", argument="backend", expected=" or ".join(BACKENDS), got=quoted(backend))
         )
+    others = set(others)
     known = {name for used in (backend, *others) for name in OPTIONS.get(used, ())}
     told = {name: given[name] for names in OPTIONS.values() for name in names if given.get(name) not in (None, False)}
-    if backend == "onnxruntime" and told.get("dtype") == "float32":
-        del told["dtype"]  # what it computes in anyway
+    if backend == "onnxruntime" and "torch" in others:
+        told.pop("dtype", None)  # beside torch it is torch's: graphs compute in what they were written for
     for name, value in told.items():
         if name not in known:
             hint = f"It is an option of another backend; {backend} has {', '.join(OPTIONS[backend])}"

@@ -133,7 +133,8 @@ class Bundle:
     def run_vectors(
         self, shard: str | None = None, *, backend: str = "torch", progress: Progress | None = None
     ) -> list[Difference]:
-        """Computes the golden vectors in float32 through all shards, or through one from its golden input.
+        """Computes the golden vectors through all shards, or through one from its golden input: in float32, or in what
+        the graphs compute in.
 
         Args:
             shard: the one to run alone.
@@ -144,7 +145,8 @@ class Bundle:
             The largest difference to the original model at each boundary and at the logits.
 
         Raises:
-            ParityError: a difference above 1e-5 of the largest magnitude there.
+            ParityError: a difference above 1e-5 of the largest magnitude there; above 0.08 where graphs compute in
+                float16, which has 13 bits fewer.
             BundleError: ``vectors.none``; what loading refuses.
         """
         if backend != "all":
@@ -237,6 +239,7 @@ class Bundle:
         embeds: bool | None = None,
         head: bool | None = None,
         backend: Literal["onnxruntime"],
+        dtype: str | None = None,
         providers: Sequence[Any] | None = None,
         threads: int | None = None,
         prepack: bool = False,
@@ -283,9 +286,11 @@ class Bundle:
             layers: ``(start, stop)``: with torch whatever the cuts on disk, with onnxruntime one shard or several.
             embeds: whether to begin with the embedding; by default when ``start`` is 0.
             head: whether to end with the head; by default when ``stop`` is the number of layers.
-            backend: ``"torch"``, which computes with tensors, or ``"onnxruntime"``, with numpy arrays in float32.
+            backend: ``"torch"``, which computes with tensors, or ``"onnxruntime"``, with numpy arrays in float32 (and
+                in what the graphs compute in, by their variant in the manifest).
             device: torch: as torch names it; by default the CPU.
-            dtype: torch: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; by default the stored one.
+            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; by default the stored one, and under
+                onnxruntime the graphs', which know no other.
             trainable: torch: whether the parameters take gradients. Training never changes the bundle: weights are
                 mapped copy-on-write. Stages that are opened apart have parameters of their own, even a tied
                 embedding; open a ``pipeline`` to have them tied.
@@ -316,6 +321,7 @@ class Bundle:
         self,
         *,
         backend: Literal["onnxruntime"],
+        dtype: str | None = None,
         providers: Sequence[Any] | None = None,
         threads: int | None = None,
         prepack: bool = False,

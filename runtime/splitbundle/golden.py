@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 TOLERANCE: Final = 1e-5
 """Of the largest magnitude: ten times what the original model itself differs by between two ways to compute it."""
+FLOAT16_TOLERANCE: Final = TOLERANCE * 2**13
+"""As many units in the last place, of numbers that have 13 bits fewer."""
 Outputs = dict[tuple[str, int], Any]
 """``hidden.N`` or ``logits``, and the case -> what came out there."""
 
@@ -31,6 +33,8 @@ class Difference:
     """The largest magnitude there."""
     between: tuple[str, str]
     """What computed the one, and what the other: a backend, or the "original"."""
+    tolerance: float = TOLERANCE
+    """The largest relative difference that rounding explains."""
 
     @property
     def relative(self) -> float:
@@ -81,13 +85,15 @@ def compute(
     return outputs
 
 
-def compare(got: Outputs, expected: Mapping[tuple[str, int], Any], between: tuple[str, str]) -> list[Difference]:
+def compare(
+    got: Outputs, expected: Mapping[tuple[str, int], Any], between: tuple[str, str], tolerance: float = TOLERANCE
+) -> list[Difference]:
     """The largest difference at each place."""
     found: dict[str, Difference] = {}
     for (where, case), value in got.items():
         other = expected[where, case]
         largest, scale = float(abs(value - other).max()), float(abs(other).max())
-        difference = Difference(where=where, largest=largest, scale=scale, between=between)
+        difference = Difference(where=where, largest=largest, scale=scale, between=between, tolerance=tolerance)
         before = found.get(where)
         # A NaN must win and stay, and compares as larger than nothing.
         if before is None or math.isnan(difference.relative) or difference.relative > before.relative:
@@ -101,14 +107,14 @@ def check(differences: list[Difference], file: str) -> None:
     Raises:
         ParityError: ``parity`` where they differ by more than the tolerance, or aren't numbers.
     """
-    wrong = [difference for difference in differences if not difference.relative <= TOLERANCE]
+    wrong = [difference for difference in differences if not difference.relative <= difference.tolerance]
     if wrong:
         raise ParityError(_problem(difference, file) for difference in wrong)
 
 
 def _problem(difference: Difference, file: str) -> Problem:
     other = "the original model" if difference.between[1] == "original" else difference.between[1]
-    expected = f"a difference to {other} of at most {TOLERANCE:g} of {difference.scale:.4g}"
+    expected = f"a difference to {other} of at most {difference.tolerance:g} of {difference.scale:.4g}"
     got = f"{difference.largest:.4g}, {difference.relative:.3g} of it"
     hint = "These weights don't compute what the original model did: convert it again, and report it if it persists"
     if difference.between[1] != "original":

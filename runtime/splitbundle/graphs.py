@@ -26,9 +26,9 @@ def cache_sizes(architecture: Architecture, name: str) -> tuple[int, int]:
 
 
 def ports(
-    architecture: Architecture, layers: tuple[int, int], *, embeds: bool, head: bool
+    architecture: Architecture, layers: tuple[int, int], *, embeds: bool, head: bool, dtype: str
 ) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
-    """The inputs and the outputs of a part's graph, in order."""
+    """The inputs and the outputs of a part's graph, in order; ``dtype`` is what it computes in."""
     hidden = ("batch", "sequence", architecture.hidden_size)
     first = Port(name="token_ids", dtype="int64", shape=hidden[:2])
     inputs = [first if embeds else Port(name="hidden", dtype="float32", shape=hidden)]
@@ -40,7 +40,7 @@ def ports(
         outputs = [Port(name=next_name("hidden"), dtype="float32", shape=hidden)]
     for name in cache_names(layers):
         heads, width = cache_sizes(architecture, name)
-        port = Port(name=name, dtype="float32", shape=("batch", heads, "slots", width))
+        port = Port(name=name, dtype=dtype, shape=("batch", heads, "slots", width))
         inputs.append(port)
         outputs.append(Port(name=next_name(name), dtype=port.dtype, shape=port.shape))
     return tuple(inputs), tuple(outputs)

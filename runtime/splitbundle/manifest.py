@@ -15,9 +15,9 @@ FILE: Final = names.MANIFEST
 DTYPES: Final = ("float32", "float16", "bfloat16")
 """What weights may be stored as."""
 ENCODINGS: Final = ("plain",)
-VARIANTS: Final = ("standard",)
-"""Of graphs: "standard" has no operators but those of ONNX itself."""
-PORT_DTYPES: Final = ("float32", "int64")
+VARIANTS: Final = {"standard": "float32", "float16": "float16"}
+"""Of graphs, and what each computes in."""
+PORT_DTYPES: Final = ("float32", "float16", "int64")
 """Of what goes into a graph and comes out of it."""
 EXTENSIONS: Final[frozenset[str]] = frozenset()
 """The named extensions that this reader understands."""
@@ -58,6 +58,11 @@ class Storage:
     def dtype_of(self, name: str) -> str:
         """The stored dtype of a logical tensor."""
         return self.exceptions.get(name, self.dtype)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Every dtype that tensors are stored in."""
+        return tuple(dict.fromkeys((self.dtype, *self.exceptions.values())))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

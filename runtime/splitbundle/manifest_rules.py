@@ -9,7 +9,7 @@ from splitbundle.architecture import Architecture, count
 from splitbundle.errors import quoted
 from splitbundle.fields import Problems, escape
 from splitbundle.graphs import OPSET, ports
-from splitbundle.manifest import EMBEDDING, FILE, ROW, Graph, Manifest, Shard, expand, fingerprint
+from splitbundle.manifest import EMBEDDING, FILE, ROW, VARIANTS, Graph, Manifest, Shard, expand, fingerprint
 
 _ROW_NAME = re.compile(r"([^{}]+\.)?\{row\}(\.[^{}]+)?")
 
@@ -149,7 +149,7 @@ def _check_shard_totals(
     problems: Problems,
 ) -> None:
     if shard.graph is not None:
-        _check_graph(shard.graph, architecture, shard, f"{at}/graph", problems)
+        _check_graph(shard.graph, manifest, architecture, shard, f"{at}/graph", problems)
     needed = architecture.units_of(shard.layers, embeds=shard.embeds, head=shard.head)
     if shard.units != needed:
         problems.add("manifest.shards", f"{at}/units", ", ".join(needed), ", ".join(map(quoted, shard.units)))
@@ -161,10 +161,17 @@ def _check_shard_totals(
             problems.add("manifest.shards", f"{at}/{key}", str(expected), str(getattr(shard, key)))
 
 
-def _check_graph(graph: Graph, architecture: Architecture, shard: Shard, at: str, problems: Problems) -> None:
+def _check_graph(
+    graph: Graph, manifest: Manifest, architecture: Architecture, shard: Shard, at: str, problems: Problems
+) -> None:
     if graph.opset != OPSET:
         problems.add("manifest.graphs", f"{at}/opset", str(OPSET), str(graph.opset))
-    expected = ports(architecture, shard.layers, embeds=shard.embeds, head=shard.head)
+    dtype = VARIANTS[graph.variant]
+    others = [stored for stored in manifest.storage.dtypes if stored != dtype]
+    if graph.variant != "standard" and others:
+        expected_weights, got = f"standard, or weights that are all stored as {dtype}", f"{graph.variant}, {others[0]}"
+        problems.add("manifest.graphs", f"{at}/variant", expected_weights, got)
+    expected = ports(architecture, shard.layers, embeds=shard.embeds, head=shard.head, dtype=dtype)
     for which, wanted, found in zip(("inputs", "outputs"), expected, (graph.inputs, graph.outputs), strict=True):
         for i, port in enumerate(wanted):
             if i >= len(found) or found[i] != port:

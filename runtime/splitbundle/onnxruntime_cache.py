@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy
@@ -24,8 +24,17 @@ class KVCache(Slots):
     copy of the cache every few hundred tokens costs less than scores of slots that nobody has filled.
     """
 
-    def __init__(self, architecture: Architecture, layers: tuple[int, int], batch_size: int, capacity: int) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        layers: tuple[int, int],
+        batch_size: int,
+        capacity: int,
+        dtypes: Mapping[str, str],
+    ) -> None:
+        """Takes the dtype of each cache too, as the graphs' inputs have it."""
         super().__init__(architecture, layers, batch_size, capacity)
+        self.dtypes = dict(dtypes)
         self.slots = 0
         """How many there are now."""
         self.arrays: dict[str, numpy.ndarray] = {}
@@ -47,7 +56,7 @@ class KVCache(Slots):
     def _resize(self, slots: int) -> None:
         for name, (heads, width) in self._sizes.items():
             # Zeros, not whatever memory held: a masked slot still takes part in a product, and 0 · NaN is NaN.
-            array = numpy.zeros((self.batch_size, heads, slots, width), numpy.float32)
+            array = numpy.zeros((self.batch_size, heads, slots, width), self.dtypes[name])
             if name in self.arrays:
                 array[:, :, : self.slots] = self.arrays[name]
             self._put(name, array)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -12,6 +12,7 @@ from splitbundle import files
 from splitbundle.calls import Call
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.graphs import cache_names
+from splitbundle.manifest import VARIANTS
 from splitbundle.onnxruntime_cache import KVCache
 from splitbundle.stages import Given, LogitsWanted, StageSurface
 
@@ -31,7 +32,7 @@ _Pieces = Sequence[tuple[int, Call]]
 class Stage(StageSurface):
     """A part of the model. The first stage takes token ids, the others ``hidden``; the last one gives logits.
 
-    It takes and gives numpy arrays, and computes in float32.
+    It takes and gives numpy arrays in float32, and computes in what its graphs compute in.
     """
 
     backend = "onnxruntime"
@@ -43,12 +44,13 @@ class Stage(StageSurface):
     def __init__(self, bundle: Bundle, selection: Selection, graphs: Sequence[LoadedGraph]) -> None:
         self._describe(bundle, selection)
         self.graphs = tuple(graphs)
+        self._cache_dtypes = {name: dtype for graph in self.graphs for name, dtype in graph.caches.items()}
 
     def __repr__(self) -> str:
         return f"Stage({self.name}, layers [{self.layer_range[0]}, {self.layer_range[1]}), onnxruntime)"
 
     def _make_cache(self, batch_size: int, capacity: int) -> KVCache:
-        return KVCache(self.architecture, self.layer_range, batch_size, capacity)
+        return KVCache(self.architecture, self.layer_range, batch_size, capacity, self._cache_dtypes)
 
     def _given(self, array: object) -> Given | None:
         if not isinstance(array, numpy.ndarray):
@@ -65,9 +67,10 @@ class Stage(StageSurface):
         return "Convert it with .astype(numpy.float32)"
 
     def _check_cache(self, cache: KVCache) -> None:
-        if not isinstance(cache, KVCache) or cache.layers != self.layer_range:
-            got = f"one of layers {cache.layers}" if isinstance(cache, KVCache) else type(cache).__name__
-            self._refuse("input.cache", "cache", f"a cache of layers {self.layer_range} for onnxruntime", got)
+        own = self.layer_range, self._cache_dtypes
+        if not isinstance(cache, KVCache) or (cache.layers, cache.dtypes) != own:
+            got = f"one of {_said(cache.layers, cache.dtypes)}" if isinstance(cache, KVCache) else type(cache).__name__
+            self._refuse("input.cache", "cache", f"a cache of {_said(*own)} for onnxruntime", got)
 
     def __call__(
         self,
@@ -111,7 +114,7 @@ class Stage(StageSurface):
         if not any(call.count):  # no row brings a token: there is nothing to compute, and nothing to attend to
             width = self.architecture.vocab_size if self.has_head else self.architecture.hidden_size
             return numpy.zeros((batch, wanted or call.length, width), numpy.float32)
-        own = cache if cache is not None else KVCache(self.architecture, self.layer_range, batch, call.stop)
+        own = cache if cache is not None else self._make_cache(batch, call.stop)
         pieces = [(0, call)] if own.rescales(call) else list(call.pieces(max(PIECE // batch, 1)))
         result = self._logits(x, pieces, own, call, wanted) if self.has_head else self._hidden(x, pieces, own, call)
         if cache is not None:
@@ -154,6 +157,10 @@ class Stage(StageSurface):
         return x
 
 
+def _said(layers: tuple[int, int], dtypes: Mapping[str, str]) -> str:
+    return f"layers {layers}" + "".join(f" in {dtype}" for dtype in sorted(set(dtypes.values())))
+
+
 class LoadedGraph:
     """A shard's graph in a session of onnxruntime."""
 
@@ -186,11 +193,13 @@ class LoadedGraph:
         self.input = graph.inputs[0].name
         self.output = graph.outputs[0]
         self.head = shard.head
-        self.caches = cache_names(shard.layers)
+        names = cache_names(shard.layers)
+        self.caches = {port.name: port.dtype for port in graph.inputs if port.name in names}
+        """Each with its dtype."""
 
     def run(self, x: numpy.ndarray, call: Call, cache: KVCache, selected: numpy.ndarray | None) -> numpy.ndarray:
         """*Shape:* token ids (batch, sequence) or hidden -> hidden (batch, sequence, hidden), or (selected, vocab)."""
-        binding = cache.binding(self.session, self.caches)
+        binding = cache.binding(self.session, tuple(self.caches))
         given = {self.input: x, "past": call.past, "count": call.count}
         sizes = {"batch": len(x), "sequence": x.shape[1]}
         if self.head and selected is not None:
@@ -225,6 +234,7 @@ def load_stages(
     bundle: Bundle,
     selections: Sequence[Selection],
     *,
+    dtype: str | None = None,
     providers: Sequence[Any] | None = None,
     threads: int | None = None,
     prepack: bool = False,
@@ -232,7 +242,8 @@ def load_stages(
     """Stages over graphs, and the weight files that those read where they lie. See ``Bundle.stage``.
 
     Raises:
-        BundleError: ``stage.graph`` for a range that isn't that of one shard's graph, or of several in a row.
+        BundleError: ``stage.graph`` for a range that isn't that of one shard's graph, or of several in a row;
+            ``input.dtype`` for another dtype than the graphs were written for.
     """
     available = onnxruntime.get_available_providers()
     chosen = ["CPUExecutionProvider"] if providers is None else list(providers)
@@ -246,6 +257,7 @@ def load_stages(
         shards = _shards_of(bundle, selection)
         graphs = []
         for shard in shards:
+            _check_dtype(shard, dtype)
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             if threads is not None:
@@ -255,6 +267,16 @@ def load_stages(
             graphs.append(LoadedGraph(bundle, shard, options, chosen))
         stages.append(Stage(bundle, selection, graphs))
     return stages
+
+
+def _check_dtype(shard: Shard, wanted: str | None) -> None:
+    own = None if shard.graph is None else VARIANTS[shard.graph.variant]
+    if own is not None and wanted not in (None, own):
+        expected = f"{own}, in which the graph of shard {shard.name} computes"
+        hint = "splitbundle add-onnx --variant writes graphs that compute in another; torch computes in any"
+        raise BundleError(
+            Problem(code="input.dtype", argument="dtype", expected=expected, got=quoted(wanted), hint=hint)
+        )
 
 
 def _shards_of(bundle: Bundle, selection: Selection) -> list[Shard]:

@@ -9,6 +9,7 @@ import numpy
 
 from splitbundle import golden
 from splitbundle.bundle import VECTORS
+from splitbundle.manifest import VARIANTS
 from splitbundle.onnxruntime_stage import load_stages
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ def run_vectors(bundle: Bundle, shard: str | None, progress: Progress | None) ->
     """See ``Bundle.run_vectors``."""
     tensors = {} if bundle.manifest.vectors is None else _arrays(bundle)
     outputs = golden.compute(bundle, shard, tensors, lambda part: load_stages(bundle, [part])[0], progress)
-    return golden.compare(outputs, golden.original_outputs(tensors, outputs), ("onnxruntime", "original"))
+    original = golden.original_outputs(tensors, outputs)
+    return golden.compare(outputs, original, ("onnxruntime", "original"), _tolerance(bundle))
 
 
 def run_both(bundle: Bundle, shard: str | None, progress: Progress | None) -> list[golden.Difference]:
@@ -38,9 +40,14 @@ def run_both(bundle: Bundle, shard: str | None, progress: Progress | None) -> li
     original = golden.original_outputs(tensors, outputs)
     return [
         *golden.compare(torch_outputs, original, ("torch", "original")),
-        *golden.compare(outputs, original, ("onnxruntime", "original")),
-        *golden.compare(outputs, torch_outputs, ("onnxruntime", "torch")),
+        *golden.compare(outputs, original, ("onnxruntime", "original"), _tolerance(bundle)),
+        *golden.compare(outputs, torch_outputs, ("onnxruntime", "torch"), _tolerance(bundle)),
     ]
+
+
+def _tolerance(bundle: Bundle) -> float:
+    narrow = any(shard.graph is not None and VARIANTS[shard.graph.variant] == "float16" for shard in bundle.shards)
+    return golden.FLOAT16_TOLERANCE if narrow else golden.TOLERANCE
 
 
 def _arrays(bundle: Bundle) -> dict[str, numpy.ndarray]:
