@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import onnxruntime
 
-from splitbundle import files
+from splitbundle import graph_rules
 from splitbundle.calls import Call
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.graphs import cache_names
@@ -18,9 +18,6 @@ from splitbundle.stages import Given, LogitsWanted, StageSurface
 if TYPE_CHECKING:
     from splitbundle.bundle import Bundle, Selection
     from splitbundle.manifest import Shard
-
-MAX_GRAPH: int = 64 * 2**20
-"""Bytes: a graph holds no weights."""
 
 
 class Stage(StageSurface):
@@ -146,10 +143,7 @@ class LoadedGraph:
         graph = shard.graph
         if graph is None:
             raise _no_graph(bundle, f"shard {shard.name}")
-        data = files.read_listed(bundle.path, graph.file, bundle.manifest.files[graph.file], MAX_GRAPH)
-        for unit in shard.units:
-            for _ in bundle.open_weights(unit):
-                """Sizes and header digests are as listed, so every tensor lies where the graph looks for it."""
+        data = graph_rules.read(bundle, shard, graph)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
         try:
             self.session = onnxruntime.InferenceSession(data, options, providers=list(providers))
