@@ -98,6 +98,17 @@ def test_every_reader_refuses_alike(case: Case, capsys: pytest.CaptureFixture[st
         assert "Traceback" not in said.err
 
 
+@pytest.mark.rule("SB-O-013")
+def test_a_unit_of_two_files() -> None:
+    """Each tensor's data is in its own part, at its own place."""
+    model = ModelProto.FromString((good() / "trunk.onnx").read_bytes())
+    files = {entry.value for each in model.graph.initializer for entry in each.external_data if entry.key == "location"}
+    one, other = sorted(path for path in files if path.startswith("layer-003"))
+    entries = [entry for each in model.graph.initializer for entry in each.external_data if entry.value == one]
+    entries[0].value = other
+    assert judge(written(model), "trunk") == "graph.weights"
+
+
 def test_names_of_cases_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What other readers are given: bundles that differ from the good one by the graph and what lists it."""
     assert len({case.name for case in CASES}) == len(CASES)

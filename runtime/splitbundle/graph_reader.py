@@ -122,10 +122,9 @@ class Reader:
     def __init__(self, data: bytes, file: str) -> None:
         self.data, self.file = data, file
 
-    def refuse(self, code: str, offset: int, expected: str, got: str, hint: str | None = None) -> NoReturn:
+    def refuse(self, code: str, offset: int, expected: str, got: str) -> NoReturn:
         """Raises BundleError about the byte at ``offset``."""
-        problem = Problem(code=code, file=self.file, offset=offset, expected=expected, got=got, hint=hint)
-        raise BundleError(problem)
+        raise BundleError(Problem(code=code, file=self.file, offset=offset, expected=expected, got=got))
 
     def message(self, schema: Schema, place: Place) -> Message:
         """The fields of the message at ``place``.

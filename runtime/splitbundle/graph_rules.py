@@ -128,7 +128,7 @@ class _Check:
         results = {self.node(at) for at in graph.get("node", ())}
         self.ports("output", graph.get("output", []), self.graph.outputs, place)
         for port in self.graph.outputs:
-            if port.name.encode("ascii") not in results:
+            if port.name.encode("utf-8") not in results:
                 refuse("graph.values", place[0], f"a node that gives {quoted(port.name)}", "none")
         if unused := initializers - self.taken:
             refuse("graph.values", place[0], "initialisers that nodes take", f"{_shown(min(unused))}, which none does")
@@ -156,8 +156,8 @@ class _Check:
             shape = self.reader.message(reader.SHAPE, tensor["shape"])
             sizes = tuple(map(self.size_of, shape.get("dim", ())))
             code = CODES[port.dtype]
-            wanted = tuple(size if isinstance(size, int) else size.encode("ascii") for size in port.shape)
-            if (value["name"], tensor["elem_type"], sizes) != (port.name.encode("ascii"), code, wanted):
+            wanted = tuple(size if isinstance(size, int) else size.encode("utf-8") for size in port.shape)
+            if (value["name"], tensor["elem_type"], sizes) != (port.name.encode("utf-8"), code, wanted):
                 dtype = _DTYPES.get(tensor["elem_type"], f"type {tensor['elem_type']}")
                 shown = ", ".join(_shown(size) if isinstance(size, bytes) else str(size) for size in sizes)
                 got = f"{_shown(value['name'])}: {dtype} [{shown}]"
