@@ -17,7 +17,8 @@ from splitbundle.graphs import next_name, ports
 from splitbundle.manifest import Shard
 from splitbundle.selections import Selection
 from splitbundle.torch_positions import Reach
-from splitbundle_converter.graph_builder import GraphBuilder, Stored
+from splitbundle.weights import Stored
+from splitbundle_converter.graph_builder import GraphBuilder
 from splitbundle_converter.graph_positions import GraphPositions
 
 

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from splitbundle.graphs import OPSET
+from splitbundle.graph_operators import CODES
+from splitbundle.graphs import IR_VERSION, OPSET
 from splitbundle.manifest import Port
-from splitbundle.weights import Tensor
-
-IR_VERSION: Final = 12
-"""What ONNX released opset 24 with."""
-DTYPES: Final = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "int64": TensorProto.INT64,
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """A tensor in a weight file."""
-
-    file: str
-    offset: int
-    """Of its first byte in the file."""
-    tensor: Tensor
+from splitbundle.weights import Stored
 
 
 class GraphBuilder:
@@ -56,11 +37,11 @@ class GraphBuilder:
 
     def input(self, port: Port) -> None:
         """An input of the graph."""
-        self.inputs.append(helper.make_tensor_value_info(port.name, DTYPES[port.dtype], list(port.shape)))
+        self.inputs.append(helper.make_tensor_value_info(port.name, CODES[port.dtype], list(port.shape)))
 
     def output(self, port: Port) -> None:
         """Makes a value an output of the graph."""
-        self.outputs.append(helper.make_tensor_value_info(port.name, DTYPES[port.dtype], list(port.shape)))
+        self.outputs.append(helper.make_tensor_value_info(port.name, CODES[port.dtype], list(port.shape)))
 
     def number(self, value: float, dtype: str = "float32") -> str:
         """A scalar."""
@@ -93,7 +74,7 @@ class GraphBuilder:
         """A tensor of a weight file, in the dtype that it is stored in."""
         if name not in self._initializers:
             where = self._stored[name]
-            tensor = TensorProto(name=name, data_type=DTYPES[where.tensor.dtype], dims=where.tensor.shape)
+            tensor = TensorProto(name=name, data_type=CODES[where.tensor.dtype], dims=where.tensor.shape)
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in (("location", where.file), ("offset", where.offset), ("length", where.tensor.size)):
                 tensor.external_data.add(key=key, value=str(value))
@@ -114,7 +95,7 @@ class GraphBuilder:
     def cast(self, value: str, old: str, new: str) -> str:
         """A value of one dtype in another, cast once."""
         name = f"{value}.{new}"
-        return value if old == new else name if self.has(name) else self.op("Cast", name, value, to=DTYPES[new])
+        return value if old == new else name if self.has(name) else self.op("Cast", name, value, to=CODES[new])
 
     def wide(self, value: str) -> str:
         """A value of the dtype that the graph computes in, in float32, for what 16 bits would spoil."""

@@ -8,22 +8,24 @@ from pathlib import Path
 import onnx
 from onnx import shape_inference
 
+from splitbundle import graph_rules
 from splitbundle.bundle import Bundle, open_bundle
 from splitbundle.graphs import OPSET, ports
 from splitbundle.manifest import VARIANTS, File, Graph, Shard
 from splitbundle.names import CARD
 from splitbundle_converter import graph, write
 from splitbundle_converter.genai_files import write_genai
-from splitbundle_converter.graph_builder import Stored
 
 
 def add_graphs(root: Path, variant: str, *, genai: bool = False) -> None:
     """Writes a graph for each shard of the bundle in ``root``, which nobody else sees yet, and lists them.
 
-    Each is checked by ``onnx.checker`` in full, and its shapes are inferred strictly.
+    Each is held against what readers ask of it, checked by ``onnx.checker`` in full, and its shapes are inferred
+    strictly.
 
     Args:
         root: the bundle's directory.
+        variant: of the graphs.
         genai: whether to write what onnxruntime-genai needs, too.
 
     Raises:
@@ -34,10 +36,11 @@ def add_graphs(root: Path, variant: str, *, genai: bool = False) -> None:
     shards = []
     for shard in bundle.shards:
         path = f"{shard.name}.onnx"
-        dtype = VARIANTS[variant]
-        listed[path] = _write(bundle, shard, root, path, dtype)
-        inputs, outputs = ports(bundle.architecture, shard.layers, embeds=shard.embeds, head=shard.head, dtype=dtype)
+        inputs, outputs = ports(
+            bundle.architecture, shard.layers, embeds=shard.embeds, head=shard.head, dtype=VARIANTS[variant]
+        )
         own = Graph(file=path, variant=variant, opset=OPSET, inputs=inputs, outputs=outputs)
+        listed[path] = _write(bundle, shard, root, own)
         shards.append(replace(shard, graph=own))
     draft = replace(bundle.manifest, shards=tuple(shards), files=listed)
     if genai:
@@ -45,14 +48,12 @@ def add_graphs(root: Path, variant: str, *, genai: bool = False) -> None:
     write.finish(root, draft, bundle.architecture)
 
 
-def _write(bundle: Bundle, shard: Shard, root: Path, path: str, dtype: str) -> File:
-    stored: dict[str, Stored] = {}
-    for unit in shard.units:
-        for file, (_, found) in zip(bundle.manifest.units[unit], bundle.open_weights(unit), strict=True):
-            for name, (tensor, offset) in found.layout.items():
-                stored[name] = Stored(file=file, offset=found.start + offset, tensor=tensor)
-    model = graph.build(bundle.architecture, shard, stored, dtype)
-    listed = write.write_file(root, path, model.SerializeToString(deterministic=True))
-    onnx.checker.check_model(str(root / path), full_check=True)
+def _write(bundle: Bundle, shard: Shard, root: Path, own: Graph) -> File:
+    stored = graph_rules.stored(bundle, shard)
+    model = graph.build(bundle.architecture, shard, stored, VARIANTS[own.variant])
+    data = model.SerializeToString(deterministic=True)
+    graph_rules.check(data, own, graph_rules.used(shard, stored))
+    listed = write.write_file(root, own.file, data)
+    onnx.checker.check_model(str(root / own.file), full_check=True)
     shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     return listed

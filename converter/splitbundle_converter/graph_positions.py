@@ -145,8 +145,9 @@ class GraphPositions:
             ]
             same = graph.op("Equal", f"{name}.same_chunk", *chunks)
             sees = graph.op("And", f"{name}.chunk", sees, same)
-        added = graph.number(0.0)
-        if alibi is not None:
+        if alibi is None:
+            added = graph.number(0.0)
+        else:
             distance = graph.op("Sub", f"{name}.distance", keys, queries)
             slope = slopes(alibi, heads, CPU).reshape(1, kv_heads, heads // kv_heads, 1, 1).tolist()
             added = graph.op("Mul", f"{name}.alibi", graph.float32(f"{name}.float32", distance), graph.floats(slope))

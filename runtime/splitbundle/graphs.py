@@ -7,6 +7,8 @@ from splitbundle.manifest import Port
 
 OPSET = 24
 """The ONNX operator set that graphs are written in."""
+IR_VERSION = 12
+"""What ONNX released that operator set with."""
 
 
 def next_name(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import onnxruntime
 
-from splitbundle import files
+from splitbundle import graph_rules
 from splitbundle.calls import Call
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.graphs import cache_names
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from splitbundle.manifest import Shard
     from splitbundle.selections import Selection
 
-MAX_GRAPH: int = 64 * 2**20
-"""Bytes: a graph holds no weights."""
 PIECE: int = 512
 """Tokens, of all rows, that a graph computes at once: scores of a long prompt as a whole would fill the memory, and
 half of them are of slots that a token doesn't see (``spec/decisions/0009``)."""
@@ -168,16 +166,12 @@ class LoadedGraph:
         graph = shard.graph
         if graph is None:
             raise _no_graph(bundle, f"shard {shard.name}")
-        data = files.read_listed(bundle.path, graph.file, bundle.manifest.files[graph.file], MAX_GRAPH)
-        read: dict[str, Any] = {}
-        for unit in shard.units:
-            if bundle.strict:
+        data = graph_rules.read(bundle, shard, graph)
+        if bundle.strict:  # onnxruntime copies what it needs of them, and opens no file
+            read: dict[str, Any] = {}
+            for unit in shard.units:
                 paths = bundle.manifest.units[unit]
                 read |= dict(zip(paths, (memory for memory, _ in bundle.weight_bytes(unit)), strict=True))
-                continue
-            for _ in bundle.open_weights(unit):
-                """Sizes and header digests are as listed, so every tensor lies where the graph looks for it."""
-        if bundle.strict:  # onnxruntime copies what it needs of them, and opens no file
             sizes = [len(memory) for memory in read.values()]
             options.add_external_initializers_from_files_in_memory(list(read), list(read.values()), sizes)
         else:

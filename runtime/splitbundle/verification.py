@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from splitbundle import architecture as architectures
-from splitbundle import files, manifest, names, strict_json
+from splitbundle import files, graph_rules, manifest, names, strict_json
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.files import Progress
 
 if TYPE_CHECKING:
     from splitbundle.bundle import Bundle
+    from splitbundle.manifest import Shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,13 @@ def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress
                     pass
             except BundleError as error:
                 problems += error.problems
+                good.difference_update(paths)
+    for each in bundle.shards if shard is None else (bundle.shard(shard),):
+        if each.graph is not None and good.issuperset(_files(bundle, each)):
+            try:
+                graph_rules.read(bundle, each, each.graph)
+            except BundleError as error:
+                problems += error.problems
     unlisted = files.unlisted(bundle.path, {*bundle.manifest.files, manifest.FILE, names.SUMS})
     if exact:
         problems += [
@@ -58,10 +66,13 @@ def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress
 
 
 def _listed(bundle: Bundle, shard: str | None) -> list[str]:
-    if shard is None:
-        return list(bundle.manifest.files)
-    units = bundle.shard(shard).units
-    return [architectures.FILE, *(path for unit in units for path in bundle.manifest.units[unit])]
+    return list(bundle.manifest.files) if shard is None else [architectures.FILE, *_files(bundle, bundle.shard(shard))]
+
+
+def _files(bundle: Bundle, shard: Shard) -> list[str]:
+    """A shard's weight files and its graph."""
+    graphs = [] if shard.graph is None else [shard.graph.file]
+    return [*(path for unit in shard.units for path in bundle.manifest.units[unit]), *graphs]
 
 
 def _check_sums(bundle: Bundle) -> list[Problem]:

@@ -38,6 +38,16 @@ class Tensor:
         return ITEM_SIZES[self.dtype] * math.prod(self.shape)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """Where a tensor lies."""
+
+    file: str
+    offset: int
+    """Of its first byte in the file."""
+    tensor: Tensor
+
+
 Layout = dict[str, tuple[Tensor, int]]
 """Name -> the tensor and the offset of its first byte in the data, in the order of the data."""
 

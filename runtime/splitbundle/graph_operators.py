@@ -1,0 +1,54 @@
+"""The operators that a graph of a bundle may be made of, all of ONNX's own domain: a closed list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+CODES: Final = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+"""dtype -> its number in ONNX's ``TensorProto.DataType``."""
+KINDS: Final = {"f": 1, "i": 2, "s": 3, "ints": 7}
+"""The field that holds an attribute's value -> its number in ``AttributeProto.AttributeType``."""
+VALUES: Final[dict[tuple[bytes, bytes], frozenset[object]]] = {
+    (b"Cast", b"to"): frozenset(CODES.values()),
+    (b"Gelu", b"approximate"): frozenset((b"none", b"tanh")),
+}
+"""(operator, attribute) -> what the attribute may be, where that isn't left to the runtime that computes it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """How many inputs an operator takes, and its attributes: each by the field that holds its value."""
+
+    least: int
+    most: int
+    attributes: dict[bytes, str] = field(default_factory=dict)
+
+
+def _listed() -> dict[bytes, Operator]:
+    operators: dict[str, Operator] = {}
+
+    def add(names: str, least: int, most: int | None = None, **attributes: str) -> None:
+        own = {name.encode("ascii"): kind for name, kind in attributes.items()}
+        for name in names.split():
+            operators[name] = Operator(least=least, most=most or least, attributes=own)
+
+    add("Cos Exp Log Reciprocal Relu Sigmoid Sin Softplus Squeeze Tanh", 1)
+    add("Cast", 1, to="i")
+    add("Gelu", 1, approximate="s")
+    add("Shape", 1, start="i", end="i")
+    add("Softmax", 1, axis="i")
+    add("Transpose", 1, perm="ints")
+    add("Add And Div Equal Expand Gather Greater LessOrEqual MatMul Max Min Mul Pow Reshape Sub Unsqueeze", 2)
+    add("Concat", 2, 16, axis="i")
+    add("Gemm", 2, 3, transB="i")
+    add("LayerNormalization RMSNormalization", 2, 3, axis="i", epsilon="f")
+    add("Clip Range Where", 3)
+    add("RotaryEmbedding", 3, interleaved="i", rotary_embedding_dim="i")
+    add("Slice", 3, 4)
+    add("TensorScatter", 3, axis="i")
+    return {name.encode("ascii"): operator for name, operator in operators.items()}
+
+
+OPERATORS: Final = _listed()
+"""``spec/v1/bundle.md``, section "Graphs", has the same table."""

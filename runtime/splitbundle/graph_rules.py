@@ -1,0 +1,281 @@
+"""What a graph must be to its manifest and to the weight files: ``spec/v1/bundle.md``, section "Graphs".
+
+Graphs come from strangers, and what runs them follows whatever external data they name. So each is judged here first,
+wherever it is used or verified, with nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+from splitbundle import files
+from splitbundle import graph_reader as reader
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.graph_operators import CODES, KINDS, OPERATORS, VALUES, Operator
+from splitbundle.graph_reader import Message, Place, Reader
+from splitbundle.graphs import IR_VERSION
+from splitbundle.manifest import EMBEDDING, Graph, Port, Shard
+from splitbundle.weights import ITEM_SIZES, Stored
+
+if TYPE_CHECKING:
+    from splitbundle.bundle import Bundle
+
+MAX_GRAPH: Final = 16 * 2**20
+"""Bytes: a graph holds no weights."""
+MAX_CONSTANTS: Final = 2**20
+"""Bytes of all numbers that stand in the graph itself."""
+CONSTANTS: Final = ("float32", "float16", "int64")
+_NAME: Final = re.compile(rb"[!-~]{1,256}")
+_TEXT: Final = re.compile(rb"[ -~]{0,256}")
+_DTYPES: Final = {code: dtype for dtype, code in CODES.items()}
+_DEFAULT, _EXTERNAL = 0, 1  # of ONNX's TensorProto.DataLocation
+
+
+def read(bundle: Bundle, shard: Shard, graph: Graph) -> bytes:
+    """The bytes of a shard's graph, once all rules hold; and so do those of the shard's weight files' headers.
+
+    Raises:
+        BundleError: ``graph.*``, ``file.*``, ``weights.*``.
+    """
+    listed = bundle.manifest.files[graph.file]
+    _check_size(listed.size, graph.file)
+    data = files.read_listed(bundle.path, graph.file, listed, MAX_GRAPH)
+    check(data, graph, used(shard, stored(bundle, shard)))
+    return data
+
+
+def stored(bundle: Bundle, shard: Shard) -> dict[str, Stored]:
+    """Where each tensor of a shard's units lies, by the checked headers of its weight files."""
+    places: dict[str, Stored] = {}
+    for unit in shard.units:
+        for file, (_, found) in zip(bundle.manifest.units[unit], bundle.open_weights(unit), strict=True):
+            for name, (tensor, offset) in found.layout.items():
+                places[name] = Stored(file=file, offset=found.start + offset, tensor=tensor)
+    return places
+
+
+def used(shard: Shard, places: dict[str, Stored]) -> dict[str, Stored]:
+    """Those that its graph has: all of its units', but of an embedding that it has for a tied head only the table."""
+    if shard.embeds or "embedding" not in shard.units:
+        return places
+    return {name: place for name, place in places.items() if name == EMBEDDING or not name.startswith("embedding.")}
+
+
+def check(data: bytes, graph: Graph, weights: Mapping[str, Stored]) -> None:
+    """Judges the bytes of a graph.
+
+    Args:
+        data: any bytes.
+        graph: what the manifest says of it.
+        weights: the tensors that it must have as external data, and where they lie.
+
+    Raises:
+        BundleError: ``graph.*``, for the first rule that doesn't hold, with the offset of the message that breaks it.
+    """
+    _check_size(len(data), graph.file)
+    _Check(data, graph, weights).model()
+
+
+def _check_size(size: int, file: str) -> None:
+    if size > MAX_GRAPH:
+        raise BundleError(
+            Problem(
+                code="graph.size", file=file, offset=MAX_GRAPH, expected=f"at most {MAX_GRAPH} bytes", got=f"{size}"
+            )
+        )
+
+
+class _Check:
+    def __init__(self, data: bytes, graph: Graph, weights: Mapping[str, Stored]) -> None:
+        self.reader = Reader(data, graph.file)
+        self.size = len(data)
+        self.graph = graph
+        self.weights = {name.encode("ascii"): place for name, place in weights.items()}
+        self.values: set[bytes] = set()
+        self.taken: set[bytes] = set()
+        self.constants = 0
+        self.attributes: dict[tuple[bytes, bytes], bytes] = {}
+
+    def model(self) -> None:
+        refuse = self.reader.refuse
+        model = self.reader.message(reader.MODEL, (0, self.size))
+        if model["ir_version"] != IR_VERSION:
+            refuse("graph.version", 0, f"ir_version {IR_VERSION}", str(model["ir_version"]))
+        for text in (model.get("producer_name", b""), model.get("producer_version", b"")):
+            self.text(text, 0)
+        imports = model.get("opset_import", [])
+        for at in imports:
+            found = self.reader.message(reader.OPERATOR_SET, at)
+            if found.get("domain") or found["version"] != self.graph.opset:
+                got = f"{found['version']} of {_shown(found.get('domain', b''))}"
+                refuse("graph.version", at[0], f"operator set {self.graph.opset} of ONNX's own domain", got)
+        if len(imports) != 1:
+            refuse("graph.version", 0, "one operator set", str(len(imports)))
+        self.whole(model["graph"])
+
+    def whole(self, place: Place) -> None:
+        refuse = self.reader.refuse
+        graph = self.reader.message(reader.GRAPH, place)
+        self.text(graph["name"], place[0])
+        self.ports("input", graph.get("input", []), self.graph.inputs, place)
+        initializers = {self.initializer(at) for at in graph.get("initializer", ())}
+        if left := self.weights.keys() - initializers:
+            expected = "an initialiser for every weight that the shard computes with"
+            refuse("graph.weights", place[0], expected, f"none called {_shown(min(left))}")
+        results = {self.node(at) for at in graph.get("node", ())}
+        self.ports("output", graph.get("output", []), self.graph.outputs, place)
+        for port in self.graph.outputs:
+            if port.name.encode("utf-8") not in results:
+                refuse("graph.values", place[0], f"a node that gives {quoted(port.name)}", "none")
+        if unused := initializers - self.taken:
+            refuse("graph.values", place[0], "initialisers that nodes take", f"{_shown(min(unused))}, which none does")
+
+    def text(self, text: bytes, offset: int) -> None:
+        """Judges text that only describes."""
+        if not _TEXT.fullmatch(text):
+            expected = "at most 256 printable characters of ASCII"
+            self.reader.refuse("graph.values", offset, expected, _shown(text))
+
+    def define(self, name: bytes, offset: int) -> None:
+        """Notes the name of a value, which no other may have."""
+        if not _NAME.fullmatch(name):
+            self.reader.refuse("graph.values", offset, "a name of 1 to 256 of the characters ! to ~", _shown(name))
+        if name in self.values:
+            self.reader.refuse("graph.values", offset, "a value of a name of its own", f"{_shown(name)} again")
+        self.values.add(name)
+
+    def ports(self, which: str, found: list[Place], ports: tuple[Port, ...], place: Place) -> None:
+        """Judges the inputs or the outputs; inputs are values from then on."""
+        for at, port in zip(found, ports, strict=False):
+            value = self.reader.message(reader.VALUE, at)
+            kind = self.reader.message(reader.TYPE, value["type"])
+            tensor = self.reader.message(reader.TENSOR_TYPE, kind["tensor_type"])
+            shape = self.reader.message(reader.SHAPE, tensor["shape"])
+            sizes = tuple(map(self.size_of, shape.get("dim", ())))
+            code = CODES[port.dtype]
+            wanted = tuple(size if isinstance(size, int) else size.encode("utf-8") for size in port.shape)
+            if (value["name"], tensor["elem_type"], sizes) != (port.name.encode("utf-8"), code, wanted):
+                dtype = _DTYPES.get(tensor["elem_type"], f"type {tensor['elem_type']}")
+                shown = ", ".join(_shown(size) if isinstance(size, bytes) else str(size) for size in sizes)
+                got = f"{_shown(value['name'])}: {dtype} [{shown}]"
+                self.reader.refuse("graph.ports", at[0], f"the {which} {port}", got)
+            if which == "input":
+                self.define(value["name"], at[0])
+        if len(found) != len(ports):
+            self.reader.refuse("graph.ports", place[0], f"{len(ports)} {which}s", str(len(found)))
+
+    def size_of(self, at: Place) -> int | bytes:
+        """A dimension: its size, or its name."""
+        found = self.reader.message(reader.DIMENSION, at)
+        if len(found) != 1:
+            self.reader.refuse("graph.ports", at[0], "a dimension that has a size or a name", f"{len(found)} of them")
+        value: int | bytes = found.popitem()[1]
+        return value
+
+    def initializer(self, at: Place) -> bytes:
+        """Judges an initialiser: a weight, or numbers that stand here. Gives its name."""
+        tensor = self.reader.message(reader.TENSOR, at)
+        name: bytes = tensor["name"]
+        self.define(name, at[0])
+        where = tensor.get("data_location", _DEFAULT)
+        if where == _EXTERNAL:
+            self.weight(name, tensor, at[0])
+        elif where != _DEFAULT:
+            self.reader.refuse("graph.weights", at[0], "data_location DEFAULT or EXTERNAL", str(where))
+        elif "external_data" in tensor or name in self.weights:
+            self.reader.refuse("graph.weights", at[0], "a weight in external data, as data_location says", "DEFAULT")
+        else:
+            self.constant(name, tensor, at[0])
+        return name
+
+    def weight(self, name: bytes, tensor: Message, offset: int) -> None:
+        stored = self.weights.get(name)
+        if stored is None:
+            expected = "external data of none but the weights that the shard computes with"
+            self.reader.refuse("graph.weights", offset, expected, _shown(name))
+        shape, code = list(stored.tensor.shape), CODES[stored.tensor.dtype]
+        if (tensor["data_type"], tensor.get("dims", [])) != (code, shape):
+            dtype = _DTYPES.get(tensor["data_type"], f"type {tensor['data_type']}")
+            expected = f"{_shown(name)} as it is stored, {stored.tensor}"
+            self.reader.refuse("graph.weights", offset, expected, f"{dtype} {tensor.get('dims', [])}")
+        if "raw_data" in tensor:
+            self.reader.refuse("graph.weights", offset, "external data or raw_data", "both")
+        wanted = {b"location": stored.file, b"offset": str(stored.offset), b"length": str(stored.tensor.size)}
+        entries = [self.reader.message(reader.ENTRY, at) for at in tensor.get("external_data", ())]
+        found = {entry["key"]: entry["value"] for entry in entries}
+        for key, value in wanted.items():
+            if found.get(key) != value.encode("ascii"):
+                expected = f"{key.decode('ascii')} {quoted(value)} of {_shown(name)}"
+                self.reader.refuse("graph.weights", offset, expected, _shown(found[key]) if key in found else "none")
+        if len(entries) != len(wanted):
+            keys = ", ".join(_shown(entry["key"]) for entry in entries)
+            self.reader.refuse("graph.weights", offset, "location, offset and length, each once", keys)
+
+    def constant(self, name: bytes, tensor: Message, offset: int) -> None:
+        dtype = _DTYPES.get(tensor["data_type"], "")
+        if dtype not in CONSTANTS:
+            expected, got = f"{' or '.join(CONSTANTS)} numbers", dtype or f"type {tensor['data_type']}"
+            self.reader.refuse("graph.constants", offset, f"{expected} for {_shown(name)}", got)
+        dims = tensor.get("dims", [])
+        start, stop = tensor.get("raw_data", (0, 0))
+        if "raw_data" not in tensor or min(dims, default=1) < 1 or math.prod(dims) * ITEM_SIZES[dtype] != stop - start:
+            expected = f"raw_data of the size of {dtype} {quoted(dims)} for {_shown(name)}"
+            self.reader.refuse("graph.constants", offset, expected, f"{stop - start} bytes")
+        self.constants += stop - start
+        if self.constants > MAX_CONSTANTS:
+            self.reader.refuse("graph.size", offset, f"at most {MAX_CONSTANTS} bytes of numbers", "more")
+
+    def node(self, at: Place) -> bytes:
+        """Judges a node. Gives the name of its value."""
+        node = self.reader.message(reader.NODE, at)
+        operator = OPERATORS.get(node["op_type"])
+        if operator is None or node.get("domain"):
+            got = f"{_shown(node['op_type'])} of the domain {_shown(node.get('domain', b''))}"
+            self.reader.refuse("graph.operator", at[0], "an operator of the specification's list", got)
+        if "name" in node:
+            self.text(node["name"], at[0])
+        inputs = node.get("input", [])
+        if not operator.least <= len(inputs) <= operator.most:
+            expected = f"{operator.least} to {operator.most} inputs of {_shown(node['op_type'])}"
+            self.reader.refuse("graph.operator", at[0], expected, str(len(inputs)))
+        if "attribute" in node:
+            self.attributes_of(node["op_type"], operator, node["attribute"])
+        if not self.values.issuperset(inputs):
+            got = next(_shown(name) for name in inputs if name not in self.values)
+            expected = f"inputs of {_shown(node['output'])} that stand before it"
+            self.reader.refuse("graph.values", at[0], expected, f"{got}, which doesn't")
+        self.taken.update(inputs)
+        self.define(node["output"], at[0])
+        return node["output"]  # type: ignore[no-any-return]  # the schema says that it is bytes
+
+    def attributes_of(self, kind: bytes, operator: Operator, places: list[Place]) -> None:
+        names = {self.attribute(kind, operator, at) for at in places}
+        if len(names) != len(places):
+            self.reader.refuse("graph.operator", places[0][0], f"each attribute of {_shown(kind)} once", "one again")
+
+    def attribute(self, kind: bytes, operator: Operator, at: Place) -> bytes:
+        """Judges an attribute. Gives its name."""
+        data = self.reader.data[at[0] : at[1]]
+        if (known := self.attributes.get((kind, data))) is not None:
+            return known  # most nodes of an operator have the same ones
+        found = self.reader.message(reader.ATTRIBUTE, at)
+        name: bytes = found["name"]
+        holder = operator.attributes.get(name)
+        if holder is None:
+            shown = ", ".join(map(_shown, operator.attributes)) or "none"
+            self.reader.refuse("graph.operator", at[0], f"attributes of {_shown(kind)}: {shown}", _shown(name))
+        if found["type"] != KINDS[holder] or found.keys() != {"name", "type", holder}:
+            expected = f"{_shown(name)} in the field {holder}, of type {KINDS[holder]}"
+            self.reader.refuse("graph.operator", at[0], expected, f"{', '.join(found)} of type {found['type']}")
+        if found[holder] not in VALUES.get((kind, name), (found[holder],)):
+            shown = ", ".join(sorted(map(str, VALUES[kind, name])))
+            self.reader.refuse("graph.operator", at[0], f"{_shown(name)} of {shown}", quoted(found[holder]))
+        self.attributes[kind, data] = name
+        return name
+
+
+def _shown(text: bytes) -> str:
+    return quoted(text[:1024].decode("ascii", "backslashreplace"))
