@@ -177,7 +177,8 @@ def _convert(
             graphs(root)
         if check:
             open_bundle(root).run_vectors(backend="torch" if graphs is None else "all", progress=progress)
-    return open_bundle(target)
+        made = open_bundle(root)
+    return write.placed(made, target)
 
 
 def read_architecture(source: Source) -> tuple[Family, Architecture, dict[str, Any]]:

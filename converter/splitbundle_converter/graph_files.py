@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import onnx
 from onnx import shape_inference
@@ -14,6 +17,10 @@ from splitbundle.manifest import File, Graph, Shard
 from splitbundle.names import CARD
 from splitbundle_converter import graph, write
 from splitbundle_converter.graph_builder import Stored
+from splitbundle_converter.refusal import line
+
+UNREAD: Final = re.compile("Unable to (open|parse) proto|filesystem error|could not be canonicalized")
+"""How ``onnx.checker``, which reads the files itself, says that the system doesn't let it."""
 
 
 def add_graphs(root: Path) -> None:
@@ -41,6 +48,15 @@ def _write(bundle: Bundle, shard: Shard, root: Path, path: str) -> File:
                 stored[name] = Stored(file=file, offset=found.start + offset, tensor=tensor)
     model = graph.build(bundle.architecture, shard, stored)
     listed = write.write_file(root, path, model.SerializeToString(deterministic=True))
-    onnx.checker.check_model(str(root / path), full_check=True)
+    _check(root / path)
     shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     return listed
+
+
+def _check(place: Path) -> None:
+    try:
+        onnx.checker.check_model(str(place), full_check=True)
+    except (onnx.checker.ValidationError, RuntimeError) as error:
+        if UNREAD.search(str(error)) is None:
+            raise
+        raise OSError(errno.EIO, line(error), str(place)) from error

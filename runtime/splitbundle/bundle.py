@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import importlib
 import os
 import sys
@@ -30,6 +28,7 @@ from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
 from splitbundle.files import Progress
 from splitbundle.manifest import Manifest, Shard
+from splitbundle.replacing import mend
 from splitbundle.verification import Verification
 
 if TYPE_CHECKING:
@@ -40,6 +39,8 @@ OPTIONS: Final = {"torch": ("device", "dtype", "trainable"), "onnxruntime": ("pr
 """What each backend can be told; what is left at None, or at false, isn't told."""
 VECTORS: Final = "vectors"
 """Names the golden vectors where units are named."""
+REPLACED: Final = 8
+"""How often a bundle may be replaced while it is opened. Nobody is to be kept busy for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,7 +328,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         if not (root / manifest.FILE).exists():
             there = "a directory without it" if root.is_dir() else "a file" if root.exists() else "nothing there"
     except OSError as error:
-        there = f"{error.strerror}"
+        raise BundleError(files.unreadable(str(path), error)) from error
     if there:
         raise BundleError(
             Problem(
@@ -338,23 +339,26 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
                 hint="splitbundle convert SOURCE -o NAME.splitbundle makes one",
             )
         )
-    data = files.read_file(root, manifest.FILE, strict_json.MAX_BYTES)
-    parsed = manifest_parser.parse(data)
-    listed = parsed.files[architectures.FILE]
-    document = files.read_listed(root, architectures.FILE, listed, strict_json.MAX_BYTES)
+    data, parsed, document = _read(root)
     architecture = architecture_parser.parse(document)
     manifest_rules.check_against(parsed, architecture)
     return Bundle(root, parsed, architecture, manifest.identity(data))
 
 
-def mend(root: Path) -> None:
-    """Puts the old bundle back where a replacement was interrupted between its two renames."""
-    if not os.path.lexists(root) and root.parent.is_dir():
-        # More than one can only be there when several were interrupted; the newest was in place last.
-        old = sorted(root.parent.glob(f".{glob.escape(root.name)}.old-*"), key=lambda path: path.stat().st_mtime)
-        if old:
-            with contextlib.suppress(OSError):  # another process mended it first
-                old[-1].rename(root)
+def _read(root: Path) -> tuple[bytes, Manifest, bytes]:
+    """Manifest and architecture, of one bundle: where it was replaced between the two looks, of the new one."""
+    data = files.read_file(root, manifest.FILE, strict_json.MAX_BYTES)
+    for more in reversed(range(REPLACED)):
+        parsed = manifest_parser.parse(data)
+        try:
+            listed = parsed.files[architectures.FILE]
+            return data, parsed, files.read_listed(root, architectures.FILE, listed, strict_json.MAX_BYTES)
+        except BundleError:
+            now = files.read_file(root, manifest.FILE, strict_json.MAX_BYTES)
+            if now == data or not more:
+                raise
+            data = now
+    raise AssertionError  # the last round returns or raises
 
 
 def _options(backend: str, given: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
