@@ -19,7 +19,7 @@ from splitbundle_converter import graph, write
 from splitbundle_converter.graph_builder import Stored
 from splitbundle_converter.refusal import line
 
-UNREAD: Final = re.compile("Unable to (open|parse) proto|filesystem error|could not be canonicalized")
+UNREAD: Final = re.compile("Unable to (open|read|parse) proto|filesystem error|could not be canonicalized")
 """How ``onnx.checker``, which reads the files itself, says that the system doesn't let it."""
 
 
