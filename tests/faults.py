@@ -142,7 +142,8 @@ class Worker:
             _work(orders, replies, run)
         os.close(orders)
         os.close(replies)
-        self._handles: int | None = None
+        os.read(self._reply, 1)  # now it has the handles that it keeps, and no other
+        self._handles = self._count()
 
     def run(
         self, arguments: Sequence[str], root: Path, decide: Callable[[Call], Fault | None]
@@ -156,11 +157,14 @@ class Worker:
             return None
         answer = self._answer()
         if self.alive:
-            now = len(os.listdir(f"/proc/{self.pid}/fd"))
-            self._handles = self._handles or now
-            if now != self._handles:  # an interruption may come before a new handle is kept, which would hold a lock
+            if (
+                self._count() != self._handles
+            ):  # an interruption may come before a new handle is kept, which would hold a lock
                 self.end()
         return answer
+
+    def _count(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def _answer(self) -> dict[str, Any]:
         said = b""
@@ -196,7 +200,8 @@ class Worker:
 
 
 def _work(orders: int, replies: int, run: Callable[[Sequence[str]], int]) -> None:
-    status: int | str | None
+    status: int | None
+    os.write(replies, b".")
     try:
         for line in os.fdopen(orders, "rb"):
             said = io.StringIO()
