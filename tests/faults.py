@@ -156,11 +156,8 @@ class Worker:
             self._close()
             return None
         answer = self._answer()
-        if self.alive:
-            if (
-                self._count() != self._handles
-            ):  # an interruption may come before a new handle is kept, which would hold a lock
-                self.end()
+        if self.alive and self._count() != self._handles:
+            self.end()  # an interruption may come before a new handle is kept, and the handle would hold a lock
         return answer
 
     def _count(self) -> int:
