@@ -9,12 +9,19 @@ from typing import Any, Final
 import pytest
 
 _COUNTED: Final = "model type"
+_FAULTS: Final = "faults"
 
 
 @pytest.fixture
 def count_as(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Says what became of the one model type that a test is about; the run's last lines have the counts."""
     return lambda what: record_property(_COUNTED, what)
+
+
+@pytest.fixture
+def count_faults(record_property: Callable[[str, object], None]) -> Callable[[int, int], None]:
+    """Says how many system calls of a command had a fault, and how many faults there were."""
+    return lambda calls, points: record_property(_FAULTS, [calls, points])
 
 
 @pytest.fixture
@@ -33,12 +40,14 @@ def one_thread() -> Iterator[None]:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Shows the counts. It is the reports that bring them, also from the processes of pytest-xdist."""
-    counted = Counter(
-        what
-        for report in terminalreporter.stats.get("passed", ())
-        for name, what in report.user_properties
-        if name == _COUNTED
-    )
+    properties = [each for report in terminalreporter.stats.get("passed", ()) for each in report.user_properties]
+    counted = Counter(what for name, what in properties if name == _COUNTED)
     if counted:
         counts = ", ".join(f"{number} {what}" for what, number in sorted(counted.items()))
         terminalreporter.write_line(f"{sum(counted.values())} model types of transformers: {counts}")
+    faults = [what for name, what in properties if name == _FAULTS]
+    if faults:
+        calls, points = (sum(each) for each in zip(*faults, strict=True))
+        terminalreporter.write_line(
+            f"fault injection: {points} points at {calls} system calls of {len(faults)} commands"
+        )

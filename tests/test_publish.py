@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import stat
 import time
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,13 @@ import pytest
 import splitbundle
 import splitbundle_converter
 from splitbundle import BundleError
+from splitbundle.replacing import mend
 from splitbundle_converter import publish
 from splitbundle_converter.publish import publishing
 
+ROUNDS = 20
+KINDS = ("n1", "n2", "f1", "f2")
+"""With force or not, in one step or in two."""
 CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "license-gpt2"
 
 
@@ -88,14 +95,47 @@ def test_what_a_killed_writer_left_goes_with_the_next(bundle: Path, complete: bo
 
 def test_an_interrupted_exchange_is_mended_by_the_next_writer(bundle: Path) -> None:
     before = splitbundle.open(bundle).id
-    bundle.rename(bundle.with_name(f".{bundle.name}.old-0123"))
+    bundle.rename(bundle.with_name(f".{bundle.name}.old"))
     with pytest.raises(BundleError, match=r"\[output.exists\]"):
         splitbundle_converter.convert(CHECKPOINT, bundle, check=False)
     assert splitbundle.open(bundle).id == before
 
 
+@pytest.mark.rule("SB-D-012")
+@pytest.mark.parametrize("command", ["resplit", "add_onnx"])
+def test_a_bundle_that_is_replaced_while_it_is_copied_is_refused(bundle: Path, command: str) -> None:
+    other = splitbundle_converter.resplit(bundle, bundle.with_name("other"), split=[2])
+    target = bundle.with_name("new")
+
+    def replace(what: str, done: int, total: int) -> None:
+        if what == "copying" and 0 < done < total and other.path.exists():
+            bundle.rename(bundle.with_name("away"))
+            other.path.rename(bundle)
+
+    with pytest.raises(BundleError, match=r"\[file.changed\] .*another one, which replaced it meanwhile"):
+        getattr(splitbundle_converter, command)(bundle, target, progress=replace)
+    assert names(bundle.parent) == ["away", bundle.name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+@pytest.mark.parametrize("error", ["EIO", "ENOLCK"])
+def test_a_lock_that_fails(bundle: Path, monkeypatch: pytest.MonkeyPatch, error: str) -> None:
+    """Where there are no locks, it is done without; where one fails that another process may get, it isn't."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(getattr(errno, error), os.strerror(getattr(errno, error)))
+
+    monkeypatch.setattr(publish.fcntl, "flock", refuse)
+    if error == "EIO":
+        with pytest.raises(BundleError, match=r"\[output.failed\]"):
+            splitbundle_converter.resplit(bundle, bundle, split=[3], force=True)
+    else:
+        splitbundle_converter.resplit(bundle, bundle, split=[3], force=True).verify(exact=True)
+    assert names(bundle.parent) == [bundle.name]
+
+
 def test_a_name_is_no_pattern(tmp_path: Path) -> None:
-    other = tmp_path / ".a.splitbundle.old-xyz"
+    other = tmp_path / ".a.splitbundle.old"
     other.mkdir()
     for name in ("[ab].splitbundle", "*"):
         splitbundle_converter.convert(CHECKPOINT, tmp_path / name, check=False)
@@ -139,3 +179,54 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert names(tmp_path) == []
+
+
+def _race(place: Path, together: Barrier, answers: SimpleQueue[tuple[int, str]]) -> None:
+    """Several times each, over nothing and over an old bundle, in one step and in two."""
+    exchanging = publish._rename
+    for kind in KINDS:
+        vars(publish)["_rename"] = exchanging if kind[1] == "1" else lambda *arguments, **named: False
+        together.wait(60)
+        for _ in range(ROUNDS):
+            try:
+                with publishing(place / kind, force=kind[0] == "f") as staging:
+                    (staging / "manifest.json").write_text('{"format": "splitbundle"}')
+                    for i in range(4):
+                        (staging / f"{i}.txt").write_text(str(os.getpid()))
+                answers.put((os.getpid(), "won"))
+            except BundleError as error:
+                answers.put((os.getpid(), error.codes[0]))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nothing there keeps a writer's steps together")
+@pytest.mark.rule("SB-D-009")
+def test_of_writers_that_race_one_wins_and_the_others_say_so(tmp_path: Path) -> None:
+    start, writers = multiprocessing.get_context("spawn"), 2
+    together, answers = start.Barrier(writers + 1), start.SimpleQueue()
+    racers = [start.Process(target=_race, args=(tmp_path, together, answers)) for _ in range(writers)]
+    for racer in racers:
+        racer.start()
+    for kind in KINDS:
+        if kind[0] == "f":
+            (tmp_path / kind).mkdir()
+            (tmp_path / kind / "manifest.json").write_text('{"format": "splitbundle"}')
+        together.wait(60)
+        said: list[tuple[int, str]] = []
+        while len(said) < writers * ROUNDS:
+            while not answers.empty():
+                said.append(answers.get())
+            mend(tmp_path / kind)  # as every reader does
+            time.sleep(0.0005)
+        won = [str(who) for who, what in said if what == "won"]
+        assert names(tmp_path / kind) == ["0.txt", "1.txt", "2.txt", "3.txt", "manifest.json"]
+        (winner,) = {(tmp_path / kind / f"{i}.txt").read_text() for i in range(4)}
+        assert winner in won
+        if kind[0] == "f":
+            assert len(won) == writers * ROUNDS, said  # each replaced what the one before it had made
+        else:
+            assert len(won) == 1
+            assert {what for _, what in said} == {"won", "output.exists"}
+        assert [name for name in names(tmp_path) if name.startswith(".")] == []
+    for racer in racers:
+        racer.join(60)
+        assert racer.exitcode == 0

@@ -14,10 +14,11 @@ from torch import Tensor
 from splitbundle import architecture as architectures
 from splitbundle import torch_weights
 from splitbundle.architecture import Architecture, count
-from splitbundle.bundle import VECTORS, Bundle, open_bundle
+from splitbundle.bundle import VECTORS, Bundle
 from splitbundle.errors import quoted
 from splitbundle.files import Progress
 from splitbundle.manifest import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
+from splitbundle.opening import open_bundle
 from splitbundle.version import __version__
 from splitbundle.weights import Tensor as Stored
 from splitbundle_converter import write
@@ -182,7 +183,8 @@ def _convert(
             graphs(root)
         if check:
             open_bundle(root).run_vectors(backend="torch" if graphs is None else "all", progress=progress)
-    return open_bundle(target)
+        made = open_bundle(root)
+    return write.placed(made, target)
 
 
 def read_architecture(source: Source) -> tuple[Family, Architecture, dict[str, Any]]:

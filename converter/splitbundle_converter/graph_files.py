@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import onnx
 from onnx import shape_inference
 
 from splitbundle import graph_rules
-from splitbundle.bundle import Bundle, open_bundle
+from splitbundle.bundle import Bundle
 from splitbundle.graphs import OPSET, ports
 from splitbundle.manifest import VARIANTS, File, Graph, Shard
 from splitbundle.names import CARD
+from splitbundle.opening import open_bundle
 from splitbundle_converter import graph, write
 from splitbundle_converter.genai_files import write_genai
+from splitbundle_converter.refusal import line
+
+UNREAD: Final = re.compile("Unable to (open|read|parse) proto|filesystem error|could not be canonicalized")
+"""How ``onnx.checker``, which reads the files itself, says that the system doesn't let it."""
 
 
 def add_graphs(root: Path, variant: str, *, genai: bool = False) -> None:
@@ -54,6 +62,15 @@ def _write(bundle: Bundle, shard: Shard, root: Path, own: Graph) -> File:
     data = model.SerializeToString(deterministic=True)
     graph_rules.check(data, own, graph_rules.used(shard, stored))
     listed = write.write_file(root, own.file, data)
-    onnx.checker.check_model(str(root / own.file), full_check=True)
+    _check(root / own.file)
     shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     return listed
+
+
+def _check(place: Path) -> None:
+    try:
+        onnx.checker.check_model(str(place), full_check=True)
+    except (onnx.checker.ValidationError, RuntimeError) as error:
+        if UNREAD.search(str(error)) is None:
+            raise
+        raise OSError(errno.EIO, line(error), str(place)) from error

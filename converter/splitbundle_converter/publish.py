@@ -7,6 +7,7 @@ import ctypes
 import errno
 import glob
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -15,14 +16,17 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from splitbundle import strict_json
-from splitbundle.bundle import mend
 from splitbundle.errors import BundleError, Problem
+from splitbundle.replacing import alone, mend, place_of_old
 
 if sys.platform != "win32":
     import fcntl
 
 _AT_FDCWD: Final = -100
 _LOCK: Final = ".lock"
+_TEMPORARY: Final = re.compile(r"\.tmp-[0-9a-f]{16}(\.lock)?\Z")
+_NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+"""How file systems say that they have no locks."""
 
 
 @contextlib.contextmanager
@@ -34,18 +38,21 @@ def publishing(destination: str | os.PathLike[str], *, force: bool) -> Iterator[
             doesn't let it be written.
     """
     target = _place(destination)
+    made: os.stat_result | None = None
     try:
-        mend(target)
-        _refuse_existing(target, force)
-        _sweep(target)
+        _prepare(target, force)
         with _staging(target) as staging:
             yield staging
             _make_durable(staging)
-            _replace(staging, target, force)
+            made = staging.stat()
+            with alone(target.parent):
+                _replace(staging, target, force)
     except OSError as error:
-        if error.filename is not None and not str(error.filename).startswith(str(target.parent)):
+        if made is not None and _is_there(made, target):
+            raise _not_durable(target, error) from error
+        if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(target.parent):
             raise  # something that was being read, somewhere else
-        raise _failed(target, error) from error
+        raise _unwritable(target, error) from error
 
 
 @contextlib.contextmanager
@@ -60,51 +67,104 @@ def scratch(destination: str | os.PathLike[str], *, force: bool) -> Iterator[Pat
     target = _place(destination)
     with contextlib.ExitStack() as stack:
         try:
-            mend(target)
-            _refuse_existing(target, force)
-            _sweep(target)
+            _prepare(target, force)
             directory = stack.enter_context(_staging(target))
             directory.chmod(0o700)
         except OSError as error:
-            raise _failed(target, error) from error
+            raise _unwritable(target, error) from error
         yield directory
 
 
 def _place(destination: str | os.PathLike[str]) -> Path:
     target = Path(os.path.abspath(destination))  # not resolved: a link is refused, not followed
+    made = []
+    for place in target.parents:
+        if os.path.lexists(place):
+            break
+        made.append(place)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for place in made:
+            _flush(place.parent)
     except FileExistsError as error:
         raise _unwritable(target, f"{target.parent} is a file") from error
     except OSError as error:
-        raise _failed(target, error) from error
+        raise _unwritable(target, error) from error
     return target
+
+
+def _prepare(target: Path, force: bool) -> None:
+    """Ends what was interrupted here, refuses what can't be replaced, and removes what killed writers left."""
+    mend(target)
+    _refuse_existing(target, force)
+    with alone(target.parent):
+        old = place_of_old(target)
+        if os.path.lexists(target) and os.path.lexists(old):  # replaced, and then killed
+            # In one step out of the place from which old bundles are put back: half of one mustn't be.
+            old.rename(_new_place(target))
+    for place in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
+        if not _TEMPORARY.search(place.name):
+            continue  # somebody's own
+        if place.name.endswith(_LOCK):
+            with contextlib.suppress(OSError), place.open("rb") as left:
+                if _lock(left, wait=False):
+                    _remove(place.with_name(place.name.removesuffix(_LOCK)))
+                    place.unlink()
+        elif not os.path.lexists(place.with_name(place.name + _LOCK)):  # which a living writer's has
+            _remove(place)
+
+
+def _new_place(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp-{secrets.token_hex(8)}")
 
 
 @contextlib.contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     """A new directory beside the target, and beside it a file that is locked for as long as its writer lives."""
-    staging = target.with_name(f".{target.name}.tmp-{secrets.token_hex(8)}")
-    lock = staging.with_name(staging.name + _LOCK)
-    try:  # around all of it: an interruption may come between any two steps
-        with lock.open("xb") as held:
-            _lock(held, wait=True)
-            staging.mkdir()
-            yield staging
+    claimed = False
+    while not claimed:
+        staging = _new_place(target)
+        lock = staging.with_name(staging.name + _LOCK)
+        try:  # around all of it: an interruption may come between any two steps
+            with _closed_at_last(lock.open("xb")) as held:
+                _lock(held, wait=True)
+                claimed = os.path.lexists(
+                    lock
+                )  # before it was locked, another writer may have taken it for a dead one's
+                if claimed:
+                    staging.mkdir()
+                    yield staging
+        finally:
+            # Gone already if all went well. What can't be removed must not hide the error that brought us here; the
+            # next writer tries again.
+            _remove(staging)
+            with contextlib.suppress(OSError):
+                lock.unlink()
+
+
+@contextlib.contextmanager
+def _closed_at_last(file: BinaryIO) -> Iterator[BinaryIO]:
+    """Nothing was written into it, so nothing is lost if closing it fails."""
+    try:
+        yield file
     finally:
-        # Gone already if all went well. What can't be removed must not hide the error that brought us here.
-        _remove(staging)
         with contextlib.suppress(OSError):
-            lock.unlink()
+            file.close()
 
 
 def _lock(file: BinaryIO, *, wait: bool) -> bool:
-    """Locks a file until it is closed, if only by its process's end; False where another has it, or nobody can tell."""
+    """Locks a file until it is closed, if only by its process's end; False where another has it, or nobody can tell.
+
+    Raises:
+        OSError: of a kind that others needn't meet too. They would take a living writer for a dead one.
+    """
     if sys.platform == "win32":
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except OSError as error:
+        if wait and error.errno not in _NO_LOCKS:
+            raise
         return False
     return True
 
@@ -135,21 +195,11 @@ def _is_bundle(target: Path) -> bool:
     return isinstance(document, dict) and document.get("format") == "splitbundle"
 
 
-def _sweep(target: Path) -> None:
-    """Removes what killed writers of this destination left: half-written bundles, and old ones that were replaced."""
-    name = glob.escape(target.name)
-    for lock in target.parent.glob(f".{name}.tmp-*{_LOCK}"):
-        with contextlib.suppress(OSError), lock.open("rb") as left:
-            if _lock(left, wait=False):
-                _remove(lock.with_name(lock.name.removesuffix(_LOCK)))
-                lock.unlink()
-    if target.exists():
-        for old in target.parent.glob(f".{name}.old-*"):
-            _remove(old)
-
-
 def _make_durable(staging: Path) -> None:
-    for directory, _, files in os.walk(staging):
+    def fail(error: OSError) -> None:
+        raise error  # what isn't found isn't flushed
+
+    for directory, _, files in os.walk(staging, onerror=fail):
         for name in files:
             _flush(Path(directory, name))
         _flush(Path(directory))
@@ -168,17 +218,40 @@ def _flush(path: Path) -> None:
 def _replace(staging: Path, target: Path, force: bool) -> None:
     # Converting takes minutes, in which something else may have come to stand there.
     _refuse_existing(target, force)
-    if not os.path.lexists(target):
-        if not _rename(staging, target, exchange=False):
-            staging.rename(target)
-    elif not _rename(staging, target, exchange=True):
-        # Two renames; whoever opens the bundle or writes here after an interruption between them puts the old one back.
-        old = target.with_name(f".{target.name}.old-{secrets.token_hex(8)}")
-        target.rename(old)
-        staging.rename(target)
-        _remove(old)
-    # Where they were exchanged, the old bundle now stands in staging, which is removed.
-    _flush(target.parent)
+    old, two_steps = place_of_old(target), False
+    try:
+        if not os.path.lexists(target):
+            if not _rename(staging, target, exchange=False):
+                staging.rename(target)
+        elif not _rename(staging, target, exchange=True):
+            # Two renames; after an interruption between them, whoever opens the bundle or writes here mends it.
+            two_steps = True
+            target.rename(old)
+            try:
+                staging.rename(target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    old.rename(target)
+                raise
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise _beaten(target) from error
+        raise
+    try:
+        _flush(target.parent)
+        if two_steps:
+            old.rename(staging)
+        # Where they were exchanged, the old bundle stands there already. It is removed with everything of ours.
+    except OSError as error:
+        raise _not_durable(target, error) from error
+
+
+def _is_there(made: os.stat_result, target: Path) -> bool:
+    """Whether what was made stands at its place, whatever the system said of the steps there."""
+    try:
+        return os.path.samestat(made, target.lstat())
+    except OSError:
+        return False
 
 
 def _rename(source: Path, target: Path, *, exchange: bool) -> bool:
@@ -210,19 +283,29 @@ def _remove(directory: Path) -> None:
     for place, _, _ in os.walk(directory):
         with contextlib.suppress(OSError):
             Path(place).chmod(0o700)
-    shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):  # of closing what it walks through, which it doesn't ignore
+        shutil.rmtree(directory, ignore_errors=True)
 
 
-def _failed(target: Path, error: OSError) -> BundleError:
-    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-        hint = "Another writer was first; --force replaces it"
-        return BundleError(
-            Problem(code="output.exists", file=str(target), expected="nothing there", got="a new bundle", hint=hint)
-        )
-    return _unwritable(target, f"{type(error).__name__}: {error}")
+def _beaten(target: Path) -> BundleError:
+    hint = "Another writer was first; --force replaces it"
+    return BundleError(
+        Problem(code="output.exists", file=str(target), expected="nothing there", got="a new bundle", hint=hint)
+    )
 
 
-def _unwritable(target: Path, got: str) -> BundleError:
+def _not_durable(target: Path, error: OSError) -> BundleError:
+    expected = "the new bundle, which is in its place, to be there after a power failure too"
+    hint = "splitbundle verify says whether it is whole; free or replace the disk, and run this again"
+    return BundleError(Problem(code="output.failed", file=str(target), expected=expected, got=_line(error), hint=hint))
+
+
+def _unwritable(target: Path, got: str | OSError) -> BundleError:
     hint = "Choose another place with --output, or make room there"
     expected = "a place that can be written"
-    return BundleError(Problem(code="output.failed", file=str(target), expected=expected, got=got, hint=hint))
+    said = got if isinstance(got, str) else _line(got)
+    return BundleError(Problem(code="output.failed", file=str(target), expected=expected, got=said, hint=hint))
+
+
+def _line(error: OSError) -> str:
+    return f"{type(error).__name__}: {error}"

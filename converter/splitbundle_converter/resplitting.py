@@ -9,10 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from splitbundle.bundle import Bundle, open_bundle
-from splitbundle.errors import BundleError, quoted
-from splitbundle.files import Progress, missing, open_file
+from splitbundle import manifest, strict_json
+from splitbundle.bundle import Bundle
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.files import FETCH, Progress, missing, open_file, read_file
+from splitbundle.manifest import identity
 from splitbundle.names import CARD
+from splitbundle.opening import open_bundle
 from splitbundle_converter import write
 from splitbundle_converter.publish import publishing
 from splitbundle_converter.refusal import refused
@@ -63,7 +66,9 @@ def resplit(
     shards = write.make_shards(old.architecture, cuts, given, old.manifest.units, kept)
     total = sum(file.size for file in kept.values())
     done = 0
+    before = _identity(old)
     with publishing(target, force=force) as root:
+        _check_unchanged(old, before)
         for path, file in kept.items():
             if progress is not None:
                 progress("copying", done, total)
@@ -76,7 +81,26 @@ def resplit(
         write.finish(root, draft, old.architecture)
         if graphs is not None:
             graphs(root)
-    return open_bundle(target)
+        made = open_bundle(root)
+        _check_unchanged(old, before)
+    return write.placed(made, target)
+
+
+def _identity(bundle: Bundle) -> tuple[int, int]:
+    """Which directory stands at a bundle's place: another one after the bundle was replaced."""
+    try:
+        status = bundle.path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_dev, status.st_ino
+
+
+def _check_unchanged(old: Bundle, before: tuple[int, int]) -> None:
+    """Refuses to go on where some files may be of one bundle and some of another."""
+    if _identity(old) != before or identity(read_file(old.path, manifest.FILE, strict_json.MAX_BYTES)) != old.id:
+        expected, hint = "the bundle that was opened, until it is copied", "Run this again"
+        got = "another one, which replaced it meanwhile"
+        raise BundleError(Problem(code="file.changed", file=str(old.path), expected=expected, got=got, hint=hint))
 
 
 def _variant(variants: Iterable[str]) -> str | bool:
@@ -103,6 +127,9 @@ def _copy(old: Path, new: Path, path: str, bundle: Bundle) -> None:
             source.seek(0)
             target.seek(0)
             shutil.copyfileobj(source, target, 2**20)
+            if target.tell() != bundle.manifest.files[path].size:
+                expected, got = f"{bundle.manifest.files[path].size} bytes", f"{target.tell()}, while it was copied"
+                raise BundleError(Problem(code="file.size", file=path, expected=expected, got=got, hint=FETCH))
 
 
 def add_onnx(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from splitbundle import strict_json
@@ -183,11 +183,15 @@ class Reader:
     def get(self, name: str) -> Tensor:
         """A tensor, as it is stored."""
         found = self._source.tensors[name]
-        if found.path != self._path:
-            self.close()
-            self._opened = self._open.enter_context(safe_open(found.path, framework="pt"))
-            self._path = found.path
-        tensor: Tensor = self._opened.get_tensor(found.stored)
+        try:
+            if found.path != self._path:
+                self.close()
+                self._opened = self._open.enter_context(safe_open(found.path, framework="pt"))
+                self._path = found.path
+            tensor: Tensor = self._opened.get_tensor(found.stored)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch, which maps the file, has errors of its own
+            hint = "Its header could be read before: see whether the disk is well, and try again"
+            raise refused("source.unreadable", found.file, "weights that can be read", line(error), hint) from error
         return tensor
 
     def close(self) -> None:

@@ -119,7 +119,7 @@ def read_headers(file: str, path: Path) -> Iterator[tuple[str, SourceTensor]]:
     """The tensors of the safetensors file at ``path``, which messages call ``file``.
 
     Raises:
-        BundleError: ``source.safetensors``.
+        BundleError: ``source.safetensors``, ``source.unreadable``.
     """
     try:
         with safe_open(path, framework="pt") as opened:
@@ -133,6 +133,8 @@ def read_headers(file: str, path: Path) -> Iterator[tuple[str, SourceTensor]]:
                 )
     except SafetensorError as error:
         raise refused("source.safetensors", file, "a safetensors file", line(error)) from error
+    except (OSError, RuntimeError) as error:  # torch, which maps the file, has errors of its own
+        raise refused("source.unreadable", file, "a file that can be read", line(error)) from error
 
 
 def check_there(directory: Path, file: str, namer: str) -> Path:

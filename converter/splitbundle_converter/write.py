@@ -16,6 +16,7 @@ from torch import Tensor
 
 from splitbundle import files, manifest, manifest_parser, manifest_rules, names, weights
 from splitbundle.architecture import Architecture, count
+from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
 from splitbundle.manifest import File, Manifest, Shard, Storage
 from splitbundle.weights import Tensor as Stored
@@ -178,6 +179,11 @@ def finish(root: Path, draft: Manifest, architecture: Architecture) -> Manifest:
     sums = "".join(manifest.sums_line(lines[path], path) for path in sorted(lines))
     write_file(root, names.SUMS, sums.encode("ascii"))
     return complete
+
+
+def placed(made: Bundle, target: Path) -> Bundle:
+    """A bundle that was read where it was written, at the place that it has now: nothing is left that could fail."""
+    return Bundle(target, made.manifest, made.architecture, made.id)
 
 
 GENAI: Final = ("genai_config.json", "genai.inputs.onnx", "genai.logits.onnx")

@@ -9,8 +9,8 @@ Importing this imports no backend; ``Bundle.stage`` and ``Bundle.pipeline`` impo
 from __future__ import annotations
 
 from splitbundle.bundle import Bundle
-from splitbundle.bundle import open_bundle as open  # noqa: A004  # the name reads as it should: splitbundle.open
 from splitbundle.errors import BundleError, MissingExtra, ParityError, Problem, VerificationError
+from splitbundle.opening import open_bundle as open  # noqa: A004  # the name reads as it should: splitbundle.open
 from splitbundle.selections import Selection
 from splitbundle.verification import Verification
 from splitbundle.version import __version__

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import mmap
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, overload
 
-from splitbundle import architecture as architectures
 from splitbundle import (
-    architecture_parser,
     backends,
     files,
     golden,
-    manifest,
-    manifest_parser,
-    manifest_rules,
     selections,
-    strict_json,
     verification,
     weights,
 )
@@ -361,69 +352,3 @@ class Bundle:
             options = backends.options(backend, given)
             return backends.module(backend, "pipeline").load_pipeline(self, **options)
         return backends.mixed_pipeline(self, backend, given)
-
-
-def open_bundle(
-    path: str | os.PathLike[str],
-    *,
-    verify: Literal["never", "always"] = "never",
-    id: str | None = None,  # noqa: A002
-) -> Bundle:
-    """Opens a bundle: reads its manifest and architecture, and no weights.
-
-    Args:
-        path: the bundle's directory.
-        verify: ``"never"`` maps weights when they are needed, once their sizes and headers are known to be those that
-            are listed; their digests are checked by ``Bundle.verify``. ``"always"`` reads each file that is needed into
-            private memory, once, hashes it there, and computes on just those bytes: whatever happens to the file
-            afterwards changes no number and ends no process. It takes memory for the weights, and time to hash them.
-        id: the bundle id that it must have, ``sha256:`` and 64 digits; checked before anything is parsed.
-
-    Raises:
-        BundleError: what is wrong with either file; ``file.missing`` where there is no bundle; ``file.digest`` where it
-            isn't the one with that id.
-    """
-    if verify not in ("never", "always"):
-        expected = "never or always"
-        raise BundleError(Problem(code="input.value", argument="verify", expected=expected, got=quoted(verify)))
-    root = Path(os.path.abspath(path))  # so that it stays where it is when the process changes its directory
-    there = ""
-    try:
-        mend(root)
-        if not (root / manifest.FILE).exists():
-            there = "a directory without it" if root.is_dir() else "a file" if root.exists() else "nothing there"
-    except OSError as error:
-        there = f"{error.strerror}"
-    if there:
-        raise BundleError(
-            Problem(
-                code="file.missing",
-                file=str(path),
-                expected=f"a bundle, a directory with a {manifest.FILE}",
-                got=there,
-                hint="splitbundle convert SOURCE -o NAME.splitbundle makes one",
-            )
-        )
-    data = files.read_file(root, manifest.FILE, strict_json.MAX_BYTES)
-    if id is not None and manifest.identity(data) != id:
-        hint = "It is another bundle, or a changed one"
-        got = manifest.identity(data)
-        raise BundleError(
-            Problem(code="file.digest", file=manifest.FILE, expected=f"the bundle id {quoted(id)}", got=got, hint=hint)
-        )
-    parsed = manifest_parser.parse(data)
-    listed = parsed.files[architectures.FILE]
-    document = files.read_listed(root, architectures.FILE, listed, strict_json.MAX_BYTES)
-    architecture = architecture_parser.parse(document)
-    manifest_rules.check_against(parsed, architecture)
-    return Bundle(root, parsed, architecture, manifest.identity(data), strict=verify == "always")
-
-
-def mend(root: Path) -> None:
-    """Puts the old bundle back where a replacement was interrupted between its two renames."""
-    if not os.path.lexists(root) and root.parent.is_dir():
-        # More than one can only be there when several were interrupted; the newest was in place last.
-        old = sorted(root.parent.glob(f".{glob.escape(root.name)}.old-*"), key=lambda path: path.stat().st_mtime)
-        if old:
-            with contextlib.suppress(OSError):  # another process mended it first
-                old[-1].rename(root)

@@ -11,10 +11,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
 
 from splitbundle.backends import BACKENDS
-from splitbundle.bundle import Bundle, open_bundle
+from splitbundle.bundle import Bundle
 from splitbundle.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, Problem, VerificationError
 from splitbundle.manifest import BOUNDARY_TENSORS
+from splitbundle.opening import open_bundle
 
 if TYPE_CHECKING:
     from splitbundle.text_tokenizer import TextTokenizer

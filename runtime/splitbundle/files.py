@@ -35,7 +35,7 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(missing(path)) from None
         except OSError as error:
-            raise BundleError(_unreadable(path, error)) from error
+            raise BundleError(unreadable(path, error)) from error
         wanted = stat.S_ISREG if place == root / path else stat.S_ISDIR
         if not wanted(status.st_mode):
             raise BundleError(
@@ -51,9 +51,13 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         file = os.fdopen(os.open(place, flags | getattr(os, "O_CLOEXEC", 0)), "rb", buffering=0)
+        try:
+            size = os.fstat(file.fileno()).st_size
+        except OSError:
+            file.close()
+            raise
     except OSError as error:
-        raise BundleError(_unreadable(path, error)) from error
-    size = os.fstat(file.fileno()).st_size
+        raise BundleError(unreadable(path, error)) from error
     if expected is not None and size != expected.size:
         file.close()
         raise BundleError(
@@ -71,7 +75,8 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
 FETCH: Final = "The file isn't the one that the manifest lists: fetch or convert it again"
 
 
-def _unreadable(path: str, error: OSError) -> Problem:
+def unreadable(path: str, error: OSError) -> Problem:
+    """The problem of a file that the system doesn't let be read."""
     hint = "Check the permissions of the file and of the directories above it"
     return Problem(
         code="file.unreadable", file=path, expected="a file that can be read", got=f"{error.strerror}", hint=hint
@@ -117,7 +122,7 @@ def read_private(file: BinaryIO, path: str, listed: File) -> mmap.mmap:
             try:
                 count = file.readinto(view[done : min(done + CHUNK, listed.size)])  # type: ignore[attr-defined]
             except OSError as error:
-                raise BundleError(_unreadable(path, error)) from error
+                raise BundleError(unreadable(path, error)) from error
             if not count:
                 expected, got = f"{listed.size} bytes", f"{done} bytes"
                 raise BundleError(Problem(code="file.size", file=path, expected=expected, got=got))
@@ -158,8 +163,11 @@ def read_file(root: Path, path: str, limit: int, expected: File | None = None) -
     Raises:
         BundleError: as for ``open_file``, and ``json.size`` (or ``file.size``) above ``limit`` bytes.
     """
-    with open_file(root, path, expected) as file:
-        data = file.read(limit + 1)
+    try:
+        with open_file(root, path, expected) as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise BundleError(unreadable(path, error)) from error
     if len(data) > limit:
         code = "json.size" if path.endswith(".json") else "file.size"
         got = f"more than {limit} bytes"

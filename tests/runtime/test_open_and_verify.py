@@ -148,7 +148,7 @@ def test_what_is_no_bundle_is_said(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_replacement_is_mended(copy: Path) -> None:
-    copy.rename(copy.with_name(f".{copy.name}.old-abc"))
+    copy.rename(copy.with_name(f".{copy.name}.old"))
     assert splitbundle.open(copy).verify()
 
 
