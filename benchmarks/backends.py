@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -105,6 +106,8 @@ def _prepare(args: argparse.Namespace) -> list[str]:
         family, fields = MODELS[args.model]
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)).float().save_pretrained(checkpoint)
+        for path in (Path(__file__).parents[1] / "examples" / "license-gpt2").glob("tokenizer*.json"):
+            shutil.copy(path, checkpoint)  # onnxruntime-genai's builder wants one; no text is computed
     if not bundle.exists():
         splitbundle_converter.convert(checkpoint, bundle, check=False, genai=True)
     there = [name for name in CONTENDERS if not name.startswith("onnxruntime-genai")]

@@ -1,0 +1,174 @@
+"""Fuzzing what reads bytes from strangers: the documents, the headers of weight files, graphs, tokenizers.
+
+    python tests/fuzzing.py TARGET --seconds 600 [--corpus DIRECTORY]
+
+Coverage-guided, with atheris (libFuzzer). Whatever the bytes, a reader takes them or raises BundleError, whose text is
+short, within a second and half a gigabyte; anything else ends the run, and leaves the bytes in a file. What is found
+becomes a case: a vector, or a line in ``tests/conformance/cases.py`` or ``tests/graph_cases.py``. Statistics go to
+stderr, and the number of executions to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+HERE: Final = Path(__file__).resolve().parent
+BUNDLE: Final = HERE / "conformance" / "bundles" / "tiny.splitbundle"
+SECONDS_EACH: Final = 1
+MEBIBYTES: Final = 512
+LENGTH: Final = 65536
+Target = Callable[[bytes], object]
+
+
+def manifest_target() -> Target:
+    """Beside the architecture of its base."""
+    from splitbundle import architecture_parser, manifest_parser, manifest_rules
+
+    architecture = architecture_parser.parse((BUNDLE / "architecture.json").read_bytes())
+
+    def run(data: bytes) -> None:
+        manifest_rules.check_against(manifest_parser.parse(data), architecture)
+
+    return run
+
+
+def architecture_target() -> Target:
+    from splitbundle import architecture_parser
+
+    return architecture_parser.parse
+
+
+def weights_target() -> Target:
+    """With the digest that the bytes have, so that what is behind it is reached."""
+    import hashlib
+
+    import splitbundle
+    from splitbundle import weights
+    from splitbundle.manifest import File
+
+    expected = splitbundle.open(BUNDLE).stored("layer-000")
+
+    def run(data: bytes) -> None:
+        length = 8 + int.from_bytes(data[:8], "little")
+        listed = File(size=len(data), sha256="", header_sha256=hashlib.sha256(data[:length]).hexdigest())
+        weights.read(io.BytesIO(data), "fuzzed.safetensors", listed, expected)
+
+    return run
+
+
+def graph_target() -> Target:
+    import splitbundle
+    from splitbundle import graph_rules
+
+    bundle = splitbundle.open(BUNDLE)
+    shard = bundle.shards[0]
+    graph, weights = shard.graph, graph_rules.used(shard, graph_rules.stored(bundle, shard))
+    assert graph is not None
+
+    def run(data: bytes) -> None:
+        graph_rules.check(data, graph, weights)
+
+    return run
+
+
+def tokenizer_target() -> Target:
+    """What comes before the library ``tokenizers``, and then the library: it may refuse, and not panic."""
+    from tokenizers import Tokenizer
+
+    from splitbundle import tokenizer_rules
+
+    def run(data: bytes) -> None:
+        tokenizer_rules.check(data, "tokenizer.json", 64)
+        try:
+            Tokenizer.from_str(data.decode("utf-8"))
+        except Exception as error:  # the library raises Exception itself, and its panics are BaseException
+            if type(error) is not Exception:
+                raise
+
+    return run
+
+
+TARGETS: Final[dict[str, tuple[Callable[[], Target], str]]] = {
+    "manifest": (manifest_target, "manifest.json"),
+    "architecture": (architecture_target, "architecture.json"),
+    "weights": (weights_target, "*.safetensors"),
+    "graph": (graph_target, "*.onnx"),
+    "tokenizer": (tokenizer_target, "tokenizer/tokenizer.json"),
+}
+"""Name -> what makes its reader, and the files of the small bundle that it begins with."""
+
+
+def seeds(name: str, directory: Path) -> None:
+    """Writes what the fuzzer begins with: the small bundle's own files, and the conformance vectors of the kind."""
+    for path in BUNDLE.glob(TARGETS[name][1]):
+        (directory / path.name).write_bytes(path.read_bytes()[:LENGTH])
+    for path in (HERE / "conformance").glob("*/*.json"):
+        vector: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if vector.get("document") == name and ("text" in vector or "hex" in vector):
+            text = bytes.fromhex(vector["hex"]) if "hex" in vector else vector["text"].encode()
+            (directory / f"{path.parent.name}-{path.stem}").write_bytes(text)
+
+
+def fuzz(name: str, arguments: list[str]) -> None:
+    """Runs until libFuzzer ends this process."""
+    import atheris
+
+    with atheris.instrument_imports(include=["splitbundle"]):
+        target = TARGETS[name][0]()
+    from splitbundle import BundleError
+
+    def once(data: bytes) -> None:
+        try:
+            target(data)
+        except BundleError as error:
+            if len(str(error)) > 100_000:
+                raise AssertionError(f"a text of {len(str(error))} characters") from error
+
+    atheris.Setup([sys.argv[0], *arguments], once)
+    atheris.Fuzz()
+
+
+def run(name: str, seconds: int, corpus: str | None = None) -> int:
+    """Fuzzes in a process of its own. Gives the number of executions; raises on a finding."""
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(corpus or temporary)
+        directory.mkdir(exist_ok=True, parents=True)
+        seeds(name, directory)
+        limits = [f"-timeout={SECONDS_EACH}", f"-rss_limit_mb={MEBIBYTES}", f"-max_len={LENGTH}"]
+        command = [sys.executable, str(HERE / "fuzzing.py"), name, "--in-this-process", "--"]
+        command += [*limits, f"-max_total_time={seconds}", "-print_final_stats=1", str(directory)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=seconds + 120)
+    found = re.search(r"stat::number_of_executed_units: (\d+)", done.stderr)
+    if done.returncode or found is None:
+        raise RuntimeError(f"{name}: exit status {done.returncode}\n{done.stderr[-4000:]}")
+    return int(found[1])
+
+
+def main() -> int:
+    """Fuzzes one target, or each in turn."""
+    parser = argparse.ArgumentParser(prog="python tests/fuzzing.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("target", choices=(*TARGETS, "all"))
+    parser.add_argument("--seconds", type=int, default=600, help="for each target (default: %(default)s)")
+    parser.add_argument("--corpus", help="where to begin, and to keep what reaches further; by default nowhere")
+    parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.in_this_process:
+        fuzz(args.target, args.rest)
+        return 0
+    for name in TARGETS if args.target == "all" else [args.target]:
+        print(f"{name}: {run(name, args.seconds, args.corpus):,} executions, nothing found", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
