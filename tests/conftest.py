@@ -9,12 +9,19 @@ from typing import Any, Final
 import pytest
 
 _COUNTED: Final = "model type"
+_TALLIED: Final = "tally"
 
 
 @pytest.fixture
 def count_as(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Says what became of the one model type that a test is about; the run's last lines have the counts."""
     return lambda what: record_property(_COUNTED, what)
+
+
+@pytest.fixture
+def tally(record_property: Callable[[str, object], None]) -> Callable[[str, int], None]:
+    """Adds to a count that the run's last lines have."""
+    return lambda what, number: record_property(_TALLIED, (what, number))
 
 
 @pytest.fixture
@@ -33,12 +40,14 @@ def one_thread() -> Iterator[None]:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Shows the counts. It is the reports that bring them, also from the processes of pytest-xdist."""
-    counted = Counter(
-        what
-        for report in terminalreporter.stats.get("passed", ())
-        for name, what in report.user_properties
-        if name == _COUNTED
-    )
+    properties = [each for report in terminalreporter.stats.get("passed", ()) for each in report.user_properties]
+    counted = Counter(what for name, what in properties if name == _COUNTED)
     if counted:
         counts = ", ".join(f"{number} {what}" for what, number in sorted(counted.items()))
         terminalreporter.write_line(f"{sum(counted.values())} model types of transformers: {counts}")
+    tallied: Counter[str] = Counter()
+    for name, value in properties:
+        if name == _TALLIED:
+            tallied[value[0]] += value[1]
+    for what, number in tallied.items():
+        terminalreporter.write_line(f"{number} {what}")

@@ -13,6 +13,8 @@ from splitbundle.errors import BundleError, Problem
 from splitbundle.manifest import File
 
 CHUNK: Final = 2**20
+HASHED_AT_ONCE: Final = 2**17
+"""Bytes: they stay in the core's cache between reading and hashing."""
 MAX_TEXT_BYTES: Final = 256 * 2**20
 """Of a tokenizer's file: vocabularies of a million tokens take some 100 MB."""
 
@@ -105,7 +107,8 @@ def read_file(root: Path, path: str, limit: int, expected: File | None = None) -
         BundleError: as for ``open_file``, and ``json.size`` (or ``file.size``) above ``limit`` bytes.
     """
     with open_file(root, path, expected) as file:
-        data = file.read(limit + 1)
+        # As much as there is, and no more: what is asked for is allocated first.
+        data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > limit:
         code = "json.size" if path.endswith(".json") else "file.size"
         got = f"more than {limit} bytes"
@@ -116,7 +119,7 @@ def read_file(root: Path, path: str, limit: int, expected: File | None = None) -
 def sha256(file: BinaryIO, advance: Callable[[int], None] | None = None) -> str:
     """The digest of a file from its present position to its end."""
     digest = hashlib.sha256()
-    buffer = bytearray(CHUNK)
+    buffer = bytearray(HASHED_AT_ONCE)
     view = memoryview(buffer)
     while count := file.readinto(view):  # type: ignore[attr-defined]  # every raw binary file has it
         digest.update(view[:count])

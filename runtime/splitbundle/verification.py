@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from splitbundle import architecture as architectures
-from splitbundle import files, manifest, names, strict_json
+from splitbundle import files, manifest, names, strict_json, tokenizer_rules
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.files import Progress
 
 if TYPE_CHECKING:
     from splitbundle.bundle import Bundle
+
+
+THREAD_BYTES: Final = 2**20
+"""Files of fewer are hashed by the thread that asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +39,8 @@ def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress
     # A shard can be judged by the manifest and its own files: a partial bundle may come without the sums.
     whole = shard is None or (bundle.path / names.SUMS).exists()
     problems = _check_sums(bundle) if whole else []
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashlib lets go of the interpreter lock
-        for found in pool.map(lambda path: _check_digest(bundle, path, count), listed):
-            problems += found
+    for found in _each(listed, bundle, lambda path: _check_digest(bundle, path, count)):
+        problems += found
     good = set(listed) - {problem.file for problem in problems}
     for group, paths in bundle.weight_groups().items():
         if good.issuperset(paths):
@@ -46,6 +49,12 @@ def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress
                     pass
             except BundleError as error:
                 problems += error.problems
+    tokenizer = bundle.manifest.text.tokenizer
+    if tokenizer in good:
+        try:
+            tokenizer_rules.read(bundle, tokenizer)
+        except BundleError as error:
+            problems += error.problems
     unlisted = files.unlisted(bundle.path, {*bundle.manifest.files, manifest.FILE, names.SUMS})
     if exact:
         problems += [
@@ -55,6 +64,31 @@ def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress
     if problems:
         raise BundleError(problems)
     return Verification(files=tuple(listed), bytes=total, unlisted=tuple(unlisted))
+
+
+def _each(paths: list[str], bundle: Bundle, check: Callable[[str], list[Problem]]) -> Iterator[list[Problem]]:
+    """What a check finds of each file, in order: of large files on all cores, as hashing lets go of the interpreter.
+
+    Starting a thread takes as long as hashing some hundred KB.
+    """
+    large = [path for path in paths if bundle.manifest.files[path].size >= THREAD_BYTES]
+    workers = min(_cores(), len(large))
+    if workers < 2:
+        yield from map(check, paths)
+        return
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        # The largest first: else the last one could be hashed alone, long after the others.
+        large.sort(key=lambda path: -bundle.manifest.files[path].size)
+        running = {path: pool.submit(check, path) for path in large}
+        for path in paths:
+            yield running[path].result() if path in running else check(path)
+
+
+def _cores() -> int:
+    """How many this process may use: fewer than there are, in a container or under taskset."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _listed(bundle: Bundle, shard: str | None) -> list[str]:
