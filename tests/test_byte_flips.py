@@ -48,7 +48,11 @@ def test_every_byte_that_is_flipped_is_found(
             for i, byte in enumerate(data):
                 file.seek(i)
                 file.write(bytes([byte ^ (1 << i % 8)]))
-                assert named(tiny, reopen) == {path}, (path, i)
+                found = named(tiny, reopen)
+                if path == "manifest.json":  # what it lists wrongly is named too
+                    assert path in found, i
+                else:
+                    assert found == {path}, (path, i)
                 file.seek(i)
                 file.write(bytes([byte]))
                 count += 1

@@ -16,7 +16,7 @@ import pytest
 
 import splitbundle
 import splitbundle_schemas
-from conformance.cases import base, document
+from conformance.documents import base, document
 from splitbundle import architecture_parser, manifest_parser, manifest_rules, strict_json, weights
 from splitbundle.errors import BundleError, Problem
 from splitbundle_converter.publish import publishing

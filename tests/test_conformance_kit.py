@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from conformance import adapters, run
-from conformance.cases import Case, cases
+from conformance.case import Case
+from conformance.cases import cases
 
 HERE = Path(__file__).parent / "conformance"
 READERS = ("torch", "onnxruntime", "command")

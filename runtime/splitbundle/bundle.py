@@ -403,7 +403,10 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     data = files.read_file(root, manifest.FILE, strict_json.MAX_BYTES)
     parsed = manifest_parser.parse(data)
     listed = parsed.files[architectures.FILE]
-    document = files.read_listed(root, architectures.FILE, listed, strict_json.MAX_BYTES)
+    try:
+        document = files.read_listed(root, architectures.FILE, listed, strict_json.MAX_BYTES)
+    except BundleError as error:
+        raise BundleError([*error.problems, *verification.blame_manifest(root, data)]) from error
     architecture = architecture_parser.parse(document)
     manifest_rules.check_against(parsed, architecture)
     return Bundle(root, parsed, architecture, manifest.identity(data))

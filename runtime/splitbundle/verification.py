@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from splitbundle import architecture as architectures
@@ -100,7 +101,8 @@ def _listed(bundle: Bundle, shard: str | None) -> list[str]:
 
 def _check_sums(bundle: Bundle) -> list[Problem]:
     lines = {path: manifest.sums_line(file.sha256, path) for path, file in bundle.manifest.files.items()}
-    lines[manifest.FILE] = manifest.sums_line(bundle.id.removeprefix("sha256:"), manifest.FILE)
+    digest = bundle.id.removeprefix("sha256:")
+    lines[manifest.FILE] = manifest.sums_line(digest, manifest.FILE)
     try:
         data = files.read_file(bundle.path, names.SUMS, strict_json.MAX_BYTES)
     except BundleError as error:
@@ -114,24 +116,34 @@ def _check_sums(bundle: Bundle) -> list[Problem]:
     return [
         Problem(
             code="sums.mismatch",
-            file=manifest.FILE if _manifest_alone(expected, got) else names.SUMS,
+            file=manifest.FILE if _is_of_another_manifest(got, digest) else names.SUMS,
             expected=quoted(expected[off], 160) if off < len(expected) else end,
             got=quoted(got[off], 160) if off < len(got) else end,
         )
     ]
 
 
-def _manifest_alone(expected: list[str], got: list[str]) -> bool:
-    """Whether only the manifest's own line is off, and well-formed: then it is the manifest that was changed."""
+def blame_manifest(root: Path, data: bytes) -> list[Problem]:
+    """Where a file isn't what a manifest lists: whether that manifest isn't the one that SHA256SUMS was written for."""
+    try:
+        got = files.read_file(root, names.SUMS, strict_json.MAX_BYTES).decode("utf-8", "replace")
+    except BundleError:
+        return []
+    digest = manifest.identity(data).removeprefix("sha256:")
+    if not _is_of_another_manifest(got.splitlines(keepends=True), digest):
+        return []
+    expected = f"the manifest that {names.SUMS} lists"
+    return [Problem(code="sums.mismatch", file=manifest.FILE, expected=expected, got=f"one with sha256 {digest}")]
+
+
+def _is_of_another_manifest(got: list[str], digest: str) -> bool:
+    """Whether the sums were written for another manifest: then that was changed, and other lines are off because of it.
+
+    Another manifest has another digest altogether. Where most digits are the same, the line itself was spoilt.
+    """
     suffix = f"  {manifest.FILE}\n"
-    changed = [(a, b) for a, b in zip(expected, got, strict=False) if a != b]
-    return (
-        len(got) == len(expected)
-        and len(changed) == 1
-        and changed[0][0].endswith(suffix)
-        and changed[0][1].endswith(suffix)
-        and bool(names.SHA256.fullmatch(changed[0][1].removesuffix(suffix)))
-    )
+    theirs = next((line.removesuffix(suffix) for line in got if line.endswith(suffix)), "")
+    return bool(names.SHA256.fullmatch(theirs)) and sum(a != b for a, b in zip(theirs, digest, strict=True)) > 32
 
 
 def _check_digest(bundle: Bundle, path: str, count: Callable[[int], None]) -> list[Problem]:

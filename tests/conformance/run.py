@@ -23,7 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conformance.cases import Case, cases
+from conformance.case import Case
+from conformance.cases import cases
 
 Ask = Callable[[str, Path], Any]
 """Step and directory -> the verdict."""
