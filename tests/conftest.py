@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 
 _COUNTED: Final = "model type"
-_FAULTS: Final = "faults"
+_TALLIED: Final = "tally"
 
 
 @pytest.fixture
@@ -19,9 +19,9 @@ def count_as(record_property: Callable[[str, object], None]) -> Callable[[str], 
 
 
 @pytest.fixture
-def count_faults(record_property: Callable[[str, object], None]) -> Callable[[int, int], None]:
-    """Says how many system calls of a command had a fault, and how many faults there were."""
-    return lambda calls, points: record_property(_FAULTS, [calls, points])
+def tally(record_property: Callable[[str, object], None]) -> Callable[[str, int], None]:
+    """Adds to a count that the run's last lines have."""
+    return lambda what, number: record_property(_TALLIED, (what, number))
 
 
 @pytest.fixture
@@ -45,9 +45,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if counted:
         counts = ", ".join(f"{number} {what}" for what, number in sorted(counted.items()))
         terminalreporter.write_line(f"{sum(counted.values())} model types of transformers: {counts}")
-    faults = [what for name, what in properties if name == _FAULTS]
-    if faults:
-        calls, points = (sum(each) for each in zip(*faults, strict=True))
-        terminalreporter.write_line(
-            f"fault injection: {points} points at {calls} system calls of {len(faults)} commands"
-        )
+    tallied: Counter[str] = Counter()
+    for name, value in properties:
+        if name == _TALLIED:
+            tallied[value[0]] += value[1]
+    for what, number in tallied.items():
+        terminalreporter.write_line(f"{number} {what}")

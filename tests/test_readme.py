@@ -30,7 +30,7 @@ OTHERS = {
     "spec/decisions/": "Where the design was changed or made precise, and why",
     "schemas/splitbundle_schemas/v1/": "The JSON Schemas of manifest.json and architecture.json",
     "examples/license-gpt2/": "A trained checkpoint that knows the Apache License by heart",
-    "tests/conformance/": "Accept and reject cases for readers in any language",
+    "tests/conformance/": "The conformance kit: cases for readers in any language, and the command that asks them",
     "tests/golden/": "Bundles of each format version, which must open for ever",
     "tests/runtime/": "The runtime's own suite: torch, pytest and the golden bundles are all that it needs",
 }

@@ -80,7 +80,7 @@ def test_a_tokenizer_that_the_library_does_not_read(tmp_path: Path) -> None:
     import shutil
 
     source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
-    (source / "tokenizer.json").write_text('{"version": "1.0"}')
+    (source / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {}}}')
     bundle = splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
     with pytest.raises(BundleError, match=r"\[text.tokenizer\] tokenizer/tokenizer.json: expected a tokenizer that"):
         TextTokenizer(bundle)
@@ -96,3 +96,35 @@ def test_a_bundle_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     assert bundle.manifest.text.stop_ids == (0,)
     with pytest.raises(BundleError, match=r"\[text.none\]"):
         TextTokenizer(bundle)
+
+
+@pytest.mark.rule("SB-T-002")
+def test_a_text_is_neither_cut_nor_filled_up(tmp_path: Path) -> None:
+    """What a file asks for is of the batches that the model was trained with."""
+    import shutil
+
+    source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
+    library = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    plain = library.encode("Licensed under the Apache License").ids
+    library.enable_truncation(2)
+    library.enable_padding(length=40)
+    library.save(str(source / "tokenizer.json"))
+    assert len(library.encode("Licensed under the Apache License").ids) == 40
+    bundle = splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
+    assert TextTokenizer(bundle).encode("Licensed under the Apache License") == plain
+
+
+@pytest.mark.rule("SB-T-005")
+def test_a_tokenizer_of_another_model_is_not_converted(tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
+    document = json.loads((source / "tokenizer.json").read_text("utf-8"))
+    document["model"]["vocab"]["new"] = 50_000
+    (source / "tokenizer.json").write_text(json.dumps(document), "utf-8")
+    with pytest.raises(
+        BundleError, match=r"\[text.tokenizer\] tokenizer.json /model/vocab/new: expected a token id from"
+    ):
+        splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from splitbundle import architecture as architectures
-from splitbundle import torch_weights
+from splitbundle import tokenizer_rules, torch_weights
 from splitbundle.architecture import Architecture, count
 from splitbundle.bundle import VECTORS, Bundle
 from splitbundle.errors import quoted
@@ -31,7 +31,7 @@ from splitbundle_converter.opening import opened
 from splitbundle_converter.original_part import load_original_part
 from splitbundle_converter.publish import publishing
 from splitbundle_converter.refusal import refused
-from splitbundle_converter.source import Source, dtype_of
+from splitbundle_converter.source import TOKENIZER, Source, dtype_of
 from splitbundle_converter.translate import Translation, translate
 from splitbundle_converter.vectors import load_original, reference_vectors
 
@@ -140,14 +140,17 @@ def _convert(
     storage = _storage(checkpoint, translation, dtype)
     if graphs is not None:
         graphs.check(storage)
+    text_files = {name: checkpoint.read(name) for name in checkpoint.text_files()}
+    if TOKENIZER in text_files:
+        tokenizer_rules.check(text_files[TOKENIZER], TOKENIZER, architecture.vocab_size)
     with publishing(target, force=force) as root:
         listed, units = _write_units(root, checkpoint, architecture, translation, storage, max_file_size, progress)
         listed[architectures.FILE] = write.write_file(root, architectures.FILE, architecture.to_bytes())
         vectors = None
         if check:
             vectors = _write_vectors(root, load, architecture, dtype, listed, progress)
-        for name in checkpoint.text_files():
-            listed[f"tokenizer/{name}"] = write.write_file(root, f"tokenizer/{name}", checkpoint.read(name))
+        for name, data in text_files.items():
+            listed[f"tokenizer/{name}"] = write.write_file(root, f"tokenizer/{name}", data)
         weight_files = tuple(path for paths in units.values() for path in paths)
         write.finish(
             root,
@@ -170,7 +173,7 @@ def _convert(
                 units=units,
                 files=listed,
                 text=Text(
-                    tokenizer="tokenizer/tokenizer.json" if "tokenizer/tokenizer.json" in listed else None,
+                    tokenizer=f"tokenizer/{TOKENIZER}" if TOKENIZER in text_files else None,
                     stop_ids=checkpoint.stop_ids(config),
                 ),
                 vectors=vectors,

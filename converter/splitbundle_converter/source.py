@@ -32,8 +32,9 @@ from splitbundle_converter.source_files import (
 )
 
 CONFIG: Final = "config.json"
+TOKENIZER: Final = "tokenizer.json"
 TEXT_FILES: Final = (
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

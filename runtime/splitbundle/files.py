@@ -14,6 +14,8 @@ from splitbundle.errors import BundleError, Problem
 from splitbundle.manifest import File
 
 CHUNK: Final = 2**20
+HASHED_AT_ONCE: Final = 2**17
+"""Bytes: they stay in the core's cache between reading and hashing."""
 MAX_TEXT_BYTES: Final = 256 * 2**20
 """Of a tokenizer's file: vocabularies of a million tokens take some 100 MB."""
 
@@ -165,7 +167,8 @@ def read_file(root: Path, path: str, limit: int, expected: File | None = None) -
     """
     try:
         with open_file(root, path, expected) as file:
-            data = file.read(limit + 1)
+            # As much as there is, and no more: what is asked for is allocated first.
+            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise BundleError(unreadable(path, error)) from error
     if len(data) > limit:
@@ -178,7 +181,7 @@ def read_file(root: Path, path: str, limit: int, expected: File | None = None) -
 def sha256(file: BinaryIO, advance: Callable[[int], None] | None = None) -> str:
     """The digest of a file from its present position to its end."""
     digest = hashlib.sha256()
-    buffer = bytearray(CHUNK)
+    buffer = bytearray(HASHED_AT_ONCE)
     view = memoryview(buffer)
     while count := file.readinto(view):  # type: ignore[attr-defined]  # every raw binary file has it
         digest.update(view[:count])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from math import prod
+from typing import Final
 
 from splitbundle.architecture import FILE as ARCHITECTURE_FILE
 from splitbundle.architecture import Architecture, count
@@ -10,7 +12,11 @@ from splitbundle.errors import quoted
 from splitbundle.fields import Problems, escape
 from splitbundle.graphs import OPSET, ports
 from splitbundle.manifest import EMBEDDING, FILE, ROW, VARIANTS, Graph, Manifest, Shard, expand, fingerprint
+from splitbundle.weights import ITEM_SIZES
 
+MAX_BESIDE_DATA: Final = 2**25
+"""Bytes of a weight file: its header has at most half of them, which its reader checks."""
+MAX_OTHER_FILE: Final = 2**28
 _ROW_NAME = re.compile(r"([^{}]+\.)?\{row\}(\.[^{}]+)?")
 
 
@@ -128,6 +134,7 @@ def check_against(manifest: Manifest, architecture: Architecture) -> None:
     problems.raise_if_any()
     for i, shard in enumerate(manifest.shards):
         _check_shard_totals(manifest, architecture, units, shard, f"/shards/{i}", problems)
+    _check_sizes(manifest, architecture, units, problems)
     _check_source_names(manifest, shapes, total, problems)
     known = fingerprint(manifest.files, manifest.weight_files())
     for key, expected in (
@@ -159,6 +166,29 @@ def _check_shard_totals(
     for key, expected in (("bytes", size), ("parameters", parameters)):
         if getattr(shard, key) != expected:
             problems.add("manifest.shards", f"{at}/{key}", str(expected), str(getattr(shard, key)))
+
+
+def _check_sizes(
+    manifest: Manifest, architecture: Architecture, units: dict[str, dict[str, tuple[int, ...]]], problems: Problems
+) -> None:
+    """What there is to read is bounded by the architecture: files can be sparse, and cost their maker nothing."""
+    groups = [
+        (paths, sum(ITEM_SIZES[manifest.storage.dtype_of(name)] * prod(shape) for name, shape in units[unit].items()))
+        for unit, paths in manifest.units.items()
+    ]
+    if manifest.vectors is not None:
+        each = ITEM_SIZES["int64"] + ITEM_SIZES["float32"] * architecture.hidden_size * (len(architecture.layers) + 1)
+        last = ITEM_SIZES["float32"] * architecture.vocab_size
+        groups.append(((manifest.vectors.file,), sum(each * n + last for n in manifest.vectors.lengths)))
+    limits = dict.fromkeys(manifest.files, MAX_OTHER_FILE)
+    for paths, data in groups:
+        limit = data + MAX_BESIDE_DATA * len(paths)
+        fits = sum(manifest.files[path].size for path in paths) <= limit
+        limits |= {path: limit if fits else limit // len(paths) for path in paths}
+    for path, limit in limits.items():
+        if manifest.files[path].size > limit:
+            got = str(manifest.files[path].size)
+            problems.add("manifest.files", f"/files/{escape(path)}/size", f"at most {limit} bytes", got)
 
 
 def _check_graph(

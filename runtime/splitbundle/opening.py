@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from splitbundle import architecture as architectures
-from splitbundle import architecture_parser, files, manifest, manifest_parser, manifest_rules, strict_json
+from splitbundle import architecture_parser, files, manifest, manifest_parser, manifest_rules, strict_json, verification
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.manifest import Manifest
@@ -75,10 +75,10 @@ def _documents(root: Path, wanted: str | None) -> tuple[bytes, Manifest, bytes]:
         try:
             listed = parsed.files[architectures.FILE]
             return data, parsed, files.read_listed(root, architectures.FILE, listed, strict_json.MAX_BYTES)
-        except BundleError:
+        except BundleError as error:
             now = _manifest(root, wanted)
             if now == data or not more:
-                raise
+                raise BundleError([*error.problems, *verification.blame_manifest(root, data)]) from error
             data = now
     raise AssertionError  # the last round returns or raises
 

@@ -26,7 +26,7 @@ class _Refused(ValueError):
         self.code, self.expected, self.got = code, expected, got
 
 
-def parse(data: bytes, file: str) -> Any:
+def parse(data: bytes, file: str, *, max_bytes: int = MAX_BYTES, max_marks: int = MAX_MARKS) -> Any:
     """The value of a JSON document.
 
     Raises:
@@ -36,10 +36,10 @@ def parse(data: bytes, file: str) -> Any:
     def refuse(code: str, expected: str, got: str, offset: int | None = None) -> NoReturn:
         raise BundleError(Problem(code=code, file=file, offset=offset, expected=expected, got=got))
 
-    if len(data) > MAX_BYTES:
-        refuse("json.size", f"at most {MAX_BYTES} bytes", f"{len(data)} bytes")
-    if (marks := sum(data.count(mark) for mark in b"[{,")) > MAX_MARKS:
-        refuse("json.size", f"at most {MAX_MARKS} of the characters [ {{ and ,", f"{marks}")
+    if len(data) > max_bytes:
+        refuse("json.size", f"at most {max_bytes} bytes", f"{len(data)} bytes")
+    if (marks := sum(data.count(mark) for mark in b"[{,")) > max_marks:
+        refuse("json.size", f"at most {max_marks} of the characters [ {{ and ,", f"{marks}")
     if data.startswith(b"\xef\xbb\xbf"):
         refuse("json.encoding", "UTF-8 without a byte order mark", "a byte order mark", 0)
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from splitbundle import files
+from splitbundle import tokenizer_rules
 from splitbundle.errors import BundleError, Problem
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ class TextTokenizer:
     """A bundle's tokenizer. Text stays text: a control token that is spelled in a prompt isn't one.
 
     Raises:
-        BundleError: ``file.*`` where the file isn't the listed one; ``text.tokenizer`` where the library refuses it.
+        BundleError: ``file.*`` where the file isn't the listed one; ``json.*`` and ``text.tokenizer`` where it isn't
+            one of this model, or the library refuses it.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -28,7 +29,7 @@ class TextTokenizer:
             raise BundleError(
                 Problem(code="text.none", file=str(bundle.path), expected="a tokenizer", got="a bundle without one")
             )
-        data = files.read_listed(bundle.path, path, bundle.manifest.files[path], files.MAX_TEXT_BYTES)
+        data = tokenizer_rules.read(bundle, path)
         try:
             self._tokenizer = Tokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # the library raises Exception itself
@@ -36,6 +37,9 @@ class TextTokenizer:
                 Problem(code="text.tokenizer", file=path, expected="a tokenizer that the library reads", got=str(error))
             ) from error
         self._tokenizer.encode_special_tokens = True
+        # A file may ask for every text to be cut or filled up: that is of the batches that a model was trained with.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with what the tokenizer puts before and after a text."""

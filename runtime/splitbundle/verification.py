@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from splitbundle import architecture as architectures
-from splitbundle import files, graph_rules, manifest, names, strict_json
+from splitbundle import files, graph_rules, manifest, names, strict_json, tokenizer_rules
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.files import Progress
 
 if TYPE_CHECKING:
     from splitbundle.bundle import Bundle
     from splitbundle.manifest import Shard
+
+
+THREAD_BYTES: Final = 2**20
+"""Files of fewer are hashed by the thread that asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +41,8 @@ def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress
     # A shard can be judged by the manifest and its own files: a partial bundle may come without the sums.
     whole = shard is None or (bundle.path / names.SUMS).exists()
     problems = _check_sums(bundle) if whole else []
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashlib lets go of the interpreter lock
-        for found in pool.map(lambda path: _check_digest(bundle, path, count), listed):
-            problems += found
+    for found in _each(listed, bundle, lambda path: _check_digest(bundle, path, count)):
+        problems += found
     good = set(listed) - {problem.file for problem in problems}
     for group, paths in bundle.weight_groups().items():
         if good.issuperset(paths):
@@ -54,6 +58,12 @@ def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress
                 graph_rules.read(bundle, each, each.graph)
             except BundleError as error:
                 problems += error.problems
+    tokenizer = bundle.manifest.text.tokenizer
+    if tokenizer in good:
+        try:
+            tokenizer_rules.read(bundle, tokenizer)
+        except BundleError as error:
+            problems += error.problems
     unlisted = files.unlisted(bundle.path, {*bundle.manifest.files, manifest.FILE, names.SUMS})
     if exact:
         problems += [
@@ -63,6 +73,31 @@ def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress
     if problems:
         raise BundleError(problems)
     return Verification(files=tuple(listed), bytes=total, unlisted=tuple(unlisted))
+
+
+def _each(paths: list[str], bundle: Bundle, check: Callable[[str], list[Problem]]) -> Iterator[list[Problem]]:
+    """What a check finds of each file, in order: of large files on all cores, as hashing lets go of the interpreter.
+
+    Starting a thread takes as long as hashing some hundred KB.
+    """
+    large = [path for path in paths if bundle.manifest.files[path].size >= THREAD_BYTES]
+    workers = min(_cores(), len(large))
+    if workers < 2:
+        yield from map(check, paths)
+        return
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        # The largest first: else the last one could be hashed alone, long after the others.
+        large.sort(key=lambda path: -bundle.manifest.files[path].size)
+        running = {path: pool.submit(check, path) for path in large}
+        for path in paths:
+            yield running[path].result() if path in running else check(path)
+
+
+def _cores() -> int:
+    """How many this process may use: fewer than there are, in a container or under taskset."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _listed(bundle: Bundle, shard: str | None) -> list[str]:
@@ -77,7 +112,8 @@ def _files(bundle: Bundle, shard: Shard) -> list[str]:
 
 def _check_sums(bundle: Bundle) -> list[Problem]:
     lines = {path: manifest.sums_line(file.sha256, path) for path, file in bundle.manifest.files.items()}
-    lines[manifest.FILE] = manifest.sums_line(bundle.id.removeprefix("sha256:"), manifest.FILE)
+    digest = bundle.id.removeprefix("sha256:")
+    lines[manifest.FILE] = manifest.sums_line(digest, manifest.FILE)
     try:
         data = files.read_file(bundle.path, names.SUMS, strict_json.MAX_BYTES)
     except BundleError as error:
@@ -91,24 +127,34 @@ def _check_sums(bundle: Bundle) -> list[Problem]:
     return [
         Problem(
             code="sums.mismatch",
-            file=manifest.FILE if _manifest_alone(expected, got) else names.SUMS,
+            file=manifest.FILE if _is_of_another_manifest(got, digest) else names.SUMS,
             expected=quoted(expected[off], 160) if off < len(expected) else end,
             got=quoted(got[off], 160) if off < len(got) else end,
         )
     ]
 
 
-def _manifest_alone(expected: list[str], got: list[str]) -> bool:
-    """Whether only the manifest's own line is off, and well-formed: then it is the manifest that was changed."""
+def blame_manifest(root: Path, data: bytes) -> list[Problem]:
+    """Where a file isn't what a manifest lists: whether that manifest isn't the one that SHA256SUMS was written for."""
+    try:
+        got = files.read_file(root, names.SUMS, strict_json.MAX_BYTES).decode("utf-8", "replace")
+    except BundleError:
+        return []
+    digest = manifest.identity(data).removeprefix("sha256:")
+    if not _is_of_another_manifest(got.splitlines(keepends=True), digest):
+        return []
+    expected = f"the manifest that {names.SUMS} lists"
+    return [Problem(code="sums.mismatch", file=manifest.FILE, expected=expected, got=f"one with sha256 {digest}")]
+
+
+def _is_of_another_manifest(got: list[str], digest: str) -> bool:
+    """Whether the sums were written for another manifest: then that was changed, and other lines are off because of it.
+
+    Another manifest has another digest altogether. Where most digits are the same, the line itself was spoilt.
+    """
     suffix = f"  {manifest.FILE}\n"
-    changed = [(a, b) for a, b in zip(expected, got, strict=False) if a != b]
-    return (
-        len(got) == len(expected)
-        and len(changed) == 1
-        and changed[0][0].endswith(suffix)
-        and changed[0][1].endswith(suffix)
-        and bool(names.SHA256.fullmatch(changed[0][1].removesuffix(suffix)))
-    )
+    theirs = next((line.removesuffix(suffix) for line in got if line.endswith(suffix)), "")
+    return bool(names.SHA256.fullmatch(theirs)) and sum(a != b for a, b in zip(theirs, digest, strict=True)) > 32
 
 
 def _check_digest(bundle: Bundle, path: str, count: Callable[[int], None]) -> list[Problem]:

@@ -150,6 +150,9 @@ def parse(
     raw: bytes, path: str, size: int, expected: dict[str, Tensor], *, part: bool = False, more: bool = False
 ) -> Weights:
     """Judges the header ``raw`` of a file of ``size`` bytes. See ``read``."""
+    last = not more and (bool(expected) or not part)  # what the header holds is known before it is read
+    if last and (as_expected := _as_expected(raw, size, expected)) is not None:
+        return as_expected
     problems = Problems(path)
     document = Field(strict_json.parse(raw[8:].rstrip(b" "), path), problems)
     if isinstance(document.value, dict) and len(document.value) - 1 > len(expected):
@@ -202,6 +205,19 @@ def parse(
             )
         )
     return Weights(start=len(raw), layout=layout, data_sha256=data_sha256)
+
+
+def _as_expected(raw: bytes, size: int, expected: dict[str, Tensor]) -> Weights | None:
+    """What a header says that is, byte for byte, the one that it has to be. Another is parsed, to say what is wrong."""
+    text = raw[len(_BEGINNING) + 8 :][:64].decode("latin-1")
+    if not names.SHA256.fullmatch(text):
+        return None
+    layout = lay_out(expected)
+    good = raw == header(layout, text) and size == len(raw) + sum(tensor.size for tensor in expected.values())
+    return Weights(start=len(raw), layout=layout, data_sha256=text) if good else None
+
+
+_BEGINNING: Final = b'{"__metadata__":{"sha256":"'
 
 
 def _tensor(field: Field) -> Tensor:

@@ -1,0 +1,92 @@
+"""What a case is, and the small bundle that most are changes of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+TINY = HERE / "bundles" / "tiny.splitbundle"
+LAYER, VECTORS, TOKENIZER = "layer-000.safetensors", "vectors.safetensors", "tokenizer/tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A directory, and what a reader must say of it."""
+
+    name: str
+    about: str
+    steps: tuple[str, ...]
+    """At which the reader is asked, each by itself: it must say the same at all of them."""
+    make: Callable[[Path], None]
+    """Writes the bundle to a directory that isn't there yet. OSError and the like: this system can't have it."""
+    code: str | None = None
+    """Of the first problem; None: the reader takes it."""
+    file: str | None = None
+    pointer: str | None = None
+    """Of the first problem, where ``points``."""
+    points: bool = False
+    schema: str = "silent"
+    """What a JSON Schema validator says of the two documents: accept, reject, silent (either)."""
+    about_file: str | None = None
+    """Where only what is said of one file counts, that file."""
+    limited: bool = False
+    """To be judged within two seconds and 256 MiB."""
+
+
+def dump(value: object) -> bytes:
+    """Canonical JSON (SB-J-009)."""
+    return (json.dumps(value, indent=2) + "\n").encode("ascii")
+
+
+class Draft:
+    """The small bundle, to be changed. ``seal`` lists what is there, so that just the change itself is wrong."""
+
+    def __init__(self) -> None:
+        places = sorted(path for path in TINY.rglob("*") if path.is_file())
+        self.files = {path.relative_to(TINY).as_posix(): path.read_bytes() for path in places}
+        del self.files["SHA256SUMS"]
+        self.manifest = json.loads(self.files.pop("manifest.json"))
+
+    def seal(self) -> Draft:
+        """Lists each file's size and digests, and what follows from them."""
+        for path, data in self.files.items():
+            self.manifest["files"][path] = listed(path, data)
+        for shard in self.manifest["shards"]:
+            paths = [path for unit in shard["units"] for path in self.manifest["units"][unit]["files"]]
+            shard["bytes"] = sum(self.manifest["files"][path]["size"] for path in paths)
+        identify(self.manifest)
+        return self
+
+    def write(self, root: Path) -> None:
+        """Everything, and SHA256SUMS of what the manifest lists."""
+        manifest = dump(self.manifest)
+        for path, data in {**self.files, "manifest.json": manifest, "SHA256SUMS": self.sums(manifest)}.items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(data)
+
+    def sums(self, manifest: bytes) -> bytes:
+        lines = {path: entry["sha256"] for path, entry in self.manifest["files"].items()}
+        lines["manifest.json"] = hashlib.sha256(manifest).hexdigest()
+        return "".join(f"{lines[path]}  {path}\n" for path in sorted(lines)).encode("ascii")
+
+
+def listed(path: str, data: bytes) -> dict[str, object]:
+    entry: dict[str, object] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    if path.endswith(".safetensors"):
+        end = 8 + int.from_bytes(data[:8], "little")
+        entry["header_sha256"] = hashlib.sha256(data[:end]).hexdigest()
+    return entry
+
+
+def identify(manifest: dict[str, Any]) -> None:
+    """The architecture id and the fingerprint, by the listed digests (SB-I-002, SB-I-003)."""
+    files = manifest["files"]
+    manifest["model"]["architecture"] = f"sha256:{files['architecture.json']['sha256']}"
+    model = sorted(["architecture.json", *(path for unit in manifest["units"].values() for path in unit["files"])])
+    lines = "".join(f"{files[path]['sha256']}  {path}\n" for path in model)
+    manifest["model"]["fingerprint"] = f"sha256:{hashlib.sha256(lines.encode('ascii')).hexdigest()}"

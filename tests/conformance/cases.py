@@ -1,0 +1,23 @@
+"""All cases of the kit: vectors as bundles, and whole directories that are spoilt.
+
+Standard library only, and nothing of splitbundle: what is expected is said here, not asked of an implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from conformance.case import Case
+from conformance.directories import directory_cases
+from conformance.documents import large_cases, vector_cases
+from conformance.headers import header_cases
+from conformance.text import tokenizer_cases
+
+
+def cases() -> Iterator[Case]:
+    """Every case; names are unique."""
+    yield from vector_cases()
+    yield from large_cases()
+    yield from directory_cases()
+    yield from header_cases()
+    yield from tokenizer_cases()

@@ -1,0 +1,215 @@
+"""Whole directories: the small bundle with files that are missing, too many, no files, or other ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from conformance.case import LAYER, TOKENIZER, VECTORS, Case, Draft
+
+Spoil = Callable[[Path], object]
+EVERY = ("open", "stage", "verify")
+
+
+def _spoilt(name: str, about: str, steps: tuple[str, ...], spoil: Spoil, code: str | None, file: str | None) -> Case:
+    """The bundle, written whole and then changed."""
+
+    def make(root: Path) -> None:
+        Draft().write(root)
+        spoil(root)
+
+    return Case(name=f"directory/{name}", about=about, steps=steps, make=make, code=code, file=file, schema="silent")
+
+
+def directory_cases() -> Iterator[Case]:
+    """Files that are missing, too many, no files, or other ones."""
+    yield _spoilt("whole", "nothing is wrong", (*EVERY, "exact"), lambda root: None, None, None)
+    sealed = Case(
+        name="directory/sealed",
+        about="the small bundle, listed anew: what the other cases start from is right",
+        steps=(*EVERY, "exact"),
+        make=lambda root: Draft().seal().write(root),
+    )
+    yield sealed
+    yield from _missing_cases()
+    yield from _kind_cases()
+    yield from _other_content_cases()
+    for name, make in _UNLISTED.items():
+        path = f"more/{name}" if name.startswith("deep") else name
+        about = f"a file that isn't listed: {name}"
+        yield _spoilt(f"unlisted-{name}", f"{about} is reported", EVERY, _at(path, make), None, None)
+        yield _spoilt(f"unlisted-{name}-exact", about, ("exact",), _at(path, make), "file.unlisted", path)
+
+
+def _missing_cases() -> Iterator[Case]:
+    def remove(path: str) -> Spoil:
+        return lambda root: (root / path).unlink()
+
+    yield _spoilt("no-manifest", "no manifest", EVERY, remove("manifest.json"), "file.missing", None)
+    yield _spoilt("no-directory", "nothing at all", EVERY, lambda root: shutil.rmtree(root), "file.missing", None)
+    about = "no architecture"
+    yield _spoilt("no-architecture", about, EVERY, remove("architecture.json"), "file.missing", "architecture.json")
+    yield _spoilt("no-sums", "no SHA256SUMS", ("verify",), remove("SHA256SUMS"), "file.missing", "SHA256SUMS")
+    yield _spoilt("no-layer-open", "a partial bundle opens", ("open",), remove(LAYER), None, None)
+    yield _spoilt("no-layer", "a layer's file is missing", ("stage", "verify"), remove(LAYER), "file.missing", LAYER)
+    for path in (VECTORS, TOKENIZER, "README.md"):
+        stem = Path(path).stem.lower()
+        yield _spoilt(f"no-{stem}", f"{path} is missing", ("verify",), remove(path), "file.missing", path)
+
+
+def _kind_cases() -> Iterator[Case]:
+    for path, steps in (("manifest.json", EVERY), ("architecture.json", EVERY), (LAYER, ("stage", "verify"))):
+        for kind, make in _KINDS.items():
+            name = f"{kind}-{Path(path).name.partition('.')[0]}"
+            about = f"{path} is a {kind}"
+            if (path, kind) == ("manifest.json", "hanging-link"):
+                yield _spoilt(name, about, steps, _at(path, make), "file.missing", None)
+            else:
+                yield _spoilt(name, about, steps, _at(path, make), "file.kind", path)
+    for kind in ("link", "pipe"):
+        about = f"SHA256SUMS is a {kind}"
+        spoil = _at("SHA256SUMS", _KINDS[kind])
+        yield _spoilt(f"{kind}-sums", about, ("verify",), spoil, "file.kind", "SHA256SUMS")
+
+    def link_directory(root: Path) -> None:
+        (root / "tokenizer").rename(root.parent / f"{root.name}-tokenizer")
+        (root / "tokenizer").symlink_to(f"../{root.name}-tokenizer")
+
+    about = "a directory on the way to a file is a link"
+    yield _spoilt(
+        "link-on-the-way", about, ("verify",), link_directory, "file.kind", "tokenizer/generation_config.json"
+    )
+
+
+def _at(path: str, make: Callable[[Path], object]) -> Spoil:
+    def spoil(root: Path) -> None:
+        place = root / path
+        if place.exists():
+            place.rename(root.parent / f"{root.name}-moved")
+        place.parent.mkdir(exist_ok=True)
+        make(place)
+
+    return spoil
+
+
+def _link(place: Path) -> None:
+    place.symlink_to(f"../{place.parent.name}-moved")
+
+
+_KINDS: dict[str, Callable[[Path], object]] = {
+    "link": _link,
+    "hanging-link": lambda place: place.symlink_to("../nowhere"),
+    "directory": lambda place: place.mkdir(),
+    "pipe": lambda place: os.mkfifo(place),
+    "socket": lambda place: os.mknod(place, stat.S_IFSOCK | 0o600),
+    "device": lambda place: os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(1, 3)),
+}
+_UNLISTED: dict[str, Callable[[Path], object]] = {
+    "notes.txt": lambda place: place.write_text("mine"),
+    "hanging-link": lambda place: place.symlink_to("nowhere"),
+    "pipe": lambda place: os.mkfifo(place),
+    "deep.safetensors": lambda place: place.write_bytes(b"\0" * 9),
+}
+
+
+def _other_content_cases() -> Iterator[Case]:
+    def change(path: str, edit: Callable[[bytes], bytes]) -> Spoil:
+        return lambda root: (root / path).write_bytes(edit((root / path).read_bytes()))
+
+    def last(data: bytes) -> bytes:
+        return data[:-1] + bytes([data[-1] ^ 1])
+
+    def first_of_header(data: bytes) -> bytes:
+        return data[:40] + bytes([data[40] ^ 1]) + data[41:]
+
+    later = ("stage", "verify")
+    yield _spoilt("layer-shorter", "a byte short", later, change(LAYER, lambda data: data[:-1]), "file.size", LAYER)
+    yield _spoilt("layer-longer", "a byte more", later, change(LAYER, lambda data: data + b"\0"), "file.size", LAYER)
+    yield _spoilt("layer-empty", "no byte", later, change(LAYER, lambda data: b""), "file.size", LAYER)
+    yield _spoilt("layer-digest", "a byte of the data", ("verify",), change(LAYER, last), "file.digest", LAYER)
+    about = "a byte of a header"
+    yield _spoilt("layer-header", about, ("stage",), change(LAYER, first_of_header), "file.header-digest", LAYER)
+    yield _spoilt("layer-header-verify", about, ("verify",), change(LAYER, first_of_header), "file.digest", LAYER)
+    for path in (VECTORS, TOKENIZER, "README.md", "top.onnx"):
+        name, about = f"{Path(path).name.lower()}-digest", f"a byte of {path}"
+        yield _spoilt(name, about, ("verify",), change(path, last), "file.digest", path)
+    spoil = change("architecture.json", lambda data: b"x" * len(data))
+    yield _spoilt("architecture-digest", "hashed before it is parsed", EVERY, spoil, "file.digest", "architecture.json")
+    spoil = change("architecture.json", lambda data: data + b" ")
+    yield _spoilt("architecture-longer", "a byte more", EVERY, spoil, "file.size", "architecture.json")
+
+    def of_another_model(root: Path) -> None:
+        """The same names and shapes, and other numbers: only digests can tell."""
+        data = (root / LAYER).read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        numbers = bytes(len(data) - end)
+        old = hashlib.sha256(data[end:]).hexdigest().encode("ascii")
+        header = data[:end].replace(old, hashlib.sha256(numbers).hexdigest().encode("ascii"))
+        (root / LAYER).write_bytes(header + numbers)
+
+    about = "the layer of another model of this architecture"
+    yield _spoilt("mixed", about, ("stage",), of_another_model, "file.header-digest", LAYER)
+    yield _spoilt("mixed-verify", about, ("verify",), of_another_model, "file.digest", LAYER)
+
+    def sparse(root: Path) -> None:
+        os.truncate(root / LAYER, 2**43)
+
+    about = "a sparse file of 8 TiB in place of a layer"
+    yield _limited(_spoilt("sparse", about, later, sparse, "file.size", LAYER))
+    for path in (LAYER, VECTORS, "README.md"):
+        yield _listed_sparse(path)
+    edits: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+        "blank-line": (lambda data: data + b"\n", "SHA256SUMS"),
+        "star": (lambda data: data.replace(b"  ", b" *", 1), "SHA256SUMS"),
+        "order": (lambda data: b"".join(reversed(data.splitlines(keepends=True))), "SHA256SUMS"),
+        "line-less": (lambda data: b"".join(data.splitlines(keepends=True)[1:]), "SHA256SUMS"),
+        "line-more": (lambda data: data + b"0" * 64 + b"  extra\n", "SHA256SUMS"),
+        "line-feeds": (lambda data: data.replace(b"\n", b"\r\n"), "SHA256SUMS"),
+        "cut": (lambda data: data[:-1], "SHA256SUMS"),
+        "empty": (lambda data: b"", "SHA256SUMS"),
+        "manifest": (lambda data: _redigest(data, b"manifest.json"), "manifest.json"),
+        "layer": (lambda data: _redigest(data, LAYER.encode("ascii")), "SHA256SUMS"),
+        "too-large": (lambda data: data + b"\n" * 2**24, "SHA256SUMS"),
+    }
+    for name, (edit, culprit) in edits.items():
+        code = "file.size" if name == "too-large" else "sums.mismatch"
+        yield _spoilt(f"sums-{name}", f"SHA256SUMS: {name}", ("verify",), change("SHA256SUMS", edit), code, culprit)
+
+
+def _redigest(data: bytes, path: bytes) -> bytes:
+    lines = data.splitlines(keepends=True)
+    return b"".join(b"0" * 64 + b"  " + path + b"\n" if line.endswith(b"  " + path + b"\n") else line for line in lines)
+
+
+def _limited(case: Case) -> Case:
+    return replace(case, limited=True)
+
+
+def _listed_sparse(path: str) -> Case:
+    """8 TiB that the manifest lists: hashing them would take hours, so their size must be refused (SB-M-053)."""
+
+    def make(root: Path) -> None:
+        draft = Draft()
+        draft.manifest["files"][path]["size"] = 2**43
+        for shard in draft.manifest["shards"]:
+            listed = [each for unit in shard["units"] for each in draft.manifest["units"][unit]["files"]]
+            shard["bytes"] = sum(draft.manifest["files"][each]["size"] for each in listed)
+        draft.write(root)
+        os.truncate(root / path, 2**43)
+
+    return Case(
+        name=f"directory/listed-sparse-{Path(path).stem.lower()}",
+        about=f"a sparse {path} of 8 TiB that the manifest lists",
+        steps=("open", "verify"),
+        make=make,
+        code="manifest.files",
+        file="manifest.json",
+        pointer=f"/files/{path}/size",
+        points=True,
+        limited=True,
+    )

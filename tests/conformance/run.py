@@ -1,0 +1,178 @@
+"""Runs the conformance kit: makes each case's directory, asks an adapter, and says where it isn't as expected.
+
+    python tests/conformance/run.py [options] COMMAND …
+
+COMMAND is the adapter: any program, with its first arguments. README.md has the protocol. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conformance.case import Case
+from conformance.cases import cases
+
+Ask = Callable[[str, Path], Any]
+"""Step and directory -> the verdict."""
+OK, USAGE, FAILED = 0, 2, 3
+
+
+class Trouble(Exception):
+    """An adapter that gave no verdict."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; 0 if every verdict is as expected, 3 if not."""
+    parser = argparse.ArgumentParser(prog="run.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--schema", action="store_true", help="the adapter is a JSON Schema: no codes, documents only")
+    parser.add_argument("--only", metavar="TEXT", action="append", help="cases whose name has this (repeatable)")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds for a case (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at once (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--list", action="store_true", help="print the cases and what is expected, and ask nobody")
+    parser.add_argument("--write", metavar="DIRECTORY", help="write the cases' directories there, and ask nobody")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the adapter")
+    args = parser.parse_args(argv)
+    chosen = [case for case in cases() if not args.only or any(text in case.name for text in args.only)]
+    command = [word for i, word in enumerate(args.command) if i or word != "--"]
+    if args.list or args.write:
+        for case in chosen:
+            if args.write:
+                make(case, Path(args.write))
+            print(json.dumps(described(case)))
+        return OK
+    if not command or not chosen:
+        parser.error("no adapter" if chosen else "no such case")
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(max_workers=args.jobs) as pool:
+        ask = adapter(command, args.timeout)
+        results = list(pool.map(lambda case: judge(case, Path(temporary), ask, schema=args.schema, clock=True), chosen))
+    return report([result for each in results for result in each], as_json=args.json)
+
+
+def described(case: Case) -> dict[str, object]:
+    """What ``--list`` says of a case."""
+    said = {key: getattr(case, key) for key in ("name", "about", "steps", "code", "file", "schema", "limited")}
+    return said | ({"pointer": case.pointer} if case.points else {})
+
+
+def adapter(command: Sequence[str], timeout: float) -> Ask:
+    """Asks a program: ``COMMAND … STEP DIRECTORY``, one JSON document on stdout, exit status 0."""
+
+    def ask(step: str, directory: Path) -> Any:
+        try:
+            done = subprocess.run([*command, step, str(directory)], capture_output=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise Trouble(f"no verdict after {timeout:g} s") from None
+        except OSError as error:
+            raise Trouble(f"{command[0]} can't be run: {error.strerror}") from None
+        if done.returncode:
+            last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+            raise Trouble(f"exit status {done.returncode}: {''.join(last)[:200]}")
+        try:
+            return json.loads(done.stdout)
+        except ValueError:
+            raise Trouble(f"no JSON document on stdout: {done.stdout[:80]!r}") from None
+
+    return ask
+
+
+def make(case: Case, parent: Path) -> Path | None:
+    """The case's directory; None where this system can't have it."""
+    place = parent / case.name.replace("/", "-")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    root = place / "tiny.splitbundle"
+    try:
+        case.make(root)
+    except (OSError, NotImplementedError, AttributeError):  # devices, pipes, links, files of terabytes
+        return None
+    return root
+
+
+def judge(case: Case, parent: Path, ask: Ask, *, schema: bool = False, clock: bool = False) -> list[dict[str, Any]]:
+    """One result for each step of a case: its name, the step, ``wrong`` (what isn't as expected, or None), seconds."""
+    root = make(case, parent)
+    results = []
+    for step in case.steps:
+        if schema and step != "open":
+            continue
+        result: dict[str, Any] = {"name": case.name, "step": step, "wrong": None, "skipped": root is None}
+        start = time.monotonic()
+        if root is not None:
+            try:
+                verdict = ask(step, root)
+                result["wrong"] = _schema_wrong(case, verdict) if schema else wrong(case, verdict)
+            except Trouble as trouble:
+                result["wrong"] = str(trouble)
+        result["seconds"] = round(time.monotonic() - start, 3) if clock else None
+        results.append(result)
+    return results
+
+
+def wrong(case: Case, verdict: Any) -> str | None:
+    """What isn't as expected of a reader's verdict."""
+    kind = verdict.get("verdict") if isinstance(verdict, dict) else None
+    problems = verdict.get("problems") if kind == "refused" else []
+    if kind not in {"accepted", "refused"} or not isinstance(problems, list) or (kind == "refused" and not problems):
+        return f"expected a verdict, got {str(verdict)[:200]}"
+    if case.about_file is not None:
+        problems = [problem for problem in problems if problem.get("file") == case.about_file]
+    if case.code is None:
+        return f"expected accepted, got {_short(problems[0])}" if problems else None
+    if not problems:
+        return f"expected {case.code}, got accepted"
+    first = problems[0]
+    good = (
+        first.get("code") == case.code
+        and (case.file is None or first.get("file") == case.file)
+        and (not case.points or first.get("pointer") == case.pointer)
+    )
+    at = f" at {case.pointer!r}" if case.points else ""
+    return None if good else f"expected {case.code} of {case.file}{at}, got {_short(first)}"
+
+
+def _schema_wrong(case: Case, verdict: Any) -> str | None:
+    said = verdict.get("verdict") if isinstance(verdict, dict) else None
+    wanted = {"accept": {"accepted"}, "reject": {"refused"}, "silent": {"accepted", "unable"}}[case.schema]
+    if case.limited or (case.code or "").startswith("json.") or not case.name.startswith(("accept/", "reject/")):
+        wanted = {"accepted", "refused", "unable"}  # of what isn't strict JSON, parsers make what they like
+    return None if said in wanted else f"expected {' or '.join(sorted(wanted))}, got {said}"
+
+
+def _short(problem: Any) -> str:
+    return " ".join(str(problem.get(key)) for key in ("code", "file", "pointer") if problem.get(key) is not None)
+
+
+def report(results: list[dict[str, Any]], *, as_json: bool) -> int:
+    """Prints what came out, and gives the exit status."""
+    failed = [result for result in results if result["wrong"]]
+    skipped = [result for result in results if result["skipped"]]
+    if as_json:
+        print(json.dumps({"ok": not failed, "verdicts": len(results) - len(skipped), "results": results}))
+        return FAILED if failed else OK
+    for result in failed:
+        print(f"{result['name']} ({result['step']}): {result['wrong']}")
+    for group in sorted({result["name"].partition("/")[0] for result in results}):
+        own = [result for result in results if result["name"].startswith(f"{group}/")]
+        counts = Counter("skipped" if r["skipped"] else "wrong" if r["wrong"] else "right" for r in own)
+        print(f"{group:10} " + ", ".join(f"{counts[what]} {what}" for what in ("right", "wrong", "skipped")))
+    print(f"{len(results) - len(skipped)} verdicts, {len(failed)} not as expected")
+    return FAILED if failed else OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
