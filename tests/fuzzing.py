@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -137,16 +138,27 @@ def fuzz(name: str, arguments: list[str]) -> None:
     atheris.Fuzz()
 
 
-def run(name: str, seconds: int, corpus: str | None = None) -> int:
-    """Fuzzes in a process of its own. Gives the number of executions; raises on a finding."""
+def run(name: str, seconds: int, corpus: str | None = None, before: str = "") -> int:
+    """Fuzzes in a process of its own, which runs the program ``before`` first. Gives the number of executions.
+
+    Raises:
+        RuntimeError: a finding, with libFuzzer's last words.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(corpus or temporary)
         directory.mkdir(exist_ok=True, parents=True)
         seeds(name, directory)
         limits = [f"-timeout={SECONDS_EACH}", f"-rss_limit_mb={MEBIBYTES}", f"-max_len={LENGTH}"]
-        command = [sys.executable, str(HERE / "fuzzing.py"), name, "--in-this-process", "--"]
-        command += [*limits, f"-max_total_time={seconds}", "-print_final_stats=1", str(directory)]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=seconds + 120)
+        arguments = [*limits, f"-max_total_time={seconds}", "-print_final_stats=1", str(directory)]
+        program = f"{before}\nimport fuzzing; fuzzing.fuzz({name!r}, {arguments!r})"
+        path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            timeout=seconds + 120,
+        )
     found = re.search(r"stat::number_of_executed_units: (\d+)", done.stderr)
     if done.returncode or found is None:
         raise RuntimeError(f"{name}: exit status {done.returncode}\n{done.stderr[-4000:]}")
@@ -159,12 +171,7 @@ def main() -> int:
     parser.add_argument("target", choices=(*TARGETS, "all"))
     parser.add_argument("--seconds", type=int, default=600, help="for each target (default: %(default)s)")
     parser.add_argument("--corpus", help="where to begin, and to keep what reaches further; by default nowhere")
-    parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.in_this_process:
-        fuzz(args.target, args.rest)
-        return 0
     for name in TARGETS if args.target == "all" else [args.target]:
         print(f"{name}: {run(name, args.seconds, args.corpus):,} executions, nothing found", flush=True)
     return 0

@@ -183,7 +183,10 @@ class LoadedGraph:
                 raise
             got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             expected = "a graph that onnxruntime can run"
-            raise BundleError(Problem(code="stage.graph", file=graph.file, expected=expected, got=got)) from error
+            hint = f"Graphs need onnxruntime 1.25 or later; this is {onnxruntime.__version__}"
+            raise BundleError(
+                Problem(code="stage.graph", file=graph.file, expected=expected, got=got, hint=hint)
+            ) from error
         self.input = graph.inputs[0].name
         self.output = graph.outputs[0]
         self.head = shard.head

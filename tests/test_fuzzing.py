@@ -1,0 +1,38 @@
+"""The fuzzers run: for a moment here, and by hand for as long as one likes (see CONTRIBUTING.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fuzzing
+from splitbundle import BundleError
+
+atheris = pytest.importorskip("atheris", reason="atheris is for Linux on x86-64")
+
+
+@pytest.mark.parametrize("name", fuzzing.TARGETS)
+def test_readers_take_or_refuse_whatever_comes(name: str, tally: Callable[[str, int], None]) -> None:
+    executions = fuzzing.run(name, seconds=2)
+    assert executions > 100
+    tally("inputs made by fuzzers taken or refused", executions)
+
+
+@pytest.mark.parametrize("name", fuzzing.TARGETS)
+def test_what_fuzzers_begin_with_reaches_the_reader(name: str) -> None:
+    """The small bundle's own file is taken, and another one of its bytes makes a difference."""
+    target = fuzzing.TARGETS[name][0]()
+    path = next(iter(sorted(fuzzing.BUNDLE.glob(fuzzing.TARGETS[name][1]))))
+    path = fuzzing.BUNDLE / "layer-000.safetensors" if name == "weights" else path
+    target(path.read_bytes())
+    with pytest.raises(BundleError):
+        target(path.read_bytes()[:-3] if name != "weights" else path.read_bytes()[:4000])
+
+
+def test_a_finding_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match=r"graph: exit status [1-9]"):
+        fuzzing.run("graph", seconds=30, before="from splitbundle import graph_rules; del graph_rules.check")
+    assert list(tmp_path.glob("crash-*"))
