@@ -102,6 +102,15 @@ def test_no_row_is_made_of_what_is_refused(name: str) -> None:
     assert not config.problems
 
 
+@pytest.mark.parametrize("name", ["README.md", "SECURITY.md", "CONTRIBUTING.md", "tests/conformance/README.md"])
+def test_links_lead_to_files(name: str) -> None:
+    page = ROOT / name
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    paths = re.findall(r"`((?:tests|benchmarks|spec|runtime|examples|converter)/[\w./-]+)`", page.read_text("utf-8"))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def test_the_two_commands_are_the_makefiles() -> None:
     text, makefile = README.read_text("utf-8"), (ROOT / "Makefile").read_text("utf-8")
     for command in ("demo", "test"):
