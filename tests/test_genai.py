@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 import numpy
+import onnx
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import splitbundle
 import splitbundle_converter
+from graph_cases import relist
 from models import LAYERS, TOLERANCE, checkpoint, scratch, token_rows
 from splitbundle import Bundle, BundleError
 from splitbundle.cli import main
-from splitbundle_converter.write import GENAI
+from splitbundle.genai import GENAI
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STOP: Final = 60
@@ -200,6 +204,72 @@ def test_cutting_again_writes_them_anew(tmp_path: Path, capsys: pytest.CaptureFi
     assert stages(splitbundle_converter.resplit(whole, tmp_path / "b", split=[2], onnx=False)) is None
     assert stages(splitbundle_converter.resplit(whole, tmp_path / "c", split=[2], genai=False)) is None
     assert capsys.readouterr().err == ""
+
+
+def _garbage(whole: Bundle) -> tuple[str, bytes]:
+    return GENAI[1], b"anything at all"
+
+
+def _weights_outside(whole: Bundle) -> tuple[str, bytes]:
+    model = onnx.ModelProto.FromString((whole.path / GENAI[2]).read_bytes())
+    constant = model.graph.initializer[0]
+    constant.ClearField("raw_data")
+    constant.data_location = onnx.TensorProto.EXTERNAL
+    constant.external_data.add(key="location", value="/etc/passwd")
+    return GENAI[2], model.SerializeToString()
+
+
+def _config(change: Callable[[Any], object]) -> Callable[[Bundle], tuple[str, bytes]]:
+    def make(whole: Bundle) -> tuple[str, bytes]:
+        config = json.loads((whole.path / GENAI[0]).read_bytes())
+        change(config)
+        return GENAI[0], json.dumps(config).encode()
+
+    return make
+
+
+@pytest.mark.rule("SB-O-018")
+@pytest.mark.parametrize(
+    ("code", "pointer", "make"),
+    [
+        ("graph.syntax", None, _garbage),
+        ("graph.weights", None, _weights_outside),
+        ("json.syntax", None, lambda whole: (GENAI[0], b"{")),
+        (
+            "genai.config",
+            "/model/decoder/session_options/custom_ops_library",
+            _config(lambda c: c["model"]["decoder"]["session_options"].update(custom_ops_library="evil.so")),
+        ),
+        (
+            "genai.config",
+            "/model/decoder/pipeline/1/bottom/filename",
+            _config(lambda c: c["model"]["decoder"]["pipeline"][1]["bottom"].update(filename="other.onnx")),
+        ),
+        ("genai.config", "/model/type", _config(lambda c: c["model"].update(type="gpt2"))),
+        ("genai.config", "/engine", _config(lambda c: c.update(engine={}))),
+        ("genai.config", "/search/x", _config(lambda c: c["search"].update(x="text"))),
+        ("genai.config", "/model/vocab_size", _config(lambda c: c["model"].update(vocab_size=True))),
+    ],
+)
+def test_verifying_judges_them(
+    tmp_path: Path, code: str, pointer: str | None, make: Callable[[Bundle], tuple[str, bytes]]
+) -> None:
+    """genai itself loads what they name, libraries too."""
+    whole = bundle("gpt2", (1, 3), "float32")
+    root = Path(shutil.copytree(whole.path, tmp_path / "x.splitbundle"))
+    file, data = make(whole)
+    relist(root, file, data)
+    with pytest.raises(BundleError) as caught:
+        splitbundle.open(root).verify()
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.file, problem.pointer) == (code, file, pointer)
+
+
+def test_searching_is_the_owners(tmp_path: Path) -> None:
+    whole = bundle("gpt2", (1, 3), "float32")
+    root = Path(shutil.copytree(whole.path, tmp_path / "x.splitbundle"))
+    relist(root, *_config(lambda c: c["search"].update(max_length=20, do_sample=True, temperature=0.5))(whole))
+    splitbundle.open(root).verify()
 
 
 def test_a_model_that_never_stops_is_refused(tmp_path: Path) -> None:

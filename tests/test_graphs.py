@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 import numpy
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -32,11 +34,12 @@ from models import (
 )
 from models import bundle as torch_bundle
 from scenarios import Worst, run
-from splitbundle import Bundle, BundleError, onnxruntime_stage
+from splitbundle import Bundle, BundleError, ParityError, onnxruntime_stage
 from splitbundle.golden import FLOAT16_TOLERANCE
 from splitbundle.graph_operators import CODES
 from splitbundle.onnxruntime_pipeline import Pipeline
 from splitbundle.onnxruntime_stage import load_stages
+from splitbundle_converter import graph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEADY: Final = tuple(name for name in CONFIGURATIONS if name not in BY_PIECES)
@@ -400,6 +403,32 @@ def test_golden_vectors_in_float16(tmp_path: Path) -> None:
         assert (difference.relative > TOLERANCE) == rough
 
 
+def test_new_graphs_are_held_against_the_golden_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By add-onnx and resplit too, unless told otherwise; and both keep the variant that is there."""
+    plain = splitbundle_converter.convert(checkpoint("llama", "float16"), tmp_path / "plain", onnx="float16")
+    added = splitbundle_converter.add_onnx(plain, tmp_path / "added")
+    assert [shard.graph and shard.graph.variant for shard in added.shards] == ["float16"]
+
+    def spoilt(architecture: Any, *rest: Any) -> Any:
+        model = build(architecture, *rest)
+        for node in model.graph.node:
+            if node.name == "layers.0.mlp.gated":
+                node.op_type = "Add"
+        return model
+
+    build = graph.build
+    monkeypatch.setattr(graph, "build", spoilt)
+    for make in (
+        lambda **more: splitbundle_converter.add_onnx(plain, tmp_path / "b", **more),
+        lambda **more: splitbundle_converter.resplit(plain, tmp_path / "b", split=[2], **more),
+    ):
+        with pytest.raises(ParityError, match="--variant standard computes in float32"):
+            make()
+        assert not (tmp_path / "b").exists()
+        make(check=False)
+        shutil.rmtree(tmp_path / "b")
+
+
 def test_golden_vectors_in_both_backends(tmp_path: Path) -> None:
     whole = splitbundle_converter.convert(checkpoint("llama"), tmp_path / "b", split=[1], onnx=True)
     assert {d.between for d in whole.run_vectors(backend="onnxruntime")} == {("onnxruntime", "original")}
@@ -445,7 +474,7 @@ def test_ranges_that_no_graph_computes(tmp_path: Path) -> None:
         (problem,) = caught.value.problems
         assert problem.code == "stage.graph"
         assert problem.expected == "layers that shards' graphs compute: bottom [0, 1), trunk [1, 3), top [3, 4)"
-        assert "add-onnx" in (problem.hint or "")
+        assert "splitbundle resplit makes them" in (problem.hint or "")
     with pytest.raises(BundleError, match=r"\[stage.graph\]"):  # the bottom's graph embeds
         cut.stage(layers=(0, 1), embeds=False, backend="onnxruntime")
 
@@ -477,7 +506,80 @@ def test_graphs_compute_in_their_own_dtype(variant: str, other: str) -> None:
     assert str(mixed.stages[1].inner.dtype) == f"torch.{other}"
 
 
+def test_a_provider_that_cannot_start_is_said(whole: Bundle, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """onnxruntime would go on with another one, and say so to stdout."""
+    known = [*onnxruntime.get_available_providers(), "CUDAExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(BundleError) as caught:
+        whole.pipeline(backend="onnxruntime", providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+    assert caught.value.codes == ("input.device",)
+    assert "CPUExecutionProvider alone: it couldn't be started here" in str(caught.value)
+    with pytest.raises(BundleError, match=r"\[stage.graph\] .*'providers' values must be"):
+        whole.pipeline(backend="onnxruntime", providers=[("CPUExecutionProvider",)])
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"threads": "2"}, {"threads": 2**40}, {"threads": True}])
+def test_thread_counts(whole: Bundle, options: dict[str, Any]) -> None:
+    with pytest.raises(BundleError, match=r"\[input.value\] threads: expected 1 to 1024"):
+        whole.pipeline(backend="onnxruntime", **options)
+
+
+def test_arrays_of_every_kind_for_mixed_pipelines() -> None:
+    """What numpy can hold and torch can't; and what isn't an array of numbers at all."""
+    cut = bundle("llama", (2,))
+    ids = numpy.array(token_rows(6, 6))
+    mixed, plain = (
+        cut.pipeline(backend={"top": "onnxruntime"}, threads=1),
+        cut.pipeline(backend="onnxruntime", threads=1),
+    )
+    frozen = ids.copy()
+    frozen.flags.writeable = False
+    for given in (
+        ids[:, ::-1],
+        ids.astype(">i8"),
+        numpy.asfortranarray(ids),
+        frozen,
+        numpy.broadcast_to(ids[:1], (2, 6)),
+    ):
+        expected = plain(numpy.ascontiguousarray(given, numpy.int64))
+        assert numpy.abs(mixed(given) - expected).max() <= TOLERANCE * numpy.abs(expected).max()
+    for wrong in (numpy.array([["a"]]), numpy.array([[None]]), numpy.int64(3), [[1]]):
+        with pytest.raises(BundleError, match=r"\[input.type\] token ids: expected a numpy.ndarray of numbers"):
+            mixed(wrong)
+
+
+def test_whole_numbers_of_numpy(whole: Bundle) -> None:
+    pipeline = whole.pipeline(backend="onnxruntime", threads=1)
+    session = pipeline.session(numpy.int64(2), numpy.int32(20))
+    pipeline(numpy.array(token_rows(4, 4)), session=session, logits=numpy.int64(2))
+    session.rollback(numpy.int64(1))
+    assert session.past == [3, 3]
+    assert len(list(pipeline.generate(numpy.array(token_rows(4)), max_new_tokens=numpy.int64(3)))) == 3
+    assert whole.select(layers=(numpy.int64(0), numpy.int64(1))) == whole.select(layers=(0, 1))
+    with pytest.raises(BundleError, match=r"\[input.cache\] session: expected what session\(\) gave, got str"):
+        pipeline(numpy.array(token_rows(4)), session="x")
+
+
+def test_a_graph_that_fails_as_it_runs_is_named(whole: Bundle) -> None:
+    class Failing:
+        def io_binding(self) -> Any:
+            return onnxruntime.IOBinding(real)
+
+        def run_with_iobinding(self, binding: Any) -> None:
+            raise RuntimeError("shapes differ")
+
+    pipeline = whole.pipeline(backend="onnxruntime", threads=1)
+    graph = pipeline.stages[0].graphs[0]
+    real, graph.session = graph.session, Failing()
+    with pytest.raises(BundleError, match=rf"\[stage.graph\] {graph.file}: .* RuntimeError: shapes differ"):
+        pipeline(numpy.array(token_rows(4)))
+
+
 def test_unknown_providers(whole: Bundle) -> None:
+    for nothing in ([], "CPUExecutionProvider"):
+        with pytest.raises(BundleError, match=r"\[input.device\] providers: expected a list of some of"):
+            whole.pipeline(backend="onnxruntime", providers=nothing)
     with pytest.raises(BundleError, match=r"\[input.device\] providers: expected some of .*CPUExecutionProvider"):
         whole.pipeline(backend="onnxruntime", providers=["NoSuchProvider"])
     assert whole.pipeline(backend="onnxruntime", providers=["CPUExecutionProvider"])

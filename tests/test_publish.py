@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shutil
 import stat
 import time
 from multiprocessing.queues import SimpleQueue
@@ -16,7 +17,7 @@ import pytest
 import splitbundle
 import splitbundle_converter
 from splitbundle import BundleError
-from splitbundle.replacing import mend
+from splitbundle.replacing import mend, place_of_old
 from splitbundle_converter import publish
 from splitbundle_converter.publish import publishing
 
@@ -35,6 +36,49 @@ def bundle(tmp_path: Path) -> Path:
 def names(directory: Path) -> list[str]:
     """What lies in a directory."""
     return sorted(path.name for path in directory.iterdir())
+
+
+def test_what_others_keep_under_such_names_stays(bundle: Path, tmp_path: Path) -> None:
+    """Neither reading nor writing takes it for a bundle that was replaced, or for what a killed writer left."""
+    old = place_of_old(bundle)
+    old.mkdir()
+    (old / "thesis.txt").write_text("years of work")
+    splitbundle_converter.resplit(bundle, bundle, split=[2], force=True)
+    assert (old / "thesis.txt").read_text() == "years of work"
+    shutil.rmtree(old)
+    old.write_text("a backup")
+    splitbundle_converter.resplit(bundle, bundle, split=[3], force=True)
+    notes = place_of_old(tmp_path / "notes")
+    notes.write_text("my notes")
+    with pytest.raises(BundleError, match=r"\[file.missing\]"):
+        splitbundle.open(tmp_path / "notes")
+    assert (old.read_text(), notes.read_text()) == ("a backup", "my notes")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links, pipes and modes as POSIX has them")
+def test_links_and_pipes_under_such_names_lead_nowhere(bundle: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "inner").mkdir(parents=True)
+    (home / "inner").chmod(0o755)
+    link = bundle.with_name(f".{bundle.name}.tmp-0123456789abcdef")
+    link.symlink_to(home, target_is_directory=True)
+    pipe = bundle.with_name(f".{bundle.name}.tmp-0123456789abcde0.lock")
+    os.mkfifo(pipe)
+    splitbundle_converter.resplit(bundle, bundle, split=[2], force=True)
+    assert link.is_symlink()
+    assert pipe.is_fifo()
+    assert stat.S_IMODE((home / "inner").stat().st_mode) == 0o755
+    spoilt = tmp_path / "spoilt"
+    spoilt.mkdir()
+    os.mkfifo(spoilt / "manifest.json")
+    with pytest.raises(BundleError, match=r"\[output.exists\] .*got something else"):
+        splitbundle_converter.resplit(bundle, spoilt, split=[2], force=True)
+
+
+@pytest.mark.parametrize("place", ["/", "a\0b"])
+def test_a_place_without_a_name(bundle: Path, place: str) -> None:
+    with pytest.raises(BundleError, match=r"\[output.failed\]"):
+        splitbundle_converter.resplit(bundle, place, split=[2], force=True)
 
 
 @pytest.mark.rule("SB-D-009")
@@ -212,7 +256,9 @@ def test_of_writers_that_race_one_wins_and_the_others_say_so(tmp_path: Path) -> 
             (tmp_path / kind / "manifest.json").write_text('{"format": "splitbundle"}')
         together.wait(60)
         said: list[tuple[int, str]] = []
+        end = time.monotonic() + 120
         while len(said) < writers * ROUNDS:
+            assert time.monotonic() < end, said
             while not answers.empty():
                 said.append(answers.get())
             mend(tmp_path / kind)  # as every reader does

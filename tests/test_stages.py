@@ -208,7 +208,9 @@ def test_a_stage_by_hand_that_refuses_writes_nothing(whole: Bundle) -> None:
 @pytest.mark.parametrize("logits", ["first", 0, -1, 1.0, None, True])
 def test_logits_that_cannot_be_wanted(whole: Bundle, logits: Any) -> None:
     text = refusal(whole.stage("top"), torch.zeros(1, 2, HIDDEN), logits=logits)
-    assert text == f'[input.value] stage top, logits: expected "all", "last" or a number from 1, got {logits!r}'
+    assert (
+        text == f'[input.value] stage top, logits: expected "all", "last" or a number from 1 to 1048576, got {logits!r}'
+    )
 
 
 @pytest.mark.rule("SB-B-005")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -133,6 +135,29 @@ def test_onnxruntime_opens_no_weight_file_of_a_strict_bundle(
     monkeypatch.setattr(onnxruntime, "InferenceSession", without_files)
     strict = splitbundle.open(whole.path, verify="always")
     assert numpy.array_equal(strict.pipeline(backend="onnxruntime", threads=1)(IDS), expected)
+
+
+@pytest.mark.rule("SB-D-012")
+def test_a_bundle_that_is_replaced_as_onnxruntime_opens_its_weights(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It opens them by their paths, after their headers were checked."""
+    other = Path(shutil.copytree(copy, tmp_path / "other"))
+    changed = other / "layer-001.safetensors"
+    digest = hashlib.sha256(b"of other data").hexdigest().encode()
+    changed.write_bytes(re.sub(rb'(?<="sha256":")[0-9a-f]{64}', digest, changed.read_bytes()))
+    make = onnxruntime.InferenceSession
+
+    def replaced(*arguments: Any, **named: Any) -> Any:
+        if other.exists():
+            copy.rename(tmp_path / "away")
+            other.rename(copy)
+        return make(*arguments, **named)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", replaced)
+    with pytest.raises(BundleError) as caught:
+        splitbundle.open(copy).pipeline(backend="onnxruntime", threads=1)
+    assert [(p.code, p.file) for p in caught.value.problems] == [("file.header-digest", "layer-001.safetensors")]
 
 
 def test_training_and_forking_strict_stages(copy: Path) -> None:

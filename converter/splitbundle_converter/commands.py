@@ -94,13 +94,26 @@ def _resplit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a whole .splitbundle directory")
     parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default the bundle itself, with --force")
     _shard_arguments(parser, "")
+    _no_check_argument(parser)
+
+
+def _no_check_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-check", dest="check", action="store_false", help="don't hold new graphs against the golden vectors"
+    )
 
 
 def _resplit(args: argparse.Namespace, console: Console) -> int:
     output = args.output or args.bundle
-    with _libraries():
+    with _libraries("onnx", "cut bundles again"):
         bundle = splitbundle_converter.resplit(
-            args.bundle, output, split=args.split or (), names=args.names, force=args.force, progress=console.progress
+            args.bundle,
+            output,
+            split=args.split or (),
+            names=args.names,
+            check=args.check,
+            force=args.force,
+            progress=console.progress,
         )
     return _report(bundle, output, console)
 
@@ -109,8 +122,9 @@ def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a whole .splitbundle directory")
     parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default the bundle itself")
     parser.add_argument(
-        "--variant", default="standard", help="standard, the default, computes in float32; float16 in float16"
+        "--variant", help="standard computes in float32, float16 in float16; by default what is there, or standard"
     )
+    _no_check_argument(parser)
     parser.add_argument("--force", action="store_true", help="replace another bundle at --output")
     parser.add_argument(
         "--genai", action="store_true", default=None, help="add what onnxruntime-genai needs to run them, too"
@@ -118,11 +132,12 @@ def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_onnx(args: argparse.Namespace, console: Console) -> int:
-    with _libraries():
+    with _libraries("onnx", "add graphs"):
         bundle = splitbundle_converter.add_onnx(
             args.bundle,
             args.output,
             variant=args.variant,
+            check=args.check,
             force=args.force,
             genai=args.genai,
             progress=console.progress,
@@ -135,7 +150,7 @@ def _families_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _families(args: argparse.Namespace, console: Console) -> int:
-    with _libraries():
+    with _libraries("convert", "list the families"):
         from splitbundle_converter import family_table
 
         rows = list(family_table.details())
@@ -168,14 +183,14 @@ def _report_part(part: dict[str, Any], console: Console) -> None:
 
 
 @contextmanager
-def _libraries() -> Iterator[None]:
+def _libraries(extra: str = "convert", purpose: str = "convert checkpoints") -> Iterator[None]:
     """Says how to get a library that turns out to be missing: some are imported only when they are needed."""
     try:
         yield
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in LIBRARIES:
             raise
-        raise MissingExtra.of(error.name, "convert", "convert checkpoints") from None
+        raise MissingExtra.of(error.name, extra, purpose) from None
 
 
 CONVERT: Final = Command(

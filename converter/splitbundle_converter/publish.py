@@ -10,14 +10,16 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from splitbundle import strict_json
+from splitbundle import files, strict_json
 from splitbundle.errors import BundleError, Problem
-from splitbundle.replacing import alone, mend, place_of_old
+from splitbundle.manifest import FILE
+from splitbundle.replacing import alone, is_old_bundle, mend, place_of_old
 
 if sys.platform != "win32":
     import fcntl
@@ -50,8 +52,8 @@ def publishing(destination: str | os.PathLike[str], *, force: bool) -> Iterator[
     except OSError as error:
         if made is not None and _is_there(made, target):
             raise _not_durable(target, error) from error
-        if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(target.parent):
-            raise  # something that was being read, somewhere else
+        if error.filename is not None and not _is_ours(Path(os.fsdecode(error.filename)), target):
+            raise  # something that was being read
         raise _unwritable(target, error) from error
 
 
@@ -75,8 +77,18 @@ def scratch(destination: str | os.PathLike[str], *, force: bool) -> Iterator[Pat
         yield directory
 
 
+def _is_ours(path: Path, target: Path) -> bool:
+    """Whether an error is of the target, of what stands beside it for a while, or of their directory."""
+    if not path.is_relative_to(target.parent):
+        return False
+    inside = path.relative_to(target.parent).parts
+    return not inside or inside[0] == target.name or inside[0].startswith(f".{target.name}.")
+
+
 def _place(destination: str | os.PathLike[str]) -> Path:
     target = Path(os.path.abspath(destination))  # not resolved: a link is refused, not followed
+    if not target.name or "\0" in str(target):
+        raise _unwritable(target, "no name for a directory")
     made = []
     for place in target.parents:
         if os.path.lexists(place):
@@ -99,19 +111,28 @@ def _prepare(target: Path, force: bool) -> None:
     _refuse_existing(target, force)
     with alone(target.parent):
         old = place_of_old(target)
-        if os.path.lexists(target) and os.path.lexists(old):  # replaced, and then killed
+        if os.path.lexists(target) and is_old_bundle(old):  # replaced, and then killed
             # In one step out of the place from which old bundles are put back: half of one mustn't be.
             old.rename(_new_place(target))
     for place in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
         if not _TEMPORARY.search(place.name):
             continue  # somebody's own
         if place.name.endswith(_LOCK):
+            if not _is_file(place):
+                continue
             with contextlib.suppress(OSError), place.open("rb") as left:
                 if _lock(left, wait=False):
                     _remove(place.with_name(place.name.removesuffix(_LOCK)))
                     place.unlink()
         elif not os.path.lexists(place.with_name(place.name + _LOCK)):  # which a living writer's has
             _remove(place)
+
+
+def _is_file(place: Path) -> bool:
+    try:
+        return stat.S_ISREG(place.lstat().st_mode)
+    except OSError:
+        return False  # gone by now
 
 
 def _new_place(target: Path) -> Path:
@@ -189,8 +210,8 @@ def _is_bundle(target: Path) -> bool:
     if not any(target.iterdir()):
         return True
     try:
-        document = strict_json.parse((target / "manifest.json").read_bytes(), "manifest.json")
-    except (OSError, BundleError):
+        document = strict_json.parse(files.read_file(target, FILE, strict_json.MAX_BYTES), FILE)
+    except BundleError:
         return False
     return isinstance(document, dict) and document.get("format") == "splitbundle"
 
@@ -199,8 +220,8 @@ def _make_durable(staging: Path) -> None:
     def fail(error: OSError) -> None:
         raise error  # what isn't found isn't flushed
 
-    for directory, _, files in os.walk(staging, onerror=fail):
-        for name in files:
+    for directory, _, names in os.walk(staging, onerror=fail):
+        for name in names:
             _flush(Path(directory, name))
         _flush(Path(directory))
 
@@ -279,7 +300,12 @@ def _rename(source: Path, target: Path, *, exchange: bool) -> bool:
 
 
 def _remove(directory: Path) -> None:
-    """Removes a directory of ours, read-only ones in it too, as far as the system lets us."""
+    """Removes a directory of ours, read-only ones in it too, as far as the system lets us.
+
+    A link of such a name isn't ours, nor what it leads to.
+    """
+    if directory.is_symlink():
+        return
     for place, _, _ in os.walk(directory):
         with contextlib.suppress(OSError):
             Path(place).chmod(0o700)

@@ -13,6 +13,7 @@ from splitbundle import manifest, strict_json
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.files import FETCH, Progress, missing, open_file, read_file
+from splitbundle.genai import GENAI
 from splitbundle.manifest import identity
 from splitbundle.names import CARD
 from splitbundle.opening import open_bundle
@@ -27,6 +28,7 @@ def resplit(
     *,
     split: Sequence[int] = (),
     names: Sequence[str] | None = None,
+    check: bool = True,
     force: bool = False,
     onnx: bool | str | None = None,
     genai: bool | None = None,
@@ -39,6 +41,7 @@ def resplit(
         output: the new bundle's directory; it may be the old one's, with ``force``.
         split: the cuts.
         names: the shards' names, as for ``convert``.
+        check: whether to hold what new graphs compute against the golden vectors.
         force: whether to replace an existing bundle.
         onnx: whether to add a graph to each shard, for onnxruntime, as for ``convert``; by default of the variant that
             the old shards' graphs have, if they have any.
@@ -47,18 +50,19 @@ def resplit(
 
     Raises:
         BundleError: ``usage.*``, ``output.*``, ``file.*``.
+        ParityError: graphs that don't compute what the original model did.
     """
     old = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     old_graphs = {shard.graph.file: shard.graph.variant for shard in old.shards if shard.graph is not None}
     if genai is None:
-        genai = onnx is not False and write.GENAI[0] in old.manifest.files
+        genai = onnx is not False and GENAI[0] in old.manifest.files
     graphs = write.graph_writer(_variant(old_graphs.values()) if onnx is None else onnx, genai=genai)
     if graphs is not None:
         graphs.check(old.manifest.storage)
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
     cuts = tuple(split)
     given = None if names is None else tuple(names)
-    left = {CARD, *old_graphs, *write.GENAI}
+    left = {CARD, *old_graphs, *GENAI}
     kept = {path: file for path, file in old.manifest.files.items() if path not in left}
     absent = [path for path in old.absent() if path in kept]
     if absent:
@@ -82,6 +86,8 @@ def resplit(
         if graphs is not None:
             graphs(root)
         made = open_bundle(root)
+        if graphs is not None and check and made.manifest.vectors is not None:
+            made.run_vectors(backend="onnxruntime", progress=progress)
         _check_unchanged(old, before)
     return write.placed(made, target)
 
@@ -136,7 +142,8 @@ def add_onnx(
     bundle: str | os.PathLike[str] | Bundle,
     output: str | os.PathLike[str] | None = None,
     *,
-    variant: str = "standard",
+    variant: str | None = None,
+    check: bool = True,
     force: bool = False,
     genai: bool | None = None,
     progress: Progress | None = None,
@@ -146,18 +153,30 @@ def add_onnx(
     Args:
         bundle: a whole bundle.
         output: the new bundle's directory; by default the old one's, which stays whole until the new one is complete.
-        variant: of the graphs: "standard" computes in float32, "float16" in the float16 that weights are stored in.
+        variant: of the graphs: "standard" computes in float32, "float16" in the float16 that weights are stored in; by
+            default that of the graphs that are there, or "standard".
+        check: whether to hold what the graphs compute against the golden vectors.
         force: whether to replace an existing bundle at ``output``.
         genai: whether to add what onnxruntime-genai needs to run the graphs; by default if it was there.
         progress: called with what is being done, how much is done, and how much there is.
 
     Raises:
         BundleError: ``usage.onnx``, ``usage.genai``, ``output.*``, ``file.*``.
+        ParityError: graphs that don't compute what the original model did.
         MissingExtra: without onnx and onnxruntime.
     """
     old = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     names = [shard.name for shard in old.shards]
     target, force = (old.path, True) if output is None else (output, force)
+    there = _variant(shard.graph.variant for shard in old.shards if shard.graph is not None) if variant is None else ""
     return resplit(
-        old, target, split=old.manifest.cuts, names=names, force=force, onnx=variant, genai=genai, progress=progress
+        old,
+        target,
+        split=old.manifest.cuts,
+        names=names,
+        check=check,
+        force=force,
+        onnx=variant or there or "standard",
+        genai=genai,
+        progress=progress,
     )

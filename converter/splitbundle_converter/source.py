@@ -28,6 +28,7 @@ from splitbundle_converter.source_files import (
     gather,
     read_headers,
     read_small,
+    unreadable,
     weight_files,
 )
 
@@ -118,8 +119,11 @@ class Source:
         card = self.directory / "README.md"
         if not card.is_file():
             return None
-        with card.open(encoding="utf-8", errors="replace") as text:
-            front = re.match(r"\A---\n(.*?)\n---", text.read(65536), re.DOTALL)
+        try:
+            with card.open(encoding="utf-8", errors="replace") as text:
+                front = re.match(r"\A---\n(.*?)\n---", text.read(65536), re.DOTALL)
+        except OSError as error:
+            raise unreadable("README.md", error) from error
         found = re.search(r"^license:\s*([\w.-]+)\s*$", front[1], re.MULTILINE) if front else None
         return found[1] if found else None
 

@@ -71,8 +71,13 @@ def read_small(directory: Path, name: str, owner: str, most: int = strict_json.M
     except (FileNotFoundError, IsADirectoryError):
         raise refused("source.missing", name, f"a file {name} in {owner}", "none") from None
     except OSError as error:
-        hint = "Check the permissions of the file"
-        raise refused("source.unreadable", name, "a file that can be read", f"{error.strerror}", hint) from error
+        raise unreadable(name, error) from error
+
+
+def unreadable(name: str, error: OSError) -> BundleError:
+    """The error of a file that the system doesn't let be read."""
+    hint = "Check the permissions of the file"
+    return refused("source.unreadable", name, "a file that can be read", f"{error.strerror}", hint)
 
 
 def weight_files(directory: Path, naming: Naming, owner: str) -> tuple[dict[str, str] | None, list[str]]:
@@ -146,10 +151,14 @@ def check_there(directory: Path, file: str, namer: str) -> Path:
     path = directory / file
     if not path.is_file():
         raise refused("source.missing", file, f"a file that {namer} names", "none")
-    with path.open("rb") as start:
-        if start.read(40).startswith(b"version https://git-lfs"):
-            hint = "Fetch the weights: git lfs pull"
-            raise refused("source.lfs-pointer", file, "weights", "a Git LFS pointer", hint)
+    try:
+        with path.open("rb") as start:
+            beginning = start.read(40)
+    except OSError as error:
+        raise unreadable(file, error) from error
+    if beginning.startswith(b"version https://git-lfs"):
+        hint = "Fetch the weights: git lfs pull"
+        raise refused("source.lfs-pointer", file, "weights", "a Git LFS pointer", hint)
     return path
 
 

@@ -186,10 +186,6 @@ def placed(made: Bundle, target: Path) -> Bundle:
     return Bundle(target, made.manifest, made.architecture, made.id)
 
 
-GENAI: Final = ("genai_config.json", "genai.inputs.onnx", "genai.logits.onnx")
-"""What onnxruntime-genai needs besides the shards' graphs; its own name first. A shard's name has no dot."""
-
-
 @dataclass(frozen=True, slots=True)
 class GraphWriter:
     """What adds graphs to a bundle that is being written, and what onnxruntime-genai needs to run them."""

@@ -29,13 +29,13 @@ def options(backend: str, given: Mapping[str, Any], others: Iterable[str] = ()) 
     Raises:
         BundleError: ``stage.backend`` for an unknown backend, or an option of another one.
     """
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise BundleError(
             Problem(code="stage.backend", argument="backend", expected=" or ".join(BACKENDS), got=quoted(backend))
         )
     others = set(others)
     known = {name for used in (backend, *others) for name in OPTIONS.get(used, ())}
-    told = {name: given[name] for names in OPTIONS.values() for name in names if given.get(name) not in (None, False)}
+    told = {name: given[name] for names in OPTIONS.values() for name in names if not _untold(given.get(name))}
     if backend == "onnxruntime" and "torch" in others:
         told.pop("dtype", None)  # beside torch it is torch's: graphs compute in what they were written for
     for name, value in told.items():
@@ -45,6 +45,10 @@ def options(backend: str, given: Mapping[str, Any], others: Iterable[str] = ()) 
                 Problem(code="stage.backend", argument=name, expected="nothing", got=quoted(value), hint=hint)
             )
     return {name: value for name, value in told.items() if name in OPTIONS[backend]}
+
+
+def _untold(value: object) -> bool:
+    return value is None or value is False  # a device may be 0
 
 
 def module(backend: str, name: str) -> ModuleType:

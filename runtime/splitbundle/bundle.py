@@ -136,8 +136,8 @@ class Bundle:
             The largest difference to the original model at each boundary and at the logits.
 
         Raises:
-            ParityError: a difference above 1e-5 of the largest magnitude there; above 0.08 where graphs compute in
-                float16, which has 13 bits fewer.
+            ParityError: a difference above 1e-5 of the largest magnitude there; above 0.01 where graphs compute in
+                float16.
             BundleError: ``vectors.none``; what loading refuses.
         """
         if backend != "all":
@@ -348,7 +348,7 @@ class Bundle:
         pipeline of two backends takes and gives numpy arrays.
         """
         given = locals()
-        if isinstance(backend, str):
+        if not isinstance(backend, Mapping):
             options = backends.options(backend, given)
             return backends.module(backend, "pipeline").load_pipeline(self, **options)
         return backends.mixed_pipeline(self, backend, given)

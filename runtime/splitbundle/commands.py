@@ -116,7 +116,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         choices=(*BACKENDS, "all"),
-        help="what computes them, by default what is installed; all: each, compared",
+        help="--run with this one, by default what is installed; all: each, compared",
     )
     _strict_argument(parser)
 
@@ -130,7 +130,7 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
             raise  # nothing was verified: there is no such bundle or shard
         raise VerificationError(error.problems) from error
     differences = []
-    if args.run:
+    if args.run or args.backend is not None:
         differences = bundle.run_vectors(args.shard, backend=args.backend or _installed(), progress=console.progress)
     console.end_progress()
     for path in found.unlisted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
@@ -52,14 +53,18 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
     # Between the look and the open the file may have been exchanged: the flags refuse a link and don't wait on a pipe.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        file = os.fdopen(os.open(place, flags | getattr(os, "O_CLOEXEC", 0)), "rb", buffering=0)
-        try:
-            size = os.fstat(file.fileno()).st_size
-        except OSError:
-            file.close()
-            raise
+        handle = os.open(place, flags | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         raise BundleError(unreadable(path, error)) from error
+    try:
+        opened = os.fstat(handle)
+        if not os.path.samestat(status, opened):
+            raise OSError(errno.ESTALE, "another file came to stand there")
+        file = os.fdopen(handle, "rb", buffering=0)
+    except OSError as error:
+        os.close(handle)
+        raise BundleError(unreadable(path, error)) from error
+    size = opened.st_size
     if expected is not None and size != expected.size:
         file.close()
         raise BundleError(
@@ -130,7 +135,7 @@ def read_private(file: BinaryIO, path: str, listed: File) -> mmap.mmap:
                 raise BundleError(Problem(code="file.size", file=path, expected=expected, got=got))
             digest.update(view[done : done + count])
             done += count
-    _check_digest(path, listed, digest.hexdigest())
+    check_digest(path, listed, digest.hexdigest())
     return memory
 
 
@@ -141,7 +146,12 @@ def _private_memory(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size)
 
 
-def _check_digest(path: str, listed: File, digest: str) -> None:
+def check_digest(path: str, listed: File, digest: str) -> None:
+    """Whether a file's digest is the listed one.
+
+    Raises:
+        BundleError: ``file.digest``.
+    """
     if digest != listed.sha256:
         raise BundleError(
             Problem(code="file.digest", file=path, expected=f"sha256 {listed.sha256}", got=digest, hint=FETCH)
@@ -155,7 +165,7 @@ def read_listed(root: Path, path: str, expected: File, limit: int) -> bytes:
         BundleError: as for ``read_file``, and ``file.digest``.
     """
     data = read_file(root, path, limit, expected)
-    _check_digest(path, expected, hashlib.sha256(data).hexdigest())
+    check_digest(path, expected, hashlib.sha256(data).hexdigest())
     return data
 
 
@@ -168,7 +178,7 @@ def read_file(root: Path, path: str, limit: int, expected: File | None = None) -
     try:
         with open_file(root, path, expected) as file:
             # As much as there is, and no more: what is asked for is allocated first.
-            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
+            data = read_fully(file, min(limit, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise BundleError(unreadable(path, error)) from error
     if len(data) > limit:
@@ -176,6 +186,15 @@ def read_file(root: Path, path: str, limit: int, expected: File | None = None) -
         got = f"more than {limit} bytes"
         raise BundleError(Problem(code=code, file=path, expected=f"at most {limit} bytes", got=got))
     return data
+
+
+def read_fully(file: BinaryIO, size: int) -> bytes:
+    """The next ``size`` bytes of a file, or what there is before its end: one read may give less than there is."""
+    pieces = []
+    while size and (piece := file.read(size)):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
 
 
 def sha256(file: BinaryIO, advance: Callable[[int], None] | None = None) -> str:

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 TOLERANCE: Final = 1e-5
 """Of the largest magnitude: ten times what the original model itself differs by between two ways to compute it."""
-FLOAT16_TOLERANCE: Final = TOLERANCE * 2**13
-"""As many units in the last place, of numbers that have 13 bits fewer."""
+FLOAT16_TOLERANCE: Final = TOLERANCE * 2**10
+"""Twice what float16 needs: the largest difference known, of 175 configurations, is 0.006 of the largest value. What
+changes a number by less can't be told from rounding."""
 Outputs = dict[tuple[str, int], Any]
 """``hidden.N`` or ``logits``, and the case -> what came out there."""
 
@@ -117,7 +118,9 @@ def _problem(difference: Difference, file: str) -> Problem:
     expected = f"a difference to {other} of at most {difference.tolerance:g} of {difference.scale:.4g}"
     got = f"{difference.largest:.4g}, {difference.relative:.3g} of it"
     hint = "These weights don't compute what the original model did: convert it again, and report it if it persists"
-    if difference.between[1] != "original":
+    if difference.tolerance == FLOAT16_TOLERANCE:
+        hint = "float16 ends at 65,504 and has 11 bits: --variant standard computes in float32"
+    elif difference.between[1] != "original":
         hint = f"{difference.between[0]} computes otherwise here: report it with this bundle's architecture.json"
     if not math.isfinite(difference.scale):
         expected, got = f"numbers from {other}", "NaN or infinity"

@@ -33,7 +33,7 @@ def _listed() -> dict[bytes, Operator]:
         for name in names.split():
             operators[name] = Operator(least=least, most=most or least, attributes=own)
 
-    add("Cos Exp Log Reciprocal Relu Sigmoid Sin Softplus Squeeze Tanh", 1)
+    add("Cos Exp Log Neg Reciprocal Relu Sigmoid Sin Softplus Squeeze Tanh", 1)
     add("Cast", 1, to="i")
     add("Gelu", 1, approximate="s")
     add("Shape", 1, start="i", end="i")
@@ -45,6 +45,7 @@ def _listed() -> dict[bytes, Operator]:
     add("LayerNormalization RMSNormalization", 2, 3, axis="i", epsilon="f")
     add("Clip Range Where", 3)
     add("RotaryEmbedding", 3, interleaved="i", rotary_embedding_dim="i")
+    add("ReduceSum", 2, keepdims="i")
     add("Slice", 3, 4)
     add("TensorScatter", 3, axis="i")
     return {name.encode("ascii"): operator for name, operator in operators.items()}

@@ -43,7 +43,8 @@ class KVCache(Slots):
         self._sizes = {name: cache_sizes(architecture, name) for name in cache_names(layers)}
         self._bindings: dict[Any, Any] = {}
         # What can't be had is said now and not in the middle of a text: this asks for the memory, and doesn't touch it.
-        numpy.empty([batch_size, capacity, sum(map(math.prod, self._sizes.values()))], numpy.float32)
+        each = sum(math.prod(size) * numpy.dtype(self.dtypes[name]).itemsize for name, size in self._sizes.items())
+        numpy.empty([batch_size, capacity, each], numpy.uint8)
 
     def make_room(self, call: Call) -> None:
         """Adds slots until this call's tokens and their padding have theirs."""

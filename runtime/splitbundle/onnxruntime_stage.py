@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy
 import onnxruntime
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from splitbundle.manifest import Shard
     from splitbundle.selections import Selection
 
+FOLDER: Final = "session.model_external_initializers_file_folder_path"
+MAX_THREADS: Final = 1024
 PIECE: int = 512
 """Tokens, of all rows, that a graph computes at once: scores of a long prompt as a whole would fill the memory, and
 half of them are of slots that a token doesn't see (``spec/decisions/0009``)."""
@@ -175,18 +179,19 @@ class LoadedGraph:
             sizes = [len(memory) for memory in read.values()]
             options.add_external_initializers_from_files_in_memory(list(read), list(read.values()), sizes)
         else:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
-        try:
-            self.session = onnxruntime.InferenceSession(data, options, providers=list(providers))
-        except Exception as error:  # its errors derive from Exception alone
-            if not type(error).__module__.startswith("onnxruntime"):
-                raise
-            got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            expected = "a graph that onnxruntime can run"
-            hint = f"Graphs need onnxruntime 1.25 or later; this is {onnxruntime.__version__}"
-            raise BundleError(
-                Problem(code="stage.graph", file=graph.file, expected=expected, got=got, hint=hint)
-            ) from error
+            options.add_session_config_entry(FOLDER, _utf8(bundle.path))
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # which is what was judged
+        with _refusals(graph.file):
+            # Its fallback would print to stdout, and compute on another provider than was asked for.
+            self.session = onnxruntime.InferenceSession(data, options, providers=list(providers), enable_fallback=0)
+        asked = [provider[0] if isinstance(provider, tuple) else provider for provider in providers]
+        if missing := [name for name in asked if name not in self.session.get_providers()]:
+            expected = f"{missing[0]}, which was asked for"
+            got = f"{', '.join(self.session.get_providers())} alone: it couldn't be started here"
+            raise BundleError(Problem(code="input.device", argument="providers", expected=expected, got=got))
+        if not bundle.strict:
+            graph_rules.stored(bundle, shard)  # the files that it opened are still the bundle's, not a new one's
+        self.file = graph.file
         self.input = graph.inputs[0].name
         self.output = graph.outputs[0]
         self.head = shard.head
@@ -210,8 +215,38 @@ class LoadedGraph:
             [size if isinstance(size, int) else sizes[size] for size in self.output.shape], numpy.float32
         )
         binding.bind_output(self.output.name, "cpu", 0, numpy.float32, result.shape, result.ctypes.data)
-        self.session.run_with_iobinding(binding)
+        with _refusals(self.file):
+            self.session.run_with_iobinding(binding)
         return result
+
+
+@contextlib.contextmanager
+def _refusals(file: str) -> Iterator[None]:
+    """What onnxruntime refuses, as an error of the graph."""
+    try:
+        yield
+    except Exception as error:  # its own errors derive from Exception alone
+        if not type(error).__module__.startswith("onnxruntime") and not isinstance(error, (RuntimeError, ValueError)):
+            raise
+        got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        own = type(error).__module__.startswith("onnxruntime")
+        hint = f"Graphs need onnxruntime 1.25 or later; this is {onnxruntime.__version__}" if own else None
+        problem = Problem(
+            code="stage.graph", file=file, expected="a graph that onnxruntime can run", got=got, hint=hint
+        )
+        raise BundleError(problem) from error
+
+
+def _utf8(path: Path) -> str:
+    """A path as onnxruntime takes it."""
+    try:
+        return str(path).encode("utf-8").decode("utf-8")
+    except UnicodeEncodeError as error:
+        hint = 'Move the bundle, or open it with verify="always"'
+        expected = "a path in UTF-8, for onnxruntime"
+        raise BundleError(
+            Problem(code="file.unreadable", file=repr(str(path)), expected=expected, got="other bytes", hint=hint)
+        ) from error
 
 
 def _no_graph(bundle: Bundle, what: str) -> BundleError:
@@ -222,7 +257,7 @@ def _no_graph(bundle: Bundle, what: str) -> BundleError:
             argument=what,
             expected=f"layers that shards' graphs compute: {', '.join(graphs)}" if graphs else "a graph a shard",
             got="none for them" if graphs else "a bundle without graphs",
-            hint='splitbundle add-onnx BUNDLE adds graphs; backend="torch" computes any range',
+            hint=f'splitbundle {"resplit" if graphs else "add-onnx"} makes them; backend="torch" computes any range',
         )
     )
 
@@ -242,8 +277,14 @@ def load_stages(
         BundleError: ``stage.graph`` for a range that isn't that of one shard's graph, or of several in a row;
             ``input.dtype`` for another dtype than the graphs were written for.
     """
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+        expected = f"1 to {MAX_THREADS}"
+        raise BundleError(Problem(code="input.value", argument="threads", expected=expected, got=quoted(threads)))
     available = onnxruntime.get_available_providers()
-    chosen = ["CPUExecutionProvider"] if providers is None else list(providers)
+    chosen = ["CPUExecutionProvider"] if providers is None else [] if isinstance(providers, str) else list(providers)
+    if not chosen:
+        expected = f"a list of some of {', '.join(available)}"
+        raise BundleError(Problem(code="input.device", argument="providers", expected=expected, got=quoted(providers)))
     for provider in chosen:
         name = provider[0] if isinstance(provider, tuple) else provider
         if name not in available:

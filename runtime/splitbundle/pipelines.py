@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
-from splitbundle.calls import Slots
+from splitbundle.calls import Slots, whole
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.sampling import Sampling
 from splitbundle.stages import Array, LogitsWanted, StageSurface
@@ -30,7 +30,8 @@ class Session:
         Raises:
             BundleError: ``session.rollback`` for more than a row has, or another number of rows.
         """
-        back = integers([tokens] * self.batch_size if isinstance(tokens, int) else tokens, "tokens")
+        one = whole(tokens)
+        back = [one] * self.batch_size if one is not None else integers(tokens, "tokens")  # type: ignore[arg-type]
         if len(back) != self.batch_size:
             expected = f"one number, or one for each of {self.batch_size} rows"
             raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(back)))
@@ -151,7 +152,7 @@ class PipelineSurface:
         if capacity is None:
             capacity = min(512, self.first.architecture.position_limit or 512)
         caches = [stage.cache(batch_size, capacity) for stage in self._in_order()]
-        return Session(caches, batch_size, capacity)
+        return Session(caches, int(batch_size), int(capacity))
 
     def forward(
         self,
@@ -176,6 +177,9 @@ class PipelineSurface:
             BundleError: ``input.*``, ``session.*``.
         """
         stages = self._in_order()
+        if session is not None and not isinstance(session, Session):
+            expected, got = "what session() gave", type(session).__name__
+            raise BundleError(Problem(code="input.cache", argument="session", expected=expected, got=got))
         caches: Sequence[Any] = [None] * len(stages) if session is None else session.caches
         if len(caches) != len(stages):
             expected, got = f"the session of a pipeline of {len(stages)} stages", f"one of {len(caches)}"
@@ -253,7 +257,8 @@ class PipelineSurface:
             session: one to go on with; by default a new one that is large enough.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        if type(max_new_tokens) is not int or max_new_tokens < 0:
+        most = whole(max_new_tokens)
+        if most is None or most < 0:
             got = quoted(max_new_tokens)
             raise BundleError(
                 Problem(code="input.value", argument="max_new_tokens", expected="a number from 0", got=got)
@@ -265,16 +270,16 @@ class PipelineSurface:
             expected, got = "at least one token in every row to go on from", "a row of padding alone"
             raise BundleError(Problem(code="input.mask", argument="attention_mask", expected=expected, got=got))
         limit = self.first.architecture.position_limit
-        if session is None and limit is not None and longest + max_new_tokens - 1 > limit:
+        if session is None and limit is not None and longest + most - 1 > limit:
             expected = f"at most {limit - longest + 1}: the model has {limit} positions, the prompt {longest} tokens"
             raise BundleError(
-                Problem(code="input.position", argument="max_new_tokens", expected=expected, got=f"{max_new_tokens}")
+                Problem(code="input.position", argument="max_new_tokens", expected=expected, got=f"{most}")
             )
         if session is None:
             # The last token is given and not fed again, so it needs no slot.
-            session = self.session(shape[0], max(1, longest + max_new_tokens - 1))
+            session = self.session(shape[0], max(1, longest + most - 1))
         stops = frozenset(integers(stop_ids, "stop_ids"))
-        return self._generate(token_ids, attention_mask, max_new_tokens, sampling, stops, session)
+        return self._generate(token_ids, attention_mask, most, sampling, stops, session)
 
     def _generate(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -24,13 +25,28 @@ def place_of_old(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
 
 
+def is_old_bundle(place: Path) -> bool:
+    """Whether what stands there looks like a bundle, or is empty, which may be replaced too.
+
+    Others may keep something else under that name: it stays theirs.
+    """
+    try:
+        if not stat.S_ISDIR(os.lstat(place).st_mode):
+            return False
+        return not any(place.iterdir()) or stat.S_ISREG(os.lstat(place / "manifest.json").st_mode)
+    except OSError:
+        return False
+
+
 def mend(target: Path) -> None:
     """Puts the old bundle back where its replacement was interrupted; where nothing was, nothing happens.
 
     It never fails: where the system refuses it, on a read-only mount, there is no bundle, as the caller will find.
     """
+    if not target.name or os.path.lexists(target):  # the root of a file system has no name, and isn't replaced
+        return
     old = place_of_old(target)
-    if os.path.lexists(target) or not os.path.lexists(old):
+    if not is_old_bundle(old):
         return
     with contextlib.suppress(OSError), alone(target.parent):
         if not os.path.lexists(target):  # or a living writer has just come to its end

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from splitbundle.calls import whole
 from splitbundle.errors import BundleError, Problem, quoted
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def select(
     if (
         not isinstance(layers, tuple | list)
         or len(layers) != 2
-        or not all(type(i) is int for i in layers)
+        or any(whole(i) is None for i in layers)
         or not 0 <= layers[0] <= layers[1] <= total
     ):
         raise BundleError(
@@ -53,7 +54,7 @@ def select(
                 got=quoted(layers),
             )
         )
-    start, stop = layers
+    start, stop = int(layers[0]), int(layers[1])
     embeds = start == 0 if embeds is None else embeds
     head = stop == total if head is None else head
     if (embeds and start != 0) or (head and stop != total) or (start == stop and not embeds and not head):

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 from splitbundle.architecture import Architecture
-from splitbundle.calls import Call, Slots
+from splitbundle.calls import Call, Slots, whole
 from splitbundle.errors import BundleError, Problem, quoted
 
 if TYPE_CHECKING:
     from splitbundle.bundle import Bundle
     from splitbundle.selections import Selection
 
+MOST_LOGITS = 2**20
 LogitsWanted = Literal["all", "last"] | int
 Array = Any
 """A tensor of the backend."""
@@ -84,18 +85,24 @@ class StageSurface:
         Raises:
             BundleError: ``session.capacity`` for more positions than the model has, or than memory can hold.
         """
-        if type(batch_size) is not int or batch_size < 1:
+        rows, slots = whole(batch_size), whole(capacity)
+        if rows is None or rows < 1:
             expected, got = "a number from 1", quoted(batch_size)
             raise BundleError(Problem(code="input.value", argument="batch_size", expected=expected, got=got))
         limit = self.architecture.position_limit
-        if type(capacity) is not int or not 1 <= capacity <= (limit or capacity):
+        if slots is None or not 1 <= slots <= (limit or slots):
             expected = f"1 to {limit}, the positions of the model" if limit else "at least 1"
             raise BundleError(
                 Problem(code="session.capacity", argument="capacity", expected=expected, got=quoted(capacity))
             )
         try:
-            return self._make_cache(batch_size, capacity)
-        except (RuntimeError, MemoryError) as error:  # allocators raise either, and nothing more precise
+            return self._make_cache(rows, slots)
+        except (
+            RuntimeError,
+            MemoryError,
+            ValueError,
+            OverflowError,
+        ) as error:  # allocators raise either, and nothing more precise
             expected, got = "slots that memory can hold", f"{capacity} in {batch_size} rows: {str(error)[:100]}"
             raise BundleError(
                 Problem(code="session.capacity", argument="capacity", expected=expected, got=got)
@@ -144,9 +151,10 @@ class StageSurface:
             return None
         if logits == "last":
             return 1
-        if type(logits) is not int or logits < 1:
-            self._refuse("input.value", "logits", '"all", "last" or a number from 1', quoted(logits))
-        return logits
+        wanted = whole(logits)
+        if wanted is None or not 1 <= wanted <= MOST_LOGITS:
+            self._refuse("input.value", "logits", f'"all", "last" or a number from 1 to {MOST_LOGITS}', quoted(logits))
+        return wanted
 
     def _check_inputs(self, inputs: object) -> None:
         name = "token ids" if self.embeds else f"hidden at layer {self.layer_range[0]}"
@@ -185,12 +193,15 @@ class StageSurface:
         array = self._given(given)
         if array is not None and (array.dtype not in self.integer_dtypes or len(array.shape) != 1):
             self._refuse("input.dtype", name, "(batch) of an integer dtype", f"{array.dtype} {array.shape}")
+        if array is None and not isinstance(given, Sequence):
+            self._refuse("input.type", name, f"a number for each row, or {self.array}", type(given).__name__)
         values = list(given) if array is None else given.tolist()
         if len(values) != batch:
             self._refuse("input.shape", name, f"{batch} rows, as the tokens", f"{len(values)}")
-        if not all(type(value) is int and low <= value <= high for value in values):
+        found = [n for n in map(whole, values) if n is not None and low <= n <= high]
+        if len(found) < len(values):
             self._refuse("input.value", name, f"integers from {low} to {high}", quoted(values))
-        return values
+        return found
 
     def _refuse(self, code: str, argument: str, expected: str, got: str, hint: str | None = None) -> NoReturn:
         where = f"stage {self.name}, {argument}"

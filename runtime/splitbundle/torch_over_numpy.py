@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from splitbundle.calls import Call
+from splitbundle.errors import BundleError, Problem
 from splitbundle.stages import LogitsWanted, StageSurface
 from splitbundle.torch_stage import Stage
 
@@ -22,10 +23,15 @@ class StageOverNumpy(StageSurface):
         self.architecture, self.embeds, self.has_head = stage.architecture, stage.embeds, stage.has_head
 
     def _tensor(self, array: Any) -> Any:
-        if type(array).__module__ != "numpy":
-            return array  # the torch stage says what it is
-        # torch warns of memory that it can't protect from being written.
-        tensor = torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.inner.device)
+        known = any((base.__module__, base.__name__) == ("numpy", "ndarray") for base in type(array).__mro__)
+        if not known or array.dtype.kind not in "iuf":
+            name = "token ids" if self.embeds else f"hidden at layer {self.layer_range[0]}"
+            got = str(getattr(array, "dtype", type(array).__name__))
+            raise BundleError(Problem(code="input.type", argument=name, expected="a numpy.ndarray of numbers", got=got))
+        # torch takes no negative strides and no foreign byte order, and warns of memory that isn't to be written.
+        if not (array.flags.writeable and array.flags.c_contiguous and array.dtype.isnative):
+            array = array.astype(array.dtype.newbyteorder("="), order="C", copy=True)
+        tensor = torch.from_numpy(array).to(self.inner.device)
         return tensor if self.embeds else tensor.to(self.inner.dtype)
 
     def cache(self, batch_size: int, capacity: int) -> Any:

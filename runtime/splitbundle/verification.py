@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from splitbundle import architecture as architectures
-from splitbundle import files, graph_rules, manifest, names, strict_json, tokenizer_rules
+from splitbundle import files, genai, graph_rules, manifest, names, strict_json, tokenizer_rules
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.files import Progress
 
@@ -44,26 +46,13 @@ def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress
     for found in _each(listed, bundle, lambda path: _check_digest(bundle, path, count)):
         problems += found
     good = set(listed) - {problem.file for problem in problems}
-    for group, paths in bundle.weight_groups().items():
+    for paths, judge in _judges(bundle, shard):
         if good.issuperset(paths):
             try:
-                for _ in bundle.open_weights(group):
-                    pass
+                judge()
             except BundleError as error:
                 problems += error.problems
                 good.difference_update(paths)
-    for each in bundle.shards if shard is None else (bundle.shard(shard),):
-        if each.graph is not None and good.issuperset(_files(bundle, each)):
-            try:
-                graph_rules.read(bundle, each, each.graph)
-            except BundleError as error:
-                problems += error.problems
-    tokenizer = bundle.manifest.text.tokenizer
-    if tokenizer in good:
-        try:
-            tokenizer_rules.read(bundle, tokenizer)
-        except BundleError as error:
-            problems += error.problems
     unlisted = files.unlisted(bundle.path, {*bundle.manifest.files, manifest.FILE, names.SUMS})
     if exact:
         problems += [
@@ -73,6 +62,19 @@ def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress
     if problems:
         raise BundleError(problems)
     return Verification(files=tuple(listed), bytes=total, unlisted=tuple(unlisted))
+
+
+def _judges(bundle: Bundle, shard: str | None) -> Iterator[tuple[Sequence[str], Callable[[], object]]]:
+    """What looks into files whose digests are as listed: in each step some files, and what judges them."""
+    for group, paths in bundle.weight_groups().items():
+        yield paths, partial(deque, bundle.open_weights(group), 0)
+    for each in bundle.shards if shard is None else (bundle.shard(shard),):
+        if each.graph is not None:
+            yield _files(bundle, each), partial(graph_rules.read, bundle, each, each.graph)
+    tokenizer = bundle.manifest.text.tokenizer
+    if tokenizer is not None:
+        yield [tokenizer], partial(tokenizer_rules.read, bundle, tokenizer)
+    yield [path for path in genai.GENAI if path in bundle.manifest.files], partial(genai.check, bundle)
 
 
 def _each(paths: list[str], bundle: Bundle, check: Callable[[str], list[Problem]]) -> Iterator[list[Problem]]:
@@ -161,13 +163,12 @@ def _check_digest(bundle: Bundle, path: str, count: Callable[[int], None]) -> li
     listed = bundle.manifest.files[path]
     try:
         with files.open_file(bundle.path, path, listed) as file:
-            digest = files.sha256(file, count)
+            files.check_digest(path, listed, files.sha256(file, count))
     except BundleError as error:
         return list(error.problems)
-    if digest == listed.sha256:
-        return []
-    expected = f"sha256 {listed.sha256}"
-    return [Problem(code="file.digest", file=path, expected=expected, got=digest, hint=files.FETCH)]
+    except OSError as error:
+        return [files.unreadable(path, error)]
+    return []
 
 
 def _counter(what: str, total: int, progress: Progress | None) -> Callable[[int], None]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO, Final, NoReturn
 
-from splitbundle import names, strict_json
+from splitbundle import files, names, strict_json
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.fields import Field, Problems
 from splitbundle.manifest import File
@@ -103,9 +103,13 @@ def read(
     files of a unit, holds at least one; with ``more``, others follow, and it holds only the first so many.
 
     Raises:
-        BundleError: ``weights.header``, ``file.header-digest``, ``weights.tensors``, ``weights.layout``.
+        BundleError: ``weights.header``, ``file.header-digest``, ``weights.tensors``, ``weights.layout``;
+            ``file.unreadable``.
     """
-    raw = _read_header(file, path, listed)
+    try:
+        raw = _read_header(file, path, listed)
+    except OSError as error:
+        raise BundleError(files.unreadable(path, error)) from error
     check_header(raw, path, listed)
     return parse(raw, path, listed.size, expected, part=part, more=more)
 
@@ -129,7 +133,7 @@ def _read_header(file: BinaryIO, path: str, listed: File) -> bytes:
     def refuse(expected: str, got: str) -> NoReturn:
         raise BundleError(Problem(code="weights.header", file=path, offset=0, expected=expected, got=got))
 
-    start = file.read(8)
+    start = files.read_fully(file, 8)
     if len(start) < 8:
         refuse("a header length of 8 bytes", f"a file of {len(start)} bytes")
     length = int.from_bytes(start, "little")
@@ -137,13 +141,10 @@ def _read_header(file: BinaryIO, path: str, listed: File) -> bytes:
         refuse(f"a header of at most {min(MAX_HEADER, listed.size - 8)} bytes", f"a length of {length}")
     if (8 + length) % ALIGNMENT:
         refuse(f"data that begins at a multiple of {ALIGNMENT}", f"data at {8 + length}")
-    text = bytearray()
-    while len(text) < length:
-        piece = file.read(length - len(text))
-        if not piece:
-            refuse(f"a header of {length} bytes", f"a file that ends after {8 + len(text)}")
-        text += piece
-    return start + bytes(text)
+    text = files.read_fully(file, length)
+    if len(text) < length:
+        refuse(f"a header of {length} bytes", f"a file that ends after {8 + len(text)}")
+    return start + text
 
 
 def parse(

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import os
 import pickle
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import splitbundle
-from splitbundle import BundleError
+from splitbundle import BundleError, files
 from splitbundle.sampling import Sampling
 from splitbundle.torch_pipeline import Pipeline
 from splitbundle.torch_sampling import draw
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "v1.0"
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Path:
+    """A copy of the golden GPT-2, to be spoilt."""
+    return Path(shutil.copytree(GOLDEN / "gpt2.splitbundle", tmp_path / "gpt2.splitbundle"))
 
 
 def test_hooks_of_stages_run_in_a_pipeline(gpt2: splitbundle.Bundle) -> None:
@@ -70,6 +78,57 @@ def test_a_frozen_stage_can_be_written(gpt2: splitbundle.Bundle) -> None:
     assert not stage(IDS).any()
     assert gpt2.stage("bottom")(IDS).any()
     gpt2.verify()
+
+
+def test_what_the_disk_refuses_is_said_of_the_file(copy_of: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = splitbundle.open(copy_of)
+
+    def fail(*arguments: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    for name, use in (("sha256", bundle.verify), ("read_fully", lambda: bundle.stage("bottom"))):
+        with monkeypatch.context() as patched:
+            patched.setattr(files, name, fail)
+            with pytest.raises(BundleError) as caught:
+                use()
+            problem = caught.value.problems[-1]
+            assert (problem.code, problem.got) == ("file.unreadable", "Input/output error")
+
+
+def test_a_file_system_that_gives_less_than_was_asked(copy_of: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sparing(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(min(size, 100) if size and size > 0 else 100)
+
+    real = files.open_file
+
+    def open_file(root: Path, path: str, expected: Any = None) -> Any:
+        real(root, path, expected).close()
+        return Sparing(root / path)
+
+    monkeypatch.setattr(files, "open_file", open_file)
+    splitbundle.open(copy_of).verify()
+    assert splitbundle.open(copy_of).stage("bottom")(IDS).shape[1] == 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files that are open can't be replaced there")
+def test_a_file_that_is_exchanged_while_it_is_opened(copy_of: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def exchange(place: Any, *arguments: Any, **named: Any) -> int:
+        if str(place).endswith("manifest.json"):
+            os.replace(other, place)
+        return real(place, *arguments, **named)
+
+    for make in (lambda path: path.write_bytes(b"{}"), os.mkfifo):
+        other = copy_of.with_name("other")
+        make(other)
+        with monkeypatch.context() as patched:
+            patched.setattr(files.os, "open", exchange)
+            with pytest.raises(
+                BundleError, match=r"\[file.unreadable\] manifest.json.*another file came to stand there"
+            ):
+                splitbundle.open(copy_of)
 
 
 def test_stages_are_copied_saved_and_sent(golden: splitbundle.Bundle) -> None:
