@@ -76,6 +76,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2, help="that compute (default: %(default)s)")
     parser.add_argument("--directory", help="where to write, and to find what an earlier run wrote")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--only", metavar="NAME,NAME", help="of the contenders")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
@@ -83,7 +84,8 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         args.directory = args.directory or temporary
-        there = _prepare(args)
+        wanted = None if args.only is None else args.only.split(",")
+        there = [name for name in _prepare(args) if wanted is None or name in wanted]
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in there}
         for i in range(args.rounds):
             for name in there:

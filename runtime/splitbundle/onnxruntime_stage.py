@@ -298,6 +298,9 @@ def load_stages(
             _check_dtype(shard, dtype)
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
+            # Each session has threads of its own. Those of one that has done its work would spin on for a while, and
+            # take the processor from the next: three shards would take three times as long as one.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
             if threads is not None:
                 options.intra_op_num_threads = threads
             if not prepack:
