@@ -78,6 +78,52 @@ def test_inspect(bundle: Path) -> None:
     assert [shard["layers"] for shard in document["shards"]] == [[0, 2], [2, 4], [4, 6]]
 
 
+def test_what_a_terminal_would_obey_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of files, and what a manifest says, come from elsewhere."""
+    bundle = splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle", check=False)
+    (bundle.path / "a\rforged\x1b[K").write_text("")
+    assert cli.main(["verify", str(bundle.path)]) == 0
+    assert cli.main(["verify", "--exact", str(bundle.path)]) == 3
+    out, err = capsys.readouterr()
+    assert r"a\rforged\x1b[K" in err
+    assert not set("\r\x1b") & set(out + err)
+    text = (bundle.path / "manifest.json").read_text("utf-8")
+    (bundle.path / "manifest.json").write_text(
+        text.replace('"name": "license-gpt2"', '"name": "\\u001b[2Jx"', 1), "utf-8"
+    )
+    assert cli.main(["inspect", str(bundle.path)]) == 0
+    assert r"\x1b[2Jx" in capsys.readouterr().out
+
+
+def test_an_id_that_is_none_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("foo", "0" * 64, "sha256:" + "A" * 64):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["verify", str(tmp_path), "--id", wrong])
+        assert caught.value.code == 2
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may look everywhere")
+def test_a_directory_that_cannot_be_looked_into(tmp_path: Path) -> None:
+    bundle = splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle", check=False)
+    (bundle.path / "x").mkdir(mode=0)
+    assert cli.main(["verify", "--exact", str(bundle.path)]) == 3
+
+
+def test_directories_deeper_than_paths_are_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle", check=False)
+    here = os.open(bundle.path, os.O_RDONLY)
+    for _ in range(300):
+        os.mkdir("d" * 20, dir_fd=here)
+        inner = os.open("d" * 20, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    assert cli.main(["verify", "--exact", str(bundle.path)]) == 3
+    err = capsys.readouterr().err
+    assert "[file.unreadable]" in err
+    assert len(err) < 2000
+
+
 def test_verify(bundle: Path, tmp_path: Path) -> None:
     done = call("verify", "--run", bundle)
     assert done.returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from tokenizers import Tokenizer
 
 import splitbundle
 import splitbundle_converter
-from splitbundle import BundleError
+from graph_cases import relist
+from splitbundle import BundleError, cli, tokenizer_rules
 from splitbundle.text_tokenizer import TextTokenizer
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "license-gpt2"
@@ -112,6 +114,39 @@ def test_a_text_is_neither_cut_nor_filled_up(tmp_path: Path) -> None:
     assert len(library.encode("Licensed under the Apache License").ids) == 40
     bundle = splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
     assert TextTokenizer(bundle).encode("Licensed under the Apache License") == plain
+
+
+PANICS: dict[str, dict[str, object]] = {
+    "a map that isn't one": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "a piece of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "no vocabulary": {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "?"}},
+}
+
+
+@pytest.mark.parametrize("change", PANICS.values(), ids=PANICS)
+def test_a_library_that_panics_is_an_error_of_the_file(
+    bundle: splitbundle.Bundle, change: dict[str, object], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = bundle.manifest.text.tokenizer
+    assert path is not None
+    document = json.loads((bundle.path / path).read_bytes()) | change
+    relist(bundle.path, path, json.dumps(document).encode())
+    with pytest.raises(BundleError, match=rf"\[text.tokenizer\] {path}: expected a tokenizer that the library can use"):
+        TextTokenizer(splitbundle.open(bundle.path)).encode("the text")
+    assert cli.main(["generate", str(bundle.path), "the text", "-n", "1"]) == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.rule("SB-T-007")
+def test_ordinary_replacements_are_taken() -> None:
+    """Those of SentencePiece's models, and some more."""
+    steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    document = {
+        "model": {"type": "BPE", "vocab": {"a": 0}},
+        "normalizer": {"type": "Sequence", "normalizers": steps * 8},
+        "decoder": {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    }
+    tokenizer_rules.check(json.dumps(document).encode(), "tokenizer.json", 2)
 
 
 @pytest.mark.rule("SB-T-005")

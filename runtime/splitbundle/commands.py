@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
 
+from splitbundle import names
 from splitbundle.backends import BACKENDS
 from splitbundle.bundle import Bundle
 from splitbundle.console import Command, Console
@@ -49,7 +50,8 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     console.text(f"  text         {text.tokenizer or 'no tokenizer'}{stops}")
     checked = "none" if vectors is None else f"sequences of {', '.join(map(str, vectors.lengths))} tokens"
     console.text(f"  vectors      {checked}")
-    console.text("\nshards")
+    console.text("")
+    console.text("shards")
     rows = [
         (
             s.name,
@@ -63,11 +65,13 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     ]
     console.table(("name", "layers", "with", "parameters", "bytes", "graph"), rows)
     if bundle.manifest.cuts:
-        console.text("\nboundaries")
+        console.text("")
+        console.text("boundaries")
         shape = f"(batch, sequence, {architecture.hidden_size})"
         rows_ = [(f"at layer {cut}", f"hidden {shape}, past (batch), count (batch)") for cut in bundle.manifest.cuts]
         console.table(("where", "tensors"), rows_)
-    console.text("\nfiles")
+    console.text("")
+    console.text("files")
     absent = set(bundle.absent())
     units = {path: unit for unit, paths in bundle.manifest.units.items() for path in paths}
     files = [
@@ -111,7 +115,9 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a .splitbundle directory")
     parser.add_argument("--shard", metavar="NAME", help="only what this shard needs; the rest may be absent")
     parser.add_argument("--exact", action="store_true", help="refuse files that the manifest doesn't list")
-    parser.add_argument("--id", metavar="SHA256", help="the bundle id that it must have, sha256:…, as inspect shows it")
+    parser.add_argument(
+        "--id", metavar="sha256:…", type=bundle_id, help="the bundle id that it must have, as inspect shows it"
+    )
     parser.add_argument("--run", action="store_true", help="also compute the golden vectors of the original model")
     parser.add_argument(
         "--backend",
@@ -131,7 +137,14 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
         raise VerificationError(error.problems) from error
     differences = []
     if args.run or args.backend is not None:
-        differences = bundle.run_vectors(args.shard, backend=args.backend or _installed(), progress=console.progress)
+        try:
+            differences = bundle.run_vectors(
+                args.shard, backend=args.backend or _installed(), progress=console.progress
+            )
+        except (MissingExtra, VerificationError):
+            raise
+        except BundleError as error:
+            raise VerificationError(error.problems) from error
     console.end_progress()
     for path in found.unlisted:
         console.note(f"not listed in the manifest, and never opened: {path}")
@@ -196,6 +209,13 @@ def integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected integers with commas between them, got {text!r}") from None
 
 
+def bundle_id(text: str) -> str:
+    """``sha256:`` and 64 digits, for argparse."""
+    if not text.startswith("sha256:") or not names.SHA256.fullmatch(text.removeprefix("sha256:")):
+        raise argparse.ArgumentTypeError(f"expected sha256: and 64 digits of 0-9a-f, got {text!r}")
+    return text
+
+
 def positive(text: str) -> int:
     """A number from 1, for argparse."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
@@ -224,9 +244,9 @@ def _generate(args: argparse.Namespace, console: Console) -> int:
     for token in _tokens(bundle, ids, args):
         tokens.append(token)
         pieces.append(f"{',' * (len(tokens) > 1)}{token}" if text is None else text.piece(token))
-        console.text(pieces[-1], end="")
+        console.stream(pieces[-1])
     pieces.append("" if text is None else text.rest())
-    console.text(pieces[-1])
+    console.stream(pieces[-1] + "\n")
     result: dict[str, object] = {"ok": True, "prompt_ids": ids, "ids": tokens}
     console.json(result | ({} if text is None else {"text": "".join(pieces)}))
     return 0

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TextIO
 
+from splitbundle.errors import printable
+
 QUIET_SECONDS: Final = 1.0
 """What is over sooner needs no progress."""
 
@@ -30,10 +32,14 @@ class Console:
         self._shown = 0.0
         self._width = 0
 
-    def text(self, text: str, *, end: str = "\n") -> None:
-        """Writes data for people, which ``--json`` leaves out."""
+    def text(self, text: str) -> None:
+        """Writes a line of data for people, which ``--json`` leaves out."""
+        self.stream(printable(text) + "\n")
+
+    def stream(self, text: str) -> None:
+        """Writes what a model says, as it is; ``--json`` leaves it out."""
         if not self.as_json:
-            self.out.write(text + end)
+            self.out.write(text)
             self.out.flush()
 
     def json(self, value: object) -> None:
@@ -80,7 +86,7 @@ class Console:
         """Says something to people on stderr."""
         self.end_progress()
         if not self._quiet:
-            self.err.write(text + "\n")
+            self.err.write(printable(text) + "\n")
 
     def error(self, text: str) -> None:
         """Says what went wrong on stderr."""

@@ -34,7 +34,7 @@ class Problem:
         if self.offset is not None:
             where.append(f"byte {self.offset}")
         text = f"[{self.code}] {' '.join(where)}{': ' if where else ''}expected {self.expected}, got {self.got}"
-        return f"{text}. {self.hint}" if self.hint else text
+        return printable(f"{text}. {self.hint}" if self.hint else text)
 
     def as_json(self) -> dict[str, object]:
         """The fields that say something, for ``--json``."""
@@ -80,6 +80,11 @@ class VerificationError(BundleError):
 
 class ParityError(VerificationError):
     """Computed values differ from the original model's by more than the tolerance."""
+
+
+def printable(text: str) -> str:
+    """A text from elsewhere as one line: what a terminal would obey, or a reader take for another line, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def quoted(value: object, limit: int = 80) -> str:

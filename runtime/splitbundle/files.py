@@ -210,12 +210,24 @@ def sha256(file: BinaryIO, advance: Callable[[int], None] | None = None) -> str:
 
 
 def unlisted(root: Path, listed: set[str]) -> list[str]:
-    """The files (and links) under ``root`` that aren't in ``listed``, sorted."""
+    """The files (and links) under ``root`` that aren't in ``listed``, sorted.
+
+    Raises:
+        BundleError: ``file.unreadable`` for a directory that can't be looked into.
+    """
     found: list[str] = []
-    for directory, directories, files in os.walk(root):
-        here = Path(directory)
-        links = [name for name in directories if (here / name).is_symlink()]
-        found += [(here / name).relative_to(root).as_posix() for name in (*files, *links)]
+
+    def fail(error: OSError) -> None:
+        raise error  # what can't be looked into may hold anything
+
+    try:
+        for directory, directories, files in os.walk(root, onerror=fail):
+            here = Path(directory)
+            links = [name for name in directories if (here / name).is_symlink()]
+            found += [(here / name).relative_to(root).as_posix() for name in (*files, *links)]
+    except OSError as error:
+        place = os.path.relpath(os.fsdecode(error.filename or root), root)
+        raise BundleError(unreadable(place if len(place) < 100 else f"{place[:100]}…", error)) from error
     return sorted(path for path in found if path not in listed)
 
 

@@ -229,8 +229,9 @@ def _refusals(file: str) -> Iterator[None]:
         if not type(error).__module__.startswith("onnxruntime") and not isinstance(error, (RuntimeError, ValueError)):
             raise
         got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        own = type(error).__module__.startswith("onnxruntime")
-        hint = f"Graphs need onnxruntime 1.25 or later; this is {onnxruntime.__version__}" if own else None
+        version = onnxruntime.__version__
+        old = tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < (1, 25)
+        hint = f"Graphs need onnxruntime 1.25 or later; this is {version}" if old else None
         problem = Problem(
             code="stage.graph", file=file, expected="a graph that onnxruntime can run", got=got, hint=hint
         )

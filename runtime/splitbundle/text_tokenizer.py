@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
@@ -13,6 +14,22 @@ from splitbundle.errors import BundleError, Problem
 
 if TYPE_CHECKING:
     from splitbundle.bundle import Bundle
+
+
+@contextmanager
+def library(path: str) -> Iterator[None]:
+    """What the library refuses, or panics of, as an error of the file.
+
+    It raises Exception itself, and where Rust panics what derives from BaseException alone.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__module__ != "pyo3_runtime":
+            raise
+        got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        expected = "a tokenizer that the library can use"
+        raise BundleError(Problem(code="text.tokenizer", file=path, expected=expected, got=got)) from error
 
 
 class TextTokenizer:
@@ -30,12 +47,9 @@ class TextTokenizer:
                 Problem(code="text.none", file=str(bundle.path), expected="a tokenizer", got="a bundle without one")
             )
         data = tokenizer_rules.read(bundle, path)
-        try:
+        self._path = path
+        with library(path):
             self._tokenizer = Tokenizer.from_str(data.decode("utf-8"))
-        except Exception as error:  # the library raises Exception itself
-            raise BundleError(
-                Problem(code="text.tokenizer", file=path, expected="a tokenizer that the library reads", got=str(error))
-            ) from error
         self._tokenizer.encode_special_tokens = True
         # A file may ask for every text to be cut or filled up: that is of the batches that a model was trained with.
         self._tokenizer.no_truncation()
@@ -43,11 +57,13 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with what the tokenizer puts before and after a text."""
-        return list(self._tokenizer.encode(text).ids)
+        with library(self._path):
+            return list(self._tokenizer.encode(text).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without control tokens."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        with library(self._path):
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """Turns tokens into text as they come, after a prompt."""
@@ -66,7 +82,8 @@ class TextStream:
     def piece(self, token: int) -> str:
         """The text that this token completes; often none, where a character takes several."""
         self._ids.append(token)
-        piece = self._stream.step(self._library, token) or ""
+        with library(self._tokenizer._path):
+            piece = self._stream.step(self._library, token) or ""
         self._given += piece
         return piece
 

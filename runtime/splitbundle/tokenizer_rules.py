@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 MAX_MARKS: Final = 2**23
 """See ``strict_json.MAX_MARKS``: half a million merges of two tokens each have some two million."""
+MAX_INSERTED: Final = 1024
+MAX_GROWTH: Final = 1024
 MODELS: Final = ("BPE", "Unigram", "WordLevel", "WordPiece")
 HINT: Final = "The model can't be given such a token: its tokenizer is another model's, or was changed after training"
 
@@ -44,8 +46,11 @@ def check(data: bytes, path: str, vocab_size: int) -> None:
             raise _problem(
                 path, pointer, "an id that no other token has", f"{number}, that of {quoted(owners[number])}"
             )
-    for pointer, number in _inserted(document, path):
+    for count, (pointer, number) in enumerate(_inserted(document, path), 1):
+        if count > MAX_INSERTED:
+            raise _problem(path, pointer, f"at most {MAX_INSERTED} ids beside a text", "more")
         _check_id(number, pointer, path, vocab_size)
+    _check_growth(document, path)
 
 
 def _check_id(number: object, pointer: str, path: str, vocab_size: int) -> None:
@@ -89,12 +94,7 @@ def _inserted(document: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(padding, dict):
         yield "/padding/pad_id", padding.get("pad_id")
     processor = document.get("post_processor")
-    several = processor.get("processors") if isinstance(processor, dict) else None
-    found = [("/post_processor", processor)] if not isinstance(several, list) else []
-    found += [(f"/post_processor/processors/{i}", each) for i, each in enumerate(several or ())]
-    for at, each in found:
-        if not isinstance(each, dict):
-            continue
+    for at, each in _parts(processor, "/post_processor"):
         for name in ("cls", "sep"):  # (token, id)
             pair = each.get(name)
             if isinstance(pair, list) and len(pair) == 2:
@@ -104,6 +104,29 @@ def _inserted(document: Any, path: str) -> Iterator[tuple[str, Any]]:
             ids = entry.get("ids") if isinstance(entry, dict) else None
             for i, number in enumerate(ids if isinstance(ids, list) else ()):
                 yield f"{at}/special_tokens/{escape(token)}/ids/{i}", number
+
+
+def _parts(value: object, at: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every object in a value, however deep, with its pointer: parts of sequences of sequences."""
+    if isinstance(value, dict):
+        yield at, value
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, child in children:
+        if isinstance(child, dict | list):
+            yield from _parts(child, f"{at}/{escape(str(name))}")
+
+
+def _check_growth(document: Any, path: str) -> None:
+    """A few replacements, each of what the one before it put there, could make gigabytes of a word."""
+    for place in ("normalizer", "decoder", "pre_tokenizer"):
+        growth = 1
+        for at, each in _parts(document.get(place), f"/{place}"):
+            for name in ("content", "prepend", "replacement", "prefix"):
+                text = each.get(name)
+                growth *= max(1, len(text)) if isinstance(text, str) else 1
+                if growth > MAX_GROWTH:
+                    expected = f"replacements that make a text at most {MAX_GROWTH} times as long"
+                    raise _problem(path, f"{at}/{name}", expected, quoted(text))
 
 
 def _member(value: Any, path: str, at: str, name: str, kind: type) -> Any:

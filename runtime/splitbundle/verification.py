@@ -53,7 +53,11 @@ def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress
             except BundleError as error:
                 problems += error.problems
                 good.difference_update(paths)
-    unlisted = files.unlisted(bundle.path, {*bundle.manifest.files, manifest.FILE, names.SUMS})
+    unlisted: list[str] = []
+    try:
+        unlisted = files.unlisted(bundle.path, {*bundle.manifest.files, manifest.FILE, names.SUMS})
+    except BundleError as error:
+        problems += error.problems
     if exact:
         problems += [
             Problem(code="file.unlisted", file=path, expected="only files that the manifest lists", got="this one")

@@ -11,7 +11,7 @@ from conformance.case import TOKENIZER, Case, Draft
 
 
 def tokenizer_cases() -> Iterator[Case]:
-    """What the rules SB-T-003 to SB-T-006 refuse and take. The small model has 24 token ids."""
+    """What the rules SB-T-003 to SB-T-007 refuse and take. The small model has 24 token ids."""
 
     def edited(edit: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
         def change(data: bytes) -> bytes:
@@ -51,6 +51,36 @@ def tokenizer_cases() -> Iterator[Case]:
             edited(lambda v: v["model"].update(type="X")),
             "text.tokenizer",
             "/model/type",
+        ),
+        (
+            "id-deep",
+            "an id out of range in a sequence of sequences",
+            set_("post_processor", {"type": "Sequence", "processors": [{"type": "Sequence", "processors": [bert]}]}),
+            "text.tokenizer",
+            "/post_processor/processors/0/processors/0/sep/1",
+        ),
+        (
+            "inserted-many",
+            "2,000 ids beside every text",
+            set_(
+                "post_processor",
+                {"type": "TemplateProcessing", "special_tokens": {"x": {"id": "x", "ids": [1] * 2000, "tokens": []}}},
+            ),
+            "text.tokenizer",
+            "/post_processor/special_tokens/x/ids/1024",
+        ),
+        (
+            "growth",
+            "replacements that make gigabytes of a word",
+            set_(
+                "normalizer",
+                {
+                    "type": "Sequence",
+                    "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}] * 6,
+                },
+            ),
+            "text.tokenizer",
+            "/normalizer/normalizers/1/content",
         ),
         ("id-beyond", "a token id out of range", vocab(new=24), "text.tokenizer", "/model/vocab/new"),
         ("id-2-32", "a token id of 2^32", vocab(new=2**32), "text.tokenizer", "/model/vocab/new"),
