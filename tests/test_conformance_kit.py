@@ -201,8 +201,8 @@ print('{"verdict": "refused", "problems": [{"code": "json.number", "file": "mani
 """
 TAKES = {
     "nothing": ("", None),
-    "processor": ("import time\nwhile time.process_time() < 2.4: pass", "s"),
-    "waiting": ("import time; time.sleep(2.4)", "s"),
+    "processor": ("import time\nwhile time.process_time() < 0.8: pass", "s"),
+    "waiting": ("import time; time.sleep(0.8)", "s"),
     "memory": ("held = bytearray(300 * 2**20)", "MiB"),
     "less memory": ("held = bytearray(200 * 2**20)", None),
 }
@@ -216,6 +216,8 @@ def test_limited_cases_are_limited(
     """An outside adapter that takes more for them than for the small bundle."""
     monkeypatch.setattr(run, "TRIES", 2)
     doing, unit = TAKES[name]
+    if unit == "s":
+        monkeypatch.setattr(run, "SECONDS", 0.5)  # sooner done
     large = "import os, sys\nif os.path.getsize(sys.argv[2] + '/manifest.json') > 2**20:\n    "
     code = REFUSES + large + doing.replace("\n", "\n    ") + "\n" if doing else REFUSES
     arguments = ["--only", "large/integer-negative", "--json", sys.executable, "-c", code]
@@ -244,8 +246,8 @@ def test_what_an_adapter_started_ends_with_it(ends: bool, tmp_path: Path) -> Non
     if ends:
         assert process.ask(command, 60).document == 1
     else:
-        with pytest.raises(process.Trouble, match="no verdict after 3 s"):
-            process.ask(command, 3)
+        with pytest.raises(process.Trouble, match="no verdict after 2 s"):
+            process.ask(command, 2)
     identity = int((tmp_path / "id").read_text())
     for _ in range(500):  # who adopts it may reap it a little later
         try:
