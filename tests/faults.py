@@ -532,6 +532,10 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, help="where to make bundles; by default in memory, where that can be")
     parser.add_argument("--cpu", type=int, help="run on one alone: who traces and who is traced take turns anyway")
     args = parser.parse_args()
+    names = [scenario.name for scenario in scenarios(Path(), Path())]
+    for name in args.scenario:
+        if name not in names:
+            parser.error(f"no scenario {name!r}; there are: {'; '.join(names)}")
     reason = syscalls.unavailable()
     if reason is not None:
         json.dump({"unavailable": reason}, sys.stdout)

@@ -28,6 +28,7 @@ SECONDS_EACH: Final = 10
 """By the clock, on machines that others may share: what these inputs need is milliseconds."""
 MEBIBYTES: Final = 512
 LENGTH: Final = 65536
+TEXT: Final = "the cat\n s\u00e4t \U0001f642"
 Target = Callable[[bytes], object]
 
 
@@ -68,33 +69,51 @@ def weights_target() -> Target:
 
 
 def graph_target() -> Target:
+    """As the graph of each shard: of an embedding alone, and of a layer with the head."""
     import splitbundle
-    from splitbundle import graph_rules
+    from splitbundle import BundleError, graph_rules
 
     bundle = splitbundle.open(BUNDLE)
-    shard = bundle.shards[0]
-    graph, weights = shard.graph, graph_rules.used(shard, graph_rules.stored(bundle, shard))
-    assert graph is not None
+    shards = [
+        (shard.graph, graph_rules.used(shard, graph_rules.stored(bundle, shard)))
+        for shard in bundle.shards
+        if shard.graph is not None
+    ]
 
     def run(data: bytes) -> None:
-        graph_rules.check(data, graph, weights)
+        refusals = []
+        for graph, weights in shards:
+            try:
+                graph_rules.check(data, graph, weights)
+            except BundleError as error:
+                refusals.append(error)
+        if len(refusals) == len(shards):
+            raise BundleError(problem for error in refusals for problem in error.problems)
 
     return run
 
 
 def tokenizer_target() -> Target:
-    """What comes before the library ``tokenizers``, and then the library: it may refuse, and not panic."""
-    from tokenizers import Tokenizer
+    """As a bundle's: a text to ids and back, at once and in pieces. The library's panics are to be BundleError, too."""
+    from unittest import mock
 
+    import splitbundle
     from splitbundle import tokenizer_rules
+    from splitbundle.text_tokenizer import TextTokenizer
+
+    bundle = splitbundle.open(BUNDLE)
+    vocab_size = bundle.architecture.vocab_size
 
     def run(data: bytes) -> None:
-        tokenizer_rules.check(data, "tokenizer.json", 64)
-        try:
-            Tokenizer.from_str(data.decode("utf-8"))
-        except Exception as error:  # the library raises Exception itself, and its panics are BaseException
-            if type(error) is not Exception:
-                raise
+        tokenizer_rules.check(data, "tokenizer.json", vocab_size)
+        with mock.patch.object(tokenizer_rules, "read", return_value=data):
+            text = TextTokenizer(bundle)
+        ids = text.encode(TEXT)
+        text.decode(ids)
+        stream = text.stream(ids[:1])
+        for token in ids[1:]:
+            stream.piece(token)
+        stream.rest()
 
     return run
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from conformance import adapters, run
+from conformance import adapters, process, run
 from conformance.case import Case
 from conformance.cases import cases
 
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def asked(name: str) -> run.Ask:
-    return lambda step, directory: adapters.ADAPTERS[name](step, str(directory))
+    return lambda step, directory, limited: adapters.ADAPTERS[name](step, str(directory))
 
 
 def test_names_are_unique_and_every_case_that_is_refused_has_a_code() -> None:
@@ -151,6 +152,17 @@ FAKES = {
         'print(\'{"verdict": "refused", "problems": [{"code": "internal", "file": "x"}]}\')',
         "expected json.syntax of manifest.json at None, got internal x",
     ),
+    "text": (
+        'print(\'{"verdict": "refused", "problems": ["x"]}\')',
+        "expected a verdict, got {'verdict': 'refused', 'problems': ['x']}",
+    ),
+    "list": ('print(\'{"verdict": ["accepted"]}\')', "expected a verdict, got {'verdict': ['accepted']}"),
+    "surrogate": (
+        'print(\'{"verdict": "refused", "problems": [{"code": "\\\\ud800\\\\n"}]}\')',
+        r"expected json.syntax of manifest.json at None, got \ud800\n",
+    ),
+    "nested": ("print('[' * 100000)", f"no JSON document on stdout: {b'[' * 80!r}"),
+    "endless": ("print('1' * 2**21)", f"no JSON document on stdout: {b'1' * 80!r}"),
 }
 
 
@@ -161,6 +173,108 @@ def test_an_adapter_that_fails_is_said_to(name: str, capsys: pytest.CaptureFixtu
     assert run.main([*arguments, "--json", sys.executable, "-c", code]) == run.FAILED
     said = json.loads(capsys.readouterr().out)
     assert [(r["name"], r["wrong"]) for r in said["results"]] == [("reject/manifest-json-truncated", text)]
+
+
+def test_a_program_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--only", "manifest-json-truncated", "no-such-program"]) == run.FAILED
+    assert "no-such-program can't be run: No such file or directory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [("--jobs", "0"), ("--jobs", "x"), ("--timeout", "0"), ("--timeout", "nan")])
+def test_options_that_make_no_sense(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        run.main([*options, "true"])
+    assert raised.value.code == run.USAGE
+    assert f"argument {options[0]}: invalid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("nope", "open", "x"), ("torch", "nope", "x"), ("torch",)])
+def test_adapters_say_how_they_are_called(words: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, HERE / "adapters.py", *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == run.USAGE
+    assert done.stderr.startswith("usage: adapters.py")
+
+
+REFUSES = """
+import sys
+print('{"verdict": "refused", "problems": [{"code": "json.number", "file": "manifest.json", "pointer": null}]}')
+"""
+TAKES = {
+    "nothing": ("", None),
+    "processor": ("import time\nwhile time.process_time() < 0.8: pass", "s"),
+    "waiting": ("import time; time.sleep(0.8)", "s"),
+    "memory": ("held = bytearray(300 * 2**20)", "MiB"),
+    "less memory": ("held = bytearray(200 * 2**20)", None),
+}
+
+
+@pytest.mark.skipif(not process.MEASURES, reason="this system doesn't say what a process took")
+@pytest.mark.parametrize("name", TAKES)
+def test_limited_cases_are_limited(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outside adapter that takes more for them than for the small bundle."""
+    monkeypatch.setattr(run, "TRIES", 2)
+    doing, unit = TAKES[name]
+    if unit == "s":
+        monkeypatch.setattr(run, "SECONDS", 0.5)  # sooner done
+    large = "import os, sys\nif os.path.getsize(sys.argv[2] + '/manifest.json') > 2**20:\n    "
+    code = REFUSES + large + doing.replace("\n", "\n    ") + "\n" if doing else REFUSES
+    arguments = ["--only", "large/integer-negative", "--json", sys.executable, "-c", code]
+    status = run.main(arguments)
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    if unit is None:
+        assert (status, result["wrong"]) == (run.OK, None)
+    else:
+        assert status == run.FAILED
+        assert re.fullmatch(rf"took [\d.]+ {unit}, and for the small bundle [\d.]+ {unit}", result["wrong"])
+
+
+@pytest.mark.skipif(not process.MEASURES, reason="needs groups of processes")
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_an_adapter_started_ends_with_it(ends: bool, tmp_path: Path) -> None:
+    """Whether the adapter ends by itself or is killed. The child would hold stdout open, too."""
+    child = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'id')!r}).write_text(str(os.getpid())); "
+    code = (
+        "import pathlib, subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {child + 'time.sleep(100)'!r}])\n"
+        f"while not pathlib.Path({str(tmp_path / 'id')!r}).exists() or not open({str(tmp_path / 'id')!r}).read(): "
+        "time.sleep(0.01)\n"
+        "print('1', flush=True)\n"
+    )
+    command = [sys.executable, "-c", code + ("" if ends else "time.sleep(100)")]
+    if ends:
+        assert process.ask(command, 60).document == 1
+    else:
+        with pytest.raises(process.Trouble, match="no verdict after 2 s"):
+            process.ask(command, 2)
+    identity = int((tmp_path / "id").read_text())
+    for _ in range(500):  # who adopts it may reap it a little later
+        try:
+            state = Path(f"/proc/{identity}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            state = "gone"
+        if state in "Zgone":
+            break
+        time.sleep(0.01)
+    assert state in "Zgone"
+
+
+def test_each_step_has_a_directory_of_its_own(tmp_path: Path) -> None:
+    """An adapter that changes what it was asked of changes no other verdict."""
+    case = next(case for case in CASES.values() if case.name == "header/overlap")
+    assert len(case.steps) > 1
+    seen = []
+
+    def spoil(step: str, directory: Path, limited: bool) -> dict[str, str]:
+        seen.append(sorted(path.name for path in directory.iterdir()))
+        (directory / "manifest.json").unlink()
+        (directory / "new").touch()
+        return {"verdict": "accepted"}
+
+    run.judge(case, tmp_path, spoil)
+    assert len(seen) == len(case.steps)
+    assert all(names == seen[0] and "manifest.json" in names and "new" not in names for names in seen)
 
 
 @pytest.mark.parametrize("name", adapters.ADAPTERS)

@@ -42,3 +42,12 @@ def test_every_system_call_may_fail_or_be_the_last(group: int, tally: Callable[[
         assert ends == {"0", "1", "130", "killed"}
         tally("system calls of commands that write", scenario["calls"])
         tally("faults in place of them", scenario["points"])
+
+
+def test_a_scenario_that_is_not_there() -> None:
+    """It isn't one of which nothing was wrong."""
+    command = [sys.executable, str(TESTS / "faults.py"), "convert", "nosuch"]
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no scenario 'nosuch'; there are: convert; " in done.stderr

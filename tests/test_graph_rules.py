@@ -8,6 +8,7 @@ import shutil
 import time
 import tracemalloc
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
@@ -107,6 +108,16 @@ def test_a_unit_of_two_files() -> None:
     entries = [entry for each in model.graph.initializer for entry in each.external_data if entry.value == one]
     entries[0].value = other
     assert judge(written(model), "trunk") == "graph.weights"
+
+
+def test_the_kits_readme_names_what_there_is() -> None:
+    """Its table of hostile inputs has every case of a graph, and no other."""
+    text = (Path(__file__).parent / "conformance" / "README.md").read_text("utf-8")
+    named = set(re.findall(r"`graph/([a-zA-Z0-9*-]+)`", text.partition("\n| **ONNX** | |\n")[2]))
+    assert len(named) > 10
+    found = {name: {case.name for case in CASES if fnmatchcase(case.name, name)} for name in named}
+    assert [name for name in named if not found[name]] == []
+    assert {case.name for case in CASES} == set().union(*found.values())
 
 
 def test_names_of_cases_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from splitbundle.commands import COMMANDS
 from splitbundle_converter import family_table
+from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
 from splitbundle_converter.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +111,20 @@ def test_links_lead_to_files(name: str) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
     paths = re.findall(r"`((?:tests|benchmarks|spec|runtime|examples|converter)/[\w./-]+)`", page.read_text("utf-8"))
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_every_door_is_named_with_what_guards_it() -> None:
+    """Each command that reads what strangers wrote has a row in SECURITY.md, and the modules in the rows are there."""
+    doors = (ROOT / "SECURITY.md").read_text("utf-8").partition("\n## The doors\n")[2].partition("\n## ")[0]
+    commands = {command.name for command in (*COMMANDS, CONVERT, RESPLIT, ADD_ONNX)}
+    named = {
+        name for row in re.findall(r"^\| (`.*?) \|", doors, re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)
+    }
+    assert commands <= named
+    modules = {path.rpartition("/")[2] for path in re.findall(r"`([\w/]+\.py)`", doors)}
+    assert len(modules) > 8
+    packages = (ROOT / "runtime" / "splitbundle", ROOT / "converter" / "splitbundle_converter")
+    assert {name for name in modules if not any((package / name).is_file() for package in packages)} == set()
 
 
 def test_the_two_commands_are_the_makefiles() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -87,8 +88,12 @@ ADAPTERS: dict[str, Callable[[str, str], Verdict]] = {
 
 def main() -> int:
     """Prints one verdict."""
-    name, step, path = sys.argv[1:]
-    print(json.dumps(ADAPTERS[name](step, path)))
+    parser = argparse.ArgumentParser(prog="adapters.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", choices=ADAPTERS)
+    parser.add_argument("step", choices=COMMANDS)
+    parser.add_argument("bundle")
+    args = parser.parse_args()
+    print(json.dumps(ADAPTERS[args.name](args.step, args.bundle)))
     return 0
 
 
