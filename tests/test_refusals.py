@@ -29,8 +29,9 @@ from splitbundle import Bundle, BundleError, ParityError, strict_json
 from splitbundle.bundle import VECTORS
 from splitbundle.files import MAX_TEXT_BYTES
 from splitbundle.torch_weights import map_tensors
-from splitbundle_converter import conversion, decoder_facts
+from splitbundle_converter import configuration, conversion, decoder_facts
 from splitbundle_converter.families import FAMILIES
+from splitbundle_converter.source import Configuration
 from splitbundle_converter.translate import Translation, translate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -399,6 +400,56 @@ def test_a_configuration_that_is_no_json(
     else:
         (path / "config.json").write_bytes(data)
     assert str(refused(path, output)) == text
+
+
+@pytest.mark.parametrize("value", ["attacker/evil@main:fn", "kernels-community/evil", "flash_attention_2"])
+@pytest.mark.parametrize("name", ["_attn_implementation", "attn_implementation"])
+def test_no_field_of_a_checkpoint_chooses_the_code_that_computes(
+    source: Callable[[str], Path], output: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """transformers takes such a name for code of the hub, and has the library ``kernels`` fetch and run it."""
+    asked: list[str] = []
+
+    def get_kernel(repository: str, *arguments: object, **named: object) -> object:
+        asked.append(repository)
+        raise ValueError("no code is fetched in a test")
+
+    from transformers import modeling_utils
+    from transformers.integrations import hub_kernels
+
+    for module in (modeling_utils, hub_kernels):
+        monkeypatch.setattr(module, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", get_kernel)
+    path = source("llama")
+    change_config(path, **{name: value}, _experts_implementation="attacker/evil")
+    if value != "flash_attention_2":
+        with pytest.raises(ValueError, match="no code is fetched in a test"):
+            transformers.AutoModelForCausalLM.from_pretrained(path)
+        assert asked.pop() == value.partition("@")[0]
+    accepted(path, output)
+    assert not asked
+
+
+def test_nested_configurations_choose_no_code_either() -> None:
+    evil = {"_attn_implementation": "attacker/evil", "attn_implementation": {"": "attacker/evil"}}
+    nested = {"model_type": "llama", "num_hidden_layers": 3, **evil}
+    vision = {"model_type": "clip_vision_model", "num_hidden_layers": 3, **evil}
+    raw = {"model_type": "llava", "text_config": nested, "vision_config": vision, **evil}
+    built = configuration.build(Configuration(raw=raw, file="config.json"))
+    each = (built, built.text_config, built.vision_config)
+    assert [config._attn_implementation for config in each] == [None] * 3
+    assert built.text_config.num_hidden_layers == built.vision_config.num_hidden_layers == 3
+    assert raw["vision_config"]["_attn_implementation"] == "attacker/evil"
+
+
+def test_an_adapter_beside_the_weights(source: Callable[[str], Path], output: Path) -> None:
+    """transformers would apply it, and to the weights of the base that it names, where peft is installed."""
+    path = source("llama")
+    (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "attacker/evil"}))
+    assert str(refused(path, output)) == (
+        "[source.config] adapter_config.json: expected weights without an adapter beside them, got an adapter's "
+        "configuration. Merge it into the model, or remove it"
+    )
 
 
 # Tensors.

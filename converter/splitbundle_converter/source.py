@@ -34,6 +34,7 @@ from splitbundle_converter.source_files import (
 
 CONFIG: Final = "config.json"
 TOKENIZER: Final = "tokenizer.json"
+ADAPTER: Final = "adapter_config.json"
 TEXT_FILES: Final = (
     TOKENIZER,
     "tokenizer_config.json",
@@ -47,7 +48,7 @@ TEXT_FILES: Final = (
 )
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _OTHERS: Final = {
-    "adapter_config.json": "This is an adapter: merge it into its base model, and save that",
+    ADAPTER: "This is an adapter: merge it into its base model, and save that",
     "*.gguf": "Weights in GGUF are made of a checkpoint: convert that",
     "tf_model*.h5": "Load it with a version of transformers that knows TensorFlow, and save it as safetensors",
     "flax_model*": "Load it with a version of transformers that knows Flax, and save it as safetensors",
@@ -140,6 +141,10 @@ class Source:
         weight_map, files = weight_files(self.directory, SAFETENSORS, self.name)
         if not files:
             raise no_weights(self.directory, self.name)
+        if os.path.lexists(self.directory / ADAPTER):
+            # Where peft is installed, transformers would apply it, and to the weights of a base that it names.
+            expected, hint = "weights without an adapter beside them", "Merge it into the model, or remove it"
+            raise refused("source.config", ADAPTER, expected, "an adapter's configuration", hint)
 
         def headers(file: str) -> Iterator[tuple[str, SourceTensor]]:
             namer = self.name if weight_map is None else SAFETENSORS.index

@@ -128,8 +128,11 @@ def from_tensors(config: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str
 def _load_directory(source: Source) -> Any:
     from transformers import AutoModelForCausalLM
 
+    config = resolve(source.configuration())  # not the file's own, which may choose the code that computes
+    config._attn_implementation = "eager"
     return AutoModelForCausalLM.from_pretrained(
         str(source.directory),
+        config=config,
         dtype=torch.float32,
         attn_implementation="eager",
         trust_remote_code=False,
