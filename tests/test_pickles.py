@@ -116,7 +116,8 @@ def test_one_pickle(pickled: Callable[..., Path], output: Path, name: str) -> No
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_the_original_class_takes_the_tensors_of_every_family(name: str) -> None:
     """As ``vectors`` loads it where there are pickles: with nothing but a configuration and tensors."""
-    from splitbundle_converter.source import Place, Source
+    from splitbundle_converter.place import Place
+    from splitbundle_converter.source import Source
     from splitbundle_converter.vectors import load_original
 
     source = Source(checkpoint(name), name=name)

@@ -161,6 +161,29 @@ def test_a_bundle_that_is_replaced_while_it_is_copied_is_refused(bundle: Path, c
     assert names(bundle.parent) == ["away", bundle.name]
 
 
+@pytest.mark.parametrize("command", ["resplit", "add_onnx"])
+def test_a_bundle_is_not_written_into_itself(bundle: Path, command: str) -> None:
+    before = names(bundle)
+    (bundle.parent / "link").symlink_to(bundle, target_is_directory=True)
+    for place in (bundle / "new", bundle / "tokenizer" / "new", bundle.parent / "link" / "new"):
+        with pytest.raises(
+            BundleError, match=r"\[output.failed\] .*outside of the bundle that is read, got a place insi"
+        ):
+            getattr(splitbundle_converter, command)(bundle, place)
+    assert names(bundle) == before
+
+
+@pytest.mark.parametrize("command", ["resplit", "add_onnx"])
+def test_damaged_files_get_no_fresh_digests(bundle: Path, command: str) -> None:
+    damaged = bundle / "layer-000.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(BundleError, match=r"\[file.digest\] layer-000.safetensors: expected sha256 "):
+        getattr(splitbundle_converter, command)(bundle, bundle.with_name("new"))
+    assert names(bundle.parent) == [bundle.name]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
 @pytest.mark.parametrize("error", ["EIO", "ENOLCK"])
 def test_a_lock_that_fails(bundle: Path, monkeypatch: pytest.MonkeyPatch, error: str) -> None:

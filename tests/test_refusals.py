@@ -29,8 +29,9 @@ from splitbundle import Bundle, BundleError, ParityError, strict_json
 from splitbundle.bundle import VECTORS
 from splitbundle.files import MAX_TEXT_BYTES
 from splitbundle.torch_weights import map_tensors
-from splitbundle_converter import conversion, decoder_facts
+from splitbundle_converter import configuration, conversion, decoder_facts
 from splitbundle_converter.families import FAMILIES
+from splitbundle_converter.source import Configuration
 from splitbundle_converter.translate import Translation, translate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -399,6 +400,56 @@ def test_a_configuration_that_is_no_json(
     else:
         (path / "config.json").write_bytes(data)
     assert str(refused(path, output)) == text
+
+
+@pytest.mark.parametrize("value", ["attacker/evil@main:fn", "kernels-community/evil", "flash_attention_2"])
+@pytest.mark.parametrize("name", ["_attn_implementation", "attn_implementation"])
+def test_no_field_of_a_checkpoint_chooses_the_code_that_computes(
+    source: Callable[[str], Path], output: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """transformers takes such a name for code of the hub, and has the library ``kernels`` fetch and run it."""
+    asked: list[str] = []
+
+    def get_kernel(repository: str, *arguments: object, **named: object) -> object:
+        asked.append(repository)
+        raise ValueError("no code is fetched in a test")
+
+    from transformers import modeling_utils
+    from transformers.integrations import hub_kernels
+
+    for module in (modeling_utils, hub_kernels):
+        monkeypatch.setattr(module, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", get_kernel)
+    path = source("llama")
+    change_config(path, **{name: value}, _experts_implementation="attacker/evil")
+    if value != "flash_attention_2":
+        with pytest.raises(ValueError, match="no code is fetched in a test"):
+            transformers.AutoModelForCausalLM.from_pretrained(path)
+        assert asked.pop() == value.partition("@")[0]
+    accepted(path, output)
+    assert not asked
+
+
+def test_nested_configurations_choose_no_code_either() -> None:
+    evil = {"_attn_implementation": "attacker/evil", "attn_implementation": {"": "attacker/evil"}}
+    nested = {"model_type": "llama", "num_hidden_layers": 3, **evil}
+    vision = {"model_type": "clip_vision_model", "num_hidden_layers": 3, **evil}
+    raw = {"model_type": "llava", "text_config": nested, "vision_config": vision, **evil}
+    built = configuration.build(Configuration(raw=raw, file="config.json"))
+    each = (built, built.text_config, built.vision_config)
+    assert [config._attn_implementation for config in each] == [None] * 3
+    assert built.text_config.num_hidden_layers == built.vision_config.num_hidden_layers == 3
+    assert raw["vision_config"]["_attn_implementation"] == "attacker/evil"
+
+
+def test_an_adapter_beside_the_weights(source: Callable[[str], Path], output: Path) -> None:
+    """transformers would apply it, and to the weights of the base that it names, where peft is installed."""
+    path = source("llama")
+    (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "attacker/evil"}))
+    assert str(refused(path, output)) == (
+        "[source.config] adapter_config.json: expected weights without an adapter beside them, got an adapter's "
+        "configuration. Merge it into the model, or remove it"
+    )
 
 
 # Tensors.
@@ -1005,6 +1056,174 @@ def test_a_file_may_be_a_link(source: Callable[[str], Path], output: Path) -> No
     (path / "config.json").rename(path / "blob")
     (path / "config.json").symlink_to("blob")
     accepted(path, output, check=False)
+
+
+LINK = "expected a file of the checkpoint, got a link that leads out of it. If it is meant, copy the file itself there"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "generation_config.json", "README.md"],
+)
+def test_a_link_that_leads_out_of_the_checkpoint(source: Callable[[str], Path], output: Path, name: str) -> None:
+    path = source("llama")
+    secret = path.parent / "secret"
+    secret.write_text("a secret")
+    (path / name).unlink(missing_ok=True)
+    (path / name).symlink_to(secret)
+    assert str(refused(path, output)) == f"[source.unreadable] {name}: {LINK}"
+    (path / name).unlink()
+    (path / name).symlink_to("../source/../secret")
+    assert str(refused(path, output)) == f"[source.unreadable] {name}: {LINK}"
+    (path / name).unlink()
+    (path / name).symlink_to("nowhere")
+    if name != "README.md":  # only its licence would be read
+        assert str(refused(path, output)).startswith(f"[source.missing] {name}: expected a file {name} in source, got ")
+
+
+def test_the_index_of_weights_is_no_link_out_either(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / WEIGHTS).rename(path / PIECES[0])
+    (path.parent / "index").write_text(json.dumps({"weight_map": {}}))
+    (path / INDEX).symlink_to(path.parent / "index")
+    assert str(refused(path, output)) == f"[source.unreadable] {INDEX}: {LINK}"
+
+
+def test_weights_may_be_a_link_to_anywhere(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / WEIGHTS).rename(path.parent / "elsewhere")
+    (path / WEIGHTS).symlink_to(path.parent / "elsewhere")
+    accepted(path, output)
+    (path.parent / "elsewhere").write_text("a secret that is no weights")
+    assert refused(path, output.with_name("other.splitbundle")).codes == ("source.safetensors",)
+
+
+def test_the_hubs_cache_has_links_to_its_blobs(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    cache = path.parent / "models--x--y"
+    snapshot = cache / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    path.rename(cache / "blobs")
+    for blob in (cache / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    accepted(snapshot, output, check=False)
+    # No other directory beside one that is called so.
+    cache.rename(path.parent / "mine")
+    assert str(refused(path.parent / "mine" / "snapshots" / "0123", output.with_name("c"))).endswith(LINK)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["a directory", "a pipe, a socket or a device"])
+def test_what_is_no_file_is_not_passed_over(source: Callable[[str], Path], output: Path, name: str, kind: str) -> None:
+    path = source("llama")
+    (path / name).unlink(missing_ok=True)
+    if kind == "a directory":
+        (path / name).mkdir()
+    elif hasattr(os, "mkfifo"):
+        os.mkfifo(path / name)
+    else:
+        pytest.skip("no pipes with a name")
+    assert str(refused(path, output)) == f"[source.unreadable] {name}: expected a regular file, got {kind}"
+
+
+def test_a_generation_config_that_is_no_object(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / "generation_config.json").write_text("[1]")
+    for check in (False, True):
+        assert str(refused(path, output, check=check)) == (
+            "[source.config] generation_config.json: expected an object, got [1]"
+        )
+    # What it says otherwise has no say in the golden vectors.
+    (path / "generation_config.json").write_text('{"max_length": "x", "cache_implementation": {}}')
+    accepted(path, output)
+
+
+# Sources that change.
+
+
+def changed(name: str) -> str:
+    return (
+        f"[source.changed] {name}: expected one file from the first byte that was read of it to the last, got another, "
+        "or other bytes in it. Convert it when nobody writes it any more"
+    )
+
+
+def overwritten(file: Path) -> None:
+    """One bit of it, with the times that it had."""
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    with file.open("r+b") as opened:
+        opened.write(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def exchanged(file: Path) -> None:
+    shutil.copy2(file, file.with_name("copy"))
+    file.with_name("copy").replace(file)
+
+
+def removed(file: Path) -> None:
+    file.rename(file.with_name("moved"))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+@pytest.mark.parametrize("change", [overwritten, exchanged, removed])
+def test_a_source_that_changes_while_it_is_converted(
+    source: Callable[[str], Path], output: Path, name: str, change: Callable[[Path], None]
+) -> None:
+    path = source("llama")
+    done = False
+
+    def progress(what: str, at: int, total: int) -> None:
+        nonlocal done
+        if what == "converting" and at == total and not done:
+            done = True
+            change(path / name)
+
+    assert str(refused(path, output, progress=progress)) == changed(name)
+    assert done
+
+
+@pytest.mark.parametrize("change", [lambda file: file.write_bytes(b"x" * 100), removed], ids=["truncated", "removed"])
+def test_a_source_that_changes_before_it_is_checked(
+    source: Callable[[str], Path], output: Path, change: Callable[[Path], None]
+) -> None:
+    path = source("llama")
+
+    def progress(what: str, at: int, total: int) -> None:
+        if what == "running the original model" and at == 0:
+            change(path / WEIGHTS)
+
+    assert str(refused(path, output, progress=progress, check=True)) == changed(WEIGHTS)
+
+
+# Headers.
+
+
+def test_a_header_that_names_a_tensor_twice(source: Callable[[str], Path], output: Path) -> None:
+    """The library takes the last of them."""
+    path = source("llama")
+    data = (path / WEIGHTS).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    again = b"{" + f'"{QUERY}":{json.dumps(header[QUERY])},'.encode()
+    twice = data[8 : 8 + size].replace(b"{", again, 1)
+    (path / WEIGHTS).write_bytes(len(twice).to_bytes(8, "little") + twice + data[8 + size :])
+    assert load_file(path / WEIGHTS).keys() == header.keys() - {"__metadata__"}
+    assert str(refused(path, output)) == (
+        f"[json.duplicate-key] {WEIGHTS}: expected every key once in an object, got '{QUERY}' twice"
+    )
+
+
+def test_a_header_that_is_too_large(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    with (path / WEIGHTS).open("wb") as file:
+        file.write((2**30).to_bytes(8, "little") + b"{")
+        file.truncate(2**31)
+    assert str(refused(path, output)) == (
+        f"[json.size] {WEIGHTS}: expected at most {2**24} bytes, got {2**24 + 1} bytes"
+    )
 
 
 # Counts.

@@ -99,7 +99,10 @@ def _resplit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _no_check_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--no-check", dest="check", action="store_false", help="don't hold new graphs against the golden vectors"
+        "--no-check",
+        dest="check",
+        action="store_false",
+        help="hold neither copied files against their digests nor new graphs against the golden vectors",
     )
 
 

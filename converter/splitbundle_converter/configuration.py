@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import re
 from typing import Any, Final
 
 from splitbundle import architecture_parser
@@ -25,6 +25,9 @@ _COUNTS: Final = {
     "_num_labels": (0, _MAX_LABELS),
 }
 """Numbers of items that transformers makes, whatever else it is told, and which of them are let through."""
+_IMPLEMENTATION: Final = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
+"""Fields that choose the code that computes. transformers takes some names for code of the hub, which it fetches and
+runs."""
 
 
 def read_configuration(found: Configuration) -> tuple[Family, Architecture, dict[str, Any]]:
@@ -107,6 +110,8 @@ def _repeated(types: object) -> int:
 def build(found: Configuration) -> Any:
     """The configuration as transformers reads it. Only for types that are known to be safe to build.
 
+    No field says by which code it is to be computed, at any depth.
+
     Raises:
         BundleError: ``source.config``.
     """
@@ -115,13 +120,24 @@ def build(found: Configuration) -> Any:
     expected = "a configuration that transformers reads"
     try:
         with quiet():
-            return CONFIG_MAPPING[found.raw["model_type"]].from_dict(copy.deepcopy(found.raw))
+            return CONFIG_MAPPING[found.raw["model_type"]].from_dict(_without_implementations(found.raw))
     except (ValueError, TypeError, LookupError, ArithmeticError, OSError, AttributeError) as error:
         raise refused("source.config", found.file, expected, line(error), pointer=found.pointer or None) from error
     except Exception as error:  # huggingface_hub's validation errors derive from Exception alone
         if not type(error).__module__.startswith("huggingface_hub"):
             raise
         raise refused("source.config", found.file, expected, line(error), pointer=found.pointer or None) from error
+
+
+def _without_implementations(value: Any) -> Any:
+    """A copy, as what reads it may change it."""
+    if isinstance(value, dict):
+        return {
+            name: _without_implementations(inner)
+            for name, inner in value.items()
+            if not _IMPLEMENTATION.fullmatch(name)
+        }
+    return [_without_implementations(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _refused(code: str, found: Configuration, field: str, expected: str, hint: str | None = None) -> BundleError:

@@ -141,6 +141,7 @@ def _convert(
     if graphs is not None:
         graphs.check(storage)
     text_files = {name: checkpoint.read(name) for name in checkpoint.text_files()}
+    stop_ids = checkpoint.stop_ids(config)
     if TOKENIZER in text_files:
         tokenizer_rules.check(text_files[TOKENIZER], TOKENIZER, architecture.vocab_size)
     with publishing(target, force=force) as root:
@@ -174,7 +175,7 @@ def _convert(
                 files=listed,
                 text=Text(
                     tokenizer=f"tokenizer/{TOKENIZER}" if TOKENIZER in text_files else None,
-                    stop_ids=checkpoint.stop_ids(config),
+                    stop_ids=stop_ids,
                 ),
                 vectors=vectors,
                 source_names=translation.source_names,
@@ -187,6 +188,7 @@ def _convert(
         if check:
             open_bundle(root).run_vectors(backend="torch" if graphs is None else "all", progress=progress)
         made = open_bundle(root)
+        checkpoint.place.check_unchanged()
     return write.placed(made, target)
 
 

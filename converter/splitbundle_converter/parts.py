@@ -25,14 +25,13 @@ from splitbundle_converter.configuration import read_configuration
 from splitbundle_converter.family import Family
 from splitbundle_converter.part_names import EMBEDDING, HEAD, LAYER, PartNames
 from splitbundle_converter.pickles import SUFFIXES, PickledSource, rewrite
+from splitbundle_converter.place import Place
 from splitbundle_converter.refusal import problem, refused
-from splitbundle_converter.source import CONFIG, Configuration, Place
+from splitbundle_converter.source import CONFIG, Configuration
 from splitbundle_converter.source_files import (
     SourceTensor,
-    check_there,
     check_unwrapped,
     read_headers,
-    read_small,
 )
 
 METADATA: Final = "_metadata.json"
@@ -138,13 +137,11 @@ def read_parts(place: Place, found: list[PartFiles], private: Path, progress: Pr
     family, architecture, _ = read_configuration(first)
     for other in others:
         _check_same_model(other, first, family, architecture, "Save every part with the configuration of the whole")
-    if (place.directory / CONFIG).is_file():
-        raw = strict_json.parse(read_small(place.directory, CONFIG, place.name), CONFIG)
+    if place.has(CONFIG):
+        raw = strict_json.parse(place.read(CONFIG), CONFIG)
         hint = "Remove the one of them that isn't meant"
         _check_same_model(Configuration(raw=raw, file=CONFIG), first, family, architecture, hint)
-    files = {
-        part.files.weights: check_there(place.directory, part.files.weights, part.files.metadata) for part in parts
-    }
+    files = {part.files.weights: place.weights(part.files.weights, part.files.metadata) for part in parts}
     rewritten = rewrite(files, private, progress)
     names = PartNames(family, architecture)
     held = [_hold(part, rewritten[part.files.weights], names, family) for part in parts]
@@ -154,9 +151,7 @@ def read_parts(place: Place, found: list[PartFiles], private: Path, progress: Pr
 
 def _metadata(place: Place, files: PartFiles) -> Part:
     problems = Problems(files.metadata)
-    document = Field(
-        strict_json.parse(read_small(place.directory, files.metadata, place.name), files.metadata), problems
-    )
+    document = Field(strict_json.parse(place.read(files.metadata), files.metadata), problems)
     members = document.members(FIELDS, open=True)
     config = members["config"]
     if not isinstance(config.value, dict):

@@ -25,13 +25,13 @@ from typing import IO, Any, Final, NoReturn
 from splitbundle import strict_json
 from splitbundle.errors import BundleError, Problem
 from splitbundle.files import Progress
+from splitbundle_converter.place import Place
 from splitbundle_converter.refusal import line, refused
-from splitbundle_converter.source import Place, Source
+from splitbundle_converter.source import Source
 from splitbundle_converter.source_files import (
     SAFETENSORS,
     Naming,
     SourceTensor,
-    check_there,
     gather,
     read_headers,
     weight_files,
@@ -66,6 +66,7 @@ class PickledSource(Source):
     rewritten = True
 
     def __init__(self, place: Place, tensors: dict[str, SourceTensor]) -> None:
+        self.place = place
         self.directory, self.name, self.revision = place.directory, place.name, place.revision
         self.tensors = tensors
 
@@ -78,14 +79,14 @@ def read_model(place: Place, private: Path, progress: Progress | None) -> Pickle
     """
     weight_map, files = _find(place)
     namer = place.name if weight_map is None else BIN.index
-    rewritten = rewrite({file: check_there(place.directory, file, namer) for file in files}, private, progress)
+    rewritten = rewrite({file: place.weights(file, namer) for file in files}, private, progress)
     tensors = gather(weight_map, files, BIN, lambda file: read_headers(file, rewritten[file]))
     return PickledSource(place, tensors)
 
 
 def _find(place: Place) -> tuple[dict[str, str] | None, list[str]]:
     """The index's map, if there is an index, and the files of a model in pickles."""
-    weight_map, files = weight_files(place.directory, BIN, place.name)
+    weight_map, files = weight_files(place, BIN)
     files = files or sorted(
         path.name for path in place.directory.iterdir() if path.suffix in SUFFIXES and path.is_file()
     )

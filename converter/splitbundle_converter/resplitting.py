@@ -1,4 +1,4 @@
-"""Cutting a bundle again: another manifest over the same units. No weight is read, and the fingerprint stays."""
+"""Cutting a bundle again: another manifest over the same units, copied as they are listed. The fingerprint stays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from splitbundle import manifest, strict_json
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.files import FETCH, Progress, missing, open_file, read_file
+from splitbundle.files import FETCH, Progress, check_digest, missing, open_file, read_file, sha256
 from splitbundle.genai import GENAI
 from splitbundle.manifest import identity
 from splitbundle.names import CARD
@@ -41,7 +41,8 @@ def resplit(
         output: the new bundle's directory; it may be the old one's, with ``force``.
         split: the cuts.
         names: the shards' names, as for ``convert``.
-        check: whether to hold what new graphs compute against the golden vectors.
+        check: whether to hold each copied file against its digest, and what new graphs compute against the golden
+            vectors.
         force: whether to replace an existing bundle.
         onnx: whether to add a graph to each shard, for onnxruntime, as for ``convert``; by default of the variant that
             the old shards' graphs have, if they have any.
@@ -60,6 +61,7 @@ def resplit(
     if graphs is not None:
         graphs.check(old.manifest.storage)
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
+    _check_outside(old, target)
     cuts = tuple(split)
     given = None if names is None else tuple(names)
     left = {CARD, *old_graphs, *GENAI}
@@ -77,6 +79,9 @@ def resplit(
             if progress is not None:
                 progress("copying", done, total)
             _copy(old.path, root, path, old)
+            if check:
+                with open_file(root, path) as copied:
+                    check_digest(path, file, sha256(copied))
             done += file.size
         if progress is not None:
             progress("copying", total, total)
@@ -90,6 +95,13 @@ def resplit(
             made.run_vectors(backend="onnxruntime", progress=progress)
         _check_unchanged(old, before)
     return write.placed(made, target)
+
+
+def _check_outside(old: Bundle, target: Path) -> None:
+    """Refuses to write into the bundle that is read; in its place is another matter."""
+    if Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(old.path)):
+        got = f"a place inside of {old.path}"
+        raise refused("output.failed", str(target), "a place outside of the bundle that is read", got)
 
 
 def _identity(bundle: Bundle) -> tuple[int, int]:
@@ -155,7 +167,8 @@ def add_onnx(
         output: the new bundle's directory; by default the old one's, which stays whole until the new one is complete.
         variant: of the graphs: "standard" computes in float32, "float16" in the float16 that weights are stored in; by
             default that of the graphs that are there, or "standard".
-        check: whether to hold what the graphs compute against the golden vectors.
+        check: whether to hold each copied file against its digest, and what the graphs compute against the golden
+            vectors.
         force: whether to replace an existing bundle at ``output``.
         genai: whether to add what onnxruntime-genai needs to run the graphs; by default if it was there.
         progress: called with what is being done, how much is done, and how much there is.

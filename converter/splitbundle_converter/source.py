@@ -15,39 +15,40 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from splitbundle import strict_json
-from splitbundle.errors import BundleError
+from splitbundle.errors import BundleError, quoted
 from splitbundle.files import MAX_TEXT_BYTES
 from splitbundle.manifest import DTYPES
 from splitbundle.weights import CODES
+from splitbundle_converter.place import Place
 from splitbundle_converter.refusal import line, refused
 from splitbundle_converter.source_files import (
     SAFETENSORS,
     Naming,
     SourceTensor,
-    check_there,
     gather,
     read_headers,
-    read_small,
-    unreadable,
     weight_files,
 )
 
 CONFIG: Final = "config.json"
 TOKENIZER: Final = "tokenizer.json"
+GENERATION: Final = "generation_config.json"
+CARD: Final = "README.md"
+ADAPTER: Final = "adapter_config.json"
 TEXT_FILES: Final = (
     TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION,
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
 )
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _OTHERS: Final = {
-    "adapter_config.json": "This is an adapter: merge it into its base model, and save that",
+    ADAPTER: "This is an adapter: merge it into its base model, and save that",
     "*.gguf": "Weights in GGUF are made of a checkpoint: convert that",
     "tf_model*.h5": "Load it with a version of transformers that knows TensorFlow, and save it as safetensors",
     "flax_model*": "Load it with a version of transformers that knows Flax, and save it as safetensors",
@@ -77,6 +78,7 @@ class Source:
     """Whether the tensors stand elsewhere than transformers looks for them."""
 
     def __init__(self, directory: Path, *, name: str, revision: str | None = None) -> None:
+        self.place = Place(directory=directory, name=name, revision=revision)
         self.directory, self.name, self.revision = directory, name, revision
         self.tensors = self._index()
 
@@ -92,38 +94,40 @@ class Source:
         """A small file of the checkpoint.
 
         Raises:
-            BundleError: ``source.missing``, ``source.unreadable``.
+            BundleError: ``source.missing``, ``source.unreadable``, ``source.changed``.
         """
         most = MAX_TEXT_BYTES if name in TEXT_FILES else strict_json.MAX_BYTES
-        return read_small(self.directory, name, self.name, most)
+        return self.place.read(name, most)
 
     def place_of(self, name: str) -> tuple[str, str]:
         """The file in which a tensor that is missing should be, and its name there: for messages."""
         return self.name, name
 
     def text_files(self) -> tuple[str, ...]:
-        """The tokenizer's files, and what goes with them, that are there."""
-        return tuple(name for name in TEXT_FILES if (self.directory / name).is_file())
+        """The tokenizer's files, and what goes with them, that are there: what can't be read is no file that isn't."""
+        return tuple(name for name in TEXT_FILES if self.place.has(name))
 
     def stop_ids(self, config: dict[str, Any]) -> tuple[int, ...]:
-        """The ids that end a text: of generation_config.json, else of the configuration."""
+        """The ids that end a text: of generation_config.json, else of the configuration.
+
+        Raises:
+            BundleError: ``source.config``, ``source.unreadable``, ``source.changed``, ``json.*``.
+        """
         ids = config.get("eos_token_id")
-        if (self.directory / "generation_config.json").is_file():
-            generation = strict_json.parse(self.read("generation_config.json"), "generation_config.json")
-            ids = generation.get("eos_token_id", ids) if isinstance(generation, dict) else ids
+        if self.place.has(GENERATION):
+            generation = strict_json.parse(self.read(GENERATION), GENERATION)
+            if not isinstance(generation, dict):
+                raise refused("source.config", GENERATION, "an object", quoted(generation))
+            ids = generation.get("eos_token_id", ids)
         ids = ids if isinstance(ids, list) else [ids]
         return tuple(i for i in ids if type(i) is int and 0 <= i < config.get("vocab_size", 0))
 
     def license(self) -> str | None:
         """The licence that the model card's front matter names."""
-        card = self.directory / "README.md"
-        if not card.is_file():
+        if not (self.directory / CARD).is_file():
             return None
-        try:
-            with card.open(encoding="utf-8", errors="replace") as text:
-                front = re.match(r"\A---\n(.*?)\n---", text.read(65536), re.DOTALL)
-        except OSError as error:
-            raise unreadable("README.md", error) from error
+        text = self.place.start(CARD, 65536, "a model card").decode("utf-8", "replace").replace("\r\n", "\n")
+        front = re.match(r"\A---\n(.*?)\n---", text, re.DOTALL)
         found = re.search(r"^license:\s*([\w.-]+)\s*$", front[1], re.MULTILINE) if front else None
         return found[1] if found else None
 
@@ -137,13 +141,17 @@ class Source:
             reader.close()
 
     def _index(self) -> dict[str, SourceTensor]:
-        weight_map, files = weight_files(self.directory, SAFETENSORS, self.name)
+        weight_map, files = weight_files(self.place, SAFETENSORS)
         if not files:
             raise no_weights(self.directory, self.name)
+        if self.place.has(ADAPTER):
+            # Where peft is installed, transformers would apply it, and to the weights of a base that it names.
+            expected, hint = "weights without an adapter beside them", "Merge it into the model, or remove it"
+            raise refused("source.config", ADAPTER, expected, "an adapter's configuration", hint)
 
         def headers(file: str) -> Iterator[tuple[str, SourceTensor]]:
             namer = self.name if weight_map is None else SAFETENSORS.index
-            return read_headers(file, check_there(self.directory, file, namer))
+            return read_headers(file, self.place.weights(file, namer))
 
         return gather(weight_map, files, SAFETENSORS, headers)
 
@@ -210,15 +218,6 @@ def dtype_of(tensor: SourceTensor) -> str | None:
     return _DTYPES.get(tensor.dtype)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a checkpoint is: its directory, what it is called, and the commit if it is the hub's."""
-
-    directory: Path
-    name: str
-    revision: str | None = None
-
-
 def locate(source: str | os.PathLike[str], revision: str | None, *, allow_pickle: bool = False) -> Place:
     """A checkpoint directory, or a hub id, which is fetched (honouring HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
 
@@ -238,7 +237,7 @@ def locate(source: str | os.PathLike[str], revision: str | None, *, allow_pickle
     identifier = str(source)
     if not _HUB_ID.fullmatch(identifier):
         raise refused("source.missing", identifier, "a checkpoint directory or a hub id", "neither")
-    directory = _fetch(identifier, revision, [CONFIG, "*.safetensors", SAFETENSORS.index, "README.md", *TEXT_FILES])
+    directory = _fetch(identifier, revision, [CONFIG, "*.safetensors", SAFETENSORS.index, CARD, *TEXT_FILES])
     # The hub's cache names a snapshot by its commit.
     commit = directory.name if re.fullmatch(r"[0-9a-f]{40}", directory.name) else revision
     if not has_weights(directory, SAFETENSORS):

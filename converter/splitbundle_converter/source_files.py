@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from splitbundle import strict_json
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.fields import MAX_PROBLEMS
+from splitbundle_converter.place import Place
 from splitbundle_converter.refusal import line, problem, refused
 
 
@@ -49,50 +49,19 @@ Headers = Callable[[str], Iterator[tuple[str, SourceTensor]]]
 """A weight file's name -> its tensors by name."""
 
 
-def read_small(directory: Path, name: str, owner: str, most: int = strict_json.MAX_BYTES) -> bytes:
-    """A small file, of at most so many bytes, of the checkpoint that is called ``owner``.
-
-    It may be a link, as everything in the hub's cache is one; but what is opened is a regular file, as a pipe would
-    never end.
-
-    Raises:
-        BundleError: ``source.missing``, ``source.unreadable``.
-    """
-    path = directory / name
-    try:
-        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-            raise refused("source.unreadable", name, "a regular file", "a pipe, a socket or a device")
-        with path.open("rb") as file:
-            data = file.read(most + 1)
-        if len(data) > most:
-            got = f"{path.stat().st_size} bytes"
-            raise refused("source.unreadable", name, f"a file of at most {most} bytes", got)
-        return data
-    except (FileNotFoundError, IsADirectoryError):
-        raise refused("source.missing", name, f"a file {name} in {owner}", "none") from None
-    except OSError as error:
-        raise unreadable(name, error) from error
-
-
-def unreadable(name: str, error: OSError) -> BundleError:
-    """The error of a file that the system doesn't let be read."""
-    hint = "Check the permissions of the file"
-    return refused("source.unreadable", name, "a file that can be read", f"{error.strerror}", hint)
-
-
-def weight_files(directory: Path, naming: Naming, owner: str) -> tuple[dict[str, str] | None, list[str]]:
+def weight_files(place: Place, naming: Naming) -> tuple[dict[str, str] | None, list[str]]:
     """The index's map, if it is an index that counts, and the files with weights; none where there are no weights.
 
     The single file comes first, as it does for transformers: an index beside it isn't looked at.
 
     Raises:
-        BundleError: ``source.index``, ``source.unreadable``, ``json.*``.
+        BundleError: ``source.index``, ``source.unreadable``, ``source.changed``, ``json.*``.
     """
-    if (directory / naming.single).is_file():
+    if (place.directory / naming.single).is_file():
         return None, [naming.single]
-    if not (directory / naming.index).is_file():
+    if not (place.directory / naming.index).is_file():
         return None, []
-    weight_map = _weight_map(read_small(directory, naming.index, owner), naming)
+    weight_map = _weight_map(place.read(naming.index), naming)
     return weight_map, sorted(set(weight_map.values()))
 
 
@@ -124,9 +93,10 @@ def read_headers(file: str, path: Path) -> Iterator[tuple[str, SourceTensor]]:
     """The tensors of the safetensors file at ``path``, which messages call ``file``.
 
     Raises:
-        BundleError: ``source.safetensors``, ``source.unreadable``.
+        BundleError: ``source.safetensors``, ``source.unreadable``, ``json.*``.
     """
     try:
+        _check_header(file, path)
         with safe_open(path, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  # no mapping, though it has keys
                 piece = opened.get_slice(name)
@@ -142,24 +112,16 @@ def read_headers(file: str, path: Path) -> Iterator[tuple[str, SourceTensor]]:
         raise refused("source.unreadable", file, "a file that can be read", line(error)) from error
 
 
-def check_there(directory: Path, file: str, namer: str) -> Path:
-    """The path of a weight file that ``namer`` names, which is there, and is no Git LFS pointer.
-
-    Raises:
-        BundleError: ``source.missing``, ``source.lfs-pointer``.
-    """
-    path = directory / file
-    if not path.is_file():
-        raise refused("source.missing", file, f"a file that {namer} names", "none")
-    try:
-        with path.open("rb") as start:
-            beginning = start.read(40)
-    except OSError as error:
-        raise unreadable(file, error) from error
-    if beginning.startswith(b"version https://git-lfs"):
-        hint = "Fetch the weights: git lfs pull"
-        raise refused("source.lfs-pointer", file, "weights", "a Git LFS pointer", hint)
-    return path
+def _check_header(file: str, path: Path) -> None:
+    """Refuses a header that two readers could read in two ways: the library takes the last of two equal names."""
+    with path.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = opened.read(min(size, strict_json.MAX_BYTES + 1))
+    if not header or len(header) < min(size, strict_json.MAX_BYTES + 1):
+        return  # none, or cut off, which the library says
+    if not header.startswith(b"{"):
+        raise refused("source.safetensors", file, "a header that begins with {", quoted(header[:8]))
+    strict_json.parse(header, file)
 
 
 def _weight_map(data: bytes, naming: Naming) -> dict[str, str]:

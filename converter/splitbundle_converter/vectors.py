@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from splitbundle.architecture import Architecture, count
 from splitbundle.torch_weights import DTYPES
 from splitbundle_converter.configuration import resolve
 from splitbundle_converter.family import Family
-from splitbundle_converter.refusal import refused
+from splitbundle_converter.refusal import line, refused
 from splitbundle_converter.source import Source, quiet
 
 UNCHECKED = "--no-check converts without the original model, and without golden vectors"
@@ -90,8 +91,14 @@ def run_original(model: Any, place: str, ids: Tensor) -> tuple[list[Tensor], Ten
 
 def load_original(source: Source, family: Family) -> tuple[Any, str]:
     """The model as transformers itself loads the checkpoint, and where its layers are."""
-    with quiet():
-        loaded = _load_tensors(source) if source.rewritten else _load_directory(source)
+    try:
+        with quiet():
+            loaded = _load_tensors(source) if source.rewritten else _load_directory(source)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        source.place.check_unchanged()
+        if isinstance(error, RuntimeError):
+            raise
+        raise refused("source.unreadable", source.name, "weights that transformers can read", line(error)) from error
     model = checked(loaded, source, "every tensor that transformers wants", ("missing_keys", "mismatched_keys"))
     return model, family.layers
 
@@ -126,10 +133,15 @@ def from_tensors(config: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str
 
 
 def _load_directory(source: Source) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
+    generation: Any = GenerationConfig  # it is untyped
+    config = resolve(source.configuration())  # not the file's own, which may choose the code that computes
+    config._attn_implementation = "eager"
     return AutoModelForCausalLM.from_pretrained(
         str(source.directory),
+        config=config,
+        generation_config=generation(),  # nor the file of that, which has no say in what is computed
         dtype=torch.float32,
         attn_implementation="eager",
         trust_remote_code=False,

@@ -1,0 +1,139 @@
+"""Where a checkpoint is, and reading its files: none from outside of it, and each as it was when it was first read."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from splitbundle import strict_json
+from splitbundle.errors import BundleError, Problem
+from splitbundle.fields import MAX_PROBLEMS
+from splitbundle_converter.refusal import problem, refused
+
+FREE: Final = ".safetensors"
+"""The suffix of files that may be links to anywhere: they are large, and every byte of them is judged to be weights."""
+
+_Identity = tuple[int, int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a checkpoint is: its directory, what it is called, and the commit if it is the hub's."""
+
+    directory: Path
+    name: str
+    revision: str | None = None
+    seen: dict[str, _Identity] = field(default_factory=dict, repr=False, compare=False)
+    """The files that were read, as they were then."""
+
+    def has(self, name: str) -> bool:
+        """Whether something is called so, be it no file, or a link to nothing."""
+        return os.path.lexists(self.directory / name)
+
+    def read(self, name: str, most: int = strict_json.MAX_BYTES) -> bytes:
+        """A small file, of at most so many bytes.
+
+        It may be a link, as everything in the hub's cache is one, but not to a file of somebody else's; and what is
+        opened is a regular file, as a pipe would never end.
+
+        Raises:
+            BundleError: ``source.missing``, ``source.unreadable``, ``source.changed``.
+        """
+        data = self.start(name, most + 1, f"a file {name} in {self.name}")
+        if len(data) > most:
+            got = f"{self.seen[name][2]} bytes"
+            raise refused("source.unreadable", name, f"a file of at most {most} bytes", got)
+        return data
+
+    def start(self, name: str, most: int, expected: str) -> bytes:
+        """What a file begins with.
+
+        Raises:
+            BundleError: ``source.missing``, ``source.unreadable``, ``source.changed``.
+        """
+        path = self._find(name, expected)
+        try:
+            with path.open("rb") as file:
+                self._see(name, os.fstat(file.fileno()))
+                return file.read(most)
+        except OSError as error:
+            raise unreadable(name, error) from error
+
+    def weights(self, file: str, namer: str) -> Path:
+        """The path of a weight file that ``namer`` names, which is there, and is no Git LFS pointer.
+
+        Raises:
+            BundleError: ``source.missing``, ``source.unreadable``, ``source.lfs-pointer``, ``source.changed``.
+        """
+        beginning = self.start(file, 40, f"a file that {namer} names")
+        if beginning.startswith(b"version https://git-lfs"):
+            hint = "Fetch the weights: git lfs pull"
+            raise refused("source.lfs-pointer", file, "weights", "a Git LFS pointer", hint)
+        return self.directory / file
+
+    def check_unchanged(self) -> None:
+        """Refuses what was read while somebody wrote it.
+
+        Raises:
+            BundleError: ``source.changed``.
+        """
+        problems = [found for name in self.seen if (found := self._changed(name, self._now(name))) is not None]
+        if problems:
+            raise BundleError(problems[:MAX_PROBLEMS])
+
+    def _find(self, name: str, expected: str) -> Path:
+        """The file that a name leads to."""
+        try:
+            path = Path(os.path.realpath(self.directory / name, strict=True))
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            got = "a link to nothing" if self.has(name) else "none"
+            raise refused("source.missing", name, expected, got) from None
+        except OSError as error:
+            raise unreadable(name, error) from error
+        if not stat.S_ISREG(mode):
+            got = "a directory" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+            raise refused("source.unreadable", name, "a regular file", got)
+        if not name.endswith(FREE) and not any(path.is_relative_to(own) for own in self._own()):
+            expected, hint = "a file of the checkpoint", "If it is meant, copy the file itself there"
+            raise refused("source.unreadable", name, expected, "a link that leads out of it", hint)
+        return path
+
+    def _own(self) -> list[Path]:
+        """The directories in which the checkpoint's files are: its own, and that of a snapshot in the hub's cache."""
+        directory = Path(os.path.realpath(self.directory))
+        above = directory.parent
+        cached = above.name == "snapshots" and above.parent.name.startswith("models--")
+        return [directory, above.parent / "blobs"] if cached else [directory]
+
+    def _now(self, name: str) -> os.stat_result | None:
+        try:
+            return (self.directory / name).stat()
+        except OSError:
+            return None
+
+    def _see(self, name: str, status: os.stat_result) -> None:
+        found = self._changed(name, status)
+        if found is not None:
+            raise BundleError(found)
+        self.seen[name] = _identity(status)
+
+    def _changed(self, name: str, status: os.stat_result | None) -> Problem | None:
+        if name not in self.seen or (status is not None and _identity(status) == self.seen[name]):
+            return None
+        expected, got = "one file from the first byte that was read of it to the last", "another, or other bytes in it"
+        return problem("source.changed", name, expected, got, "Convert it when nobody writes it any more")
+
+
+def unreadable(name: str, error: OSError) -> BundleError:
+    """The error of a file that the system doesn't let be read."""
+    hint = "Check the permissions of the file"
+    return refused("source.unreadable", name, "a file that can be read", f"{error.strerror}", hint)
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    """What changes when a file is written, or replaced; and back, as the last of it can't be set."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
