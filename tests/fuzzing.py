@@ -27,7 +27,7 @@ BUNDLE: Final = HERE / "conformance" / "bundles" / "tiny.splitbundle"
 SECONDS_EACH: Final = 10
 """By the clock, on machines that others may share: what these inputs need is milliseconds."""
 MEBIBYTES: Final = 1024
-"""Of data. libFuzzer's own limit is of the peak of what is resident, and Linux counts that of whoever started it, too."""
+"""Of data. libFuzzer's own limit is of the peak of what is resident, which has that of whoever started it, too."""
 LENGTH: Final = 65536
 TEXT: Final = "the cat\n s\u00e4t \U0001f642"
 Target = Callable[[bytes], object]
