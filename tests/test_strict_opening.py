@@ -82,6 +82,7 @@ def test_nothing_that_happens_to_a_file_changes_what_strict_stages_compute(tmp_p
     assert found == (0, ["replace same", "remove same", "overwrite same", "truncate same"])
 
 
+@pytest.mark.skipif(os.name == "nt", reason="what is mapped can't be changed there")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_said_of_mapped_stages(tmp_path: Path, backend: str) -> None:
     """Replacing or removing a file changes nothing, overwriting it changes numbers, truncating it ends the process."""
@@ -160,6 +161,7 @@ def test_a_bundle_that_is_replaced_as_onnxruntime_opens_its_weights(
     assert [(p.code, p.file) for p in caught.value.problems] == [("file.header-digest", "layer-001.safetensors")]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork there")
 def test_training_and_forking_strict_stages(copy: Path) -> None:
     """What a child writes into weights is its own, as over a mapping, and the file stays."""
     strict = splitbundle.open(copy, verify="always")
