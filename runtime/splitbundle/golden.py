@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 TOLERANCE: Final = 1e-5
 """Of the largest magnitude: ten times what the original model itself differs by between two ways to compute it."""
 FLOAT16_TOLERANCE: Final = TOLERANCE * 2**10
-"""Twice what float16 needs: the largest difference known, of 175 configurations, is 0.006 of the largest value. What
-changes a number by less can't be told from rounding."""
+"""1.7 times what float16 needs: the largest difference known, of 175 configurations, is 0.006 of the largest value.
+What changes a number by less can't be told from rounding."""
 Outputs = dict[tuple[str, int], Any]
 """``hidden.N`` or ``logits``, and the case -> what came out there."""
 

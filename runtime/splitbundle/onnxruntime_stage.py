@@ -241,13 +241,14 @@ def _refusals(file: str) -> Iterator[None]:
 def _utf8(path: Path) -> str:
     """A path as onnxruntime takes it."""
     try:
-        return str(path).encode("utf-8").decode("utf-8")
+        str(path).encode("utf-8")
     except UnicodeEncodeError as error:
         hint = 'Move the bundle, or open it with verify="always"'
         expected = "a path in UTF-8, for onnxruntime"
         raise BundleError(
             Problem(code="file.unreadable", file=repr(str(path)), expected=expected, got="other bytes", hint=hint)
         ) from error
+    return str(path)
 
 
 def _no_graph(bundle: Bundle, what: str) -> BundleError:

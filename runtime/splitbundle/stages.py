@@ -97,12 +97,8 @@ class StageSurface:
             )
         try:
             return self._make_cache(rows, slots)
-        except (
-            RuntimeError,
-            MemoryError,
-            ValueError,
-            OverflowError,
-        ) as error:  # allocators raise either, and nothing more precise
+        # Allocators raise one or another of these, and nothing more precise.
+        except (RuntimeError, MemoryError, ValueError, OverflowError) as error:
             expected, got = "slots that memory can hold", f"{capacity} in {batch_size} rows: {str(error)[:100]}"
             raise BundleError(
                 Problem(code="session.capacity", argument="capacity", expected=expected, got=got)
