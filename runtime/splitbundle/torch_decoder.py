@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from splitbundle import architecture as facts
+from splitbundle.torch_linear import linear
 from splitbundle.torch_positions import KVCache, Positions, Reach
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -47,6 +48,10 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Nothing: there is nothing to initialise on the meta device, and no reason to spend the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """*Shape:* (…, inputs) -> (…, outputs)."""
+        return linear(x, self.weight, self.bias)
 
 
 class Table(nn.Module):
@@ -322,7 +327,7 @@ class Projection(nn.Module):
         weight = self.weight if tied is None else tied
         if weight is None:
             raise ValueError("a tied head needs the token table")
-        return functional.linear(x, weight, self.bias)
+        return linear(x, weight, self.bias)
 
 
 class Head(nn.Module):

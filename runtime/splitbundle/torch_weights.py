@@ -27,7 +27,7 @@ def _after_fork() -> None:
 
 
 # GNU's OpenMP waits for ever in a forked child for threads that only the parent has; spec/decisions/0002 has the whole
-# story. It's the one setting of a process that this package changes, and only in a child that would hang without.
+# story. It's a setting of a process that this package changes, and only in a child that would hang without.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 

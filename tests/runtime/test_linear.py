@@ -1,0 +1,185 @@
+"""Products by the kernel that reads weights fastest are what ``functional.linear`` gives, and know when to be it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+from splitbundle import torch_linear
+from splitbundle.torch_linear import linear
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+x86 = pytest.mark.skipif(torch_linear._product is None, reason="torch has no oneDNN of this kind here")
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small weights take the same way as large ones."""
+    monkeypatch.setattr(torch_linear, "SMALL", 0)
+
+
+@pytest.fixture
+def by_product(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is computed by oneDNN's product, or with torch's own kernels alone."""
+    seen: list[str] = []
+    product = torch_linear._product
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append("onednn")
+        assert product is not None
+        return product(x, weight, bias)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append("torch" if torch.backends.mkldnn.enabled else "own kernels")
+        return original(x, weight, bias)
+
+    original = functional.linear
+    monkeypatch.setattr(torch_linear, "_product", counted)
+    monkeypatch.setattr(functional, "linear", plain)
+    return seen
+
+
+def case(*shape: int, rows: int = 24, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """x, a weight in the middle of a larger storage, a bias."""
+    generator = torch.Generator().manual_seed(0)
+    made = (torch.randn(*size, generator=generator) for size in (shape, (rows + 2, shape[-1]), (rows,)))
+    x, weight, bias = (part.to(dtype) for part in made)
+    return x, weight[1:-1], bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 48), (1, 5, 48), (3, 1, 48), (2, 7, 48), (1, 1, 33)])
+def test_it_is_a_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight, bias = case(*shape, dtype=dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    for b in (bias, None):
+        exact = functional.linear(x.double(), weight.double(), None if b is None else b.double())
+        got = linear(x, weight, b)
+        assert got.dtype == dtype
+        assert got.shape == exact.shape
+        assert (got - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+def test_a_view_is_as_good() -> None:
+    x, weight, bias = case(2, 6, 96)
+    part = x[:, 1::2, 32:80]
+    assert torch.allclose(linear(part, weight[:, 32:80], bias), part @ weight[:, 32:80].T + bias, atol=1e-4)
+
+
+@x86
+def test_which_kernel_computes(by_product: list[str]) -> None:
+    x, weight, bias = case(1, 1, 48)
+    linear(x, weight, bias)
+    linear(x.expand(2, 3, 48), weight, None)
+    linear(x.bfloat16(), weight.bfloat16(), None)
+    linear(x.bfloat16().expand(1, 2, 48), weight.bfloat16(), None)
+    assert by_product == ["onednn", "onednn", "own kernels", "torch"]
+    assert torch.backends.mkldnn.enabled
+
+
+@x86
+def test_a_user_who_turned_onednn_off_gets_none(by_product: list[str]) -> None:
+    x, weight, _ = case(1, 1, 48)
+    with torch.backends.mkldnn.flags(enabled=False):
+        linear(x, weight, None)
+        linear(x.bfloat16(), weight.bfloat16(), None)
+        assert not torch.backends.mkldnn.enabled
+    assert "onednn" not in by_product
+
+
+def test_small_weights_go_the_short_way(by_product: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_linear, "SMALL", 10**6)
+    linear(*case(1, 1, 48))
+    assert by_product == ["torch"]
+
+
+def test_gradients_are_those_of_linear(by_product: list[str]) -> None:
+    x, weight, bias = case(2, 3, 48)
+    for wanted in ((x,), (weight,), (x, weight, bias)):
+        for tensor in (x, weight, bias):
+            tensor.grad = None
+            tensor.requires_grad_(any(tensor is one for one in wanted))
+        got = torch.autograd.grad(linear(x, weight, bias).square().sum(), wanted)
+        for one, other in zip(got, torch.autograd.grad((x @ weight.T + bias).square().sum(), wanted), strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-3)
+    assert "onednn" not in by_product
+
+
+def test_forward_gradients_and_transforms_are_seen(by_product: list[str]) -> None:
+    x, weight, _ = case(3, 48)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = forward_ad.unpack_dual(linear(dual, weight, None)).tangent
+    assert torch.allclose(tangent, torch.ones_like(x) @ weight.T, atol=1e-4)
+    with torch.no_grad():
+        mapped = torch.vmap(lambda row: linear(row[None], weight, None)[0])(x)
+    assert torch.allclose(mapped, x @ weight.T, atol=1e-4)
+    assert "onednn" not in by_product
+
+
+class Scaled(Tensor):
+    """A weight of another kind, such as quantised ones are: it answers for its own product."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is functional.linear:
+            x, weight, bias = args
+            return 2 * (x @ weight.as_subclass(Tensor).T)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_weight_of_another_kind_answers_for_itself() -> None:
+    x, weight, _ = case(1, 1, 48)
+    got = linear(x, weight.as_subclass(Scaled), None)  # type: ignore[arg-type]
+    assert torch.allclose(got, 2 * x @ weight.T, atol=1e-4)
+
+
+@x86
+def test_the_switch_goes_back_once_the_last_thread_has_left() -> None:
+    inside, leave = threading.Barrier(3), threading.Event()
+
+    def stay() -> None:
+        with torch_linear._own_kernels:
+            inside.wait()
+            leave.wait()
+
+    threads = [threading.Thread(target=stay) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    inside.wait()
+    with torch_linear._own_kernels:
+        pass
+    assert not torch.backends.mkldnn.enabled
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert torch.backends.mkldnn.enabled
+
+
+@x86
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_that_is_forked_while_the_switch_is_turned_turns_it_back() -> None:
+    with torch_linear._own_kernels:
+        child = os.fork()
+        if not child:
+            # Nothing but the answer: what follows a fork in a test's process is nobody's to clean up.
+            os._exit(0 if torch.backends.mkldnn.enabled and not torch_linear._own_kernels.inside else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    assert torch.backends.mkldnn.enabled
+
+
+def test_a_layer_uses_it(by_product: list[str]) -> None:
+    from splitbundle.torch_decoder import Linear
+
+    layer = Linear(48, 24, bias=True)
+    _, weight, bias = case(1, 1, 48)
+    layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+    layer(case(1, 1, 48)[0])
+    assert by_product == ["onednn" if torch_linear._product is not None else "torch"]
