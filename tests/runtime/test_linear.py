@@ -130,7 +130,7 @@ class Scaled(Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if function is functional.linear:
-            x, weight, bias = args
+            x, weight, _ = args
             return 2 * (x @ weight.as_subclass(Tensor).T)
         return super().__torch_function__(function, types, args, kwargs or {})
 
