@@ -42,14 +42,16 @@ _LATER = {
 """A name -> the module that is imported when it is first asked for, and what it is called there."""
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+if not TYPE_CHECKING:  # or every name would be one, to a type checker
 
-    module, own = _LATER[name]
-    found = globals()[name] = getattr(import_module(module), own)
-    return found
+    def __getattr__(name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        module, own = _LATER[name]
+        found = globals()[name] = getattr(import_module(module), own)
+        return found
 
 
 def __dir__() -> list[str]:
