@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,3 +119,29 @@ def test_all_is_what_is_public(module: object) -> None:
     submodules = {path.stem for path in PACKAGES[module.__name__].glob("*.py")}  # type: ignore[attr-defined]
     public = {name for name in vars(module) if not name.startswith("_")} - submodules
     assert public - {"annotations", "Any", "TYPE_CHECKING"} <= set(names)
+
+
+LOADED = """
+import sys
+def new(before):
+    return [name for name in sys.modules if name not in before]
+before = set(sys.modules)
+import splitbundle
+print(*new(before))
+splitbundle.open(sys.argv[1])
+print(*new(before))
+"""
+
+
+def test_what_starting_imports() -> None:
+    """Whoever imports this package, or opens a bundle, waits for what that takes and for nothing else."""
+    bundle = ROOT / "tests" / "golden" / "v1.0" / "gpt2.splitbundle"
+    ran = subprocess.run([sys.executable, "-c", LOADED, str(bundle)], capture_output=True, text=True, check=True)
+    imported, opened = (set(line.split()) for line in ran.stdout.splitlines())
+    own = {"splitbundle", "splitbundle.errors", "splitbundle.records", "splitbundle.version"}
+    assert {name for name in imported if name.startswith("splitbundle")} == own
+    assert imported.isdisjoint({"dataclasses", "hashlib", "inspect", "json", "pathlib"})
+    assert "splitbundle.bundle" in opened
+    later = {"argparse", "concurrent.futures", "dataclasses", "inspect", "logging", "tempfile", "threading"}
+    later |= {f"splitbundle.{name}" for name in ("genai", "golden", "graph_rules", "tokenizer_rules", "verification")}
+    assert opened.isdisjoint(later)

@@ -11,12 +11,13 @@ import time
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
 import splitbundle
 import splitbundle_converter
-from splitbundle import BundleError
+from splitbundle import BundleError, files
 from splitbundle.replacing import mend, place_of_old
 from splitbundle_converter import publish
 from splitbundle_converter.publish import publishing
@@ -31,6 +32,22 @@ CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "license-gpt2"
 def bundle(tmp_path: Path) -> Path:
     """The licence model in one shard."""
     return splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle", check=False).path
+
+
+@pytest.mark.parametrize("unit", ["embedding", "head"])
+def test_a_file_that_cannot_be_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    """The second pass over a weight file runs beside the writing of the next one: what it meets isn't lost."""
+    real = files.sha256
+
+    def fails(file: BinaryIO, *more: Any) -> str:
+        if file.name.endswith(f"{unit}.safetensors"):
+            raise OSError(errno.EIO, "no such luck")
+        return real(file, *more)
+
+    monkeypatch.setattr(files, "sha256", fails)
+    with pytest.raises(BundleError, match="no such luck"):
+        splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle", check=False)
+    assert names(tmp_path) == []
 
 
 def names(directory: Path) -> list[str]:

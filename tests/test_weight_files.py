@@ -126,7 +126,7 @@ def test_what_is_written_is_what_other_readers_read(tmp_path: Path) -> None:
         for name, tensor in TENSORS.items()
     }
     path = tmp_path / PATH
-    file = write_weights(path, TENSORS, values.__getitem__)
+    file = write_weights(path, TENSORS, values.__getitem__)()
     data = path.read_bytes()
     assert file == listed(data)
     assert read(data).data_sha256 == hashlib.sha256(data[4096:]).hexdigest()
@@ -360,7 +360,7 @@ def test_parts_that_dont_add_up_are_refused() -> None:
 @pytest.mark.rule("SB-W-012")
 def test_a_unit_without_tensors_has_a_file_without_data(tmp_path: Path) -> None:
     # A tied head without a norm is such a unit.
-    file = write_weights(tmp_path / PATH, {}, lambda name: torch.empty(0))
+    file = write_weights(tmp_path / PATH, {}, lambda name: torch.empty(0))()
     data = (tmp_path / PATH).read_bytes()
     assert file == listed(data) == listed(part(()))
     assert len(data) == 4096

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -233,8 +234,8 @@ def _write_units(
     plan = write.unit_files(architecture, stored, max_file_size)
     total = sum(stored(name).size for name in shapes)
     done = 0
-    listed: dict[str, File] = {}
-    with source.reader() as reader:
+    started: dict[str, Future[File]] = {}
+    with source.reader() as reader, ThreadPoolExecutor(max_workers=1) as pool:
 
         def produce(name: str) -> Tensor:
             nonlocal done
@@ -249,7 +250,11 @@ def _write_units(
 
         for files in plan.values():
             for path, tensors in files.items():
-                listed[path] = write.write_weights(root / path, tensors, produce)
+                second_pass = write.write_weights(root / path, tensors, produce)
+                for before in list(started.values())[-1:]:
+                    before.result()  # what fails ends the conversion soon, and one file at most waits in the page cache
+                started[path] = pool.submit(second_pass)
+    listed = {path: running.result() for path, running in started.items()}
     if progress is not None:
         progress("converting", total, total)
     return listed, {unit: tuple(files) for unit, files in plan.items()}
@@ -272,7 +277,7 @@ def _write_vectors(
     }
     path = f"{VECTORS}.safetensors"
     produce: Callable[[str], Tensor] = tensors.__getitem__
-    listed[path] = write.write_weights(root / path, stored, produce)
+    listed[path] = write.write_weights(root / path, stored, produce)()
     if progress is not None:
         progress("running the original model", 1, 1)
     return Vectors(file=path, lengths=lengths)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -26,15 +27,19 @@ Produce = Callable[[str], Tensor]
 """Gives a logical tensor by its name, in the dtype to store."""
 
 
-def write_weights(path: Path, tensors: dict[str, Stored], produce: Produce) -> File:
+def write_weights(path: Path, tensors: dict[str, Stored], produce: Produce) -> Callable[[], File]:
     """Writes one safetensors file in the canonical layout, holding one tensor at a time in memory.
 
     *Shape:* ``tensors`` in order of use; ``produce`` must give each with just that dtype and shape.
+
+    Returns:
+        What says, from any thread, what the manifest lists of the file. The file's digest begins with the header, which
+        holds the data's: so this is a second pass, out of the page cache.
     """
     layout = weights.lay_out(tensors)
     space = len(weights.header(layout, "0" * 64))  # a digest has one length, so the header has too
     digest = hashlib.sha256()
-    with path.open("w+b") as file:
+    with path.open("wb") as file:
         file.seek(space)
         for name, (stored, _) in layout.items():
             for piece in _bytes(produce(name), stored, name):
@@ -43,14 +48,13 @@ def write_weights(path: Path, tensors: dict[str, Stored], produce: Produce) -> F
         header = weights.header(layout, digest.hexdigest())
         file.seek(0)
         file.write(header)
-        file.flush()
-        file.seek(0)
-        # The file's digest begins with the header, which holds the data's: a second pass, out of the page cache.
-        return File(
-            size=space + sum(stored.size for stored in tensors.values()),
-            sha256=files.sha256(file),
-            header_sha256=hashlib.sha256(header).hexdigest(),
-        )
+    size = space + sum(stored.size for stored in tensors.values())
+    return partial(_second_pass, path, size, hashlib.sha256(header).hexdigest())
+
+
+def _second_pass(path: Path, size: int, header_sha256: str) -> File:
+    with path.open("rb", buffering=0) as file:
+        return File(size=size, sha256=files.sha256(file), header_sha256=header_sha256)
 
 
 def _bytes(tensor: Tensor, stored: Stored, name: str) -> Iterator[memoryview]:

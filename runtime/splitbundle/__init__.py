@@ -3,17 +3,22 @@
     bundle = splitbundle.open("gpt2.splitbundle")
     logits = bundle.pipeline()(token_ids)
 
-Importing this imports no backend; ``Bundle.stage`` and ``Bundle.pipeline`` import theirs.
+Importing this imports no backend, and of this package little more than its errors: whoever has it at hand for a bundle
+that may come waits for the rest when it comes. ``Bundle.stage`` and ``Bundle.pipeline`` import their backend.
 """
 
 from __future__ import annotations
 
-from splitbundle.bundle import Bundle
+from typing import TYPE_CHECKING, Any
+
 from splitbundle.errors import BundleError, MissingExtra, ParityError, Problem, VerificationError
-from splitbundle.opening import open_bundle as open  # noqa: A004  # the name reads as it should: splitbundle.open
-from splitbundle.selections import Selection
-from splitbundle.verification import Verification
 from splitbundle.version import __version__
+
+if TYPE_CHECKING:
+    from splitbundle.bundle import Bundle
+    from splitbundle.opening import open_bundle as open  # noqa: A004  # the name reads as it should: splitbundle.open
+    from splitbundle.selections import Selection
+    from splitbundle.verification import Verification
 
 __all__ = [
     "Bundle",
@@ -27,3 +32,27 @@ __all__ = [
     "__version__",
     "open",
 ]
+
+_LATER = {
+    "Bundle": ("splitbundle.bundle", "Bundle"),
+    "Selection": ("splitbundle.selections", "Selection"),
+    "Verification": ("splitbundle.verification", "Verification"),
+    "open": ("splitbundle.opening", "open_bundle"),
+}
+"""A name -> the module that is imported when it is first asked for, and what it is called there."""
+
+
+if not TYPE_CHECKING:  # or every name would be one, to a type checker
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        module, own = _LATER[name]
+        found = globals()[name] = getattr(import_module(module), own)
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,10 +7,10 @@ change numbers without anyone noticing, so it is refused.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from splitbundle import strict_json
+from splitbundle.records import as_dict, record
 from splitbundle.version import ARCHITECTURE_VERSION
 
 FILE: Final = "architecture.json"
@@ -26,7 +26,7 @@ ROTARY_LAYOUTS: Final = ("half", "interleaved")
 QUERY_KEY_WIDTHS: Final = ("head", "heads", "full")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Norm:
     """Normalisation over the last dimension."""
 
@@ -39,14 +39,14 @@ class Norm:
     bias: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Unpositioned:
     """No position enters here."""
 
     kind: Literal["none"] = "none"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Learned:
     """A table of position vectors, added to the token's: position p has row p + ``offset``, and there are ``count``."""
 
@@ -55,7 +55,7 @@ class Learned:
     offset: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Sinusoidal:
     """Sines and cosines (Vaswani et al. 2017, arXiv:1706.03762) of position p + ``offset``, added to the token's
     vector: all sines first, then all cosines.
@@ -65,14 +65,14 @@ class Sinusoidal:
     offset: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Unscaled:
     """Rotary frequencies as they are."""
 
     kind: Literal["none"] = "none"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Linear:
     """Every rotary frequency divided by ``factor``."""
 
@@ -80,7 +80,7 @@ class Linear:
     factor: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Llama3:
     """Low rotary frequencies divided by ``factor``, high ones kept, a ramp between."""
 
@@ -91,7 +91,7 @@ class Llama3:
     original_positions: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Dynamic:
     """The base grows with the length of the row, once that is above ``original_positions`` (NTK-aware scaling)."""
 
@@ -100,7 +100,7 @@ class Dynamic:
     original_positions: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Yarn:
     """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over the pairs from kept to divided frequencies."""
 
@@ -115,7 +115,7 @@ class Yarn:
     """What cosine and sine are multiplied by."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class LongRope:
     """LongRoPE (Ding et al. 2024, arXiv:2402.13753): a divisor for each pair, others once a row is longer than
     ``original_positions``.
@@ -129,7 +129,7 @@ class LongRope:
     """What cosine and sine are multiplied by."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Proportional:
     """Only the first ``pairs`` are turned, by frequencies divided by ``factor``."""
 
@@ -150,7 +150,7 @@ SCALINGS: Final[dict[str, type[Any]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Rotary:
     """Rotary embedding (Su et al. 2021, arXiv:2104.09864) of the first ``dim`` channels of queries and keys."""
 
@@ -161,7 +161,7 @@ class Rotary:
     scaling: Scaling
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Alibi:
     """Attention with linear biases (Press et al. 2021, arXiv:2108.12409): ``multiplier`` times each head's slope."""
 
@@ -170,7 +170,7 @@ class Alibi:
     multiplier: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class QueryKeyNorm:
     """Normalisation of queries and keys: of each head by one weight ("head") or by its own ("heads"), or of all heads
     together ("full"); before the rotation, or after it.
@@ -181,7 +181,7 @@ class QueryKeyNorm:
     after_rotation: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class QueryTemperature:
     """Queries of far positions are made larger: 1 + beta · ln(1 + ⌊(p + offset) / original_positions⌋)."""
 
@@ -190,7 +190,7 @@ class QueryTemperature:
     offset: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Attention:
     """Causal self-attention with ``heads / kv_heads`` query heads to each key head."""
 
@@ -215,7 +215,7 @@ class Attention:
     position: Unpositioned | Rotary | Alibi
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Mlp:
     """The feed-forward block."""
 
@@ -225,7 +225,7 @@ class Mlp:
     bias: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class LayerKind:
     """Everything that layers of one kind have in common."""
 
@@ -237,7 +237,7 @@ class LayerKind:
     mlp: Mlp
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Embedding:
     """How token ids become the first hidden state."""
 
@@ -248,7 +248,7 @@ class Embedding:
     norm: Norm | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Head:
     """How the last hidden state becomes logits."""
 
@@ -262,7 +262,7 @@ class Head:
     """Logits z become cap · tanh(z / cap), after the multiplier."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Norms:
     """The norms of a layer of some placement, in order of use."""
 
@@ -296,7 +296,7 @@ def norm_names(placement: str) -> tuple[str, ...]:
 Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """A decoder. ``layers[i]`` names the kind of global layer ``i``."""
 
@@ -319,7 +319,7 @@ class Architecture:
 
     def as_json(self) -> dict[str, Any]:
         """The document, every field written."""
-        return {"kind": "decoder", "version": ARCHITECTURE_VERSION, **asdict(self)}
+        return {"kind": "decoder", "version": ARCHITECTURE_VERSION, **as_dict(self)}
 
     def to_bytes(self) -> bytes:
         """The file, in its canonical form."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 from splitbundle import strict_json
@@ -42,6 +41,7 @@ from splitbundle.architecture import (
 )
 from splitbundle.errors import quoted
 from splitbundle.fields import Field, Problems
+from splitbundle.records import types
 from splitbundle.version import ARCHITECTURE_VERSION
 
 _KIND_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -157,7 +157,7 @@ def _optional_integer(field: Field) -> int | None:
 
 
 def _attention(field: Field) -> Attention:
-    members = field.members([name.name for name in fields(Attention)])
+    members = field.members(types(Attention))
     temperature = members["query_temperature"]
     return Attention(
         heads=members["heads"].integer(1, MAX_SIZE),
@@ -219,18 +219,18 @@ def _scaling(field: Field) -> Scaling:
     if kind is None:
         return Unscaled()
     record = SCALINGS[kind]
-    members = field.members([member.name for member in fields(record)])
+    members = field.members(types(record))
     values: dict[str, Any] = {}
-    for member in fields(record):
-        item = members[member.name]
-        if member.type == "float":
-            values[member.name] = item.positive_number()
-        elif member.type == "int":
-            values[member.name] = item.integer(1, MAX_SIZE)
-        elif member.type == "bool":
-            values[member.name] = item.boolean()
-        elif member.type == "tuple[float, ...]":
-            values[member.name] = tuple(each.positive_number() for each in item.items(minimum=1))
+    for name, written in types(record).items():
+        item = members[name]
+        if written == "float":
+            values[name] = item.positive_number()
+        elif written == "int":
+            values[name] = item.integer(1, MAX_SIZE)
+        elif written == "bool":
+            values[name] = item.boolean()
+        elif written == "tuple[float, ...]":
+            values[name] = tuple(each.positive_number() for each in item.items(minimum=1))
     scaling: Scaling = record(**values)
     return scaling
 

@@ -7,24 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, overload
 
-from splitbundle import (
-    backends,
-    files,
-    golden,
-    selections,
-    verification,
-    weights,
-)
+from splitbundle import backends, files, selections, weights
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.files import Progress
 from splitbundle.manifest import Manifest, Shard
 from splitbundle.selections import Selection
-from splitbundle.verification import Verification
 
 if TYPE_CHECKING:
     from splitbundle import onnxruntime_pipeline, onnxruntime_stage, torch_pipeline, torch_stage
     from splitbundle.golden import Difference
+    from splitbundle.verification import Verification
 
 VECTORS: Final = "vectors"
 """Names the golden vectors where units are named."""
@@ -119,6 +112,8 @@ class Bundle:
         Raises:
             BundleError: every problem of every file.
         """
+        from splitbundle import verification  # with all that judges graphs and tokenizers: computing needs none of it
+
         return verification.verify(self, shard, exact=exact, progress=progress)
 
     def run_vectors(
@@ -140,6 +135,8 @@ class Bundle:
                 float16.
             BundleError: ``vectors.none``; what loading refuses.
         """
+        from splitbundle import golden
+
         if backend != "all":
             backends.options(backend, {})
         modules = [backends.module(each, "verify") for each in backends.BACKENDS if backend in (each, "all")]

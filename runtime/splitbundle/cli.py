@@ -9,9 +9,7 @@ import json
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from typing import Any, Final, NoReturn
 
 from splitbundle.commands import COMMANDS
@@ -69,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in problems:
         console.error(str(problem))
     if args.debug:
+        import traceback
+
         traceback.print_exception(caught)
     return status
 
@@ -142,5 +142,7 @@ def _commands(arguments: Sequence[str]) -> list[Command]:
     """The commands: the runtime's own, and where they may be needed those that other packages bring."""
     if any(argument == command.name for argument in arguments[:1] for command in COMMANDS):
         return list(COMMANDS)  # looking for entry points reads the metadata of every installed package
+    from importlib.metadata import entry_points
+
     found = {entry.name: entry for entry in entry_points(group="splitbundle.commands")}
     return [*(found[name].load() for name in sorted(found)), *COMMANDS]

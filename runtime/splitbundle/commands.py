@@ -7,7 +7,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
 
 from splitbundle import names
@@ -17,6 +16,7 @@ from splitbundle.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, Problem, VerificationError
 from splitbundle.manifest import BOUNDARY_TENSORS
 from splitbundle.opening import open_bundle
+from splitbundle.records import as_dict
 
 if TYPE_CHECKING:
     from splitbundle.text_tokenizer import TextTokenizer
@@ -100,7 +100,7 @@ def describe(bundle: Bundle) -> dict[str, object]:
         "model": {name: getattr(model, name) for name in type(model).__slots__},
         "architecture": bundle.architecture.as_json(),
         "storage": {"dtype": manifest.storage.dtype, "exceptions": manifest.storage.exceptions},
-        "shards": [asdict(shard) for shard in manifest.shards],
+        "shards": [as_dict(shard) for shard in manifest.shards],
         "boundaries": [{"at": cut, "tensors": boundary} for cut in manifest.cuts],
         "units": {unit: list(paths) for unit, paths in manifest.units.items()},
         "text": {"tokenizer": manifest.text.tokenizer, "stop_ids": list(manifest.text.stop_ids)},

@@ -8,10 +8,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final, TextIO
 
 from splitbundle.errors import printable
+from splitbundle.records import record
 
 QUIET_SECONDS: Final = 1.0
 """What is over sooner needs no progress."""
@@ -94,7 +94,7 @@ class Console:
         self.err.write(f"splitbundle: {text}\n")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Command:
     """A subcommand. Entry points of the group ``splitbundle.commands`` are of this type."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+
+from splitbundle.records import members, record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Problem:
     """One thing that is wrong: where, what was expected, what came, what to do.
 
@@ -38,7 +39,7 @@ class Problem:
 
     def as_json(self) -> dict[str, object]:
         """The fields that say something, for ``--json``."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key, value in members(self).items() if value is not None}
 
 
 class BundleError(Exception):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from splitbundle.errors import BundleError, ParityError, Problem
+from splitbundle.records import record
 
 if TYPE_CHECKING:
     from splitbundle.bundle import Bundle
@@ -23,7 +23,7 @@ Outputs = dict[tuple[str, int], Any]
 """``hidden.N`` or ``logits``, and the case -> what came out there."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Difference:
     """The largest difference at one place, over all cases."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Final
+
+from splitbundle.records import field, record
 
 CODES: Final = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 """dtype -> its number in ONNX's ``TensorProto.DataType``."""
@@ -16,7 +17,7 @@ VALUES: Final[dict[tuple[bytes, bytes], frozenset[object]]] = {
 """(operator, attribute) -> what the attribute may be, where that isn't left to the runtime that computes it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Operator:
     """How many inputs an operator takes, and its attributes: each by the field that holds its value."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
 from splitbundle import names, strict_json
 from splitbundle.architecture import FILE as ARCHITECTURE_FILE
+from splitbundle.records import as_dict, field, members, record, replace
 from splitbundle.version import FORMAT_VERSION
 
 FILE: Final = names.MANIFEST
@@ -30,7 +30,7 @@ MAX_CASES: Final = 64
 """The most golden vectors: each case has a tensor a layer, and a reader names them all."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Model:
     """What the model is called and where it comes from: descriptive, but for the two ids."""
 
@@ -46,7 +46,7 @@ class Model:
     fingerprint: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Storage:
     """How logical tensors are stored: all alike, but for some exceptions."""
 
@@ -65,7 +65,7 @@ class Storage:
         return tuple(dict.fromkeys((self.dtype, *self.exceptions.values())))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Port:
     """An input or an output of a graph."""
 
@@ -78,7 +78,7 @@ class Port:
         return f"{self.name}: {self.dtype} [{', '.join(map(str, self.shape))}]"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Graph:
     """An ONNX graph of a shard, whose weights are the shard's weight files."""
 
@@ -89,7 +89,7 @@ class Graph:
     outputs: tuple[Port, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Shard:
     """A name for a range of layers, and what it needs on disk."""
 
@@ -103,7 +103,7 @@ class Shard:
     graph: Graph | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class File:
     """What a file must be."""
 
@@ -113,7 +113,7 @@ class File:
     """For safetensors: of everything before the data."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Text:
     """What turns text into ids and ends generation."""
 
@@ -121,7 +121,7 @@ class Text:
     stop_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Vectors:
     """Golden vectors: one case a sequence length."""
 
@@ -129,7 +129,7 @@ class Vectors:
     lengths: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SourceName:
     """One source tensor; one a layer where the names hold ``{layer}``, and one a row where ``source`` holds ``{row}``.
 
@@ -145,7 +145,7 @@ class SourceName:
     transposed: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """The manifest's fields under the manifest's names."""
 
@@ -181,25 +181,21 @@ class Manifest:
             "format_version": version_text(FORMAT_VERSION),
             "requires": [],
             "producer": self.producer,
-            "model": _members(self.model),
-            "storage": _members(self.storage),
-            "shards": [asdict(shard) for shard in self.shards],
+            "model": members(self.model),
+            "storage": members(self.storage),
+            "shards": [as_dict(shard) for shard in self.shards],
             "boundaries": [{"at": cut, "tensors": {"hidden": hidden, "past": row, "count": row}} for cut in self.cuts],
             "units": {unit: {"files": list(files)} for unit, files in self.units.items()},
             "files": {
-                path: {key: value for key, value in _members(file).items() if value is not None}
+                path: {key: value for key, value in members(file).items() if value is not None}
                 for path, file in self.files.items()
             },
-            "text": _members(self.text),
-            "vectors": None if self.vectors is None else _members(self.vectors),
-            "source_names": [_members(entry) for entry in self.source_names],
+            "text": members(self.text),
+            "vectors": None if self.vectors is None else members(self.vectors),
+            "source_names": [members(entry) for entry in self.source_names],
             "extensions": self.extensions,
         }
         return strict_json.dump(document)
-
-
-def _members(record: Any) -> dict[str, Any]:
-    return {member.name: getattr(record, member.name) for member in fields(record)}
 
 
 def version_text(version: tuple[int, int]) -> str:

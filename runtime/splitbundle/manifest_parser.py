@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from splitbundle import manifest_rules as rules
 from splitbundle import names, strict_json
 from splitbundle.architecture import MAX_SIZE
@@ -30,6 +28,7 @@ from splitbundle.manifest import (
     Vectors,
     version_text,
 )
+from splitbundle.records import types
 from splitbundle.version import FORMAT_VERSION
 
 
@@ -114,8 +113,7 @@ def _check_version(document: Field) -> None:
 
 
 def _model(field: Field) -> Model:
-    required = [f.name for f in fields(Model)]
-    members = field.members(required, open=True)
+    members = field.members(types(Model), open=True)
     optional = {key: None if members[key].is_null else members[key].string() for key in ("revision", "license")}
     context = members["context_length"]
     return Model(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from splitbundle import architecture as architectures
-from splitbundle import architecture_parser, files, manifest, manifest_parser, manifest_rules, strict_json, verification
+from splitbundle import architecture_parser, files, manifest, manifest_parser, manifest_rules, strict_json
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.manifest import Manifest
@@ -78,6 +78,8 @@ def _documents(root: Path, wanted: str | None) -> tuple[bytes, Manifest, bytes]:
         except BundleError as error:
             now = _manifest(root, wanted)
             if now == data or not more:
+                from splitbundle import verification
+
                 raise BundleError([*error.problems, *verification.blame_manifest(root, data)]) from error
             data = now
     raise AssertionError  # the last round returns or raises

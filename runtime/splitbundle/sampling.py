@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.records import record
 
 NOT_FINITE: Final = Problem(
     code="input.value",
@@ -16,7 +16,7 @@ NOT_FINITE: Final = Problem(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How tokens are drawn. ``temperature`` 0 takes the likeliest, the lowest id among equals."""
 

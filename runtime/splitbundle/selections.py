@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from splitbundle.calls import whole
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.records import record
 
 if TYPE_CHECKING:
     from splitbundle.bundle import Bundle
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Selection:
     """A part of the model: what a stage computes, and the units that it needs."""
 

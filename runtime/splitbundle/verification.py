@@ -7,7 +7,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -16,6 +15,7 @@ from splitbundle import architecture as architectures
 from splitbundle import files, genai, graph_rules, manifest, names, strict_json, tokenizer_rules
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.files import Progress
+from splitbundle.records import record
 
 if TYPE_CHECKING:
     from splitbundle.bundle import Bundle
@@ -26,7 +26,7 @@ THREAD_BYTES: Final = 2**20
 """Files of fewer are hashed by the thread that asked."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Verification:
     """What was verified, and what lies in the directory without being listed."""
 

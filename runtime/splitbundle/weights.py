@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO, Final, NoReturn
 
@@ -12,6 +11,7 @@ from splitbundle import files, names, strict_json
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.fields import Field, Problems
 from splitbundle.manifest import File
+from splitbundle.records import record
 
 ALIGNMENT: Final = 4096
 """The data begins at a multiple of this: a page, so that a mapping of the data can start there."""
@@ -22,7 +22,7 @@ CODES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64":
 ITEM_SIZES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Tensor:
     """A tensor that a file holds, or must hold: dtype and shape."""
 
@@ -38,7 +38,7 @@ class Tensor:
         return ITEM_SIZES[self.dtype] * math.prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Stored:
     """Where a tensor lies."""
 
@@ -83,7 +83,7 @@ def header(layout: Layout, data_sha256: str) -> bytes:
     return length.to_bytes(8, "little") + text.ljust(length, b" ")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Weights:
     """What the header of one file says."""
 

@@ -1,0 +1,152 @@
+"""Records: classes of named fields that are given by keyword, compare by value and never change.
+
+``record`` makes what ``@dataclass(frozen=True, slots=True, kw_only=True)`` makes, and type checkers, and whoever asks
+``dataclasses``, take its classes for that. But ``dataclasses`` compiles six functions a class and imports ``inspect``
+for it: with forty records that was most of what ``import splitbundle`` took. Here all classes share their functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+__all__ = ["as_dict", "field", "members", "record", "replace", "types"]
+
+_set = object.__setattr__
+_REQUIRED: Any = object()
+
+
+class _Made:
+    """A default that is made anew for each record."""
+
+    def __init__(self, factory: Callable[[], Any]) -> None:
+        self.factory = factory
+
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass as record
+    from dataclasses import field, replace
+else:
+
+    def field(*, default_factory: Callable[[], Any]) -> Any:
+        """A default that is made anew for each record."""
+        return _Made(default_factory)
+
+    def record(*, frozen: bool, slots: bool, kw_only: bool) -> Callable[[type], type]:
+        """Makes a class with annotations a record: all three are asked for, as they are all there is."""
+        if not (frozen and slots and kw_only):
+            raise TypeError("a record is frozen, slotted and keyword-only")
+        return _record
+
+    def replace(of: Any, /, **changes: Any) -> Any:
+        """A record like another, but for some fields."""
+        return of.__replace__(**changes)
+
+
+def members(of: Any) -> dict[str, Any]:
+    """The fields of a record with their values, in order."""
+    names: tuple[str, ...] = of.__slots__
+    return {name: getattr(of, name) for name in names}
+
+
+def types(of: Any) -> dict[str, str]:
+    """The fields of a record with their types as they are written, in order."""
+    found: dict[str, str] = of.record_types
+    return found
+
+
+def as_dict(value: Any) -> Any:
+    """A value with every record in it as a dict, however deep; lists, tuples and dicts are copied."""
+    if isinstance(value, _Record):
+        return {name: as_dict(each) for name, each in members(value).items()}
+    if isinstance(value, dict):
+        return {key: as_dict(each) for key, each in value.items()}
+    return type(value)(map(as_dict, value)) if isinstance(value, list | tuple) else value
+
+
+class _DataclassFields:
+    """What ``dataclasses.replace``, ``asdict`` and ``fields`` ask a class for: made when they first ask."""
+
+    def __get__(self, instance: object, owner: type[_Record]) -> Any:
+        import dataclasses
+
+        def described(default: Any) -> Any:
+            if default is _REQUIRED:
+                return dataclasses.field()
+            if isinstance(default, _Made):
+                return dataclasses.field(default_factory=default.factory)
+            return dataclasses.field(default=default)
+
+        specified = [(name, kind, described(owner.record_defaults[name])) for name, kind in types(owner).items()]
+        like: Any = dataclasses.make_dataclass(owner.__name__, specified, frozen=True, kw_only=True)
+        owner.__dataclass_fields__ = like.__dataclass_fields__
+        return like.__dataclass_fields__
+
+
+class _Record:
+    """What all records do."""
+
+    __slots__ = ()
+    record_types: ClassVar[dict[str, str]] = {}
+    record_defaults: ClassVar[dict[str, Any]] = {}
+    __dataclass_fields__: Any = _DataclassFields()
+
+    def __init__(self, **given: Any) -> None:
+        if given.keys() != self.record_defaults.keys():
+            given = self._completed(given)
+        for name, value in given.items():
+            _set(self, name, value)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        """Where a record checks its fields."""
+
+    @classmethod
+    def _completed(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if name not in cls.record_defaults:
+                raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {name!r}")
+        values = cls.record_defaults | given
+        for name, value in values.items():
+            if value is _REQUIRED:
+                raise TypeError(f"{cls.__name__}() missing a required keyword argument: {name!r}")
+            if name not in given and isinstance(value, _Made):
+                values[name] = value.factory()
+        return values
+
+    def __replace__(self, /, **changes: Any) -> Any:
+        return type(self)(**(members(self) | changes))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__qualname__}({', '.join(f'{name}={value!r}' for name, value in members(self).items())})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return tuple(members(self).values()) == tuple(members(other).values())
+
+    def __hash__(self) -> int:
+        return hash(tuple(members(self).values()))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"cannot assign to field {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"cannot delete field {name!r}")
+
+    def __reduce__(self) -> Any:
+        return _restored, (type(self), members(self))
+
+
+def _restored(cls: type[_Record], values: dict[str, Any]) -> _Record:
+    return cls(**values)
+
+
+def _record(cls: type[Any]) -> type[Any]:
+    own = dict(vars(cls))
+    for left in ("__dict__", "__weakref__"):
+        own.pop(left, None)
+    defaults = {name: own.pop(name, _REQUIRED) for name in cls.__annotations__}
+    own |= {"__slots__": tuple(defaults), "__qualname__": cls.__qualname__}
+    own |= {"record_types": dict(cls.__annotations__), "record_defaults": defaults}
+    return type(cls.__name__, (_Record,), own)

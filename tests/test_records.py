@@ -1,0 +1,111 @@
+"""Records are what ``@dataclass(frozen=True, slots=True, kw_only=True)`` makes, to whoever asks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+
+from splitbundle.records import as_dict, field, members, record, replace, types
+
+
+@record(frozen=True, slots=True, kw_only=True)
+class Point:
+    """Two numbers."""
+
+    x: int
+    y: int = 2
+
+    @property
+    def total(self) -> int:
+        return self.x + self.y
+
+
+@record(frozen=True, slots=True, kw_only=True)
+class Path:
+    """Points and more."""
+
+    points: tuple[Point, ...]
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What Point is measured by."""
+
+    x: int
+    y: int = 2
+
+
+def test_fields_defaults_and_values() -> None:
+    point = Point(x=1)
+    assert (point.x, point.y, point.total, repr(point)) == (1, 2, 3, "Point(x=1, y=2)")
+    assert repr(point) == repr(Model(x=1)).replace("Model", "Point")
+    assert (Point.__name__, Point.__qualname__, Point.__module__, Point.__doc__) == (
+        "Point",
+        "Point",
+        __name__,
+        "Two numbers.",
+    )
+    assert members(point) == {"x": 1, "y": 2}
+    assert types(Path) == {"points": "tuple[Point, ...]", "more": "dict[str, Any]"}
+    one, other = Path(points=()), Path(points=())
+    assert one.more == {}
+    assert one.more is not other.more
+
+
+def test_equality_and_hash() -> None:
+    assert Point(x=1) == Point(y=2, x=1) != Point(x=1, y=3)
+    assert {Point(x=1), Point(x=1, y=2)} == {Point(x=1)}
+    assert Point(x=1) != Model(x=1)
+    assert hash(Point(x=1)) == hash(Model(x=1))
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(Path(points=()))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({}, "missing a required keyword argument: 'x'"), ({"x": 1, "z": 1}, "an unexpected keyword argument 'z'")],
+)
+def test_other_arguments_are_refused(given: dict[str, int], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Point(**given)
+    with pytest.raises(TypeError):
+        Point(1, 2)  # type: ignore[call-arg,misc]
+
+
+def test_nothing_changes() -> None:
+    point = Point(x=1)
+    for name in ("x", "z"):
+        with pytest.raises(AttributeError):
+            setattr(point, name, 1)
+    with pytest.raises(AttributeError, match="cannot delete field 'x'"):
+        del point.x
+    assert not hasattr(point, "__dict__")
+    assert replace(point, y=5) == Point(x=1, y=5) != point
+
+
+def test_copies_are_equal() -> None:
+    path = Path(points=(Point(x=1),), more={"a": [Point(x=2)]})
+    assert pickle.loads(pickle.dumps(path)) == path == copy.deepcopy(path) == copy.copy(path)
+    assert as_dict(path) == {"points": ({"x": 1, "y": 2},), "more": {"a": [{"x": 2, "y": 2}]}}
+
+
+def test_dataclasses_take_them_for_theirs() -> None:
+    path = Path(points=(Point(x=1),))
+    assert dataclasses.asdict(path) == as_dict(path)
+    assert dataclasses.replace(Point(x=1), x=3) == Point(x=3)
+    ours, theirs = dataclasses.fields(Point), dataclasses.fields(Model)
+    assert [(f.name, f.type, f.default, f.kw_only) for f in ours] == [
+        (f.name, f.type, f.default, f.kw_only) for f in theirs
+    ]
+    assert dataclasses.fields(Path)[1].default_factory is dict
+    assert dataclasses.is_dataclass(Path)
+
+
+def test_there_is_one_kind() -> None:
+    with pytest.raises(TypeError, match="frozen, slotted and keyword-only"):
+        record(frozen=False, slots=True, kw_only=True)
