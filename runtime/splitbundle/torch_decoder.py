@@ -5,15 +5,16 @@ Shapes in comments: B rows, S positions of this call, T slots of keys, H heads, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 
 from splitbundle import architecture as facts
-from splitbundle.torch_linear import linear
+from splitbundle.torch_linear import joined, linear
 from splitbundle.torch_positions import KVCache, Positions, Reach
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,6 +53,27 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """*Shape:* (…, inputs) -> (…, outputs)."""
         return linear(x, self.weight, self.bias)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is what was loaded: one that was replaced or has a hook, as adapters do it, has its own say."""
+    changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return type(layer) is Linear and not changed and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+
+
+def project(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """One input through several layers: as one product where they are plain and their weights lie side by side.
+
+    *Shape:* (…, inputs) -> for each layer (…, outputs).
+    """
+    if all(map(_is_plain, layers)):
+        weights: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
+        weight = joined(x, weights)
+        if weight is not None:
+            biases = [layer.bias for layer in layers if layer.bias is not None]
+            bias = torch.cat(biases) if biases else None  # type: ignore[arg-type]
+            return torch.split(linear(x, weight, bias), [len(weight) for weight in weights], dim=-1)
+    return [layer(x) for layer in layers]
 
 
 class Table(nn.Module):
@@ -119,9 +141,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
         """*Shape:* (batch, sequence, hidden) -> the same."""
         facts_ = self.facts
-        queries = self._heads(self.query(x), self.query_norm, positions)  # [B, S, H, D]
-        keys = self._heads(self.key(x), self.key_norm, positions)
-        values = split_heads(self._clip(self.value(x)), facts_.head_dim)
+        queries, keys, values = project(x, self.query, self.key, self.value)
+        queries = self._heads(queries, self.query_norm, positions)  # [B, S, H, D]
+        keys = self._heads(keys, self.key_norm, positions)
+        values = split_heads(self._clip(values), facts_.head_dim)
         if facts_.query_temperature is not None:
             queries = queries * positions.temperature(facts_.query_temperature)
         queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))  # [B, H, S, D]
@@ -168,16 +191,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     """Turns each pair of channels by the angle of its position: of the first ``dim``, the pairs (i, i + dim/2) in the
     layout "half", and (2i, 2i + 1) in "interleaved".
 
-    *Shape:* x (batch, sequence, heads, head_dim); cos, sin (batch or 1, sequence, 1, dim / 2).
+    *Shape:* x (batch, sequence, heads, head_dim); cos, sin (batch or 1, sequence, 1, dim), as ``Positions.rotary``
+    gives them.
     """
-    half = cos.shape[-1]
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    dim = cos.shape[-1]
+    turned, rest = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
     if layout == "half":
-        first, second = turned[..., :half], turned[..., half:]
-        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
-    first, second = turned[..., ::2], turned[..., 1::2]
-    pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return torch.cat((pairs.flatten(-2), rest), dim=-1)
+        partners = turned.roll(dim // 2, dims=-1)
+    else:
+        partners = turned.view(*x.shape[:-1], dim // 2, 2).flip(-1).flatten(-2)
+    turned = torch.addcmul(turned * cos, partners, sin)
+    return turned if rest is None else torch.cat((turned, rest), dim=-1)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -241,7 +265,8 @@ class Mlp(nn.Module):
         """*Shape:* (batch, sequence, hidden) -> the same."""
         if self.gate is None:
             return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
-        return self.down(self.activation(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+        gate, up = project(x, self.gate, self.up)
+        return self.down(self.activation(gate) * up)  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):

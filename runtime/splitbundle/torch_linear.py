@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final
 
@@ -101,6 +101,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with _own_kernels:
             return functional.linear(x, weight, bias)
     return functional.linear(x, weight, bias)
+
+
+def joined(x: Tensor, weights: Sequence[Tensor]) -> Tensor | None:
+    """Weights that multiply one input, as one, where they lie one after another in a storage; None where they don't.
+
+    *Shape:* of the weights, (rows, columns) each with rows of its own -> (rows of all, columns).
+    """
+    first = weights[0]
+    place, storage = first.data_ptr(), first.untyped_storage()._cdata
+    for weight in weights:
+        if (
+            weight.data_ptr() != place
+            or weight.untyped_storage()._cdata != storage
+            or weight.dtype != first.dtype
+            or weight.shape[1] != first.shape[1]
+            or not weight.is_contiguous()
+            or not _plain(x, weight)
+        ):
+            return None
+        place += weight.nbytes
+    return first.detach().as_strided((sum(len(weight) for weight in weights), first.shape[1]), (first.shape[1], 1))
 
 
 def _plain(x: Tensor, weight: Tensor) -> bool:

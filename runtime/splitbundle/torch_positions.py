@@ -48,7 +48,7 @@ class Positions(Call):
         self._slots: Tensor | None = None
         self._tokens: tuple[Tensor, Tensor, Tensor] | None = None
         self._masks: dict[Reach, tuple[int, Tensor | None, bool]] = {}
-        self._rotations: dict[Rotary, tuple[Tensor, Tensor]] = {}
+        self._rotations: dict[int, tuple[Rotary, tuple[Tensor, Tensor]]] = {}
         self._biases: dict[tuple[Alibi, int, Reach], tuple[int, Tensor]] = {}
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Positions:
@@ -90,14 +90,22 @@ class Positions(Call):
         )
 
     def rotary(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each position's angles. *Shape:* (batch or 1, sequence, 1, dim / 2)."""
-        if rotary not in self._rotations:
+        """For each channel that turns, the cosine of its pair's angle, and what its partner's share is: ± the sine.
+
+        *Shape:* (batch or 1, sequence, 1, dim), in the order of the layout.
+        """
+        if id(rotary) not in self._rotations:  # every layer asks: hashing all of its fields would take longer
             # Angles are taken in float32, as everyone takes them: in float64 they would differ from the model's own.
             lengths = [past + count for past, count in zip(self.past, self.count, strict=True)]
             angles = self.slots[:, :, None, None].float() * row_frequencies(rotary, lengths, self.device)
             factor = getattr(rotary.scaling, "attention_factor", 1.0)
-            self._rotations[rotary] = (angles.cos() * factor).to(self.dtype), (angles.sin() * factor).to(self.dtype)
-        return self._rotations[rotary]
+            cos, sin = (angles.cos() * factor).to(self.dtype), (angles.sin() * factor).to(self.dtype)
+            if rotary.layout == "half":
+                turns = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+            else:
+                turns = torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
+            self._rotations[id(rotary)] = rotary, turns
+        return self._rotations[id(rotary)][1]
 
     def sinusoids(self, offset: int, size: int) -> Tensor:
         """Sines, then cosines, of each position. *Shape:* (batch or 1, sequence, size)."""

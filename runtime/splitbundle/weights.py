@@ -53,17 +53,21 @@ Layout = dict[str, tuple[Tensor, int]]
 
 
 def lay_out(tensors: dict[str, Tensor]) -> Layout:
-    """Where each tensor goes: those whose size is a multiple of 64 first, the others by falling item size.
+    """Where each tensor goes: first what has a multiple of 64 bytes, matrices before the rest; others by item size.
 
-    So the first are aligned to 64 and the others to their item, with no holes and no padding tensors. Within each
-    group the order is the given one, the order of use.
+    So the first are aligned to 64 and the others to their item, with no holes and no padding tensors, and matrices that
+    multiply the same input lie one after another. Within each group the order is the given one, the order of use.
     """
-    whole = [name for name, tensor in tensors.items() if tensor.size % TENSOR_ALIGNMENT == 0]
-    rest = [name for name in tensors if tensors[name].size % TENSOR_ALIGNMENT]
-    rest.sort(key=lambda name: -ITEM_SIZES[tensors[name].dtype])
+
+    def place(name: str) -> tuple[bool, int]:
+        tensor = tensors[name]
+        if tensor.size % TENSOR_ALIGNMENT == 0:
+            return False, -min(len(tensor.shape), 2)
+        return True, -ITEM_SIZES[tensor.dtype]
+
     layout: Layout = {}
     offset = 0
-    for name in (*whole, *rest):
+    for name in sorted(tensors, key=place):
         layout[name] = (tensors[name], offset)
         offset += tensors[name].size
     return layout

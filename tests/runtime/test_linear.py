@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
 
 import pytest
 import torch
@@ -12,10 +14,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from splitbundle import torch_linear
+import splitbundle
+from splitbundle import torch_decoder, torch_linear
+from splitbundle.torch_decoder import Linear, project
 from splitbundle.torch_linear import linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+GOLDEN: Final = Path(__file__).parents[1] / "golden" / "v1.0"
 x86 = pytest.mark.skipif(torch_linear._product is None, reason="torch has no oneDNN of this kind here")
 
 
@@ -176,10 +181,125 @@ def test_a_child_that_is_forked_while_the_switch_is_turned_turns_it_back() -> No
 
 
 def test_a_layer_uses_it(by_product: list[str]) -> None:
-    from splitbundle.torch_decoder import Linear
-
     layer = Linear(48, 24, bias=True)
     _, weight, bias = case(1, 1, 48)
     layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
     layer(case(1, 1, 48)[0])
     assert by_product == ["onednn" if torch_linear._product is not None else "torch"]
+
+
+# Layers that share an input.
+
+
+def side_by_side(count: int, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> list[Linear]:
+    """Layers whose weights lie one after another in one storage, as a file has them."""
+    generator = torch.Generator().manual_seed(1)
+    storage = torch.randn(count * 24 + 5, 48, generator=generator).to(dtype)
+    layers = [Linear(48, 24, bias=bias) for _ in range(count)]
+    for i, layer in enumerate(layers):
+        layer.weight = nn.Parameter(storage[2 + 24 * i : 2 + 24 * (i + 1)])
+        if bias:
+            layer.bias = nn.Parameter(torch.randn(24, generator=generator).to(dtype))
+        layer.requires_grad_(False)
+    return layers
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each weight that is multiplied with."""
+    seen: list[int] = []
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(len(weight))
+        return torch_linear.linear(x, weight, bias)
+
+    monkeypatch.setattr(torch_decoder, "linear", linear)
+    return seen
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 48), (2, 5, 48)])
+def test_weights_side_by_side_are_one_product(
+    bias: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, x, rows = side_by_side(3, bias=bias), case(*shape)[0], counted(monkeypatch)
+    got = project(x, *layers)
+    assert rows == [72]
+    for part, layer in zip(got, layers, strict=True):
+        assert torch.allclose(part, functional.linear(x, layer.weight, layer.bias), atol=1e-4)
+
+
+def double(layer: nn.Module, args: object, output: Tensor) -> Tensor:
+    """A hook."""
+    return 2 * output
+
+
+class Doubled(Linear):
+    """A layer that an adapter put in the place of another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def replaced(layers: list[Linear]) -> None:
+    layers[1].weight = nn.Parameter(2 * layers[1].weight, requires_grad=False)
+    layers[1].bias = nn.Parameter(2 * layers[1].bias, requires_grad=False)
+
+
+def hooked(layers: list[Linear]) -> None:
+    layers[1].register_forward_hook(double)
+
+
+def wrapped(layers: list[Linear]) -> None:
+    own = layers[1].forward
+    layers[1].forward = lambda x: 2 * own(x)  # type: ignore[method-assign]
+
+
+def of_another_kind(layers: list[Linear]) -> None:
+    adapter = Doubled(48, 24, bias=True)
+    adapter.weight, adapter.bias = layers[1].weight, layers[1].bias
+    layers[1] = adapter
+
+
+@pytest.mark.parametrize("change", [replaced, hooked, wrapped, of_another_kind])
+def test_a_layer_that_was_changed_has_its_own_say(
+    change: Callable[[list[Linear]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, x, rows = side_by_side(3), case(2, 5, 48)[0], counted(monkeypatch)
+    expected = [functional.linear(x, layer.weight, layer.bias) for layer in layers]
+    change(layers)
+    got = project(x, *layers)
+    assert rows == [24, 24, 24]
+    for part, wanted, factor in zip(got, expected, (1, 2, 1), strict=True):
+        assert torch.allclose(part, factor * wanted, atol=1e-4)
+
+
+def test_a_weight_that_is_written_to_is_read_anew() -> None:
+    layers, x = side_by_side(3), case(1, 1, 48)[0]
+    before = project(x, *layers)[1]
+    layers[1].weight.mul_(2)
+    layers[1].bias.mul_(2)
+    assert torch.allclose(project(x, *layers)[1], 2 * before, atol=1e-4)
+
+
+def test_training_computes_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, x, rows = side_by_side(2), case(2, 5, 48)[0], counted(monkeypatch)
+    layers[1].weight.requires_grad_(True)
+    project(x, *layers)[1].sum().backward()
+    assert rows == [24, 24]
+    assert layers[1].weight.grad is not None
+
+
+def test_loaded_layers_are_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = splitbundle.open(GOLDEN / "llama.splitbundle")
+    attention = bundle.architecture.kind_of(0).attention
+    width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
+    rows = counted(monkeypatch)
+    with torch.no_grad():
+        bundle.pipeline()(torch.tensor([[1, 2, 3]]))
+        assert rows.count(width) == len(bundle.architecture.layers)
+        rows.clear()
+        trained = bundle.pipeline(trainable=True)
+        trained(torch.tensor([[1, 2, 3]]))
+    assert width not in rows
+    weight = next(value for name, value in trained.named_parameters() if name.endswith("attention.query.weight"))
+    assert weight.untyped_storage().nbytes() == weight.nbytes, "saving one weight saves no other"
