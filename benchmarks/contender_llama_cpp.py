@@ -6,14 +6,16 @@ from typing import Any, Final
 
 import llama_cpp
 
-_CACHE: Final = {"float32": llama_cpp.GGML_TYPE_F32, "bfloat16": llama_cpp.GGML_TYPE_BF16}
+_LLAMA: Any = llama_cpp.Llama  # half of it is typed
+_CACHE: Final = {"float32": 0, "bfloat16": 30}
+"""ggml's numbers for these types; llama-cpp-python has no name for the second."""
 
 
 class Driver:
     """A model and its one sequence."""
 
     def __init__(self, task: dict[str, Any]) -> None:
-        self.model = llama_cpp.Llama(
+        self.model: Any = _LLAMA(
             task["path"],
             n_ctx=task["capacity"],
             n_threads=task["threads"],

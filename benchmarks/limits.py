@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 _REPETITIONS: Final = 5
-_BYTES: Final = 2**30
-"""Read at once: far more than caches hold."""
-_LEAST: Final = 2**28
-"""A smaller file would be read from a cache."""
+_LEAST: Final = 2**26
+_MOST: Final = 2**30
+"""Bytes that are read at once: as many as the weights have, and more than caches hold."""
 _SHAPES: Final = ((256, 896, 4864), (1024, 1024, 4096), (512, 2048, 2048))
 """Tokens, and columns and rows of the weight."""
 
@@ -28,11 +27,12 @@ _SHAPES: Final = ((256, 896, 4864), (1024, 1024, 4096), (512, 2048, 2048))
 def measure(task: dict[str, Any]) -> dict[str, float]:
     """Bytes a second, and operations a second in float32 and bfloat16."""
     torch.set_num_threads(task["threads"])
-    numbers = torch.ones(_BYTES // 4)
+    size = min(max(os.path.getsize(task["file"]), _LEAST), _MOST)
+    numbers = torch.ones(size // 4)
     figures = {"read memory": _reading(numbers)}
     if os.path.getsize(task["file"]) > _LEAST:
         with open(task["file"], "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
-            count = min(len(mapping), _BYTES) // 4096 * 1024
+            count = min(len(mapping), size) // 4096 * 1024
             # Mapped as weights are; the first pass brings the pages into this process and isn't the best.
             mapped = torch.frombuffer(mapping, dtype=torch.int32, count=count)
             figures["read a mapped file"] = _reading(mapped)
