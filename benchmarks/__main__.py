@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cases, file_sets, report, sets
+from benchmarks.contenders import CONTENDERS
 from benchmarks.files import Workshop
 from benchmarks.processes import ROOT, Failed, say
 from benchmarks.shapes import SHAPES
@@ -45,13 +46,16 @@ def main() -> int:
     models = None if args.model is None else tuple(args.model.split(","))
     if models and not set(models) <= SHAPES.keys():
         parser.error(f"--model: one of {', '.join(SHAPES)}")
+    only = None if args.only is None else tuple(args.only.split(","))
+    if only and not set(only) <= CONTENDERS.keys():
+        parser.error(f"--only: of {', '.join(CONTENDERS)}")
     results = Path(args.results)
     with tempfile.TemporaryDirectory(prefix="splitbundle-benchmark-") as temporary:
         measuring = cases.Measuring(
             workshop=Workshop(Path(args.directory or temporary)),
             threads=args.threads,
             rounds=args.rounds,
-            only=None if args.only is None else tuple(args.only.split(",")),
+            only=only,
             lock=args.lock,
         )
         documents = []

@@ -46,8 +46,8 @@ COMPILED: Final = "transformers compiled"
 GENAI: Final = "onnxruntime-genai"
 GENAI_BUNDLE: Final = "onnxruntime-genai on the bundle"
 LLAMA: Final = "llama.cpp"
-TORCH_SHARDS: Final = "splitbundle torch, three shards"
-ONNXRUNTIME_SHARDS: Final = "splitbundle onnxruntime, three shards"
+TORCH_SHARDS: Final = "splitbundle torch in three shards"
+ONNXRUNTIME_SHARDS: Final = "splitbundle onnxruntime in three shards"
 
 _TORCH: Final[dict[str, Any]] = {"module": "contender_torch", "libraries": ("torch", "splitbundle")}
 _ONNXRUNTIME: Final[dict[str, Any]] = {

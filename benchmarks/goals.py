@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ class Goal:
         own -= sum(each for each in less if each is not None)
         if other is None:
             return own
-        return own / other if self.share else other / own
+        if self.share:
+            return own / other
+        return other / own if own > 0 else math.inf
 
     def outcome(self, runs: Sequence[Run]) -> dict[str, Any]:
         """What came, for a report; ``median`` is None where it wasn't measured, and ``missing`` says what."""

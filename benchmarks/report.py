@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import machine, plot
-from benchmarks.goals import Term, spread, times_as_fast
+from benchmarks.goals import spread, times_as_fast
 from benchmarks.sets import LIMIT
 
 _ABOUT: Final = {
@@ -85,7 +85,7 @@ def _case(document: dict[str, Any]) -> list[str]:
 
 
 def _figure(figure: str, runs: list[dict[str, Any]], reference: str) -> list[str]:
-    names = [name for name in dict.fromkeys(name for run in runs for name in run) if Term(name, figure).of(runs[0])]
+    names = [name for name, own in runs[0].items() if figure in own]
     values = {name: spread([run[name][figure] for run in runs]) for name in names}
     limited, compared = LIMIT in values, reference in values
     unit, factor = unit_of(figure)
