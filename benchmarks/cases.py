@@ -65,7 +65,7 @@ class Measuring:
         contenders = {name: _runner("computing", task) for name, task in tasks.items()}
         if not contenders:
             raise Failed("nobody can compute it here")
-        if case.points:
+        if case.points and not case.sample_memory:
             weights = max(checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
             contenders[RATES] = _runner("limits", {"threads": self.threads, "file": str(weights)})
         found = machine.facts()

@@ -27,12 +27,12 @@ _SHAPES: Final = ((256, 896, 4864), (1024, 1024, 4096), (512, 2048, 2048))
 def measure(task: dict[str, Any]) -> dict[str, float]:
     """Bytes a second, and operations a second in float32 and bfloat16."""
     torch.set_num_threads(task["threads"])
-    size = min(max(os.path.getsize(task["file"]), _LEAST), _MOST)
+    size = min(max(os.path.getsize(task["file"]), _LEAST), _MOST) // 4096 * 4096  # rows of 1,024 numbers
     numbers = torch.ones(size // 4)
     figures = {"read memory": _reading(numbers)}
-    if os.path.getsize(task["file"]) > _LEAST:
+    if os.path.getsize(task["file"]) >= size:
         with open(task["file"], "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
-            count = min(len(mapping), size) // 4096 * 1024
+            count = size // 4
             # Mapped as weights are; the first pass brings the pages into this process and isn't the best.
             mapped = torch.frombuffer(mapping, dtype=torch.int32, count=count)
             figures["read a mapped file"] = _reading(mapped)
