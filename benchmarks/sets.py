@@ -239,6 +239,7 @@ def _shards() -> Iterator[Case]:
             contenders=(TORCH, TORCH_SHARDS, ONNXRUNTIME, ONNXRUNTIME_SHARDS),
             reference=TORCH,
             points=(Point(context=SHORT, prefills=4, tokens=48),),
+            rounds=9,  # as what is looked for is small
             goals=tuple(
                 Goal(
                     what=f"{figure}, {three.removeprefix('splitbundle ')}",
