@@ -16,7 +16,7 @@ _ABOUT: Final = {
     "verify": "Seconds for hashing all files of a bundle, in memory already.",
     "convert": "Seconds from the start of a process to its end; nothing is compared with the original.",
     "cold": "Seconds from the start of a process to its first token, and of them for importing the libraries.",
-    "load": "Seconds until a model can compute, without imports and with; to its first token; private memory (RssAnon).",
+    "load": "Seconds until it can compute, without imports and with; to the first token; private memory (RssAnon).",
     "prefill": "Milliseconds a token of a prompt, with the last position's logits alone.",
     "decode": "Milliseconds a token after the prompt.",
     "long": "Milliseconds a token after a short prompt and a long one.",
