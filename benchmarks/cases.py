@@ -17,7 +17,8 @@ from benchmarks.processes import Failed, interleaved, measured, say, warm
 from benchmarks.shapes import SHAPES
 
 RATES: Final = "the machine"
-"""A contender that measures what the machine can do."""
+"""A contender that measures what the machine can do, before and after the others: the better of both is the limit."""
+_AFTER: Final = "the machine, again"
 TOLERANCE: Final = {"float32": 1e-3, "bfloat16": 0.05}
 """Of the largest logit: what a contender may differ by from transformers. The weights are random and the precisions
 differ within, but for another model, or one whose rotation or layout was mistaken, it is more."""
@@ -67,9 +68,11 @@ class Measuring:
             raise Failed("nobody can compute it here")
         if case.points and not case.sample_memory:
             weights = max(checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-            contenders[RATES] = _runner("limits", {"threads": self.threads, "file": str(weights)})
+            rates = _runner("limits", {"threads": self.threads, "file": str(weights)})
+            contenders = {RATES: rates, **contenders, _AFTER: rates}
         found = machine.facts()
         runs, failed = interleaved(contenders, self.rounds or case.rounds, self.lock)
+        runs = [_best_rates(run) for run in runs]
         derived = [run | sets.derive(case, run, run.get(RATES)) for run in runs]
         document = self._document(case.set, case.model, case.dtype, derived, case.goals, case.reference)
         figures = [name for point in case.points for name in _names(point)] if not case.sample_memory else []
@@ -165,6 +168,12 @@ def difference(got: list[float], wanted: list[float]) -> float:
         return float("inf")
     largest = max(map(abs, wanted))
     return max(abs(a - b) for a, b in zip(got, wanted, strict=True)) / largest
+
+
+def _best_rates(run: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    found = [run[name] for name in (RATES, _AFTER) if name in run]
+    others = {name: own for name, own in run.items() if name not in (RATES, _AFTER)}
+    return others | ({RATES: {name: max(each[name] for each in found) for name in found[0]}} if found else {})
 
 
 def _names(point: sets.Point) -> list[str]:

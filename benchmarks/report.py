@@ -75,6 +75,9 @@ def _case(document: dict[str, Any]) -> list[str]:
     if rates := [run["the machine"] for run in runs if "the machine" in run]:
         each = (f"{name} {_rate(name, spread([rate[name] for rate in rates]))}" for name in rates[0])
         lines += [f"The machine, in the same run: {'; '.join(each)}.", ""]
+        shares = [times_as_fast(runs, figure, name, LIMIT) for figure in document["figures"] for name in runs[0]]
+        if any(share["median"] > 1.03 for share in shares if share):
+            lines += ["More than the limit came, so others used the machine while it was measured: run this again.", ""]
     if differences := document["differences"]:
         greatest = max(differences, key=lambda name: differences[name])
         told = f"{differences[greatest]:.1g} of the largest logit ({greatest})"
