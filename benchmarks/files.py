@@ -15,13 +15,15 @@ from typing import Any
 from benchmarks.processes import ROOT, Failed, say
 from benchmarks.shapes import ITEM, SHAPES, Shape
 
+import splitbundle
+
 _COPIES = 4
 """Checkpoint, bundle, GGUF and the genai build: as many times the weights' bytes may be written."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Workshop:
-    """A directory of models. What is there from an earlier run is taken as it is."""
+    """A directory of models. What is there from an earlier run is taken, where this version reads it."""
 
     directory: Path
 
@@ -37,6 +39,8 @@ class Workshop:
         ending, maker = makers[reads]
         path = self.directory / f"{model}{'' if dtype == 'float32' else '-' + dtype}{ending}"
         if _there(path):
+            if reads in ("bundle", "shards"):
+                check_bundle(path)
             return path
         say(f"making {path}")
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -117,6 +121,21 @@ def check_config(checkpoint: Path, shape: Shape) -> None:
     for name, value in {"model_type": shape.family, **shape.config()}.items():
         if config.get(name, value) != value:
             raise Failed(f"{checkpoint} is of another model: {name} is {config[name]!r} and not {value!r}. Remove it")
+
+
+def check_bundle(path: Path) -> None:
+    """Whether a bundle that was there has the layout that this version reads.
+
+    Raises:
+        Failed: it hasn't.
+    """
+    try:
+        bundle = splitbundle.open(path)
+        for group in bundle.weight_groups():
+            for _ in bundle.open_weights(group):
+                pass
+    except splitbundle.BundleError as error:
+        raise Failed(f"{path} was made by another version ({error}). Remove it, or take another directory") from None
 
 
 def _there(path: Path) -> bool:

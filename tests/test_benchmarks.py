@@ -238,6 +238,13 @@ def test_sizes_and_what_a_report_says_of_them(tmp_path: Path) -> None:
     assert sizes[file_sets.PARAMETERS]["bytes"] == 4 * SHAPES["tiny"].parameters()
     stored = sum(path.stat().st_size for path in (tmp_path / "tiny.splitbundle").glob("*.safetensors"))
     assert sizes[file_sets.BUNDLE]["bytes"] == stored
+    # What another version wrote isn't taken.
+    layer = tmp_path / "tiny.splitbundle" / "layer-001.safetensors"
+    content = bytearray(layer.read_bytes())
+    content[8:40] = bytes(32)
+    layer.write_bytes(content)
+    with pytest.raises(Failed, match=r"made by another version .*Remove it"):
+        measuring.workshop.make("bundle", "tiny", "float32")
     # A tiny model's headers weigh more than they may for GPT-2.
     text = report.markdown([document])
     assert "goal ≤ 1.001 ×, came 1." in text
