@@ -1,0 +1,185 @@
+"""Measuring one case: who can take part, whether they compute the same, and then round by round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks import file_sets, machine, sets
+from benchmarks.computing import point_name
+from benchmarks.contenders import CONTENDERS, TRANSFORMERS
+from benchmarks.files import Workshop, check_config
+from benchmarks.goals import Goal
+from benchmarks.processes import Failed, interleaved, measured, say, warm
+from benchmarks.shapes import SHAPES
+
+RATES: Final = "the machine"
+"""A contender that measures what the machine can do, before and after the others: the better of both is the limit."""
+_AFTER: Final = "the machine, again"
+TOLERANCE: Final = {"float32": 1e-3, "bfloat16": 0.05}
+"""Of the largest logit: what a contender may differ by from transformers. The weights are random and the precisions
+differ within, but for another model, or one whose rotation or layout was mistaken, it is more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measuring:
+    """How everything is measured."""
+
+    workshop: Workshop
+    threads: int
+    rounds: int | None
+    only: tuple[str, ...] | None
+    lock: str | None
+
+    def of_models(self, case: sets.Case) -> dict[str, Any]:
+        """Measures a case that computes a model; gives what is written of it.
+
+        Raises:
+            Failed: the model can't be made here, or nobody is left.
+        """
+        shape = SHAPES[case.model]
+        if why := self.workshop.why_not(case.model, case.dtype):
+            raise Failed(why)
+        checkpoint = self.workshop.make("checkpoint", case.model, case.dtype)
+        check_config(checkpoint, shape)
+        left_out: dict[str, str] = {}
+        tasks: dict[str, dict[str, Any]] = {}
+        for name in case.contenders:
+            if self.only is not None and name not in self.only:
+                continue
+            contender = CONTENDERS[name]
+            why = contender.why_not(shape, case.dtype)
+            try:
+                path = None if why else self.workshop.make(contender.reads, case.model, case.dtype)
+            except Failed as error:
+                why = str(error)
+            if why is not None:
+                left_out[name] = why
+                say(f"left out: {name}: {why}")
+                continue
+            tasks[name] = self._task(case, name, str(path))
+        differences = self._check(case, tasks, checkpoint, left_out)
+        warm(checkpoint, *(Path(task["path"]) for task in tasks.values()))
+        contenders = {name: _runner("computing", task) for name, task in tasks.items()}
+        if not contenders:
+            raise Failed("nobody can compute it here")
+        if case.points and not case.sample_memory:
+            weights = max(checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+            rates = _runner("limits", {"threads": self.threads, "file": str(weights)})
+            contenders = {RATES: rates, **contenders, _AFTER: rates}
+        found = machine.facts()
+        runs, failed = interleaved(contenders, self.rounds or case.rounds, self.lock)
+        runs = [_best_rates(run) for run in runs]
+        derived = [run | sets.derive(case, run, run.get(RATES)) for run in runs]
+        document = self._document(case.set, case.model, case.dtype, derived, case.goals, case.reference)
+        figures = [name for point in case.points for name in _names(point)] if not case.sample_memory else []
+        return document | {
+            "machine": found,
+            "figures": [*dict.fromkeys([*figures, *case.figures])],
+            "left out": left_out | failed,
+            "differences": differences,
+        }
+
+    def of_files(self, name: str, model: str) -> dict[str, Any]:
+        """Measures a set that computes no model."""
+        if model:
+            if why := self.workshop.why_not(model, "float32"):
+                raise Failed(why)
+            check_config(self.workshop.make("checkpoint", model, "float32"), SHAPES[model])
+        plan = file_sets.plan(name, model, self.workshop)
+        found = machine.facts()
+        runs, failed = interleaved(plan.contenders, self.rounds or file_sets.ROUNDS[name], self.lock)
+        document = self._document(name, model, "float32" if model else "", runs, plan.goals, plan.reference)
+        return document | {"machine": found, "figures": list(plan.figures), "left out": failed, "differences": {}}
+
+    def _document(
+        self, name: str, model: str, dtype: str, runs: list[dict[str, Any]], goals: tuple[Goal, ...], reference: str
+    ) -> dict[str, Any]:
+        return {
+            "set": name,
+            "model": model,
+            "dtype": dtype,
+            "threads": self.threads,
+            "rounds": len(runs),
+            "reference": reference,
+            "goals": [goal.outcome(runs) for goal in goals],
+            "runs": runs,
+        }
+
+    def _task(self, case: sets.Case, name: str, path: str) -> dict[str, Any]:
+        contender = CONTENDERS[name]
+        return {
+            "module": contender.module,
+            "libraries": contender.libraries,
+            "options": contender.options,
+            "path": path,
+            "dtype": case.dtype,
+            "threads": self.threads,
+            "vocabulary": min(SHAPES[case.model].vocabulary, 50000),
+            "capacity": case.capacity,
+            "points": [point.task() for point in case.points],
+            "sample_memory": case.sample_memory,
+            "logits": False,
+        }
+
+    def _check(
+        self, case: sets.Case, tasks: dict[str, dict[str, Any]], checkpoint: Path, left_out: dict[str, str]
+    ) -> dict[str, float]:
+        """Holds everybody's logits against transformers', eager, and takes out who differs. Peers are asked once for a
+        version and a checkpoint; what comes from here is asked each time, as its code may have changed."""
+        record = self.workshop.directory / "checked.json"
+        known = json.loads(record.read_text("utf-8")) if record.exists() else {}
+        stamp = f"{case.model} {case.dtype} {checkpoint.stat().st_mtime_ns}"
+        versions = machine.facts()["libraries"]
+        wanted: list[float] | None = None
+        differences: dict[str, float] = {}
+        for name, task in list(tasks.items()):
+            if name == TRANSFORMERS:
+                continue
+            key = f"{name} {stamp} {versions}"
+            if name.startswith("splitbundle") or key not in known:
+                say(f"checking: {name}")
+                try:
+                    if wanted is None:
+                        reference = self._task(case, TRANSFORMERS, str(checkpoint))
+                        wanted = measured("computing", reference | {"points": [], "logits": True})["logits"]
+                    got = measured("computing", task | {"points": [], "logits": True})["logits"]
+                except Failed as error:
+                    left_out[name] = str(error)
+                    say(f"left out: {name}: {error}")
+                    del tasks[name]
+                    continue
+                known[key] = difference(got, wanted)
+                record.write_text(json.dumps(known, indent=1), "utf-8")
+            differences[name] = known[key]
+            if not known[key] <= TOLERANCE[case.dtype]:
+                left_out[name] = f"it differs from transformers by {known[key]:.2g} of the largest logit"
+                say(f"left out: {name}: {left_out[name]}")
+                del tasks[name]
+        return differences
+
+
+def difference(got: list[float], wanted: list[float]) -> float:
+    """The greatest difference, of the largest logit; infinite for another number of them."""
+    if len(got) != len(wanted):
+        return float("inf")
+    largest = max(map(abs, wanted))
+    return max(abs(a - b) for a, b in zip(got, wanted, strict=True)) / largest
+
+
+def _best_rates(run: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    found = [run[name] for name in (RATES, _AFTER) if name in run]
+    others = {name: own for name, own in run.items() if name not in (RATES, _AFTER)}
+    return others | ({RATES: {name: max(each[name] for each in found) for name in found[0]}} if found else {})
+
+
+def _names(point: sets.Point) -> list[str]:
+    names = [point_name("prefill", point.context, point.batch)] if point.prefills > 1 else []
+    return [*names, point_name("decode", point.context, point.batch)] if point.tokens else names
+
+
+def _runner(module: str, task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    return lambda: measured(module, task)

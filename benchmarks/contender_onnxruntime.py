@@ -1,0 +1,32 @@
+"""splitbundle with onnxruntime, driven by the benchmark."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+
+import splitbundle
+from splitbundle import onnxruntime_pipeline as _loaded_with_the_import  # noqa: F401  (as the peers' classes are)
+
+
+class Driver:
+    """A pipeline and the session of what it computes."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self.capacity = task["capacity"]
+        bundle = splitbundle.open(task["path"])
+        self.pipeline = bundle.pipeline(backend="onnxruntime", threads=task["threads"], **task["options"])
+        self.session: Any = None
+        self.last: Any = None
+
+    def feed(self, rows: list[list[int]], anew: bool) -> None:
+        """Computes the last position's logits of some tokens, after those before or anew."""
+        if anew:
+            self.session = self.pipeline.session(len(rows), self.capacity)
+        self.last = self.pipeline(numpy.array(rows), session=self.session, logits="last")
+
+    def logits(self) -> list[float]:
+        """Of the first row."""
+        found: list[float] = self.last[0, -1].tolist()
+        return found

@@ -1,0 +1,33 @@
+"""splitbundle with torch, driven by the benchmark."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import splitbundle
+from splitbundle import torch_pipeline as _loaded_with_the_import  # noqa: F401  (as the peers' classes are)
+
+
+class Driver:
+    """A pipeline and the session of what it computes."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        torch.set_num_threads(task["threads"])
+        self.capacity = task["capacity"]
+        self.pipeline = splitbundle.open(task["path"]).pipeline()
+        self.session: Any = None
+        self.last: Any = None
+
+    def feed(self, rows: list[list[int]], anew: bool) -> None:
+        """Computes the last position's logits of some tokens, after those before or anew."""
+        if anew:
+            self.session = self.pipeline.session(len(rows), self.capacity)
+        with torch.no_grad():
+            self.last = self.pipeline(torch.tensor(rows), session=self.session, logits="last")
+
+    def logits(self) -> list[float]:
+        """Of the first row."""
+        found: list[float] = self.last[0, -1].float().tolist()
+        return found

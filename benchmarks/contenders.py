@@ -1,0 +1,79 @@
+"""Who is measured: for each, the module that drives it, the libraries it needs, and what it can compute."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from benchmarks.shapes import Shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """A way to compute a model. ``reads`` is which of the directory's files: see ``files.Workshop``."""
+
+    module: str
+    libraries: tuple[str, ...]
+    """What is imported before anything else, and timed; the first is what it is named for."""
+    reads: str
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    families: tuple[str, ...] = ("gpt2", "llama", "qwen2")
+    options: dict[str, Any] = field(default_factory=dict)
+    needs_compiler: bool = False
+
+    def why_not(self, shape: Shape, dtype: str) -> str | None:
+        """Why it can't compute this here; None where it can."""
+        for library in self.libraries:
+            if importlib.util.find_spec(library) is None:
+                return f"{library} isn't installed"
+        if dtype not in self.dtypes:
+            return f"it doesn't compute in {dtype} here"
+        if shape.family not in self.families:
+            return f"it doesn't know {shape.family}"
+        if self.needs_compiler and shutil.which(os.environ.get("CXX", "g++")) is None:
+            return "there is no C++ compiler"
+        return None
+
+
+TORCH: Final = "splitbundle torch"
+ONNXRUNTIME: Final = "splitbundle onnxruntime"
+PREPACKED: Final = "splitbundle onnxruntime prepacked"
+TRANSFORMERS: Final = "transformers"
+COMPILED: Final = "transformers compiled"
+GENAI: Final = "onnxruntime-genai"
+GENAI_BUNDLE: Final = "onnxruntime-genai on the bundle"
+LLAMA: Final = "llama.cpp"
+TORCH_SHARDS: Final = "splitbundle torch in three shards"
+ONNXRUNTIME_SHARDS: Final = "splitbundle onnxruntime in three shards"
+
+_TORCH: Final[dict[str, Any]] = {"module": "contender_torch", "libraries": ("torch", "splitbundle")}
+_ONNXRUNTIME: Final[dict[str, Any]] = {
+    "module": "contender_onnxruntime",
+    "libraries": ("onnxruntime", "splitbundle"),
+    "dtypes": ("float32",),
+}
+_TRANSFORMERS: Final[dict[str, Any]] = {
+    "module": "contender_transformers",
+    "libraries": ("torch", "transformers"),
+    "reads": "checkpoint",
+}
+_GENAI: Final[dict[str, Any]] = {
+    "module": "contender_genai",
+    "libraries": ("onnxruntime_genai",),
+    "dtypes": ("float32",),
+}
+CONTENDERS: Final[dict[str, Contender]] = {
+    TORCH: Contender(**_TORCH, reads="bundle"),
+    ONNXRUNTIME: Contender(**_ONNXRUNTIME, reads="bundle"),
+    PREPACKED: Contender(**_ONNXRUNTIME, reads="bundle", options={"prepack": True}),
+    TORCH_SHARDS: Contender(**_TORCH, reads="shards"),
+    ONNXRUNTIME_SHARDS: Contender(**_ONNXRUNTIME, reads="shards"),
+    TRANSFORMERS: Contender(**_TRANSFORMERS),
+    COMPILED: Contender(**_TRANSFORMERS, options={"compile": True}, needs_compiler=True),
+    GENAI: Contender(**_GENAI, reads="genai", families=("llama", "qwen2")),
+    GENAI_BUNDLE: Contender(**_GENAI, reads="bundle"),
+    LLAMA: Contender(module="contender_llama_cpp", libraries=("llama_cpp",), reads="gguf"),
+}

@@ -1,0 +1,337 @@
+"""The sets of the benchmark that compute models: which, at what contexts, by whom, and what is to be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from benchmarks.computing import point_name
+from benchmarks.contenders import (
+    COMPILED,
+    CONTENDERS,
+    GENAI,
+    GENAI_BUNDLE,
+    LLAMA,
+    ONNXRUNTIME,
+    ONNXRUNTIME_SHARDS,
+    PREPACKED,
+    TORCH,
+    TORCH_SHARDS,
+    TRANSFORMERS,
+)
+from benchmarks.goals import Goal, Term
+from benchmarks.shapes import ITEM, SHAPES
+
+LIMIT: Final = "the machine's limit"
+"""A contender that needs no longer than what must be moved or multiplied."""
+BYTES: Final = "as its bytes explain"
+"""A contender that at another context takes as many times as long as it moves more bytes."""
+FILES: Final = "the files"
+"""A contender whose figures are the bytes of the weights, and of the cache."""
+SHORT: Final = 256
+LONG: Final = 4000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A prompt of some tokens in each of some rows, computed some times; then some tokens, one at a time."""
+
+    context: int
+    batch: int = 1
+    prefills: int = 1
+    tokens: int = 0
+
+    def task(self) -> dict[str, int]:
+        """As a process takes it."""
+        return {name: getattr(self, name) for name in ("context", "batch", "prefills", "tokens")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One table of a set."""
+
+    set: str
+    model: str
+    dtype: str
+    contenders: tuple[str, ...]
+    reference: str
+    """Against whom the table has ratios."""
+    points: tuple[Point, ...] = ()
+    rounds: int = 5
+    figures: tuple[str, ...] = ()
+    """Those of the table, beside the points' own."""
+    goals: tuple[Goal, ...] = field(default=())
+    sample_memory: bool = False
+
+    @property
+    def capacity(self) -> int:
+        """The slots that a cache needs."""
+        most = max((point.context + (point.tokens + 3 if point.tokens else 0) for point in self.points), default=64)
+        return max(most, 64)
+
+
+def _cold() -> Iterator[Case]:
+    everybody = (TORCH, ONNXRUNTIME, TRANSFORMERS, GENAI, GENAI_BUNDLE, LLAMA)
+    first = "first token"
+    goals = (
+        _faster(f"{first}, torch", TORCH, TRANSFORMERS, first, 2.8),
+        Goal(
+            what="first token, torch, less that process's import torch",
+            own=Term(TORCH, first),
+            less=(Term(TORCH, "import torch"),),
+            at_most=0.2,
+        ),
+        _faster(f"{first}, onnxruntime", ONNXRUNTIME, TRANSFORMERS, first, 6.0),
+    )
+    for model in ("gpt2", "llama-124m", "qwen2-0.5b"):
+        yield Case(
+            set="cold",
+            model=model,
+            dtype="float32",
+            contenders=everybody,
+            reference=TRANSFORMERS,
+            rounds=10,
+            figures=(first, "import"),
+            goals=goals if model == "gpt2" else (),
+        )
+
+
+def _load() -> Iterator[Case]:
+    private = "private after loading"
+    copies = Goal(
+        what="private memory that loading takes, torch, of the weights' bytes",
+        own=Term(TORCH, private),
+        against=Term(FILES, "weights"),
+        share=True,
+        at_most=0.02,
+    )
+    for model in ("gpt2", "llama-124m", "qwen2-0.5b"):
+        goals = [copies]
+        if SHAPES[model].family in CONTENDERS[GENAI].families:
+            goals.append(_faster("loading, onnxruntime", ONNXRUNTIME, GENAI, "load", 10.0))
+        if model == "qwen2-0.5b":
+            goals.append(_faster("loading 2 GB, torch", TORCH, TRANSFORMERS, "load", 20.0))
+        yield Case(
+            set="load",
+            model=model,
+            dtype="float32",
+            contenders=(TORCH, ONNXRUNTIME, PREPACKED, TRANSFORMERS, GENAI, GENAI_BUNDLE, LLAMA),
+            reference=TRANSFORMERS,
+            figures=("load", "import and load", "first token without imports", private),
+            goals=tuple(goals),
+        )
+
+
+_CASES: Final = (
+    ("gpt2", "float32"),
+    ("llama-124m", "float32"),
+    ("qwen2-0.5b", "float32"),
+    ("qwen2-0.5b", "bfloat16"),
+    ("qwen2-1.5b", "bfloat16"),
+)
+_FLOAT32: Final = (TORCH, ONNXRUNTIME, PREPACKED, TRANSFORMERS, COMPILED, GENAI, GENAI_BUNDLE, LLAMA)
+_BFLOAT16: Final = (TORCH, TRANSFORMERS, COMPILED, LLAMA)
+
+
+def _prefill() -> Iterator[Case]:
+    for model, dtype in _CASES:
+        goals = []
+        for context in (256, 1024):
+            figure, what = f"prefill {context}", f"prefill {context}"
+            if dtype == "bfloat16":
+                goals.append(_faster(f"{what}, torch, bfloat16", TORCH, TRANSFORMERS, figure, 1.15))
+            elif model != "llama-124m":
+                goals.append(_faster(f"{what}, torch", TORCH, TRANSFORMERS, figure, 1.15))
+                goals.append(_faster(f"{what}, torch", TORCH, LIMIT, figure, 0.85))
+                goals.append(_faster(f"{what}, torch", TORCH, LLAMA, figure, 1.1))
+            if dtype == "float32" and model != "gpt2":
+                goals.append(_faster(f"{what}, onnxruntime", ONNXRUNTIME, GENAI, figure, 1.2))
+        yield Case(
+            set="prefill",
+            model=model,
+            dtype=dtype,
+            contenders=_FLOAT32 if dtype == "float32" else _BFLOAT16,
+            reference=TRANSFORMERS,
+            points=(Point(context=256, prefills=4), Point(context=1024, prefills=3)),
+            goals=tuple(goals),
+        )
+
+
+def _decode() -> Iterator[Case]:
+    figure = f"decode {SHORT}"
+    for model, dtype in _CASES:
+        goals = []
+        if model == "gpt2":
+            goals.append(_faster("decoding, torch", TORCH, TRANSFORMERS, figure, 1.25))
+        elif dtype == "float32":
+            goals.append(_faster("decoding, onnxruntime", ONNXRUNTIME, GENAI, figure, 1.2))
+        if (model, dtype) == ("qwen2-0.5b", "float32"):
+            goals.append(_faster("decoding, torch", TORCH, LIMIT, figure, 0.9))
+        if (model, dtype) == ("qwen2-0.5b", "bfloat16"):
+            goals.append(_faster("decoding, torch, bfloat16", TORCH, LLAMA, figure, 1.0))
+        yield Case(
+            set="decode",
+            model=model,
+            dtype=dtype,
+            contenders=_FLOAT32 if dtype == "float32" else _BFLOAT16,
+            reference=TRANSFORMERS,
+            points=(Point(context=SHORT, tokens=24),),
+            goals=tuple(goals),
+        )
+
+
+def _long() -> Iterator[Case]:
+    figure = f"decode {LONG}"
+    for model, dtype in (("qwen2-0.5b", "float32"), ("qwen2-0.5b", "bfloat16"), ("llama-124m", "float32")):
+        own = (TORCH, ONNXRUNTIME) if dtype == "float32" else (TORCH,)
+        goals = [_faster(f"decoding after {LONG} tokens, torch", TORCH, TRANSFORMERS, figure, 1.2)]
+        for contender in own:
+            what = f"decoding after {LONG} tokens, {contender.removeprefix('splitbundle ')}"
+            goals.append(_faster(what, contender, f"{contender} {BYTES}", figure, 1.0))
+        yield Case(
+            set="long",
+            model=model,
+            dtype=dtype,
+            contenders=(*own, TRANSFORMERS, LLAMA, *((GENAI,) if dtype == "float32" else ())),
+            reference=TRANSFORMERS,
+            points=(Point(context=SHORT, tokens=24), Point(context=LONG, tokens=24)),
+            rounds=3,
+            goals=tuple(goals),
+        )
+
+
+def _batch() -> Iterator[Case]:
+    one, eight = point_name("decode", SHORT, 1), point_name("decode", SHORT, 8)
+    for model, dtype, times in (
+        ("gpt2", "float32", 3.0),
+        ("qwen2-0.5b", "float32", 3.0),
+        ("qwen2-0.5b", "bfloat16", 6.0),
+    ):
+        own = (TORCH, ONNXRUNTIME) if dtype == "float32" else (TORCH,)
+        goals = [
+            Goal(
+                what=f"tokens a second in 8 rows, {contender.removeprefix('splitbundle ')}, {dtype}",
+                own=Term(contender, eight),
+                against=Term(contender, one),
+                at_least=times,
+            )
+            for contender in own
+        ]
+        yield Case(
+            set="batch",
+            model=model,
+            dtype=dtype,
+            contenders=(*own, TRANSFORMERS),
+            reference=TRANSFORMERS,
+            points=(Point(context=SHORT, tokens=24), Point(context=SHORT, batch=8, tokens=24)),
+            goals=tuple(goals),
+        )
+
+
+def _shards() -> Iterator[Case]:
+    pairs = {TORCH_SHARDS: TORCH, ONNXRUNTIME_SHARDS: ONNXRUNTIME}
+    for model in ("gpt2", "qwen2-0.5b"):
+        yield Case(
+            set="shards",
+            model=model,
+            dtype="float32",
+            contenders=(TORCH, TORCH_SHARDS, ONNXRUNTIME, ONNXRUNTIME_SHARDS),
+            reference=TORCH,
+            points=(Point(context=SHORT, prefills=4, tokens=48),),
+            rounds=9,  # as what is looked for is small
+            goals=tuple(
+                Goal(
+                    what=f"{figure}, {three.removeprefix('splitbundle ')}",
+                    own=Term(three, figure),
+                    against=Term(one, figure),
+                    share=True,
+                    at_most=1.02,
+                )
+                for three, one in pairs.items()
+                for figure in (f"prefill {SHORT}", f"decode {SHORT}")
+            ),
+        )
+
+
+def _memory() -> Iterator[Case]:
+    for model in ("gpt2", "qwen2-0.5b"):
+        yield Case(
+            set="memory",
+            model=model,
+            dtype="float32",
+            contenders=(TORCH, ONNXRUNTIME, PREPACKED, TRANSFORMERS, GENAI, GENAI_BUNDLE, LLAMA),
+            reference=TRANSFORMERS,
+            points=(Point(context=SHORT, tokens=24),),
+            rounds=3,
+            figures=("private", "private after loading", "private imports"),
+            goals=tuple(
+                Goal(
+                    what="private memory while generating, less the imports' and the cache, "
+                    f"{contender.removeprefix('splitbundle ')}, of the weights' bytes",
+                    own=Term(contender, "private"),
+                    less=(Term(FILES, "cache"),),
+                    against=Term(FILES, "weights"),
+                    share=True,
+                    at_most=0.1,
+                )
+                for contender in (TORCH, ONNXRUNTIME)
+            ),
+            sample_memory=True,
+        )
+
+
+def _faster(what: str, own: str, against: str, figure: str, at_least: float) -> Goal:
+    return Goal(
+        what=f"{what}, against {against}", own=Term(own, figure), against=Term(against, figure), at_least=at_least
+    )
+
+
+_SETS: Final = {
+    "cold": _cold,
+    "load": _load,
+    "prefill": _prefill,
+    "decode": _decode,
+    "long": _long,
+    "batch": _batch,
+    "shards": _shards,
+    "memory": _memory,
+}
+NAMES: Final = tuple(_SETS)
+
+
+def derive(case: Case, run: dict[str, dict[str, Any]], rates: dict[str, float] | None) -> dict[str, dict[str, Any]]:
+    """What follows from a round's figures: the limit's, the files', and what the bytes of a longer cache explain."""
+    shape, dtype = SHAPES[case.model], case.dtype
+    slots = case.capacity
+    derived: dict[str, dict[str, Any]] = {
+        FILES: {
+            "weights": shape.parameters() * ITEM[dtype],
+            "cache": shape.cache_bytes(slots, dtype),
+        }
+    }
+    for point in case.points if rates else ():
+        assert rates is not None
+        context, batch = point.context, point.batch
+        limits = derived.setdefault(LIMIT, {})
+        for what, past, tokens in (("prefill", 0, context), ("decode", context + 3 + point.tokens // 2, 1)):
+            moving = shape.moved(past, tokens, batch, dtype) / rates["read"]
+            multiplying = shape.operations(past, tokens, batch) / rates[f"multiply {dtype}"]
+            limits[point_name(what, context, batch)] = max(moving, multiplying) / tokens / batch
+    if case.set == "long":
+        short, long = (shape.moved(context, 1, 1, dtype) for context in (SHORT, LONG))
+        for contender, figures in run.items():
+            if contender.startswith("splitbundle"):
+                explained = figures[f"decode {SHORT}"] * long / short
+                derived[f"{contender} {BYTES}"] = {f"decode {LONG}": explained}
+    return derived
+
+
+def chosen(name: str, models: tuple[str, ...] | None, dtype: str | None) -> Iterator[Case]:
+    """The tables of a set, for some models and one precision alone; a model that it hasn't, as its first."""
+    own = list(_SETS[name]())
+    for model in models or tuple(dict.fromkeys(case.model for case in own)):
+        found = [case for case in own if case.model == model]
+        for case in found or [replace(own[0], model=model, dtype=dtype or "float32", goals=())]:
+            if dtype in (None, case.dtype):
+                yield case
