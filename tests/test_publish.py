@@ -308,7 +308,7 @@ def test_of_writers_that_race_one_wins_and_the_others_say_so(tmp_path: Path) -> 
         (winner,) = {(tmp_path / kind / f"{i}.txt").read_text() for i in range(4)}
         assert winner in won
         if kind[0] == "f":
-            assert len(won) == writers * ROUNDS, said  # each replaced what the one before it had made
+            assert {what for _, what in said} == {"won"}  # each replaced what the one before it had made
         else:
             assert len(won) == 1
             assert {what for _, what in said} == {"won", "output.exists"}

@@ -108,8 +108,8 @@ def _place(destination: str | os.PathLike[str]) -> Path:
 def _prepare(target: Path, force: bool) -> None:
     """Ends what was interrupted here, refuses what can't be replaced, and removes what killed writers left."""
     mend(target)
-    _refuse_existing(target, force)
-    with alone(target.parent):
+    with alone(target.parent):  # a bundle that is just being replaced isn't there for a moment
+        _refuse_existing(target, force)
         old = place_of_old(target)
         if os.path.lexists(target) and is_old_bundle(old):  # replaced, and then killed
             # In one step out of the place from which old bundles are put back: half of one mustn't be.
