@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from splitbundle import architecture as facts
-from splitbundle.torch_linear import joined, linear
+from splitbundle.torch_linear import activated, joined, linear, multiplied
 from splitbundle.torch_positions import KVCache, Positions, Reach
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -62,7 +62,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def project(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
-    """One input through several layers: as one product where they are plain and their weights lie side by side.
+    """One input through several layers, as one product where that pays.
 
     *Shape:* (…, inputs) -> for each layer (…, outputs).
     """
@@ -259,14 +259,20 @@ class Mlp(nn.Module):
         self.gate = Linear(hidden, mlp.intermediate_size, bias=mlp.bias) if mlp.gated else None
         self.up = Linear(hidden, mlp.intermediate_size, bias=mlp.bias)
         self.down = Linear(mlp.intermediate_size, hidden, bias=mlp.bias)
+        self.name = mlp.activation
         self.activation = Xielu() if mlp.activation == "xielu" else ACTIVATIONS[mlp.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """*Shape:* (batch, sequence, hidden) -> the same."""
         if self.gate is None:
-            return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
-        gate, up = project(x, self.gate, self.up)
-        return self.down(self.activation(gate) * up)  # type: ignore[no-any-return]
+            return self.down(self._activated(x, self.up))  # type: ignore[no-any-return]
+        gate, up = self._activated(x, self.gate), self.up
+        both = multiplied(x, up.weight, up.bias, gate) if _is_plain(up) else None
+        return self.down(gate * up(x) if both is None else both)  # type: ignore[no-any-return]
+
+    def _activated(self, x: Tensor, layer: Linear) -> Tensor:
+        both = activated(x, layer.weight, layer.bias, self.name) if _is_plain(layer) else None
+        return self.activation(layer(x)) if both is None else both
 
 
 class Layer(nn.Module):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Final
 
@@ -21,29 +21,46 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 SMALL: Final = 2**17
-"""Elements of a weight below which oneDNN's preparations (some 15 µs) take longer than the product."""
+"""Products of two numbers below which oneDNN's preparations (some 15 µs) take longer than all of them."""
+FEW: Final = 16
+"""Tokens up to which it pays to multiply with several weights at once: with more, each product is long by itself."""
+_FUSED: Final = {"silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
+"""Activations that oneDNN applies while it has the product at hand, as it calls them."""
 
 
-def _onednn() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    """oneDNN's product as torch's compiler calls it; None where this torch hasn't got it as it is known here."""
+class _OneDnn:
+    """oneDNN's product as torch's compiler calls it."""
+
+    def __init__(self) -> None:
+        self.operator = torch.ops.mkldnn._linear_pointwise
+
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", how: str = ""
+    ) -> Tensor:
+        """An activation of x Wᵀ + b."""
+        return self.operator.default(x, weight, bias, activation, [], how)  # type: ignore[no-any-return]
+
+    def times(self, x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
+        """(x Wᵀ + b) · factor."""
+        return self.operator.binary(x, factor, weight, bias, "mul")  # type: ignore[no-any-return]
+
+
+def _onednn() -> _OneDnn | None:
+    """None where this torch hasn't got it as it is known here."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
+    one, row = torch.ones(1), torch.ones(1, 2)
     try:
-        operator = torch.ops.mkldnn._linear_pointwise.default
-    except (AttributeError, RuntimeError):
+        found = _OneDnn()
+        tried = [found.product(row, row, one), found.product(row, -row, one, *_FUSED["relu"])]
+        tried += [found.product(row, 1000 * row, one, *_FUSED[name]) for name in ("silu", "gelu", "gelu_tanh")]
+        tried += [found.times(row, row, one, 2 * torch.ones(1, 1))]
+    except (AttributeError, RuntimeError, TypeError):
         return None
-
-    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return operator(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
-
-    try:
-        tried = product(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1))
-    except (RuntimeError, TypeError):
-        return None
-    return product if tried.tolist() == [[3.0]] else None
+    return found if torch.cat(tried).flatten().tolist() == [3, 0, 2001, 2001, 2001, 6] else None
 
 
-_product: Final = _onednn()
+_ONEDNN: Final = _onednn()
 
 
 class _OwnKernels:
@@ -91,24 +108,44 @@ if hasattr(os, "register_at_fork"):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b. *Shape:* (…, columns), (rows, columns), (rows) -> (…, rows)."""
-    if _product is None or not _plain(x, weight):
-        return functional.linear(x, weight, bias)
-    if weight.dtype == torch.float32:
-        if weight.numel() < SMALL or not torch.backends.mkldnn.enabled:
-            return functional.linear(x, weight, bias)
-        return _product(x, weight, bias)
-    if weight.dtype == torch.bfloat16 and x.numel() == weight.shape[1]:  # one row
-        with _own_kernels:
+    onednn = _for(x, weight)
+    if onednn is not None:
+        return onednn.product(x, weight, bias)
+    if weight.dtype == torch.bfloat16 and x.numel() == weight.shape[1] and _ONEDNN is not None and _plain(x, weight):
+        with _own_kernels:  # one row
             return functional.linear(x, weight, bias)
     return functional.linear(x, weight, bias)
 
 
+def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
+    """An activation of x Wᵀ + b, if one kernel does both. *Shape:* as of ``linear``."""
+    onednn = _for(x, weight) if activation in _FUSED else None
+    return None if onednn is None else onednn.product(x, weight, bias, *_FUSED[activation])
+
+
+def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor | None:
+    """(x Wᵀ + b) · factor, if one kernel does both. *Shape:* as of ``linear``, and of the factor (…, rows)."""
+    onednn = _for(x, weight) if _plain(x, factor) else None
+    return None if onednn is None else onednn.times(x, weight, bias, factor)
+
+
+def _for(x: Tensor, weight: Tensor) -> _OneDnn | None:
+    """oneDNN, where it is the one to compute this."""
+    if _ONEDNN is None or weight.dtype != torch.float32 or not torch.backends.mkldnn.enabled:
+        return None
+    if x.numel() * weight.shape[0] < SMALL:
+        return None
+    return _ONEDNN if _plain(x, weight) else None
+
+
 def joined(x: Tensor, weights: Sequence[Tensor]) -> Tensor | None:
-    """Weights that multiply one input, as one, where they lie one after another in a storage; None where they don't.
+    """Weights that multiply one input, as one, where they lie one after another in a storage and tokens are few.
 
     *Shape:* of the weights, (rows, columns) each with rows of its own -> (rows of all, columns).
     """
     first = weights[0]
+    if x.numel() > FEW * x.shape[-1]:
+        return None
     place, storage = first.data_ptr(), first.untyped_storage()._cdata
     for weight in weights:
         if (
