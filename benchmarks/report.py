@@ -19,7 +19,7 @@ _ABOUT: Final = {
     "load": "Seconds until it can compute, without imports and with; to the first token; private memory (RssAnon).",
     "prefill": "Milliseconds a token of a prompt, with the last position's logits alone.",
     "decode": "Milliseconds a token after the prompt.",
-    "long": "Milliseconds a token after a short prompt and a long one.",
+    "long": "Milliseconds a token after prompts of three lengths, and of the prompt in the middle.",
     "batch": "Milliseconds a token and row, for one row and for eight.",
     "shards": "Milliseconds a token, for one shard and for three that are chained.",
     "memory": "The most private memory (RssAnon) while generating, beyond the imports'.",

@@ -30,6 +30,7 @@ BYTES: Final = "as its bytes explain"
 FILES: Final = "the files"
 """A contender whose figures are the bytes of the weights, and of the cache."""
 SHORT: Final = 256
+MIDDLE: Final = 2000
 LONG: Final = 4000
 
 
@@ -189,13 +190,20 @@ def _long() -> Iterator[Case]:
         for contender in own:
             what = f"decoding after {LONG} tokens, {contender.removeprefix('splitbundle ')}"
             goals.append(_faster(what, contender, f"{contender} {BYTES}", figure, 1.0))
+        if dtype == "float32":
+            for other in (f"prefill {MIDDLE}", f"decode {MIDDLE}"):
+                goals.append(_faster(f"{other}, onnxruntime", ONNXRUNTIME, GENAI, other, 1.2))
         yield Case(
             set="long",
             model=model,
             dtype=dtype,
             contenders=(*own, TRANSFORMERS, LLAMA, *((GENAI,) if dtype == "float32" else ())),
             reference=TRANSFORMERS,
-            points=(Point(context=SHORT, tokens=24), Point(context=LONG, tokens=24)),
+            points=(
+                Point(context=SHORT, tokens=24),
+                Point(context=MIDDLE, prefills=2, tokens=12),
+                Point(context=LONG, tokens=24),
+            ),
             rounds=3,
             goals=tuple(goals),
         )

@@ -64,7 +64,7 @@ _ONEDNN: Final = _onednn()
 
 
 class _OwnKernels:
-    """While entered, torch uses its own kernels and not oneDNN's.
+    """While entered, torch uses its own kernels and not oneDNN's: ``torch.backends.mkldnn.enabled`` is off.
 
     The switch is the process's, not a thread's: the first thread that enters turns it, the last one that leaves turns
     it back, and what others compute meanwhile stays right.
@@ -79,8 +79,8 @@ class _OwnKernels:
     def __enter__(self) -> None:
         with self.lock:
             if not self.inside:
-                self.before = torch.backends.mkldnn.enabled  # type: ignore[assignment]
-                torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+                self.before = torch._C._get_mkldnn_enabled()
+                torch._C._set_mkldnn_enabled(False)
             self.inside += 1
 
     def __exit__(
@@ -89,7 +89,7 @@ class _OwnKernels:
         with self.lock:
             self.inside -= 1
             if not self.inside:
-                torch.backends.mkldnn.enabled = self.before  # type: ignore[assignment]
+                torch._C._set_mkldnn_enabled(self.before)
 
 
 _own_kernels: Final = _OwnKernels()
@@ -98,7 +98,7 @@ _own_kernels: Final = _OwnKernels()
 def _after_fork() -> None:
     """A thread of the parent may have been inside: here it never leaves."""
     if _own_kernels.inside:
-        torch.backends.mkldnn.enabled = _own_kernels.before  # type: ignore[assignment]
+        torch._C._set_mkldnn_enabled(_own_kernels.before)
     _own_kernels.reset()
 
 
@@ -125,13 +125,13 @@ def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -
 
 def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor | None:
     """(x Wᵀ + b) · factor, if one kernel does both. *Shape:* as of ``linear``, and of the factor (…, rows)."""
-    onednn = _for(x, weight) if _plain(x, factor) else None
-    return None if onednn is None else onednn.times(x, weight, bias, factor)
+    onednn = _for(x, weight)
+    return onednn.times(x, weight, bias, factor) if onednn is not None and _plain(x, factor) else None
 
 
 def _for(x: Tensor, weight: Tensor) -> _OneDnn | None:
     """oneDNN, where it is the one to compute this."""
-    if _ONEDNN is None or weight.dtype != torch.float32 or not torch.backends.mkldnn.enabled:
+    if _ONEDNN is None or weight.dtype != torch.float32 or not torch._C._get_mkldnn_enabled():
         return None
     if x.numel() * weight.shape[0] < SMALL:
         return None

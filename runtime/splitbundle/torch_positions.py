@@ -269,12 +269,11 @@ class KVCache(Slots):
         """
         for stored, new in ((self.keys[layer], keys), (self.values[layer], values)):
             if positions.uniform is not None:
-                start = positions.uniform
-                stored[:, :, start : start + positions.length] = new
+                stored.narrow(2, positions.uniform, positions.length).copy_(new)
             else:
                 rows, places, slots = positions.tokens
                 stored[rows, :, slots] = new[rows, :, places]
-        return self.keys[layer][:, :, : positions.stop], self.values[layer][:, :, : positions.stop]
+        return self.keys[layer].narrow(2, 0, positions.stop), self.values[layer].narrow(2, 0, positions.stop)
 
     @property
     def kind(self) -> tuple[tuple[int, int], torch.dtype, torch.device]:
