@@ -1,13 +1,13 @@
 """splitbundle beside what people would use instead, and beside the machine's limit, in one interleaved run.
 
     python -m benchmarks decode
-    python -m benchmarks prefill --model gpt2,qwen2-0.5b --rounds 7 --directory /var/tmp/models
+    python -m benchmarks prefill --model gpt2,qwen2-0.5b --rounds 7 --directory models --results measured
 
-Each contender runs in fresh processes, on the same tokens, in turn (A B A B …): one round of all, then the next. Ratios
+Each contender runs in fresh processes, on the same tokens, in turn (A B B A …): one round of all, then the next. Ratios
 are taken round by round; tables have their medians, and their least and greatest. What a contender computes is first
 held against transformers' logits; one that differs isn't timed. Files are read once before, so they are in the page
 cache for everybody. Contenders that aren't installed are left out with a line on stderr. What is measured goes to
-``benchmarks/results/``: JSON, a table and a plot for each set, and whether the goals were reached.
+``benchmarks/results/`` or ``--results``: JSON, a table and a plot for each set, and whether the goals were reached.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="runs of each contender (default: that of the set)")
     parser.add_argument("--threads", type=int, default=2, help="that compute (default: %(default)s)")
     parser.add_argument("--directory", help="where the models are, or are made (default: a temporary one)")
-    parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="default: %(default)s")
+    parser.add_argument("--results", help="where to write (default: benchmarks/results, if all of a set is run)")
     parser.add_argument("--lock", metavar="FILE", help="hold this file's lock during each round: others measure, too")
     parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
     args = parser.parse_args()
@@ -49,7 +49,12 @@ def main() -> int:
     only = None if args.only is None else tuple(args.only.split(","))
     if only and not set(only) <= CONTENDERS.keys():
         parser.error(f"--only: of {', '.join(CONTENDERS)}")
-    results = Path(args.results)
+    part = args.model or args.dtype or args.only or args.rounds or args.threads != 2
+    if args.results is None and part:
+        parser.error(
+            "--results: what is published in benchmarks/results is of whole sets; say where this part is to go"
+        )
+    results = Path(args.results or ROOT / "benchmarks" / "results")
     with tempfile.TemporaryDirectory(prefix="splitbundle-benchmark-") as temporary:
         measuring = cases.Measuring(
             workshop=Workshop(Path(args.directory or temporary)),

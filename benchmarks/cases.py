@@ -139,7 +139,7 @@ class Measuring:
         for name, task in list(tasks.items()):
             if name == TRANSFORMERS:
                 continue
-            key = f"{name} {stamp} {versions}"
+            key = f"{name} {stamp} {Path(task['path']).stat().st_mtime_ns} {versions}"
             if name.startswith("splitbundle") or key not in known:
                 say(f"checking: {name}")
                 try:

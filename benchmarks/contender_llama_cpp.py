@@ -1,4 +1,7 @@
-"""llama.cpp, by llama-cpp-python, driven by the benchmark: weights mapped, and a cache of the weights' precision."""
+"""llama.cpp, by llama-cpp-python, driven by the benchmark: weights mapped, and a cache of the weights' precision.
+
+As its binding has it by default; or with its fused attention, and prompts as a whole.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,9 @@ class Driver:
             n_threads_batch=task["threads"],
             type_k=_CACHE[task["dtype"]],
             type_v=_CACHE[task["dtype"]],
+            n_batch=task["capacity"],
+            n_ubatch=task["capacity"] if task["options"].get("whole") else 512,
+            flash_attn=task["options"].get("flash", False),
             use_mmap=True,
             logits_all=False,
             verbose=False,

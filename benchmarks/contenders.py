@@ -46,6 +46,7 @@ COMPILED: Final = "transformers compiled"
 GENAI: Final = "onnxruntime-genai"
 GENAI_BUNDLE: Final = "onnxruntime-genai on the bundle"
 LLAMA: Final = "llama.cpp"
+LLAMA_FLASH: Final = "llama.cpp with flash attention"
 TORCH_SHARDS: Final = "splitbundle torch in three shards"
 ONNXRUNTIME_SHARDS: Final = "splitbundle onnxruntime in three shards"
 
@@ -65,6 +66,7 @@ _GENAI: Final[dict[str, Any]] = {
     "libraries": ("onnxruntime_genai",),
     "dtypes": ("float32",),
 }
+_LLAMA: Final[dict[str, Any]] = {"module": "contender_llama_cpp", "libraries": ("llama_cpp",), "reads": "gguf"}
 CONTENDERS: Final[dict[str, Contender]] = {
     TORCH: Contender(**_TORCH, reads="bundle"),
     ONNXRUNTIME: Contender(**_ONNXRUNTIME, reads="bundle"),
@@ -75,5 +77,6 @@ CONTENDERS: Final[dict[str, Contender]] = {
     COMPILED: Contender(**_TRANSFORMERS, options={"compile": True}, needs_compiler=True),
     GENAI: Contender(**_GENAI, reads="genai", families=("llama", "qwen2")),
     GENAI_BUNDLE: Contender(**_GENAI, reads="bundle"),
-    LLAMA: Contender(module="contender_llama_cpp", libraries=("llama_cpp",), reads="gguf"),
+    LLAMA: Contender(**_LLAMA),
+    LLAMA_FLASH: Contender(**_LLAMA, options={"flash": True, "whole": True}),
 }

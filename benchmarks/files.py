@@ -92,7 +92,8 @@ class Workshop:
     def _genai(self, path: Path, model: str, dtype: str) -> None:
         source = self.make("checkpoint", model, dtype)
         command = ["-m", "onnxruntime_genai.models.builder", "-m", model, "-i", source, "-o", path]
-        command += ["-p", "fp32", "-e", "cpu", "-c", self.directory / "cache"]
+        # Of a prompt everybody computes the last position's logits alone.
+        command += ["-p", "fp32", "-e", "cpu", "-c", self.directory / "cache", "--extra_options", "prune_lm_head=true"]
         done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
         if done.returncode:
             raise Failed(f"its builder: {(done.stderr.strip() or 'failed').splitlines()[-1]}")

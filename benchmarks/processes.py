@@ -47,13 +47,14 @@ def seconds(command: list[str], *, where: Path = ROOT) -> float:
 def interleaved(
     contenders: Mapping[str, Callable[[], dict[str, Any]]], rounds: int, lock: str | None
 ) -> tuple[list[dict[str, dict[str, Any]]], dict[str, str]]:
-    """A B A B …: each round's figures by contender; and which contenders failed, with the reason, and are left out."""
+    """A B B A …: each round's figures by contender; and which contenders failed, with the reason, and are left out."""
     failed: dict[str, str] = {}
     runs: list[dict[str, dict[str, Any]]] = []
     for i in range(rounds):
         run: dict[str, dict[str, Any]] = {}
         with holding(lock):
-            for name, measure in contenders.items():
+            turn = list(contenders.items())
+            for name, measure in turn if i % 2 == 0 else reversed(turn):
                 if name in failed:
                     continue
                 say(f"round {i + 1} of {rounds}: {name}")

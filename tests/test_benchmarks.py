@@ -103,7 +103,7 @@ def test_contenders_take_turns_and_one_that_fails_is_left_out() -> None:
         return measure
 
     runs, failed = interleaved({name: ran(name) for name in "abc"}, 3, None)
-    assert "".join(seen) == "abcabcac"
+    assert "".join(seen) == "abccbaac"
     assert failed == {"b": "it broke"}
     assert runs == [{"a": {"t": 1.0}, "c": {"t": 1.0}}] * 3
 

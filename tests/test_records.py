@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from splitbundle.manifest import File
 from splitbundle.records import as_dict, field, members, record, replace, types
 
 
@@ -109,3 +110,12 @@ def test_dataclasses_take_them_for_theirs() -> None:
 def test_there_is_one_kind() -> None:
     with pytest.raises(TypeError, match="frozen, slotted and keyword-only"):
         record(frozen=False, slots=True, kw_only=True)
+
+
+def test_asking_what_they_share_for_fields_spoils_none() -> None:
+    """``help`` and ``inspect`` ask every class that a class derives from."""
+    shared = next(each for each in Point.__mro__ if each.__name__ == "_Record")
+    assert not dataclasses.is_dataclass(shared)
+    assert [own.name for own in dataclasses.fields(File)] == ["size", "sha256", "header_sha256"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Point(x=1).x = 2  # type: ignore[misc]

@@ -68,6 +68,8 @@ class _DataclassFields:
     """What ``dataclasses.replace``, ``asdict`` and ``fields`` ask a class for: made when they first ask."""
 
     def __get__(self, instance: object, owner: type[_Record]) -> Any:
+        if owner is _Record:  # which has no fields; what is kept for it would be every record's
+            raise AttributeError("__dataclass_fields__")
         import dataclasses
 
         def described(default: Any) -> Any:
@@ -129,10 +131,14 @@ class _Record:
         return hash(tuple(members(self).values()))
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"cannot assign to field {name!r}")
+        from dataclasses import FrozenInstanceError
+
+        raise FrozenInstanceError(f"cannot assign to field {name!r}")
 
     def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"cannot delete field {name!r}")
+        from dataclasses import FrozenInstanceError
+
+        raise FrozenInstanceError(f"cannot delete field {name!r}")
 
     def __reduce__(self) -> Any:
         return _restored, (type(self), members(self))

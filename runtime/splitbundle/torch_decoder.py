@@ -5,7 +5,7 @@ Shapes in comments: B rows, S positions of this call, T slots of keys, H heads, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from splitbundle import architecture as facts
-from splitbundle.torch_linear import activated, joined, linear, multiplied
+from splitbundle.torch_linear import activated, linear, multiplied
 from splitbundle.torch_positions import KVCache, Positions, Reach
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -59,21 +59,6 @@ def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer is what was loaded: one that was replaced or has a hook, as adapters do it, has its own say."""
     changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
     return type(layer) is Linear and not changed and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-
-
-def project(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
-    """One input through several layers, as one product where that pays.
-
-    *Shape:* (…, inputs) -> for each layer (…, outputs).
-    """
-    if all(map(_is_plain, layers)):
-        weights: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
-        weight = joined(x, weights)
-        if weight is not None:
-            biases = [layer.bias for layer in layers if layer.bias is not None]
-            bias = torch.cat(biases) if biases else None  # type: ignore[arg-type]
-            return torch.split(linear(x, weight, bias), [len(weight) for weight in weights], dim=-1)
-    return [layer(x) for layer in layers]
 
 
 class Table(nn.Module):
@@ -141,10 +126,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
         """*Shape:* (batch, sequence, hidden) -> the same."""
         facts_ = self.facts
-        queries, keys, values = project(x, self.query, self.key, self.value)
-        queries = self._heads(queries, self.query_norm, positions)  # [B, S, H, D]
-        keys = self._heads(keys, self.key_norm, positions)
-        values = split_heads(self._clip(values), facts_.head_dim)
+        queries = self._heads(self.query(x), self.query_norm, positions)  # [B, S, H, D]
+        keys = self._heads(self.key(x), self.key_norm, positions)
+        values = split_heads(self._clip(self.value(x)), facts_.head_dim)
         if facts_.query_temperature is not None:
             queries = queries * positions.temperature(facts_.query_temperature)
         queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))  # [B, H, S, D]
@@ -271,7 +255,8 @@ class Mlp(nn.Module):
         return self.down(gate * up(x) if both is None else both)  # type: ignore[no-any-return]
 
     def _activated(self, x: Tensor, layer: Linear) -> Tensor:
-        both = activated(x, layer.weight, layer.bias, self.name) if _is_plain(layer) else None
+        own = self.activation is ACTIVATIONS.get(self.name)  # and none that somebody put in its place
+        both = activated(x, layer.weight, layer.bias, self.name) if own and _is_plain(layer) else None
         return self.activation(layer(x)) if both is None else both
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Final
 
@@ -22,8 +21,6 @@ from torch.nn import functional
 
 SMALL: Final = 2**17
 """Products of two numbers below which oneDNN's preparations (some 15 µs) take longer than all of them."""
-FEW: Final = 16
-"""Tokens up to which it pays to multiply with several weights at once: with more, each product is long by itself."""
 _FUSED: Final = {"silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
 """Activations that oneDNN applies while it has the product at hand, as it calls them."""
 
@@ -49,18 +46,21 @@ def _onednn() -> _OneDnn | None:
     """None where this torch hasn't got it as it is known here."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
-    one, row = torch.ones(1), torch.ones(1, 2)
+    one, row = (torch.ones(shape, dtype=torch.float32, device="cpu") for shape in ((1,), (1, 2)))
     try:
         found = _OneDnn()
         tried = [found.product(row, row, one), found.product(row, -row, one, *_FUSED["relu"])]
         tried += [found.product(row, 1000 * row, one, *_FUSED[name]) for name in ("silu", "gelu", "gelu_tanh")]
-        tried += [found.times(row, row, one, 2 * torch.ones(1, 1))]
+        tried += [found.times(row, row, one, 2 * one[None])]
+        right = torch.cat(tried).flatten().tolist() == [3, 0, 2001, 2001, 2001, 6]
     except (AttributeError, RuntimeError, TypeError):
         return None
-    return found if torch.cat(tried).flatten().tolist() == [3, 0, 2001, 2001, 2001, 6] else None
+    return found if right else None
 
 
 _ONEDNN: Final = _onednn()
+_SWITCHES: Final = _ONEDNN is not None and bool(torch.cpu._is_avx512_bf16_supported())
+"""Whether torch would give one row of bfloat16 to oneDNN: where it wouldn't, there is nothing to switch."""
 
 
 class _OwnKernels:
@@ -87,9 +87,9 @@ class _OwnKernels:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self.lock:
-            self.inside -= 1
-            if not self.inside:
+            if self.inside == 1:
                 torch._C._set_mkldnn_enabled(self.before)
+            self.inside -= 1
 
 
 _own_kernels: Final = _OwnKernels()
@@ -108,72 +108,64 @@ if hasattr(os, "register_at_fork"):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b. *Shape:* (…, columns), (rows, columns), (rows) -> (…, rows)."""
-    onednn = _for(x, weight)
+    onednn = _for(x, weight, bias)
     if onednn is not None:
         return onednn.product(x, weight, bias)
-    if weight.dtype == torch.bfloat16 and x.numel() == weight.shape[1] and _ONEDNN is not None and _plain(x, weight):
-        with _own_kernels:  # one row
+    one_row = _SWITCHES and weight.dtype == torch.bfloat16 and x.numel() == weight.shape[1]
+    if one_row and _is_plain(x, weight, bias):
+        with _own_kernels:
             return functional.linear(x, weight, bias)
     return functional.linear(x, weight, bias)
 
 
 def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
     """An activation of x Wᵀ + b, if one kernel does both. *Shape:* as of ``linear``."""
-    onednn = _for(x, weight) if activation in _FUSED else None
+    onednn = _for(x, weight, bias) if activation in _FUSED else None
     return None if onednn is None else onednn.product(x, weight, bias, *_FUSED[activation])
 
 
 def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor | None:
     """(x Wᵀ + b) · factor, if one kernel does both. *Shape:* as of ``linear``, and of the factor (…, rows)."""
-    onednn = _for(x, weight)
-    return onednn.times(x, weight, bias, factor) if onednn is not None and _plain(x, factor) else None
+    onednn = _for(x, weight, bias, factor)
+    return None if onednn is None else onednn.times(x, weight, bias, factor)
 
 
-def _for(x: Tensor, weight: Tensor) -> _OneDnn | None:
+def _for(x: Tensor, weight: Tensor, *others: Tensor | None) -> _OneDnn | None:
     """oneDNN, where it is the one to compute this."""
     if _ONEDNN is None or weight.dtype != torch.float32 or not torch._C._get_mkldnn_enabled():
         return None
     if x.numel() * weight.shape[0] < SMALL:
         return None
-    return _ONEDNN if _plain(x, weight) else None
+    return _ONEDNN if _is_plain(x, weight, *others) else None
 
 
-def joined(x: Tensor, weights: Sequence[Tensor]) -> Tensor | None:
-    """Weights that multiply one input, as one, where they lie one after another in a storage and tokens are few.
-
-    *Shape:* of the weights, (rows, columns) each with rows of its own -> (rows of all, columns).
-    """
-    first = weights[0]
-    if x.numel() > FEW * x.shape[-1]:
-        return None
-    place, storage = first.data_ptr(), first.untyped_storage()._cdata
-    for weight in weights:
-        if (
-            weight.data_ptr() != place
-            or weight.untyped_storage()._cdata != storage
-            or weight.dtype != first.dtype
-            or weight.shape[1] != first.shape[1]
-            or not weight.is_contiguous()
-            or not _plain(x, weight)
-        ):
-            return None
-        place += weight.nbytes
-    return first.detach().as_strided((sum(len(weight) for weight in weights), first.shape[1]), (first.shape[1], 1))
-
-
-def _plain(x: Tensor, weight: Tensor) -> bool:
+def _is_plain(x: Tensor, *others: Tensor | None) -> bool:
     """Whether this is nothing but a product on the processor.
 
-    Gradients, transforms, compilers and tensors of other kinds have to see an operator that they know.
+    Gradients, transforms, compilers, modes and tensors of other kinds have to see an operator that they know.
     """
-    return (
-        x.is_cpu
-        and type(x) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)
-        and weight.is_cpu
-        and x.dtype == weight.dtype
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and forward_ad._current_level < 0
-        and torch._C._functorch.maybe_current_level() is None
-        and not torch.compiler.is_compiling()
-    )
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
+        return False
+    if (
+        torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
+    tracked = torch.is_grad_enabled()
+    if tracked and x.requires_grad:
+        return False
+    for tensor in others:
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or not tensor.is_cpu:
+            return False
+        # oneDNN takes a bias as if its numbers were side by side.
+        if tensor.dtype != x.dtype or (tensor.ndim == 1 and not tensor.is_contiguous()):
+            return False
+        if tracked and tensor.requires_grad:
+            return False
+    return True

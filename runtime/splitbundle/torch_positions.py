@@ -94,7 +94,8 @@ class Positions(Call):
 
         *Shape:* (batch or 1, sequence, 1, dim), in the order of the layout.
         """
-        if id(rotary) not in self._rotations:  # every layer asks: hashing all of its fields would take longer
+        # Every layer asks, and hashing all of its fields would take longer.
+        if id(rotary) not in self._rotations or self._rotations[id(rotary)][0] is not rotary:
             # Angles are taken in float32, as everyone takes them: in float64 they would differ from the model's own.
             lengths = [past + count for past, count in zip(self.past, self.count, strict=True)]
             angles = self.slots[:, :, None, None].float() * row_frequencies(rotary, lengths, self.device)

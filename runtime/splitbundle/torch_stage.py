@@ -189,7 +189,7 @@ def load_stages(
         for unit in selection.units:
             if unit not in loaded:
                 loaded.add(unit)
-                for name, tensor in map_tensors(bundle, unit, apart=trainable).items():
+                for name, tensor in map_tensors(bundle, unit).items():
                     mapped[name] = nn.Parameter(rounded(tensor, target, name).to(device), requires_grad=trainable)
         stage = Stage(bundle, selection)
         wanted = stage.state_dict(keep_vars=True)

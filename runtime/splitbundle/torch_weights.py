@@ -32,11 +32,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def map_tensors(bundle: Bundle, group: str, *, apart: bool = False) -> dict[str, Tensor]:
+def map_tensors(bundle: Bundle, group: str) -> dict[str, Tensor]:
     """The tensors of a unit (or of the golden vectors), over bytes that live as long as they do.
-
-    Those of a file are views of one storage, so that what lies side by side can be computed as one; ``apart``, each
-    has a storage of its own, so that ``torch.save`` of one of them saves no other.
 
     Raises:
         BundleError: as for ``Bundle.weight_bytes``.
@@ -51,14 +48,10 @@ def map_tensors(bundle: Bundle, group: str, *, apart: bool = False) -> dict[str,
         )
     tensors: dict[str, Tensor] = {}
     for data, found in bundle.weight_bytes(group):
-        whole = None if apart or not found.layout else torch.frombuffer(data, dtype=torch.uint8, offset=found.start)
         for name, (tensor, offset) in found.layout.items():
             dtype = DTYPES[tensor.dtype]
-            if whole is None:
-                count = tensor.size // dtype.itemsize
-                flat = torch.frombuffer(data, dtype=dtype, count=count, offset=found.start + offset)
-            else:
-                flat = whole[offset : offset + tensor.size].view(dtype)
+            count = tensor.size // dtype.itemsize
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=found.start + offset)
             tensors[name] = flat.view(tensor.shape)
     return tensors
 

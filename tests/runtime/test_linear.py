@@ -5,23 +5,20 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from typing import Final
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
-import splitbundle
 from splitbundle import architecture as facts
-from splitbundle import torch_decoder, torch_linear
-from splitbundle.torch_decoder import ACTIVATIONS, Linear, Mlp, project
+from splitbundle import torch_linear
+from splitbundle.torch_decoder import ACTIVATIONS, Linear, Mlp
 from splitbundle.torch_linear import linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-GOLDEN: Final = Path(__file__).parents[1] / "golden" / "v1.0"
 x86 = pytest.mark.skipif(torch_linear._ONEDNN is None, reason="torch has no oneDNN of this kind here")
 
 
@@ -111,7 +108,7 @@ def test_small_weights_go_the_short_way(by_product: list[str], monkeypatch: pyte
 
 def test_gradients_are_those_of_linear(by_product: list[str]) -> None:
     x, weight, bias = case(2, 3, 48)
-    for wanted in ((x,), (weight,), (x, weight, bias)):
+    for wanted in ((x,), (weight,), (bias,), (x, weight, bias)):
         for tensor in (x, weight, bias):
             tensor.grad = None
             tensor.requires_grad_(any(tensor is one for one in wanted))
@@ -131,6 +128,30 @@ def test_forward_gradients_and_transforms_are_seen(by_product: list[str]) -> Non
         mapped = torch.vmap(lambda row: linear(row[None], weight, None)[0])(x)
     assert torch.allclose(mapped, x @ weight.T, atol=1e-4)
     assert not [each for each in by_product if "onednn" in each]
+
+
+def test_a_bias_that_is_not_side_by_side() -> None:
+    x, weight, bias = case(1, 1, 48)
+    for odd in (torch.stack((bias, bias + 1), dim=1).flatten()[::2], bias[:1].expand(24)):
+        assert not odd.is_contiguous()
+        assert torch.allclose(linear(x, weight, odd), functional.linear(x, weight, odd), atol=1e-4)
+
+
+def test_modes_and_tracers_see_an_operator_that_they_know(by_product: list[str]) -> None:
+    x, weight, bias = case(2, 3, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+    with FlopCounterMode(display=False) as counter:
+        linear(x, weight, bias)
+    assert counter.get_total_flops() == 2 * 6 * 48 * 24
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: linear(x, weight, bias))(x)
+    assert "addmm" in graph.code
+    assert not [each for each in by_product if "onednn" in each]
+
+
+def test_sparse_weights_answer_for_themselves() -> None:
+    x, weight, _ = case(2, 48)
+    assert torch.allclose(linear(x, weight.to_sparse(), None), x @ weight.T, atol=1e-4)
 
 
 class Scaled(Tensor):
@@ -227,6 +248,11 @@ def test_a_block_is_its_equation(activation: str, gated: bool, shape: tuple[int,
     assert any(each.startswith("onednn ") for each in by_product) == fused
 
 
+def double(layer: nn.Module, args: object, output: Tensor) -> Tensor:
+    """A hook."""
+    return 2 * output
+
+
 def test_a_changed_layer_of_a_block_has_its_own_say() -> None:
     block, x = mlp("silu", gated=True), case(2, 5, 48)[0]
     block.up.register_forward_hook(double)
@@ -237,124 +263,15 @@ def test_a_changed_layer_of_a_block_has_its_own_say() -> None:
     assert torch.equal(block(x), block.down.bias.expand_as(x))
 
 
-def test_a_block_that_is_trained_has_gradients() -> None:
-    block, x = mlp("gelu_tanh", gated=True).requires_grad_(True), case(2, 5, 48)[0]
+def test_another_activation_is_used() -> None:
+    block, x = mlp("silu", gated=False), case(2, 5, 48)[0]
+    block.activation = torch.zeros_like
+    assert torch.equal(block(x), block.down.bias.expand_as(x))
+
+
+@pytest.mark.parametrize("trained", ["", "bias", "gate.bias", "up.weight"])
+def test_what_is_trained_of_a_block_has_gradients(trained: str) -> None:
+    block, x = mlp("gelu_tanh", gated=True), case(2, 5, 48)[0]
+    wanted = [own.requires_grad_(True) for name, own in block.named_parameters() if name.endswith(trained)]
     block(x).square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in block.parameters())
-
-
-# Layers that share an input.
-
-
-def side_by_side(count: int, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> list[Linear]:
-    """Layers whose weights lie one after another in one storage, as a file has them."""
-    generator = torch.Generator().manual_seed(1)
-    storage = torch.randn(count * 24 + 5, 48, generator=generator).to(dtype)
-    layers = [Linear(48, 24, bias=bias) for _ in range(count)]
-    for i, layer in enumerate(layers):
-        layer.weight = nn.Parameter(storage[2 + 24 * i : 2 + 24 * (i + 1)])
-        if bias:
-            layer.bias = nn.Parameter(torch.randn(24, generator=generator).to(dtype))
-        layer.requires_grad_(False)
-    return layers
-
-
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of each weight that is multiplied with."""
-    seen: list[int] = []
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        seen.append(len(weight))
-        return torch_linear.linear(x, weight, bias)
-
-    monkeypatch.setattr(torch_decoder, "linear", linear)
-    return seen
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 48), (2, 5, 48)])
-def test_weights_side_by_side_are_one_product(
-    bias: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layers, x, rows = side_by_side(3, bias=bias), case(*shape)[0], counted(monkeypatch)
-    got = project(x, *layers)
-    assert rows == [72]
-    for part, layer in zip(got, layers, strict=True):
-        assert torch.allclose(part, functional.linear(x, layer.weight, layer.bias), atol=1e-4)
-
-
-def double(layer: nn.Module, args: object, output: Tensor) -> Tensor:
-    """A hook."""
-    return 2 * output
-
-
-class Doubled(Linear):
-    """A layer that an adapter put in the place of another."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def replaced(layers: list[Linear]) -> None:
-    layers[1].weight = nn.Parameter(2 * layers[1].weight, requires_grad=False)
-    layers[1].bias = nn.Parameter(2 * layers[1].bias, requires_grad=False)
-
-
-def hooked(layers: list[Linear]) -> None:
-    layers[1].register_forward_hook(double)
-
-
-def wrapped(layers: list[Linear]) -> None:
-    own = layers[1].forward
-    layers[1].forward = lambda x: 2 * own(x)  # type: ignore[method-assign]
-
-
-def of_another_kind(layers: list[Linear]) -> None:
-    adapter = Doubled(48, 24, bias=True)
-    adapter.weight, adapter.bias = layers[1].weight, layers[1].bias
-    layers[1] = adapter
-
-
-@pytest.mark.parametrize("change", [replaced, hooked, wrapped, of_another_kind])
-def test_a_layer_that_was_changed_has_its_own_say(
-    change: Callable[[list[Linear]], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layers, x, rows = side_by_side(3), case(2, 5, 48)[0], counted(monkeypatch)
-    expected = [functional.linear(x, layer.weight, layer.bias) for layer in layers]
-    change(layers)
-    got = project(x, *layers)
-    assert rows == [24, 24, 24]
-    for part, wanted, factor in zip(got, expected, (1, 2, 1), strict=True):
-        assert torch.allclose(part, factor * wanted, atol=1e-4)
-
-
-def test_a_weight_that_is_written_to_is_read_anew() -> None:
-    layers, x = side_by_side(3), case(1, 1, 48)[0]
-    before = project(x, *layers)[1]
-    layers[1].weight.mul_(2)
-    layers[1].bias.mul_(2)
-    assert torch.allclose(project(x, *layers)[1], 2 * before, atol=1e-4)
-
-
-def test_training_computes_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers, x, rows = side_by_side(2), case(2, 5, 48)[0], counted(monkeypatch)
-    layers[1].weight.requires_grad_(True)
-    project(x, *layers)[1].sum().backward()
-    assert rows == [24, 24]
-    assert layers[1].weight.grad is not None
-
-
-def test_loaded_layers_are_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = splitbundle.open(GOLDEN / "llama.splitbundle")
-    attention = bundle.architecture.kind_of(0).attention
-    width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
-    rows = counted(monkeypatch)
-    with torch.no_grad():
-        bundle.pipeline()(torch.tensor([[1, 2, 3]]))
-        assert rows.count(width) == len(bundle.architecture.layers)
-        rows.clear()
-        trained = bundle.pipeline(trainable=True)
-        trained(torch.tensor([[1, 2, 3]]))
-    assert width not in rows
-    weight = next(value for name, value in trained.named_parameters() if name.endswith("attention.query.weight"))
-    assert weight.untyped_storage().nbytes() == weight.nbytes, "saving one weight saves no other"
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in wanted)
