@@ -219,7 +219,7 @@ def test_what_computes_something_else_is_left_out(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(cases, "measured", computed)
     for again in range(2):
         names = ("splitbundle torch", "transformers", "onnxruntime-genai", "llama.cpp")
-        tasks = {name: {"module": CONTENDERS[name].module} for name in names}
+        tasks = {name: {"module": CONTENDERS[name].module, "path": str(tmp_path / "config.json")} for name in names}
         left_out: dict[str, str] = {}
         differences = measuring._check(case, tasks, tmp_path / "config.json", left_out)
         assert list(tasks) == ["splitbundle torch", "transformers", "llama.cpp"]
