@@ -132,7 +132,7 @@ def _goal(goal: dict[str, Any]) -> tuple[str, str, str]:
     bound = f"≥ {goal['at_least']:g} {unit}" if "at_least" in goal else f"≤ {goal['at_most']:g} {unit}"
     if goal["median"] is None:
         return bound, f"not measured: {goal['missing']}", "–"
-    digits = 4 if bound.startswith("≤ 1.00") else 3 if goal["unit"] == "s" else 2
+    digits = 4 if bound.startswith("≤ 1.00") else 3 if goal["unit"] == "s" or bound.startswith("≤ 1.0") else 2
     middle, low, high = (f"{goal[key]:.{digits}f}" for key in ("median", "least", "greatest"))
     return bound, f"{middle} ({low} to {high})", "reached" if goal["reached"] else "**missed**"
 
