@@ -59,7 +59,7 @@ def _onednn() -> _OneDnn | None:
 
 
 _ONEDNN: Final = _onednn()
-_SWITCHES: Final = _ONEDNN is not None and bool(torch.cpu._is_avx512_bf16_supported())
+_SWITCHES: Final = _ONEDNN is not None and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 """Whether torch would give one row of bfloat16 to oneDNN: where it wouldn't, there is nothing to switch."""
 
 

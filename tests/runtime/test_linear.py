@@ -86,7 +86,7 @@ def test_which_kernel_computes(by_product: list[str]) -> None:
     linear(x.expand(2, 3, 48), weight, None)
     linear(x.bfloat16(), weight.bfloat16(), None)
     linear(x.bfloat16().expand(1, 2, 48), weight.bfloat16(), None)
-    assert by_product == ["onednn", "onednn", "own kernels", "torch"]
+    assert by_product == ["onednn", "onednn", "own kernels" if torch_linear._SWITCHES else "torch", "torch"]
     assert torch.backends.mkldnn.enabled
 
 
