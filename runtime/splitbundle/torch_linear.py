@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from types import TracebackType
 from typing import Final
 
 import torch
@@ -63,43 +62,66 @@ _SWITCHES: Final = _ONEDNN is not None and bool(getattr(torch.cpu, "_is_avx512_b
 """Whether torch would give one row of bfloat16 to oneDNN: where it wouldn't, there is nothing to switch."""
 
 
-class _OwnKernels:
-    """While entered, torch uses its own kernels and not oneDNN's: ``torch.backends.mkldnn.enabled`` is off.
+class _Switch:
+    """``torch.backends.mkldnn.enabled``, off while one row is computed, and on for whoever has more rows.
 
-    The switch is the process's, not a thread's: the first thread that enters turns it, the last one that leaves turns
-    it back, and what others compute meanwhile stays right.
+    It is the process's, not a thread's, and torch's own kernel takes ten times as long for many rows. So what has more
+    rows waits for the single rows that are being computed (a fraction of a millisecond, or some for a head); a single
+    row that comes meanwhile is oneDNN's, which is right too, and slower.
     """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.lock, self.inside, self.before = threading.Lock(), 0, True
+        self.lock, self.single, self.several, self.before = threading.Lock(), 0, 0, True
+        self.none_single = threading.Condition(self.lock)
 
-    def __enter__(self) -> None:
-        with self.lock:
-            if not self.inside:
-                self.before = torch._C._get_mkldnn_enabled()
-                torch._C._set_mkldnn_enabled(False)
-            self.inside += 1
+    def one_row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of one row with a weight in bfloat16. *Shape:* as of ``linear``."""
+        entered = False
+        try:
+            with self.lock:
+                if not self.several:
+                    self.single += 1
+                    entered = True
+                    if self.single == 1:
+                        self.before = torch._C._get_mkldnn_enabled()
+                        torch._C._set_mkldnn_enabled(False)
+            return functional.linear(x, weight, bias)
+        finally:
+            if entered:
+                with self.lock:
+                    self.single -= 1
+                    if not self.single:
+                        torch._C._set_mkldnn_enabled(self.before)
+                        if self.several:
+                            self.none_single.notify_all()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self.lock:
-            if self.inside == 1:
-                torch._C._set_mkldnn_enabled(self.before)
-            self.inside -= 1
+    def rows(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of several rows with a weight in bfloat16. *Shape:* as of ``linear``."""
+        entered = False
+        try:
+            with self.lock:
+                self.several += 1
+                entered = True
+                # No longer than that: what a tensor of another kind does in its product may lead back here.
+                self.none_single.wait_for(lambda: not self.single, timeout=1.0)
+            return functional.linear(x, weight, bias)
+        finally:
+            if entered:
+                with self.lock:
+                    self.several -= 1
 
 
-_own_kernels: Final = _OwnKernels()
+_switch: Final = _Switch()
 
 
 def _after_fork() -> None:
-    """A thread of the parent may have been inside: here it never leaves."""
-    if _own_kernels.inside:
-        torch._C._set_mkldnn_enabled(_own_kernels.before)
-    _own_kernels.reset()
+    """A thread of the parent may have been computing: here it never ends."""
+    if _switch.single:
+        torch._C._set_mkldnn_enabled(_switch.before)
+    _switch.reset()
 
 
 if hasattr(os, "register_at_fork"):
@@ -108,13 +130,11 @@ if hasattr(os, "register_at_fork"):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b. *Shape:* (…, columns), (rows, columns), (rows) -> (…, rows)."""
-    onednn = _for(x, weight, bias)
-    if onednn is not None:
+    if weight.dtype == torch.bfloat16:
+        if _SWITCHES and x.is_cpu and not torch.compiler.is_compiling():
+            return (_switch.one_row if x.numel() == weight.shape[1] else _switch.rows)(x, weight, bias)
+    elif (onednn := _for(x, weight, bias)) is not None:
         return onednn.product(x, weight, bias)
-    one_row = _SWITCHES and weight.dtype == torch.bfloat16 and x.numel() == weight.shape[1]
-    if one_row and _is_plain(x, weight, bias):
-        with _own_kernels:
-            return functional.linear(x, weight, bias)
     return functional.linear(x, weight, bias)
 
 

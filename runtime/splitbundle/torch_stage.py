@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -192,10 +192,22 @@ def load_stages(
                 for name, tensor in map_tensors(bundle, unit).items():
                     mapped[name] = nn.Parameter(rounded(tensor, target, name).to(device), requires_grad=trainable)
         stage = Stage(bundle, selection)
-        wanted = stage.state_dict(keep_vars=True)
-        stage.load_state_dict({name: mapped[name] for name in wanted}, assign=True)
-        stages.append(stage.requires_grad_(trainable))
+        _assign(stage, mapped)
+        stages.append(stage)
     return stages
+
+
+def _assign(stage: Stage, mapped: Mapping[str, nn.Parameter]) -> None:
+    """``stage.load_state_dict(mapped, assign=True)``, whose detours would take a quarter of loading's time."""
+    for prefix, module in stage.named_modules():
+        for name, empty in module._parameters.items():
+            if empty is not None:
+                full = f"{prefix}.{name}"
+                if mapped[full].shape != empty.shape:
+                    raise RuntimeError(
+                        f"{full}: {tuple(empty.shape)} in the architecture, {tuple(mapped[full].shape)} here"
+                    )
+                module._parameters[name] = mapped[full]
 
 
 def _check_device(device: str | torch.device | None) -> None:

@@ -171,38 +171,105 @@ def test_a_weight_of_another_kind_answers_for_itself() -> None:
     assert torch.allclose(got, 2 * x @ weight.T, atol=1e-4)
 
 
+class Halted:
+    """``functional.linear`` that waits in its middle, and tells how it found the switch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered, self.leave = threading.Semaphore(0), threading.Event()
+        self.original, self.enabled = functional.linear, list[bool]()
+        self.threads: list[threading.Thread] = []
+        monkeypatch.setattr(functional, "linear", self)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self.enabled.append(torch.backends.mkldnn.enabled)
+        self.entered.release()
+        assert self.leave.wait(60)
+        return self.original(x, weight, bias)
+
+    def start(self, rows: int) -> None:
+        x, weight, _ = case(1, rows, 48, dtype=torch.bfloat16)
+        self.threads.append(threading.Thread(target=linear, args=(x, weight, None), daemon=True))
+        self.threads[-1].start()
+
+    def finish(self) -> None:
+        self.leave.set()
+        for thread in self.threads:
+            thread.join(60)
+        assert torch.backends.mkldnn.enabled
+        assert (torch_linear._switch.single, torch_linear._switch.several) == (0, 0)
+
+
+@pytest.fixture
+def halted(monkeypatch: pytest.MonkeyPatch) -> Halted:
+    monkeypatch.setattr(torch_linear, "_SWITCHES", True)
+    return Halted(monkeypatch)
+
+
 @x86
-def test_the_switch_goes_back_once_the_last_thread_has_left() -> None:
-    inside, leave = threading.Barrier(3), threading.Event()
-
-    def stay() -> None:
-        with torch_linear._own_kernels:
-            inside.wait()
-            leave.wait()
-
-    threads = [threading.Thread(target=stay) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    inside.wait()
-    with torch_linear._own_kernels:
-        pass
+def test_the_switch_goes_back_once_the_last_thread_has_left(halted: Halted) -> None:
+    for _ in range(2):
+        halted.start(rows=1)
+        assert halted.entered.acquire(timeout=60)
+    assert halted.enabled == [False, False]
     assert not torch.backends.mkldnn.enabled
-    leave.set()
-    for thread in threads:
-        thread.join()
+    halted.finish()
+
+
+@x86
+def test_many_rows_wait_until_onednn_is_back(halted: Halted) -> None:
+    halted.start(rows=1)
+    assert halted.entered.acquire(timeout=60)
+    halted.start(rows=5)
+    assert not halted.entered.acquire(timeout=0.2)
+    halted.finish()
+    assert halted.enabled == [False, True]
+
+
+@x86
+def test_one_row_beside_many_leaves_the_switch_alone(halted: Halted) -> None:
+    for rows in (5, 1):
+        halted.start(rows=rows)
+        assert halted.entered.acquire(timeout=60)
+    halted.finish()
+    assert halted.enabled == [True, True]
+
+
+@x86
+def test_nobody_waits_for_ever(halted: Halted) -> None:
+    halted.start(rows=1)
+    assert halted.entered.acquire(timeout=60)
+    halted.start(rows=5)
+    assert halted.entered.acquire(timeout=60)
+    halted.finish()
+    assert halted.enabled == [False, False]
+
+
+@x86
+def test_an_interrupted_product_turns_the_switch_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch_linear, "_SWITCHES", True)
+    monkeypatch.setattr(functional, "linear", interrupt)
+    for rows in (1, 5):
+        x, weight, _ = case(1, rows, 48, dtype=torch.bfloat16)
+        with pytest.raises(KeyboardInterrupt):
+            linear(x, weight, None)
     assert torch.backends.mkldnn.enabled
+    assert (torch_linear._switch.single, torch_linear._switch.several) == (0, 0)
 
 
 @x86
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_child_that_is_forked_while_the_switch_is_turned_turns_it_back() -> None:
-    with torch_linear._own_kernels:
-        child = os.fork()
-        if not child:
-            # Nothing but the answer: what follows a fork in a test's process is nobody's to clean up.
-            os._exit(0 if torch.backends.mkldnn.enabled and not torch_linear._own_kernels.inside else 1)
-        assert os.waitpid(child, 0)[1] == 0
-    assert torch.backends.mkldnn.enabled
+def test_a_child_that_is_forked_while_the_switch_is_turned_turns_it_back(halted: Halted) -> None:
+    halted.start(rows=1)
+    assert halted.entered.acquire(timeout=60)
+    child = os.fork()
+    if not child:
+        # Nothing but the answer: what follows a fork in a test's process is nobody's to clean up.
+        os._exit(0 if torch.backends.mkldnn.enabled and not torch_linear._switch.single else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    halted.finish()
 
 
 def test_a_layer_uses_it(by_product: list[str]) -> None:
