@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from splitbundle import architecture as facts
-from splitbundle.torch_linear import activated, linear, multiplied
+from splitbundle.torch_linear import activated, fuses, linear, multiplied
 from splitbundle.torch_positions import KVCache, Positions, Reach
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -251,12 +251,12 @@ class Mlp(nn.Module):
         if self.gate is None:
             return self.down(self._activated(x, self.up))  # type: ignore[no-any-return]
         gate, up = self._activated(x, self.gate), self.up
-        both = multiplied(x, up.weight, up.bias, gate) if _is_plain(up) else None
+        both = multiplied(x, up.weight, up.bias, gate) if fuses(x) and _is_plain(up) else None
         return self.down(gate * up(x) if both is None else both)  # type: ignore[no-any-return]
 
     def _activated(self, x: Tensor, layer: Linear) -> Tensor:
         own = self.activation is ACTIVATIONS.get(self.name)  # and none that somebody put in its place
-        both = activated(x, layer.weight, layer.bias, self.name) if own and _is_plain(layer) else None
+        both = activated(x, layer.weight, layer.bias, self.name) if own and fuses(x) and _is_plain(layer) else None
         return self.activation(layer(x)) if both is None else both
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import platform
 import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
 import torch
@@ -63,11 +65,11 @@ _SWITCHES: Final = _ONEDNN is not None and bool(getattr(torch.cpu, "_is_avx512_b
 
 
 class _Switch:
-    """``torch.backends.mkldnn.enabled``, off while one row is computed, and on for whoever has more rows.
+    """``torch.backends.mkldnn.enabled``, off while one row is computed in bfloat16, and on for whoever has more rows.
 
-    It is the process's, not a thread's, and torch's own kernel takes ten times as long for many rows. So what has more
-    rows waits for the single rows that are being computed (a fraction of a millisecond, or some for a head); a single
-    row that comes meanwhile is oneDNN's, which is right too, and slower.
+    It is the process's, not a thread's, and torch's own kernel takes ten times as long for many rows. So a call with
+    more rows waits until the calls with one row have ended, each a token of some thread; what has one row and comes
+    meanwhile leaves the switch alone.
     """
 
     def __init__(self) -> None:
@@ -77,8 +79,12 @@ class _Switch:
         self.lock, self.single, self.several, self.before = threading.Lock(), 0, 0, True
         self.none_single = threading.Condition(self.lock)
 
-    def one_row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The product of one row with a weight in bfloat16. *Shape:* as of ``linear``."""
+    def allows_onednn(self) -> bool:
+        """Whether oneDNN is on, but for this switch."""
+        return bool(torch._C._get_mkldnn_enabled()) or (self.single > 0 and self.before)
+
+    @contextmanager
+    def one_row(self) -> Iterator[None]:
         entered = False
         try:
             with self.lock:
@@ -88,26 +94,25 @@ class _Switch:
                     if self.single == 1:
                         self.before = torch._C._get_mkldnn_enabled()
                         torch._C._set_mkldnn_enabled(False)
-            return functional.linear(x, weight, bias)
+            yield
         finally:
             if entered:
                 with self.lock:
                     self.single -= 1
                     if not self.single:
                         torch._C._set_mkldnn_enabled(self.before)
-                        if self.several:
-                            self.none_single.notify_all()
+                        self.none_single.notify_all()
 
-    def rows(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The product of several rows with a weight in bfloat16. *Shape:* as of ``linear``."""
+    @contextmanager
+    def several_rows(self) -> Iterator[None]:
         entered = False
         try:
             with self.lock:
                 self.several += 1
                 entered = True
-                # No longer than that: what a tensor of another kind does in its product may lead back here.
+                # No longer than that: a hook of a call with one row may be what makes this one.
                 self.none_single.wait_for(lambda: not self.single, timeout=1.0)
-            return functional.linear(x, weight, bias)
+            yield
         finally:
             if entered:
                 with self.lock:
@@ -128,14 +133,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def kernels_for(rows: int, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+    """Within it, products of so many rows with weights of a dtype are computed by the kernels that suit them."""
+    if not _SWITCHES or dtype != torch.bfloat16 or device.type != "cpu" or torch.compiler.is_compiling():
+        return nullcontext()
+    return _switch.one_row() if rows == 1 else _switch.several_rows()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b. *Shape:* (…, columns), (rows, columns), (rows) -> (…, rows)."""
-    if weight.dtype == torch.bfloat16:
-        if _SWITCHES and x.is_cpu and not torch.compiler.is_compiling():
-            return (_switch.one_row if x.numel() == weight.shape[1] else _switch.rows)(x, weight, bias)
-    elif (onednn := _for(x, weight, bias)) is not None:
-        return onednn.product(x, weight, bias)
-    return functional.linear(x, weight, bias)
+    onednn = _for(x, weight, bias)
+    return functional.linear(x, weight, bias) if onednn is None else onednn.product(x, weight, bias)
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether it is worth asking ``activated`` and ``multiplied``."""
+    return _ONEDNN is not None and x.dtype == torch.float32
 
 
 def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
@@ -152,7 +165,7 @@ def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -
 
 def _for(x: Tensor, weight: Tensor, *others: Tensor | None) -> _OneDnn | None:
     """oneDNN, where it is the one to compute this."""
-    if _ONEDNN is None or weight.dtype != torch.float32 or not torch._C._get_mkldnn_enabled():
+    if _ONEDNN is None or weight.dtype != torch.float32 or not _switch.allows_onednn():
         return None
     if x.numel() * weight.shape[0] < SMALL:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,10 +13,11 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+import splitbundle
 from splitbundle import architecture as facts
 from splitbundle import torch_linear
 from splitbundle.torch_decoder import ACTIVATIONS, Linear, Mlp
-from splitbundle.torch_linear import linear
+from splitbundle.torch_linear import kernels_for, linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 x86 = pytest.mark.skipif(torch_linear._ONEDNN is None, reason="torch has no oneDNN of this kind here")
@@ -85,9 +86,7 @@ def test_which_kernel_computes(by_product: list[str]) -> None:
     linear(x, weight, bias)
     linear(x.expand(2, 3, 48), weight, None)
     linear(x.bfloat16(), weight.bfloat16(), None)
-    linear(x.bfloat16().expand(1, 2, 48), weight.bfloat16(), None)
-    assert by_product == ["onednn", "onednn", "own kernels" if torch_linear._SWITCHES else "torch", "torch"]
-    assert torch.backends.mkldnn.enabled
+    assert by_product == ["onednn", "onednn", "torch"]
 
 
 @x86
@@ -171,105 +170,134 @@ def test_a_weight_of_another_kind_answers_for_itself() -> None:
     assert torch.allclose(got, 2 * x @ weight.T, atol=1e-4)
 
 
-class Halted:
-    """``functional.linear`` that waits in its middle, and tells how it found the switch."""
+class Caller:
+    """A thread that computes some rows in bfloat16 until it is told to leave."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.entered, self.leave = threading.Semaphore(0), threading.Event()
-        self.original, self.enabled = functional.linear, list[bool]()
-        self.threads: list[threading.Thread] = []
-        monkeypatch.setattr(functional, "linear", self)
+    def __init__(self, rows: int) -> None:
+        self.rows, self.enabled = rows, list[bool]()
+        self.entered, self.leave = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self._compute, daemon=True)
+        self.thread.start()
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        self.enabled.append(torch.backends.mkldnn.enabled)
-        self.entered.release()
-        assert self.leave.wait(60)
-        return self.original(x, weight, bias)
+    def _compute(self) -> None:
+        with kernels_for(self.rows, torch.bfloat16, torch.device("cpu")):
+            self.enabled.append(torch.backends.mkldnn.enabled)
+            self.entered.set()
+            self.leave.wait(60)
 
-    def start(self, rows: int) -> None:
-        x, weight, _ = case(1, rows, 48, dtype=torch.bfloat16)
-        self.threads.append(threading.Thread(target=linear, args=(x, weight, None), daemon=True))
-        self.threads[-1].start()
+    def inside(self, seconds: float = 60.0) -> bool:
+        return self.entered.wait(seconds)
 
-    def finish(self) -> None:
+    def end(self) -> None:
         self.leave.set()
-        for thread in self.threads:
-            thread.join(60)
-        assert torch.backends.mkldnn.enabled
-        assert (torch_linear._switch.single, torch_linear._switch.several) == (0, 0)
+        self.thread.join(60)
 
 
 @pytest.fixture
-def halted(monkeypatch: pytest.MonkeyPatch) -> Halted:
+def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything is as it was once all have left."""
     monkeypatch.setattr(torch_linear, "_SWITCHES", True)
-    return Halted(monkeypatch)
-
-
-@x86
-def test_the_switch_goes_back_once_the_last_thread_has_left(halted: Halted) -> None:
-    for _ in range(2):
-        halted.start(rows=1)
-        assert halted.entered.acquire(timeout=60)
-    assert halted.enabled == [False, False]
-    assert not torch.backends.mkldnn.enabled
-    halted.finish()
-
-
-@x86
-def test_many_rows_wait_until_onednn_is_back(halted: Halted) -> None:
-    halted.start(rows=1)
-    assert halted.entered.acquire(timeout=60)
-    halted.start(rows=5)
-    assert not halted.entered.acquire(timeout=0.2)
-    halted.finish()
-    assert halted.enabled == [False, True]
-
-
-@x86
-def test_one_row_beside_many_leaves_the_switch_alone(halted: Halted) -> None:
-    for rows in (5, 1):
-        halted.start(rows=rows)
-        assert halted.entered.acquire(timeout=60)
-    halted.finish()
-    assert halted.enabled == [True, True]
-
-
-@x86
-def test_nobody_waits_for_ever(halted: Halted) -> None:
-    halted.start(rows=1)
-    assert halted.entered.acquire(timeout=60)
-    halted.start(rows=5)
-    assert halted.entered.acquire(timeout=60)
-    halted.finish()
-    assert halted.enabled == [False, False]
-
-
-@x86
-def test_an_interrupted_product_turns_the_switch_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> Tensor:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch_linear, "_SWITCHES", True)
-    monkeypatch.setattr(functional, "linear", interrupt)
-    for rows in (1, 5):
-        x, weight, _ = case(1, rows, 48, dtype=torch.bfloat16)
-        with pytest.raises(KeyboardInterrupt):
-            linear(x, weight, None)
+    yield
     assert torch.backends.mkldnn.enabled
     assert (torch_linear._switch.single, torch_linear._switch.several) == (0, 0)
 
 
 @x86
+@pytest.mark.usefixtures("switches")
+def test_the_switch_goes_back_once_the_last_thread_has_left() -> None:
+    callers = [Caller(rows=1), Caller(rows=1)]
+    assert all(caller.inside() for caller in callers)
+    callers[0].end()
+    assert not torch.backends.mkldnn.enabled
+    callers[1].end()
+    assert torch.backends.mkldnn.enabled
+
+
+@x86
+@pytest.mark.usefixtures("switches")
+def test_many_rows_wait_until_onednn_is_back() -> None:
+    one = Caller(rows=1)
+    assert one.inside()
+    many = Caller(rows=5)
+    assert not many.inside(0.2)
+    one.end()
+    assert many.inside()
+    many.end()
+    assert (one.enabled, many.enabled) == ([False], [True])
+
+
+@x86
+@pytest.mark.usefixtures("switches")
+def test_one_row_beside_many_leaves_the_switch_alone() -> None:
+    callers = []
+    for rows in (5, 1, 5):
+        callers.append(Caller(rows))
+        assert callers[-1].inside()
+    for caller in callers:
+        caller.end()
+        assert caller.enabled == [True]
+
+
+@x86
+@pytest.mark.usefixtures("switches")
+def test_nobody_waits_for_ever() -> None:
+    with kernels_for(1, torch.bfloat16, torch.device("cpu")), kernels_for(5, torch.bfloat16, torch.device("cpu")):
+        assert not torch.backends.mkldnn.enabled
+
+
+@x86
+@pytest.mark.usefixtures("switches")
+@pytest.mark.parametrize("rows", [1, 5])
+def test_an_interrupted_call_turns_the_switch_back(rows: int) -> None:
+    with pytest.raises(KeyboardInterrupt), kernels_for(rows, torch.bfloat16, torch.device("cpu")):
+        raise KeyboardInterrupt
+
+
+@x86
+@pytest.mark.usefixtures("switches")
+def test_float32_beside_it_keeps_onednn(by_product: list[str]) -> None:
+    with kernels_for(1, torch.bfloat16, torch.device("cpu")):
+        linear(*case(1, 1, 48))
+    assert by_product == ["onednn"]
+
+
+@x86
+@pytest.mark.usefixtures("switches")
+@pytest.mark.parametrize("place", [(torch.float32, "cpu"), (torch.bfloat16, "meta")])
+def test_only_bfloat16_on_the_processor_turns_it(place: tuple[torch.dtype, str]) -> None:
+    with kernels_for(1, place[0], torch.device(place[1])):
+        assert torch.backends.mkldnn.enabled
+
+
+@x86
+@pytest.mark.usefixtures("switches")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_child_that_is_forked_while_the_switch_is_turned_turns_it_back(halted: Halted) -> None:
-    halted.start(rows=1)
-    assert halted.entered.acquire(timeout=60)
-    child = os.fork()
-    if not child:
-        # Nothing but the answer: what follows a fork in a test's process is nobody's to clean up.
-        os._exit(0 if torch.backends.mkldnn.enabled and not torch_linear._switch.single else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    halted.finish()
+def test_a_child_that_is_forked_while_the_switch_is_turned_turns_it_back() -> None:
+    with kernels_for(1, torch.bfloat16, torch.device("cpu")):
+        child = os.fork()
+        if not child:
+            # Nothing but the answer: what follows a fork in a test's process is nobody's to clean up.
+            os._exit(0 if torch.backends.mkldnn.enabled and not torch_linear._switch.single else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+@x86
+@pytest.mark.usefixtures("switches")
+def test_a_stage_turns_it_for_one_row_alone(gpt2: splitbundle.Bundle, by_product: list[str]) -> None:
+    pipeline = gpt2.pipeline(dtype="bfloat16")
+    session = pipeline.session(1, 8)
+    with torch.no_grad():
+        pipeline(torch.tensor([[1, 2, 3]]), session=session)
+    assert set(by_product) == {"torch"}
+    by_product.clear()
+    with torch.no_grad():
+        pipeline(torch.tensor([[1, 2]]), session=session, logits="last")
+    assert by_product[-1] == "own kernels"  # the head's only row
+    assert set(by_product[:-1]) == {"torch"}
+    by_product.clear()
+    with torch.no_grad():
+        pipeline(torch.tensor([[1]]), session=session)
+    assert set(by_product) == {"own kernels"}
 
 
 def test_a_layer_uses_it(by_product: list[str]) -> None:
