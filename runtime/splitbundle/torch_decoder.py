@@ -200,8 +200,9 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None
         grouped = queries.reshape(batch, kv_heads, heads // kv_heads, width)
         mixed = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
         return mixed.reshape(batch, heads, 1, width)
+    # torch.jit.trace makes tensors of sizes, and of what is found by comparing them.
     return functional.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads != kv_heads
+        queries, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=bool(heads != kv_heads)
     )
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -76,47 +75,34 @@ class _Switch:
         self.reset()
 
     def reset(self) -> None:
-        self.lock, self.single, self.several, self.before = threading.Lock(), 0, 0, True
+        self.lock, self.before = threading.Lock(), True
+        self.single, self.several = set[object](), set[object]()
         self.none_single = threading.Condition(self.lock)
 
     def allows_onednn(self) -> bool:
         """Whether oneDNN is on, but for this switch."""
-        return bool(torch._C._get_mkldnn_enabled()) or (self.single > 0 and self.before)
+        return bool(torch._C._get_mkldnn_enabled()) or (bool(self.single) and self.before)
 
-    @contextmanager
-    def one_row(self) -> Iterator[None]:
-        entered = False
-        try:
-            with self.lock:
-                if not self.several:
-                    self.single += 1
-                    entered = True
-                    if self.single == 1:
-                        self.before = torch._C._get_mkldnn_enabled()
-                        torch._C._set_mkldnn_enabled(False)
-            yield
-        finally:
-            if entered:
-                with self.lock:
-                    self.single -= 1
-                    if not self.single:
-                        torch._C._set_mkldnn_enabled(self.before)
-                        self.none_single.notify_all()
-
-    @contextmanager
-    def several_rows(self) -> Iterator[None]:
-        entered = False
-        try:
-            with self.lock:
-                self.several += 1
-                entered = True
+    def enter(self, call: object, rows: int) -> None:
+        with self.lock:
+            if rows > 1:
+                self.several.add(call)
                 # No longer than that: a hook of a call with one row may be what makes this one.
                 self.none_single.wait_for(lambda: not self.single, timeout=1.0)
-            yield
-        finally:
-            if entered:
-                with self.lock:
-                    self.several -= 1
+            elif not self.several:
+                if not self.single:
+                    self.before = torch._C._get_mkldnn_enabled()
+                self.single.add(call)
+                torch._C._set_mkldnn_enabled(False)
+
+    def leave(self, call: object) -> None:
+        """Ends a call, as far as it had begun; once more does no harm."""
+        with self.lock:
+            if self.single == {call}:
+                torch._C._set_mkldnn_enabled(self.before)
+                self.none_single.notify_all()
+            self.single.discard(call)
+            self.several.discard(call)
 
 
 _switch: Final = _Switch()
@@ -133,11 +119,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def kernels_for(rows: int, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
-    """Within it, products of so many rows with weights of a dtype are computed by the kernels that suit them."""
-    if not _SWITCHES or dtype != torch.bfloat16 or device.type != "cpu" or torch.compiler.is_compiling():
-        return nullcontext()
-    return _switch.one_row() if rows == 1 else _switch.several_rows()
+def with_kernels_for(x: Tensor, dtype: torch.dtype, compute: Callable[..., Tensor], *args: object) -> Tensor:
+    """``compute(x, *args)``, where products with weights of a dtype are computed by the kernels that suit x's rows.
+
+    *Shape:* of x, (batch, sequence, …).
+    """
+    if not _SWITCHES or dtype != torch.bfloat16 or not x.is_cpu or torch.compiler.is_compiling():
+        return compute(x, *args)
+    call = object()
+    try:
+        try:
+            _switch.enter(call, x.shape[0] * x.shape[1])
+            return compute(x, *args)
+        finally:
+            _switch.leave(call)
+    finally:
+        _switch.leave(call)  # an interrupt may have come into the first one
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -183,6 +180,7 @@ def _is_plain(x: Tensor, *others: Tensor | None) -> bool:
         torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or forward_ad._current_level >= 0
     ):
         return False

@@ -13,7 +13,7 @@ from splitbundle.calls import Call
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.stages import Given, LogitsWanted, StageSurface
 from splitbundle.torch_decoder import Embedding, Head, Layer
-from splitbundle.torch_linear import kernels_for
+from splitbundle.torch_linear import with_kernels_for
 from splitbundle.torch_positions import KVCache, Positions
 from splitbundle.torch_weights import compute_dtype, map_tensors, rounded
 
@@ -143,21 +143,23 @@ class Stage(StageSurface, nn.Module):
             width = self.architecture.hidden_size if self.head is None else self.architecture.vocab_size
             kept = None if self.head is None else self._logits_wanted(logits)
             return torch.zeros(len(x), kept or x.shape[1], width, device=self.device, dtype=self.dtype)
-        with kernels_for(x.shape[0] * x.shape[1], positions.dtype, positions.device):
-            if self.embeds:
-                if self.embedding is None:
-                    raise RuntimeError("a stage that embeds was built without its embedding")
-                x = self.embedding(x, positions)
-            for layer in self.layers.values():
-                x = layer(x, positions, cache)
+        x = with_kernels_for(x, positions.dtype, self._through_layers, positions, cache)
         if cache is not None:
             cache.advance(positions)
         if self.head is None:
             return x.masked_fill(~positions.valid[..., None], 0) if positions.padded else x
         x, valid = _keep(x, positions, self._logits_wanted(logits))
-        with kernels_for(x.shape[0] * x.shape[1], x.dtype, x.device):
-            x = self.head(x, None if self.embedding is None else self.embedding.token.weight)
+        x = with_kernels_for(x, x.dtype, self.head, None if self.embedding is None else self.embedding.token.weight)
         return x if valid is None else x.masked_fill(~valid[..., None], 0)
+
+    def _through_layers(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
+        if self.embeds:
+            if self.embedding is None:
+                raise RuntimeError("a stage that embeds was built without its embedding")
+            x = self.embedding(x, positions)
+        for layer in self.layers.values():
+            x = layer(x, positions, cache)
+        return x
 
 
 def _keep(x: Tensor, positions: Positions, wanted: int | None) -> tuple[Tensor, Tensor | None]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import splitbundle
 from splitbundle import architecture as facts
 from splitbundle import torch_linear
 from splitbundle.torch_decoder import ACTIVATIONS, Linear, Mlp
-from splitbundle.torch_linear import kernels_for, linear
+from splitbundle.torch_linear import linear, with_kernels_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 x86 = pytest.mark.skipif(torch_linear._ONEDNN is None, reason="torch has no oneDNN of this kind here")
@@ -136,6 +139,14 @@ def test_a_bias_that_is_not_side_by_side() -> None:
         assert torch.allclose(linear(x, weight, odd), functional.linear(x, weight, odd), atol=1e-4)
 
 
+class Doubled(TorchFunctionMode):
+    """A mode that changes one function."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        return 2 * result if function.__name__ == "linear" else result
+
+
 def test_modes_and_tracers_see_an_operator_that_they_know(by_product: list[str]) -> None:
     x, weight, bias = case(2, 3, 48)
     with torch.autocast("cpu", torch.bfloat16):
@@ -143,6 +154,8 @@ def test_modes_and_tracers_see_an_operator_that_they_know(by_product: list[str])
     with FlopCounterMode(display=False) as counter:
         linear(x, weight, bias)
     assert counter.get_total_flops() == 2 * 6 * 48 * 24
+    with Doubled():
+        assert torch.allclose(linear(x, weight, None), 2 * (x @ weight.T), atol=1e-4)
     graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: linear(x, weight, bias))(x)
     assert "addmm" in graph.code
     assert not [each for each in by_product if "onednn" in each]
@@ -170,6 +183,27 @@ def test_a_weight_of_another_kind_answers_for_itself() -> None:
     assert torch.allclose(got, 2 * x @ weight.T, atol=1e-4)
 
 
+def computing(
+    rows: int, compute: Callable[[], object], dtype: torch.dtype = torch.bfloat16, place: str = "cpu"
+) -> None:
+    """Does something as a call of a stage with some rows does it."""
+    x = torch.zeros(1, rows, 4, device=place)
+
+    def computed(x: Tensor) -> Tensor:
+        compute()
+        return x
+
+    assert with_kernels_for(x, dtype, computed) is x
+
+
+def is_on() -> None:
+    assert torch.backends.mkldnn.enabled
+
+
+def is_off() -> None:
+    assert not torch.backends.mkldnn.enabled
+
+
 class Caller:
     """A thread that computes some rows in bfloat16 until it is told to leave."""
 
@@ -180,10 +214,12 @@ class Caller:
         self.thread.start()
 
     def _compute(self) -> None:
-        with kernels_for(self.rows, torch.bfloat16, torch.device("cpu")):
-            self.enabled.append(torch.backends.mkldnn.enabled)
-            self.entered.set()
-            self.leave.wait(60)
+        computing(self.rows, self._wait)
+
+    def _wait(self) -> None:
+        self.enabled.append(torch.backends.mkldnn.enabled)
+        self.entered.set()
+        self.leave.wait(60)
 
     def inside(self, seconds: float = 60.0) -> bool:
         return self.entered.wait(seconds)
@@ -199,7 +235,7 @@ def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch_linear, "_SWITCHES", True)
     yield
     assert torch.backends.mkldnn.enabled
-    assert (torch_linear._switch.single, torch_linear._switch.several) == (0, 0)
+    assert (torch_linear._switch.single, torch_linear._switch.several) == (set(), set())
 
 
 @x86
@@ -241,23 +277,54 @@ def test_one_row_beside_many_leaves_the_switch_alone() -> None:
 @x86
 @pytest.mark.usefixtures("switches")
 def test_nobody_waits_for_ever() -> None:
-    with kernels_for(1, torch.bfloat16, torch.device("cpu")), kernels_for(5, torch.bfloat16, torch.device("cpu")):
-        assert not torch.backends.mkldnn.enabled
+    computing(1, lambda: computing(5, is_off))
 
 
 @x86
 @pytest.mark.usefixtures("switches")
 @pytest.mark.parametrize("rows", [1, 5])
-def test_an_interrupted_call_turns_the_switch_back(rows: int) -> None:
-    with pytest.raises(KeyboardInterrupt), kernels_for(rows, torch.bfloat16, torch.device("cpu")):
-        raise KeyboardInterrupt
+def test_an_interrupt_at_any_moment_leaves_the_switch_as_it_was(rows: int) -> None:
+    def interrupted_at(moment: int) -> bool:
+        """Signals are handled where a function begins and where a call of one ends."""
+        left = moment
+
+        def trace(frame: FrameType, event: str, _: object) -> None:
+            nonlocal left
+            if event in ("call", "c_return") and frame.f_code.co_filename == torch_linear.__file__:
+                left -= 1
+                if left == 0:
+                    sys.setprofile(None)
+                    raise KeyboardInterrupt
+
+        try:
+            sys.setprofile(trace)
+            computing(rows, lambda: None)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.setprofile(None)
+        return False
+
+    moments = 0
+    while interrupted_at(moments + 1):
+        moments += 1
+        is_on()
+        assert not torch_linear._switch.lock.locked()
+        assert (torch_linear._switch.single, torch_linear._switch.several) == (set(), set())
+    assert moments > 10
+
+
+@x86
+@pytest.mark.usefixtures("switches")
+def test_a_failure_turns_the_switch_back() -> None:
+    with pytest.raises(ZeroDivisionError):
+        computing(1, lambda: 1 / 0)
 
 
 @x86
 @pytest.mark.usefixtures("switches")
 def test_float32_beside_it_keeps_onednn(by_product: list[str]) -> None:
-    with kernels_for(1, torch.bfloat16, torch.device("cpu")):
-        linear(*case(1, 1, 48))
+    computing(1, lambda: linear(*case(1, 1, 48)))
     assert by_product == ["onednn"]
 
 
@@ -265,20 +332,21 @@ def test_float32_beside_it_keeps_onednn(by_product: list[str]) -> None:
 @pytest.mark.usefixtures("switches")
 @pytest.mark.parametrize("place", [(torch.float32, "cpu"), (torch.bfloat16, "meta")])
 def test_only_bfloat16_on_the_processor_turns_it(place: tuple[torch.dtype, str]) -> None:
-    with kernels_for(1, place[0], torch.device(place[1])):
-        assert torch.backends.mkldnn.enabled
+    computing(1, is_on, *place)
 
 
 @x86
 @pytest.mark.usefixtures("switches")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_child_that_is_forked_while_the_switch_is_turned_turns_it_back() -> None:
-    with kernels_for(1, torch.bfloat16, torch.device("cpu")):
+    def fork() -> None:
         child = os.fork()
         if not child:
             # Nothing but the answer: what follows a fork in a test's process is nobody's to clean up.
             os._exit(0 if torch.backends.mkldnn.enabled and not torch_linear._switch.single else 1)
         assert os.waitpid(child, 0)[1] == 0
+
+    computing(1, fork)
 
 
 @x86
@@ -298,6 +366,13 @@ def test_a_stage_turns_it_for_one_row_alone(gpt2: splitbundle.Bundle, by_product
     with torch.no_grad():
         pipeline(torch.tensor([[1]]), session=session)
     assert set(by_product) == {"own kernels"}
+
+
+def test_a_stage_can_be_traced(gpt2: splitbundle.Bundle) -> None:
+    pipeline, ids = gpt2.pipeline(), torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda ids: pipeline(ids), (ids,))
+        assert torch.allclose(traced(ids + 1), pipeline(ids + 1), atol=1e-5)
 
 
 def test_a_layer_uses_it(by_product: list[str]) -> None:
