@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
 
 from splitbundle.architecture import Architecture
 from splitbundle.calls import Call, Slots, whole
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.records import record
 
 if TYPE_CHECKING:
     from splitbundle.bundle import Bundle
@@ -20,8 +19,7 @@ Array = Any
 """A tensor of the backend."""
 
 
-@record(frozen=True, slots=True, kw_only=True)
-class Given:
+class Given(NamedTuple):
     """An array that a caller gave, in the words of its backend."""
 
     shape: tuple[int, ...]

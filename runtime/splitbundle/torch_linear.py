@@ -124,7 +124,7 @@ def with_kernels_for(x: Tensor, dtype: torch.dtype, compute: Callable[..., Tenso
 
     *Shape:* of x, (batch, sequence, …).
     """
-    if not _SWITCHES or dtype != torch.bfloat16 or not x.is_cpu or torch.compiler.is_compiling():
+    if not _SWITCHES or torch.compiler.is_compiling() or dtype != torch.bfloat16 or not x.is_cpu:
         return compute(x, *args)
     call = object()
     try:
@@ -162,7 +162,10 @@ def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -
 
 def _for(x: Tensor, weight: Tensor, *others: Tensor | None) -> _OneDnn | None:
     """oneDNN, where it is the one to compute this."""
-    if _ONEDNN is None or weight.dtype != torch.float32 or not _switch.allows_onednn():
+    # A compiler follows all of this, and has to stop where it can't: it is asked for before anything else.
+    if _ONEDNN is None or torch.compiler.is_compiling():
+        return None
+    if weight.dtype != torch.float32 or not _switch.allows_onednn():
         return None
     if x.numel() * weight.shape[0] < SMALL:
         return None
@@ -174,7 +177,7 @@ def _is_plain(x: Tensor, *others: Tensor | None) -> bool:
 
     Gradients, transforms, compilers, modes and tensors of other kinds have to see an operator that they know.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
+    if type(x) is not Tensor or not x.is_cpu:
         return False
     if (
         torch._C._get_tracing_state() is not None

@@ -375,6 +375,15 @@ def test_a_stage_can_be_traced(gpt2: splitbundle.Bundle) -> None:
         assert torch.allclose(traced(ids + 1), pipeline(ids + 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stage_compiles_to_one_graph(gpt2: splitbundle.Bundle, dtype: str) -> None:
+    stage = gpt2.stage(gpt2.shards[1].name, dtype=dtype)
+    x = torch.randn(1, 3, gpt2.architecture.hidden_size, generator=torch.Generator().manual_seed(0)).to(stage.dtype)
+    with torch.no_grad():
+        compiled = torch.compile(stage, backend="eager", fullgraph=True)
+        assert torch.allclose(compiled(x), stage(x), rtol=1e-2 if dtype == "bfloat16" else 1e-5, atol=1e-5)
+
+
 def test_a_layer_uses_it(by_product: list[str]) -> None:
     layer = Linear(48, 24, bias=True)
     _, weight, bias = case(1, 1, 48)
