@@ -116,7 +116,7 @@ def _checkpoint(path: Path, model: str, dtype: str) -> None:
     for name, parameter in made.named_parameters():
         # It makes biases 0 and norms 1: who left them out would compute the same.
         if name.endswith(".bias"):
-            torch.nn.init.normal_(parameter, 0.0, 0.05)
+            torch.nn.init.normal_(parameter, 0.0, 0.1)
         elif parameter.dim() == 1:
             torch.nn.init.normal_(parameter, 1.0, 0.1)
     made.to(getattr(torch, dtype)).save_pretrained(path)
