@@ -89,7 +89,7 @@ def _case(document: dict[str, Any]) -> list[str]:
     runs, reference = document["runs"], document["reference"]
     threads, rounds = document["threads"], _rounds(document)
     title = " ".join(part for part in (document["set"], document["model"], document["dtype"]) if part)
-    counted = f"{'medians of ' if len(runs) > 1 else ''}{rounds} round{'' if rounds == '1' else 's'}"
+    counted = f"{'medians of ' if len(runs) > 1 else ''}{rounds} round{'' if rounds in ('1', '1 of 1') else 's'}"
     lines = [f"## {title}: {threads} thread{'s' if threads > 1 else ''}, {counted}", ""]
     lines += ["It was interrupted after these rounds.", ""] if document.get("interrupted") else []
     lines += ["One round has no spread.", ""] if len(runs) == 1 else []
