@@ -8,72 +8,157 @@ are taken round by round; tables have their medians, and their least and greates
 held against transformers' logits; one that differs isn't timed. Files are read once before, so they are in the page
 cache for everybody. Contenders that aren't installed are left out with a line on stderr. What is measured goes to
 ``benchmarks/results/`` or ``--results``: JSON, a table and a plot for each set, and whether the goals were reached.
+Exit status: 0 done, 1 nothing could be measured, 2 called wrongly, 4 a library is missing, 130 interrupted: of the case
+that was being measured, the whole rounds are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmarks import cases, file_sets, report, sets
 from benchmarks.contenders import CONTENDERS
 from benchmarks.files import Workshop
-from benchmarks.processes import ROOT, Failed, say
+from benchmarks.processes import ROOT, Failed, Missing, require, say
 from benchmarks.shapes import SHAPES
 
 ALL = ("import", "size", "verify", "convert", "cold", "load", "prefill", "decode", "long", "batch", "shards", "memory")
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that tells an error on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def main() -> int:
-    """Runs a set, writes what came, and prints the table, or JSON."""
+    """Runs a set, writes what came, and prints the table, or JSON. Gives the exit status."""
+    args = _arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with tempfile.TemporaryDirectory(prefix="splitbundle-benchmark-") as temporary:
+            return _run(args, Path(args.directory or temporary))
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except Missing as error:
+        say(str(error))
+        return 4
+    except (Failed, OSError) as error:
+        say(f"failed: {error}")
+        return 1
+
+
+def _arguments() -> argparse.Namespace:
     lines = __doc__.splitlines()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=lines[0], epilog="\n".join(lines[5:]))
+    parser = _Parser(prog="python -m benchmarks", description=lines[0], epilog="\n".join(lines[5:]))
     parser.add_argument("set", choices=(*ALL, "all"), metavar="SET", help=", ".join((*ALL, "all")))
-    parser.add_argument("--model", metavar="NAME,NAME", help=f"of {', '.join(SHAPES)} (default: those of the set)")
+    names = _names(SHAPES)
+    parser.add_argument("--model", type=names, metavar="NAME,NAME", help=f"of {', '.join(SHAPES)} (default: the set's)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="this one alone")
-    parser.add_argument("--only", metavar="NAME,NAME", help="of the contenders")
-    parser.add_argument("--rounds", type=int, help="runs of each contender (default: that of the set)")
-    parser.add_argument("--threads", type=int, default=2, help="that compute (default: %(default)s)")
-    parser.add_argument("--directory", help="where the models are, or are made (default: a temporary one)")
-    parser.add_argument("--results", help="where to write (default: benchmarks/results, if all of a set is run)")
-    parser.add_argument("--lock", metavar="FILE", help="hold this file's lock during each round: others measure, too")
+    parser.add_argument("--only", type=_names(CONTENDERS), metavar="NAME,NAME", help="of the contenders")
+    parser.add_argument("--rounds", type=_count, help="runs of each contender (default: that of the set)")
+    parser.add_argument("--threads", type=_count, default=2, help="that compute (default: %(default)s)")
+    path = os.path.abspath  # processes that are measured run in another directory
+    parser.add_argument("--directory", type=path, help="where the models are, or are made (default: a temporary one)")
+    parser.add_argument("--results", type=path, help="where to write (default: benchmarks/results, if all is run)")
+    parser.add_argument(
+        "--lock", type=path, metavar="FILE", help="hold its lock during each round: others measure, too"
+    )
     parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
     args = parser.parse_args()
-    models = None if args.model is None else tuple(args.model.split(","))
-    if models and not set(models) <= SHAPES.keys():
-        parser.error(f"--model: one of {', '.join(SHAPES)}")
-    only = None if args.only is None else tuple(args.only.split(","))
-    if only and not set(only) <= CONTENDERS.keys():
-        parser.error(f"--only: of {', '.join(CONTENDERS)}")
+    if args.set in file_sets.NAMES and (args.dtype == "bfloat16" or args.only):
+        parser.error(f"{args.set} is measured in float32 and of everybody: it takes no --dtype bfloat16 and no --only")
     part = args.model or args.dtype or args.only or args.rounds or args.threads != 2
     if args.results is None and part:
         parser.error(
             "--results: what is published in benchmarks/results is of whole sets; say where this part is to go"
         )
+    return args
+
+
+def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    def names(text: str) -> tuple[str, ...]:
+        found = tuple(text.split(","))
+        if unknown := [name for name in found if name not in known]:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)!r} isn't one of {', '.join(known)}")
+        return found
+
+    return names
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 1 or more")
+    return int(text)
+
+
+def _run(args: argparse.Namespace, directory: Path) -> int:
+    chosen = [name for name in (ALL if args.set == "all" else (args.set,)) if args.set != "all" or _takes(name, args)]
+    require("splitbundle")
+    if {*chosen} - {"import", "size", "verify"}:  # these two need them where there is no bundle yet
+        require("torch", "transformers", "safetensors")
     results = Path(args.results or ROOT / "benchmarks" / "results")
-    with tempfile.TemporaryDirectory(prefix="splitbundle-benchmark-") as temporary:
-        measuring = cases.Measuring(
-            workshop=Workshop(Path(args.directory or temporary)),
-            threads=args.threads,
-            rounds=args.rounds,
-            only=only,
-            lock=args.lock,
-        )
-        documents = []
-        for name in ALL if args.set == "all" else (args.set,):
-            for document in _measured(name, models, args.dtype, measuring):
+    _writable("--directory", directory)
+    _writable("--results", results)
+    if args.lock:
+        _writable("--lock", Path(args.lock))
+    measuring = cases.Measuring(
+        workshop=Workshop(directory),
+        threads=args.threads,
+        rounds=args.rounds,
+        only=args.only,
+        lock=args.lock,
+    )
+    documents = []
+    try:
+        for name in chosen:
+            for document in _measured(name, args.model, args.dtype, measuring):
                 report.write(document, results)
                 documents.append(document)
                 if not args.json:
                     print(report.markdown([document]), flush=True)
-    report.write_pages(results)
-    if args.json:
-        print(json.dumps(documents))
-    return 0 if documents else 1
+                if document["interrupted"]:
+                    raise KeyboardInterrupt
+    finally:
+        if documents:
+            report.write_pages(results)
+            if args.json:
+                print(json.dumps(documents))
+    if not documents:
+        raise Failed("nothing was measured")
+    return 0
+
+
+def _takes(name: str, args: argparse.Namespace) -> bool:
+    """Whether a set, of all, can be measured as asked."""
+    if name in file_sets.NAMES and (args.dtype == "bfloat16" or args.only):
+        say(f"left out: {name}: it is measured in float32 and of everybody")
+        return False
+    return True
+
+
+def _writable(option: str, path: Path) -> None:
+    """Whether a directory, or the file of a lock, can be written, before anything is measured."""
+    try:
+        if option == "--lock":
+            with open(path, "a"):
+                pass
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+    except OSError as error:
+        raise Failed(f"{option}: {path} can't be written: {error.strerror}") from None
 
 
 def _measured(name: str, models: tuple[str, ...] | None, dtype: str | None, measuring: cases.Measuring) -> Any:

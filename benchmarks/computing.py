@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from importlib import import_module
-from typing import Any
+from typing import Any, Final
 
-WARM = 3
+WARM: Final = 3
 """Tokens that are decoded before any is timed."""
+CHECKED: Final = 256
+"""Tokens of the prompt after which logits are compared: those after it and one more token."""
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
@@ -29,16 +31,16 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     model = driver(task)
     figures["load"] = clock() - start
     figures["import and load"] = figures["import"] + figures["load"]
-    figures["private after loading"] = private() - imports
+    _more(figures, "private after loading", private(), imports)
     model.feed([[1]], True)
     figures["first token"] = time.time() - task["started"]
     figures["first token without imports"] = clock() - start
     for point in task["points"]:
         _point(model, point, task["vocabulary"], figures)
-    figures["private imports"] = imports
-    figures["private"] = (private() if sampler is None else sampler.stop()) - imports
+    _more(figures, "private imports", imports, 0)
+    _more(figures, "private", private() if sampler is None else sampler.stop(), imports)
     if task["logits"]:
-        model.feed(tokens(24, 1, task["vocabulary"]), True)
+        model.feed(tokens(CHECKED, 1, task["vocabulary"]), True)
         model.feed([[5]], False)
         figures["logits"] = model.logits()
     return figures
@@ -76,13 +78,19 @@ def tokens(context: int, batch: int, vocabulary: int) -> list[list[int]]:
     return [[(i * 7919 + row * 104729 + 13) % (vocabulary - 10) + 5 for i in range(context)] for row in range(batch)]
 
 
-def private() -> int:
-    """Bytes of this process that are in no file; none where the system doesn't say."""
+def private() -> int | None:
+    """Bytes of this process that are in no file; None where the system doesn't say."""
     try:
         with open("/proc/self/status") as status:
-            return next((int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:")), 0)
+            return next((int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:")), None)
     except FileNotFoundError:
-        return 0
+        return None
+
+
+def _more(figures: dict[str, Any], name: str, found: int | None, before: int | None) -> None:
+    """A figure of bytes; it isn't there where the system doesn't say, so that no goal is reached by it."""
+    if found is not None and before is not None:
+        figures[name] = found - before
 
 
 class Sampler:
@@ -91,16 +99,22 @@ class Sampler:
     def __init__(self) -> None:
         import threading
 
-        self.most, self._ended = 0, threading.Event()
+        self.most: int | None = None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:
         while not self._ended.wait(0.005):
-            self.most = max(self.most, private())
+            self._look()
 
-    def stop(self) -> int:
-        """Bytes, at the most."""
+    def _look(self) -> None:
+        if (now := private()) is not None:
+            self.most = max(self.most or 0, now)
+
+    def stop(self) -> int | None:
+        """Bytes, at the most; None where the system doesn't say."""
         self._ended.set()
         self._thread.join()
-        return max(self.most, private())
+        self._look()
+        return self.most

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Final
+
+from benchmarks.processes import ROOT
 
 _DISTRIBUTIONS: Final = (
     "torch",
@@ -39,6 +44,9 @@ def facts() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "libraries": {name: version for name in _DISTRIBUTIONS if (version := _version(name))},
     }
+    found |= {"splitbundle": _splitbundle()}
+    if said := _llama():
+        found["llama.cpp"] = said
     if hasattr(os, "getloadavg"):
         found["load before"] = round(os.getloadavg()[0], 2)
     cpu = _lines("/proc/cpuinfo")
@@ -56,7 +64,44 @@ def text(found: dict[str, Any]) -> str:
     libraries = ", ".join(f"{name} {version}" for name, version in found["libraries"].items())
     memory = f", {found['memory'] / 2**30:.0f} GiB" if "memory" in found else ""
     processor = f"{found.get('processor', 'unknown processor')} ({', '.join(found['instructions'])})"
-    return f"{found['cores']} cores of {processor}{memory}; {found['system']}; Python {found['python']}; {libraries}"
+    own = found.get("splitbundle", {})  # an older version didn't tell
+    commit = f" of {own['commit'][:12]}{', changed' if own['changed'] else ''}" if "commit" in own else ""
+    libraries = f"splitbundle {own['version']}{commit}, {libraries}" if own else libraries
+    llama = f"; llama.cpp: {found['llama.cpp']}" if "llama.cpp" in found else ""
+    system = f"{found['system']}; Python {found['python']}"
+    return f"{found['cores']} cores of {processor}{memory}; {system}; {libraries}{llama}"
+
+
+@functools.cache
+def _splitbundle() -> dict[str, Any]:
+    """The version that is measured; of a checkout the commit, too, and whether its files differ from it."""
+    import splitbundle
+
+    found: dict[str, Any] = {"version": splitbundle.__version__}
+    # A copy in site-packages has no commit, wherever this is run.
+    if not Path(splitbundle.__file__).is_relative_to(ROOT / "runtime") or not (ROOT / ".git").exists():
+        return found
+    commit = _said("git", "rev-parse", "HEAD")
+    # What is written while measuring is no change of what is measured.
+    changed = _said("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return found if commit is None or changed is None else found | {"commit": commit, "changed": bool(changed)}
+
+
+@functools.cache
+def _llama() -> str | None:
+    """What llama.cpp says that it was built for, asked in a process of its own."""
+    if _version("llama-cpp-python") is None:
+        return None
+    code = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
+    return _said(sys.executable, "-c", code)
+
+
+def _said(*command: str) -> str | None:
+    """A command's output; None where it fails or isn't there."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _version(distribution: str) -> str | None:

@@ -31,10 +31,9 @@ def draw(documents: list[dict[str, Any]], path: Path) -> bool:
     for axis, (title, reference, bars) in zip(axes, panels, strict=True):
         names, ratios = [name for name, _ in bars], [ratio for _, ratio in bars]
         medians = [ratio["median"] for ratio in ratios]
-        error = [
-            [ratio["median"] - ratio["least"] for ratio in ratios],
-            [ratio["greatest"] - ratio["median"] for ratio in ratios],
-        ]
+        below = [ratio["median"] - ratio["least"] for ratio in ratios]
+        above = [ratio["greatest"] - ratio["median"] for ratio in ratios]
+        error = [below, above] if any(below + above) else None  # one round has no spread
         colours = [_OURS if name.startswith("splitbundle") or "verify" in name else _PEERS for name in names]
         axis.barh(names, medians, color=colours, xerr=error, error_kw={"elinewidth": 1, "capsize": 2}, height=0.7)
         axis.bar_label(axis.containers[-1], [f" {median:.2f}" for median in medians], padding=6, fontsize=7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -19,6 +20,20 @@ _CHILD: Final = (
 
 class Failed(Exception):
     """A contender ended with an error; the last line of what it said."""
+
+
+class Missing(Exception):
+    """Libraries that aren't installed, without which nothing of what was asked for can be measured."""
+
+
+def require(*libraries: str) -> None:
+    """Whether libraries can be imported.
+
+    Raises:
+        Missing: some can't.
+    """
+    if absent := [name for name in libraries if importlib.util.find_spec(name) is None]:
+        raise Missing(f'{", ".join(absent)} not installed: pip install -e ".[bench]"')
 
 
 def measured(module: str, task: dict[str, Any]) -> dict[str, Any]:
@@ -47,23 +62,30 @@ def seconds(command: list[str], *, where: Path = ROOT) -> float:
 def interleaved(
     contenders: Mapping[str, Callable[[], dict[str, Any]]], rounds: int, lock: str | None
 ) -> tuple[list[dict[str, dict[str, Any]]], dict[str, str]]:
-    """A B B A …: each round's figures by contender; and which contenders failed, with the reason, and are left out."""
+    """A B B A …: each round's figures by contender; and which contenders failed, with the reason, and are left out.
+
+    An interruption ends it with the rounds that are whole; with none it goes on to who called.
+    """
     failed: dict[str, str] = {}
     runs: list[dict[str, dict[str, Any]]] = []
-    for i in range(rounds):
-        run: dict[str, dict[str, Any]] = {}
-        with holding(lock):
-            turn = list(contenders.items())
-            for name, measure in turn if i % 2 == 0 else reversed(turn):
-                if name in failed:
-                    continue
-                say(f"round {i + 1} of {rounds}: {name}")
-                try:
-                    run[name] = measure()
-                except Failed as error:
-                    failed[name] = str(error)
-                    say(f"left out: {name}: {error}")
-        runs.append(run)
+    try:
+        for i in range(rounds):
+            run: dict[str, dict[str, Any]] = {}
+            with holding(lock):
+                turn = list(contenders.items())
+                for name, measure in turn if i % 2 == 0 else reversed(turn):
+                    if name in failed:
+                        continue
+                    say(f"round {i + 1} of {rounds}: {name}")
+                    try:
+                        run[name] = measure()
+                    except Failed as error:
+                        failed[name] = str(error)
+                        say(f"left out: {name}: {error}")
+            runs.append(run)
+    except KeyboardInterrupt:
+        if not runs:
+            raise
     return [{name: own for name, own in run.items() if name not in failed} for run in runs], failed
 
 
@@ -90,5 +112,5 @@ def warm(*paths: Path) -> None:
 
 
 def say(text: str) -> None:
-    """Progress."""
-    print(text, file=sys.stderr, flush=True)
+    """Progress, or an error, on one line."""
+    print(" ".join(text.split()), file=sys.stderr, flush=True)

@@ -8,8 +8,10 @@ from typing import Any, Final
 
 from benchmarks import machine, plot
 from benchmarks.goals import spread, times_as_fast
+from benchmarks.processes import say
 from benchmarks.sets import LIMIT
 
+_TIMED: Final = "Of the calls in one process, a prompt's figure is the least, a token's the median."
 _ABOUT: Final = {
     "import": "Seconds from the start of a process to its end.",
     "size": "Bytes of the weight files beside those of the parameters' tensors.",
@@ -17,32 +19,39 @@ _ABOUT: Final = {
     "convert": "Seconds from the start of a process to its end; nothing is compared with the original.",
     "cold": "Seconds from the start of a process to its first token, and of them for importing the libraries.",
     "load": "Seconds until it can compute, without imports and with; to the first token; private memory (RssAnon).",
-    "prefill": "Milliseconds a token of a prompt, with the last position's logits alone.",
-    "decode": "Milliseconds a token after the prompt.",
-    "long": "Milliseconds a token after prompts of three lengths, and of the prompt in the middle.",
-    "batch": "Milliseconds a token and row, for one row and for eight.",
-    "shards": "Milliseconds a token, for one shard and for three that are chained.",
+    "prefill": f"Milliseconds a token of a prompt, with the last position's logits alone. {_TIMED}",
+    "decode": f"Milliseconds a token after the prompt. {_TIMED}",
+    "long": f"Milliseconds a token after prompts of three lengths, and of the prompt in the middle. {_TIMED}",
+    "batch": f"Milliseconds a token and row, for one row and for eight. {_TIMED}",
+    "shards": f"Milliseconds a token, for one shard and for three that are chained. {_TIMED}",
     "memory": "The most private memory (RssAnon) while generating, beyond the imports'.",
 }
+_KEYS: Final = {"set", "model", "dtype", "threads", "rounds", "reference", "goals", "runs", "machine", "figures"} | {
+    "left out",
+    "differences",
+}
+"""What every document has, of older versions, too; what they lack isn't known."""
 
 
 def write(document: dict[str, Any], results: Path) -> None:
     """Writes one case's JSON."""
     results.mkdir(parents=True, exist_ok=True)
     name = "-".join(part for part in (document["set"], document["model"], document["dtype"]) if part)
-    (results / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    temporary = results / f"{name}.json.writing"  # an interruption leaves what was there
+    temporary.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    temporary.replace(results / f"{name}.json")
 
 
 def write_pages(results: Path) -> None:
     """Writes the pages anew, and a plot for each set, of all JSON that is there."""
     if not results.is_dir():
         return
-    documents = [json.loads(path.read_text("utf-8")) for path in sorted(results.glob("*.json"))]
     by_set: dict[str, list[dict[str, Any]]] = {name: [] for name in _ABOUT}
-    for document in documents:
-        by_set[document["set"]].append(document)
+    for path in sorted(results.glob("*.json")):
+        if (document := _read(path)) is not None:
+            by_set[document["set"]].append(document)
     index = ["# Benchmarks", "", "Written by `python -m benchmarks`; what is compared, and how, is told there.", ""]
-    index += ["| set | model | goal | bound | came | |", "|---|---|---|---|---|---|"]
+    index += ["| set | model | rounds | goal | bound | came | |", "|---|---|---|---|---|---|---|"]
     pages = []
     for name, own in by_set.items():
         if not own:
@@ -54,8 +63,21 @@ def write_pages(results: Path) -> None:
         for document in own:
             for goal in document["goals"]:
                 model = f"{document['model']} {document['dtype']}".strip()
-                index.append(f"| [{name}]({name}.md) | {model} | {goal['what']} | {' | '.join(_goal(goal))} |")
+                cells = [f"[{name}]({name}.md)", model, _rounds(document), goal["what"], *_goal(goal, document)]
+                index.append(f"| {' | '.join(cells)} |")
     (results / "README.md").write_text("\n".join([*index, "", f"Figures: {', '.join(pages)}.", ""]), "utf-8")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a run wrote; None, with a line, for another's file."""
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        document = None
+    if isinstance(document, dict) and document.keys() >= _KEYS and document["set"] in _ABOUT:
+        return document
+    say(f"ignored: {path} isn't what a run of the benchmark writes")
+    return None
 
 
 def markdown(documents: list[dict[str, Any]]) -> str:
@@ -65,42 +87,48 @@ def markdown(documents: list[dict[str, Any]]) -> str:
 
 def _case(document: dict[str, Any]) -> list[str]:
     runs, reference = document["runs"], document["reference"]
-    threads, rounds = document["threads"], document["rounds"]
+    threads, rounds = document["threads"], _rounds(document)
     title = " ".join(part for part in (document["set"], document["model"], document["dtype"]) if part)
-    lines = [f"## {title}: {threads} threads, medians of {rounds} round{'s' if rounds > 1 else ''}", ""]
+    counted = f"{'medians of ' if len(runs) > 1 else ''}{rounds} round{'' if rounds in ('1', '1 of 1') else 's'}"
+    lines = [f"## {title}: {threads} thread{'s' if threads > 1 else ''}, {counted}", ""]
+    lines += ["It was interrupted after these rounds.", ""] if document.get("interrupted") else []
+    lines += ["One round has no spread.", ""] if len(runs) == 1 else []
     for figure in document["figures"]:
         lines += _figure(figure, runs, reference)
-    lines += [_outcome(goal) for goal in document["goals"]]
+    lines += [_outcome(goal, document) for goal in document["goals"]]
     lines += [""] if document["goals"] else []
     if rates := [run["the machine"] for run in runs if "the machine" in run]:
-        each = (f"{name} {_rate(name, spread([rate[name] for rate in rates]))}" for name in rates[0])
+        each = (f"{name} {_rate(name, [rate[name] for rate in rates])}" for name in rates[0])
         lines += [f"The machine, in the same run: {'; '.join(each)}.", ""]
         shares = [times_as_fast(runs, figure, name, LIMIT) for figure in document["figures"] for name in runs[0]]
         if any(share["median"] > 1.03 for share in shares if share):
             lines += ["More than the limit came, so others used the machine while it was measured: run this again.", ""]
     if differences := document["differences"]:
         greatest = max(differences, key=lambda name: differences[name])
-        told = f"{differences[greatest]:.1g} of the largest logit ({greatest})"
+        told = f"{differences[greatest]:.2g} of the largest logit ({greatest})"
         lines += [f"Logits differ from transformers' by {told} at most.", ""]
     lines += [f"Left out: {name}: {why}." for name, why in document["left out"].items()]
     lines += [""] if document["left out"] else []
+    lines += [f"Not run: {', '.join(document['not run'])}.", ""] if document.get("not run") else []
     return [*lines, f"{machine.text(document['machine'])}.", ""]
 
 
 def _figure(figure: str, runs: list[dict[str, Any]], reference: str) -> list[str]:
     names = [name for name, own in runs[0].items() if figure in own]
+    if not names:
+        return []  # this system doesn't tell it
     values = {name: spread([run[name][figure] for run in runs]) for name in names}
-    limited, compared = LIMIT in values, reference in values
+    limited, compared, several = LIMIT in values, reference in values, len(runs) > 1
     unit, factor = unit_of(figure)
-    heads = [f"{figure}, {unit}", "median", "least to greatest"]
-    heads += [f"{reference} ÷ this (spread)"] if compared else []
+    heads = [f"{figure}, {unit}", *(["median", "least to greatest"] if several else ["came"])]
+    heads += [f"{reference} ÷ this{' (spread)' if several else ''}"] if compared else []
     heads += ["of the limit"] if limited else []
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for name, value in values.items():
         low, middle, high = (f"{_short(value[key] * factor)}" for key in ("least", "median", "greatest"))
-        cells = [name, middle, f"{low} to {high}"]
+        cells = [name, middle, *([f"{low} to {high}"] if several else [])]
         if compared and (ratio := times_as_fast(runs, figure, name, reference)):
-            cells.append(f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['greatest']:.2f})")
+            cells.append(_spread(ratio, ".2f", several))
         if limited and (share := times_as_fast(runs, figure, name, LIMIT)):
             cells.append(f"{share['median']:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -120,23 +148,48 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _rate(name: str, found: dict[str, float]) -> str:
-    unit = "GFLOP/s" if name.startswith("multiply") else "GB/s"
-    low, middle, high = (f"{found[key] / 1e9:.3g}" for key in ("least", "median", "greatest"))
-    return f"{middle} {unit} ({low} to {high})"
+def _spread(found: dict[str, float], form: str, several: bool, unit: str = "") -> str:
+    """The median, and with several rounds how far they lie apart."""
+    low, middle, high = (f"{found[key]:{form}}" for key in ("least", "median", "greatest"))
+    return f"{middle}{unit} ({low} to {high})" if several else f"{middle}{unit}"
 
 
-def _goal(goal: dict[str, Any]) -> tuple[str, str, str]:
+def _rounds(document: dict[str, Any]) -> str:
+    """How many were run, of those that the set has, which an older version's document doesn't tell."""
+    own = document.get("rounds of the set")
+    return str(document["rounds"]) if own is None else f"{document['rounds']} of {own}"
+
+
+def _rate(name: str, found: list[float]) -> str:
+    unit = " GFLOP/s" if name.startswith("multiply") else " GB/s"
+    return _spread(spread([rate / 1e9 for rate in found]), ".3g", len(found) > 1, unit)
+
+
+def _missing(goal: dict[str, Any], document: dict[str, Any]) -> str:
+    """Why a goal wasn't measured: what is known of who is missing."""
+    reasons = []
+    for term in goal["missing"].split(", "):
+        name = term.partition(" of ")[2]
+        if name in document["left out"]:
+            reasons.append(f"{document['left out'][name]} ({name})")
+        else:
+            reasons.append(f"{name} wasn't run" if name in document.get("not run", ()) else term)
+    return ", ".join(dict.fromkeys(reasons))
+
+
+def _goal(goal: dict[str, Any], document: dict[str, Any]) -> tuple[str, str, str]:
     """A goal's bound, what came, and whether that is enough."""
     unit = goal["unit"]
     bound = f"≥ {goal['at_least']:g} {unit}" if "at_least" in goal else f"≤ {goal['at_most']:g} {unit}"
     if goal["median"] is None:
-        return bound, f"not measured: {goal['missing']}", "–"
+        return bound, f"not measured: {_missing(goal, document)}", "–"
     digits = 4 if bound.startswith("≤ 1.00") else 3 if goal["unit"] == "s" or bound.startswith("≤ 1.0") else 2
-    middle, low, high = (f"{goal[key]:.{digits}f}" for key in ("median", "least", "greatest"))
-    return bound, f"{middle} ({low} to {high})", "reached" if goal["reached"] else "**missed**"
+    came = _spread(goal, f".{digits}f", document["rounds"] > 1)
+    return bound, came, "reached" if goal["reached"] else "**missed**"
 
 
-def _outcome(goal: dict[str, Any]) -> str:
-    bound, came, verdict = _goal(goal)
+def _outcome(goal: dict[str, Any], document: dict[str, Any]) -> str:
+    bound, came, verdict = _goal(goal, document)
+    if goal["median"] is None:
+        return f"- {goal['what']}: goal {bound}, {came}"
     return f"- {goal['what']}: goal {bound}, came {came}: {verdict}"

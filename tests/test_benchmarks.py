@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,17 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import cases, file_sets, machine, report, sets
+from benchmarks import cases, computing, file_sets, files, machine, report, sets
 from benchmarks.computing import tokens
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import CONTENDERS, LLAMA_FLASH, PREPACKED
 from benchmarks.files import Workshop, check_config
 from benchmarks.goals import Goal, Term, times_as_fast
 from benchmarks.processes import Failed, interleaved
 from benchmarks.shapes import SHAPES, Shape
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import splitbundle
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
     family: Shape(
         family=family,
@@ -186,14 +191,24 @@ def test_gguf_has_every_tensor_of_the_family(tmp_path: Path, family: str) -> Non
     assert [int(size) for size in up.shape] == [shape.hidden, shape.inner]  # its order is the other way round
 
 
+def run_of(*arguments: object, where: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *map(str, arguments)],
+        cwd=where,
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def test_a_run(tmp_path: Path) -> None:
     """Decoding on a tiny model, one round: a checkpoint, a bundle, a check against transformers, and the pages."""
-    root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-m", "benchmarks", "decode", "--model", "tiny", "--rounds", "1", "--threads", "1"]
-    command += ["--only", "splitbundle torch", "--directory", str(tmp_path / "models"), "--json"]
-    done = subprocess.run(
-        [*command, "--results", str(tmp_path / "results")], cwd=root, capture_output=True, text=True, timeout=300
-    )
+    options = ["--model", "tiny", "--rounds", 1, "--threads", 1, "--only", "splitbundle torch", "--json"]
+    # What is relative is so to where it was called, not to where the processes that are measured run.
+    places = ["--directory", "models", "--results", "results", "--lock", "lock"]
+    done = run_of("decode", *options, *places, where=tmp_path)
     assert done.returncode == 0, done.stderr
     (document,) = json.loads(done.stdout)
     (run,) = document["runs"]
@@ -201,8 +216,18 @@ def test_a_run(tmp_path: Path) -> None:
     assert run["the machine"]["read"] > 0
     assert document["differences"]["splitbundle torch"] < 1e-5
     assert document["machine"]["libraries"].keys() >= {"torch", "transformers"}
+    assert document["machine"]["splitbundle"]["version"] == splitbundle.__version__
+    assert (document["rounds"], document["rounds of the set"], document["interrupted"]) == (1, 5, False)
+    assert (document["only"], document["not run"][:2]) == (
+        ["splitbundle torch"],
+        ["splitbundle onnxruntime", PREPACKED],
+    )
     assert json.loads((tmp_path / "results" / "decode-tiny-float32.json").read_text("utf-8")) == document
-    assert "| splitbundle torch |" in (tmp_path / "results" / "decode.md").read_text("utf-8")
+    page = (tmp_path / "results" / "decode.md").read_text("utf-8")
+    assert "| splitbundle torch |" in page
+    assert "## decode tiny float32: 1 thread, 1 of 5 rounds\n\nOne round has no spread.\n" in page
+    assert " to " not in "".join(line for line in page.splitlines() if line.startswith("|"))
+    assert "Not run: splitbundle onnxruntime, " in page
     assert "[decode](decode.md)" in (tmp_path / "results" / "README.md").read_text("utf-8")
 
 
@@ -223,7 +248,8 @@ def test_what_computes_something_else_is_left_out(tmp_path: Path, monkeypatch: p
         left_out: dict[str, str] = {}
         differences = measuring._check(case, tasks, tmp_path / "config.json", left_out)
         assert list(tasks) == ["splitbundle torch", "transformers", "llama.cpp"]
-        assert left_out == {"onnxruntime-genai": "it differs from transformers by 0.0025 of the largest logit"}
+        why = "its logits differ from transformers' by 0.0025 of the largest logit, and may by 0.001"
+        assert left_out == {"onnxruntime-genai": why}
         assert (differences["splitbundle torch"], differences["llama.cpp"]) == (0.0, 0.0)
         peers = [] if again else ["contender_genai", "contender_llama_cpp"]  # they are remembered
         assert asked == ["contender_transformers", "contender_torch", *peers]
@@ -236,10 +262,11 @@ def test_sizes_and_what_a_report_says_of_them(tmp_path: Path) -> None:
     document = measuring.of_files("size", "tiny")
     sizes = document["runs"][0]
     assert sizes[file_sets.PARAMETERS]["bytes"] == 4 * SHAPES["tiny"].parameters()
-    stored = sum(path.stat().st_size for path in (tmp_path / "tiny.splitbundle").glob("*.safetensors"))
+    bundle = tmp_path / "tiny-v2.splitbundle"
+    stored = sum(path.stat().st_size for path in bundle.glob("*.safetensors"))
     assert sizes[file_sets.BUNDLE]["bytes"] == stored
     # What another version wrote isn't taken.
-    layer = tmp_path / "tiny.splitbundle" / "layer-001.safetensors"
+    layer = bundle / "layer-001.safetensors"
     content = bytearray(layer.read_bytes())
     content[8:40] = bytes(32)
     layer.write_bytes(content)
@@ -249,3 +276,207 @@ def test_sizes_and_what_a_report_says_of_them(tmp_path: Path) -> None:
     text = report.markdown([document])
     assert "goal ≤ 1.001 ×, came 1." in text
     assert ": **missed**" in text
+
+
+def document(**fields: Any) -> dict[str, Any]:
+    """As a version wrote it that told less."""
+    found = {"set": "decode", "model": "tiny", "dtype": "float32", "threads": 1, "reference": "a", "goals": []}
+    found |= {"figures": ["decode 256"], "left out": {}, "differences": {}, "machine": machine.facts()}
+    runs = [{"a": {"decode 256": 1.0}}, {"a": {"decode 256": 3.0}}]
+    return found | {"runs": runs, "rounds": len(runs)} | fields
+
+
+def test_a_page_tells_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    goals = [
+        Goal(what=what, own=Term("a", "decode 256"), against=Term(other, "decode 256"), at_least=1.0).outcome([{}])
+        for what, other in (("one", LLAMA_FLASH), ("two", "transformers"))
+    ]
+    why = "its logits differ from transformers' by 0.0025 of the largest logit, and may by 0.001"
+    text = report.markdown(
+        [
+            document(
+                goals=goals,
+                interrupted=True,
+                **{"left out": {LLAMA_FLASH: why}, "not run": ["transformers"], "rounds of the set": 5},
+            )
+        ]
+    )
+    assert ": 1 thread, medians of 2 of 5 rounds\n" in text
+    assert "It was interrupted after these rounds." in text
+    assert "| a | 2e+03 | " not in text  # its least and greatest are told
+    assert f"- one: goal ≥ 1 ×, not measured: decode 256 of a, {why} ({LLAMA_FLASH})\n" in text
+    assert "- two: goal ≥ 1 ×, not measured: decode 256 of a, transformers wasn't run\n" in text
+    # Older documents don't tell it, and others' files are no documents.
+    report.write(document(), tmp_path)
+    (tmp_path / "foreign.json").write_text('{"set": "decode"}', "utf-8")
+    (tmp_path / "broken.json").write_text("[", "utf-8")
+    report.write_pages(tmp_path)
+    assert "medians of 2 rounds\n" in (tmp_path / "decode.md").read_text("utf-8")
+    said = capsys.readouterr().err
+    assert [name in said for name in ("foreign.json", "broken.json", "decode-tiny")] == [True, True, False]
+
+
+def test_memory_that_the_system_does_not_tell_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: dict[str, Any] = {}
+    computing._more(figures, "private", 5, 3)
+    assert figures == {"private": 2}
+    monkeypatch.setattr(computing, "private", lambda: None)
+    assert computing.Sampler().stop() is None
+    computing._more(figures, "private after loading", computing.private(), 3)
+    assert figures == {"private": 2}
+    (case, _) = sets.chosen("memory", None, None)
+    run = {"splitbundle torch": {"load": 1.0}, **sets.derive(case, {}, None)}
+    assert [goal.outcome([run])["median"] for goal in case.goals] == [None, None]
+    assert "MiB" not in report.markdown([document(figures=["private"])])
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_no_bias_is_zero_and_no_norm_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    from safetensors.torch import load_file
+
+    monkeypatch.setitem(SHAPES, "small", SMALL[family])
+    workshop = Workshop(tmp_path)
+    path = workshop.make("checkpoint", "small", "float32")
+    again = Workshop(tmp_path / "again").make("checkpoint", "small", "float32")
+    assert (path / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    vectors = {name: tensor for name, tensor in load_file(path / "model.safetensors").items() if tensor.dim() == 1}
+    assert any(name.endswith(".bias") for name in vectors) == (family != "llama")
+    for name, tensor in vectors.items():
+        assert 0.01 < tensor.std() < 0.3
+        assert abs(tensor.mean() - (0 if name.endswith(".bias") else 1)) < 0.1
+
+
+def test_what_is_broken_in_a_directory_is_told(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path)
+    path = workshop.make("checkpoint", "tiny", "float32")
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    config = (path / "config.json").read_bytes()
+    weights = (path / "model.safetensors").read_bytes()
+    broken = {
+        "model.safetensors": (weights[:-100], "can't be read"),
+        "config.json": (config[:-5], "has no configuration"),
+    }
+    for name, (content, told) in broken.items():
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(content)
+        with pytest.raises(Failed, match=told):
+            workshop.make("checkpoint", "tiny", "float32")
+        (path / name).write_bytes(whole)
+    workshop.make("checkpoint", "tiny", "float32")
+    for name in ("model.safetensors", "config.json"):
+        (path / name).unlink()
+        with pytest.raises(Failed, match=r"has 0 of|has no configuration"):
+            workshop.make("checkpoint", "tiny", "float32")
+
+
+def test_of_two_runs_that_make_the_same_one_drops_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = files._checkpoint
+
+    def raced(path: Path, model: str, dtype: str) -> None:
+        monkeypatch.setattr(files, "_checkpoint", real)
+        other = Workshop(tmp_path).make("checkpoint", model, dtype)
+        (other / "first").touch()
+        real(path, model, dtype)
+
+    monkeypatch.setattr(files, "_checkpoint", raced)
+    path = Workshop(tmp_path).make("checkpoint", "tiny", "float32")
+    assert (path / "first").exists()
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_an_interruption_keeps_whole_rounds() -> None:
+    def until(calls: int) -> Any:
+        counted = iter(range(calls))
+
+        def measure() -> dict[str, float]:
+            if next(counted, None) is None:
+                raise KeyboardInterrupt
+            return {"t": 1.0}
+
+        return measure
+
+    assert interleaved({"a": until(9), "b": until(2)}, 3, None)[0] == [{"a": {"t": 1.0}, "b": {"t": 1.0}}] * 2
+    with pytest.raises(KeyboardInterrupt):
+        interleaved({"a": until(9), "b": until(0)}, 3, None)
+
+
+CHECKOUT = [str(ROOT / name) for name in (".", "runtime", "converter", "schemas")]
+
+
+@pytest.fixture
+def nothing_else(tmp_path: Path) -> dict[str, str]:
+    """An environment in which this checkout can be imported, and no library that is measured."""
+    for name in ("torch", "onnxruntime", "transformers"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')", "utf-8")
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *CHECKOUT])}
+
+
+def test_a_run_that_is_interrupted_ends_with_130(tmp_path: Path, nothing_else: dict[str, str]) -> None:
+    results = tmp_path / "results"
+    command = [sys.executable, "-m", "benchmarks", "import", "--results", str(results), "--rounds", "500"]
+    with subprocess.Popen(command, env=nothing_else, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if line.startswith("round 1 "):
+                running.send_signal(signal.SIGINT)
+                break
+        said = running.stderr.read()
+    assert running.returncode == 130
+    assert said.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in said
+    assert not list(results.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["decode", "--rounds", "0"], 2, "--rounds"),
+        (["decode", "--threads", "none"], 2, "--threads"),
+        (["decode", "--model", "other"], 2, "'other' isn't one of gpt2, "),
+        (["size", "--dtype", "bfloat16"], 2, "takes no --dtype bfloat16"),
+        (["decode", "--rounds", "1"], 2, "--results: "),
+        (["load", "--dtype", "bfloat16", "--results", "results"], 1, "nothing was measured"),
+        (["import", "--results", "file"], 1, "--results: "),
+        (["import", "--directory", "file/models"], 1, "--directory: "),
+        (["import", "--lock", "nowhere/lock"], 1, "--lock: "),
+    ],
+)
+def test_errors_are_one_line(tmp_path: Path, arguments: list[str], status: int, told: str) -> None:
+    (tmp_path / "file").touch()
+    done = run_of(*arguments, where=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (status, 1), done.stderr
+    assert told in done.stderr
+
+
+def test_missing_libraries_are_told_with_what_brings_them(tmp_path: Path) -> None:
+    def ran(*arguments: str, path: list[str]) -> tuple[int, str]:
+        options = [sys.executable, "-S", "-m", "benchmarks", *arguments, "--results", str(tmp_path / "results")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+        done = subprocess.run(options, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stderr.splitlines()[-1]
+
+    told = 'not installed: pip install -e ".[bench]"'
+    assert ran("decode", path=CHECKOUT) == (4, f"torch, transformers, safetensors {told}")
+    assert ran("size", "--model", "tiny", path=CHECKOUT) == (4, f"torch, transformers {told}")
+    assert ran("import", path=[str(ROOT)]) == (4, f"splitbundle {told}")
+    assert not list((tmp_path / "results").iterdir())
+
+
+def test_importing_needs_no_library(tmp_path: Path, nothing_else: dict[str, str]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "import",
+        "--rounds",
+        "1",
+        "--json",
+        "--results",
+        str(tmp_path / "r"),
+    ]
+    done = subprocess.run(command, env=nothing_else, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (document,) = json.loads(done.stdout)
+    assert document["runs"][0].keys() == {"python -c pass", "import splitbundle"}
+    assert document["left out"]["import torch"] == "ImportError: no torch here"
+    assert document["goals"][0]["median"] is not None
