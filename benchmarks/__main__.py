@@ -80,9 +80,7 @@ def _arguments() -> argparse.Namespace:
         parser.error(f"{args.set} is measured in float32 and of everybody: it takes no --dtype bfloat16 and no --only")
     part = args.model or args.dtype or args.only or args.rounds or args.threads != 2
     if args.results is None and part:
-        parser.error(
-            "--results: what is published in benchmarks/results is of whole sets; say where this part is to go"
-        )
+        parser.error("--results: benchmarks/results is for whole sets unless it is named; say where this part is to go")
     return args
 
 
