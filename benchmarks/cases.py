@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from benchmarks.computing import CHECKED, point_name
 from benchmarks.contenders import CONTENDERS, TRANSFORMERS
 from benchmarks.files import Workshop
 from benchmarks.goals import Goal
-from benchmarks.processes import Failed, interleaved, measured, require, say, warm
+from benchmarks.processes import ROOT, Failed, interleaved, measured, require, say, warm
 from benchmarks.shapes import SHAPES
 
 RATES: Final = "the machine"
@@ -84,7 +86,7 @@ class Measuring:
             "figures": [*dict.fromkeys([*figures, *case.figures])],
             "only": None if self.only is None else list(self.only),
             "not run": [name for name in case.contenders if name not in asked],
-            "left out": left_out | failed,
+            "left out": self._without_paths(left_out | failed),
             "differences": differences,
         }
 
@@ -102,7 +104,16 @@ class Measuring:
         runs, failed = self._rounds(plan.contenders, rounds)
         document = self._document(name, model, "float32" if model else "", runs, rounds, plan.goals, plan.reference)
         figures = list(plan.figures)
-        return document | {"machine": found, "figures": figures, "left out": plan.left_out | failed, "differences": {}}
+        left_out = self._without_paths(plan.left_out | failed)
+        return document | {"machine": found, "figures": figures, "left out": left_out, "differences": {}}
+
+    def _without_paths(self, reasons: dict[str, str]) -> dict[str, str]:
+        """Reasons that can be published: where the models and this checkout lie is nobody's business."""
+        places = {str(self.workshop.directory): "DIRECTORY", str(ROOT): "CHECKOUT"}
+        return {
+            name: functools.reduce(lambda text, place: text.replace(*place), places.items(), why)
+            for name, why in reasons.items()
+        }
 
     def _rounds(
         self, contenders: dict[str, Callable[[], dict[str, Any]]], own: int
@@ -205,8 +216,8 @@ def _remembered(record: Path) -> dict[str, float]:
 
 
 def difference(got: list[float], wanted: list[float]) -> float:
-    """The greatest difference, of the largest logit; infinite for another number of them."""
-    if len(got) != len(wanted):
+    """The greatest difference, of the largest logit; infinite for another number of them, or what isn't a number."""
+    if len(got) != len(wanted) or not all(map(math.isfinite, (*got, *wanted))):
         return float("inf")
     largest = max(map(abs, wanted))
     return max(abs(a - b) for a, b in zip(got, wanted, strict=True)) / largest

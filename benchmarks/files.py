@@ -39,7 +39,7 @@ class Workshop:
             "genai": ("-genai", self._genai),
         }
         ending, maker = makers[reads]
-        path = self.directory / f"{model}-v{_VERSION}{'' if dtype == 'float32' else '-' + dtype}{ending}"
+        path = self._path(model, dtype, ending)
         if _there(path):
             if reads == "checkpoint":
                 check_checkpoint(path, SHAPES[model])
@@ -63,6 +63,9 @@ class Workshop:
             _remove(temporary)
         return path
 
+    def _path(self, model: str, dtype: str, ending: str = "") -> Path:
+        return self.directory / f"{model}-v{_VERSION}{'' if dtype == 'float32' else '-' + dtype}{ending}"
+
     def why_not(self, model: str, dtype: str) -> str | None:
         """Why a model can't be made and measured here; None where it can."""
         weights = SHAPES[model].parameters() * ITEM[dtype]
@@ -72,7 +75,7 @@ class Workshop:
         memory = SHAPES[model].parameters() * 4 * 5 // 4 + weights
         if free is not None and free < memory:
             return f"it needs {memory / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free"
-        if not _there(self.directory / f"{model}-v{_VERSION}") and disk < _COPIES * weights:
+        if not _there(self._path(model, dtype)) and disk < _COPIES * weights:
             return f"it needs {_COPIES * weights / 1e9:.1f} GB on disk, and {disk / 1e9:.1f} are free"
         return None
 

@@ -255,6 +255,7 @@ def test_what_computes_something_else_is_left_out(tmp_path: Path, monkeypatch: p
         assert asked == ["contender_transformers", "contender_torch", *peers]
         asked.clear()
     assert cases.difference([1.0], [1.0, 2.0]) == float("inf")
+    assert cases.difference([1.0, float("nan"), 2.0], [1.0, 1.5, 2.0]) == float("inf")
 
 
 def test_sizes_and_what_a_report_says_of_them(tmp_path: Path) -> None:

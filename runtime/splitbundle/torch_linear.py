@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -67,8 +68,8 @@ class _Switch:
     """``torch.backends.mkldnn.enabled``, off while one row is computed in bfloat16, and on for whoever has more rows.
 
     It is the process's, not a thread's, and torch's own kernel takes ten times as long for many rows. So a call with
-    more rows waits until the calls with one row have ended, each a token of some thread; what has one row and comes
-    meanwhile leaves the switch alone.
+    more rows waits until the calls with one row have ended, each a token of some thread, or for a second; what has one
+    row and comes meanwhile leaves the switch alone.
     """
 
     def __init__(self) -> None:
@@ -77,30 +78,32 @@ class _Switch:
     def reset(self) -> None:
         self.lock, self.before = threading.Lock(), True
         self.single, self.several = set[object](), set[object]()
-        self.none_single = threading.Condition(self.lock)
 
     def allows_onednn(self) -> bool:
         """Whether oneDNN is on, but for this switch."""
-        return bool(torch._C._get_mkldnn_enabled()) or (bool(self.single) and self.before)
+        on = torch._C._get_mkldnn_enabled
+        return bool(on() or (self.single and self.before) or on())  # the last call may end between two of these
 
     def enter(self, call: object, rows: int) -> None:
         with self.lock:
             if rows > 1:
                 self.several.add(call)
-                # No longer than that: a hook of a call with one row may be what makes this one.
-                self.none_single.wait_for(lambda: not self.single, timeout=1.0)
             elif not self.several:
                 if not self.single:
                     self.before = torch._C._get_mkldnn_enabled()
                 self.single.add(call)
                 torch._C._set_mkldnn_enabled(False)
+        # Asleep, as an interrupt may break a Condition's lock; and no longer than a second, as a hook of a call with
+        # one row may be what makes this one.
+        until = time.monotonic() + 1.0
+        while rows > 1 and self.single and time.monotonic() < until:
+            time.sleep(0.0005)
 
     def leave(self, call: object) -> None:
         """Ends a call, as far as it had begun; once more does no harm."""
         with self.lock:
             if self.single == {call}:
                 torch._C._set_mkldnn_enabled(self.before)
-                self.none_single.notify_all()
             self.single.discard(call)
             self.several.discard(call)
 

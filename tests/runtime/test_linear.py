@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from types import FrameType
+from types import FrameType, SimpleNamespace
 
 import pytest
 import torch
@@ -312,6 +313,20 @@ def test_an_interrupt_at_any_moment_leaves_the_switch_as_it_was(rows: int) -> No
         assert not torch_linear._switch.lock.locked()
         assert (torch_linear._switch.single, torch_linear._switch.several) == (set(), set())
     assert moments > 10
+
+
+@x86
+@pytest.mark.usefixtures("switches")
+def test_an_interrupt_while_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    one = Caller(rows=1)
+    assert one.inside()
+    monkeypatch.setattr(torch_linear, "time", SimpleNamespace(monotonic=time.monotonic, sleep=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        computing(5, is_on)
+    one.end()
 
 
 @x86
