@@ -9,12 +9,13 @@ that may come waits for the rest when it comes. ``Bundle.stage`` and ``Bundle.pi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from splitbundle.errors import BundleError, MissingExtra, ParityError, Problem, VerificationError
 from splitbundle.version import __version__
 
+TYPE_CHECKING = False  # type checkers take it for true; importing typing would be most of this import's time
 if TYPE_CHECKING:
+    from typing import Any
+
     from splitbundle.bundle import Bundle
     from splitbundle.opening import open_bundle as open  # noqa: A004  # the name reads as it should: splitbundle.open
     from splitbundle.selections import Selection

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from splitbundle.records import members, record
+
+TYPE_CHECKING = False  # type checkers take it for true; importing typing would be most of this import's time
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 @record(frozen=True, slots=True, kw_only=True)

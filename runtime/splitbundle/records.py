@@ -7,10 +7,12 @@ for it: with forty records that was most of what ``import splitbundle`` took. He
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
-
 __all__ = ["as_dict", "field", "members", "record", "replace", "types"]
+
+TYPE_CHECKING = False  # type checkers take it for true; importing typing would be most of this import's time
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, ClassVar
 
 _set = object.__setattr__
 _REQUIRED: Any = object()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 __version__ = "0.1.0"
 
-FORMAT_VERSION: Final = (1, 0)
+FORMAT_VERSION = (1, 0)
 """MAJOR, MINOR of the newest manifest that this reader knows."""
 
-ARCHITECTURE_VERSION: Final = 1
+ARCHITECTURE_VERSION = 1
 """The newest ``version`` of a ``decoder`` architecture that this reader knows."""
