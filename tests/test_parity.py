@@ -49,7 +49,7 @@ from splitbundle.architecture import (
     Rotary,
     Sinusoidal,
 )
-from splitbundle.bundle import VECTORS
+from splitbundle.storage.reader import VECTORS
 from splitbundle.torch_pipeline import Pipeline
 from splitbundle.torch_stage import Stage, load_stages
 from splitbundle.torch_weights import map_tensors

@@ -26,8 +26,8 @@ import splitbundle
 import splitbundle_converter
 from models import CONFIGURATIONS, LAYERS, ONE_PER_FAMILY, bundle, checkpoint, make_model
 from splitbundle import Bundle, BundleError, ParityError, strict_json
-from splitbundle.bundle import VECTORS
 from splitbundle.files import MAX_TEXT_BYTES
+from splitbundle.storage.reader import VECTORS
 from splitbundle.torch_weights import map_tensors
 from splitbundle_converter import configuration, conversion, decoder_facts
 from splitbundle_converter.families import FAMILIES

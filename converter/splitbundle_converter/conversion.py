@@ -15,11 +15,12 @@ from torch import Tensor
 from splitbundle import architecture as architectures
 from splitbundle import tokenizer_rules, torch_weights
 from splitbundle.architecture import Architecture, count
-from splitbundle.bundle import VECTORS, Bundle
+from splitbundle.bundle import Bundle
 from splitbundle.errors import quoted
 from splitbundle.files import Progress
 from splitbundle.manifest import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
 from splitbundle.opening import open_bundle
+from splitbundle.storage.reader import VECTORS
 from splitbundle.version import __version__
 from splitbundle.weights import Tensor as Stored
 from splitbundle_converter import write

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
+    from splitbundle import golden
+    from splitbundle.files import Progress
+    from splitbundle.storage.reader import BundleReader
 
 BACKENDS: Final = ("torch", "onnxruntime")
 OPTIONS: Final = {
@@ -67,7 +69,7 @@ def module(backend: str, name: str) -> ModuleType:
         raise MissingExtra.of(backend, backend, f'compute with backend="{backend}"') from None
 
 
-def mixed_pipeline(bundle: Bundle, own: Mapping[str, str], given: Mapping[str, Any]) -> Any:
+def mixed_pipeline(bundle: BundleReader, own: Mapping[str, str], given: Mapping[str, Any]) -> Any:
     """A pipeline of stages of several backends: ``own`` names that of a shard, and torch computes the others.
 
     Raises:
@@ -85,3 +87,37 @@ def mixed_pipeline(bundle: Bundle, own: Mapping[str, str], given: Mapping[str, A
         stages |= dict(zip(named, loaded, strict=True))
     last = module("onnxruntime" if "onnxruntime" in backend_of.values() else "torch", "pipeline")
     return last.Pipeline([stages[shard.name] for shard in bundle.shards])
+
+
+def run_golden(
+    bundle: BundleReader, shard: str | None, backend: str, progress: Progress | None
+) -> list[golden.Difference]:
+    """Compute the golden vectors with one backend, or with all and compare those too. See ``Bundle.run_vectors``.
+
+    Raises:
+        BundleError: ``stage.backend``, ``vectors.none``; what loading refuses.
+    """
+    if backend != "all":
+        options(backend, {})
+        differences: list[golden.Difference] = module(backend, "verify").run_vectors(bundle, shard, progress)
+        return differences
+    return _run_both(bundle, shard, progress)
+
+
+def _run_both(bundle: BundleReader, shard: str | None, progress: Progress | None) -> list[golden.Difference]:
+    """Compare each backend with the original model, and then the two with each other."""
+    from splitbundle import golden  # opening a bundle doesn't need it
+
+    torch, onnxruntime = (module(backend, "stage").load_stages for backend in BACKENDS)
+    arrays = module("onnxruntime", "verify")
+    tensors = {} if bundle.manifest.vectors is None else arrays.read_golden(bundle)
+    torch_outputs = golden.compute(
+        bundle, shard, tensors, lambda part: torch(bundle, [part], dtype="float32")[0].over_numpy(), progress
+    )
+    outputs = golden.compute(bundle, shard, tensors, lambda part: onnxruntime(bundle, [part])[0], progress)
+    original, tolerance = golden.original_outputs(tensors, outputs), arrays.tolerance(bundle)
+    return [
+        *golden.compare(torch_outputs, original, ("torch", "original")),
+        *golden.compare(outputs, original, ("onnxruntime", "original"), tolerance),
+        *golden.compare(outputs, torch_outputs, ("onnxruntime", "torch"), tolerance),
+    ]

@@ -2,104 +2,27 @@
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from splitbundle import backends, files, selections, weights
-from splitbundle.architecture import Architecture
-from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle import backends
 from splitbundle.files import Progress
-from splitbundle.manifest import Manifest, Shard
-from splitbundle.selections import Selection
+from splitbundle.storage.documents import read_documents
+from splitbundle.storage.reader import BundleReader
 
 if TYPE_CHECKING:
     from splitbundle import onnxruntime_pipeline, onnxruntime_stage, torch_pipeline, torch_stage
     from splitbundle.golden import Difference
     from splitbundle.verification import Verification
 
-VECTORS: Final = "vectors"
-"""Names the golden vectors where units are named."""
 
-
-class Bundle:
+class Bundle(BundleReader):
     """A ``.splitbundle`` directory. Immutable, and safe to share between threads and to pickle to workers."""
 
-    def __init__(
-        self,
-        path: Path,
-        manifest: Manifest,
-        architecture: Architecture,
-        id: str,  # noqa: A002
-        *,
-        strict: bool = False,
-    ) -> None:
-        self.path = path
-        self.manifest = manifest
-        self.architecture = architecture
-        self.id = id
-        """``sha256:`` of manifest.json: pins everything, cuts included."""
-        self.strict = strict
-        """Whether only bytes are computed on that were hashed: ``open(..., verify="always")``."""
-
-    def __repr__(self) -> str:
-        return f"Bundle({str(self.path)!r}, {self.manifest.model.name!r}, shards={[s.name for s in self.shards]})"
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """The shards in order."""
-        return self.manifest.shards
-
-    @property
-    def fingerprint(self) -> str:
-        """``sha256:`` of the model, the same however it is cut."""
-        return self.manifest.model.fingerprint
-
-    @property
-    def architecture_id(self) -> str:
-        """``sha256:`` of architecture.json."""
-        return self.manifest.model.architecture
-
-    def shard(self, name: str) -> Shard:
-        """A shard by its name.
-
-        Raises:
-            BundleError: ``stage.name``.
-        """
-        for shard in self.shards:
-            if shard.name == name:
-                return shard
-        raise BundleError(
-            Problem(
-                code="stage.name",
-                argument="shard",
-                expected=f"a shard of {self.path.name}: {', '.join(s.name for s in self.shards)}",
-                got=quoted(name),
-                hint=f"Any other part: stage(layers=(start, stop)) within 0..{len(self.architecture.layers)}",
-            )
-        )
-
-    def select(
-        self,
-        name: str | None = None,
-        *,
-        layers: tuple[int, int] | None = None,
-        embeds: bool | None = None,
-        head: bool | None = None,
-    ) -> Selection:
-        """The part of the model that a shard's name or a range of global layers means.
-
-        A range that begins at 0 embeds, and one that ends at the last layer has the head, unless told otherwise.
-
-        Raises:
-            BundleError: ``stage.name``, ``stage.range``.
-        """
-        return selections.select(self, name, layers, embeds, head)
-
-    def absent(self) -> tuple[str, ...]:
-        """The listed files that aren't there: none in a whole bundle, some in a partial one."""
-        return tuple(path for path in self.manifest.files if not (self.path / path).exists())
+    def __reduce__(self) -> tuple[Any, tuple[Path, str, bool]]:
+        # A worker reads the documents itself: a pickle names no module that may move, and holds no copy of them.
+        return _reopen, (self.path, self.id, self.strict)
 
     def verify(
         self, shard: str | None = None, *, exact: bool = False, progress: Progress | None = None
@@ -137,72 +60,10 @@ class Bundle:
         """
         from splitbundle import golden
 
-        if backend != "all":
-            backends.options(backend, {})
-        modules = [backends.module(each, "verify") for each in backends.BACKENDS if backend in (each, "all")]
-        run = modules[-1].run_both if backend == "all" else modules[0].run_vectors
-        differences: list[Difference] = run(self, shard, progress)
+        differences = backends.run_golden(self, shard, backend, progress)
         if self.manifest.vectors is not None:
             golden.check(differences, self.manifest.vectors.file)
         return differences
-
-    def weight_groups(self) -> dict[str, tuple[str, ...]]:
-        """Everything that is stored as tensors: each unit, and the golden vectors, with its files in order."""
-        vectors = self.manifest.vectors
-        return self.manifest.units | ({} if vectors is None else {VECTORS: (vectors.file,)})
-
-    def stored(self, group: str) -> dict[str, weights.Tensor]:
-        """The tensors that the files of a unit (or of the vectors) hold, in order of use."""
-        if group == VECTORS:
-            return self._stored_vectors()
-        storage = self.manifest.storage
-        shapes = self.architecture.tensors_of(group)
-        return {name: weights.Tensor(dtype=storage.dtype_of(name), shape=shape) for name, shape in shapes.items()}
-
-    def _stored_vectors(self) -> dict[str, weights.Tensor]:
-        vectors, hidden = self.manifest.vectors, self.architecture.hidden_size
-        tensors: dict[str, weights.Tensor] = {}
-        for i, length in enumerate(() if vectors is None else vectors.lengths):
-            tensors[f"case.{i}.ids"] = weights.Tensor(dtype="int64", shape=(length,))
-            for layer in range(len(self.architecture.layers) + 1):
-                tensors[f"case.{i}.hidden.{layer}"] = weights.Tensor(dtype="float32", shape=(length, hidden))
-            tensors[f"case.{i}.logits"] = weights.Tensor(dtype="float32", shape=(self.architecture.vocab_size,))
-        return tensors
-
-    def open_weights(self, group: str) -> Iterator[tuple[BinaryIO, weights.Weights]]:
-        """The files of a unit (or of the vectors), opened in order, with their headers read and checked.
-
-        Raises:
-            BundleError: ``file.*`` and ``weights.*``.
-        """
-        left = self.stored(group)
-        paths = self.weight_groups()[group]
-        for i, path in enumerate(paths):
-            listed = self.manifest.files[path]
-            with files.open_file(self.path, path, listed) as file:
-                found = weights.read(file, path, listed, left, part=len(paths) > 1, more=i + 1 < len(paths))
-                yield file, found
-            left = {name: tensor for name, tensor in left.items() if name not in found.layout}
-
-    def weight_bytes(self, group: str) -> Iterator[tuple[mmap.mmap, weights.Weights]]:
-        """The bytes of a unit's files (or of the vectors'), in order, with their headers read and checked.
-
-        They are mapped copy-on-write: what is only read shares the memory of the file, and what is written changes this
-        process's copy of a page and never the file (``spec/decisions/0005``). In a bundle that was opened strictly they
-        are read into private memory, once, and hashed there.
-
-        Raises:
-            BundleError: as for ``open_weights``; ``file.digest`` in a strict bundle; ``file.unreadable`` where the
-                system has no memory, or no more mappings, to give.
-        """
-        for path, (file, found) in zip(self.weight_groups()[group], self.open_weights(group), strict=True):
-            listed = self.manifest.files[path]
-            if self.strict:
-                memory = files.read_private(file, path, listed)
-                weights.check_header(memory[: found.start], path, listed)  # that of these bytes, too
-                yield memory, found
-            else:
-                yield files.map_private(file, path, listed), found
 
     @overload
     def stage(
@@ -349,3 +210,12 @@ class Bundle:
             options = backends.options(backend, given)
             return backends.module(backend, "pipeline").load_pipeline(self, **options)
         return backends.mixed_pipeline(self, backend, given)
+
+
+def _reopen(path: Path, id: str, strict: bool) -> Bundle:  # noqa: A002
+    """Open the bundle that a pickle names.
+
+    Raises:
+        BundleError: ``file.digest`` where another bundle stands there by now; as for ``splitbundle.open``.
+    """
+    return Bundle(path, *read_documents(path, id), strict=strict)

@@ -15,7 +15,7 @@ from splitbundle.graphs import OPSET, next_name
 from splitbundle.manifest import Graph, Manifest, Port, Shard
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
+    from splitbundle.storage.reader import BundleReader
 
 GENAI: Final = ("genai_config.json", "genai.inputs.onnx", "genai.logits.onnx")
 """What onnxruntime-genai needs besides the shards' graphs; its own name first. A shard's name has no dot."""
@@ -37,7 +37,7 @@ UNBOUNDED: Final = 2**20
 """Positions, where neither the architecture nor the source bounds them: genai wants a number."""
 
 
-def check(bundle: Bundle) -> None:
+def check(bundle: BundleReader) -> None:
     """Judges the three files of a bundle that lists any of them.
 
     Raises:

@@ -10,9 +10,9 @@ from splitbundle.errors import BundleError, ParityError, Problem
 from splitbundle.records import record
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
     from splitbundle.files import Progress
     from splitbundle.selections import Selection
+    from splitbundle.storage.reader import BundleReader
 
 TOLERANCE: Final = 1e-5
 """Of the largest magnitude: ten times what the original model itself differs by between two ways to compute it."""
@@ -44,7 +44,7 @@ class Difference:
 
 
 def compute(
-    bundle: Bundle,
+    bundle: BundleReader,
     shard: str | None,
     golden: Mapping[str, Any],
     load: Callable[[Selection], Callable[..., Any]],

@@ -21,7 +21,7 @@ from splitbundle.manifest import EMBEDDING, Graph, Port, Shard
 from splitbundle.weights import ITEM_SIZES, Stored
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
+    from splitbundle.storage.reader import BundleReader
 
 MAX_GRAPH: Final = 16 * 2**20
 """Bytes: a graph holds no weights."""
@@ -34,7 +34,7 @@ _DTYPES: Final = {code: dtype for dtype, code in CODES.items()}
 _DEFAULT, _EXTERNAL = 0, 1  # of ONNX's TensorProto.DataLocation
 
 
-def read(bundle: Bundle, shard: Shard, graph: Graph) -> bytes:
+def read(bundle: BundleReader, shard: Shard, graph: Graph) -> bytes:
     """The bytes of a shard's graph, once all rules hold; and so do those of the shard's weight files' headers.
 
     Raises:
@@ -47,7 +47,7 @@ def read(bundle: Bundle, shard: Shard, graph: Graph) -> bytes:
     return data
 
 
-def stored(bundle: Bundle, shard: Shard) -> dict[str, Stored]:
+def stored(bundle: BundleReader, shard: Shard) -> dict[str, Stored]:
     """Where each tensor of a shard's units lies, by the checked headers of its weight files."""
     places: dict[str, Stored] = {}
     for unit in shard.units:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from splitbundle.onnxruntime_sampling import draw
-from splitbundle.onnxruntime_stage import Stage, load_stages
+from splitbundle.onnxruntime_stage import load_stages
 from splitbundle.pipelines import PipelineSurface, Session, check_tiling
 from splitbundle.sampling import Sampling
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
+    from splitbundle.storage.reader import BundleReader
 
 __all__ = ["Pipeline", "Session", "load_pipeline", "load_stages"]
 
@@ -33,7 +33,7 @@ class Pipeline(PipelineSurface):
             BundleError: ``pipeline.tiling``, ``pipeline.fingerprint``.
         """
         check_tiling(stages, same_weights=same_weights)
-        self.stages = [_over_numpy(stage) for stage in stages]
+        self.stages = [stage.over_numpy() for stage in stages]
 
     __call__ = PipelineSurface.forward
 
@@ -62,14 +62,6 @@ class Pipeline(PipelineSurface):
         return numpy.array(values, dtype=numpy.int64)
 
 
-def _over_numpy(stage: Any) -> Any:
-    if isinstance(stage, Stage):
-        return stage
-    from splitbundle.torch_over_numpy import StageOverNumpy  # only where torch is there already
-
-    return StageOverNumpy(stage)
-
-
-def load_pipeline(bundle: Bundle, **options: Any) -> Pipeline:
+def load_pipeline(bundle: BundleReader, **options: Any) -> Pipeline:
     """All shards of a bundle. See ``Bundle.pipeline``."""
     return Pipeline(load_stages(bundle, [bundle.select(shard.name) for shard in bundle.shards], **options))

@@ -19,9 +19,9 @@ from splitbundle.onnxruntime_cache import KVCache
 from splitbundle.stages import Given, LogitsWanted, StageSurface
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
     from splitbundle.manifest import Shard
     from splitbundle.selections import Selection
+    from splitbundle.storage.reader import BundleReader
 
 FOLDER: Final = "session.model_external_initializers_file_folder_path"
 MAX_THREADS: Final = 1024
@@ -43,7 +43,7 @@ class Stage(StageSurface):
     dtype = "float32"
     device = "cpu"
 
-    def __init__(self, bundle: Bundle, selection: Selection, graphs: Sequence[LoadedGraph]) -> None:
+    def __init__(self, bundle: BundleReader, selection: Selection, graphs: Sequence[LoadedGraph]) -> None:
         self._describe(bundle, selection)
         self.graphs = tuple(graphs)
         self._cache_dtypes = {name: dtype for graph in self.graphs for name, dtype in graph.caches.items()}
@@ -166,7 +166,7 @@ def _said(layers: tuple[int, int], dtypes: Mapping[str, str]) -> str:
 class LoadedGraph:
     """A shard's graph in a session of onnxruntime."""
 
-    def __init__(self, bundle: Bundle, shard: Shard, options: Any, providers: Sequence[Any]) -> None:
+    def __init__(self, bundle: BundleReader, shard: Shard, options: Any, providers: Sequence[Any]) -> None:
         graph = shard.graph
         if graph is None:
             raise _no_graph(bundle, f"shard {shard.name}")
@@ -251,7 +251,7 @@ def _utf8(path: Path) -> str:
     return str(path)
 
 
-def _no_graph(bundle: Bundle, what: str) -> BundleError:
+def _no_graph(bundle: BundleReader, what: str) -> BundleError:
     graphs = [f"{shard.name} [{shard.layers[0]}, {shard.layers[1]})" for shard in bundle.shards if shard.graph]
     return BundleError(
         Problem(
@@ -265,7 +265,7 @@ def _no_graph(bundle: Bundle, what: str) -> BundleError:
 
 
 def load_stages(
-    bundle: Bundle,
+    bundle: BundleReader,
     selections: Sequence[Selection],
     *,
     dtype: str | None = None,
@@ -322,7 +322,7 @@ def _check_dtype(shard: Shard, wanted: str | None) -> None:
         )
 
 
-def _shards_of(bundle: Bundle, selection: Selection) -> list[Shard]:
+def _shards_of(bundle: BundleReader, selection: Selection) -> list[Shard]:
     """The shards that make up a selection."""
     start, stop = selection.layers
     inside = [shard for shard in bundle.shards if start <= shard.layers[0] and shard.layers[1] <= stop]

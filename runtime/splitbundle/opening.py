@@ -5,17 +5,13 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
-from splitbundle import architecture as architectures
-from splitbundle import architecture_parser, files, manifest, manifest_parser, manifest_rules, strict_json
+from splitbundle import files, manifest
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.manifest import Manifest
 from splitbundle.replacing import mend
-
-REPLACED: Final = 8
-"""How often a bundle may be replaced while it is opened. Nobody is to be kept busy for ever."""
+from splitbundle.storage.documents import read_documents
 
 
 def open_bundle(
@@ -61,34 +57,4 @@ def open_bundle(
                 hint="splitbundle convert SOURCE -o NAME.splitbundle makes one",
             )
         )
-    data, parsed, document = _documents(root, id)
-    architecture = architecture_parser.parse(document)
-    manifest_rules.check_against(parsed, architecture)
-    return Bundle(root, parsed, architecture, manifest.identity(data), strict=verify == "always")
-
-
-def _documents(root: Path, wanted: str | None) -> tuple[bytes, Manifest, bytes]:
-    """Manifest and architecture, of one bundle: where it was replaced between the two looks, of the new one."""
-    data = _manifest(root, wanted)
-    for more in reversed(range(REPLACED)):
-        parsed = manifest_parser.parse(data)
-        try:
-            listed = parsed.files[architectures.FILE]
-            return data, parsed, files.read_listed(root, architectures.FILE, listed, strict_json.MAX_BYTES)
-        except BundleError as error:
-            now = _manifest(root, wanted)
-            if now == data or not more:
-                from splitbundle import verification
-
-                raise BundleError([*error.problems, *verification.blame_manifest(root, data)]) from error
-            data = now
-    raise AssertionError  # the last round returns or raises
-
-
-def _manifest(root: Path, wanted: str | None) -> bytes:
-    data = files.read_file(root, manifest.FILE, strict_json.MAX_BYTES)
-    identity = manifest.identity(data)
-    if wanted not in (None, identity):
-        expected, hint = f"the bundle id {quoted(wanted)}", "It is another bundle, or a changed one"
-        raise BundleError(Problem(code="file.digest", file=manifest.FILE, expected=expected, got=identity, hint=hint))
-    return data
+    return Bundle(root, *read_documents(root, id), strict=verify == "always")

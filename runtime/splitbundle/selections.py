@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from splitbundle.architecture import Architecture
 from splitbundle.calls import whole
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.manifest import Shard
 from splitbundle.records import record
-
-if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -24,10 +21,14 @@ class Selection:
 
 
 def select(
-    bundle: Bundle, name: str | None, layers: tuple[int, int] | None, embeds: bool | None, head: bool | None
+    architecture: Architecture,
+    shard: Shard | None,
+    layers: tuple[int, int] | None,
+    embeds: bool | None,
+    head: bool | None,
 ) -> Selection:
-    """See ``Bundle.select``."""
-    if (name is None) == (layers is None):
+    """The part that a shard, or a range of layers, means: see ``BundleReader.select``."""
+    if (shard is None) == (layers is None):
         raise BundleError(
             Problem(
                 code="stage.range",
@@ -36,10 +37,9 @@ def select(
                 got="both or neither",
             )
         )
-    if name is not None:
-        shard = bundle.shard(name)
-        return Selection(name=name, layers=shard.layers, embeds=shard.embeds, head=shard.head, units=shard.units)
-    total = len(bundle.architecture.layers)
+    if shard is not None:
+        return Selection(name=shard.name, layers=shard.layers, embeds=shard.embeds, head=shard.head, units=shard.units)
+    total = len(architecture.layers)
     if (
         not isinstance(layers, tuple | list)
         or len(layers) != 2
@@ -66,5 +66,5 @@ def select(
                 got=f"layers=({start}, {stop}), embeds={embeds}, head={head}",
             )
         )
-    units = bundle.architecture.units_of((start, stop), embeds=embeds, head=head)
+    units = architecture.units_of((start, stop), embeds=embeds, head=head)
     return Selection(name=f"layers[{start}:{stop}]", layers=(start, stop), embeds=embeds, head=head, units=units)

@@ -10,8 +10,8 @@ from splitbundle.calls import Call, Slots, whole
 from splitbundle.errors import BundleError, Problem, quoted
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
     from splitbundle.selections import Selection
+    from splitbundle.storage.reader import BundleReader
 
 MOST_LOGITS = 2**20
 LogitsWanted = Literal["all", "last"] | int
@@ -43,7 +43,7 @@ class StageSurface:
     embeds: bool
     has_head: bool
 
-    def _describe(self, bundle: Bundle, selection: Selection) -> None:
+    def _describe(self, bundle: BundleReader, selection: Selection) -> None:
         self.name = selection.name
         self.fingerprint = bundle.fingerprint
         self.layer_range = selection.layers
@@ -74,6 +74,10 @@ class StageSurface:
     def adopt(self, call: Call) -> Call:
         """A call of another stage, as this one wants it."""
         return call
+
+    def over_numpy(self) -> StageSurface:
+        """Return a stage that computes the same and takes and gives numpy arrays: itself, where it does that."""
+        return self
 
     # What is the same everywhere.
 

@@ -13,7 +13,7 @@ from splitbundle import tokenizer_rules
 from splitbundle.errors import BundleError, Problem
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
+    from splitbundle.storage.reader import BundleReader
 
 
 @contextmanager
@@ -40,7 +40,7 @@ class TextTokenizer:
             one of this model, or the library refuses it.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: BundleReader) -> None:
         path = bundle.manifest.text.tokenizer
         if path is None:
             raise BundleError(

@@ -10,7 +10,7 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.fields import escape
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
+    from splitbundle.storage.reader import BundleReader
 
 MAX_MARKS: Final = 2**23
 """See ``strict_json.MAX_MARKS``: half a million merges of two tokens each have some two million."""
@@ -20,7 +20,7 @@ MODELS: Final = ("BPE", "Unigram", "WordLevel", "WordPiece")
 HINT: Final = "The model can't be given such a token: its tokenizer is another model's, or was changed after training"
 
 
-def read(bundle: Bundle, path: str) -> bytes:
+def read(bundle: BundleReader, path: str) -> bytes:
     """A bundle's tokenizer.json, hashed and judged.
 
     Raises:

@@ -9,7 +9,6 @@ import torch
 from splitbundle.calls import Call
 from splitbundle.errors import BundleError, Problem
 from splitbundle.stages import LogitsWanted, StageSurface
-from splitbundle.torch_stage import Stage
 
 
 class StageOverNumpy(StageSurface):
@@ -17,7 +16,10 @@ class StageOverNumpy(StageSurface):
 
     backend = "torch"
 
-    def __init__(self, stage: Stage) -> None:
+    inner: Any
+    """The torch stage. Its class offers this one (``over_numpy``), so this module can't name it."""
+
+    def __init__(self, stage: StageSurface) -> None:
         self.inner = stage
         self.name, self.fingerprint, self.layer_range = stage.name, stage.fingerprint, stage.layer_range
         self.architecture, self.embeds, self.has_head = stage.architecture, stage.embeds, stage.has_head

@@ -17,7 +17,7 @@ from splitbundle.torch_sampling import draw
 from splitbundle.torch_stage import Stage, load_stages
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
+    from splitbundle.storage.reader import BundleReader
 
 __all__ = ["Pipeline", "Session", "load_pipeline", "load_stages"]
 
@@ -72,7 +72,7 @@ class Pipeline(PipelineSurface, nn.Module):
 
 
 def load_pipeline(
-    bundle: Bundle,
+    bundle: BundleReader,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,

@@ -14,12 +14,13 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.stages import Given, LogitsWanted, StageSurface
 from splitbundle.torch_decoder import Embedding, Head, Layer
 from splitbundle.torch_linear import with_kernels_for
+from splitbundle.torch_over_numpy import StageOverNumpy
 from splitbundle.torch_positions import KVCache, Positions
 from splitbundle.torch_weights import compute_dtype, map_tensors, rounded
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
     from splitbundle.selections import Selection
+    from splitbundle.storage.reader import BundleReader
 
 Rows = Sequence[int] | Tensor
 """An integer for each row."""
@@ -35,7 +36,7 @@ class Stage(StageSurface, nn.Module):
     array = "a torch.Tensor"
     integer_dtypes = frozenset(f"torch.{name}" for name in ("int64", "int32", "int16", "uint8", "int8"))
 
-    def __init__(self, bundle: Bundle, selection: Selection) -> None:
+    def __init__(self, bundle: BundleReader, selection: Selection) -> None:
         super().__init__()
         self._describe(bundle, selection)
         architecture, hidden = bundle.architecture, bundle.architecture.hidden_size
@@ -86,6 +87,10 @@ class Stage(StageSurface, nn.Module):
         if isinstance(call, Positions) and call.device == self.device and call.dtype == self.dtype:
             return call
         return self._call(call.past, call.count, call.length)
+
+    def over_numpy(self) -> StageOverNumpy:
+        """Return a stage over this one that takes and gives numpy arrays in float32."""
+        return StageOverNumpy(self)
 
     def _check_cache(self, cache: KVCache) -> None:
         if not isinstance(cache, KVCache) or cache.kind != (self.layer_range, self.dtype, self.device):
@@ -177,7 +182,7 @@ def _keep(x: Tensor, positions: Positions, wanted: int | None) -> tuple[Tensor, 
 
 
 def load_stages(
-    bundle: Bundle,
+    bundle: BundleReader,
     selections: Sequence[Selection],
     *,
     device: str | torch.device | None = None,

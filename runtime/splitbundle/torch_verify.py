@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from splitbundle import golden
-from splitbundle.bundle import VECTORS
+from splitbundle.storage.reader import VECTORS
 from splitbundle.torch_stage import load_stages
 from splitbundle.torch_weights import map_tensors
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
     from splitbundle.files import Progress
     from splitbundle.selections import Selection
+    from splitbundle.storage.reader import BundleReader
 
 
-def run_vectors(bundle: Bundle, shard: str | None, progress: Progress | None) -> list[golden.Difference]:
+def run_vectors(bundle: BundleReader, shard: str | None, progress: Progress | None) -> list[golden.Difference]:
     """See ``Bundle.run_vectors``."""
     tensors = {} if bundle.manifest.vectors is None else map_tensors(bundle, VECTORS)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from splitbundle.errors import BundleError, Problem, quoted
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
+    from splitbundle.storage.reader import BundleReader
 
 DTYPES = {
     "float32": torch.float32,
@@ -32,7 +32,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def map_tensors(bundle: Bundle, group: str) -> dict[str, Tensor]:
+def map_tensors(bundle: BundleReader, group: str) -> dict[str, Tensor]:
     """The tensors of a unit (or of the golden vectors), over bytes that live as long as they do.
 
     Raises:
@@ -56,7 +56,7 @@ def map_tensors(bundle: Bundle, group: str) -> dict[str, Tensor]:
     return tensors
 
 
-def compute_dtype(bundle: Bundle, dtype: str | torch.dtype | None) -> torch.dtype:
+def compute_dtype(bundle: BundleReader, dtype: str | torch.dtype | None) -> torch.dtype:
     """The dtype to compute in: the asked one, or the stored one.
 
     Raises:

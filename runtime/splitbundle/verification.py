@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from splitbundle import architecture as architectures
@@ -16,10 +15,11 @@ from splitbundle import files, genai, graph_rules, manifest, names, strict_json,
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.files import Progress
 from splitbundle.records import record
+from splitbundle.storage.documents import is_of_another_manifest
 
 if TYPE_CHECKING:
-    from splitbundle.bundle import Bundle
     from splitbundle.manifest import Shard
+    from splitbundle.storage.reader import BundleReader
 
 
 THREAD_BYTES: Final = 2**20
@@ -35,7 +35,7 @@ class Verification:
     unlisted: tuple[str, ...]
 
 
-def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress | None) -> Verification:
+def verify(bundle: BundleReader, shard: str | None, *, exact: bool, progress: Progress | None) -> Verification:
     """See ``Bundle.verify``."""
     listed = _listed(bundle, shard)
     total = sum(bundle.manifest.files[path].size for path in listed)
@@ -68,7 +68,7 @@ def verify(bundle: Bundle, shard: str | None, *, exact: bool, progress: Progress
     return Verification(files=tuple(listed), bytes=total, unlisted=tuple(unlisted))
 
 
-def _judges(bundle: Bundle, shard: str | None) -> Iterator[tuple[Sequence[str], Callable[[], object]]]:
+def _judges(bundle: BundleReader, shard: str | None) -> Iterator[tuple[Sequence[str], Callable[[], object]]]:
     """What looks into files whose digests are as listed: in each step some files, and what judges them."""
     for group, paths in bundle.weight_groups().items():
         yield paths, partial(deque, bundle.open_weights(group), 0)
@@ -81,7 +81,7 @@ def _judges(bundle: Bundle, shard: str | None) -> Iterator[tuple[Sequence[str], 
     yield [path for path in genai.GENAI if path in bundle.manifest.files], partial(genai.check, bundle)
 
 
-def _each(paths: list[str], bundle: Bundle, check: Callable[[str], list[Problem]]) -> Iterator[list[Problem]]:
+def _each(paths: list[str], bundle: BundleReader, check: Callable[[str], list[Problem]]) -> Iterator[list[Problem]]:
     """What a check finds of each file, in order: of large files on all cores, as hashing lets go of the interpreter.
 
     Starting a thread takes as long as hashing some hundred KB.
@@ -106,17 +106,17 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _listed(bundle: Bundle, shard: str | None) -> list[str]:
+def _listed(bundle: BundleReader, shard: str | None) -> list[str]:
     return list(bundle.manifest.files) if shard is None else [architectures.FILE, *_files(bundle, bundle.shard(shard))]
 
 
-def _files(bundle: Bundle, shard: Shard) -> list[str]:
+def _files(bundle: BundleReader, shard: Shard) -> list[str]:
     """A shard's weight files and its graph."""
     graphs = [] if shard.graph is None else [shard.graph.file]
     return [*(path for unit in shard.units for path in bundle.manifest.units[unit]), *graphs]
 
 
-def _check_sums(bundle: Bundle) -> list[Problem]:
+def _check_sums(bundle: BundleReader) -> list[Problem]:
     lines = {path: manifest.sums_line(file.sha256, path) for path, file in bundle.manifest.files.items()}
     digest = bundle.id.removeprefix("sha256:")
     lines[manifest.FILE] = manifest.sums_line(digest, manifest.FILE)
@@ -133,37 +133,14 @@ def _check_sums(bundle: Bundle) -> list[Problem]:
     return [
         Problem(
             code="sums.mismatch",
-            file=manifest.FILE if _is_of_another_manifest(got, digest) else names.SUMS,
+            file=manifest.FILE if is_of_another_manifest(got, digest) else names.SUMS,
             expected=quoted(expected[off], 160) if off < len(expected) else end,
             got=quoted(got[off], 160) if off < len(got) else end,
         )
     ]
 
 
-def blame_manifest(root: Path, data: bytes) -> list[Problem]:
-    """Where a file isn't what a manifest lists: whether that manifest isn't the one that SHA256SUMS was written for."""
-    try:
-        got = files.read_file(root, names.SUMS, strict_json.MAX_BYTES).decode("utf-8", "replace")
-    except BundleError:
-        return []
-    digest = manifest.identity(data).removeprefix("sha256:")
-    if not _is_of_another_manifest(got.splitlines(keepends=True), digest):
-        return []
-    expected = f"the manifest that {names.SUMS} lists"
-    return [Problem(code="sums.mismatch", file=manifest.FILE, expected=expected, got=f"one with sha256 {digest}")]
-
-
-def _is_of_another_manifest(got: list[str], digest: str) -> bool:
-    """Whether the sums were written for another manifest: then that was changed, and other lines are off because of it.
-
-    Another manifest has another digest altogether. Where most digits are the same, the line itself was spoilt.
-    """
-    suffix = f"  {manifest.FILE}\n"
-    theirs = next((line.removesuffix(suffix) for line in got if line.endswith(suffix)), "")
-    return bool(names.SHA256.fullmatch(theirs)) and sum(a != b for a, b in zip(theirs, digest, strict=True)) > 32
-
-
-def _check_digest(bundle: Bundle, path: str, count: Callable[[int], None]) -> list[Problem]:
+def _check_digest(bundle: BundleReader, path: str, count: Callable[[int], None]) -> list[Problem]:
     listed = bundle.manifest.files[path]
     try:
         with files.open_file(bundle.path, path, listed) as file:

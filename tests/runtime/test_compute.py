@@ -11,8 +11,8 @@ import torch
 
 import splitbundle
 from splitbundle import BundleError
-from splitbundle.bundle import VECTORS
 from splitbundle.golden import TOLERANCE
+from splitbundle.storage.reader import VECTORS
 from splitbundle.torch_weights import map_tensors
 
 

@@ -157,3 +157,16 @@ def test_a_bundle_and_its_errors_travel_between_processes(gpt2: splitbundle.Bund
     with pytest.raises(BundleError) as caught:
         gpt2.stage("middle")
     assert pickle.loads(pickle.dumps(caught.value)).problems == caught.value.problems
+
+
+def test_a_bundle_pickles_as_its_path_its_id_and_its_strictness(copy: Path) -> None:
+    strict = splitbundle.open(copy, verify="always")
+    data = pickle.dumps(strict)
+    assert strict.__reduce__()[1] == (copy, strict.id, True)
+    assert len(data) < 1000 + len(str(copy))
+    found = pickle.loads(data)
+    assert (found.path, found.id, found.strict, found.manifest) == (copy, strict.id, True, strict.manifest)
+    manifest = copy / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes() + b"\n")  # another bundle by now
+    with pytest.raises(BundleError, match=r"\[file.digest\] manifest.json"):
+        pickle.loads(data)

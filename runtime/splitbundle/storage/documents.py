@@ -1,0 +1,88 @@
+"""The two documents of a bundle, read and judged together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from splitbundle import architecture as architectures
+from splitbundle import architecture_parser, files, manifest, manifest_parser, manifest_rules, names, strict_json
+from splitbundle.architecture import Architecture
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.manifest import Manifest
+
+MAX_REPLACEMENTS: Final = 8
+"""How often a bundle may be replaced while it is opened. The limit ends a loop that a busy writer could keep going."""
+
+
+class Documents(NamedTuple):
+    """What a bundle says of itself."""
+
+    manifest: Manifest
+    architecture: Architecture
+    id: str
+    """``sha256:`` of manifest.json."""
+
+
+def read_documents(root: Path, id: str | None = None) -> Documents:  # noqa: A002
+    """Read and judge ``manifest.json`` and ``architecture.json``, and how they fit each other.
+
+    Args:
+        root: the bundle's directory.
+        id: the bundle id that it must have; checked before anything is parsed.
+
+    Raises:
+        BundleError: every problem of either file; ``file.digest`` where the id differs.
+    """
+    data, parsed, document = _read_both(root, id)
+    architecture = architecture_parser.parse(document)
+    manifest_rules.check_against(parsed, architecture)
+    return Documents(parsed, architecture, manifest.identity(data))
+
+
+def _read_both(root: Path, wanted: str | None) -> tuple[bytes, Manifest, bytes]:
+    """The two files of one bundle. If the bundle is replaced between the two reads, both are read again."""
+    data = _manifest(root, wanted)
+    for more in reversed(range(MAX_REPLACEMENTS)):
+        parsed = manifest_parser.parse(data)
+        try:
+            listed = parsed.files[architectures.FILE]
+            return data, parsed, files.read_listed(root, architectures.FILE, listed, strict_json.MAX_BYTES)
+        except BundleError as error:
+            now = _manifest(root, wanted)
+            if now == data or not more:
+                raise BundleError([*error.problems, *explain_mismatch(root, data)]) from error
+            data = now
+    raise AssertionError  # the last round returns or raises
+
+
+def _manifest(root: Path, wanted: str | None) -> bytes:
+    data = files.read_file(root, manifest.FILE, strict_json.MAX_BYTES)
+    identity = manifest.identity(data)
+    if wanted not in (None, identity):
+        expected, hint = f"the bundle id {quoted(wanted)}", "It is another bundle, or a changed one"
+        raise BundleError(Problem(code="file.digest", file=manifest.FILE, expected=expected, got=identity, hint=hint))
+    return data
+
+
+def explain_mismatch(root: Path, data: bytes) -> list[Problem]:
+    """Return why a file differs from its entry: a problem if SHA256SUMS was written for another manifest."""
+    try:
+        got = files.read_file(root, names.SUMS, strict_json.MAX_BYTES).decode("utf-8", "replace")
+    except BundleError:
+        return []
+    digest = manifest.identity(data).removeprefix("sha256:")
+    if not is_of_another_manifest(got.splitlines(keepends=True), digest):
+        return []
+    expected = f"the manifest that {names.SUMS} lists"
+    return [Problem(code="sums.mismatch", file=manifest.FILE, expected=expected, got=f"one with sha256 {digest}")]
+
+
+def is_of_another_manifest(got: list[str], digest: str) -> bool:
+    """Return whether the sums were written for another manifest, so that other lines differ because of it.
+
+    Another manifest has a wholly different digest. Where most digits agree, the line itself is damaged.
+    """
+    suffix = f"  {manifest.FILE}\n"
+    theirs = next((line.removesuffix(suffix) for line in got if line.endswith(suffix)), "")
+    return bool(names.SHA256.fullmatch(theirs)) and sum(a != b for a, b in zip(theirs, digest, strict=True)) > 32

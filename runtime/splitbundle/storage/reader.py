@@ -1,0 +1,156 @@
+"""A bundle as it is read: its two documents, and the bytes of the files that they list. Nothing is computed here."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from splitbundle import files, selections, weights
+from splitbundle.architecture import Architecture
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.manifest import Manifest, Shard
+from splitbundle.selections import Selection
+
+VECTORS: Final = "vectors"
+"""Names the golden vectors where units are named."""
+
+
+class BundleReader:
+    """The documents of a bundle and its weight files, opened and checked. It imports no backend."""
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        architecture: Architecture,
+        id: str,  # noqa: A002
+        *,
+        strict: bool = False,
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.architecture = architecture
+        self.id = id
+        """``sha256:`` of manifest.json: pins everything, cuts included."""
+        self.strict = strict
+        """Whether only bytes are computed on that were hashed: ``open(..., verify="always")``."""
+
+    def __repr__(self) -> str:
+        shards = [shard.name for shard in self.shards]
+        return f"{type(self).__name__}({str(self.path)!r}, {self.manifest.model.name!r}, shards={shards})"
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The shards in order."""
+        return self.manifest.shards
+
+    @property
+    def fingerprint(self) -> str:
+        """``sha256:`` of the model, the same however it is cut."""
+        return self.manifest.model.fingerprint
+
+    @property
+    def architecture_id(self) -> str:
+        """``sha256:`` of architecture.json."""
+        return self.manifest.model.architecture
+
+    def shard(self, name: str) -> Shard:
+        """A shard by its name.
+
+        Raises:
+            BundleError: ``stage.name``.
+        """
+        for shard in self.shards:
+            if shard.name == name:
+                return shard
+        raise BundleError(
+            Problem(
+                code="stage.name",
+                argument="shard",
+                expected=f"a shard of {self.path.name}: {', '.join(s.name for s in self.shards)}",
+                got=quoted(name),
+                hint=f"Any other part: stage(layers=(start, stop)) within 0..{len(self.architecture.layers)}",
+            )
+        )
+
+    def select(
+        self,
+        name: str | None = None,
+        *,
+        layers: tuple[int, int] | None = None,
+        embeds: bool | None = None,
+        head: bool | None = None,
+    ) -> Selection:
+        """The part of the model that a shard's name or a range of global layers means.
+
+        A range that begins at 0 embeds, and one that ends at the last layer has the head, unless told otherwise.
+
+        Raises:
+            BundleError: ``stage.name``, ``stage.range``.
+        """
+        shard = None if name is None else self.shard(name)
+        return selections.select(self.architecture, shard, layers, embeds, head)
+
+    def absent(self) -> tuple[str, ...]:
+        """The listed files that aren't there: none in a whole bundle, some in a partial one."""
+        return tuple(path for path in self.manifest.files if not (self.path / path).exists())
+
+    def weight_groups(self) -> dict[str, tuple[str, ...]]:
+        """Everything that is stored as tensors: each unit, and the golden vectors, with its files in order."""
+        vectors = self.manifest.vectors
+        return self.manifest.units | ({} if vectors is None else {VECTORS: (vectors.file,)})
+
+    def stored(self, group: str) -> dict[str, weights.Tensor]:
+        """The tensors that the files of a unit (or of the vectors) hold, in order of use."""
+        if group == VECTORS:
+            return self._stored_vectors()
+        storage = self.manifest.storage
+        shapes = self.architecture.tensors_of(group)
+        return {name: weights.Tensor(dtype=storage.dtype_of(name), shape=shape) for name, shape in shapes.items()}
+
+    def _stored_vectors(self) -> dict[str, weights.Tensor]:
+        vectors, hidden = self.manifest.vectors, self.architecture.hidden_size
+        tensors: dict[str, weights.Tensor] = {}
+        for i, length in enumerate(() if vectors is None else vectors.lengths):
+            tensors[f"case.{i}.ids"] = weights.Tensor(dtype="int64", shape=(length,))
+            for layer in range(len(self.architecture.layers) + 1):
+                tensors[f"case.{i}.hidden.{layer}"] = weights.Tensor(dtype="float32", shape=(length, hidden))
+            tensors[f"case.{i}.logits"] = weights.Tensor(dtype="float32", shape=(self.architecture.vocab_size,))
+        return tensors
+
+    def open_weights(self, group: str) -> Iterator[tuple[BinaryIO, weights.Weights]]:
+        """The files of a unit (or of the vectors), opened in order, with their headers read and checked.
+
+        Raises:
+            BundleError: ``file.*`` and ``weights.*``.
+        """
+        left = self.stored(group)
+        paths = self.weight_groups()[group]
+        for i, path in enumerate(paths):
+            listed = self.manifest.files[path]
+            with files.open_file(self.path, path, listed) as file:
+                found = weights.read(file, path, listed, left, part=len(paths) > 1, more=i + 1 < len(paths))
+                yield file, found
+            left = {name: tensor for name, tensor in left.items() if name not in found.layout}
+
+    def weight_bytes(self, group: str) -> Iterator[tuple[mmap.mmap, weights.Weights]]:
+        """The bytes of a unit's files (or of the vectors'), in order, with their headers read and checked.
+
+        They are mapped copy-on-write: what is only read shares the memory of the file, and what is written changes this
+        process's copy of a page and never the file (``spec/decisions/0005``). In a bundle that was opened strictly they
+        are read into private memory, once, and hashed there.
+
+        Raises:
+            BundleError: as for ``open_weights``; ``file.digest`` in a strict bundle; ``file.unreadable`` where the
+                system has no memory, or no more mappings, to give.
+        """
+        for path, (file, found) in zip(self.weight_groups()[group], self.open_weights(group), strict=True):
+            listed = self.manifest.files[path]
+            if self.strict:
+                memory = files.read_private(file, path, listed)
+                weights.check_header(memory[: found.start], path, listed)  # that of these bytes, too
+                yield memory, found
+            else:
+                yield files.map_private(file, path, listed), found
