@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-TINY = Path(__file__).parent.resolve() / "conformance" / "bundles" / "tiny.splitbundle"
+from tests.support.paths import TESTS
+
+TINY = TESTS / "conformance" / "bundles" / "tiny.splitbundle"
 
 CHILD = """
 import json, sys

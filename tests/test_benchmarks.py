@@ -22,10 +22,10 @@ from benchmarks.shapes import SHAPES, Shape
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import splitbundle
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
     family: Shape(
         family=family,

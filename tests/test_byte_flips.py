@@ -10,8 +10,9 @@ import pytest
 
 import splitbundle
 from splitbundle import BundleError
+from tests.support.paths import TESTS
 
-TINY = Path(__file__).parent.resolve() / "conformance" / "bundles" / "tiny.splitbundle"
+TINY = TESTS / "conformance" / "bundles" / "tiny.splitbundle"
 FILES = sorted(path.relative_to(TINY).as_posix() for path in TINY.rglob("*") if path.is_file())
 HALVES = (FILES[::2], FILES[1::2])
 """So that two workers share them."""

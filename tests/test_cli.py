@@ -16,8 +16,8 @@ import splitbundle
 import splitbundle_converter
 from splitbundle import cli, console
 from splitbundle.version import __version__
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "examples" / "license-gpt2"
 IDS = "44,308,68,455,270,618,325"
 

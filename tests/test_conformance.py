@@ -17,11 +17,13 @@ import pytest
 import splitbundle
 import splitbundle_schemas
 from conformance.documents import base, document
-from splitbundle import architecture_parser, manifest_parser, manifest_rules, strict_json, weights
+from splitbundle import architecture_parser, manifest_parser, manifest_rules, strict_json
 from splitbundle.errors import BundleError, Problem
 from splitbundle_converter.publish import publishing
+from tests.support.bundles import write_llama3
+from tests.support.paths import TESTS
 
-HERE = Path(__file__).parent / "conformance"
+HERE = TESTS / "conformance"
 BASES = ("gpt2", "llama3")
 KINDS = ("manifest", "architecture")
 VALIDATORS = {kind: jsonschema.Draft202012Validator(splitbundle_schemas.load(kind)) for kind in KINDS}
@@ -208,30 +210,6 @@ def test_all_problems_of_a_group_are_reported_with_what_was_expected() -> None:
 
 
 # Whole directories. The weights of the base "llama3" are zeros, so that its bundle can be made from nothing.
-
-
-def write_llama3(root: Path) -> Path:
-    """The bundle of the base ``llama3``."""
-    root.mkdir()
-    for kind in KINDS:
-        (root / f"{kind}.json").write_bytes(base("llama3", kind))
-    manifest, architecture = (
-        manifest_parser.parse(base("llama3", "manifest")),
-        architecture_parser.parse(base("llama3", "architecture")),
-    )
-    for unit, shapes in architecture.unit_tensors().items():
-        left = [(name, weights.Tensor(dtype=manifest.storage.dtype_of(name), shape=s)) for name, s in shapes.items()]
-        paths = manifest.units[unit]
-        # layer-003 has two parts; the first holds the attention's norm, queries and keys.
-        parts = [left] if len(paths) == 1 else [left[:5], left[5:]]
-        for path, part in zip(paths, parts, strict=True):
-            data = bytes(sum(tensor.size for _, tensor in part))
-            header = weights.header(weights.lay_out(dict(part)), hashlib.sha256(data).hexdigest())
-            (root / path).write_bytes(header + data)
-    lines = {path: file.sha256 for path, file in manifest.files.items()}
-    lines["manifest.json"] = hashlib.sha256(base("llama3", "manifest")).hexdigest()
-    (root / "SHA256SUMS").write_text("".join(f"{lines[path]}  {path}\n" for path in sorted(lines)), "ascii")
-    return root
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ import pytest
 from conformance import adapters, process, run
 from conformance.case import Case
 from conformance.cases import cases
+from tests.support.paths import TESTS
 
-HERE = Path(__file__).parent / "conformance"
+HERE = TESTS / "conformance"
 READERS = ("torch", "onnxruntime", "command")
 CASES = {case.name: case for case in cases()}
 GROUPS = sorted({name.partition("/")[0] for name in CASES})

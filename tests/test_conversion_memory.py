@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import splitbundle
 import splitbundle_converter
+from tests.support.paths import ROOT
 
 MEBI = 2**20
 PROBE = """
@@ -137,7 +138,7 @@ def test_sharded_checkpoints_of_two_sizes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.conversion_memory", "--gigabytes", "0.35,0.75", "--files", "4"]
     done = subprocess.run(
         [*command, "--directory", str(tmp_path), "--json"],
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=600,
@@ -154,7 +155,7 @@ def test_sharded_checkpoints_of_two_sizes(tmp_path: Path) -> None:
 
 
 def test_the_sums_are_those_of_the_files(tmp_path: Path) -> None:
-    source = Path(__file__).resolve().parents[1] / "examples" / "license-gpt2"
+    source = ROOT / "examples" / "license-gpt2"
     bundle = splitbundle_converter.convert(source, tmp_path / "license.splitbundle", split=[3], check=False)
     lines = (bundle.path / "SHA256SUMS").read_text().splitlines()
     assert lines == sorted(lines, key=lambda line: line.partition("  ")[2])
@@ -166,7 +167,7 @@ def test_the_sums_are_those_of_the_files(tmp_path: Path) -> None:
 
 
 def test_other_readers_open_the_weight_files(tmp_path: Path) -> None:
-    source = Path(__file__).resolve().parents[1] / "examples" / "license-gpt2"
+    source = ROOT / "examples" / "license-gpt2"
     bundle = splitbundle_converter.convert(source, tmp_path / "license.splitbundle", check=False)
     with safe_open(bundle.path / "layer-004.safetensors", framework="pt") as opened:
         names = set(opened.keys())

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import splitbundle_converter
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ROOT / "tests" / "environments" / "workers.py"
 CHECKPOINT = ROOT / "examples" / "license-gpt2"
 SECONDS = 120

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-import small_models
 import splitbundle_converter
-from models import CONFIGURATIONS, TOLERANCE, original_logits, relative, token_rows
 from splitbundle import BundleError
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.source import quiet
+from tests.support import small_models
+from tests.support.models import CONFIGURATIONS, TOLERANCE, original_logits, relative, token_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

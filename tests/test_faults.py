@@ -7,12 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 import pytest
 
-TESTS: Final = Path(__file__).resolve().parent
 GROUPS: Final = (  # which take about as long
     ("convert", "convert --force, in two steps", "convert --allow-pickle", "resplit"),
     (
@@ -26,7 +24,7 @@ GROUPS: Final = (  # which take about as long
 @pytest.mark.slow
 @pytest.mark.parametrize("group", range(len(GROUPS)))
 def test_every_system_call_may_fail_or_be_the_last(group: int, tally: Callable[[str, int], None]) -> None:
-    command = [sys.executable, str(TESTS / "faults.py"), "--cpu", str(group), *GROUPS[group]]
+    command = [sys.executable, "-m", "tests.support.faults", "--cpu", str(group), *GROUPS[group]]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -46,7 +44,7 @@ def test_every_system_call_may_fail_or_be_the_last(group: int, tally: Callable[[
 
 def test_a_scenario_that_is_not_there() -> None:
     """It isn't one of which nothing was wrong."""
-    command = [sys.executable, str(TESTS / "faults.py"), "convert", "nosuch"]
+    command = [sys.executable, "-m", "tests.support.faults", "convert", "nosuch"]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")

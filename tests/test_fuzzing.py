@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import fuzzing
 from splitbundle import BundleError
+from tests.support import fuzzing
 
 atheris = pytest.importorskip("atheris", reason="atheris is for Linux on x86-64")
 

@@ -18,11 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import splitbundle
 import splitbundle_converter
-from graph_cases import relist
-from models import LAYERS, TOLERANCE, checkpoint, scratch, token_rows
 from splitbundle import Bundle, BundleError
 from splitbundle.cli import main
 from splitbundle.genai import GENAI
+from tests.support.graph_cases import relist
+from tests.support.models import LAYERS, TOLERANCE, checkpoint, scratch, token_rows
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STOP: Final = 60
@@ -120,7 +121,7 @@ def test_a_prompt_in_pieces(genai: Any) -> None:
 
 def test_text(genai: Any, tmp_path: Path) -> None:
     """The trained example, from text to text, with the tokenizer where it lies, until its stop id."""
-    example = Path(__file__).parent.parent / "examples" / "license-gpt2"
+    example = ROOT / "examples" / "license-gpt2"
     whole = splitbundle_converter.convert(example, tmp_path / "b", split=[2, 4], check=False, genai=True)
     model = genai.Model(str(whole.path))
     tokenizer, running = genai.Tokenizer(model), genai.Generator(model, genai.GeneratorParams(model))

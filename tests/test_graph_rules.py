@@ -18,15 +18,16 @@ from hypothesis import strategies as st
 from onnx import ModelProto, helper
 
 import splitbundle
-from graph_cases import CASES, SHARD, Case, changed_graph, good_bundle, relist, write_all, written
-from models import scratch
 from splitbundle import BundleError, cli, graph_operators, graph_reader, graph_rules
 from splitbundle.graph_reader import Schema
 from splitbundle.manifest import Graph
 from splitbundle.weights import Stored
+from tests.support.graph_cases import CASES, SHARD, Case, changed_graph, good_bundle, relist, write_all, written
+from tests.support.models import scratch
+from tests.support.paths import ROOT, TESTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SPEC = (Path(__file__).resolve().parents[1] / "spec" / "v1" / "bundle.md").read_text("utf-8")
+SPEC = (ROOT / "spec" / "v1" / "bundle.md").read_text("utf-8")
 GRAPH = f"{SHARD}.onnx"
 
 
@@ -112,7 +113,7 @@ def test_a_unit_of_two_files() -> None:
 
 def test_the_kits_readme_names_what_there_is() -> None:
     """Its table of hostile inputs has every case of a graph, and no other."""
-    text = (Path(__file__).parent / "conformance" / "README.md").read_text("utf-8")
+    text = (TESTS / "conformance" / "README.md").read_text("utf-8")
     named = set(re.findall(r"`graph/([a-zA-Z0-9*-]+)`", text.partition("\n| **ONNX** | |\n")[2]))
     assert len(named) > 10
     found = {name: {case.name for case in CASES if fnmatchcase(case.name, name)} for name in named}
@@ -124,7 +125,7 @@ def test_names_of_cases_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """What other readers are given: bundles that differ from the good one by the graph and what lists it."""
     assert len({case.name for case in CASES}) == len(CASES)
     assert {case.code for case in CASES} == set(re.findall(r"^\| `(graph\.[a-z]+)` \|", SPEC, flags=re.MULTILINE))
-    monkeypatch.setattr("graph_cases.CASES", CASES[::100])
+    monkeypatch.setattr("tests.support.graph_cases.CASES", CASES[::100])
     write_all(tmp_path / "cases")
     for case in CASES[::100]:
         root = tmp_path / "cases" / f"{case.name}.splitbundle"

@@ -18,7 +18,13 @@ from torch import Tensor
 
 import splitbundle
 import splitbundle_converter
-from models import (
+from splitbundle import Bundle, BundleError, ParityError, onnxruntime_stage
+from splitbundle.golden import FLOAT16_TOLERANCE
+from splitbundle.graph_operators import CODES
+from splitbundle.onnxruntime_pipeline import Pipeline
+from splitbundle.onnxruntime_stage import load_stages
+from splitbundle_converter import graph
+from tests.support.models import (
     BY_PIECES,
     CONFIGURATIONS,
     LAYERS,
@@ -32,14 +38,8 @@ from models import (
     scratch,
     token_rows,
 )
-from models import bundle as torch_bundle
-from scenarios import Worst, run
-from splitbundle import Bundle, BundleError, ParityError, onnxruntime_stage
-from splitbundle.golden import FLOAT16_TOLERANCE
-from splitbundle.graph_operators import CODES
-from splitbundle.onnxruntime_pipeline import Pipeline
-from splitbundle.onnxruntime_stage import load_stages
-from splitbundle_converter import graph
+from tests.support.models import bundle as torch_bundle
+from tests.support.scenarios import Worst, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEADY: Final = tuple(name for name in CONFIGURATIONS if name not in BY_PIECES)

@@ -14,13 +14,22 @@ from torch import Tensor
 
 import splitbundle
 import splitbundle_converter
-from models import TOLERANCE, VOCAB, checkpoint, relative
-from models_composite import LAYERS, language_parameters, make_composite, make_config, save, stored_tensors, text_fields
 from splitbundle import Bundle, BundleError
 from splitbundle.cli import main
 from splitbundle_converter.composites import COMPOSITES
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.source import quiet
+from tests.support.models import TOLERANCE, VOCAB, checkpoint, relative
+from tests.support.models_composite import (
+    LAYERS,
+    language_parameters,
+    make_composite,
+    make_config,
+    save,
+    stored_tensors,
+    text_fields,
+)
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -663,5 +672,5 @@ def test_every_class_with_a_known_language_part_is_in_the_table_or_refused_by_it
 
 
 def test_the_readme_lists_the_table() -> None:
-    text = " ".join((Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8").split())
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
     assert f"The types that are known: {', '.join(COMPOSITES)}." in text

@@ -16,26 +16,6 @@ import torch
 from torch import Tensor
 
 import splitbundle_converter
-from models import (
-    BY_PIECES,
-    CONFIGURATIONS,
-    LAYERS,
-    ONE_PER_FAMILY,
-    TOLERANCE,
-    VOCAB,
-    WITHOUT_CACHE,
-    bundle,
-    checkpoint,
-    deviations,
-    expected_logits,
-    load_original,
-    original,
-    original_logits,
-    original_of,
-    relative,
-    token_rows,
-)
-from scenarios import Worst, chat, run
 from splitbundle import Bundle, BundleError, torch_linear
 from splitbundle.architecture import (
     Alibi,
@@ -55,6 +35,26 @@ from splitbundle.torch_stage import Stage, load_stages
 from splitbundle.torch_weights import map_tensors
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.vectors import case_lengths
+from tests.support.models import (
+    BY_PIECES,
+    CONFIGURATIONS,
+    LAYERS,
+    ONE_PER_FAMILY,
+    TOLERANCE,
+    VOCAB,
+    WITHOUT_CACHE,
+    bundle,
+    checkpoint,
+    deviations,
+    expected_logits,
+    load_original,
+    original,
+    original_logits,
+    original_of,
+    relative,
+    token_rows,
+)
+from tests.support.scenarios import Worst, chat, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

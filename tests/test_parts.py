@@ -15,9 +15,9 @@ from torch import Tensor
 
 import splitbundle
 import splitbundle_converter
-from models import bundle, checkpoint, make_model
 from splitbundle import BundleError, cli
 from splitbundle_converter.families import FAMILIES
+from tests.support.models import bundle, checkpoint, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,14 +24,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import splitbundle_converter
-from models import CONFIGURATIONS, ONE_PER_FAMILY, bundle, checkpoint, make_model
 from splitbundle import BundleError, ParityError
 from splitbundle_converter import pickles, unpickle
 from splitbundle_converter.families import FAMILIES
+from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY, bundle, checkpoint, make_model
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT: Final = Path(__file__).resolve().parents[1]
 SAFE: Final = "model.safetensors"
 BIN: Final = "pytorch_model.bin"
 INDEX: Final = "pytorch_model.bin.index.json"

@@ -18,7 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 
 import splitbundle_converter
-from models import (
+from splitbundle import Bundle, BundleError
+from splitbundle.sampling import Sampling
+from splitbundle.torch_pipeline import Pipeline, load_pipeline
+from splitbundle.torch_sampling import draw
+from splitbundle.torch_stage import Stage, load_stages
+from tests.support.models import (
     LAYERS,
     ONE_PER_FAMILY,
     TOLERANCE,
@@ -32,11 +37,6 @@ from models import (
     relative,
     token_rows,
 )
-from splitbundle import Bundle, BundleError
-from splitbundle.sampling import Sampling
-from splitbundle.torch_pipeline import Pipeline, load_pipeline
-from splitbundle.torch_sampling import draw
-from splitbundle.torch_stage import Stage, load_stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import splitbundle_converter
-from models import CONFIGURATIONS, ONE_PER_FAMILY, checkpoint, make_model, scratch, token_rows
 from splitbundle import Bundle, BundleError
 from splitbundle.manifest import expand
 from splitbundle_converter.conversion import read_architecture
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.source import Source
 from splitbundle_converter.translate import Translation, put_together, translate
+from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY, checkpoint, make_model, scratch, token_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,11 +21,12 @@ from splitbundle import BundleError, files
 from splitbundle.replacing import mend, place_of_old
 from splitbundle_converter import publish
 from splitbundle_converter.publish import publishing
+from tests.support.paths import ROOT
 
 ROUNDS = 20
 KINDS = ("n1", "n2", "f1", "f2")
 """With force or not, in one step or in two."""
-CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "license-gpt2"
+CHECKPOINT = ROOT / "examples" / "license-gpt2"
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from torch import Tensor
 
 import splitbundle
 import splitbundle_converter
-from models import CONFIGURATIONS, LAYERS, ONE_PER_FAMILY, bundle, checkpoint, make_model
 from splitbundle import Bundle, BundleError, ParityError, strict_json
 from splitbundle.bundle import VECTORS
 from splitbundle.files import MAX_TEXT_BYTES
@@ -33,6 +32,7 @@ from splitbundle_converter import configuration, conversion, decoder_facts
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.source import Configuration
 from splitbundle_converter.translate import Translation, translate
+from tests.support.models import CONFIGURATIONS, LAYERS, ONE_PER_FAMILY, bundle, checkpoint, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

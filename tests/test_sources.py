@@ -21,8 +21,8 @@ import splitbundle
 import splitbundle_converter
 from splitbundle import BundleError
 from splitbundle_converter import vectors
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "examples" / "license-gpt2"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "someone/license-gpt2"

@@ -29,9 +29,8 @@ from splitbundle.torch_decoder import ACTIVATIONS, Embedding, Head, Layer, Norm,
 from splitbundle.torch_pipeline import Session
 from splitbundle.torch_positions import KVCache, Positions, Reach, frequencies
 from splitbundle_converter.translate import put_together
+from tests.support.paths import ROOT, TESTS
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
 SPEC = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "spec" / "v1").glob("*.md"))}
 RULE = r"SB-[A-Z]-\d{3}"
 KINDS = ("manifest", "architecture")

@@ -16,9 +16,9 @@ import torch
 
 import splitbundle
 import splitbundle_converter
-from models import LAYERS, TOLERANCE, VOCAB, bundle, checkpoint, expected_logits, relative, token_rows
 from splitbundle import Bundle, BundleError
 from splitbundle.torch_stage import Stage
+from tests.support.models import LAYERS, TOLERANCE, VOCAB, bundle, checkpoint, expected_logits, relative, token_rows
 
 HIDDEN = 36
 

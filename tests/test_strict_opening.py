@@ -19,11 +19,12 @@ import torch
 
 import splitbundle
 import splitbundle_converter
-from models import checkpoint
 from splitbundle import Bundle, BundleError, cli
+from tests.support.models import checkpoint
+from tests.support.paths import TESTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-GOLDEN = Path(__file__).parent / "golden" / "v1.0" / "gpt2.splitbundle"
+GOLDEN = TESTS / "golden" / "v1.0" / "gpt2.splitbundle"
 IDS = numpy.array([[5, 6, 7, 8]])
 BACKENDS = ("torch", "onnxruntime")
 CHILD = """

@@ -10,11 +10,12 @@ from tokenizers import Tokenizer
 
 import splitbundle
 import splitbundle_converter
-from graph_cases import relist
 from splitbundle import BundleError, cli, tokenizer_rules
 from splitbundle.text_tokenizer import TextTokenizer
+from tests.support.graph_cases import relist
+from tests.support.paths import ROOT
 
-CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "license-gpt2"
+CHECKPOINT = ROOT / "examples" / "license-gpt2"
 
 
 @pytest.fixture

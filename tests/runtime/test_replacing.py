@@ -12,8 +12,9 @@ import pytest
 
 import splitbundle
 from splitbundle import BundleError, files, replacing
+from tests.support.paths import TESTS
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "v1.0"
+GOLDEN = TESTS / "golden" / "v1.0"
 
 
 @pytest.fixture

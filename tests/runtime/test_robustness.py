@@ -21,9 +21,10 @@ from splitbundle import BundleError, files
 from splitbundle.sampling import Sampling
 from splitbundle.torch_pipeline import Pipeline
 from splitbundle.torch_sampling import draw
+from tests.support.paths import TESTS
 
 IDS = torch.tensor([[5, 6, 7, 8]])
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "v1.0"
+GOLDEN = TESTS / "golden" / "v1.0"
 
 
 @pytest.fixture

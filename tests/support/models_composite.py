@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models import VOCAB
 from splitbundle_converter.composites import COMPOSITES
 from splitbundle_converter.source import quiet
+from tests.support.models import VOCAB
 
 LAYERS: Final = 2
 TEXT: Final[dict[str, Any]] = {

@@ -11,8 +11,8 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from models import TOLERANCE, expected_logits, relative, token_rows
 from splitbundle.pipelines import Session
+from tests.support.models import TOLERANCE, expected_logits, relative, token_rows
 
 
 @dataclass

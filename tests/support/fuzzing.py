@@ -1,11 +1,11 @@
 """Fuzzing what reads bytes from strangers: the documents, the headers of weight files, graphs, tokenizers.
 
-    python tests/fuzzing.py TARGET --seconds 600 [--corpus DIRECTORY]
+    python -m tests.support.fuzzing TARGET --seconds 600 [--corpus DIRECTORY]
 
 Coverage-guided, with atheris (libFuzzer). Whatever the bytes, a reader takes them or raises BundleError, whose text is
 short, within ten seconds and a gigabyte; anything else ends the run, and leaves the bytes in a file. What is found
-becomes a case: a vector, or a line in ``tests/conformance/cases.py`` or ``tests/graph_cases.py``. Statistics go to
-stderr, and the number of executions to stdout.
+becomes a case: a vector, or a line in ``tests/conformance/cases.py`` or ``tests/support/graph_cases.py``. Statistics go
+to stderr, and the number of executions to stdout.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-HERE: Final = Path(__file__).resolve().parent
-BUNDLE: Final = HERE / "conformance" / "bundles" / "tiny.splitbundle"
+from tests.support.paths import ROOT, TESTS
+
+BUNDLE: Final = TESTS / "conformance" / "bundles" / "tiny.splitbundle"
 SECONDS_EACH: Final = 10
 """By the clock, on machines that others may share: what these inputs need is milliseconds."""
 MEBIBYTES: Final = 1024
@@ -133,7 +134,7 @@ def seeds(name: str, directory: Path) -> None:
     """Writes what the fuzzer begins with: the small bundle's own files, and the conformance vectors of the kind."""
     for path in BUNDLE.glob(TARGETS[name][1]):
         (directory / path.name).write_bytes(path.read_bytes()[:LENGTH])
-    for path in (HERE / "conformance").glob("*/*.json"):
+    for path in (TESTS / "conformance").glob("*/*.json"):
         vector: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if vector.get("document") == name and ("text" in vector or "hex" in vector):
             text = bytes.fromhex(vector["hex"]) if "hex" in vector else vector["text"].encode()
@@ -174,8 +175,8 @@ def run(name: str, seconds: int, corpus: str | None = None, before: str = "") ->
         seeds(name, directory)
         limits = [f"-timeout={SECONDS_EACH}", "-rss_limit_mb=0", f"-max_len={LENGTH}"]
         arguments = [*limits, f"-max_total_time={seconds}", "-print_final_stats=1", str(directory)]
-        program = f"{before}\nimport fuzzing; fuzzing.fuzz({name!r}, {arguments!r})"
-        path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+        program = f"{before}\nfrom tests.support import fuzzing; fuzzing.fuzz({name!r}, {arguments!r})"
+        path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
         done = subprocess.run(
             [sys.executable, "-c", program],
             stderr=subprocess.PIPE,
@@ -191,7 +192,9 @@ def run(name: str, seconds: int, corpus: str | None = None, before: str = "") ->
 
 def main() -> int:
     """Fuzzes one target, or each in turn."""
-    parser = argparse.ArgumentParser(prog="python tests/fuzzing.py", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.support.fuzzing", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("target", choices=(*TARGETS, "all"))
     parser.add_argument("--seconds", type=int, default=600, help="for each target (default: %(default)s)")
     parser.add_argument("--corpus", help="where to begin, and to keep what reaches further; by default nowhere")

@@ -1,8 +1,8 @@
 """Graphs that a reader must refuse, each made of a good one by a small change, with the code that it is refused by.
 
-``python tests/graph_cases.py DIRECTORY`` writes each as a whole bundle, ``DIRECTORY/NAME.splitbundle``, whose manifest
-and ``SHA256SUMS`` list the changed graph, beside ``NAME.json`` with the shard and the code: for readers in any
-language.
+``python -m tests.support.graph_cases DIRECTORY`` writes each as a whole bundle, ``DIRECTORY/NAME.splitbundle``, whose
+manifest and ``SHA256SUMS`` list the changed graph, beside ``NAME.json`` with the shard and the code: for readers in
+any language.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import splitbundle
 from splitbundle import graph_reader, graph_rules, manifest, names
 from splitbundle_converter.graph_files import add_graphs
 from splitbundle_converter.write import write_file
-from test_conformance import write_llama3
+from tests.support.bundles import write_llama3
 
 SHARD: Final = "bottom"
 """Whose graph is changed: an embedding and a layer, in bfloat16."""

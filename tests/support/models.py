@@ -19,10 +19,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-import models_layer_norm
-import models_rms_norm
 import splitbundle
 import splitbundle_converter
+from tests.support import models_layer_norm, models_rms_norm
 
 LAYERS: Final = 4
 VOCAB: Final = 61

@@ -1,11 +1,11 @@
 """Every system call of the commands that write, made to fail, to be interrupted and to end the process.
 
-    python tests/faults.py [--all] [--directory DIR] [SCENARIO ...]
+    python -m tests.support.faults [--all] [--directory DIR] [SCENARIO ...]
 
 A worker, which has imported everything, runs a command again and again; ``syscalls`` puts a fault in place of one call
 at a time, of those that touch the directory of the bundle. After each, what must hold is looked at (``Judge``). What
-was found comes as one JSON document. ``tests/test_faults.py`` runs it; with ``--all``, every error takes its turn at
-every call, where by default they take turns.
+was found comes as one JSON document. ``tests/converter/writing/test_faults.py`` runs it; with ``--all``, every error
+takes its turn at every call, where by default they take turns.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import syscalls
-from syscalls import Call, Fault, Tracee
+from tests.support import syscalls
+from tests.support.syscalls import Call, Fault, Tracee
 
 SECONDS: Final = 60
 """After which a command that ends neither well nor badly is a finding."""
