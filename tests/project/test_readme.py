@@ -22,7 +22,7 @@ from splitbundle_converter import family_table
 from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
 from splitbundle_converter.families import FAMILIES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 BEGIN, END = "## A line for each file\n", "## Licence\n"
 FAMILIES_BEGIN, FAMILIES_END = "quantised weights and remote code are refused.\n", BEGIN

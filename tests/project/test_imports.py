@@ -13,7 +13,7 @@ import pytest
 import splitbundle
 import splitbundle_converter
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
     "splitbundle": ROOT / "runtime" / "splitbundle",
     "splitbundle_converter": ROOT / "converter" / "splitbundle_converter",
