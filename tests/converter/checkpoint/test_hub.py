@@ -1,10 +1,11 @@
-"""Where checkpoints come from: a hub (a small one on loopback), its cache, a directory; and what is made of them."""
+"""Checkpoints from a hub (a small one on loopback), from its cache, or from a directory."""
 
 from __future__ import annotations
 
 import hashlib
 import http.server
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from safetensors.torch import load_file
 import splitbundle
 import splitbundle_converter
 from splitbundle import BundleError
-from splitbundle_converter import vectors
+from tests.support.checkpoints import refused
+from tests.support.models import checkpoint
 from tests.support.paths import ROOT
 
 CHECKPOINT = ROOT / "examples" / "license-gpt2"
@@ -179,35 +181,27 @@ def test_what_is_neither_a_directory_nor_an_id(tmp_path: Path) -> None:
     )
 
 
-def test_a_model_that_memory_cannot_hold_names_no_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectors, "available_memory", lambda: 2**20)
-    with pytest.raises(BundleError) as caught:
-        splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle")
-    assert str(caught.value) == (
-        "[memory] expected 0.0 GiB of free memory to check against the original model in float32, got 0.0 GiB. "
-        "--no-check converts without the original model, and without golden vectors"
+def test_a_source_that_does_not_exist(output: Path) -> None:
+    expected = "expected a checkpoint directory or a hub id"
+    assert str(refused("/no/such/place", output)) == f"[source.missing] /no/such/place: {expected}, got neither"
+    assert str(refused("two words", output)) == f"[source.missing] two words: {expected}, got neither"
+    file = checkpoint("llama") / "config.json"
+    assert str(refused(file, output)) == f"[source.missing] {file}: {expected}, got a file"
+
+
+def test_a_hub_id_without_a_network(tmp_path: Path, output: Path) -> None:
+    """In another process, as the hub's library reads HF_HUB_OFFLINE when it is imported."""
+    program = f"""
+import splitbundle, splitbundle_converter
+try:
+    splitbundle_converter.convert("some-owner/some-model", {str(output)!r})
+except splitbundle.BundleError as error:
+    print(error)
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, timeout=120
     )
-    assert not list(tmp_path.iterdir())
-    splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle", check=False)
-
-
-def test_available_memory_is_a_sensible_number() -> None:
-    available = vectors.available_memory()
-    assert available is None or 2**24 < available < 2**48
-
-
-def test_large_units_have_parts(tmp_path: Path) -> None:
-    parted = splitbundle_converter.convert(
-        CHECKPOINT, tmp_path / "x.splitbundle", split=[3], max_file_size=200_000, check=True
-    )
-    files = parted.manifest.units["layer-000"]
-    assert files == tuple(f"layer-000-part-{i:03d}.safetensors" for i in range(1, len(files) + 1))
-    assert len(files) > 1
-    # A tensor is never divided: the token table alone is larger.
-    sizes = {path: parted.manifest.files[path].size for path in parted.manifest.weight_files()}
-    assert [path for path, size in sizes.items() if size > 200_000] == ["embedding-part-001.safetensors"]
-    parted.verify(exact=True)
-    whole = splitbundle_converter.convert(CHECKPOINT, tmp_path / "whole.splitbundle", check=False)
-    ids = torch.tensor([[44, 308, 68]])
-    assert torch.equal(parted.pipeline()(ids), whole.pipeline()(ids))
-    assert parted.architecture_id == whole.architecture_id
+    assert done.stdout.startswith("[network] some-owner/some-model: expected the model from the hub, got ")
+    assert done.stdout.endswith(". There is no such directory here, and the hub can't be reached\n")
+    assert not list(output.parent.iterdir())

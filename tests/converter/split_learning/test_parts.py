@@ -30,13 +30,6 @@ Rename = Callable[[str], str]
 
 
 @pytest.fixture
-def output(tmp_path: Path) -> Path:
-    """Where nothing else is, so that a test sees whatever is left there."""
-    (tmp_path / "made").mkdir()
-    return tmp_path / "made" / "b.splitbundle"
-
-
-@pytest.fixture
 def parts(tmp_path: Path) -> Path:
     """An empty directory for parts."""
     (tmp_path / "parts").mkdir()

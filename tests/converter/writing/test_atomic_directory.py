@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import time
+from collections.abc import Callable
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -21,6 +22,8 @@ from splitbundle import BundleError, files
 from splitbundle.replacing import mend, place_of_old
 from splitbundle_converter import publish
 from splitbundle_converter.publish import publishing
+from tests.support.checkpoints import accepted, digests, refused
+from tests.support.models import checkpoint
 from tests.support.paths import ROOT
 
 ROUNDS = 20
@@ -317,3 +320,32 @@ def test_of_writers_that_race_one_wins_and_the_others_say_so(tmp_path: Path) -> 
     for racer in racers:
         racer.join(60)
         assert racer.exitcode == 0
+
+
+def test_a_destination_that_exists(output: Path) -> None:
+    made = accepted(checkpoint("llama"), output, check=False)
+    before = digests(output)
+    hint = "--force replaces it once the new one is complete"
+    expected = f"[output.exists] {output}: expected nothing there, got an existing file or directory. {hint}"
+    assert str(refused(checkpoint("gpt2"), output)) == expected
+    assert digests(output) == before
+    other = accepted(checkpoint("gpt2"), output, check=False, force=True)
+    assert other.fingerprint != made.fingerprint
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.write_text("a file"),
+        lambda path: (path / "mine").mkdir(parents=True),
+        # Other things have a manifest.json too: a browser's extension, say.
+        lambda path: (path.mkdir(), (path / "manifest.json").write_text('{"manifest_version": 3}')),
+    ],
+)
+def test_what_is_no_bundle_is_not_replaced(output: Path, make: Callable[[Path], Any]) -> None:
+    make(output)
+    assert str(refused(checkpoint("llama"), output, force=True)) == (
+        f"[output.exists] {output}: expected a bundle, to be replaced, got something else. "
+        "Remove it yourself: --force won't"
+    )
