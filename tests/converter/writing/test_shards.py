@@ -85,6 +85,3 @@ def test_large_units_have_parts(tmp_path: Path) -> None:
     ids = torch.tensor([[44, 308, 68]])
     assert torch.equal(parted.pipeline()(ids), whole.pipeline()(ids))
     assert parted.architecture_id == whole.architecture_id
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
