@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy
 import pytest
 
 import splitbundle
 from splitbundle.golden import TOLERANCE
+from tests.support.paths import TESTS
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "v1.0"
+GOLDEN = TESTS / "golden" / "v1.0"
 NAMES = sorted(path.name for path in GOLDEN.glob("*.splitbundle"))
 ABSENT = {"torch", "transformers", "safetensors", "jsonschema", "onnx", "huggingface_hub", "tokenizers"}
 BAR = f"import sys; sys.modules.update(dict.fromkeys({sorted(ABSENT)!r}))"

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import splitbundle
+from tests.support.paths import TESTS
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "v1.0"
+GOLDEN = TESTS / "golden" / "v1.0"
 NAMES = sorted(path.name for path in GOLDEN.glob("*.splitbundle"))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "v1.0" / "gpt2.splitbundle"
+from tests.support.paths import TESTS
+
+GOLDEN = TESTS / "golden" / "v1.0" / "gpt2.splitbundle"
 ZOOS = {"transformers", "safetensors", "jsonschema", "onnx", "onnxruntime", "huggingface_hub", "tokenizers"}
 
 

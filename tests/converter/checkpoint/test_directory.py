@@ -1,0 +1,188 @@
+"""Reading a checkpoint directory: large files, links, pipes, and files that change during the conversion."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from splitbundle import strict_json
+from splitbundle.files import MAX_TEXT_BYTES
+from tests.support.checkpoints import INDEX, PIECES, WEIGHTS, accepted, refused
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_file_that_is_too_large_is_not_read(source: Callable[[str], Path], output: Path, name: str) -> None:
+    """Of 3 GiB, without a byte of them on the disk."""
+    path = source("llama")
+    with (path / name).open("wb") as file:
+        file.truncate(3 * 2**30)
+    tracemalloc.start()
+    text = str(refused(path, output))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    most = strict_json.MAX_BYTES if name == "config.json" else MAX_TEXT_BYTES
+    assert text.startswith(f"[source.unreadable] {name}: expected a file of at most {most} bytes, got 3221225472 bytes")
+    assert peak < 2 * most + 2**26
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
+def test_a_pipe_is_no_configuration(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / "config.json").unlink()
+    os.mkfifo(path / "config.json")
+    assert str(refused(path, output)) == (
+        "[source.unreadable] config.json: expected a regular file, got a pipe, a socket or a device"
+    )
+
+
+def test_a_file_may_be_a_link(source: Callable[[str], Path], output: Path) -> None:
+    """As in the hub's cache."""
+    path = source("llama")
+    (path / "config.json").rename(path / "blob")
+    (path / "config.json").symlink_to("blob")
+    accepted(path, output, check=False)
+
+
+LINK = "expected a file of the checkpoint, got a link that leads out of it. If it is meant, copy the file itself there"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "generation_config.json", "README.md"],
+)
+def test_a_link_that_leads_out_of_the_checkpoint(source: Callable[[str], Path], output: Path, name: str) -> None:
+    path = source("llama")
+    secret = path.parent / "secret"
+    secret.write_text("a secret")
+    (path / name).unlink(missing_ok=True)
+    (path / name).symlink_to(secret)
+    assert str(refused(path, output)) == f"[source.unreadable] {name}: {LINK}"
+    (path / name).unlink()
+    (path / name).symlink_to("../source/../secret")
+    assert str(refused(path, output)) == f"[source.unreadable] {name}: {LINK}"
+    (path / name).unlink()
+    (path / name).symlink_to("nowhere")
+    if name != "README.md":  # only its licence would be read
+        assert str(refused(path, output)).startswith(f"[source.missing] {name}: expected a file {name} in source, got ")
+
+
+def test_the_index_of_weights_is_no_link_out_either(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / WEIGHTS).rename(path / PIECES[0])
+    (path.parent / "index").write_text(json.dumps({"weight_map": {}}))
+    (path / INDEX).symlink_to(path.parent / "index")
+    assert str(refused(path, output)) == f"[source.unreadable] {INDEX}: {LINK}"
+
+
+def test_weights_may_be_a_link_to_anywhere(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / WEIGHTS).rename(path.parent / "elsewhere")
+    (path / WEIGHTS).symlink_to(path.parent / "elsewhere")
+    accepted(path, output)
+    (path.parent / "elsewhere").write_text("a secret that is no weights")
+    assert refused(path, output.with_name("other.splitbundle")).codes == ("source.safetensors",)
+
+
+def test_the_hubs_cache_has_links_to_its_blobs(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    cache = path.parent / "models--x--y"
+    snapshot = cache / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    path.rename(cache / "blobs")
+    for blob in (cache / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    accepted(snapshot, output, check=False)
+    # No other directory beside one that is called so.
+    cache.rename(path.parent / "mine")
+    assert str(refused(path.parent / "mine" / "snapshots" / "0123", output.with_name("c"))).endswith(LINK)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["a directory", "a pipe, a socket or a device"])
+def test_what_is_no_file_is_not_passed_over(source: Callable[[str], Path], output: Path, name: str, kind: str) -> None:
+    path = source("llama")
+    (path / name).unlink(missing_ok=True)
+    if kind == "a directory":
+        (path / name).mkdir()
+    elif hasattr(os, "mkfifo"):
+        os.mkfifo(path / name)
+    else:
+        pytest.skip("no pipes with a name")
+    assert str(refused(path, output)) == f"[source.unreadable] {name}: expected a regular file, got {kind}"
+
+
+def test_a_generation_config_that_is_no_object(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / "generation_config.json").write_text("[1]")
+    for check in (False, True):
+        assert str(refused(path, output, check=check)) == (
+            "[source.config] generation_config.json: expected an object, got [1]"
+        )
+    # What it says otherwise has no say in the golden vectors.
+    (path / "generation_config.json").write_text('{"max_length": "x", "cache_implementation": {}}')
+    accepted(path, output)
+
+
+def changed(name: str) -> str:
+    return (
+        f"[source.changed] {name}: expected one file from the first byte that was read of it to the last, got another, "
+        "or other bytes in it. Convert it when nobody writes it any more"
+    )
+
+
+def overwritten(file: Path) -> None:
+    """One bit of it, with the times that it had."""
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    with file.open("r+b") as opened:
+        opened.write(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def exchanged(file: Path) -> None:
+    shutil.copy2(file, file.with_name("copy"))
+    file.with_name("copy").replace(file)
+
+
+def removed(file: Path) -> None:
+    file.rename(file.with_name("moved"))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+@pytest.mark.parametrize("change", [overwritten, exchanged, removed])
+def test_a_source_that_changes_while_it_is_converted(
+    source: Callable[[str], Path], output: Path, name: str, change: Callable[[Path], None]
+) -> None:
+    path = source("llama")
+    done = False
+
+    def progress(what: str, at: int, total: int) -> None:
+        nonlocal done
+        if what == "converting" and at == total and not done:
+            done = True
+            change(path / name)
+
+    assert str(refused(path, output, progress=progress)) == changed(name)
+    assert done
+
+
+@pytest.mark.parametrize("change", [lambda file: file.write_bytes(b"x" * 100), removed], ids=["truncated", "removed"])
+def test_a_source_that_changes_before_it_is_checked(
+    source: Callable[[str], Path], output: Path, change: Callable[[Path], None]
+) -> None:
+    path = source("llama")
+
+    def progress(what: str, at: int, total: int) -> None:
+        if what == "running the original model" and at == 0:
+            change(path / WEIGHTS)
+
+    assert str(refused(path, output, progress=progress, check=True)) == changed(WEIGHTS)

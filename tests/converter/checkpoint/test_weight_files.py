@@ -1,0 +1,170 @@
+"""The weight files of a checkpoint: which are read, and which are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.support.checkpoints import INDEX, PIECES, QUERY, WEIGHTS, Tensors, accepted, refused
+from tests.support.models import ONE_PER_FAMILY, bundle
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_a_pickle(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / WEIGHTS).unlink()
+    (path / "pytorch_model.bin").write_bytes(b"\x80\x02cos\nsystem\n.")
+    assert str(refused(path, output)) == (
+        f"[source.pickle] pytorch_model.bin: expected weights in {WEIGHTS} or {INDEX}, "
+        "got a pickle, which can run code. Save the model as safetensors where you trust it: "
+        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True). "
+        "Or --allow-pickle: it reads names and tensors alone, and refuses what asks for more, in a process of its own"
+    )
+
+
+def test_no_weights(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / WEIGHTS).unlink()
+    text = f"[source.missing] {WEIGHTS}: expected {WEIGHTS} or {INDEX} in source, got neither"
+    assert str(refused(path, output)) == text
+    (path / "adapter_config.json").write_text("{}")
+    assert str(refused(path, output)) == f"{text}. This is an adapter: merge it into its base model, and save that"
+
+
+def test_weights_of_a_wrapped_model(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    save_file({f"module.{name}": tensor for name, tensor in load_file(path / WEIGHTS).items()}, path / WEIGHTS)
+    assert str(refused(path, output)) == (
+        "[source.tensor] source: expected the names that the model's tensors have, got names that all begin with "
+        "'module.', as DistributedDataParallel makes them. Save the state dict of the model inside: "
+        "wrapper.module.state_dict(), or model._orig_mod.state_dict()"
+    )
+
+
+def test_a_git_lfs_pointer(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 42\n")
+    text = f"[source.lfs-pointer] {WEIGHTS}: expected weights, got a Git LFS pointer. Fetch the weights: git lfs pull"
+    assert str(refused(path, output)) == text
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-5], lambda data: data[:100], lambda data: b"", lambda data: b"{}" * 40]
+)
+def test_a_file_that_is_not_safetensors(
+    source: Callable[[str], Path], output: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    path = source("llama")
+    (path / WEIGHTS).write_bytes(damage((path / WEIGHTS).read_bytes()))
+    text = str(refused(path, output))
+    assert text.startswith(f"[source.safetensors] {WEIGHTS}: expected a safetensors file, got SafetensorError: ")
+
+
+def in_pieces(path: Path, change: Callable[[dict[str, str], Tensors, Tensors], Any] = lambda *_: None) -> None:
+    """A checkpoint of two files and an index; ``change`` may edit the map and what the files hold."""
+    tensors = load_file(path / WEIGHTS)
+    (path / WEIGHTS).unlink()
+    names = sorted(tensors)
+    parts = [{name: tensors[name] for name in names[i::2]} for i in range(2)]
+    weight_map = {name: PIECES[i] for i, part in enumerate(parts) for name in part}
+    change(weight_map, *parts)
+    for file, part in zip(PIECES, parts, strict=True):
+        save_file(part, path / file, {"format": "pt"})
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        *(
+            (
+                lambda weight_map, first, second, file=file: weight_map.update({"lm_head.weight": file}),
+                f"[source.index] {INDEX} /weight_map/lm_head.weight: "
+                f"expected the name of a .safetensors file beside the index, got {file!r}",
+            )
+            for file in ("../x.safetensors", "/etc/passwd", "a/b.safetensors", ".x.safetensors", "x.bin", "", 3)
+        ),
+        (
+            lambda weight_map, first, second: weight_map.update({"lm_head.weight": "model-00003.safetensors"}),
+            f"[source.missing] model-00003.safetensors: expected a file that {INDEX} names, got none",
+        ),
+        (
+            # Sorted by name, lm_head.weight is first: in the first file.
+            lambda weight_map, first, second: second.update({"lm_head.weight": first["lm_head.weight"]}),
+            f"[source.tensor] {INDEX}: expected one entry for 'lm_head.weight', got it is in {PIECES[1]} too",
+        ),
+        (
+            lambda weight_map, first, second: weight_map.pop("lm_head.weight"),
+            f"[source.tensor] {INDEX}: expected one entry for 'lm_head.weight', got none; it is in {PIECES[0]}",
+        ),
+        (
+            lambda weight_map, first, second: first.pop("lm_head.weight"),
+            f"[source.tensor] {INDEX}: expected 'lm_head.weight' in {PIECES[0]}, got none",
+        ),
+        (
+            lambda weight_map, first, second: weight_map.clear(),
+            f"[source.index] {INDEX} /weight_map: expected an object weight_map, got {{}}",
+        ),
+    ],
+)
+def test_indexes_that_lie(source: Callable[[str], Path], output: Path, change: Callable[..., Any], text: str) -> None:
+    path = source("llama")
+    in_pieces(path, change)
+    assert str(refused(path, output)) == text
+
+
+def test_an_index_that_lies_of_everything_is_not_quoted_without_end(
+    source: Callable[[str], Path], output: Path
+) -> None:
+    path = source("llama")
+    in_pieces(path, lambda weight_map, *_: weight_map.update({f"x{i}": PIECES[0] for i in range(300)}))
+    assert refused(path, output).codes == ("source.tensor",) * 100
+
+
+def test_a_single_file_comes_before_an_index(source: Callable[[str], Path], output: Path) -> None:
+    """As in transformers, which the check holds the bundle against: the index isn't even read."""
+    path = source("llama")
+    single = (path / WEIGHTS).read_bytes()
+    in_pieces(path, lambda weight_map, first, second: first.update({"lm_head.weight": first["lm_head.weight"] + 1}))
+    (path / WEIGHTS).write_bytes(single)
+    assert accepted(path, output).fingerprint == bundle("llama").fingerprint
+    (path / INDEX).write_text("nothing that could be read")
+    accepted(path, output, force=True, check=False)
+
+
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+def test_a_checkpoint_in_pieces_is_the_same_model(source: Callable[[str], Path], output: Path, name: str) -> None:
+    path = source(name)
+    in_pieces(path)
+    assert accepted(path, output).fingerprint == bundle(name).fingerprint
+
+
+def test_a_header_that_names_a_tensor_twice(source: Callable[[str], Path], output: Path) -> None:
+    """The library takes the last of them."""
+    path = source("llama")
+    data = (path / WEIGHTS).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    again = b"{" + f'"{QUERY}":{json.dumps(header[QUERY])},'.encode()
+    twice = data[8 : 8 + size].replace(b"{", again, 1)
+    (path / WEIGHTS).write_bytes(len(twice).to_bytes(8, "little") + twice + data[8 + size :])
+    assert load_file(path / WEIGHTS).keys() == header.keys() - {"__metadata__"}
+    assert str(refused(path, output)) == (
+        f"[json.duplicate-key] {WEIGHTS}: expected every key once in an object, got '{QUERY}' twice"
+    )
+
+
+def test_a_header_that_is_too_large(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    with (path / WEIGHTS).open("wb") as file:
+        file.write((2**30).to_bytes(8, "little") + b"{")
+        file.truncate(2**31)
+    assert str(refused(path, output)) == (
+        f"[json.size] {WEIGHTS}: expected at most {2**24} bytes, got {2**24 + 1} bytes"
+    )

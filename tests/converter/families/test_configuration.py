@@ -1,0 +1,388 @@
+"""The configurations that the converter refuses, and the messages; code of a checkpoint never runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import transformers
+
+from splitbundle_converter import configuration, decoder_facts
+from splitbundle_converter.source import Configuration
+from tests.support.checkpoints import accepted, change_config, refused
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mixtral", "nosuch", "", None, 3, ["llama"], ...])
+def test_a_family_that_is_not_in_the_table(source: Callable[[str], Path], output: Path, model_type: Any) -> None:
+    """Whether transformers knows it or not; a field that isn't there counts as null."""
+    path = source("llama")
+    change_config(path, model_type=model_type)
+    got = None if model_type is ... else model_type
+    assert str(refused(path, output)) == (
+        "[source.family] config.json /model_type: expected one of the families that splitbundle families lists, got "
+        f"{got!r}. Other families can't be converted; splitbundle never guesses at one"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("num_local_experts", 8, "mixtures of experts"),
+        ("kv_lora_rank", 512, "latent attention"),
+        ("state_size", 16, "recurrent layers"),
+        ("num_kv_shared_layers", 10, "layers that share keys and values, or have inputs of their own"),
+        ("is_encoder_decoder", True, "encoders"),
+    ],
+)
+def test_why_a_family_is_not_in_the_table(
+    source: Callable[[str], Path], output: Path, field: str, value: Any, what: str
+) -> None:
+    path = source("llama")
+    change_config(path, model_type="mixtral", **{field: value})
+    assert str(refused(path, output)) == (
+        "[source.family] config.json /model_type: expected one of the families that splitbundle families lists, got "
+        f"'mixtral'. It has {field} {value!r}, and {what} can't be converted yet"
+    )
+
+
+ACTIVATIONS: Final = f"one of {', '.join(decoder_facts.ACTIVATIONS)}"
+KNOWN: Final = "a field that this family is known to have"
+UNSUPPORTED: Final = "A model with this value can't be converted yet; with another value it would be another model"
+USELESS: Final = "Remove it if it changes nothing"
+ROPE: Final[dict[str, Any]] = {"rope_type": "default", "rope_theta": 10000.0}
+ROPE_TYPES: Final = "one of default, linear, dynamic, yarn, longrope, llama3, proportional"
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "pointer", "expected", "got", "hint"),
+    [
+        ("llama", {"frobnicate": 1}, "/frobnicate", KNOWN, "1", USELESS),
+        ("llama", {"sliding_window": 5}, "/sliding_window", KNOWN, "5", USELESS),
+        ("gpt2", {"rotary_dim": 4}, "/rotary_dim", KNOWN, "4", USELESS),
+        ("gemma", {"final_logit_softcapping": 30.0}, "/final_logit_softcapping", KNOWN, "30.0", USELESS),
+        ("gpt2", {"is_encoder_decoder": True}, "/is_encoder_decoder", "its default, False", "True", UNSUPPORTED),
+        ("gpt2", {"chunk_size_feed_forward": 2}, "/chunk_size_feed_forward", "its default, 0", "2", UNSUPPORTED),
+        ("gpt2", {"add_cross_attention": True}, "/add_cross_attention", "False", "True", UNSUPPORTED),
+        (
+            "gemma",
+            {"use_bidirectional_attention": True},
+            "/use_bidirectional_attention",
+            "None or False",
+            "True",
+            UNSUPPORTED,
+        ),
+        (
+            "gemma",
+            {"hidden_activation": "gelu"},
+            "/hidden_activation",
+            "None or 'gelu_pytorch_tanh'",
+            "'gelu'",
+            UNSUPPORTED,
+        ),
+        ("llama", {"hidden_act": "quick_gelu"}, "/hidden_act", ACTIVATIONS, "'quick_gelu'", None),
+        ("gpt2", {"activation_function": "mish"}, "/activation_function", ACTIVATIONS, "'mish'", None),
+        (
+            "llama",
+            {
+                "rope_parameters": ROPE | {"rope_type": "axial", "factor": 4.0, "original_max_position_embeddings": 16},
+            },
+            "/rope_parameters/rope_type",
+            ROPE_TYPES,
+            "'axial'",
+            None,
+        ),
+        (
+            "qwen2",
+            {"rope_parameters": ROPE | {"rope_type": "axial", "factor": 2.0}},
+            "/rope_parameters/rope_type",
+            ROPE_TYPES,
+            "'axial'",
+            None,
+        ),
+        (
+            "llama",
+            {"rope_parameters": ..., "rope_scaling": {"type": "axial", "factor": 2.0}},
+            "/rope_parameters/rope_type",
+            ROPE_TYPES,
+            "'axial'",
+            None,
+        ),
+        (
+            "llama",
+            {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
+            "/rope_parameters/partial_rotary_factor",
+            "1.0 or None",
+            "0.5",
+            UNSUPPORTED,
+        ),
+        (
+            "llama",
+            {"partial_rotary_factor": 0.5},
+            "/rope_parameters/partial_rotary_factor",
+            "1.0 or None",
+            "0.5",
+            UNSUPPORTED,
+        ),
+        (
+            "mistral-full",
+            {"rope_parameters": ROPE | {"mscale": 1.0}},
+            "/rope_parameters/mscale",
+            "no such parameter with rope_type default",
+            "1.0",
+            None,
+        ),
+        (
+            "llama",
+            {"rope_parameters": ROPE | {"rope_theta": 0.0}},
+            "/rope_parameters/rope_theta",
+            "a number above 0",
+            "0.0",
+            None,
+        ),
+        (
+            "llama-llama3",
+            {
+                "rope_parameters": ROPE
+                | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}
+                | {"original_max_position_embeddings": 16}
+            },
+            "/rope_parameters/high_freq_factor",
+            "more than low_freq_factor (4.0)",
+            "1.0",
+            None,
+        ),
+        (
+            "llama",
+            {"num_key_value_heads": 4},
+            "/num_key_value_heads",
+            "a divisor of num_attention_heads (6)",
+            "4",
+            None,
+        ),
+        (
+            "llama",
+            {"num_key_value_heads": 0},
+            "/num_key_value_heads",
+            "an integer from 1 to 2147483647",
+            "0",
+            None,
+        ),
+        ("gpt2", {"n_head": 4}, "/n_embd", "a multiple of n_head (4)", "35", None),
+        ("llama", {"vocab_size": 10**12}, "/vocab_size", "an integer from 1 to 2147483647", "1000000000000", None),
+        ("llama", {"rms_norm_eps": 0.0}, "/rms_norm_eps", "a number above 0", "0.0", None),
+    ],
+)
+def test_fields_that_cannot_be_converted(
+    source: Callable[[str], Path],
+    output: Path,
+    name: str,
+    fields: dict[str, Any],
+    pointer: str,
+    expected: str,
+    got: str,
+    hint: str | None,
+) -> None:
+    path = source(name)
+    change_config(path, **fields)
+    text = f"[source.config] config.json {pointer}: expected {expected}, got {got}"
+    assert str(refused(path, output)) == f"{text}. {hint or UNSUPPORTED}"
+
+
+def test_all_problems_of_a_configuration_at_once(source: Callable[[str], Path], output: Path) -> None:
+    path = source("gemma")
+    change_config(path, hidden_act="mish", frobnicate=None, use_bidirectional_attention=True)
+    pointers = [problem.pointer for problem in refused(path, output).problems]
+    assert sorted(map(str, pointers)) == ["/frobnicate", "/hidden_act", "/use_bidirectional_attention"]
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("gpt2", "n_layer"), *((name, "num_hidden_layers") for name in ("qwen2", "gemma", "llama"))]
+)
+@pytest.mark.parametrize("count", [0, -1, 10_001, 10**9])
+def test_layer_counts(source: Callable[[str], Path], output: Path, name: str, field: str, count: int) -> None:
+    """In no time, too: no list is made of as many items as a stranger's number says."""
+    path = source(name)
+    change_config(path, **{field: count}, layer_types=...)
+    start = time.perf_counter()
+    text = str(refused(path, output))
+    assert time.perf_counter() - start < 2
+    assert text == f"[source.config] config.json /{field}: expected an integer from 1 to 10000, got {count}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", 1.5),
+        ("num_hidden_layers", "12"),
+        ("num_hidden_layers", True),
+        ("num_hidden_layers", None),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", 5),
+        ("attention_bias", "yes"),
+        ("hidden_act", 3),
+        ("rope_parameters", 3),
+        ("head_dim", 7),
+    ],
+)
+def test_fields_that_transformers_itself_refuses(
+    source: Callable[[str], Path], output: Path, field: str, value: Any
+) -> None:
+    """Its words are passed on, whatever kind of error they come in."""
+    path = source("llama")
+    change_config(path, **{field: value})
+    error = refused(path, output)
+    assert error.codes == ("source.config",)
+    assert str(error).startswith("[source.config] config.json: expected a configuration that transformers reads, got ")
+
+
+def test_layer_types_that_do_not_fit(source: Callable[[str], Path], output: Path) -> None:
+    path = source("qwen2-mixed")
+    change_config(path, layer_types=["full_attention"] * 3 + ["chunked_attention"])
+    assert str(refused(path, output)) == (
+        "[source.config] config.json /layer_types: expected full_attention or sliding_attention for each layer, "
+        f"got ['full_attention', 'full_attention', 'full_attention', 'chunked_attention']. {UNSUPPORTED}"
+    )
+
+
+def test_code_of_a_checkpoint_never_runs(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    mark = output.parent.parent / "ran"
+    (path / "modeling.py").write_text(f"open({str(mark)!r}, 'w')")
+    change_config(path, auto_map={"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"})
+    assert str(refused(path, output)) == (
+        "[source.remote-code] config.json /auto_map: expected no auto_map, "
+        "got {'AutoConfig': 'modeling.C', 'AutoModelForCausalLM': 'modeling.M'}. "
+        "splitbundle never runs code of a checkpoint. transformers computes llama itself: if these are its weights, "
+        "remove auto_map"
+    )
+    assert not mark.exists()
+
+
+def test_a_quantised_checkpoint(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    change_config(path, quantization_config={"quant_method": "gptq"})
+    assert str(refused(path, output)) == (
+        "[source.quantised] config.json /quantization_config: expected weights that aren't quantised, "
+        "got {'quant_method': 'gptq'}. Convert the checkpoint that was quantised"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"[]", "[source.config] config.json: expected an object, got []"),
+        (
+            b"{",
+            "[json.syntax] config.json byte 1: expected one JSON document (RFC 8259), "
+            "got Expecting property name enclosed in double quotes",
+        ),
+        (
+            b'{"model_type": "llama", "model_type": "gpt2"}',
+            "[json.duplicate-key] config.json: expected every key once in an object, got 'model_type' twice",
+        ),
+        (b'{"rms_norm_eps": NaN}', "[json.number] config.json: expected a JSON number, got NaN"),
+        (None, "[source.missing] config.json: expected a file config.json in source, got none"),
+    ],
+)
+def test_a_configuration_that_is_no_json(
+    source: Callable[[str], Path], output: Path, data: bytes | None, text: str
+) -> None:
+    path = source("llama")
+    if data is None:
+        (path / "config.json").unlink()
+    else:
+        (path / "config.json").write_bytes(data)
+    assert str(refused(path, output)) == text
+
+
+@pytest.mark.parametrize("value", ["attacker/evil@main:fn", "kernels-community/evil", "flash_attention_2"])
+@pytest.mark.parametrize("name", ["_attn_implementation", "attn_implementation"])
+def test_no_field_of_a_checkpoint_chooses_the_code_that_computes(
+    source: Callable[[str], Path], output: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """transformers takes such a name for code of the hub, and has the library ``kernels`` fetch and run it."""
+    asked: list[str] = []
+
+    def get_kernel(repository: str, *arguments: object, **named: object) -> object:
+        asked.append(repository)
+        raise ValueError("no code is fetched in a test")
+
+    from transformers import modeling_utils
+    from transformers.integrations import hub_kernels
+
+    for module in (modeling_utils, hub_kernels):
+        monkeypatch.setattr(module, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", get_kernel)
+    path = source("llama")
+    change_config(path, **{name: value}, _experts_implementation="attacker/evil")
+    if value != "flash_attention_2":
+        with pytest.raises(ValueError, match="no code is fetched in a test"):
+            transformers.AutoModelForCausalLM.from_pretrained(path)
+        assert asked.pop() == value.partition("@")[0]
+    accepted(path, output)
+    assert not asked
+
+
+def test_nested_configurations_choose_no_code_either() -> None:
+    evil = {"_attn_implementation": "attacker/evil", "attn_implementation": {"": "attacker/evil"}}
+    nested = {"model_type": "llama", "num_hidden_layers": 3, **evil}
+    vision = {"model_type": "clip_vision_model", "num_hidden_layers": 3, **evil}
+    raw = {"model_type": "llava", "text_config": nested, "vision_config": vision, **evil}
+    built = configuration.build(Configuration(raw=raw, file="config.json"))
+    each = (built, built.text_config, built.vision_config)
+    assert [config._attn_implementation for config in each] == [None] * 3
+    assert built.text_config.num_hidden_layers == built.vision_config.num_hidden_layers == 3
+    assert raw["vision_config"]["_attn_implementation"] == "attacker/evil"
+
+
+def test_an_adapter_beside_the_weights(source: Callable[[str], Path], output: Path) -> None:
+    """transformers would apply it, and to the weights of the base that it names, where peft is installed."""
+    path = source("llama")
+    (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "attacker/evil"}))
+    assert str(refused(path, output)) == (
+        "[source.config] adapter_config.json: expected weights without an adapter beside them, got an adapter's "
+        "configuration. Merge it into the model, or remove it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "text"),
+    [
+        ("llama", {"num_labels": 10**15}, "/num_labels: expected an integer from 0 to 100000, got 1000000000000000"),
+        ("llama", {"_num_labels": -1}, "/_num_labels: expected an integer from 0 to 100000, got -1"),
+        *(
+            (
+                "gpt_neo",
+                {"attention_types": types},
+                "/attention_types: expected lists of kinds that are repeated to at most 10000 layers, got [",
+            )
+            for types in (
+                [[["global", "local"], 10**15]],
+                [[["global"] * 10001, 1]],
+                [[[], 10**15]],
+                [["local", 10**15]],
+                [[["global"], 10000], [["local"], 1]],
+                [[["global"], -1], [["local"], 10001]],
+            )
+        ),
+    ],
+)
+def test_counts_that_would_fill_the_memory(
+    source: Callable[[str], Path], output: Path, name: str, fields: dict[str, Any], text: str
+) -> None:
+    """They are refused before transformers makes so many items of them: it would never end."""
+    path = source(name)
+    change_config(path, **fields)
+    assert str(refused(path, output)).startswith(f"[source.config] config.json {text}")
+
+
+def test_as_many_labels_as_anyone_has(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    change_config(path, num_labels=100_000)
+    accepted(path, output)

@@ -1,0 +1,34 @@
+"""What the converter accepts comes back to the bit, under the names that the source had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import splitbundle_converter
+from splitbundle_converter.families import FAMILIES
+from tests.support.checkpoints import WEIGHTS, accepted
+from tests.support.models import CONFIGURATIONS, LAYERS, checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_round_trip_is_exact(name: str, dtype: str, output: Path) -> None:
+    """Names, shapes, dtypes and bits, of every configuration."""
+    path = checkpoint(name, dtype)
+    made = accepted(path, output, split=(1, 2), check=False)
+    back = dict(splitbundle_converter.source_tensors(made))
+    # What is dropped by name holds nothing that was learned.
+    constants = FAMILIES[CONFIGURATIONS[name][0]].constants
+    dropped = {pattern.replace("{layer}", str(i)) for pattern in constants for i in range(LAYERS)}
+    tensors = {key: tensor for key, tensor in load_file(path / WEIGHTS).items() if key not in dropped}
+    assert set(back) == set(tensors)
+    for key, tensor in tensors.items():
+        assert back[key].dtype == tensor.dtype
+        assert back[key].shape == tensor.shape
+        assert torch.equal(back[key].contiguous().view(torch.uint8), tensor.view(torch.uint8)), key

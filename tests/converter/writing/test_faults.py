@@ -1,0 +1,51 @@
+"""Whichever system call of a command that writes fails or is the last: no half bundle, no lost one, no litter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Final
+
+import pytest
+
+GROUPS: Final = (  # which take about as long
+    ("convert", "convert --force, in two steps", "convert --allow-pickle", "resplit"),
+    (
+        *("convert --force", "add-onnx", "resplit --force", "resplit --force, after an interruption"),
+        "resplit --force, after two killed writers",
+    ),
+)
+
+
+@pytest.mark.rule("SB-D-009")
+@pytest.mark.slow
+@pytest.mark.parametrize("group", range(len(GROUPS)))
+def test_every_system_call_may_fail_or_be_the_last(group: int, tally: Callable[[str, int], None]) -> None:
+    command = [sys.executable, "-m", "tests.support.faults", "--cpu", str(group), *GROUPS[group]]
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    if "unavailable" in found:
+        pytest.skip(found["unavailable"])
+    assert [scenario["scenario"] for scenario in found["scenarios"]] == list(GROUPS[group])
+    for scenario in found["scenarios"]:
+        assert scenario["wrong"] == [], f"{scenario['scenario']}: {len(scenario['wrong'])} of {scenario['points']}"
+        # Every call has an error, an interruption, and, if it changes anything, the process's end.
+        assert scenario["points"] > 2 * scenario["calls"] > 80
+        ends = {what.partition(", ")[0] for what in scenario["outcomes"]}
+        assert ends == {"0", "1", "130", "killed"}
+        tally("system calls of commands that write", scenario["calls"])
+        tally("faults in place of them", scenario["points"])
+
+
+def test_a_scenario_that_is_not_there() -> None:
+    """It isn't one of which nothing was wrong."""
+    command = [sys.executable, "-m", "tests.support.faults", "convert", "nosuch"]
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no scenario 'nosuch'; there are: convert; " in done.stderr

@@ -1,0 +1,483 @@
+"""The benchmark's own arithmetic, what it writes, and one run of it on a tiny model. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import cases, computing, file_sets, files, machine, report, sets
+from benchmarks.computing import tokens
+from benchmarks.contenders import CONTENDERS, LLAMA_FLASH, PREPACKED
+from benchmarks.files import Workshop, check_config
+from benchmarks.goals import Goal, Term, times_as_fast
+from benchmarks.processes import Failed, interleaved
+from benchmarks.shapes import SHAPES, Shape
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import splitbundle
+from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = {
+    family: Shape(
+        family=family,
+        vocabulary=97,
+        hidden=32,
+        inner=56,
+        layers=3,
+        heads=4,
+        key_heads=4 if family == "gpt2" else 2,
+        positions=64,
+        end=5,
+    )
+    for family in ("gpt2", "llama", "qwen2")
+}
+
+
+def model_of(shape: Shape) -> Any:
+    models: Any = AutoModelForCausalLM
+    return models.from_config(AutoConfig.for_model(shape.family, **shape.config()))
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_parameters_and_bytes_are_those_of_the_real_model(family: str) -> None:
+    shape = SMALL[family]
+    model = model_of(shape)
+    numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert shape.parameters() == sum(numbers.values())
+    tables = sum(n for name, n in numbers.items() if "wpe" in name)  # of which a token needs one row
+    rows = 32 * (2 if family == "gpt2" else 1)
+    cache = model(torch.zeros(1, 7, dtype=torch.int64), use_cache=True).past_key_values
+    slots = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert shape.cache_bytes(7, "float32") == 4 * slots
+    assert shape.moved(6, 1, 1, "float32") == 4 * (sum(numbers.values()) - tables + rows + slots)
+    assert shape.moved(6, 1, 8, "bfloat16") == 2 * (sum(numbers.values()) - tables + 8 * rows + 8 * slots)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_operations_are_those_that_torch_counts(family: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape, length = SMALL[family], 16
+    model = model_of(shape)
+    model.set_attn_implementation("eager")  # whose products are seen one by one
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(2, length, dtype=torch.int64), logits_to_keep=1)
+    # torch counts the products with the positions that a token doesn't attend to, and the rotation's angles.
+    unseen = 2 * 2 * 4 * shape.layers * shape.head_size * (length * length - length * (length + 1) // 2)
+    angles = 0 if family == "gpt2" else shape.head_size * length
+    assert counter.get_total_flops() - shape.operations(0, length, 2) - 2 * unseen in (0, angles, 2 * angles)
+
+
+def test_goals_are_judged_by_the_median_of_the_rounds() -> None:
+    runs = [{"a": {"t": own}, "b": {"t": 4.0, "u": 1.0}} for own in (2.0, 1.0, 4.0)]
+    fast = Goal(what="", own=Term("a", "t"), against=Term("b", "t"), at_least=2.0).outcome(runs)
+    assert (fast["median"], fast["least"], fast["greatest"], fast["reached"]) == (2.0, 1.0, 4.0, True)
+    assert not Goal(what="", own=Term("a", "t"), against=Term("b", "t"), at_least=2.1).outcome(runs)["reached"]
+    share = Goal(
+        what="", own=Term("a", "t"), less=(Term("b", "u"),), against=Term("b", "t"), share=True, at_most=0.2
+    ).outcome(runs)
+    assert (share["median"], share["reached"]) == (0.25, False)
+    amount = Goal(what="", own=Term("a", "t"), less=(Term("b", "u"),), at_most=1.0).outcome(runs)
+    assert (amount["median"], amount["greatest"], amount["reached"], amount["unit"]) == (1.0, 3.0, True, "s")
+    absent = Goal(what="", own=Term("a", "t"), against=Term("c", "t"), at_least=1.0).outcome(runs)
+    assert absent["median"] is None
+    assert absent["missing"] == "t of c"
+    assert times_as_fast(runs, "t", "a", "b") == {"median": 2.0, "least": 1.0, "greatest": 4.0}
+    assert times_as_fast(runs, "t", "a", "c") is None
+
+
+def test_contenders_take_turns_and_one_that_fails_is_left_out() -> None:
+    seen: list[str] = []
+
+    def ran(name: str) -> Any:
+        def measure() -> dict[str, float]:
+            seen.append(name)
+            if name == "b" and len(seen) > 3:
+                raise Failed("it broke")
+            return {"t": 1.0}
+
+        return measure
+
+    runs, failed = interleaved({name: ran(name) for name in "abc"}, 3, None)
+    assert "".join(seen) == "abccbaac"
+    assert failed == {"b": "it broke"}
+    assert runs == [{"a": {"t": 1.0}, "c": {"t": 1.0}}] * 3
+
+
+@pytest.mark.parametrize("name", sets.NAMES)
+def test_every_set_names_what_there_is(name: str) -> None:
+    own = list(sets.chosen(name, None, None))
+    assert own
+    for case in own:
+        assert {*case.contenders, case.reference} <= CONTENDERS.keys()
+        measured = {"import", "import torch", "load", "first token", "private", "private after loading"}
+        for point in case.points:
+            assert point.context + point.tokens <= SHAPES[case.model].positions
+            measured |= {cases.point_name(what, point.context, point.batch) for what in ("prefill", "decode")}
+        # Everybody present, each goal has what it compares.
+        run: dict[str, Any] = {contender: dict.fromkeys(measured, 1.0) for contender in case.contenders}
+        rates = {"read": 1e9, "multiply float32": 1e9, "multiply bfloat16": 1e9}
+        run |= sets.derive(case, run, rates if case.points else None)
+        assert [goal.outcome([run]).get("missing") for goal in case.goals] == [None] * len(case.goals)
+    (tiny,) = sets.chosen(name, ("tiny",), "float32")
+    assert (tiny.set, tiny.model, tiny.goals) == (name, "tiny", ())
+
+
+def test_the_limit_is_the_slower_of_moving_and_multiplying() -> None:
+    case = next(iter(sets.chosen("prefill", ("gpt2",), None)))
+    shape = SHAPES["gpt2"]
+    moving = sets.derive(case, {}, {"read": 1.0, "multiply float32": 1e30})[sets.LIMIT]["prefill 256"]
+    assert moving == shape.moved(0, 256, 1, "float32") / 256
+    multiplying = sets.derive(case, {}, {"read": 1e30, "multiply float32": 1.0})[sets.LIMIT]["prefill 256"]
+    assert multiplying == shape.operations(0, 256, 1) / 256
+
+
+def test_of_two_measured_limits_the_better_counts_and_more_than_it_is_said() -> None:
+    (case,) = sets.chosen("decode", ("tiny",), "float32")
+    slow, fast = ({"read": rate, "multiply float32": rate} for rate in (1e9, 2e9))
+    own: dict[str, Any] = {"splitbundle torch": {"decode 256": 1e-9}}
+    run = cases._best_rates({"the machine": slow, **own, "the machine, again": fast})
+    assert run == {**own, "the machine": fast}
+    assert cases._best_rates(own) == own
+    document = {"set": "decode", "model": "tiny", "dtype": "float32", "threads": 1, "rounds": 1, "goals": []}
+    document |= {"figures": ["decode 256"], "reference": "splitbundle torch", "differences": {}, "left out": {}}
+    document |= {"runs": [run | sets.derive(case, run, fast)], "machine": machine.facts()}
+    said = "so others used the machine"
+    assert said in report.markdown([document])
+    own["splitbundle torch"]["decode 256"] = 1.0
+    assert said not in report.markdown([document])
+
+
+def test_another_models_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 3}), "utf-8")
+    with pytest.raises(Failed, match="vocab_size is 3 and not 1024"):
+        check_config(tmp_path, SHAPES["tiny"])
+
+
+def test_tokens_are_the_models() -> None:
+    rows = tokens(300, 3, 97)
+    assert len(rows) == 3
+    assert rows[0] != rows[1]
+    assert all(0 <= token < 97 for row in rows for token in row)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_gguf_has_every_tensor_of_the_family(tmp_path: Path, family: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    from benchmarks import gguf_file
+
+    shape = SMALL[family]
+    model = model_of(shape).bfloat16()
+    model.save_pretrained(tmp_path / "model")
+    gguf_file.write(shape, tmp_path / "model", tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    names = {tensor.name: tensor for tensor in reader.tensors}
+    known = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.upper()), shape.layers)
+    wanted = {known.get_name(name, (".weight", ".bias")) for name, _ in model.named_parameters()}
+    assert names.keys() == wanted
+    assert sum(int(tensor.n_elements) for tensor in names.values()) == shape.parameters()
+    types = {tensor.tensor_type.name for tensor in names.values() if tensor.name.startswith("blk.")}
+    assert types == {"BF16", "F32"}
+    up = names["blk.1.ffn_up.weight"]
+    assert [int(size) for size in up.shape] == [shape.hidden, shape.inner]  # its order is the other way round
+
+
+def run_of(*arguments: object, where: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *map(str, arguments)],
+        cwd=where,
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_run(tmp_path: Path) -> None:
+    """Decoding on a tiny model, one round: a checkpoint, a bundle, a check against transformers, and the pages."""
+    options = ["--model", "tiny", "--rounds", 1, "--threads", 1, "--only", "splitbundle torch", "--json"]
+    # What is relative is so to where it was called, not to where the processes that are measured run.
+    places = ["--directory", "models", "--results", "results", "--lock", "lock"]
+    done = run_of("decode", *options, *places, where=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (document,) = json.loads(done.stdout)
+    (run,) = document["runs"]
+    assert run["splitbundle torch"]["decode 256"] > run[sets.LIMIT]["decode 256"] > 0
+    assert run["the machine"]["read"] > 0
+    assert document["differences"]["splitbundle torch"] < 1e-5
+    assert document["machine"]["libraries"].keys() >= {"torch", "transformers"}
+    assert document["machine"]["splitbundle"]["version"] == splitbundle.__version__
+    assert (document["rounds"], document["rounds of the set"], document["interrupted"]) == (1, 5, False)
+    assert (document["only"], document["not run"][:2]) == (
+        ["splitbundle torch"],
+        ["splitbundle onnxruntime", PREPACKED],
+    )
+    assert json.loads((tmp_path / "results" / "decode-tiny-float32.json").read_text("utf-8")) == document
+    page = (tmp_path / "results" / "decode.md").read_text("utf-8")
+    assert "| splitbundle torch |" in page
+    assert "## decode tiny float32: 1 thread, 1 of 5 rounds\n\nOne round has no spread.\n" in page
+    assert " to " not in "".join(line for line in page.splitlines() if line.startswith("|"))
+    assert "Not run: splitbundle onnxruntime, " in page
+    assert "[decode](decode.md)" in (tmp_path / "results" / "README.md").read_text("utf-8")
+
+
+def test_what_computes_something_else_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}", "utf-8")
+    measuring = cases.Measuring(workshop=Workshop(tmp_path), threads=1, rounds=1, only=None, lock=None)
+    (case,) = sets.chosen("decode", ("tiny",), "float32")
+    asked: list[str] = []
+
+    def computed(module: str, task: dict[str, Any]) -> dict[str, Any]:
+        asked.append(task["module"])
+        return {"logits": [4.0, 2.01 if task["module"] == "contender_genai" else 2.0]}
+
+    monkeypatch.setattr(cases, "measured", computed)
+    for again in range(2):
+        names = ("splitbundle torch", "transformers", "onnxruntime-genai", "llama.cpp")
+        tasks = {name: {"module": CONTENDERS[name].module, "path": str(tmp_path / "config.json")} for name in names}
+        left_out: dict[str, str] = {}
+        differences = measuring._check(case, tasks, tmp_path / "config.json", left_out)
+        assert list(tasks) == ["splitbundle torch", "transformers", "llama.cpp"]
+        why = "its logits differ from transformers' by 0.0025 of the largest logit, and may by 0.001"
+        assert left_out == {"onnxruntime-genai": why}
+        assert (differences["splitbundle torch"], differences["llama.cpp"]) == (0.0, 0.0)
+        peers = [] if again else ["contender_genai", "contender_llama_cpp"]  # they are remembered
+        assert asked == ["contender_transformers", "contender_torch", *peers]
+        asked.clear()
+    assert cases.difference([1.0], [1.0, 2.0]) == float("inf")
+    assert cases.difference([1.0, float("nan"), 2.0], [1.0, 1.5, 2.0]) == float("inf")
+
+
+def test_sizes_and_what_a_report_says_of_them(tmp_path: Path) -> None:
+    measuring = cases.Measuring(workshop=Workshop(tmp_path), threads=1, rounds=None, only=None, lock=None)
+    document = measuring.of_files("size", "tiny")
+    sizes = document["runs"][0]
+    assert sizes[file_sets.PARAMETERS]["bytes"] == 4 * SHAPES["tiny"].parameters()
+    bundle = tmp_path / "tiny-v2.splitbundle"
+    stored = sum(path.stat().st_size for path in bundle.glob("*.safetensors"))
+    assert sizes[file_sets.BUNDLE]["bytes"] == stored
+    # What another version wrote isn't taken.
+    layer = bundle / "layer-001.safetensors"
+    content = bytearray(layer.read_bytes())
+    content[8:40] = bytes(32)
+    layer.write_bytes(content)
+    with pytest.raises(Failed, match=r"made by another version .*Remove it"):
+        measuring.workshop.make("bundle", "tiny", "float32")
+    # A tiny model's headers weigh more than they may for GPT-2.
+    text = report.markdown([document])
+    assert "goal ≤ 1.001 ×, came 1." in text
+    assert ": **missed**" in text
+
+
+def document(**fields: Any) -> dict[str, Any]:
+    """As a version wrote it that told less."""
+    found = {"set": "decode", "model": "tiny", "dtype": "float32", "threads": 1, "reference": "a", "goals": []}
+    found |= {"figures": ["decode 256"], "left out": {}, "differences": {}, "machine": machine.facts()}
+    runs = [{"a": {"decode 256": 1.0}}, {"a": {"decode 256": 3.0}}]
+    return found | {"runs": runs, "rounds": len(runs)} | fields
+
+
+def test_a_page_tells_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    goals = [
+        Goal(what=what, own=Term("a", "decode 256"), against=Term(other, "decode 256"), at_least=1.0).outcome([{}])
+        for what, other in (("one", LLAMA_FLASH), ("two", "transformers"))
+    ]
+    why = "its logits differ from transformers' by 0.0025 of the largest logit, and may by 0.001"
+    text = report.markdown(
+        [
+            document(
+                goals=goals,
+                interrupted=True,
+                **{"left out": {LLAMA_FLASH: why}, "not run": ["transformers"], "rounds of the set": 5},
+            )
+        ]
+    )
+    assert ": 1 thread, medians of 2 of 5 rounds\n" in text
+    assert "It was interrupted after these rounds." in text
+    assert "| a | 2e+03 | " not in text  # its least and greatest are told
+    assert f"- one: goal ≥ 1 ×, not measured: decode 256 of a, {why} ({LLAMA_FLASH})\n" in text
+    assert "- two: goal ≥ 1 ×, not measured: decode 256 of a, transformers wasn't run\n" in text
+    # Older documents don't tell it, and others' files are no documents.
+    report.write(document(), tmp_path)
+    (tmp_path / "foreign.json").write_text('{"set": "decode"}', "utf-8")
+    (tmp_path / "broken.json").write_text("[", "utf-8")
+    report.write_pages(tmp_path)
+    assert "medians of 2 rounds\n" in (tmp_path / "decode.md").read_text("utf-8")
+    said = capsys.readouterr().err
+    assert [name in said for name in ("foreign.json", "broken.json", "decode-tiny")] == [True, True, False]
+
+
+def test_memory_that_the_system_does_not_tell_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: dict[str, Any] = {}
+    computing._more(figures, "private", 5, 3)
+    assert figures == {"private": 2}
+    monkeypatch.setattr(computing, "private", lambda: None)
+    assert computing.Sampler().stop() is None
+    computing._more(figures, "private after loading", computing.private(), 3)
+    assert figures == {"private": 2}
+    (case, _) = sets.chosen("memory", None, None)
+    run = {"splitbundle torch": {"load": 1.0}, **sets.derive(case, {}, None)}
+    assert [goal.outcome([run])["median"] for goal in case.goals] == [None, None]
+    assert "MiB" not in report.markdown([document(figures=["private"])])
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_no_bias_is_zero_and_no_norm_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    from safetensors.torch import load_file
+
+    monkeypatch.setitem(SHAPES, "small", SMALL[family])
+    workshop = Workshop(tmp_path)
+    path = workshop.make("checkpoint", "small", "float32")
+    again = Workshop(tmp_path / "again").make("checkpoint", "small", "float32")
+    assert (path / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    vectors = {name: tensor for name, tensor in load_file(path / "model.safetensors").items() if tensor.dim() == 1}
+    assert any(name.endswith(".bias") for name in vectors) == (family != "llama")
+    for name, tensor in vectors.items():
+        assert 0.01 < tensor.std() < 0.3
+        assert abs(tensor.mean() - (0 if name.endswith(".bias") else 1)) < 0.1
+
+
+def test_what_is_broken_in_a_directory_is_told(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path)
+    path = workshop.make("checkpoint", "tiny", "float32")
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    config = (path / "config.json").read_bytes()
+    weights = (path / "model.safetensors").read_bytes()
+    broken = {
+        "model.safetensors": (weights[:-100], "can't be read"),
+        "config.json": (config[:-5], "has no configuration"),
+    }
+    for name, (content, told) in broken.items():
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(content)
+        with pytest.raises(Failed, match=told):
+            workshop.make("checkpoint", "tiny", "float32")
+        (path / name).write_bytes(whole)
+    workshop.make("checkpoint", "tiny", "float32")
+    for name in ("model.safetensors", "config.json"):
+        (path / name).unlink()
+        with pytest.raises(Failed, match=r"has 0 of|has no configuration"):
+            workshop.make("checkpoint", "tiny", "float32")
+
+
+def test_of_two_runs_that_make_the_same_one_drops_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = files._checkpoint
+
+    def raced(path: Path, model: str, dtype: str) -> None:
+        monkeypatch.setattr(files, "_checkpoint", real)
+        other = Workshop(tmp_path).make("checkpoint", model, dtype)
+        (other / "first").touch()
+        real(path, model, dtype)
+
+    monkeypatch.setattr(files, "_checkpoint", raced)
+    path = Workshop(tmp_path).make("checkpoint", "tiny", "float32")
+    assert (path / "first").exists()
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_an_interruption_keeps_whole_rounds() -> None:
+    def until(calls: int) -> Any:
+        counted = iter(range(calls))
+
+        def measure() -> dict[str, float]:
+            if next(counted, None) is None:
+                raise KeyboardInterrupt
+            return {"t": 1.0}
+
+        return measure
+
+    assert interleaved({"a": until(9), "b": until(2)}, 3, None)[0] == [{"a": {"t": 1.0}, "b": {"t": 1.0}}] * 2
+    with pytest.raises(KeyboardInterrupt):
+        interleaved({"a": until(9), "b": until(0)}, 3, None)
+
+
+CHECKOUT = [str(ROOT / name) for name in (".", "runtime", "converter", "schemas")]
+
+
+@pytest.fixture
+def nothing_else(tmp_path: Path) -> dict[str, str]:
+    """An environment in which this checkout can be imported, and no library that is measured."""
+    for name in ("torch", "onnxruntime", "transformers"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')", "utf-8")
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *CHECKOUT])}
+
+
+def test_a_run_that_is_interrupted_ends_with_130(tmp_path: Path, nothing_else: dict[str, str]) -> None:
+    results = tmp_path / "results"
+    command = [sys.executable, "-m", "benchmarks", "import", "--results", str(results), "--rounds", "500"]
+    with subprocess.Popen(command, env=nothing_else, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if line.startswith("round 1 "):
+                running.send_signal(signal.SIGINT)
+                break
+        said = running.stderr.read()
+    assert running.returncode == 130
+    assert said.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in said
+    assert not list(results.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["decode", "--rounds", "0"], 2, "--rounds"),
+        (["decode", "--threads", "none"], 2, "--threads"),
+        (["decode", "--model", "other"], 2, "'other' isn't one of gpt2, "),
+        (["size", "--dtype", "bfloat16"], 2, "takes no --dtype bfloat16"),
+        (["decode", "--rounds", "1"], 2, "--results: "),
+        (["load", "--dtype", "bfloat16", "--results", "results"], 1, "nothing was measured"),
+        (["import", "--results", "file"], 1, "--results: "),
+        (["import", "--directory", "file/models"], 1, "--directory: "),
+        (["import", "--lock", "nowhere/lock"], 1, "--lock: "),
+    ],
+)
+def test_errors_are_one_line(tmp_path: Path, arguments: list[str], status: int, told: str) -> None:
+    (tmp_path / "file").touch()
+    done = run_of(*arguments, where=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (status, 1), done.stderr
+    assert told in done.stderr
+
+
+def test_missing_libraries_are_told_with_what_brings_them(tmp_path: Path) -> None:
+    def ran(*arguments: str, path: list[str]) -> tuple[int, str]:
+        options = [sys.executable, "-S", "-m", "benchmarks", *arguments, "--results", str(tmp_path / "results")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+        done = subprocess.run(options, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stderr.splitlines()[-1]
+
+    told = 'not installed: pip install -e ".[bench]"'
+    assert ran("decode", path=CHECKOUT) == (4, f"torch, transformers, safetensors {told}")
+    assert ran("size", "--model", "tiny", path=CHECKOUT) == (4, f"torch, transformers {told}")
+    assert ran("import", path=[str(ROOT)]) == (4, f"splitbundle {told}")
+    assert not list((tmp_path / "results").iterdir())
+
+
+def test_importing_needs_no_library(tmp_path: Path, nothing_else: dict[str, str]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "import",
+        "--rounds",
+        "1",
+        "--json",
+        "--results",
+        str(tmp_path / "r"),
+    ]
+    done = subprocess.run(command, env=nothing_else, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (document,) = json.loads(done.stdout)
+    assert document["runs"][0].keys() == {"python -c pass", "import splitbundle"}
+    assert document["left out"]["import torch"] == "ImportError: no torch here"
+    assert document["goals"][0]["median"] is not None

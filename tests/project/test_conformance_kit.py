@@ -1,0 +1,304 @@
+"""The conformance kit over this project's own readers: all say the same, soon and in little memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance import adapters, process, run
+from conformance.case import Case
+from conformance.cases import cases
+from tests.support.paths import TESTS
+
+HERE = TESTS / "conformance"
+READERS = ("torch", "onnxruntime", "command")
+CASES = {case.name: case for case in cases()}
+GROUPS = sorted({name.partition("/")[0] for name in CASES})
+NOT_EVERYWHERE = re.compile(r"directory/.*(device|socket|pipe|link|sparse).*")
+"""What a file system, or a user without privileges, may not be able to make."""
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def asked(name: str) -> run.Ask:
+    return lambda step, directory, limited: adapters.ADAPTERS[name](step, str(directory))
+
+
+def test_names_are_unique_and_every_case_that_is_refused_has_a_code() -> None:
+    assert len(CASES) == len(list(cases()))
+    assert len(CASES) > 700
+    text = (HERE.parents[1] / "spec" / "v1" / "bundle.md").read_text("utf-8")
+    steps = dict(re.findall(r"^\| `([a-z.-]+)` \| `([a-z]+)` \|", text, flags=re.MULTILINE))
+    for case in CASES.values():
+        assert case.code is None or case.code in steps, case.name
+
+
+@pytest.mark.rule(
+    "SB-D-001",
+    "SB-D-004",
+    "SB-D-005",
+    "SB-D-006",
+    "SB-D-007",
+    "SB-D-008",
+    "SB-D-010",
+    "SB-E-002",
+    "SB-M-053",
+    "SB-W-002",
+    "SB-W-003",
+    "SB-W-004",
+    "SB-W-005",
+    "SB-W-006",
+    "SB-W-007",
+    "SB-W-008",
+    "SB-W-009",
+    "SB-W-010",
+    "SB-W-011",
+    "SB-T-003",
+    "SB-T-004",
+    "SB-T-005",
+    "SB-T-006",
+)
+@pytest.mark.parametrize("group", [group for group in GROUPS if group != "large"])
+def test_every_reader_says_what_the_kit_expects(group: str, tmp_path: Path, tally: Callable[[str, int], None]) -> None:
+    results = []
+    for case in CASES.values():
+        if case.name.startswith(f"{group}/") and not case.limited:
+            results += judged(case, tmp_path)
+    assert [(r["name"], r["step"], r["wrong"]) for r in results if r["wrong"]] == []
+    assert [r["name"] for r in results if r["skipped"] and not NOT_EVERYWHERE.fullmatch(r["name"])] == []
+    assert len(results) > 30
+    tally("verdicts of the conformance kit as expected", sum(not r["skipped"] for r in results))
+
+
+def judged(case: Case, parent: Path) -> list[dict[str, Any]]:
+    """What each reader, and the schemas where they can speak, say of a case; nobody changes it."""
+    results = []
+    for name in (*READERS, "schemas"):
+        results += run.judge(case, parent, asked(name), schema=name == "schemas")
+    return results
+
+
+CHILD = """
+import json, resource, sys, time
+sys.path[:0] = json.loads(sys.argv[1])
+from conformance.adapters import ADAPTERS
+import splitbundle.cli
+resource.setrlimit(resource.RLIMIT_AS, (256 * 2**20, 256 * 2**20))
+for line in sys.stdin:
+    reader, step, path = json.loads(line)
+    start = time.process_time()
+    verdict = ADAPTERS[reader](step, path)
+    print(json.dumps([verdict, time.process_time() - start]), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux")
+@pytest.mark.rule("SB-J-005", "SB-J-006", "SB-J-010", "SB-A-006", "SB-M-004", "SB-M-085", "SB-M-053")
+def test_large_cases_are_refused_soon_and_in_little_memory(tmp_path: Path, tally: Callable[[str, int], None]) -> None:
+    """In a child that has 256 MiB of address space for all, Python and the reader's code included."""
+    limited = [case for case in CASES.values() if case.limited]
+    assert len(limited) > 20
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, json.dumps([str(HERE.parent), *sys.path])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    count = 0
+    for case in limited:
+        root = run.make(case, tmp_path)
+        if root is None:
+            assert NOT_EVERYWHERE.fullmatch(case.name)
+            continue
+        for step in set(case.steps) - {"stage"}:  # loading brings a backend, which takes more than that to import
+            for reader in ("torch", "command"):
+                child.stdin.write(json.dumps([reader, step, str(root)]) + "\n")
+                child.stdin.flush()
+                verdict, seconds = json.loads(child.stdout.readline())
+                assert run.wrong(case, verdict) is None, (case.name, reader, step)
+                assert seconds < 2, (case.name, reader, step, seconds)
+                count += 1
+    child.stdin.close()
+    assert child.wait(60) == 0
+    tally("of them within 2 s and 256 MiB", count)
+
+
+def test_loading_refuses_large_cases_too(tmp_path: Path) -> None:
+    for case in CASES.values():
+        if case.limited and "stage" in case.steps:
+            for reader in READERS:
+                results = run.judge(replace(case, steps=("stage",)), tmp_path, asked(reader))
+                assert [result["wrong"] for result in results] == [None], (case.name, reader)
+
+
+FAKES = {
+    "crash": ("import sys; sys.exit('Segmentation fault')", "exit status 1: Segmentation fault"),
+    "kill": ("import os; os.kill(os.getpid(), 9)", "exit status -9: "),
+    "hang": ("import time; time.sleep(60)", "no verdict after 1 s"),
+    "silent": ("", "no JSON document on stdout: b''"),
+    "vague": ("print('{}')", "expected a verdict, got {}"),
+    "agreeable": ('print(\'{"verdict": "accepted"}\')', "expected json.syntax, got accepted"),
+    "other": (
+        'print(\'{"verdict": "refused", "problems": [{"code": "internal", "file": "x"}]}\')',
+        "expected json.syntax of manifest.json at None, got internal x",
+    ),
+    "text": (
+        'print(\'{"verdict": "refused", "problems": ["x"]}\')',
+        "expected a verdict, got {'verdict': 'refused', 'problems': ['x']}",
+    ),
+    "list": ('print(\'{"verdict": ["accepted"]}\')', "expected a verdict, got {'verdict': ['accepted']}"),
+    "surrogate": (
+        'print(\'{"verdict": "refused", "problems": [{"code": "\\\\ud800\\\\n"}]}\')',
+        r"expected json.syntax of manifest.json at None, got \ud800\n",
+    ),
+    "nested": ("print('[' * 100000)", f"no JSON document on stdout: {b'[' * 80!r}"),
+    "endless": ("print('1' * 2**21)", f"no JSON document on stdout: {b'1' * 80!r}"),
+}
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_an_adapter_that_fails_is_said_to(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = FAKES[name]
+    arguments = ["--only", "manifest-json-truncated", "--timeout", "1" if name == "hang" else "60"]
+    assert run.main([*arguments, "--json", sys.executable, "-c", code]) == run.FAILED
+    said = json.loads(capsys.readouterr().out)
+    assert [(r["name"], r["wrong"]) for r in said["results"]] == [("reject/manifest-json-truncated", text)]
+
+
+def test_a_program_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--only", "manifest-json-truncated", "no-such-program"]) == run.FAILED
+    assert "no-such-program can't be run: No such file or directory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [("--jobs", "0"), ("--jobs", "x"), ("--timeout", "0"), ("--timeout", "nan")])
+def test_options_that_make_no_sense(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        run.main([*options, "true"])
+    assert raised.value.code == run.USAGE
+    assert f"argument {options[0]}: invalid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("nope", "open", "x"), ("torch", "nope", "x"), ("torch",)])
+def test_adapters_say_how_they_are_called(words: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, HERE / "adapters.py", *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == run.USAGE
+    assert done.stderr.startswith("usage: adapters.py")
+
+
+REFUSES = """
+import sys
+print('{"verdict": "refused", "problems": [{"code": "json.number", "file": "manifest.json", "pointer": null}]}')
+"""
+TAKES = {
+    "nothing": ("", None),
+    "processor": ("import time\nwhile time.process_time() < 0.8: pass", "s"),
+    "waiting": ("import time; time.sleep(0.8)", "s"),
+    "memory": ("held = bytearray(300 * 2**20)", "MiB"),
+    "less memory": ("held = bytearray(200 * 2**20)", None),
+}
+
+
+@pytest.mark.skipif(not process.MEASURES, reason="this system doesn't say what a process took")
+@pytest.mark.parametrize("name", TAKES)
+def test_limited_cases_are_limited(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outside adapter that takes more for them than for the small bundle."""
+    monkeypatch.setattr(run, "TRIES", 2)
+    doing, unit = TAKES[name]
+    if unit == "s":
+        monkeypatch.setattr(run, "SECONDS", 0.5)  # sooner done
+    large = "import os, sys\nif os.path.getsize(sys.argv[2] + '/manifest.json') > 2**20:\n    "
+    code = REFUSES + large + doing.replace("\n", "\n    ") + "\n" if doing else REFUSES
+    arguments = ["--only", "large/integer-negative", "--json", sys.executable, "-c", code]
+    status = run.main(arguments)
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    if unit is None:
+        assert (status, result["wrong"]) == (run.OK, None)
+    else:
+        assert status == run.FAILED
+        assert re.fullmatch(rf"took [\d.]+ {unit}, and for the small bundle [\d.]+ {unit}", result["wrong"])
+
+
+@pytest.mark.skipif(not process.MEASURES, reason="needs groups of processes")
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_an_adapter_started_ends_with_it(ends: bool, tmp_path: Path) -> None:
+    """Whether the adapter ends by itself or is killed. The child would hold stdout open, too."""
+    child = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'id')!r}).write_text(str(os.getpid())); "
+    code = (
+        "import pathlib, subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {child + 'time.sleep(100)'!r}])\n"
+        f"while not pathlib.Path({str(tmp_path / 'id')!r}).exists() or not open({str(tmp_path / 'id')!r}).read(): "
+        "time.sleep(0.01)\n"
+        "print('1', flush=True)\n"
+    )
+    command = [sys.executable, "-c", code + ("" if ends else "time.sleep(100)")]
+    if ends:
+        assert process.ask(command, 60).document == 1
+    else:
+        with pytest.raises(process.Trouble, match="no verdict after 2 s"):
+            process.ask(command, 2)
+    identity = int((tmp_path / "id").read_text())
+    for _ in range(500):  # who adopts it may reap it a little later
+        try:
+            state = Path(f"/proc/{identity}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            state = "gone"
+        if state in "Zgone":
+            break
+        time.sleep(0.01)
+    assert state in "Zgone"
+
+
+def test_each_step_has_a_directory_of_its_own(tmp_path: Path) -> None:
+    """An adapter that changes what it was asked of changes no other verdict."""
+    case = next(case for case in CASES.values() if case.name == "header/overlap")
+    assert len(case.steps) > 1
+    seen = []
+
+    def spoil(step: str, directory: Path, limited: bool) -> dict[str, str]:
+        seen.append(sorted(path.name for path in directory.iterdir()))
+        (directory / "manifest.json").unlink()
+        (directory / "new").touch()
+        return {"verdict": "accepted"}
+
+    run.judge(case, tmp_path, spoil)
+    assert len(seen) == len(case.steps)
+    assert all(names == seen[0] and "manifest.json" in names and "new" not in names for names in seen)
+
+
+@pytest.mark.parametrize("name", adapters.ADAPTERS)
+def test_the_kit_is_one_command(name: str) -> None:
+    """As another implementation would run it: a process a verdict."""
+    chosen = ["--only", "manifest-json-bom", "--only", "directory/pipe-layer"]
+    options = ["--schema"] if name == "schemas" else []
+    command = [sys.executable, HERE / "run.py", *chosen, *options, sys.executable, HERE / "adapters.py", name]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == f"{1 if name == 'schemas' else 3} verdicts, 0 not as expected"
+
+
+def test_the_readme_names_what_there_is() -> None:
+    """Its table of hostile inputs: each case that it names is there."""
+    text = (HERE / "README.md").read_text("utf-8")
+    table = text.partition("\n## Hostile inputs\n")[2]
+    named = set(re.findall(r"`((?:accept|reject|large|directory|header|tokenizer)/[a-z0-9.*-]+)`", table))
+    assert len(named) > 100
+    patterns = {name: re.compile(re.escape(name).replace(r"\*", ".*")) for name in named}
+    assert {name for name, pattern in patterns.items() if not any(map(pattern.fullmatch, CASES))} == set()
+    tests = "".join(path.read_text("utf-8") for path in HERE.parent.rglob("test_*.py"))
+    functions = set(re.findall(r"`(test_[a-z0-9_]+)`", table))
+    assert {name for name in functions if f"def {name}(" not in tests} == set()
+    for adapter in adapters.ADAPTERS:
+        assert f"`{adapter}`" in text

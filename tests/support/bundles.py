@@ -1,0 +1,33 @@
+"""Whole bundles made from the conformance kit's documents: their weights are zeros."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from conformance.documents import base
+from splitbundle import architecture_parser, manifest_parser, weights
+
+
+def write_llama3(root: Path) -> Path:
+    """The bundle of the base ``llama3``."""
+    root.mkdir()
+    for kind in ("architecture", "manifest"):
+        (root / f"{kind}.json").write_bytes(base("llama3", kind))
+    manifest, architecture = (
+        manifest_parser.parse(base("llama3", "manifest")),
+        architecture_parser.parse(base("llama3", "architecture")),
+    )
+    for unit, shapes in architecture.unit_tensors().items():
+        left = [(name, weights.Tensor(dtype=manifest.storage.dtype_of(name), shape=s)) for name, s in shapes.items()]
+        paths = manifest.units[unit]
+        # layer-003 has two parts; the first holds the attention's norm, queries and keys.
+        parts = [left] if len(paths) == 1 else [left[:5], left[5:]]
+        for path, part in zip(paths, parts, strict=True):
+            data = bytes(sum(tensor.size for _, tensor in part))
+            header = weights.header(weights.lay_out(dict(part)), hashlib.sha256(data).hexdigest())
+            (root / path).write_bytes(header + data)
+    lines = {path: file.sha256 for path, file in manifest.files.items()}
+    lines["manifest.json"] = hashlib.sha256(base("llama3", "manifest")).hexdigest()
+    (root / "SHA256SUMS").write_text("".join(f"{lines[path]}  {path}\n" for path in sorted(lines)), "ascii")
+    return root

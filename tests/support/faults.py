@@ -1,0 +1,565 @@
+"""Every system call of the commands that write, made to fail, to be interrupted and to end the process.
+
+    python -m tests.support.faults [--all] [--directory DIR] [SCENARIO ...]
+
+A worker, which has imported everything, runs a command again and again; ``syscalls`` puts a fault in place of one call
+at a time, of those that touch the directory of the bundle. After each, what must hold is looked at (``Judge``). What
+was found comes as one JSON document. ``tests/converter/writing/test_faults.py`` runs it; with ``--all``, every error
+takes its turn at every call, where by default they take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from tests.support import syscalls
+from tests.support.syscalls import Call, Fault, Tracee
+
+SECONDS: Final = 60
+"""After which a command that ends neither well nor badly is a finding."""
+WRITE_FLAGS: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+CHANGES: Final = frozenset(
+    {"open", "openat", "write", "pwrite64", "writev", "copy_file_range", "sendfile", "fallocate", "truncate"}
+    | {"ftruncate", "mkdir", "mkdirat", "rename", "renameat", "renameat2", "rmdir", "unlink", "unlinkat", "chmod"}
+    | {"fchmod", "fchmodat"}
+)
+"""Calls that change what stands on the disk: to be killed before another is to be killed before the next of these."""
+MOVES: Final = frozenset({"rename", "renameat", "renameat2", "copy_file_range", "sendfile"})
+TRANSFERS: Final = frozenset({"read", "write", "pread64", "pwrite64", "copy_file_range", "sendfile"})
+ROOM: Final = CHANGES - {"rmdir", "unlink", "unlinkat", "chmod", "fchmod", "fchmodat"} | {"fsync", "fdatasync", "close"}
+
+
+def changes(call: Call) -> bool:
+    """Whether a call changes what stands on the disk, if it succeeds."""
+    if call.name in ("open", "openat"):
+        return bool(call.arguments[1 if call.name == "open" else 2] & WRITE_FLAGS)
+    return call.name in CHANGES
+
+
+def errors_of(call: Call) -> list[int]:
+    """The errors that a call can meet."""
+    found = [errno.EIO]
+    if call.name in ROOM and (changes(call) or call.name in ("fsync", "fdatasync", "close")):
+        found.append(errno.ENOSPC)
+    if changes(call) and call.name not in TRANSFERS:
+        found += [errno.EROFS, errno.EACCES]
+    if call.name in ("open", "openat"):
+        found.append(errno.EMFILE)
+    if call.name in MOVES:
+        found.append(errno.EXDEV)
+    if call.name in TRANSFERS | {"open", "openat", "fsync", "flock"}:
+        found.append(errno.EINTR)
+    if call.name == "flock":
+        found.append(errno.ENOLCK)
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One fault at one call."""
+
+    call: Call
+    what: str
+    fault: Fault
+    onward: Callable[[Call], bool] | None = None
+    """Which calls after it fail too: a disk that is full stays so."""
+
+
+def points(calls: Sequence[Call], thorough: bool) -> Iterator[Point]:
+    """What is done to each call."""
+    for i, call in enumerate(calls):
+        errors = errors_of(call)
+        for error in errors if thorough else [errors[i % len(errors)]]:
+            # Linux closes a handle whatever it says of it.
+            yield Point(call=call, what=errno.errorcode[error], fault=Fault(error=error, late=call.name == "close"))
+        if call.name in TRANSFERS:
+            yield Point(call=call, what="short", fault=Fault(short=True))
+        interruptions = [signal.SIGINT, signal.SIGTERM]
+        for number in interruptions if thorough else [interruptions[i % 2]]:
+            yield Point(call=call, what=number.name, fault=Fault(signal=number))
+        if changes(call) or thorough:
+            yield Point(call=call, what="SIGKILL", fault=Fault(signal=signal.SIGKILL))
+        if not changes(call) and call.name not in ("fsync", "close") and not thorough:
+            continue
+        if call.name in MOVES | {"fsync"} or (thorough and call.name != "close"):
+            yield Point(call=call, what="EIO, though done", fault=Fault(error=errno.EIO, late=True))
+        onward: list[tuple[int, Callable[[Call], bool]]] = [
+            (errno.EIO, lambda call: True),
+            (errno.ENOSPC, lambda call: errno.ENOSPC in errors_of(call)),
+            (errno.EROFS, lambda call: changes(call)),
+        ]
+        for error, fails in onward if thorough else [onward[i % 3]]:
+            if fails(call):
+                what = f"{errno.errorcode[error]} from there on"
+                yield Point(call=call, what=what, fault=Fault(error=error, last=False), onward=fails)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """A command, and what stands there before it."""
+
+    name: str
+    arguments: tuple[str, ...]
+    target: str
+    """The name of the bundle that it makes or replaces."""
+    prepare: Callable[[Path], None]
+    same: Callable[[Sequence[Call]], Sequence[Call]] = lambda calls: ()
+    """Calls that another scenario has too, in the same state."""
+    always: Callable[[Call], Fault | None] = lambda call: None
+    """What is so of the file system, whatever the fault."""
+
+
+class Worker:
+    """A process that runs commands, one at a time, when it is told to."""
+
+    def __init__(self, run: Callable[[Sequence[str]], int]) -> None:
+        orders, self._order = os.pipe()
+        self._reply, replies = os.pipe()
+        self.until = replies
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._order)
+            os.close(self._reply)
+            _work(orders, replies, run)
+        os.close(orders)
+        os.close(replies)
+        os.read(self._reply, 1)  # now it has the handles that it keeps, and no other
+        self._handles = self._count()
+
+    def run(
+        self, arguments: Sequence[str], root: Path, decide: Callable[[Call], Fault | None]
+    ) -> dict[str, Any] | None:
+        """The exit status of a command and what it said; None if its process was ended."""
+        tracee = Tracee(self.pid)
+        os.write(self._order, json.dumps(arguments).encode() + b"\n")
+        tracee.run(str(root), self.until, decide)
+        if tracee.ended is not None:
+            self._close()
+            return None
+        answer = self._answer()
+        if self.alive and self._count() != self._handles:
+            self.end()  # an interruption may come before a new handle is kept, and the handle would hold a lock
+        return answer
+
+    def _count(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def _answer(self) -> dict[str, Any]:
+        said = b""
+        while not said.endswith(b"\n"):
+            if not select.select([self._reply], [], [], SECONDS)[0]:
+                self.end()
+                return {"status": None, "said": f"it hangs, for {SECONDS} s"}
+            piece = os.read(self._reply, 2**16)
+            if not piece:
+                _, status = os.waitpid(self.pid, 0)
+                self._close()
+                return {"status": None, "said": f"the process ended with {os.waitstatus_to_exitcode(status)}"}
+            said += piece
+        answer: dict[str, Any] = json.loads(said)
+        return answer
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take another command."""
+        return self.pid > 0
+
+    def end(self) -> None:
+        """Ends the process."""
+        if self.alive:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self._close()
+
+    def _close(self) -> None:
+        self.pid = 0
+        os.close(self._order)
+        os.close(self._reply)
+
+
+def _work(orders: int, replies: int, run: Callable[[Sequence[str]], int]) -> None:
+    status: int | None
+    os.write(replies, b".")
+    try:
+        for line in os.fdopen(orders, "rb"):
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                try:
+                    status = run(json.loads(line))
+                except BaseException:  # noqa: BLE001  # the command line is to let nothing through
+                    status = None
+                    traceback.print_exc(file=said)
+            os.write(replies, json.dumps({"status": status, "said": said.getvalue()}).encode() + b"\n")
+    finally:
+        os._exit(0)
+
+
+TEMPORARY: Final = re.compile(r"\.tmp-[0-9a-f]{16}")
+
+
+def state(root: Path) -> dict[str, str]:
+    """What stands in a directory: of each path its mode, and a file's digest. Random names are made equal."""
+    found = {}
+    for place, directories, files in os.walk(root):
+        for name in (*directories, *files):
+            path = Path(place, name)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest() if name in files else "directory"
+            known = TEMPORARY.sub(".tmp-0", path.relative_to(root).as_posix())
+            found[known] = f"{path.lstat().st_mode:o} {digest}"
+    return found
+
+
+def put_back(template: Path, root: Path) -> None:
+    """Makes a directory hold what another one does, with its times."""
+    for path in root.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    shutil.copytree(template, root, dirs_exist_ok=True)
+
+
+@dataclass(slots=True)
+class Judge:
+    """Whether what must hold after a fault holds."""
+
+    scenario: Scenario
+    root: Path
+    template: Path
+    run: Callable[[Sequence[str]], int]
+    new: str = ""
+    """The id of the bundle that the command makes."""
+    _next: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
+
+    def old(self) -> str | None:
+        """The id of the bundle that stood there before."""
+        place = self.template / self.scenario.target
+        mended = self.template / f".{self.scenario.target}.old"
+        there = next((path for path in (place, mended) if path.is_dir()), None)
+        return None if there is None else _id(there)
+
+    def problems(self, point: Point, answer: Mapping[str, Any] | None) -> tuple[str, list[str]]:
+        """Which bundle stands there now (old, new, none), and what is wrong."""
+        wrong = []
+        key = json.dumps(state(self.root), sort_keys=True)
+        if key not in self._next:
+            self._next[key] = self._then()
+        now, later = self._next[key]
+        wrong += later
+        if answer is not None:
+            wrong += self._check_answer(now, point, answer)
+        return now, wrong
+
+    def _then(self) -> tuple[str, list[str]]:
+        """What opening finds, and what the next run leaves."""
+        import splitbundle
+        from splitbundle import BundleError
+
+        wrong, now = [], "something else"
+        target = self.root / self.scenario.target
+        old = self.old()
+        try:
+            bundle = splitbundle.open(target)
+            bundle.verify(exact=True)
+            now = {self.new: "new", old: "old"}.get(bundle.id, now)
+        except BundleError as error:
+            if old is None and error.codes == ("file.missing",) and not target.exists():
+                now = "none"
+            else:
+                wrong.append(f"opening it: {error}")
+        if now == "something else":
+            wrong.append("neither the old bundle nor the new one stands there, whole")
+        said = io.StringIO()
+        again = [*self.scenario.arguments, *(["--force"] if now == "new" and old is None else [])]
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            status = self.run(again)
+        if status != 0:
+            wrong.append(f"the next run: status {status}, {said.getvalue()}")
+        else:
+            try:
+                bundle = splitbundle.open(target)
+                bundle.verify(exact=True)
+                if bundle.id != self.new:
+                    wrong.append("the next run made another bundle")
+            except BundleError as error:
+                wrong.append(f"the next run: {error}")
+        expected = {self.scenario.target} | {path.name for path in self.template.iterdir() if path.name[0] != "."}
+        litter = sorted({path.name for path in self.root.iterdir()} ^ expected)
+        if litter:
+            wrong.append(f"the next run left or took {', '.join(litter)}")
+        return now, wrong
+
+    def _check_answer(self, now: str, point: Point, answer: Mapping[str, Any]) -> list[str]:
+        status, said = answer["status"], answer["said"]
+        interrupted = point.fault.signal in (signal.SIGINT, signal.SIGTERM)
+        if status == 0:
+            return [] if now == "new" else [f"status 0, and {now} stands there"]
+        wrong = []
+        codes = re.findall(r"^splitbundle: \[([a-z.-]+)\]", said, re.M)
+        if not codes or "Traceback" in said or "internal" in codes:
+            wrong.append(f"status {status} and no typed error: {said[-2000:]}")
+        if interrupted and (status != 130 or codes != ["interrupted"]):
+            wrong.append(f"an interruption ends with status {status}: {said[-500:]}")
+        if not interrupted and status != 1:
+            wrong.append(f"status {status}: {said[-500:]}")
+        if not interrupted and now == "new" and "the new bundle, which is in its place" not in said:
+            wrong.append(f"status {status} where the new bundle stands, which nothing says: {said[-500:]}")
+        return wrong
+
+
+def _id(path: Path) -> str:
+    return "sha256:" + hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
+
+
+def run_scenario(
+    scenario: Scenario, directory: Path, run: Callable[[Sequence[str]], int], thorough: bool
+) -> dict[str, Any]:
+    """All points of a scenario: how many, what became of them, what is wrong."""
+    root, template = directory / "root", directory / "template"
+    for path in (root, template):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+    scenario.prepare(template)
+    put_back(template, root)
+    before = state(root)
+    judge = Judge(scenario, root, template, run)
+    worker = Worker(run)
+    for _ in range(2):  # the first one may import, and fill caches
+        put_back(template, root)
+        calls: list[Call] = []
+
+        def reference(call: Call) -> Fault | None:
+            calls.append(call)  # noqa: B023  # called within this round
+            fault = scenario.always(call)
+            return None if fault is None else fault
+
+        answer = worker.run(scenario.arguments, root, reference)
+        if answer is None or answer["status"] != 0:
+            raise RuntimeError(f"{scenario.name} without a fault: {answer}")
+    judge.new = _id(root / scenario.target)
+    outcomes: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    wrong = []
+    same = () if thorough else scenario.same(calls)
+    faulty = [call for call in calls if scenario.always(call) is None and call not in same]
+    for point in points(faulty, thorough):
+        if state(root) != before:
+            put_back(template, root)
+        if not worker.alive:
+            worker = Worker(run)
+        met = False
+
+        def decide(call: Call) -> Fault | None:
+            nonlocal met
+            if call.number == point.call.number:  # noqa: B023
+                met = call.name == point.call.name  # noqa: B023
+                return point.fault  # noqa: B023
+            if met and point.onward is not None and point.onward(call):  # noqa: B023
+                return replace(point.fault, late=call.name == "close")  # noqa: B023
+            return scenario.always(call)
+
+        answer = worker.run(scenario.arguments, root, decide)
+        if answer is None:
+            wait_for_children(root)
+        now, problems = judge.problems(point, answer)
+        if not met:
+            problems.append("the call didn't come")
+        if answer is not None and answer["status"] is None:
+            worker.end()
+        kinds[point.what] += 1
+        outcomes[f"{'killed' if answer is None else answer['status']}, {now}"] += 1
+        if problems:
+            where = f"{point.call.number} {point.call.name} {' '.join(point.call.paths)}".replace(str(root), "")
+            wrong.append({"at": where, "what": point.what, "problems": problems})
+    worker.end()
+    return {
+        "scenario": scenario.name,
+        "new": judge.old() is None,
+        "calls": len(faulty),
+        "points": sum(kinds.values()),
+        "kinds": dict(kinds),
+        "outcomes": dict(sorted(outcomes.items())),
+        "wrong": wrong,
+    }
+
+
+def before_replacing(calls: Sequence[Call]) -> Sequence[Call]:
+    """Those that come before the old bundle is touched."""
+    return calls[: next(i for i, call in enumerate(calls) if call.name == "renameat2")]
+
+
+def after_beginning(calls: Sequence[Call]) -> Sequence[Call]:
+    """Those that come after the new bundle's directory was made."""
+    return calls[next(i for i, call in enumerate(calls) if call.name == "mkdir" and ".tmp-" in call.paths[0]) + 1 :]
+
+
+def around_graphs(calls: Sequence[Call]) -> Sequence[Call]:
+    """Those that come before the first graph, and those that come after the last one."""
+    graphs = [i for i, call in enumerate(calls) if call.name == "openat" and ".onnx" in call.paths[0]]
+    flushed = next(i for i, call in enumerate(calls) if call.name == "fsync")
+    return [*calls[: graphs[0]], *calls[flushed:]]
+
+
+def no_exchange(call: Call) -> Fault | None:
+    """A file system that can't exchange two directories in one step."""
+    return Fault(error=errno.EINVAL, last=False) if call.name == "renameat2" else None
+
+
+def scenarios(sources: Path, root: Path) -> list[Scenario]:
+    """Every command that writes, and every state that it may find."""
+    made = sources / "bundles"
+    target = "x.splitbundle"
+    place = str(root / target)
+
+    def nothing(template: Path) -> None:
+        """Nothing stands there."""
+
+    def bundle(template: Path) -> None:
+        shutil.copytree(made / "old", template / target)
+
+    def interrupted(template: Path) -> None:
+        shutil.copytree(made / "old", template / f".{target}.old")
+
+    def littered(template: Path) -> None:
+        bundle(template)
+        for name in ("old", "tmp-0123456789abcdef", "tmp-fedcba9876543210"):
+            (template / f".{target}.{name}").mkdir()
+            (template / f".{target}.{name}" / "manifest.json").write_text("{}")
+        (template / f".{target}.tmp-0123456789abcdef.lock").touch()  # the other one's was removed first
+
+    convert = ("convert", str(sources / "source"), "-o", place, "--no-check", "--quiet")
+    resplit = ("resplit", place, "--split", "1", "--quiet")
+    pickles = ("convert", str(sources / "pickles"), "-o", place, "--no-check", "--quiet", "--allow-pickle")
+
+    def scenario(name: str, arguments: tuple[str, ...], prepare: Callable[[Path], None], **more: Any) -> Scenario:
+        return Scenario(name=name, arguments=arguments, target=target, prepare=prepare, **more)
+
+    elsewhere = ("resplit", str(made / "old"), "-o", place, "--split", "1", "--quiet")
+    over = (*convert, "--split", "1", "--force")
+    two_steps: dict[str, Any] = {"same": before_replacing, "always": no_exchange}
+    mending: dict[str, Any] = {"same": after_beginning, "always": no_exchange}
+    return [
+        scenario("convert", convert, nothing),
+        scenario("convert --force", over, bundle),
+        scenario("convert --force, in two steps", over, bundle, **two_steps),
+        scenario("convert --allow-pickle", pickles, nothing),
+        scenario("add-onnx", ("add-onnx", place, "--quiet"), bundle, same=around_graphs),
+        scenario("resplit", elsewhere, nothing),
+        scenario("resplit --force", (*resplit, "--force"), bundle),
+        scenario("resplit --force, after an interruption", (*resplit, "--force"), interrupted, **mending),
+        scenario("resplit --force, after two killed writers", (*resplit, "--force"), littered, same=after_beginning),
+    ]
+
+
+def make_sources(directory: Path) -> None:
+    """A checkpoint of one layer, the same in a pickle, and bundles of it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import splitbundle_converter
+
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlamaConfig(**sizes, vocab_size=8, max_position_embeddings=8, tie_word_embeddings=True)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(directory / "source")
+    (directory / "pickles").mkdir()
+    shutil.copy(directory / "source" / "config.json", directory / "pickles")
+    torch.save(model.state_dict(), directory / "pickles" / "pytorch_model.bin")
+    (directory / "bundles").mkdir()
+    splitbundle_converter.convert(directory / "source", directory / "bundles" / "old", check=False)
+
+
+CHILD: Final = """
+import json, shutil, sys
+with open(sys.argv[1], encoding="utf-8") as file:
+    request = json.load(file)
+for number, (_, target) in enumerate(request["files"]):
+    print(json.dumps({"reading": number}), flush=True)
+    shutil.copyfile(SOURCE, target)
+print(json.dumps({"done": len(request["files"])}), flush=True)
+"""
+"""In place of the child that reads pickles: what it would make lies there. Importing torch takes seconds each time."""
+
+
+def command(sources: Path) -> Callable[[Sequence[str]], int]:
+    """The command line, with everything imported that a command needs. The metadata that names commands isn't read."""
+    from splitbundle import cli
+    from splitbundle_converter import pickles
+    from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
+
+    vars(cli)["_commands"] = lambda arguments: [CONVERT, RESPLIT, ADD_ONNX]
+    vars(pickles)["BOOT"] = CHILD.replace("SOURCE", repr(str(sources / "source" / "model.safetensors")))
+    return cli.main
+
+
+def wait_for_children(root: Path) -> None:
+    """Until no process stands in a directory: a child may live a little longer than who was killed."""
+    while any(_stands_in(process, root) for process in Path("/proc").iterdir() if process.name.isdecimal()):
+        time.sleep(0.001)
+
+
+def _stands_in(process: Path, root: Path) -> bool:
+    try:
+        return (process / "cwd").readlink().is_relative_to(root)
+    except OSError:
+        return False
+
+
+def main() -> int:
+    """Runs the scenarios, and prints what was found as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("scenario", nargs="*", help="its name; by default all")
+    parser.add_argument("--all", action="store_true", help="every error at every call")
+    parser.add_argument("--directory", type=Path, help="where to make bundles; by default in memory, where that can be")
+    parser.add_argument("--cpu", type=int, help="run on one alone: who traces and who is traced take turns anyway")
+    args = parser.parse_args()
+    names = [scenario.name for scenario in scenarios(Path(), Path())]
+    for name in args.scenario:
+        if name not in names:
+            parser.error(f"no scenario {name!r}; there are: {'; '.join(names)}")
+    reason = syscalls.unavailable()
+    if reason is not None:
+        json.dump({"unavailable": reason}, sys.stdout)
+        return 0
+    if args.cpu is not None:
+        cpus = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cpus[args.cpu % len(cpus)]})
+    import torch
+
+    torch.set_num_threads(1)
+    memory = Path("/dev/shm")
+    place = args.directory or (memory if os.access(memory, os.W_OK) else None)
+    with tempfile.TemporaryDirectory(prefix="splitbundle-faults-", dir=place) as made:
+        directory = Path(made).resolve()
+        with contextlib.redirect_stdout(sys.stderr):
+            make_sources(directory)
+        run = command(directory)
+        found = []
+        for scenario in scenarios(directory, directory / "root"):
+            if not args.scenario or scenario.name in args.scenario:
+                found.append(run_scenario(scenario, directory, run, args.all))
+        json.dump({"scenarios": found}, sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

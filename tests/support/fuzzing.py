@@ -1,0 +1,208 @@
+"""Fuzzing what reads bytes from strangers: the documents, the headers of weight files, graphs, tokenizers.
+
+    python -m tests.support.fuzzing TARGET --seconds 600 [--corpus DIRECTORY]
+
+Coverage-guided, with atheris (libFuzzer). Whatever the bytes, a reader takes them or raises BundleError, whose text is
+short, within ten seconds and a gigabyte; anything else ends the run, and leaves the bytes in a file. What is found
+becomes a case: a vector, or a line in ``tests/conformance/cases.py`` or ``tests/support/graph_cases.py``. Statistics go
+to stderr, and the number of executions to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from tests.support.paths import ROOT, TESTS
+
+BUNDLE: Final = TESTS / "conformance" / "bundles" / "tiny.splitbundle"
+SECONDS_EACH: Final = 10
+"""By the clock, on machines that others may share: what these inputs need is milliseconds."""
+MEBIBYTES: Final = 1024
+"""Of data. libFuzzer's own limit is of the peak of what is resident, which has that of whoever started it, too."""
+LENGTH: Final = 65536
+TEXT: Final = "the cat\n s\u00e4t \U0001f642"
+Target = Callable[[bytes], object]
+
+
+def manifest_target() -> Target:
+    """Beside the architecture of its base."""
+    from splitbundle import architecture_parser, manifest_parser, manifest_rules
+
+    architecture = architecture_parser.parse((BUNDLE / "architecture.json").read_bytes())
+
+    def run(data: bytes) -> None:
+        manifest_rules.check_against(manifest_parser.parse(data), architecture)
+
+    return run
+
+
+def architecture_target() -> Target:
+    from splitbundle import architecture_parser
+
+    return architecture_parser.parse
+
+
+def weights_target() -> Target:
+    """With the digest that the bytes have, so that what is behind it is reached."""
+    import hashlib
+
+    import splitbundle
+    from splitbundle import weights
+    from splitbundle.manifest import File
+
+    expected = splitbundle.open(BUNDLE).stored("layer-000")
+
+    def run(data: bytes) -> None:
+        length = 8 + int.from_bytes(data[:8], "little")
+        listed = File(size=len(data), sha256="", header_sha256=hashlib.sha256(data[:length]).hexdigest())
+        weights.read(io.BytesIO(data), "fuzzed.safetensors", listed, expected)
+
+    return run
+
+
+def graph_target() -> Target:
+    """As the graph of each shard: of an embedding alone, and of a layer with the head."""
+    import splitbundle
+    from splitbundle import BundleError, graph_rules
+
+    bundle = splitbundle.open(BUNDLE)
+    shards = [
+        (shard.graph, graph_rules.used(shard, graph_rules.stored(bundle, shard)))
+        for shard in bundle.shards
+        if shard.graph is not None
+    ]
+
+    def run(data: bytes) -> None:
+        refusals = []
+        for graph, weights in shards:
+            try:
+                graph_rules.check(data, graph, weights)
+            except BundleError as error:
+                refusals.append(error)
+        if len(refusals) == len(shards):
+            raise BundleError(problem for error in refusals for problem in error.problems)
+
+    return run
+
+
+def tokenizer_target() -> Target:
+    """As a bundle's: a text to ids and back, at once and in pieces. The library's panics are to be BundleError, too."""
+    from unittest import mock
+
+    import splitbundle
+    from splitbundle import tokenizer_rules
+    from splitbundle.text_tokenizer import TextTokenizer
+
+    bundle = splitbundle.open(BUNDLE)
+    vocab_size = bundle.architecture.vocab_size
+
+    def run(data: bytes) -> None:
+        tokenizer_rules.check(data, "tokenizer.json", vocab_size)
+        with mock.patch.object(tokenizer_rules, "read", return_value=data):
+            text = TextTokenizer(bundle)
+        ids = text.encode(TEXT)
+        text.decode(ids)
+        stream = text.stream(ids[:1])
+        for token in ids[1:]:
+            stream.piece(token)
+        stream.rest()
+
+    return run
+
+
+TARGETS: Final[dict[str, tuple[Callable[[], Target], str]]] = {
+    "manifest": (manifest_target, "manifest.json"),
+    "architecture": (architecture_target, "architecture.json"),
+    "weights": (weights_target, "*.safetensors"),
+    "graph": (graph_target, "*.onnx"),
+    "tokenizer": (tokenizer_target, "tokenizer/tokenizer.json"),
+}
+"""Name -> what makes its reader, and the files of the small bundle that it begins with."""
+
+
+def seeds(name: str, directory: Path) -> None:
+    """Writes what the fuzzer begins with: the small bundle's own files, and the conformance vectors of the kind."""
+    for path in BUNDLE.glob(TARGETS[name][1]):
+        (directory / path.name).write_bytes(path.read_bytes()[:LENGTH])
+    for path in (TESTS / "conformance").glob("*/*.json"):
+        vector: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if vector.get("document") == name and ("text" in vector or "hex" in vector):
+            text = bytes.fromhex(vector["hex"]) if "hex" in vector else vector["text"].encode()
+            (directory / f"{path.parent.name}-{path.stem}").write_bytes(text)
+
+
+def fuzz(name: str, arguments: list[str]) -> None:
+    """Runs until libFuzzer ends this process."""
+    import resource
+
+    import atheris
+
+    resource.setrlimit(resource.RLIMIT_DATA, (MEBIBYTES * 2**20, MEBIBYTES * 2**20))
+    with atheris.instrument_imports(include=["splitbundle"]):
+        target = TARGETS[name][0]()
+    from splitbundle import BundleError
+
+    def once(data: bytes) -> None:
+        try:
+            target(data)
+        except BundleError as error:
+            if len(str(error)) > 100_000:
+                raise AssertionError(f"a text of {len(str(error))} characters") from error
+
+    atheris.Setup([sys.argv[0], *arguments], once)
+    atheris.Fuzz()
+
+
+def run(name: str, seconds: int, corpus: str | None = None, before: str = "") -> int:
+    """Fuzzes in a process of its own, which runs the program ``before`` first. Gives the number of executions.
+
+    Raises:
+        RuntimeError: a finding, with libFuzzer's last words.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(corpus or temporary)
+        directory.mkdir(exist_ok=True, parents=True)
+        seeds(name, directory)
+        limits = [f"-timeout={SECONDS_EACH}", "-rss_limit_mb=0", f"-max_len={LENGTH}"]
+        arguments = [*limits, f"-max_total_time={seconds}", "-print_final_stats=1", str(directory)]
+        program = f"{before}\nfrom tests.support import fuzzing; fuzzing.fuzz({name!r}, {arguments!r})"
+        path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            timeout=seconds + 120,
+        )
+    found = re.search(r"stat::number_of_executed_units: (\d+)", done.stderr)
+    if done.returncode or found is None:
+        raise RuntimeError(f"{name}: exit status {done.returncode}\n{done.stderr[-4000:]}")
+    return int(found[1])
+
+
+def main() -> int:
+    """Fuzzes one target, or each in turn."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.support.fuzzing", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("target", choices=(*TARGETS, "all"))
+    parser.add_argument("--seconds", type=int, default=600, help="for each target (default: %(default)s)")
+    parser.add_argument("--corpus", help="where to begin, and to keep what reaches further; by default nowhere")
+    args = parser.parse_args()
+    for name in TARGETS if args.target == "all" else [args.target]:
+        print(f"{name}: {run(name, args.seconds, args.corpus):,} executions, nothing found", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,22 @@
+"""Bundles with graphs, and stages over them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import splitbundle_converter
+from splitbundle import Bundle
+from tests.support.models import LAYERS, checkpoint, scratch
+
+
+def bundle(
+    name: str, split: tuple[int, ...] = tuple(range(LAYERS + 1)), dtype: str = "float32", variant: str = "standard"
+) -> Bundle:
+    """The named model with a graph a shard; by default each layer is a shard, and so are the embedding and the head."""
+    return _bundle(name, split, dtype, variant)
+
+
+@cache
+def _bundle(name: str, split: tuple[int, ...], dtype: str, variant: str) -> Bundle:
+    output = scratch() / f"{name}-{'-'.join(map(str, split))}-{dtype}-{variant}.splitbundle"
+    return splitbundle_converter.convert(checkpoint(name, dtype), output, split=split, check=False, onnx=variant)

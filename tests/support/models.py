@@ -1,0 +1,255 @@
+"""Small random models of every family, on disk and converted, and what transformers computes with them.
+
+The weights are far larger than an initialisation's: norms away from one, biases away from zero, attention that prefers
+some tokens. So whatever is left out, swapped or scaled twice moves the logits by much more than the tolerance.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+import splitbundle
+import splitbundle_converter
+from tests.support import models_layer_norm, models_rms_norm
+
+LAYERS: Final = 4
+VOCAB: Final = 61
+TOLERANCE: Final = 1e-5
+"""Of the largest magnitude of the original's logits."""
+
+_ROTARY: Final[dict[str, Any]] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 36,
+    "intermediate_size": 51,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+}
+_GPT2: Final[dict[str, Any]] = {
+    "vocab_size": VOCAB,
+    "n_embd": 35,
+    "n_head": 5,
+    "n_layer": LAYERS,
+    "n_positions": 48,
+}
+_LLAMA3: Final[dict[str, Any]] = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    # So small that of the five frequencies some are kept, some divided, and some on the ramp between.
+    "original_max_position_embeddings": 16,
+}
+_LINEAR: Final[dict[str, Any]] = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.5}
+
+_FIRST: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "gpt2": ("gpt2", _GPT2),
+    "gpt2-by-layer": (
+        "gpt2",
+        _GPT2 | {"scale_attn_by_inverse_layer_idx": True, "n_inner": 50, "activation_function": "gelu"},
+    ),
+    "gpt2-unscaled-untied": (
+        "gpt2",
+        _GPT2
+        | {"n_embd": 42, "n_head": 3, "scale_attn_weights": False, "tie_word_embeddings": False}
+        | {"activation_function": "relu", "layer_norm_epsilon": 1e-3},
+    ),
+    "gpt2-one-head": ("gpt2", _GPT2 | {"n_head": 1, "n_inner": 91, "activation_function": "silu"}),
+    "qwen2": ("qwen2", _ROTARY | {"num_key_value_heads": 2}),
+    "qwen2-mixed": (
+        "qwen2",
+        _ROTARY
+        | {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
+        | {"rms_norm_eps": 1e-3},
+    ),
+    "qwen2-one-kv-tied": ("qwen2", _ROTARY | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen2-alternating": (
+        "qwen2",
+        _ROTARY
+        | {"num_key_value_heads": 6, "use_sliding_window": True, "sliding_window": 4}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "gemma": ("gemma", _ROTARY | {"num_key_value_heads": 6, "head_dim": 10}),
+    "gemma-one-kv-biased": ("gemma", _ROTARY | {"num_key_value_heads": 1, "head_dim": 14, "attention_bias": True}),
+    "gemma-grouped-untied": (
+        "gemma",
+        _ROTARY | {"num_key_value_heads": 2, "head_dim": 10, "tie_word_embeddings": False},
+    ),
+    "gemma-silu": ("gemma", _ROTARY | {"num_key_value_heads": 3, "head_dim": 2, "hidden_act": "silu"}),
+    "llama": ("llama", _ROTARY | {"num_key_value_heads": 2}),
+    "llama-one-kv-biased-tied": (
+        "llama",
+        _ROTARY
+        | {"num_key_value_heads": 1, "head_dim": 10, "tie_word_embeddings": True}
+        | {"attention_bias": True, "mlp_bias": True},
+    ),
+    "llama-linear": ("llama", _ROTARY | {"num_key_value_heads": 6, "head_dim": 14, "rope_parameters": _LINEAR}),
+    "llama-llama3": (
+        "llama",
+        _ROTARY | {"num_key_value_heads": 3, "head_dim": 10, "rope_parameters": _LLAMA3, "attention_bias": True},
+    ),
+    "mistral-window": ("mistral", _ROTARY | {"num_key_value_heads": 2, "head_dim": 10, "sliding_window": 5}),
+    "mistral-full": ("mistral", _ROTARY | {"num_key_value_heads": 6, "sliding_window": None}),
+    # A window of one: a token sees itself alone. (transformers' own cache can't be driven in pieces here.)
+    "mistral-narrow-tied": (
+        "mistral",
+        _ROTARY | {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 1, "tie_word_embeddings": True},
+    ),
+    "mistral-wide-linear": (
+        "mistral",
+        _ROTARY
+        | {"num_key_value_heads": 3, "head_dim": 14, "sliding_window": 60}
+        | {"rope_parameters": _LINEAR, "hidden_act": "gelu"},
+    ),
+}
+CONFIGURATIONS: Final = _FIRST | models_rms_norm.CONFIGURATIONS | models_layer_norm.CONFIGURATIONS
+"""Name -> the family, and the fields of its configuration that aren't at their defaults."""
+ONE_PER_FAMILY: Final = (
+    *("gpt2-by-layer", "qwen2-mixed", "gemma-one-kv-biased", "llama-llama3", "mistral-window"),
+    *models_rms_norm.ONE_PER_FAMILY,
+    *models_layer_norm.ONE_PER_FAMILY,
+)
+"""The configuration of each family that has the most ways to go wrong."""
+BY_PIECES: Final = frozenset(models_rms_norm.BY_PIECES)
+"""Those whose rows outgrow a threshold of their rotary scaling: how they are driven matters, in transformers too."""
+WITHOUT_CACHE: Final = frozenset(models_layer_norm.WITHOUT_CACHE)
+"""Families for which transformers has no cache."""
+WEIGHT_OFFSET_FAMILIES: Final = models_rms_norm.WEIGHT_OFFSET_FAMILIES | models_layer_norm.WEIGHT_OFFSET_FAMILIES
+"""Families that store what they add to one in place of a norm's weight."""
+
+
+@cache
+def scratch() -> Path:
+    """A directory that goes when the process does."""
+    path = tempfile.mkdtemp(prefix="splitbundle-models-")
+    owner = os.getpid()
+    # A forked worker has the registration too, and must not take the directory from its parent.
+    atexit.register(lambda: shutil.rmtree(path, ignore_errors=True) if os.getpid() == owner else None)
+    return Path(path)
+
+
+def make_model(name: str, **changes: Any) -> Any:
+    """The named configuration's model, with weights that depend on nothing but its name; ``changes`` to its fields."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # pytest would show two lines a model where a test fails
+    family, fields = CONFIGURATIONS[name]
+    # The ids of the families' defaults lie outside this vocabulary, which generate() warns of; and transformers
+    # withholds the gradient of a padding id's row, which here is a token as any.
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    config = AutoConfig.for_model(family, **(ids | fields | changes))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            flat = parameter.ndim == 1 or (parameter.ndim == 2 and "_norm." in parameter_name)
+            norm = flat and parameter_name.endswith("weight") and family not in WEIGHT_OFFSET_FAMILIES
+            parameter.copy_(1 + 0.3 * values if norm else 0.2 * values)
+    return model
+
+
+@cache
+def checkpoint(name: str, dtype: str = "float32") -> Path:
+    """The named model's checkpoint directory, its weights in ``dtype``."""
+    path = scratch() / f"{name}-{dtype}"
+    make_model(name).to(getattr(torch, dtype)).save_pretrained(path)
+    return path
+
+
+@cache
+def bundle(name: str) -> splitbundle.Bundle:
+    """The named model, cut at every layer: what the tests run is every range of it.
+
+    Nothing is checked in the making, so that it is these tests that find what is wrong.
+    """
+    output = scratch() / f"{name}.splitbundle"
+    return splitbundle_converter.convert(checkpoint(name), output, split=range(LAYERS + 1), check=False)
+
+
+@cache
+def original(name: str) -> Any:
+    """The named model as transformers loads it, in float32."""
+    return load_original(checkpoint(name))
+
+
+def load_original(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A checkpoint as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+
+
+def original_of(path: Path, stored: torch.dtype, computed: torch.dtype = torch.float32) -> Any:
+    """transformers holding the weights as they are stored."""
+    model = load_original(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(stored))
+    return model.to(computed)
+
+
+def original_logits(model: Any, ids: Sequence[int], pieces: Sequence[int] | None = None) -> Tensor:
+    """What transformers computes for one row alone.
+
+    *Shape:* (sequence) -> (sequence, vocab).
+
+    Args:
+        model: of transformers.
+        ids: the row's tokens.
+        pieces: the lengths of the pieces in which the model is driven, with its own cache; by default one.
+    """
+    if not len(ids):
+        return torch.zeros(0, model.config.vocab_size)
+    row = torch.tensor([list(ids)])
+    given, past = [], None
+    with torch.no_grad():
+        for piece in row.split(list(pieces or [len(ids)]), dim=1):
+            out = model(input_ids=piece, past_key_values=past, use_cache=pieces is not None)
+            past = getattr(out, "past_key_values", None)
+            given.append(out.logits[0])
+    return torch.cat(given)
+
+
+@cache
+def expected_logits(name: str, ids: tuple[int, ...]) -> Tensor:
+    """``original_logits`` of the named model, computed once for a row."""
+    return original_logits(original(name), ids)
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """The largest difference as a fraction of the largest expected magnitude; infinite where something isn't a number.
+
+    *Shape:* (…) twice the same.
+    """
+    if got.shape != expected.shape:
+        raise ValueError(f"{tuple(expected.shape)} was expected, {tuple(got.shape)} came")
+    difference = (got.double() - expected.double()).abs().max().item() / expected.double().abs().max().item()
+    return difference if difference == difference else float("inf")
+
+
+def token_rows(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Random tokens: a row of each length."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def deviations(got: Tensor, expected: Tensor) -> Tensor:
+    """The root of the mean square of each row's differences: steadier than the largest, one unlucky rounding.
+
+    *Shape:* (rows, sequence, vocab) twice -> (rows).
+    """
+    return (got.double() - expected.double()).square().mean(dim=(1, 2)).sqrt()

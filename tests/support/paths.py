@@ -1,0 +1,10 @@
+"""Where the files that tests read lie. Standard library alone: every suite imports it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+"""The checkout."""
+TESTS: Final = ROOT / "tests"

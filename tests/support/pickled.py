@@ -1,0 +1,45 @@
+"""Conversions of pickled checkpoints, and a pickle that calls a function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from torch import Tensor
+
+import splitbundle_converter
+from splitbundle import BundleError
+from splitbundle_converter import pickles
+
+SAFE: Final = "model.safetensors"
+BIN: Final = "pytorch_model.bin"
+INDEX: Final = "pytorch_model.bin.index.json"
+WHOLE: Final = pickles.WHOLE
+
+Tensors = dict[str, Tensor]
+
+
+def convert(path: Path, output: Path, **named: Any) -> Any:
+    """Converts, and leaves nothing but the bundle."""
+    made = splitbundle_converter.convert(path, output, allow_pickle=True, **named)
+    assert [entry.name for entry in output.parent.iterdir()] == [output.name]
+    return made
+
+
+def refused(path: Path, output: Path, *, allow_pickle: bool = True, **named: Any) -> BundleError:
+    """The error that a conversion ends with. It leaves nothing."""
+    with pytest.raises(BundleError) as caught:
+        splitbundle_converter.convert(path, output, allow_pickle=allow_pickle, **({"check": False} | named))
+    assert not list(output.parent.iterdir())
+    return caught.value
+
+
+class Call:
+    """What an attacker pickles: reading it calls a function."""
+
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __reduce__(self) -> Any:
+        return self.call[0], self.call[1:]

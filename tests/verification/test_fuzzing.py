@@ -1,0 +1,57 @@
+"""The fuzzers run: for a moment here, and by hand for as long as one likes (see CONTRIBUTING.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from splitbundle import BundleError
+from tests.support import fuzzing
+
+atheris = pytest.importorskip("atheris", reason="atheris is for Linux on x86-64")
+
+
+@pytest.mark.parametrize("name", fuzzing.TARGETS)
+def test_readers_take_or_refuse_whatever_comes(name: str, tally: Callable[[str, int], None]) -> None:
+    executions = fuzzing.run(name, seconds=2)
+    assert executions > 100
+    tally("inputs made by fuzzers taken or refused", executions)
+
+
+@pytest.mark.parametrize("name", fuzzing.TARGETS)
+def test_what_fuzzers_begin_with_reaches_the_reader(name: str) -> None:
+    """The small bundle's own files are taken, every shard's graph too, and each is refused where its end is missing."""
+    target = fuzzing.TARGETS[name][0]()
+    paths = sorted(fuzzing.BUNDLE.glob(fuzzing.TARGETS[name][1]))
+    assert len(paths) == {"graph": 2, "weights": 4}.get(name, 1)
+    for path in [fuzzing.BUNDLE / "layer-000.safetensors"] if name == "weights" else paths:
+        assert path.stat().st_size < fuzzing.LENGTH
+        target(path.read_bytes())
+        with pytest.raises(BundleError):
+            target(path.read_bytes()[:-3] if name != "weights" else path.read_bytes()[:4000])
+
+
+def test_a_panic_that_is_no_error_of_the_bundle_is_a_finding(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What Rust panics with derives from BaseException alone."""
+    monkeypatch.chdir(tmp_path)
+    before = (
+        "from splitbundle import text_tokenizer\n"
+        "class PanicException(BaseException): pass\n"
+        "def encode(self, text): raise PanicException('index out of bounds')\n"
+        "text_tokenizer.TextTokenizer.encode = encode"
+    )
+    with pytest.raises(RuntimeError, match=r"tokenizer: exit status [1-9]"):
+        fuzzing.run("tokenizer", seconds=30, before=before)
+    assert "PanicException: index out of bounds" in capfd.readouterr().out
+    assert list(tmp_path.glob("crash-*"))
+
+
+def test_a_finding_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match=r"graph: exit status [1-9]"):
+        fuzzing.run("graph", seconds=30, before="from splitbundle import graph_rules; del graph_rules.check")
+    assert list(tmp_path.glob("crash-*"))
