@@ -17,9 +17,9 @@ from splitbundle import tokenizer_rules, torch_weights
 from splitbundle.architecture import Architecture, count
 from splitbundle.bundle import Bundle
 from splitbundle.errors import quoted
-from splitbundle.files import Progress
 from splitbundle.manifest import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
 from splitbundle.opening import open_bundle
+from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import VECTORS
 from splitbundle.version import __version__
 from splitbundle.weights import Tensor as Stored

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from splitbundle.files import Progress
+from splitbundle.storage.files import Progress
 from splitbundle_converter.parts import find_parts, read_parts
 from splitbundle_converter.pickles import BIN, read_model
 from splitbundle_converter.publish import scratch

@@ -19,7 +19,7 @@ from splitbundle import strict_json
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.fields import MAX_PROBLEMS, Field, Problems
-from splitbundle.files import Progress
+from splitbundle.storage.files import Progress
 from splitbundle_converter.config_reader import INERT
 from splitbundle_converter.configuration import read_configuration
 from splitbundle_converter.family import Family

@@ -24,7 +24,7 @@ from typing import IO, Any, Final, NoReturn
 
 from splitbundle import strict_json
 from splitbundle.errors import BundleError, Problem
-from splitbundle.files import Progress
+from splitbundle.storage.files import Progress
 from splitbundle_converter.place import Place
 from splitbundle_converter.refusal import line, refused
 from splitbundle_converter.source import Source

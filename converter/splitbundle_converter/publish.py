@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from splitbundle import files, strict_json
+from splitbundle import strict_json
 from splitbundle.errors import BundleError, Problem
 from splitbundle.manifest import FILE
-from splitbundle.replacing import alone, is_old_bundle, mend, place_of_old
+from splitbundle.storage import files
+from splitbundle.storage.recovery import alone, is_old_bundle, mend, place_of_old
 
 if sys.platform != "win32":
     import fcntl

@@ -12,11 +12,11 @@ from pathlib import Path
 from splitbundle import manifest, strict_json
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.files import FETCH, Progress, check_digest, missing, open_file, read_file, sha256
 from splitbundle.genai import GENAI
 from splitbundle.manifest import identity
 from splitbundle.names import CARD
 from splitbundle.opening import open_bundle
+from splitbundle.storage.files import FETCH, Progress, check_digest, missing, open_file, read_file, sha256
 from splitbundle_converter import write
 from splitbundle_converter.publish import publishing
 from splitbundle_converter.refusal import refused

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from splitbundle import strict_json
 from splitbundle.errors import BundleError, quoted
-from splitbundle.files import MAX_TEXT_BYTES
 from splitbundle.manifest import DTYPES
+from splitbundle.storage.files import MAX_TEXT_BYTES
 from splitbundle.weights import CODES
 from splitbundle_converter.place import Place
 from splitbundle_converter.refusal import line, refused

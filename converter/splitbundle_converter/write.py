@@ -15,11 +15,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from splitbundle import files, manifest, manifest_parser, manifest_rules, names, weights
+from splitbundle import manifest, manifest_parser, manifest_rules, names, weights
 from splitbundle.architecture import Architecture, count
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
 from splitbundle.manifest import File, Manifest, Shard, Storage
+from splitbundle.storage import files
 from splitbundle.weights import Tensor as Stored
 from splitbundle_converter.refusal import refused
 

@@ -13,7 +13,7 @@ from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
 
 if TYPE_CHECKING:
     from splitbundle import golden
-    from splitbundle.files import Progress
+    from splitbundle.storage.files import Progress
     from splitbundle.storage.reader import BundleReader
 
 BACKENDS: Final = ("torch", "onnxruntime")

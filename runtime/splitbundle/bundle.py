@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from splitbundle import backends
-from splitbundle.files import Progress
 from splitbundle.storage.documents import read_documents
+from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import BundleReader
 
 if TYPE_CHECKING:

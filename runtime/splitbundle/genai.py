@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from splitbundle import files, graph_rules, strict_json
+from splitbundle import graph_rules, strict_json
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.graphs import OPSET, next_name
 from splitbundle.manifest import Graph, Manifest, Port, Shard
+from splitbundle.storage import files
 
 if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader

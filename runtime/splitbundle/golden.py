@@ -10,8 +10,8 @@ from splitbundle.errors import BundleError, ParityError, Problem
 from splitbundle.records import record
 
 if TYPE_CHECKING:
-    from splitbundle.files import Progress
     from splitbundle.selections import Selection
+    from splitbundle.storage.files import Progress
     from splitbundle.storage.reader import BundleReader
 
 TOLERANCE: Final = 1e-5

@@ -11,13 +11,13 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from splitbundle import files
 from splitbundle import graph_reader as reader
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.graph_operators import CODES, KINDS, OPERATORS, VALUES, Operator
 from splitbundle.graph_reader import Message, Place, Reader
 from splitbundle.graphs import IR_VERSION
 from splitbundle.manifest import EMBEDDING, Graph, Port, Shard
+from splitbundle.storage import files
 from splitbundle.weights import ITEM_SIZES, Stored
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from splitbundle.onnxruntime_stage import load_stages
 from splitbundle.storage.reader import VECTORS
 
 if TYPE_CHECKING:
-    from splitbundle.files import Progress
+    from splitbundle.storage.files import Progress
     from splitbundle.storage.reader import BundleReader
 
 

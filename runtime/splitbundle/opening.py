@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from splitbundle import files, manifest
+from splitbundle import manifest
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.replacing import mend
+from splitbundle.storage import files
 from splitbundle.storage.documents import read_documents
+from splitbundle.storage.recovery import mend
 
 
 def open_bundle(

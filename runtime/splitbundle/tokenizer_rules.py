@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from splitbundle import files, strict_json
+from splitbundle import strict_json
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.fields import escape
+from splitbundle.storage import files
 
 if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader

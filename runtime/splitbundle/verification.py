@@ -11,11 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from splitbundle import architecture as architectures
-from splitbundle import files, genai, graph_rules, manifest, names, strict_json, tokenizer_rules
+from splitbundle import genai, graph_rules, manifest, names, strict_json, tokenizer_rules
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.files import Progress
 from splitbundle.records import record
+from splitbundle.storage import files
 from splitbundle.storage.documents import is_of_another_manifest
+from splitbundle.storage.files import Progress
 
 if TYPE_CHECKING:
     from splitbundle.manifest import Shard

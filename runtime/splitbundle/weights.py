@@ -7,11 +7,12 @@ import math
 from itertools import islice
 from typing import Any, BinaryIO, Final, NoReturn
 
-from splitbundle import files, names, strict_json
+from splitbundle import names, strict_json
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.fields import Field, Problems
 from splitbundle.manifest import File
 from splitbundle.records import record
+from splitbundle.storage import files
 
 ALIGNMENT: Final = 4096
 """The data begins at a multiple of this: a page, so that a mapping of the data can start there."""

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from splitbundle import architecture as architectures
-from splitbundle import architecture_parser, files, manifest, manifest_parser, manifest_rules, names, strict_json
+from splitbundle import architecture_parser, manifest, manifest_parser, manifest_rules, names, strict_json
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.manifest import Manifest
+from splitbundle.storage import files
 
 MAX_REPLACEMENTS: Final = 8
 """How often a bundle may be replaced while it is opened. The limit ends a loop that a busy writer could keep going."""

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from splitbundle import files, selections, weights
+from splitbundle import selections, weights
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.manifest import Manifest, Shard
 from splitbundle.selections import Selection
+from splitbundle.storage import files
 
 VECTORS: Final = "vectors"
 """Names the golden vectors where units are named."""

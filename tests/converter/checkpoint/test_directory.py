@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from splitbundle import strict_json
-from splitbundle.files import MAX_TEXT_BYTES
+from splitbundle.storage.files import MAX_TEXT_BYTES
 from tests.support.checkpoints import INDEX, PIECES, WEIGHTS, accepted, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")

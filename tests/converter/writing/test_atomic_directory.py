@@ -18,8 +18,9 @@ import pytest
 
 import splitbundle
 import splitbundle_converter
-from splitbundle import BundleError, files
-from splitbundle.replacing import mend, place_of_old
+from splitbundle import BundleError
+from splitbundle.storage import files
+from splitbundle.storage.recovery import mend, place_of_old
 from splitbundle_converter import publish
 from splitbundle_converter.publish import publishing
 from tests.support.checkpoints import accepted, digests, refused

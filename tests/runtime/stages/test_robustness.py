@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 import splitbundle
-from splitbundle import BundleError, files
+from splitbundle import BundleError
 from splitbundle.sampling import Sampling
+from splitbundle.storage import files
 from splitbundle.torch_pipeline import Pipeline
 from splitbundle.torch_sampling import draw
 from tests.support.paths import TESTS

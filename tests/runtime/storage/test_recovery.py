@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import splitbundle
-from splitbundle import BundleError, files, replacing
+from splitbundle import BundleError
+from splitbundle.storage import files, recovery
 from tests.support.paths import TESTS
 
 GOLDEN = TESTS / "golden" / "v1.0"
@@ -25,7 +26,7 @@ def other(copy: Path) -> Path:
 
 def test_an_old_bundle_comes_back_where_nothing_stands_and_there_alone(copy: Path, other: Path) -> None:
     before = splitbundle.open(copy).id
-    old = replacing.place_of_old(copy)
+    old = recovery.place_of_old(copy)
     other.rename(old)
     os.utime(old, (2**33, 2**33))  # whatever the clocks say
     assert splitbundle.open(copy).id == before
@@ -38,7 +39,7 @@ def test_an_old_bundle_comes_back_where_nothing_stands_and_there_alone(copy: Pat
 @pytest.mark.skipif(os.name == "nt", reason="there the steps of writers aren't kept together")
 def test_a_reader_leaves_a_living_writer_alone(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It looks between the two renames, waits, and finds the new bundle."""
-    old, new = replacing.place_of_old(copy), copy.with_name("new")
+    old, new = recovery.place_of_old(copy), copy.with_name("new")
     shutil.copytree(copy, new)
 
     def go_on(seconds: float) -> None:
@@ -46,7 +47,7 @@ def test_a_reader_leaves_a_living_writer_alone(copy: Path, monkeypatch: pytest.M
             new.rename(copy)
             writer.close()
 
-    monkeypatch.setattr(replacing.time, "sleep", go_on)
+    monkeypatch.setattr(recovery.time, "sleep", go_on)
     writer = _Locked(copy.parent)
     copy.rename(old)
     assert splitbundle.open(copy)
@@ -58,7 +59,7 @@ class _Locked:
     """The lock that a writer holds between its two renames."""
 
     def __init__(self, directory: Path) -> None:
-        self._held = replacing.alone(directory)
+        self._held = recovery.alone(directory)
         self._held.__enter__()
 
     def close(self) -> None:
@@ -67,8 +68,8 @@ class _Locked:
 
 
 def test_a_lock_that_is_never_given_back_stops_nobody(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replacing, "PATIENCE", 0.05)
-    copy.rename(replacing.place_of_old(copy))
+    monkeypatch.setattr(recovery, "PATIENCE", 0.05)
+    copy.rename(recovery.place_of_old(copy))
     held = _Locked(copy.parent)
     assert splitbundle.open(copy).verify()
     held.close()
@@ -87,13 +88,13 @@ def test_where_nothing_can_be_written_what_is_there_is_read(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(replacing.os, name, refuse) if name != "rename" else patched.setattr(Path, name, refuse)
-        replacing.mend(copy)
+        patched.setattr(recovery.os, name, refuse) if name != "rename" else patched.setattr(Path, name, refuse)
+        recovery.mend(copy)
     assert splitbundle.open(copy).id == before
-    copy.rename(replacing.place_of_old(copy))
+    copy.rename(recovery.place_of_old(copy))
     with monkeypatch.context() as patched:
-        patched.setattr(replacing.os, name, refuse) if name != "rename" else patched.setattr(Path, name, refuse)
-        replacing.mend(copy)  # says nothing: the caller finds that there is no bundle
+        patched.setattr(recovery.os, name, refuse) if name != "rename" else patched.setattr(Path, name, refuse)
+        recovery.mend(copy)  # says nothing: the caller finds that there is no bundle
     assert tried
     assert not copy.exists()
     assert splitbundle.open(copy).id == before
