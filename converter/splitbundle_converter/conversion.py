@@ -17,12 +17,12 @@ from splitbundle import tokenizer_rules, torch_weights
 from splitbundle.architecture import Architecture, count
 from splitbundle.bundle import Bundle
 from splitbundle.errors import quoted
+from splitbundle.format.weight_layout import Tensor as Stored
 from splitbundle.manifest import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
 from splitbundle.opening import open_bundle
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import VECTORS
 from splitbundle.version import __version__
-from splitbundle.weights import Tensor as Stored
 from splitbundle_converter import write
 from splitbundle_converter.commands import DTYPES
 from splitbundle_converter.composites import EXTENSION, PARTS

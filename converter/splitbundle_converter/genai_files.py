@@ -11,10 +11,10 @@ from pathlib import Path
 
 import onnx
 
-from splitbundle import strict_json
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem
-from splitbundle.genai import GENAI, INPUTS, LOGITS, configuration, graphs
+from splitbundle.format import strict_json
+from splitbundle.format.genai import GENAI, INPUTS, LOGITS, configuration, graphs
 from splitbundle.manifest import FILE, File, Graph, Manifest
 from splitbundle_converter import write
 from splitbundle_converter.graph_builder import GraphBuilder

@@ -13,11 +13,11 @@ from onnx import ModelProto
 
 from splitbundle import architecture as facts
 from splitbundle.architecture import Alibi, Architecture, Learned, Rotary, Sinusoidal
-from splitbundle.graphs import next_name, ports
+from splitbundle.format.graph import next_name, ports
+from splitbundle.format.selection import Selection
+from splitbundle.format.weight_layout import Stored
 from splitbundle.manifest import Shard
-from splitbundle.selections import Selection
 from splitbundle.torch_positions import Reach
-from splitbundle.weights import Stored
 from splitbundle_converter.graph_builder import GraphBuilder
 from splitbundle_converter.graph_positions import GraphPositions
 

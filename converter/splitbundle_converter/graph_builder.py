@@ -7,10 +7,10 @@ from typing import Any
 import numpy
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from splitbundle.graph_operators import CODES
-from splitbundle.graphs import IR_VERSION, OPSET
+from splitbundle.format.graph import IR_VERSION, OPSET
+from splitbundle.format.graph_operators import CODES
+from splitbundle.format.weight_layout import Stored
 from splitbundle.manifest import Port
-from splitbundle.weights import Stored
 
 
 class GraphBuilder:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from splitbundle import strict_json
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.fields import MAX_PROBLEMS, Field, Problems
+from splitbundle.format import strict_json
+from splitbundle.format.fields import MAX_PROBLEMS, Field, Problems
 from splitbundle.storage.files import Progress
 from splitbundle_converter.config_reader import INERT
 from splitbundle_converter.configuration import read_configuration

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final, NoReturn
 
-from splitbundle import strict_json
 from splitbundle.errors import BundleError, Problem
+from splitbundle.format import strict_json
 from splitbundle.storage.files import Progress
 from splitbundle_converter.place import Place
 from splitbundle_converter.refusal import line, refused

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from splitbundle import strict_json
 from splitbundle.errors import BundleError, Problem
-from splitbundle.fields import MAX_PROBLEMS
+from splitbundle.format import strict_json
+from splitbundle.format.fields import MAX_PROBLEMS
 from splitbundle_converter.refusal import problem, refused
 
 FREE: Final = ".safetensors"

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from splitbundle import strict_json
 from splitbundle.errors import BundleError, Problem
+from splitbundle.format import strict_json
 from splitbundle.manifest import FILE
 from splitbundle.storage import files
 from splitbundle.storage.recovery import alone, is_old_bundle, mend, place_of_old

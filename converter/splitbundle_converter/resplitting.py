@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from splitbundle import manifest, strict_json
+from splitbundle import manifest
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.genai import GENAI
+from splitbundle.format import strict_json
+from splitbundle.format.genai import GENAI
+from splitbundle.format.names import CARD
 from splitbundle.manifest import identity
-from splitbundle.names import CARD
 from splitbundle.opening import open_bundle
 from splitbundle.storage.files import FETCH, Progress, check_digest, missing, open_file, read_file, sha256
 from splitbundle_converter import write

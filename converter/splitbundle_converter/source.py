@@ -14,11 +14,11 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from splitbundle import strict_json
 from splitbundle.errors import BundleError, quoted
+from splitbundle.format import strict_json
+from splitbundle.format.weight_layout import CODES
 from splitbundle.manifest import DTYPES
 from splitbundle.storage.files import MAX_TEXT_BYTES
-from splitbundle.weights import CODES
 from splitbundle_converter.place import Place
 from splitbundle_converter.refusal import line, refused
 from splitbundle_converter.source_files import (

@@ -10,9 +10,9 @@ from typing import Final
 
 from safetensors import SafetensorError, safe_open
 
-from splitbundle import strict_json
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.fields import MAX_PROBLEMS
+from splitbundle.format import strict_json
+from splitbundle.format.fields import MAX_PROBLEMS
 from splitbundle_converter.place import Place
 from splitbundle_converter.refusal import line, problem, refused
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.fields import MAX_PROBLEMS
+from splitbundle.format.fields import MAX_PROBLEMS
 from splitbundle.manifest import EMBEDDING, ROW, SourceName, expand, row_sources
 from splitbundle_converter.family import Family
 from splitbundle_converter.heads import wrong_head

@@ -15,13 +15,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from splitbundle import manifest, manifest_parser, manifest_rules, names, weights
+from splitbundle import manifest, manifest_parser, manifest_rules
 from splitbundle.architecture import Architecture, count
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
+from splitbundle.format import names, weight_layout
+from splitbundle.format.weight_layout import Tensor as Stored
 from splitbundle.manifest import File, Manifest, Shard, Storage
 from splitbundle.storage import files
-from splitbundle.weights import Tensor as Stored
 from splitbundle_converter.refusal import refused
 
 Produce = Callable[[str], Tensor]
@@ -37,8 +38,8 @@ def write_weights(path: Path, tensors: dict[str, Stored], produce: Produce) -> C
         What says, from any thread, what the manifest lists of the file. The file's digest begins with the header, which
         holds the data's: so this is a second pass, out of the page cache.
     """
-    layout = weights.lay_out(tensors)
-    space = len(weights.header(layout, "0" * 64))  # a digest has one length, so the header has too
+    layout = weight_layout.lay_out(tensors)
+    space = len(weight_layout.header(layout, "0" * 64))  # a digest has one length, so the header has too
     digest = hashlib.sha256()
     with path.open("wb") as file:
         file.seek(space)
@@ -46,7 +47,7 @@ def write_weights(path: Path, tensors: dict[str, Stored], produce: Produce) -> C
             for piece in _bytes(produce(name), stored, name):
                 digest.update(piece)
                 file.write(piece)
-        header = weights.header(layout, digest.hexdigest())
+        header = weight_layout.header(layout, digest.hexdigest())
         file.seek(0)
         file.write(header)
     size = space + sum(stored.size for stored in tensors.values())
@@ -73,12 +74,12 @@ def unit_files(
     units: dict[str, dict[str, dict[str, Stored]]] = {}
     for unit, shapes in architecture.unit_tensors().items():
         parts: list[dict[str, Stored]] = [{}]
-        size = weights.ALIGNMENT
+        size = weight_layout.ALIGNMENT
         for name in shapes:
             tensor = stored(name)
             if max_file_size is not None and parts[-1] and size + tensor.size > max_file_size:
                 parts.append({})
-                size = weights.ALIGNMENT
+                size = weight_layout.ALIGNMENT
             parts[-1][name] = tensor
             size += tensor.size
         if len(parts) == 1:

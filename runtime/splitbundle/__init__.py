@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from splitbundle.bundle import Bundle
+    from splitbundle.format.selection import Selection
     from splitbundle.opening import open_bundle as open  # noqa: A004  # the name reads as it should: splitbundle.open
-    from splitbundle.selections import Selection
     from splitbundle.verification import Verification
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
 
 _LATER = {
     "Bundle": ("splitbundle.bundle", "Bundle"),
-    "Selection": ("splitbundle.selections", "Selection"),
+    "Selection": ("splitbundle.format.selection", "Selection"),
     "Verification": ("splitbundle.verification", "Verification"),
     "open": ("splitbundle.opening", "open_bundle"),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, Final, Literal
 
-from splitbundle import strict_json
+from splitbundle.format import strict_json
 from splitbundle.records import as_dict, record
 from splitbundle.version import ARCHITECTURE_VERSION
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from splitbundle import strict_json
 from splitbundle.architecture import (
     ACTIVATIONS,
     FILE,
@@ -40,7 +39,8 @@ from splitbundle.architecture import (
     Yarn,
 )
 from splitbundle.errors import quoted
-from splitbundle.fields import Field, Problems
+from splitbundle.format import strict_json
+from splitbundle.format.fields import Field, Problems
 from splitbundle.records import types
 from splitbundle.version import ARCHITECTURE_VERSION
 

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from splitbundle import names
 from splitbundle.backends import BACKENDS
 from splitbundle.bundle import Bundle
 from splitbundle.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, Problem, VerificationError
+from splitbundle.format import names
 from splitbundle.manifest import BOUNDARY_TENSORS
 from splitbundle.opening import open_bundle
 from splitbundle.records import as_dict

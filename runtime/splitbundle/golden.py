@@ -10,7 +10,7 @@ from splitbundle.errors import BundleError, ParityError, Problem
 from splitbundle.records import record
 
 if TYPE_CHECKING:
-    from splitbundle.selections import Selection
+    from splitbundle.format.selection import Selection
     from splitbundle.storage.files import Progress
     from splitbundle.storage.reader import BundleReader
 

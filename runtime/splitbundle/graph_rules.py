@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Final
 
 from splitbundle import graph_reader as reader
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.graph_operators import CODES, KINDS, OPERATORS, VALUES, Operator
+from splitbundle.format.graph import IR_VERSION
+from splitbundle.format.graph_operators import CODES, KINDS, OPERATORS, VALUES, Operator
+from splitbundle.format.weight_layout import ITEM_SIZES, Stored
 from splitbundle.graph_reader import Message, Place, Reader
-from splitbundle.graphs import IR_VERSION
 from splitbundle.manifest import EMBEDDING, Graph, Port, Shard
 from splitbundle.storage import files
-from splitbundle.weights import ITEM_SIZES, Stored
 
 if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from splitbundle import manifest_rules as rules
-from splitbundle import names, strict_json
 from splitbundle.architecture import MAX_SIZE
 from splitbundle.errors import quoted
-from splitbundle.fields import Field, Problems
+from splitbundle.format import names, strict_json
+from splitbundle.format.fields import Field, Problems
 from splitbundle.manifest import (
     BOUNDARY_TENSORS,
     DTYPES,

@@ -9,10 +9,10 @@ from typing import Final
 from splitbundle.architecture import FILE as ARCHITECTURE_FILE
 from splitbundle.architecture import Architecture, count
 from splitbundle.errors import quoted
-from splitbundle.fields import Problems, escape
-from splitbundle.graphs import OPSET, ports
+from splitbundle.format.fields import Problems, escape
+from splitbundle.format.graph import OPSET, ports
+from splitbundle.format.weight_layout import ITEM_SIZES
 from splitbundle.manifest import EMBEDDING, FILE, ROW, VARIANTS, Graph, Manifest, Shard, expand, fingerprint
-from splitbundle.weights import ITEM_SIZES
 
 MAX_BESIDE_DATA: Final = 2**25
 """Bytes of a weight file: its header has at most half of them, which its reader checks."""

@@ -11,7 +11,7 @@ import onnxruntime
 
 from splitbundle.architecture import Architecture
 from splitbundle.calls import Call, Slots
-from splitbundle.graphs import cache_names, cache_sizes, next_name
+from splitbundle.format.graph import cache_names, cache_sizes, next_name
 
 BLOCK: Final = 64
 """Slots are added in multiples of this."""

@@ -13,14 +13,14 @@ import onnxruntime
 from splitbundle import graph_rules
 from splitbundle.calls import Call
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.graphs import cache_names
+from splitbundle.format.graph import cache_names
 from splitbundle.manifest import VARIANTS
 from splitbundle.onnxruntime_cache import KVCache
 from splitbundle.stages import Given, LogitsWanted, StageSurface
 
 if TYPE_CHECKING:
+    from splitbundle.format.selection import Selection
     from splitbundle.manifest import Shard
-    from splitbundle.selections import Selection
     from splitbundle.storage.reader import BundleReader
 
 FOLDER: Final = "session.model_external_initializers_file_folder_path"

@@ -10,7 +10,7 @@ from splitbundle.calls import Call, Slots, whole
 from splitbundle.errors import BundleError, Problem, quoted
 
 if TYPE_CHECKING:
-    from splitbundle.selections import Selection
+    from splitbundle.format.selection import Selection
     from splitbundle.storage.reader import BundleReader
 
 MOST_LOGITS = 2**20

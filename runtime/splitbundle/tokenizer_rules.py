@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from splitbundle import strict_json
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.fields import escape
+from splitbundle.format import strict_json
+from splitbundle.format.fields import escape
 from splitbundle.storage import files
 
 if TYPE_CHECKING:

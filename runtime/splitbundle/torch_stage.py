@@ -19,7 +19,7 @@ from splitbundle.torch_positions import KVCache, Positions
 from splitbundle.torch_weights import compute_dtype, map_tensors, rounded
 
 if TYPE_CHECKING:
-    from splitbundle.selections import Selection
+    from splitbundle.format.selection import Selection
     from splitbundle.storage.reader import BundleReader
 
 Rows = Sequence[int] | Tensor

@@ -14,7 +14,7 @@ from splitbundle.torch_stage import load_stages
 from splitbundle.torch_weights import map_tensors
 
 if TYPE_CHECKING:
-    from splitbundle.selections import Selection
+    from splitbundle.format.selection import Selection
     from splitbundle.storage.files import Progress
     from splitbundle.storage.reader import BundleReader
 

@@ -11,8 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from splitbundle import architecture as architectures
-from splitbundle import genai, graph_rules, manifest, names, strict_json, tokenizer_rules
+from splitbundle import graph_rules, manifest, tokenizer_rules
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.format import genai, names, strict_json
 from splitbundle.records import record
 from splitbundle.storage import files
 from splitbundle.storage.documents import is_of_another_manifest

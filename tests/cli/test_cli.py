@@ -169,7 +169,8 @@ def relist(root: Path, path: str, data: bytes, bundle: splitbundle.Bundle) -> No
     """Changes a file, and everything that says what it must be."""
     from dataclasses import replace
 
-    from splitbundle import architecture_parser, manifest, names
+    from splitbundle import architecture_parser, manifest
+    from splitbundle.format import names
     from splitbundle_converter import write
 
     files = {**bundle.manifest.files, path: write.write_file(root, path, data)}

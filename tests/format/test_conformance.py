@@ -13,8 +13,9 @@ import pytest
 
 import splitbundle_schemas
 from conformance.documents import base, document
-from splitbundle import architecture_parser, manifest_parser, manifest_rules, strict_json
+from splitbundle import architecture_parser, manifest_parser, manifest_rules
 from splitbundle.errors import BundleError, Problem
+from splitbundle.format import strict_json
 from tests.support.paths import TESTS
 
 HERE = TESTS / "conformance"

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from splitbundle import weights
 from splitbundle.errors import BundleError
+from splitbundle.format import weight_layout
+from splitbundle.format.weight_layout import Tensor
 from splitbundle.manifest import File
-from splitbundle.weights import Tensor
 from splitbundle_converter.write import write_weights
 
 PATH = "layer-000.safetensors"
@@ -69,8 +69,8 @@ def listed(file: bytes) -> File:
 
 def read(
     file: bytes, expected: dict[str, Tensor] | None = None, *, more: bool = False, of: File | None = None
-) -> weights.Weights:
-    return weights.read(
+) -> weight_layout.Weights:
+    return weight_layout.read(
         io.BytesIO(file), PATH, of or listed(file), TENSORS if expected is None else expected, more=more
     )
 
@@ -97,7 +97,7 @@ def test_the_canonical_file_is_read() -> None:
     ]
     assert {name: tensor for name, (tensor, _) in found.layout.items()} == TENSORS
     assert found.data_sha256 == hashlib.sha256(DATA).hexdigest()
-    assert weights.header(found.layout, found.data_sha256) + DATA == file
+    assert weight_layout.header(found.layout, found.data_sha256) + DATA == file
 
 
 @pytest.mark.rule("SB-W-008")
@@ -109,11 +109,11 @@ def test_tensors_are_aligned() -> None:
             f"t{i}": Tensor(dtype=generator.choice(dtypes), shape=(generator.choice([1, 3, 8, 32, 33, 64]),))
             for i in range(generator.randrange(1, 12))
         }
-        layout = weights.lay_out(tensors)
+        layout = weight_layout.lay_out(tensors)
         end = 0
         for tensor, offset in layout.values():
             assert offset == end
-            assert offset % (64 if tensor.size % 64 == 0 else weights.ITEM_SIZES[tensor.dtype]) == 0
+            assert offset % (64 if tensor.size % 64 == 0 else weight_layout.ITEM_SIZES[tensor.dtype]) == 0
             end += tensor.size
         assert layout.keys() == tensors.keys()
 
@@ -145,7 +145,7 @@ def test_what_is_written_is_what_other_readers_read(tmp_path: Path) -> None:
 def test_the_padding_is_as_short_as_it_can_be(name: int, start: int) -> None:
     # Without the name, this header's JSON has 148 characters.
     tensors = {"n" * name: Tensor(dtype="float32", shape=(10,))}
-    header = weights.header(weights.lay_out(tensors), "0" * 64)
+    header = weight_layout.header(weight_layout.lay_out(tensors), "0" * 64)
     assert len(header.rstrip(b" ")) == 8 + 148 + name
     assert len(header) == start
 
@@ -331,7 +331,7 @@ def test_the_digest_comes_before_the_parser() -> None:
 def part(names: tuple[str, ...]) -> bytes:
     tensors = {name: TENSORS[name] for name in names}
     data = bytes(sum(tensor.size for tensor in tensors.values()))
-    return weights.header(weights.lay_out(tensors), hashlib.sha256(data).hexdigest()) + data
+    return weight_layout.header(weight_layout.lay_out(tensors), hashlib.sha256(data).hexdigest()) + data
 
 
 @pytest.mark.rule("SB-W-012")
@@ -354,7 +354,7 @@ def test_parts_that_dont_add_up_are_refused() -> None:
     assert {code for code, _ in refused(part(("odd",)), rest)} == {"weights.tensors"}
     assert refused(part(()), more=True) == [("weights.tensors", "")]
     with pytest.raises(BundleError, match=r"weights\.tensors.*at least one tensor"):
-        weights.read(io.BytesIO(part(())), PATH, listed(part(())), {}, part=True)
+        weight_layout.read(io.BytesIO(part(())), PATH, listed(part(())), {}, part=True)
 
 
 @pytest.mark.rule("SB-W-012")

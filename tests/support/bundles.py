@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 
 from conformance.documents import base
-from splitbundle import architecture_parser, manifest_parser, weights
+from splitbundle import architecture_parser, manifest_parser
+from splitbundle.format import weight_layout
 
 
 def write_llama3(root: Path) -> Path:
@@ -19,13 +20,15 @@ def write_llama3(root: Path) -> Path:
         architecture_parser.parse(base("llama3", "architecture")),
     )
     for unit, shapes in architecture.unit_tensors().items():
-        left = [(name, weights.Tensor(dtype=manifest.storage.dtype_of(name), shape=s)) for name, s in shapes.items()]
+        left = [
+            (name, weight_layout.Tensor(dtype=manifest.storage.dtype_of(name), shape=s)) for name, s in shapes.items()
+        ]
         paths = manifest.units[unit]
         # layer-003 has two parts; the first holds the attention's norm, queries and keys.
         parts = [left] if len(paths) == 1 else [left[:5], left[5:]]
         for path, part in zip(paths, parts, strict=True):
             data = bytes(sum(tensor.size for _, tensor in part))
-            header = weights.header(weights.lay_out(dict(part)), hashlib.sha256(data).hexdigest())
+            header = weight_layout.header(weight_layout.lay_out(dict(part)), hashlib.sha256(data).hexdigest())
             (root / path).write_bytes(header + data)
     lines = {path: file.sha256 for path, file in manifest.files.items()}
     lines["manifest.json"] = hashlib.sha256(base("llama3", "manifest")).hexdigest()

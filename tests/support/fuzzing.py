@@ -57,7 +57,7 @@ def weights_target() -> Target:
     import hashlib
 
     import splitbundle
-    from splitbundle import weights
+    from splitbundle.format import weight_layout
     from splitbundle.manifest import File
 
     expected = splitbundle.open(BUNDLE).stored("layer-000")
@@ -65,7 +65,7 @@ def weights_target() -> Target:
     def run(data: bytes) -> None:
         length = 8 + int.from_bytes(data[:8], "little")
         listed = File(size=len(data), sha256="", header_sha256=hashlib.sha256(data[:length]).hexdigest())
-        weights.read(io.BytesIO(data), "fuzzed.safetensors", listed, expected)
+        weight_layout.read(io.BytesIO(data), "fuzzed.safetensors", listed, expected)
 
     return run
 

@@ -19,7 +19,8 @@ from typing import Final
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, TensorShapeProto, helper
 
 import splitbundle
-from splitbundle import graph_reader, graph_rules, manifest, names
+from splitbundle import graph_reader, graph_rules, manifest
+from splitbundle.format import names
 from splitbundle_converter.graph_files import add_graphs
 from splitbundle_converter.write import write_file
 from tests.support.bundles import write_llama3

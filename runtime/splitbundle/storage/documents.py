@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from splitbundle import architecture as architectures
-from splitbundle import architecture_parser, manifest, manifest_parser, manifest_rules, names, strict_json
+from splitbundle import architecture_parser, manifest, manifest_parser, manifest_rules
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.format import names, strict_json
 from splitbundle.manifest import Manifest
 from splitbundle.storage import files
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from splitbundle import selections, weights
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.format import selection, weight_layout
+from splitbundle.format.selection import Selection
 from splitbundle.manifest import Manifest, Shard
-from splitbundle.selections import Selection
 from splitbundle.storage import files
 
 VECTORS: Final = "vectors"
@@ -92,7 +92,7 @@ class BundleReader:
             BundleError: ``stage.name``, ``stage.range``.
         """
         shard = None if name is None else self.shard(name)
-        return selections.select(self.architecture, shard, layers, embeds, head)
+        return selection.select(self.architecture, shard, layers, embeds, head)
 
     def absent(self) -> tuple[str, ...]:
         """The listed files that aren't there: none in a whole bundle, some in a partial one."""
@@ -103,25 +103,25 @@ class BundleReader:
         vectors = self.manifest.vectors
         return self.manifest.units | ({} if vectors is None else {VECTORS: (vectors.file,)})
 
-    def stored(self, group: str) -> dict[str, weights.Tensor]:
+    def stored(self, group: str) -> dict[str, weight_layout.Tensor]:
         """The tensors that the files of a unit (or of the vectors) hold, in order of use."""
         if group == VECTORS:
             return self._stored_vectors()
         storage = self.manifest.storage
         shapes = self.architecture.tensors_of(group)
-        return {name: weights.Tensor(dtype=storage.dtype_of(name), shape=shape) for name, shape in shapes.items()}
+        return {name: weight_layout.Tensor(dtype=storage.dtype_of(name), shape=shape) for name, shape in shapes.items()}
 
-    def _stored_vectors(self) -> dict[str, weights.Tensor]:
+    def _stored_vectors(self) -> dict[str, weight_layout.Tensor]:
         vectors, hidden = self.manifest.vectors, self.architecture.hidden_size
-        tensors: dict[str, weights.Tensor] = {}
+        tensors: dict[str, weight_layout.Tensor] = {}
         for i, length in enumerate(() if vectors is None else vectors.lengths):
-            tensors[f"case.{i}.ids"] = weights.Tensor(dtype="int64", shape=(length,))
+            tensors[f"case.{i}.ids"] = weight_layout.Tensor(dtype="int64", shape=(length,))
             for layer in range(len(self.architecture.layers) + 1):
-                tensors[f"case.{i}.hidden.{layer}"] = weights.Tensor(dtype="float32", shape=(length, hidden))
-            tensors[f"case.{i}.logits"] = weights.Tensor(dtype="float32", shape=(self.architecture.vocab_size,))
+                tensors[f"case.{i}.hidden.{layer}"] = weight_layout.Tensor(dtype="float32", shape=(length, hidden))
+            tensors[f"case.{i}.logits"] = weight_layout.Tensor(dtype="float32", shape=(self.architecture.vocab_size,))
         return tensors
 
-    def open_weights(self, group: str) -> Iterator[tuple[BinaryIO, weights.Weights]]:
+    def open_weights(self, group: str) -> Iterator[tuple[BinaryIO, weight_layout.Weights]]:
         """The files of a unit (or of the vectors), opened in order, with their headers read and checked.
 
         Raises:
@@ -132,11 +132,11 @@ class BundleReader:
         for i, path in enumerate(paths):
             listed = self.manifest.files[path]
             with files.open_file(self.path, path, listed) as file:
-                found = weights.read(file, path, listed, left, part=len(paths) > 1, more=i + 1 < len(paths))
+                found = weight_layout.read(file, path, listed, left, part=len(paths) > 1, more=i + 1 < len(paths))
                 yield file, found
             left = {name: tensor for name, tensor in left.items() if name not in found.layout}
 
-    def weight_bytes(self, group: str) -> Iterator[tuple[mmap.mmap, weights.Weights]]:
+    def weight_bytes(self, group: str) -> Iterator[tuple[mmap.mmap, weight_layout.Weights]]:
         """The bytes of a unit's files (or of the vectors'), in order, with their headers read and checked.
 
         They are mapped copy-on-write: what is only read shares the memory of the file, and what is written changes this
@@ -151,7 +151,7 @@ class BundleReader:
             listed = self.manifest.files[path]
             if self.strict:
                 memory = files.read_private(file, path, listed)
-                weights.check_header(memory[: found.start], path, listed)  # that of these bytes, too
+                weight_layout.check_header(memory[: found.start], path, listed)  # that of these bytes, too
                 yield memory, found
             else:
                 yield files.map_private(file, path, listed), found

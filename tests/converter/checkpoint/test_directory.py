@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from splitbundle import strict_json
+from splitbundle.format import strict_json
 from splitbundle.storage.files import MAX_TEXT_BYTES
 from tests.support.checkpoints import INDEX, PIECES, WEIGHTS, accepted, refused
 

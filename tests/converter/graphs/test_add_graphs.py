@@ -13,7 +13,7 @@ from torch import Tensor
 
 import splitbundle_converter
 from splitbundle import Bundle, BundleError
-from splitbundle.graph_operators import CODES
+from splitbundle.format.graph_operators import CODES
 from tests.support.graph_bundles import bundle
 from tests.support.models import bundle as torch_bundle
 from tests.support.models import checkpoint

@@ -20,7 +20,7 @@ import splitbundle
 import splitbundle_converter
 from splitbundle import Bundle, BundleError
 from splitbundle.cli import main
-from splitbundle.genai import GENAI
+from splitbundle.format.genai import GENAI
 from tests.support.graph_cases import relist
 from tests.support.models import LAYERS, TOLERANCE, checkpoint, scratch, token_rows
 from tests.support.paths import ROOT

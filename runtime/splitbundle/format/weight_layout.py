@@ -7,9 +7,9 @@ import math
 from itertools import islice
 from typing import Any, BinaryIO, Final, NoReturn
 
-from splitbundle import names, strict_json
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.fields import Field, Problems
+from splitbundle.format import names, strict_json
+from splitbundle.format.fields import Field, Problems
 from splitbundle.manifest import File
 from splitbundle.records import record
 from splitbundle.storage import files

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, Final
 
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.strict_json import MAX_INTEGER
+from splitbundle.format.strict_json import MAX_INTEGER
 
 MAX_PROBLEMS: Final = 100
 """A hostile document could have millions, and nobody reads more."""

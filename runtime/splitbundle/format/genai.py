@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from splitbundle import graph_rules, strict_json
+from splitbundle import graph_rules
 from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.graphs import OPSET, next_name
+from splitbundle.format import strict_json
+from splitbundle.format.graph import OPSET, next_name
 from splitbundle.manifest import Graph, Manifest, Port, Shard
 from splitbundle.storage import files
 
