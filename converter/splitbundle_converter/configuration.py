@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from splitbundle import architecture_parser
-from splitbundle.architecture import MAX_LAYERS, Architecture
 from splitbundle.errors import BundleError, quoted
+from splitbundle.format.architecture.decoder import MAX_LAYERS, Architecture
+from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle_converter.composites import family_hint
 from splitbundle_converter.config_reader import ConfigReader
 from splitbundle_converter.families import FAMILIES
@@ -43,7 +43,7 @@ def read_configuration(found: Configuration) -> tuple[Family, Architecture, dict
     architecture = family.facts(reader)
     reader.finish()
     # What is written must be what a reader takes: the same rules, before a byte is written.
-    return family, architecture_parser.parse(architecture.to_bytes()), values
+    return family, parse_architecture(architecture.to_bytes()), values
 
 
 def resolve(found: Configuration) -> Any:

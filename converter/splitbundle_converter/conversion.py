@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from splitbundle import architecture as architectures
 from splitbundle import tokenizer_rules, torch_weights
-from splitbundle.architecture import Architecture, count
 from splitbundle.bundle import Bundle
 from splitbundle.errors import quoted
+from splitbundle.format.architecture import decoder as architectures
+from splitbundle.format.architecture.decoder import Architecture, count
 from splitbundle.format.weight_layout import Tensor as Stored
 from splitbundle.manifest import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
 from splitbundle.opening import open_bundle

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias, TypeVar
 
-from splitbundle.architecture import (
+from splitbundle.format.architecture.decoder import (
     MAX_LAYERS,
     Alibi,
     Architecture,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from splitbundle.architecture import Alibi, Architecture, Rotary, Sinusoidal, Unscaled
+from splitbundle.format.architecture.decoder import Alibi, Architecture, Rotary, Sinusoidal, Unscaled
 from splitbundle_converter.config_reader import INERT, TRAINING, ConfigReader
 from splitbundle_converter.decoder_facts import (
     TORCH_EPS,

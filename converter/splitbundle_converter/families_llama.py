@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from splitbundle.architecture import MAX_LAYERS, Architecture, QueryTemperature, Rotary, Unscaled
+from splitbundle.format.architecture.decoder import MAX_LAYERS, Architecture, QueryTemperature, Rotary, Unscaled
 from splitbundle_converter.config_reader import TRAINING, ConfigReader
 from splitbundle_converter.decoder_facts import (
     TORCH_EPS,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from splitbundle.architecture import Architecture
+from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.manifest import SourceName
 from splitbundle_converter.config_reader import ConfigReader
 from splitbundle_converter.decoder_facts import Facts

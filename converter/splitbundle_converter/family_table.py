@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from splitbundle.architecture import Alibi, Architecture, LayerKind, Learned, Rotary, Sinusoidal, Unscaled
+from splitbundle.format.architecture.decoder import (
+    Alibi,
+    Architecture,
+    LayerKind,
+    Learned,
+    Rotary,
+    Sinusoidal,
+    Unscaled,
+)
 from splitbundle_converter.config_reader import ConfigReader
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.source import quiet

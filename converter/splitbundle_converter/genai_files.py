@@ -11,9 +11,9 @@ from pathlib import Path
 
 import onnx
 
-from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format import strict_json
+from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.genai import GENAI, INPUTS, LOGITS, configuration, graphs
 from splitbundle.manifest import FILE, File, Graph, Manifest
 from splitbundle_converter import write

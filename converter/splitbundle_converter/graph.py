@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy
 from onnx import ModelProto
 
-from splitbundle import architecture as facts
-from splitbundle.architecture import Alibi, Architecture, Learned, Rotary, Sinusoidal
+from splitbundle.format.architecture import decoder as facts
+from splitbundle.format.architecture.decoder import Alibi, Architecture, Learned, Rotary, Sinusoidal
 from splitbundle.format.graph import next_name, ports
 from splitbundle.format.selection import Selection
 from splitbundle.format.weight_layout import Stored

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from splitbundle.architecture import Alibi, Dynamic, LongRope, QueryTemperature, Rotary
+from splitbundle.format.architecture.decoder import Alibi, Dynamic, LongRope, QueryTemperature, Rotary
 from splitbundle.torch_positions import Reach, frequencies, slopes
 from splitbundle_converter.graph_builder import GraphBuilder
 

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 import torch
 
-from splitbundle import architecture_parser
-from splitbundle.architecture import Architecture, Head
 from splitbundle.errors import BundleError, quoted
+from splitbundle.format.architecture.decoder import Architecture, Head
+from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.manifest import EMBEDDING, SourceName, expand, row_sources
 from splitbundle_converter.composites import COMPOSITES, INERT, LANGUAGE, TEXT, Composite, text_type
 from splitbundle_converter.config_reader import ConfigReader
@@ -138,7 +138,7 @@ def read_language_part(source: Source) -> LanguagePart:
         architecture = _with_head(architecture, tied=_equal(source, family, architecture, base, head))
     architecture, not_applied = _applied(architecture, composite)
     # What is written must be what a reader takes: the same rules, before a byte is written.
-    architecture = architecture_parser.parse(architecture.to_bytes())
+    architecture = parse_architecture(architecture.to_bytes())
     outer = base.removesuffix(family.prefix) if base.endswith(f".{family.prefix}") else ""
     renamed, own_names = _renamed(family, architecture, base, outer, head)
     part = copy.copy(source)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from splitbundle.architecture import Architecture
+from splitbundle.format.architecture.decoder import Architecture
 from splitbundle_converter.family import Family
 
 LISTS: Final = ("layers", "h", "blocks")

@@ -6,7 +6,17 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from splitbundle.architecture import Dynamic, Linear, Llama3, LongRope, Proportional, Rotary, Scaling, Unscaled, Yarn
+from splitbundle.format.architecture.decoder import (
+    Dynamic,
+    Linear,
+    Llama3,
+    LongRope,
+    Proportional,
+    Rotary,
+    Scaling,
+    Unscaled,
+    Yarn,
+)
 from splitbundle_converter.config_reader import ConfigReader
 
 

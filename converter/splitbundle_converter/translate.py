@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.fields import MAX_PROBLEMS
 from splitbundle.manifest import EMBEDDING, ROW, SourceName, expand, row_sources
 from splitbundle_converter.family import Family

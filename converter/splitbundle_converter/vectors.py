@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from splitbundle.architecture import Architecture, count
+from splitbundle.format.architecture.decoder import Architecture, count
 from splitbundle.torch_weights import DTYPES
 from splitbundle_converter.configuration import resolve
 from splitbundle_converter.family import Family

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from splitbundle import manifest, manifest_parser, manifest_rules
-from splitbundle.architecture import Architecture, count
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
 from splitbundle.format import names, weight_layout
+from splitbundle.format.architecture.decoder import Architecture, count
 from splitbundle.format.weight_layout import Tensor as Stored
 from splitbundle.manifest import File, Manifest, Shard, Storage
 from splitbundle.storage import files

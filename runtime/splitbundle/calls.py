@@ -10,8 +10,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 
-from splitbundle.architecture import Architecture, Dynamic, LongRope
 from splitbundle.errors import BundleError, Problem
+from splitbundle.format.architecture.decoder import Architecture, Dynamic, LongRope
 
 
 def whole(value: object) -> int | None:

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any, Final
 
-from splitbundle.architecture import FILE as ARCHITECTURE_FILE
 from splitbundle.format import names, strict_json
+from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE_FILE
 from splitbundle.records import as_dict, field, members, record, replace
 from splitbundle.version import FORMAT_VERSION
 

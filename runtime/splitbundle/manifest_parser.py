@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from splitbundle import manifest_rules as rules
-from splitbundle.architecture import MAX_SIZE
 from splitbundle.errors import quoted
 from splitbundle.format import names, strict_json
+from splitbundle.format.architecture.decoder import MAX_SIZE
 from splitbundle.format.fields import Field, Problems
 from splitbundle.manifest import (
     BOUNDARY_TENSORS,

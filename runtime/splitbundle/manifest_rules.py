@@ -6,9 +6,9 @@ import re
 from math import prod
 from typing import Final
 
-from splitbundle.architecture import FILE as ARCHITECTURE_FILE
-from splitbundle.architecture import Architecture, count
 from splitbundle.errors import quoted
+from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE_FILE
+from splitbundle.format.architecture.decoder import Architecture, count
 from splitbundle.format.fields import Problems, escape
 from splitbundle.format.graph import OPSET, ports
 from splitbundle.format.weight_layout import ITEM_SIZES

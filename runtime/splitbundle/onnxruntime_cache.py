@@ -9,8 +9,8 @@ from typing import Any, Final
 import numpy
 import onnxruntime
 
-from splitbundle.architecture import Architecture
 from splitbundle.calls import Call, Slots
+from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.graph import cache_names, cache_sizes, next_name
 
 BLOCK: Final = 64

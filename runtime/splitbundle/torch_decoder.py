@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
-from splitbundle import architecture as facts
+from splitbundle.format.architecture import decoder as facts
 from splitbundle.torch_linear import activated, fuses, linear, multiplied
 from splitbundle.torch_positions import KVCache, Positions, Reach
 

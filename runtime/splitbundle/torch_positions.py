@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from splitbundle.architecture import (
+from splitbundle.calls import Call, Slots
+from splitbundle.format.architecture.decoder import (
     Alibi,
     Architecture,
     Dynamic,
@@ -21,7 +22,6 @@ from splitbundle.architecture import (
     Rotary,
     Yarn,
 )
-from splitbundle.calls import Call, Slots
 
 
 class Reach(NamedTuple):

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from splitbundle import architecture as architectures
 from splitbundle import graph_rules, manifest, tokenizer_rules
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import genai, names, strict_json
+from splitbundle.format.architecture import decoder as architectures
 from splitbundle.records import record
 from splitbundle.storage import files
 from splitbundle.storage.documents import is_of_another_manifest

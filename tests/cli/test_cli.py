@@ -169,8 +169,9 @@ def relist(root: Path, path: str, data: bytes, bundle: splitbundle.Bundle) -> No
     """Changes a file, and everything that says what it must be."""
     from dataclasses import replace
 
-    from splitbundle import architecture_parser, manifest
+    from splitbundle import manifest
     from splitbundle.format import names
+    from splitbundle.format.architecture.parser import parse_architecture
     from splitbundle_converter import write
 
     files = {**bundle.manifest.files, path: write.write_file(root, path, data)}
@@ -180,7 +181,7 @@ def relist(root: Path, path: str, data: bytes, bundle: splitbundle.Bundle) -> No
         architecture=manifest.identity(data),
         fingerprint=manifest.fingerprint(files, bundle.manifest.weight_files()),
     )
-    write.finish(root, replace(bundle.manifest, files=files, model=model), architecture_parser.parse(data))
+    write.finish(root, replace(bundle.manifest, files=files, model=model), parse_architecture(data))
 
 
 def test_generate(bundle: Path) -> None:

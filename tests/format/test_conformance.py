@@ -13,9 +13,10 @@ import pytest
 
 import splitbundle_schemas
 from conformance.documents import base, document
-from splitbundle import architecture_parser, manifest_parser, manifest_rules
+from splitbundle import manifest_parser, manifest_rules
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format import strict_json
+from splitbundle.format.architecture.parser import parse_architecture
 from tests.support.paths import TESTS
 
 HERE = TESTS / "conformance"
@@ -33,10 +34,10 @@ def problems(vector: dict[str, Any], data: bytes) -> list[Problem]:
     """What the reader says of a document, beside the other one of its base."""
     try:
         if vector["document"] == "architecture":
-            architecture_parser.parse(data)
+            parse_architecture(data)
         else:
             parsed = manifest_parser.parse(data)
-            manifest_rules.check_against(parsed, architecture_parser.parse(base(vector["base"], "architecture")))
+            manifest_rules.check_against(parsed, parse_architecture(base(vector["base"], "architecture")))
     except BundleError as error:
         return list(error.problems)
     return []
@@ -97,7 +98,7 @@ def test_vectors_have_the_members_that_their_readme_names(verdict: str) -> None:
 @pytest.mark.parametrize("name", BASES)
 def test_bases_are_taken_and_are_in_canonical_form(name: str) -> None:
     data = {kind: base(name, kind) for kind in KINDS}
-    manifest, architecture = manifest_parser.parse(data["manifest"]), architecture_parser.parse(data["architecture"])
+    manifest, architecture = manifest_parser.parse(data["manifest"]), parse_architecture(data["architecture"])
     manifest_rules.check_against(manifest, architecture)
     for kind, validator in VALIDATORS.items():
         validator.validate(json.loads(data[kind]))
@@ -176,10 +177,10 @@ def _layers(count: int) -> bytes:
 
 @pytest.mark.rule("SB-A-006", "SB-M-040")
 def test_the_deepest_model_and_a_unit_number_of_four_digits() -> None:
-    deepest = architecture_parser.parse(_layers(10_000))
+    deepest = parse_architecture(_layers(10_000))
     assert deepest.units()[1:3] == ("layer-0000", "layer-0001")
-    assert architecture_parser.parse(_layers(1001)).units()[1000:] == ("layer-0999", "layer-1000", "head")
-    assert architecture_parser.parse(_layers(1000)).units()[1000:] == ("layer-999", "head")
+    assert parse_architecture(_layers(1001)).units()[1000:] == ("layer-0999", "layer-1000", "head")
+    assert parse_architecture(_layers(1000)).units()[1000:] == ("layer-999", "head")
     start = time.process_time()
     with pytest.raises(BundleError, match="missing a list of"):
         manifest_rules.check_against(manifest_parser.parse(base("gpt2", "manifest")), deepest)

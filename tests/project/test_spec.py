@@ -21,9 +21,10 @@ import pytest
 import torch
 
 import splitbundle_schemas
-from splitbundle import architecture as architectures
-from splitbundle import architecture_parser, manifest_parser
+from splitbundle import manifest_parser
 from splitbundle.errors import BundleError
+from splitbundle.format.architecture import decoder as architectures
+from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.manifest import SourceName
 from splitbundle.torch_decoder import ACTIVATIONS, Embedding, Head, Layer, Norm, Xielu
 from splitbundle.torch_pipeline import Session
@@ -330,7 +331,7 @@ def schema_fields(document: str, instance: Any, pointer: str) -> set[str]:
 def parser_problems(document: str, value: Any) -> tuple[Any, ...]:
     data = json.dumps(value).encode("utf-8")
     with pytest.raises(BundleError) as raised_:
-        (manifest_parser if document == "manifest" else architecture_parser).parse(data)
+        (manifest_parser if document == "manifest" else parse_architecture).parse(data)
     return raised_.value.problems
 
 
@@ -548,7 +549,7 @@ def facts(name: str) -> architectures.Architecture:
     value = json.loads((BASES / f"{base}.architecture.json").read_text("utf-8"))
     if name in VARIANTS:
         VARIANTS[name](value, value["layer_kinds"]["full"], value["layer_kinds"]["sliding"])
-    return architecture_parser.parse(json.dumps(value).encode("ascii"))
+    return parse_architecture(json.dumps(value).encode("ascii"))
 
 
 def test_bases_and_variants_have_every_choice() -> None:

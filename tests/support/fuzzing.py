@@ -36,9 +36,10 @@ Target = Callable[[bytes], object]
 
 def manifest_target() -> Target:
     """Beside the architecture of its base."""
-    from splitbundle import architecture_parser, manifest_parser, manifest_rules
+    from splitbundle import manifest_parser, manifest_rules
+    from splitbundle.format.architecture.parser import parse_architecture
 
-    architecture = architecture_parser.parse((BUNDLE / "architecture.json").read_bytes())
+    architecture = parse_architecture((BUNDLE / "architecture.json").read_bytes())
 
     def run(data: bytes) -> None:
         manifest_rules.check_against(manifest_parser.parse(data), architecture)
@@ -47,9 +48,9 @@ def manifest_target() -> Target:
 
 
 def architecture_target() -> Target:
-    from splitbundle import architecture_parser
+    from splitbundle.format.architecture.parser import parse_architecture
 
-    return architecture_parser.parse
+    return parse_architecture
 
 
 def weights_target() -> Target:

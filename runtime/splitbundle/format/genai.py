@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from splitbundle import graph_rules
-from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import strict_json
+from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.graph import OPSET, next_name
 from splitbundle.manifest import Graph, Manifest, Port, Shard
 from splitbundle.storage import files

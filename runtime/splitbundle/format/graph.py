@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from splitbundle.architecture import Architecture
+from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.manifest import Port
 
 OPSET = 24

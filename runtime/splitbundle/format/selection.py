@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from splitbundle.architecture import Architecture
 from splitbundle.calls import whole
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.manifest import Shard
 from splitbundle.records import record
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from splitbundle import architecture as architectures
-from splitbundle import architecture_parser, manifest, manifest_parser, manifest_rules
-from splitbundle.architecture import Architecture
+from splitbundle import manifest, manifest_parser, manifest_rules
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import names, strict_json
+from splitbundle.format.architecture import decoder as architectures
+from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.manifest import Manifest
 from splitbundle.storage import files
 
@@ -37,7 +38,7 @@ def read_documents(root: Path, id: str | None = None) -> Documents:  # noqa: A00
         BundleError: every problem of either file; ``file.digest`` where the id differs.
     """
     data, parsed, document = _read_both(root, id)
-    architecture = architecture_parser.parse(document)
+    architecture = parse_architecture(document)
     manifest_rules.check_against(parsed, architecture)
     return Documents(parsed, architecture, manifest.identity(data))
 

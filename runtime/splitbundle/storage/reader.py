@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from splitbundle.architecture import Architecture
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import selection, weight_layout
+from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.selection import Selection
 from splitbundle.manifest import Manifest, Shard
 from splitbundle.storage import files

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import splitbundle_converter
 from splitbundle import Bundle, BundleError, torch_linear
-from splitbundle.architecture import (
+from splitbundle.format.architecture.decoder import (
     Alibi,
     Architecture,
     Attention,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from splitbundle.architecture import Learned, Llama3, Rotary, count
+from splitbundle.format.architecture.decoder import Learned, Llama3, Rotary, count
 from splitbundle_converter.conversion import read_architecture
 from splitbundle_converter.source import Source
 

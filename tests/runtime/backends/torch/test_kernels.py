@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import splitbundle
-from splitbundle import architecture as facts
 from splitbundle import torch_linear
+from splitbundle.format.architecture import decoder as facts
 from splitbundle.torch_decoder import ACTIVATIONS, Linear, Mlp
 from splitbundle.torch_linear import linear, with_kernels_for
 

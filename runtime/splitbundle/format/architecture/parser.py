@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from splitbundle.architecture import (
+from splitbundle.errors import quoted
+from splitbundle.format import strict_json
+from splitbundle.format.architecture.decoder import (
     ACTIVATIONS,
     FILE,
     MAX_LAYERS,
@@ -38,8 +40,6 @@ from splitbundle.architecture import (
     Unscaled,
     Yarn,
 )
-from splitbundle.errors import quoted
-from splitbundle.format import strict_json
 from splitbundle.format.fields import Field, Problems
 from splitbundle.records import types
 from splitbundle.version import ARCHITECTURE_VERSION
@@ -47,7 +47,7 @@ from splitbundle.version import ARCHITECTURE_VERSION
 _KIND_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
-def parse(data: bytes) -> Architecture:
+def parse_architecture(data: bytes) -> Architecture:
     """Reads ``architecture.json``.
 
     Raises:
