@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from splitbundle.manifest import File
+from splitbundle.format.manifest.document import File
 from splitbundle.records import as_dict, field, members, record, replace, types
 
 

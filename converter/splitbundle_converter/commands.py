@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import splitbundle_converter
-from splitbundle import manifest
 from splitbundle.bundle import Bundle
 from splitbundle.commands import integers, positive
 from splitbundle.console import Command, Console
 from splitbundle.errors import MissingExtra
+from splitbundle.format.manifest import document
 from splitbundle_converter.composites import EXTENSION, LANGUAGE
 
-DTYPES: Final = ("keep", *manifest.DTYPES)
+DTYPES: Final = ("keep", *document.DTYPES)
 LIBRARIES: Final = ("torch", "transformers", "safetensors", "jsonschema", "huggingface_hub", "numpy")
 
 

@@ -17,8 +17,8 @@ from splitbundle.bundle import Bundle
 from splitbundle.errors import quoted
 from splitbundle.format.architecture import decoder as architectures
 from splitbundle.format.architecture.decoder import Architecture, count
+from splitbundle.format.manifest.document import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
 from splitbundle.format.weight_layout import Tensor as Stored
-from splitbundle.manifest import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
 from splitbundle.opening import open_bundle
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import VECTORS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from splitbundle.format.architecture.decoder import Architecture
-from splitbundle.manifest import SourceName
+from splitbundle.format.manifest.document import SourceName
 from splitbundle_converter.config_reader import ConfigReader
 from splitbundle_converter.decoder_facts import Facts
 

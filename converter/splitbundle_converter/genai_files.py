@@ -15,7 +15,7 @@ from splitbundle.errors import BundleError, Problem
 from splitbundle.format import strict_json
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.genai import GENAI, INPUTS, LOGITS, configuration, graphs
-from splitbundle.manifest import FILE, File, Graph, Manifest
+from splitbundle.format.manifest.document import FILE, File, Graph, Manifest
 from splitbundle_converter import write
 from splitbundle_converter.graph_builder import GraphBuilder
 

@@ -9,8 +9,8 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 from splitbundle.format.graph import IR_VERSION, OPSET
 from splitbundle.format.graph_operators import CODES
+from splitbundle.format.manifest.document import Port
 from splitbundle.format.weight_layout import Stored
-from splitbundle.manifest import Port
 
 
 class GraphBuilder:

@@ -14,8 +14,8 @@ from onnx import shape_inference
 from splitbundle import graph_rules
 from splitbundle.bundle import Bundle
 from splitbundle.format.graph import OPSET, ports
+from splitbundle.format.manifest.document import VARIANTS, File, Graph, Shard
 from splitbundle.format.names import CARD
-from splitbundle.manifest import VARIANTS, File, Graph, Shard
 from splitbundle.opening import open_bundle
 from splitbundle_converter import graph, write
 from splitbundle_converter.genai_files import write_genai

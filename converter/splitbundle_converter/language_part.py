@@ -13,7 +13,7 @@ import torch
 from splitbundle.errors import BundleError, quoted
 from splitbundle.format.architecture.decoder import Architecture, Head
 from splitbundle.format.architecture.parser import parse_architecture
-from splitbundle.manifest import EMBEDDING, SourceName, expand, row_sources
+from splitbundle.format.manifest.document import EMBEDDING, SourceName, expand, row_sources
 from splitbundle_converter.composites import COMPOSITES, INERT, LANGUAGE, TEXT, Composite, text_type
 from splitbundle_converter.config_reader import ConfigReader
 from splitbundle_converter.configuration import build, check_counts, readable

@@ -18,7 +18,7 @@ from typing import BinaryIO, Final
 
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format import strict_json
-from splitbundle.manifest import FILE
+from splitbundle.format.manifest.document import FILE
 from splitbundle.storage import files
 from splitbundle.storage.recovery import alone, is_old_bundle, mend, place_of_old
 

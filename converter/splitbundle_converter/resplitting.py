@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from splitbundle import manifest
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import strict_json
 from splitbundle.format.genai import GENAI
+from splitbundle.format.manifest import document
+from splitbundle.format.manifest.document import identity
 from splitbundle.format.names import CARD
-from splitbundle.manifest import identity
 from splitbundle.opening import open_bundle
 from splitbundle.storage.files import FETCH, Progress, check_digest, missing, open_file, read_file, sha256
 from splitbundle_converter import write
@@ -116,7 +116,7 @@ def _identity(bundle: Bundle) -> tuple[int, int]:
 
 def _check_unchanged(old: Bundle, before: tuple[int, int]) -> None:
     """Refuses to go on where some files may be of one bundle and some of another."""
-    if _identity(old) != before or identity(read_file(old.path, manifest.FILE, strict_json.MAX_BYTES)) != old.id:
+    if _identity(old) != before or identity(read_file(old.path, document.FILE, strict_json.MAX_BYTES)) != old.id:
         expected, hint = "the bundle that was opened, until it is copied", "Run this again"
         got = "another one, which replaced it meanwhile"
         raise BundleError(Problem(code="file.changed", file=str(old.path), expected=expected, got=got, hint=hint))

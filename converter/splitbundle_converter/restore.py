@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from splitbundle.bundle import Bundle
-from splitbundle.manifest import expand
+from splitbundle.format.manifest.document import expand
 from splitbundle.torch_weights import map_tensors
 from splitbundle_converter.translate import put_together
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from splitbundle.errors import BundleError, quoted
 from splitbundle.format import strict_json
+from splitbundle.format.manifest.document import DTYPES
 from splitbundle.format.weight_layout import CODES
-from splitbundle.manifest import DTYPES
 from splitbundle.storage.files import MAX_TEXT_BYTES
 from splitbundle_converter.place import Place
 from splitbundle_converter.refusal import line, refused

@@ -12,7 +12,7 @@ from torch import Tensor
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.fields import MAX_PROBLEMS
-from splitbundle.manifest import EMBEDDING, ROW, SourceName, expand, row_sources
+from splitbundle.format.manifest.document import EMBEDDING, ROW, SourceName, expand, row_sources
 from splitbundle_converter.family import Family
 from splitbundle_converter.heads import wrong_head
 from splitbundle_converter.refusal import problem

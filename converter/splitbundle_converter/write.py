@@ -15,13 +15,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from splitbundle import manifest, manifest_parser, manifest_rules
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
 from splitbundle.format import names, weight_layout
 from splitbundle.format.architecture.decoder import Architecture, count
+from splitbundle.format.manifest import document, rules
+from splitbundle.format.manifest.document import File, Manifest, Shard, Storage
+from splitbundle.format.manifest.parser import parse_manifest
 from splitbundle.format.weight_layout import Tensor as Stored
-from splitbundle.manifest import File, Manifest, Shard, Storage
 from splitbundle.storage import files
 from splitbundle_converter.refusal import refused
 
@@ -177,12 +178,12 @@ def finish(root: Path, draft: Manifest, architecture: Architecture) -> Manifest:
     listed = {**draft.files, names.CARD: write_file(root, names.CARD, card(draft, architecture))}
     complete = replace(draft, files=dict(sorted(listed.items())))
     data = complete.to_bytes()
-    manifest_rules.check_against(manifest_parser.parse(data), architecture)
+    rules.check_against(parse_manifest(data), architecture)
     check_schemas(data, architecture.to_bytes())
-    write_file(root, manifest.FILE, data)
+    write_file(root, document.FILE, data)
     lines = {path: file.sha256 for path, file in complete.files.items()}
-    lines[manifest.FILE] = hashlib.sha256(data).hexdigest()
-    sums = "".join(manifest.sums_line(lines[path], path) for path in sorted(lines))
+    lines[document.FILE] = hashlib.sha256(data).hexdigest()
+    sums = "".join(document.sums_line(lines[path], path) for path in sorted(lines))
     write_file(root, names.SUMS, sums.encode("ascii"))
     return complete
 
@@ -205,7 +206,7 @@ class GraphWriter:
         Raises:
             BundleError: ``usage.onnx``.
         """
-        dtype = manifest.VARIANTS[self.variant]
+        dtype = document.VARIANTS[self.variant]
         others = [stored for stored in storage.dtypes if stored != dtype]
         if self.variant != "standard" and others:
             expected = f"weights that are all stored as {dtype}, for graphs that compute in it"
@@ -229,10 +230,10 @@ def graph_writer(onnx: bool | str, *, genai: bool = False) -> GraphWriter | None
     if not onnx and not genai:
         return None
     variant = onnx if isinstance(onnx, str) else "standard"
-    if variant not in manifest.VARIANTS:
+    if variant not in document.VARIANTS:
         hint = "Weights in bfloat16 are widened to float32 by the standard graphs: onnxruntime can't multiply bfloat16"
         told = hint if variant == "bfloat16" else None
-        raise refused("usage.onnx", None, " or ".join(manifest.VARIANTS), quoted(variant), argument="onnx", hint=told)
+        raise refused("usage.onnx", None, " or ".join(document.VARIANTS), quoted(variant), argument="onnx", hint=told)
     for library in ("onnx", "onnxruntime"):  # the second checks what the graphs compute
         if importlib.util.find_spec(library) is None:
             raise MissingExtra.of(library, "onnx", "make graphs")

@@ -14,7 +14,7 @@ from splitbundle.bundle import Bundle
 from splitbundle.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, Problem, VerificationError
 from splitbundle.format import names
-from splitbundle.manifest import BOUNDARY_TENSORS
+from splitbundle.format.manifest.document import BOUNDARY_TENSORS
 from splitbundle.opening import open_bundle
 from splitbundle.records import as_dict
 

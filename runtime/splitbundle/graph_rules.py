@@ -15,9 +15,9 @@ from splitbundle import graph_reader as reader
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.graph import IR_VERSION
 from splitbundle.format.graph_operators import CODES, KINDS, OPERATORS, VALUES, Operator
+from splitbundle.format.manifest.document import EMBEDDING, Graph, Port, Shard
 from splitbundle.format.weight_layout import ITEM_SIZES, Stored
 from splitbundle.graph_reader import Message, Place, Reader
-from splitbundle.manifest import EMBEDDING, Graph, Port, Shard
 from splitbundle.storage import files
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from splitbundle import graph_rules
 from splitbundle.calls import Call
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.graph import cache_names
-from splitbundle.manifest import VARIANTS
+from splitbundle.format.manifest.document import VARIANTS
 from splitbundle.onnxruntime_cache import KVCache
 from splitbundle.stages import Given, LogitsWanted, StageSurface
 
 if TYPE_CHECKING:
+    from splitbundle.format.manifest.document import Shard
     from splitbundle.format.selection import Selection
-    from splitbundle.manifest import Shard
     from splitbundle.storage.reader import BundleReader
 
 FOLDER: Final = "session.model_external_initializers_file_folder_path"

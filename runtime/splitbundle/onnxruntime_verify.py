@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from splitbundle import golden
-from splitbundle.manifest import VARIANTS
+from splitbundle.format.manifest.document import VARIANTS
 from splitbundle.onnxruntime_stage import load_stages
 from splitbundle.storage.reader import VECTORS
 

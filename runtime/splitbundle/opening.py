@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from splitbundle import manifest
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.format.manifest import document
 from splitbundle.storage import files
 from splitbundle.storage.documents import read_documents
 from splitbundle.storage.recovery import mend
@@ -42,7 +42,7 @@ def open_bundle(
     there = ""
     try:
         mend(root)
-        if not (root / manifest.FILE).exists():
+        if not (root / document.FILE).exists():
             there = "a directory without it" if root.is_dir() else "a file" if root.exists() else "nothing there"
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
@@ -53,7 +53,7 @@ def open_bundle(
             Problem(
                 code="file.missing",
                 file=str(path),
-                expected=f"a bundle, a directory with a {manifest.FILE}",
+                expected=f"a bundle, a directory with a {document.FILE}",
                 got=there,
                 hint="splitbundle convert SOURCE -o NAME.splitbundle makes one",
             )

@@ -10,17 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from splitbundle import graph_rules, manifest, tokenizer_rules
+from splitbundle import graph_rules, tokenizer_rules
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import genai, names, strict_json
 from splitbundle.format.architecture import decoder as architectures
+from splitbundle.format.manifest import document
 from splitbundle.records import record
 from splitbundle.storage import files
 from splitbundle.storage.documents import is_of_another_manifest
 from splitbundle.storage.files import Progress
 
 if TYPE_CHECKING:
-    from splitbundle.manifest import Shard
+    from splitbundle.format.manifest.document import Shard
     from splitbundle.storage.reader import BundleReader
 
 
@@ -57,7 +58,7 @@ def verify(bundle: BundleReader, shard: str | None, *, exact: bool, progress: Pr
                 good.difference_update(paths)
     unlisted: list[str] = []
     try:
-        unlisted = files.unlisted(bundle.path, {*bundle.manifest.files, manifest.FILE, names.SUMS})
+        unlisted = files.unlisted(bundle.path, {*bundle.manifest.files, document.FILE, names.SUMS})
     except BundleError as error:
         problems += error.problems
     if exact:
@@ -119,9 +120,9 @@ def _files(bundle: BundleReader, shard: Shard) -> list[str]:
 
 
 def _check_sums(bundle: BundleReader) -> list[Problem]:
-    lines = {path: manifest.sums_line(file.sha256, path) for path, file in bundle.manifest.files.items()}
+    lines = {path: document.sums_line(file.sha256, path) for path, file in bundle.manifest.files.items()}
     digest = bundle.id.removeprefix("sha256:")
-    lines[manifest.FILE] = manifest.sums_line(digest, manifest.FILE)
+    lines[document.FILE] = document.sums_line(digest, document.FILE)
     try:
         data = files.read_file(bundle.path, names.SUMS, strict_json.MAX_BYTES)
     except BundleError as error:
@@ -135,7 +136,7 @@ def _check_sums(bundle: BundleReader) -> list[Problem]:
     return [
         Problem(
             code="sums.mismatch",
-            file=manifest.FILE if is_of_another_manifest(got, digest) else names.SUMS,
+            file=document.FILE if is_of_another_manifest(got, digest) else names.SUMS,
             expected=quoted(expected[off], 160) if off < len(expected) else end,
             got=quoted(got[off], 160) if off < len(got) else end,
         )

@@ -169,17 +169,17 @@ def relist(root: Path, path: str, data: bytes, bundle: splitbundle.Bundle) -> No
     """Changes a file, and everything that says what it must be."""
     from dataclasses import replace
 
-    from splitbundle import manifest
     from splitbundle.format import names
     from splitbundle.format.architecture.parser import parse_architecture
+    from splitbundle.format.manifest import document
     from splitbundle_converter import write
 
     files = {**bundle.manifest.files, path: write.write_file(root, path, data)}
     files.pop(names.CARD)
     model = replace(
         bundle.manifest.model,
-        architecture=manifest.identity(data),
-        fingerprint=manifest.fingerprint(files, bundle.manifest.weight_files()),
+        architecture=document.identity(data),
+        fingerprint=document.fingerprint(files, bundle.manifest.weight_files()),
     )
     write.finish(root, replace(bundle.manifest, files=files, model=model), parse_architecture(data))
 

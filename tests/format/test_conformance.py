@@ -13,10 +13,11 @@ import pytest
 
 import splitbundle_schemas
 from conformance.documents import base, document
-from splitbundle import manifest_parser, manifest_rules
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format import strict_json
 from splitbundle.format.architecture.parser import parse_architecture
+from splitbundle.format.manifest import rules
+from splitbundle.format.manifest.parser import parse_manifest
 from tests.support.paths import TESTS
 
 HERE = TESTS / "conformance"
@@ -36,8 +37,8 @@ def problems(vector: dict[str, Any], data: bytes) -> list[Problem]:
         if vector["document"] == "architecture":
             parse_architecture(data)
         else:
-            parsed = manifest_parser.parse(data)
-            manifest_rules.check_against(parsed, parse_architecture(base(vector["base"], "architecture")))
+            parsed = parse_manifest(data)
+            rules.check_against(parsed, parse_architecture(base(vector["base"], "architecture")))
     except BundleError as error:
         return list(error.problems)
     return []
@@ -98,8 +99,8 @@ def test_vectors_have_the_members_that_their_readme_names(verdict: str) -> None:
 @pytest.mark.parametrize("name", BASES)
 def test_bases_are_taken_and_are_in_canonical_form(name: str) -> None:
     data = {kind: base(name, kind) for kind in KINDS}
-    manifest, architecture = manifest_parser.parse(data["manifest"]), parse_architecture(data["architecture"])
-    manifest_rules.check_against(manifest, architecture)
+    manifest, architecture = parse_manifest(data["manifest"]), parse_architecture(data["architecture"])
+    rules.check_against(manifest, architecture)
     for kind, validator in VALIDATORS.items():
         validator.validate(json.loads(data[kind]))
     assert manifest.to_bytes() == data["manifest"]
@@ -183,7 +184,7 @@ def test_the_deepest_model_and_a_unit_number_of_four_digits() -> None:
     assert parse_architecture(_layers(1000)).units()[1000:] == ("layer-999", "head")
     start = time.process_time()
     with pytest.raises(BundleError, match="missing a list of"):
-        manifest_rules.check_against(manifest_parser.parse(base("gpt2", "manifest")), deepest)
+        rules.check_against(parse_manifest(base("gpt2", "manifest")), deepest)
     assert time.process_time() - start < 2
 
 

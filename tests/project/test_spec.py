@@ -21,11 +21,11 @@ import pytest
 import torch
 
 import splitbundle_schemas
-from splitbundle import manifest_parser
 from splitbundle.errors import BundleError
 from splitbundle.format.architecture import decoder as architectures
 from splitbundle.format.architecture.parser import parse_architecture
-from splitbundle.manifest import SourceName
+from splitbundle.format.manifest.document import SourceName
+from splitbundle.format.manifest.parser import parse_manifest
 from splitbundle.torch_decoder import ACTIVATIONS, Embedding, Head, Layer, Norm, Xielu
 from splitbundle.torch_pipeline import Session
 from splitbundle.torch_positions import KVCache, Positions, Reach, frequencies
@@ -331,7 +331,7 @@ def schema_fields(document: str, instance: Any, pointer: str) -> set[str]:
 def parser_problems(document: str, value: Any) -> tuple[Any, ...]:
     data = json.dumps(value).encode("utf-8")
     with pytest.raises(BundleError) as raised_:
-        (manifest_parser if document == "manifest" else parse_architecture).parse(data)
+        (parse_manifest if document == "manifest" else parse_architecture)(data)
     return raised_.value.problems
 
 
@@ -348,7 +348,7 @@ def test_the_worked_example_can_be_recomputed(tmp_path: Path) -> None:
         data = (BASES / f"gpt2.{kind}.json").read_bytes()
         assert digests[f"{kind}.json"] == hashlib.sha256(data).hexdigest()
         (tmp_path / f"{kind}.json").write_bytes(data)
-    manifest = manifest_parser.parse((BASES / "gpt2.manifest.json").read_bytes())
+    manifest = parse_manifest((BASES / "gpt2.manifest.json").read_bytes())
     listed = {path: file.sha256 for path, file in manifest.files.items()}
     assert digests == listed | {"manifest.json": digests["manifest.json"]}
     # By the text, without the code: the lines of the architecture and of the units' files.

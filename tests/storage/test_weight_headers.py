@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from splitbundle.errors import BundleError
 from splitbundle.format import weight_layout
+from splitbundle.format.manifest.document import File
 from splitbundle.format.weight_layout import Tensor
-from splitbundle.manifest import File
 from splitbundle_converter.write import write_weights
 
 PATH = "layer-000.safetensors"

@@ -6,9 +6,9 @@ import hashlib
 from pathlib import Path
 
 from conformance.documents import base
-from splitbundle import manifest_parser
 from splitbundle.format import weight_layout
 from splitbundle.format.architecture.parser import parse_architecture
+from splitbundle.format.manifest.parser import parse_manifest
 
 
 def write_llama3(root: Path) -> Path:
@@ -17,7 +17,7 @@ def write_llama3(root: Path) -> Path:
     for kind in ("architecture", "manifest"):
         (root / f"{kind}.json").write_bytes(base("llama3", kind))
     manifest, architecture = (
-        manifest_parser.parse(base("llama3", "manifest")),
+        parse_manifest(base("llama3", "manifest")),
         parse_architecture(base("llama3", "architecture")),
     )
     for unit, shapes in architecture.unit_tensors().items():

@@ -36,13 +36,14 @@ Target = Callable[[bytes], object]
 
 def manifest_target() -> Target:
     """Beside the architecture of its base."""
-    from splitbundle import manifest_parser, manifest_rules
     from splitbundle.format.architecture.parser import parse_architecture
+    from splitbundle.format.manifest import rules
+    from splitbundle.format.manifest.parser import parse_manifest
 
     architecture = parse_architecture((BUNDLE / "architecture.json").read_bytes())
 
     def run(data: bytes) -> None:
-        manifest_rules.check_against(manifest_parser.parse(data), architecture)
+        rules.check_against(parse_manifest(data), architecture)
 
     return run
 
@@ -59,7 +60,7 @@ def weights_target() -> Target:
 
     import splitbundle
     from splitbundle.format import weight_layout
-    from splitbundle.manifest import File
+    from splitbundle.format.manifest.document import File
 
     expected = splitbundle.open(BUNDLE).stored("layer-000")
 

@@ -19,8 +19,9 @@ from typing import Final
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, TensorShapeProto, helper
 
 import splitbundle
-from splitbundle import graph_reader, graph_rules, manifest
+from splitbundle import graph_reader, graph_rules
 from splitbundle.format import names
+from splitbundle.format.manifest import document
 from splitbundle_converter.graph_files import add_graphs
 from splitbundle_converter.write import write_file
 from tests.support.bundles import write_llama3
@@ -670,12 +671,10 @@ def relist(root: Path, path: str, data: bytes) -> None:
     """Writes a file that no id depends on, and everything that says what it must be."""
     bundle = splitbundle.open(root)
     listed = {**bundle.manifest.files, path: write_file(root, path, data)}
-    document = replace(bundle.manifest, files=listed).to_bytes()
-    write_file(root, names.MANIFEST, document)
-    lines = {path: file.sha256 for path, file in listed.items()} | {
-        names.MANIFEST: hashlib.sha256(document).hexdigest()
-    }
-    sums = "".join(manifest.sums_line(lines[path], path) for path in sorted(lines))
+    changed = replace(bundle.manifest, files=listed).to_bytes()
+    write_file(root, names.MANIFEST, changed)
+    lines = {path: file.sha256 for path, file in listed.items()} | {names.MANIFEST: hashlib.sha256(changed).hexdigest()}
+    sums = "".join(document.sums_line(lines[path], path) for path in sorted(lines))
     write_file(root, names.SUMS, sums.encode("ascii"))
 
 

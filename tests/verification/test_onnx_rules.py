@@ -20,9 +20,9 @@ from onnx import ModelProto, helper
 import splitbundle
 from splitbundle import BundleError, cli, graph_reader, graph_rules
 from splitbundle.format import graph_operators
+from splitbundle.format.manifest.document import Graph
 from splitbundle.format.weight_layout import Stored
 from splitbundle.graph_reader import Schema
-from splitbundle.manifest import Graph
 from tests.support.graph_cases import CASES, SHARD, Case, changed_graph, good_bundle, relist, write_all, written
 from tests.support.models import scratch
 from tests.support.paths import ROOT, TESTS

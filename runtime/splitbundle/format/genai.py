@@ -13,7 +13,7 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import strict_json
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.graph import OPSET, next_name
-from splitbundle.manifest import Graph, Manifest, Port, Shard
+from splitbundle.format.manifest.document import Graph, Manifest, Port, Shard
 from splitbundle.storage import files
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from splitbundle.format.architecture.decoder import Architecture
-from splitbundle.manifest import Port
+from splitbundle.format.manifest.document import Port
 
 OPSET = 24
 """The ONNX operator set that graphs are written in."""

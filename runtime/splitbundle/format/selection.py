@@ -5,7 +5,7 @@ from __future__ import annotations
 from splitbundle.calls import whole
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.architecture.decoder import Architecture
-from splitbundle.manifest import Shard
+from splitbundle.format.manifest.document import Shard
 from splitbundle.records import record
 
 

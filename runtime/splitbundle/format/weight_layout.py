@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Final, NoReturn
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import names, strict_json
 from splitbundle.format.fields import Field, Problems
-from splitbundle.manifest import File
+from splitbundle.format.manifest.document import File
 from splitbundle.records import record
 from splitbundle.storage import files
 

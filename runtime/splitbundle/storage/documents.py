@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from splitbundle import manifest, manifest_parser, manifest_rules
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import names, strict_json
 from splitbundle.format.architecture import decoder as architectures
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.parser import parse_architecture
-from splitbundle.manifest import Manifest
+from splitbundle.format.manifest import document, rules
+from splitbundle.format.manifest.document import Manifest
+from splitbundle.format.manifest.parser import parse_manifest
 from splitbundle.storage import files
 
 MAX_REPLACEMENTS: Final = 8
@@ -39,15 +40,15 @@ def read_documents(root: Path, id: str | None = None) -> Documents:  # noqa: A00
     """
     data, parsed, document = _read_both(root, id)
     architecture = parse_architecture(document)
-    manifest_rules.check_against(parsed, architecture)
-    return Documents(parsed, architecture, manifest.identity(data))
+    rules.check_against(parsed, architecture)
+    return Documents(parsed, architecture, document.identity(data))
 
 
 def _read_both(root: Path, wanted: str | None) -> tuple[bytes, Manifest, bytes]:
     """The two files of one bundle. If the bundle is replaced between the two reads, both are read again."""
     data = _manifest(root, wanted)
     for more in reversed(range(MAX_REPLACEMENTS)):
-        parsed = manifest_parser.parse(data)
+        parsed = parse_manifest(data)
         try:
             listed = parsed.files[architectures.FILE]
             return data, parsed, files.read_listed(root, architectures.FILE, listed, strict_json.MAX_BYTES)
@@ -60,11 +61,11 @@ def _read_both(root: Path, wanted: str | None) -> tuple[bytes, Manifest, bytes]:
 
 
 def _manifest(root: Path, wanted: str | None) -> bytes:
-    data = files.read_file(root, manifest.FILE, strict_json.MAX_BYTES)
-    identity = manifest.identity(data)
+    data = files.read_file(root, document.FILE, strict_json.MAX_BYTES)
+    identity = document.identity(data)
     if wanted not in (None, identity):
         expected, hint = f"the bundle id {quoted(wanted)}", "It is another bundle, or a changed one"
-        raise BundleError(Problem(code="file.digest", file=manifest.FILE, expected=expected, got=identity, hint=hint))
+        raise BundleError(Problem(code="file.digest", file=document.FILE, expected=expected, got=identity, hint=hint))
     return data
 
 
@@ -74,11 +75,11 @@ def explain_mismatch(root: Path, data: bytes) -> list[Problem]:
         got = files.read_file(root, names.SUMS, strict_json.MAX_BYTES).decode("utf-8", "replace")
     except BundleError:
         return []
-    digest = manifest.identity(data).removeprefix("sha256:")
+    digest = document.identity(data).removeprefix("sha256:")
     if not is_of_another_manifest(got.splitlines(keepends=True), digest):
         return []
     expected = f"the manifest that {names.SUMS} lists"
-    return [Problem(code="sums.mismatch", file=manifest.FILE, expected=expected, got=f"one with sha256 {digest}")]
+    return [Problem(code="sums.mismatch", file=document.FILE, expected=expected, got=f"one with sha256 {digest}")]
 
 
 def is_of_another_manifest(got: list[str], digest: str) -> bool:
@@ -86,6 +87,6 @@ def is_of_another_manifest(got: list[str], digest: str) -> bool:
 
     Another manifest has a wholly different digest. Where most digits agree, the line itself is damaged.
     """
-    suffix = f"  {manifest.FILE}\n"
+    suffix = f"  {document.FILE}\n"
     theirs = next((line.removesuffix(suffix) for line in got if line.endswith(suffix)), "")
     return bool(names.SHA256.fullmatch(theirs)) and sum(a != b for a, b in zip(theirs, digest, strict=True)) > 32

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from splitbundle.errors import BundleError, Problem
-from splitbundle.manifest import File
+from splitbundle.format.manifest.document import File
 
 CHUNK: Final = 2**20
 HASHED_AT_ONCE: Final = 2**17

@@ -10,8 +10,8 @@ from typing import BinaryIO, Final
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import selection, weight_layout
 from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.manifest.document import Manifest, Shard
 from splitbundle.format.selection import Selection
-from splitbundle.manifest import Manifest, Shard
 from splitbundle.storage import files
 
 VECTORS: Final = "vectors"

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 import splitbundle_converter
 from splitbundle import Bundle, BundleError
-from splitbundle.manifest import expand
+from splitbundle.format.manifest.document import expand
 from splitbundle_converter.conversion import read_architecture
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.source import Source

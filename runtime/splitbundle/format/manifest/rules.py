@@ -11,8 +11,18 @@ from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE_FILE
 from splitbundle.format.architecture.decoder import Architecture, count
 from splitbundle.format.fields import Problems, escape
 from splitbundle.format.graph import OPSET, ports
+from splitbundle.format.manifest.document import (
+    EMBEDDING,
+    FILE,
+    ROW,
+    VARIANTS,
+    Graph,
+    Manifest,
+    Shard,
+    expand,
+    fingerprint,
+)
 from splitbundle.format.weight_layout import ITEM_SIZES
-from splitbundle.manifest import EMBEDDING, FILE, ROW, VARIANTS, Graph, Manifest, Shard, expand, fingerprint
 
 MAX_BESIDE_DATA: Final = 2**25
 """Bytes of a weight file: its header has at most half of them, which its reader checks."""

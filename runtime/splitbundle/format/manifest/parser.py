@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from splitbundle import manifest_rules as rules
 from splitbundle.errors import quoted
 from splitbundle.format import names, strict_json
 from splitbundle.format.architecture.decoder import MAX_SIZE
 from splitbundle.format.fields import Field, Problems
-from splitbundle.manifest import (
+from splitbundle.format.manifest import rules as rules
+from splitbundle.format.manifest.document import (
     BOUNDARY_TENSORS,
     DTYPES,
     ENCODINGS,
@@ -32,7 +32,7 @@ from splitbundle.records import types
 from splitbundle.version import FORMAT_VERSION
 
 
-def parse(data: bytes) -> Manifest:
+def parse_manifest(data: bytes) -> Manifest:
     """Reads ``manifest.json``, as far as it can be judged without the architecture.
 
     Raises:
