@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from splitbundle import tokenizer_rules, torch_weights
+from splitbundle import torch_weights
 from splitbundle.bundle import Bundle
 from splitbundle.errors import quoted
 from splitbundle.format.architecture import decoder as architectures
@@ -22,6 +22,7 @@ from splitbundle.format.weight_layout import Tensor as Stored
 from splitbundle.opening import open_bundle
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import VECTORS
+from splitbundle.verification import tokenizer_rules
 from splitbundle.version import __version__
 from splitbundle_converter import write
 from splitbundle_converter.commands import DTYPES

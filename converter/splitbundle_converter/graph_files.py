@@ -11,12 +11,12 @@ from typing import Final
 import onnx
 from onnx import shape_inference
 
-from splitbundle import graph_rules
 from splitbundle.bundle import Bundle
 from splitbundle.format.graph import OPSET, ports
 from splitbundle.format.manifest.document import VARIANTS, File, Graph, Shard
 from splitbundle.format.names import CARD
 from splitbundle.opening import open_bundle
+from splitbundle.verification import onnx_rules
 from splitbundle_converter import graph, write
 from splitbundle_converter.genai_files import write_genai
 from splitbundle_converter.refusal import line
@@ -57,10 +57,10 @@ def add_graphs(root: Path, variant: str, *, genai: bool = False) -> None:
 
 
 def _write(bundle: Bundle, shard: Shard, root: Path, own: Graph) -> File:
-    stored = graph_rules.stored(bundle, shard)
+    stored = onnx_rules.stored(bundle, shard)
     model = graph.build(bundle.architecture, shard, stored, VARIANTS[own.variant])
     data = model.SerializeToString(deterministic=True)
-    graph_rules.check(data, own, graph_rules.used(shard, stored))
+    onnx_rules.check(data, own, onnx_rules.used(shard, stored))
     listed = write.write_file(root, own.file, data)
     _check(root / own.file)
     shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from splitbundle.bundle import Bundle
     from splitbundle.format.selection import Selection
     from splitbundle.opening import open_bundle as open  # noqa: A004  # the name reads as it should: splitbundle.open
-    from splitbundle.verification import Verification
+    from splitbundle.verification.verify import Verification
 
 __all__ = [
     "Bundle",
@@ -37,7 +37,7 @@ __all__ = [
 _LATER = {
     "Bundle": ("splitbundle.bundle", "Bundle"),
     "Selection": ("splitbundle.format.selection", "Selection"),
-    "Verification": ("splitbundle.verification", "Verification"),
+    "Verification": ("splitbundle.verification.verify", "Verification"),
     "open": ("splitbundle.opening", "open_bundle"),
 }
 """A name -> the module that is imported when it is first asked for, and what it is called there."""

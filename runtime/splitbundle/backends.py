@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
 
 if TYPE_CHECKING:
-    from splitbundle import golden
+    from splitbundle.stages import golden
     from splitbundle.storage.files import Progress
     from splitbundle.storage.reader import BundleReader
 
@@ -106,7 +106,7 @@ def run_golden(
 
 def _run_both(bundle: BundleReader, shard: str | None, progress: Progress | None) -> list[golden.Difference]:
     """Compare each backend with the original model, and then the two with each other."""
-    from splitbundle import golden  # opening a bundle doesn't need it
+    from splitbundle.stages import golden  # opening a bundle doesn't need it
 
     torch, onnxruntime = (module(backend, "stage").load_stages for backend in BACKENDS)
     arrays = module("onnxruntime", "verify")

@@ -13,8 +13,8 @@ from splitbundle.storage.reader import BundleReader
 
 if TYPE_CHECKING:
     from splitbundle import onnxruntime_pipeline, onnxruntime_stage, torch_pipeline, torch_stage
-    from splitbundle.golden import Difference
-    from splitbundle.verification import Verification
+    from splitbundle.stages.golden import Difference
+    from splitbundle.verification.verify import Verification
 
 
 class Bundle(BundleReader):
@@ -35,9 +35,10 @@ class Bundle(BundleReader):
         Raises:
             BundleError: every problem of every file.
         """
-        from splitbundle import verification  # with all that judges graphs and tokenizers: computing needs none of it
+        # Imported here, as it brings all that judges graphs and tokenizers: computing needs none of it.
+        from splitbundle.verification.verify import verify
 
-        return verification.verify(self, shard, exact=exact, progress=progress)
+        return verify(self, shard, exact=exact, progress=progress)
 
     def run_vectors(
         self, shard: str | None = None, *, backend: str = "torch", progress: Progress | None = None
@@ -58,7 +59,7 @@ class Bundle(BundleReader):
                 float16.
             BundleError: ``vectors.none``; what loading refuses.
         """
-        from splitbundle import golden
+        from splitbundle.stages import golden
 
         differences = backends.run_golden(self, shard, backend, progress)
         if self.manifest.vectors is not None:

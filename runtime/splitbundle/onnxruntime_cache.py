@@ -9,9 +9,9 @@ from typing import Any, Final
 import numpy
 import onnxruntime
 
-from splitbundle.calls import Call, Slots
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.graph import cache_names, cache_sizes, next_name
+from splitbundle.stages.call import Call, Slots
 
 BLOCK: Final = 64
 """Slots are added in multiples of this."""

@@ -10,8 +10,8 @@ import numpy
 
 from splitbundle.onnxruntime_sampling import draw
 from splitbundle.onnxruntime_stage import load_stages
-from splitbundle.pipelines import PipelineSurface, Session, check_tiling
-from splitbundle.sampling import Sampling
+from splitbundle.stages.pipeline import PipelineSurface, Session, check_tiling
+from splitbundle.stages.sampling import Sampling
 
 if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader

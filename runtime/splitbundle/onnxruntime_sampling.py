@@ -7,7 +7,7 @@ import random
 import numpy
 
 from splitbundle.errors import BundleError
-from splitbundle.sampling import NOT_FINITE, Sampling
+from splitbundle.stages.sampling import NOT_FINITE, Sampling
 
 
 def draw(logits: numpy.ndarray, sampling: Sampling, generator: random.Random) -> numpy.ndarray:

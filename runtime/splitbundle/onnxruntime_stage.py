@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy
 import onnxruntime
 
-from splitbundle import graph_rules
-from splitbundle.calls import Call
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.graph import cache_names
 from splitbundle.format.manifest.document import VARIANTS
 from splitbundle.onnxruntime_cache import KVCache
-from splitbundle.stages import Given, LogitsWanted, StageSurface
+from splitbundle.stages.call import Call
+from splitbundle.stages.stage import Given, LogitsWanted, StageSurface
+from splitbundle.verification import onnx_rules
 
 if TYPE_CHECKING:
     from splitbundle.format.manifest.document import Shard
@@ -170,7 +170,7 @@ class LoadedGraph:
         graph = shard.graph
         if graph is None:
             raise _no_graph(bundle, f"shard {shard.name}")
-        data = graph_rules.read(bundle, shard, graph)
+        data = onnx_rules.read(bundle, shard, graph)
         if bundle.strict:  # onnxruntime copies what it needs of them, and opens no file
             read: dict[str, Any] = {}
             for unit in shard.units:
@@ -190,7 +190,7 @@ class LoadedGraph:
             got = f"{', '.join(self.session.get_providers())} alone: it couldn't be started here"
             raise BundleError(Problem(code="input.device", argument="providers", expected=expected, got=got))
         if not bundle.strict:
-            graph_rules.stored(bundle, shard)  # the files that it opened are still the bundle's, not a new one's
+            onnx_rules.stored(bundle, shard)  # the files that it opened are still the bundle's, not a new one's
         self.file = graph.file
         self.input = graph.inputs[0].name
         self.output = graph.outputs[0]

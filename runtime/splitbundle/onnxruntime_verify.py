@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from splitbundle import golden
 from splitbundle.format.manifest.document import VARIANTS
 from splitbundle.onnxruntime_stage import load_stages
+from splitbundle.stages import golden
 from splitbundle.storage.reader import VECTORS
 
 if TYPE_CHECKING:

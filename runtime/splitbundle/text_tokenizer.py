@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from splitbundle import tokenizer_rules
 from splitbundle.errors import BundleError, Problem
+from splitbundle.verification import tokenizer_rules
 
 if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader

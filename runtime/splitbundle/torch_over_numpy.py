@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from splitbundle.calls import Call
 from splitbundle.errors import BundleError, Problem
-from splitbundle.stages import LogitsWanted, StageSurface
+from splitbundle.stages.call import Call
+from splitbundle.stages.stage import LogitsWanted, StageSurface
 
 
 class StageOverNumpy(StageSurface):

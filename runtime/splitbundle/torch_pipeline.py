@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from splitbundle.pipelines import PipelineSurface, Session, check_tiling
-from splitbundle.sampling import Sampling
+from splitbundle.stages.pipeline import PipelineSurface, Session, check_tiling
+from splitbundle.stages.sampling import Sampling
 from splitbundle.torch_sampling import draw
 from splitbundle.torch_stage import Stage, load_stages
 

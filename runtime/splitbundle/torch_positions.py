@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from splitbundle.calls import Call, Slots
 from splitbundle.format.architecture.decoder import (
     Alibi,
     Architecture,
@@ -22,6 +21,7 @@ from splitbundle.format.architecture.decoder import (
     Rotary,
     Yarn,
 )
+from splitbundle.stages.call import Call, Slots
 
 
 class Reach(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from splitbundle.errors import BundleError
-from splitbundle.sampling import NOT_FINITE, Sampling
+from splitbundle.stages.sampling import NOT_FINITE, Sampling
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: random.Random) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from splitbundle.calls import Call
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.stages import Given, LogitsWanted, StageSurface
+from splitbundle.stages.call import Call
+from splitbundle.stages.stage import Given, LogitsWanted, StageSurface
 from splitbundle.torch_decoder import Embedding, Head, Layer
 from splitbundle.torch_linear import with_kernels_for
 from splitbundle.torch_over_numpy import StageOverNumpy

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from splitbundle import golden
+from splitbundle.stages import golden
 from splitbundle.storage.reader import VECTORS
 from splitbundle.torch_stage import load_stages
 from splitbundle.torch_weights import map_tensors

@@ -10,7 +10,7 @@ import numpy
 import pytest
 
 import splitbundle
-from splitbundle.golden import TOLERANCE
+from splitbundle.stages.golden import TOLERANCE
 from tests.support.paths import TESTS
 
 GOLDEN = TESTS / "golden" / "v1.0"

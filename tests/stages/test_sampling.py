@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from splitbundle.sampling import Sampling
+from splitbundle.stages.sampling import Sampling
 from splitbundle.torch_sampling import draw
 from tests.support.models import token_rows
 from tests.support.pipelines import generated

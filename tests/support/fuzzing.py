@@ -75,11 +75,12 @@ def weights_target() -> Target:
 def graph_target() -> Target:
     """As the graph of each shard: of an embedding alone, and of a layer with the head."""
     import splitbundle
-    from splitbundle import BundleError, graph_rules
+    from splitbundle import BundleError
+    from splitbundle.verification import onnx_rules
 
     bundle = splitbundle.open(BUNDLE)
     shards = [
-        (shard.graph, graph_rules.used(shard, graph_rules.stored(bundle, shard)))
+        (shard.graph, onnx_rules.used(shard, onnx_rules.stored(bundle, shard)))
         for shard in bundle.shards
         if shard.graph is not None
     ]
@@ -88,7 +89,7 @@ def graph_target() -> Target:
         refusals = []
         for graph, weights in shards:
             try:
-                graph_rules.check(data, graph, weights)
+                onnx_rules.check(data, graph, weights)
             except BundleError as error:
                 refusals.append(error)
         if len(refusals) == len(shards):
@@ -102,8 +103,8 @@ def tokenizer_target() -> Target:
     from unittest import mock
 
     import splitbundle
-    from splitbundle import tokenizer_rules
     from splitbundle.text_tokenizer import TextTokenizer
+    from splitbundle.verification import tokenizer_rules
 
     bundle = splitbundle.open(BUNDLE)
     vocab_size = bundle.architecture.vocab_size

@@ -19,9 +19,9 @@ from typing import Final
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, TensorShapeProto, helper
 
 import splitbundle
-from splitbundle import graph_reader, graph_rules
 from splitbundle.format import names
 from splitbundle.format.manifest import document
+from splitbundle.verification import onnx_reader, onnx_rules
 from splitbundle_converter.graph_files import add_graphs
 from splitbundle_converter.write import write_file
 from tests.support.bundles import write_llama3
@@ -617,7 +617,7 @@ bytes_case("graph.syntax", "length-that-wraps", lambda data: data + b"\x42" + b"
 bytes_case("graph.syntax", "json", lambda data: b'{"irVersion": "12"}')
 bytes_case("graph.syntax", "text", lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
 bytes_case("graph.syntax", "pickle", lambda data: b"\x80\x04\x95\x0c\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94.")
-bytes_case("graph.size", "16-MiB-and-one", lambda data: data + bytes(graph_rules.MAX_GRAPH + 1 - len(data)))
+bytes_case("graph.size", "16-MiB-and-one", lambda data: data + bytes(onnx_rules.MAX_GRAPH + 1 - len(data)))
 
 
 @changed("graph.syntax")
@@ -640,14 +640,14 @@ def helper_varint(value: int) -> bytes:
 
 @changed("graph.size")
 def nodes_too_many(model: ModelProto) -> None:
-    more = [helper.make_node("Relu", ["past"], [f"x{i}"]) for i in range(graph_reader.MAX_NODES)]
+    more = [helper.make_node("Relu", ["past"], [f"x{i}"]) for i in range(onnx_reader.MAX_NODES)]
     model.graph.node.extend(more)
 
 
 @changed("graph.size")
 def initialisers_too_many(model: ModelProto) -> None:
     one = helper.make_tensor("more", TensorProto.FLOAT, [1], bytes(4), raw=True)
-    model.graph.initializer.extend([one] * graph_reader.MAX_INITIALIZERS)
+    model.graph.initializer.extend([one] * onnx_reader.MAX_INITIALIZERS)
 
 
 # Bundles of them.

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer
 
 import splitbundle
 import splitbundle_converter
-from splitbundle import BundleError, cli, tokenizer_rules
+from splitbundle import BundleError, cli
 from splitbundle.text_tokenizer import TextTokenizer
+from splitbundle.verification import tokenizer_rules
 from tests.support.graph_cases import relist
 from tests.support.paths import ROOT
 

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from onnx import ModelProto, helper
 
 import splitbundle
-from splitbundle import BundleError, cli, graph_reader, graph_rules
+from splitbundle import BundleError, cli
 from splitbundle.format import graph_operators
 from splitbundle.format.manifest.document import Graph
 from splitbundle.format.weight_layout import Stored
-from splitbundle.graph_reader import Schema
+from splitbundle.verification import onnx_reader, onnx_rules
+from splitbundle.verification.onnx_reader import Schema
 from tests.support.graph_cases import CASES, SHARD, Case, changed_graph, good_bundle, relist, write_all, written
 from tests.support.models import scratch
 from tests.support.paths import ROOT, TESTS
@@ -50,7 +51,7 @@ def judge(data: bytes, shard: str = SHARD) -> str:
     own = bundle.shard(shard)
     assert own.graph is not None
     try:
-        graph_rules.check(data, own.graph, graph_rules.used(own, graph_rules.stored(bundle, own)))
+        onnx_rules.check(data, own.graph, onnx_rules.used(own, onnx_rules.stored(bundle, own)))
     except BundleError as error:
         (problem,) = error.problems
         assert problem.file == own.graph.file
@@ -150,13 +151,13 @@ def top() -> tuple[Graph, dict[str, Stored]]:
     bundle = splitbundle.open(good())
     shard = bundle.shard("top")
     assert shard.graph is not None
-    return shard.graph, graph_rules.used(shard, graph_rules.stored(bundle, shard))
+    return shard.graph, onnx_rules.used(shard, onnx_rules.stored(bundle, shard))
 
 
 def judge_top(data: bytes) -> str:
     """As ``judge``, of the smallest graph."""
     try:
-        graph_rules.check(data, *top())
+        onnx_rules.check(data, *top())
     except BundleError as error:
         return error.codes[0]
     return ""
@@ -235,12 +236,12 @@ def test_verifying_a_shard_checks_its_graph(tmp_path: Path) -> None:
 @pytest.mark.rule("SB-O-008")
 def test_the_largest_graph_is_judged_soon() -> None:
     """As many nodes as may be, each with all that it may have; and an eighth of it, in an eighth of the memory."""
-    data = with_nodes(graph_reader.MAX_NODES)
-    assert len(data) > graph_rules.MAX_GRAPH // 2
+    data = with_nodes(onnx_reader.MAX_NODES)
+    assert len(data) > onnx_rules.MAX_GRAPH // 2
     start = time.process_time()
     assert judge(data) == ""
     assert time.process_time() - start < 2
-    data = with_nodes(graph_reader.MAX_NODES // 8)
+    data = with_nodes(onnx_reader.MAX_NODES // 8)
     tracemalloc.start()
     try:
         assert judge(data) == ""
@@ -301,7 +302,7 @@ def test_fields_are_those_of_the_specification() -> None:
             tag = int(number) << 3 | int(wire or 2)
             own[tag] = (name, int(most.replace(",", "") or 0), not any_ and not most)
         found[message.strip("`")] = own
-    schemas = {value.name: value for value in vars(graph_reader).values() if isinstance(value, Schema)}
+    schemas = {value.name: value for value in vars(onnx_reader).values() if isinstance(value, Schema)}
     assert found == {
         name: {tag: (key, most, key in schema.required) for tag, (key, _, most) in schema.by_tag.items()}
         for name, schema in schemas.items()

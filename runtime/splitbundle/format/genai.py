@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from splitbundle import graph_rules
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import strict_json
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.graph import OPSET, next_name
 from splitbundle.format.manifest.document import Graph, Manifest, Port, Shard
 from splitbundle.storage import files
+from splitbundle.verification import onnx_rules
 
 if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
@@ -56,8 +56,8 @@ def check(bundle: BundleReader) -> None:
     found = strict_json.parse(files.read_listed(bundle.path, GENAI[0], listed[GENAI[0]], limit), GENAI[0])
     _compare(found, configuration(bundle.manifest, bundle.architecture), "")
     for graph in graphs(bundle.architecture):
-        limit = graph_rules.MAX_GRAPH
-        graph_rules.check(files.read_listed(bundle.path, graph.file, listed[graph.file], limit), graph, {})
+        limit = onnx_rules.MAX_GRAPH
+        onnx_rules.check(files.read_listed(bundle.path, graph.file, listed[graph.file], limit), graph, {})
 
 
 def _compare(found: Any, expected: Any, pointer: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from splitbundle.calls import whole
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.manifest.document import Shard
 from splitbundle.records import record
+from splitbundle.stages.call import whole
 
 
 @record(frozen=True, slots=True, kw_only=True)

@@ -38,8 +38,8 @@ def read_documents(root: Path, id: str | None = None) -> Documents:  # noqa: A00
     Raises:
         BundleError: every problem of either file; ``file.digest`` where the id differs.
     """
-    data, parsed, document = _read_both(root, id)
-    architecture = parse_architecture(document)
+    data, parsed, architecture_data = _read_both(root, id)
+    architecture = parse_architecture(architecture_data)
     rules.check_against(parsed, architecture)
     return Documents(parsed, architecture, document.identity(data))
 

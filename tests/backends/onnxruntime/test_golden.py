@@ -10,7 +10,7 @@ import pytest
 
 import splitbundle_converter
 from splitbundle import ParityError
-from splitbundle.golden import FLOAT16_TOLERANCE
+from splitbundle.stages.golden import FLOAT16_TOLERANCE
 from splitbundle_converter import graph
 from tests.support.models import TOLERANCE, checkpoint
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import splitbundle
 from splitbundle import BundleError
-from splitbundle.sampling import Sampling
+from splitbundle.stages.sampling import Sampling
 from splitbundle.storage import files
 from splitbundle.torch_pipeline import Pipeline
 from splitbundle.torch_sampling import draw

@@ -11,7 +11,7 @@ import torch
 
 import splitbundle
 from splitbundle import BundleError
-from splitbundle.golden import TOLERANCE
+from splitbundle.stages.golden import TOLERANCE
 from splitbundle.storage.reader import VECTORS
 from splitbundle.torch_weights import map_tensors
 

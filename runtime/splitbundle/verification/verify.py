@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from splitbundle import graph_rules, tokenizer_rules
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import genai, names, strict_json
 from splitbundle.format.architecture import decoder as architectures
@@ -19,6 +18,7 @@ from splitbundle.records import record
 from splitbundle.storage import files
 from splitbundle.storage.documents import is_of_another_manifest
 from splitbundle.storage.files import Progress
+from splitbundle.verification import onnx_rules, tokenizer_rules
 
 if TYPE_CHECKING:
     from splitbundle.format.manifest.document import Shard
@@ -77,7 +77,7 @@ def _judges(bundle: BundleReader, shard: str | None) -> Iterator[tuple[Sequence[
         yield paths, partial(deque, bundle.open_weights(group), 0)
     for each in bundle.shards if shard is None else (bundle.shard(shard),):
         if each.graph is not None:
-            yield _files(bundle, each), partial(graph_rules.read, bundle, each, each.graph)
+            yield _files(bundle, each), partial(onnx_rules.read, bundle, each, each.graph)
     tokenizer = bundle.manifest.text.tokenizer
     if tokenizer is not None:
         yield [tokenizer], partial(tokenizer_rules.read, bundle, tokenizer)

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
-from splitbundle.calls import Slots, whole
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.sampling import Sampling
-from splitbundle.stages import Array, LogitsWanted, StageSurface
+from splitbundle.stages.call import Slots, whole
+from splitbundle.stages.sampling import Sampling
+from splitbundle.stages.stage import Array, LogitsWanted, StageSurface
 
 STOPPED = -1
 """What ``generate`` gives for a row that has stopped."""

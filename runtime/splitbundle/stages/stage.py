@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
 
-from splitbundle.calls import Call, Slots, whole
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.stages.call import Call, Slots, whole
 
 if TYPE_CHECKING:
     from splitbundle.format.selection import Selection

@@ -11,14 +11,14 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from splitbundle import graph_reader as reader
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.graph import IR_VERSION
 from splitbundle.format.graph_operators import CODES, KINDS, OPERATORS, VALUES, Operator
 from splitbundle.format.manifest.document import EMBEDDING, Graph, Port, Shard
 from splitbundle.format.weight_layout import ITEM_SIZES, Stored
-from splitbundle.graph_reader import Message, Place, Reader
 from splitbundle.storage import files
+from splitbundle.verification import onnx_reader as reader
+from splitbundle.verification.onnx_reader import Message, Place, Reader
 
 if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
