@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 
 import splitbundle
-from splitbundle import onnxruntime_pipeline as _loaded_with_the_import  # noqa: F401  (as the peers' classes are)
+from splitbundle.backends.onnxruntime import pipeline as _loaded_with_the_import  # noqa: F401  (as the peers' classes are)
 
 
 class Driver:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import splitbundle
-from splitbundle import torch_pipeline as _loaded_with_the_import  # noqa: F401  (as the peers' classes are)
+from splitbundle.backends.torch import pipeline as _loaded_with_the_import  # noqa: F401  (as the peers' classes are)
 
 
 class Driver:

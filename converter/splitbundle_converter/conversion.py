@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from splitbundle import torch_weights
+from splitbundle.backends.torch import weights
 from splitbundle.bundle import Bundle
 from splitbundle.errors import quoted
 from splitbundle.format.architecture import decoder as architectures
@@ -246,8 +246,8 @@ def _write_units(
             done += stored(name).size
             origin = translation.origins[name]
             found = source.tensors[origin.source]
-            return torch_weights.rounded(
-                origin.take(reader), torch_weights.DTYPES[storage.dtype_of(name)], found.stored, found.file
+            return weights.rounded(
+                origin.take(reader), weights.DTYPES[storage.dtype_of(name)], found.stored, found.file
             )
 
         for files in plan.values():

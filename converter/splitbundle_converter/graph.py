@@ -11,13 +11,13 @@ from __future__ import annotations
 import numpy
 from onnx import ModelProto
 
+from splitbundle.backends.torch.positions import Reach
 from splitbundle.format.architecture import decoder as facts
 from splitbundle.format.architecture.decoder import Alibi, Architecture, Learned, Rotary, Sinusoidal
 from splitbundle.format.graph import next_name, ports
 from splitbundle.format.manifest.document import Shard
 from splitbundle.format.selection import Selection
 from splitbundle.format.weight_layout import Stored
-from splitbundle.torch_positions import Reach
 from splitbundle_converter.graph_builder import GraphBuilder
 from splitbundle_converter.graph_positions import GraphPositions
 

@@ -9,8 +9,8 @@ import math
 
 import torch
 
+from splitbundle.backends.torch.positions import Reach, frequencies, slopes
 from splitbundle.format.architecture.decoder import Alibi, Dynamic, LongRope, QueryTemperature, Rotary
-from splitbundle.torch_positions import Reach, frequencies, slopes
 from splitbundle_converter.graph_builder import GraphBuilder
 
 CPU = torch.device("cpu")

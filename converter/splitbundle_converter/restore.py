@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
+from splitbundle.backends.torch.weights import map_tensors
 from splitbundle.bundle import Bundle
 from splitbundle.format.manifest.document import expand
-from splitbundle.torch_weights import map_tensors
 from splitbundle_converter.translate import put_together
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from splitbundle.backends.torch.weights import DTYPES
 from splitbundle.format.architecture.decoder import Architecture, count
-from splitbundle.torch_weights import DTYPES
 from splitbundle_converter.configuration import resolve
 from splitbundle_converter.family import Family
 from splitbundle_converter.refusal import line, refused

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from splitbundle import backends
+from splitbundle.backends import registry
 from splitbundle.storage.documents import read_documents
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import BundleReader
 
 if TYPE_CHECKING:
-    from splitbundle import onnxruntime_pipeline, onnxruntime_stage, torch_pipeline, torch_stage
+    from typing_extensions import Unpack
+
+    from splitbundle.backends.onnxruntime import pipeline as onnxruntime_pipeline
+    from splitbundle.backends.onnxruntime import stage as onnxruntime_stage
+    from splitbundle.backends.registry import AllOptions, OnnxRuntimeOptions, TorchOptions
+    from splitbundle.backends.torch import pipeline as torch_pipeline
+    from splitbundle.backends.torch import stage as torch_stage
     from splitbundle.stages.golden import Difference
     from splitbundle.verification.verify import Verification
 
@@ -61,7 +67,7 @@ class Bundle(BundleReader):
         """
         from splitbundle.stages import golden
 
-        differences = backends.run_golden(self, shard, backend, progress)
+        differences = registry.run_golden(self, shard, backend, progress)
         if self.manifest.vectors is not None:
             golden.check(differences, self.manifest.vectors.file)
         return differences
@@ -75,9 +81,7 @@ class Bundle(BundleReader):
         embeds: bool | None = None,
         head: bool | None = None,
         backend: Literal["torch"] = "torch",
-        device: str | None = None,
-        dtype: str | None = None,
-        trainable: bool = False,
+        **options: Unpack[TorchOptions],
     ) -> torch_stage.Stage: ...
 
     @overload
@@ -89,10 +93,7 @@ class Bundle(BundleReader):
         embeds: bool | None = None,
         head: bool | None = None,
         backend: Literal["onnxruntime"],
-        dtype: str | None = None,
-        providers: Sequence[Any] | None = None,
-        threads: int | None = None,
-        prepack: bool = False,
+        **options: Unpack[OnnxRuntimeOptions],
     ) -> onnxruntime_stage.Stage: ...
 
     @overload
@@ -104,12 +105,7 @@ class Bundle(BundleReader):
         embeds: bool | None = None,
         head: bool | None = None,
         backend: str,
-        device: str | None = None,
-        dtype: str | None = None,
-        trainable: bool = False,
-        providers: Sequence[Any] | None = None,
-        threads: int | None = None,
-        prepack: bool = False,
+        **options: Unpack[AllOptions],
     ) -> Any: ...
 
     def stage(
@@ -120,12 +116,7 @@ class Bundle(BundleReader):
         embeds: bool | None = None,
         head: bool | None = None,
         backend: str = "torch",
-        device: str | None = None,
-        dtype: str | None = None,
-        trainable: bool = False,
-        providers: Sequence[Any] | None = None,
-        threads: int | None = None,
-        prepack: bool = False,
+        **options: Any,
     ) -> Any:
         """A shard, or any range of global layers, loaded and ready to compute.
 
@@ -153,64 +144,32 @@ class Bundle(BundleReader):
             BundleError: no such part, a file that is absent or not the listed one, or no such backend.
         """
         selection = self.select(name, layers=layers, embeds=embeds, head=head)
-        options = backends.options(backend, locals())
-        return backends.module(backend, "stage").load_stages(self, [selection], **options)[0]
+        own = registry.own_options(backend, options, "stage")
+        return registry.module(backend, "stage").load_stages(self, [selection], **own)[0]
 
     @overload
     def pipeline(
-        self,
-        *,
-        backend: Literal["torch"] = "torch",
-        device: str | None = None,
-        dtype: str | None = None,
-        trainable: bool = False,
+        self, *, backend: Literal["torch"] = "torch", **options: Unpack[TorchOptions]
     ) -> torch_pipeline.Pipeline: ...
 
     @overload
     def pipeline(
-        self,
-        *,
-        backend: Literal["onnxruntime"],
-        dtype: str | None = None,
-        providers: Sequence[Any] | None = None,
-        threads: int | None = None,
-        prepack: bool = False,
+        self, *, backend: Literal["onnxruntime"], **options: Unpack[OnnxRuntimeOptions]
     ) -> onnxruntime_pipeline.Pipeline: ...
 
     @overload
-    def pipeline(
-        self,
-        *,
-        backend: str | Mapping[str, str],
-        device: str | None = None,
-        dtype: str | None = None,
-        trainable: bool = False,
-        providers: Sequence[Any] | None = None,
-        threads: int | None = None,
-        prepack: bool = False,
-    ) -> Any: ...
+    def pipeline(self, *, backend: str | Mapping[str, str], **options: Unpack[AllOptions]) -> Any: ...
 
-    def pipeline(
-        self,
-        *,
-        backend: str | Mapping[str, str] = "torch",
-        device: str | None = None,
-        dtype: str | None = None,
-        trainable: bool = False,
-        providers: Sequence[Any] | None = None,
-        threads: int | None = None,
-        prepack: bool = False,
-    ) -> Any:
+    def pipeline(self, *, backend: str | Mapping[str, str] = "torch", **options: Any) -> Any:
         """All shards, as stages in order. Arguments and errors as for ``stage``; tied weights are one parameter.
 
         ``backend`` may name one for each shard, ``{"bottom": "onnxruntime"}``; the others are computed with torch. A
         pipeline of two backends takes and gives numpy arrays.
         """
-        given = locals()
         if not isinstance(backend, Mapping):
-            options = backends.options(backend, given)
-            return backends.module(backend, "pipeline").load_pipeline(self, **options)
-        return backends.mixed_pipeline(self, backend, given)
+            own = registry.own_options(backend, options, "pipeline")
+            return registry.module(backend, "pipeline").load_pipeline(self, **own)
+        return registry.mixed_pipeline(self, backend, options)
 
 
 def _reopen(path: Path, id: str, strict: bool) -> Bundle:  # noqa: A002

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from splitbundle.backends import BACKENDS
+from splitbundle.backends.registry import BACKENDS
 from splitbundle.bundle import Bundle
 from splitbundle.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, Problem, VerificationError

@@ -21,14 +21,14 @@ import pytest
 import torch
 
 import splitbundle_schemas
+from splitbundle.backends.torch.decoder import ACTIVATIONS, Embedding, Head, Layer, Norm, Xielu
+from splitbundle.backends.torch.pipeline import Session
+from splitbundle.backends.torch.positions import KVCache, Positions, Reach, frequencies
 from splitbundle.errors import BundleError
 from splitbundle.format.architecture import decoder as architectures
 from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.format.manifest.document import SourceName
 from splitbundle.format.manifest.parser import parse_manifest
-from splitbundle.torch_decoder import ACTIVATIONS, Embedding, Head, Layer, Norm, Xielu
-from splitbundle.torch_pipeline import Session
-from splitbundle.torch_positions import KVCache, Positions, Reach, frequencies
 from splitbundle_converter.translate import put_together
 from tests.support.paths import ROOT, TESTS
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from splitbundle.backends.torch.sampling import draw
 from splitbundle.stages.sampling import Sampling
-from splitbundle.torch_sampling import draw
 from tests.support.models import token_rows
 from tests.support.pipelines import generated
 

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional
 
 from splitbundle import BundleError
-from splitbundle.torch_pipeline import Pipeline
-from splitbundle.torch_stage import Stage, load_stages
+from splitbundle.backends.torch.pipeline import Pipeline
+from splitbundle.backends.torch.stage import Stage, load_stages
 from tests.support.models import TOLERANCE, VOCAB, bundle, expected_logits, relative, token_rows
 from tests.support.pipelines import left_padded, pipeline
 

@@ -9,7 +9,7 @@ import torch
 
 import splitbundle_converter
 from splitbundle import Bundle
-from splitbundle.torch_stage import Stage
+from splitbundle.backends.torch.stage import Stage
 from tests.support.models import VOCAB, checkpoint, token_rows
 from tests.support.stages import refusal
 

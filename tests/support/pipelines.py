@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitbundle.torch_pipeline import Pipeline
+from splitbundle.backends.torch.pipeline import Pipeline
 from tests.support.models import bundle
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from splitbundle import Bundle, BundleError, onnxruntime_stage
-from splitbundle.onnxruntime_pipeline import Pipeline
-from splitbundle.onnxruntime_stage import load_stages
+from splitbundle import Bundle, BundleError
+from splitbundle.backends.onnxruntime import stage
+from splitbundle.backends.onnxruntime.pipeline import Pipeline
+from splitbundle.backends.onnxruntime.stage import load_stages
 from tests.support.graph_bundles import bundle
 from tests.support.models import (
     BY_PIECES,
@@ -81,7 +82,7 @@ def test_scenarios_cut_everywhere(name: str) -> None:
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_scenarios_in_one_graph_and_mixed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole model in one graph, prompts computed in pieces of a token or two; and every second shard with torch."""
-    monkeypatch.setattr(onnxruntime_stage, "PIECE", 5)
+    monkeypatch.setattr(stage, "PIECE", 5)
     worst = Worst(name)
     run(OverTensors(bundle(name, ()).pipeline(backend="onnxruntime", threads=1)), worst, "uncut")
     cut = bundle(name, (1, 3))
@@ -94,7 +95,7 @@ def test_scenarios_in_one_graph_and_mixed(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("split", [(), (1, 3)])
 def test_rows_that_outgrow_a_threshold(name: str, split: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Held against torch, whose own test holds it against the original driven alike. Their calls stay whole."""
-    monkeypatch.setattr(onnxruntime_stage, "PIECE", 5)
+    monkeypatch.setattr(stage, "PIECE", 5)
     whole = bundle(name, split)
     torch_pipeline, pipeline = whole.pipeline(), whole.pipeline(backend="onnxruntime", threads=1)
     ids = torch.tensor(token_rows(21, 21, 21, seed=5))
@@ -203,16 +204,16 @@ def test_a_prompt_in_pieces_is_the_prompt(logits: Any, monkeypatch: pytest.Monke
     pipeline = whole.pipeline(backend="onnxruntime", threads=1)
     rows, mask = numpy.array(token_rows(11, 11)), numpy.array([[1] * 11, [0] * 7 + [1] * 4])
     lengths: list[int] = []
-    compute = onnxruntime_stage.LoadedGraph.run
+    compute = stage.LoadedGraph.run
 
     def watched(graph: Any, x: Any, *rest: Any) -> Any:
         lengths.append(x.shape[1])
         return compute(graph, x, *rest)
 
-    monkeypatch.setattr(onnxruntime_stage.LoadedGraph, "run", watched)
+    monkeypatch.setattr(stage.LoadedGraph, "run", watched)
     results = []
     for size, expected in ((1000, [11]), (6, [3, 3, 3, 2])):
-        monkeypatch.setattr(onnxruntime_stage, "PIECE", size)
+        monkeypatch.setattr(stage, "PIECE", size)
         session = pipeline.session(2, 40)
         pipeline(rows[:, :3], attention_mask=numpy.array([[1, 0, 0], [1, 1, 1]]), session=session)
         lengths.clear()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import splitbundle_converter
-from splitbundle.torch_pipeline import load_pipeline
+from splitbundle.backends.torch.pipeline import load_pipeline
 from tests.support.models import ONE_PER_FAMILY, bundle, checkpoint, token_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 
 import splitbundle_converter
-from splitbundle import Bundle, BundleError, torch_linear
+from splitbundle import Bundle, BundleError
+from splitbundle.backends.torch import kernels
+from splitbundle.backends.torch.pipeline import Pipeline
+from splitbundle.backends.torch.stage import Stage, load_stages
+from splitbundle.backends.torch.weights import map_tensors
 from splitbundle.format.architecture.decoder import (
     Alibi,
     Architecture,
@@ -30,9 +34,6 @@ from splitbundle.format.architecture.decoder import (
     Sinusoidal,
 )
 from splitbundle.storage.reader import VECTORS
-from splitbundle.torch_pipeline import Pipeline
-from splitbundle.torch_stage import Stage, load_stages
-from splitbundle.torch_weights import map_tensors
 from splitbundle_converter.families import FAMILIES
 from splitbundle_converter.vectors import case_lengths
 from tests.support.models import (
@@ -169,7 +170,7 @@ def test_scenarios_at_every_pair_of_cuts(name: str) -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_random_conversations(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls, rollbacks and reorderings in an order that nobody thought of; once by the products of large weights."""
-    monkeypatch.setattr(torch_linear, "SMALL", 0 if seed else torch_linear.SMALL)
+    monkeypatch.setattr(kernels, "SMALL", 0 if seed else kernels.SMALL)
     chance = random.Random(f"{name} {seed}")
     worst = Worst(name)
     cuts = chance.choice((*SINGLE_CUTS, *PAIRS_OF_CUTS))

@@ -51,7 +51,7 @@ def test_a_graph_by_its_rules(name: str, variant: str) -> None:
 
 
 def torch_tensors(whole: Bundle, units: tuple[str, ...]) -> dict[str, Tensor]:
-    from splitbundle.torch_weights import map_tensors
+    from splitbundle.backends.torch.weights import map_tensors
 
     return {name: tensor.reshape(-1) for unit in units for name, tensor in map_tensors(whole, unit).items()}
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import splitbundle
 from splitbundle import ParityError
+from splitbundle.backends.torch.weights import map_tensors
 from splitbundle.storage.reader import VECTORS
-from splitbundle.torch_weights import map_tensors
 from splitbundle_converter import conversion
 from splitbundle_converter.translate import Translation, translate
 from tests.support.checkpoints import QUERY, accepted, change_tensors, digests, refused, replaced

@@ -18,10 +18,10 @@ from torch import nn
 
 import splitbundle
 from splitbundle import BundleError
+from splitbundle.backends.torch.pipeline import Pipeline
+from splitbundle.backends.torch.sampling import draw
 from splitbundle.stages.sampling import Sampling
 from splitbundle.storage import files
-from splitbundle.torch_pipeline import Pipeline
-from splitbundle.torch_sampling import draw
 from tests.support.paths import TESTS
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -219,14 +219,14 @@ def test_padding_needs_no_slots(gpt2: splitbundle.Bundle) -> None:
 
 
 def test_values_that_a_dtype_cannot_hold_are_refused(gpt2: splitbundle.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    from splitbundle import torch_stage
+    from splitbundle.backends.torch import stage
 
-    original = torch_stage.map_tensors
+    original = stage.map_tensors
 
     def large(bundle: splitbundle.Bundle, unit: str) -> dict[str, torch.Tensor]:
         return {name: tensor * 1e6 for name, tensor in original(bundle, unit).items()}
 
-    monkeypatch.setattr(torch_stage, "map_tensors", large)
+    monkeypatch.setattr(stage, "map_tensors", large)
     with pytest.raises(BundleError, match=r"\[input.overflow\] /embedding.token.weight: expected values that float16"):
         gpt2.stage("bottom", dtype="float16")
     gpt2.stage("bottom", dtype="bfloat16")

@@ -11,9 +11,9 @@ import torch
 
 import splitbundle
 from splitbundle import BundleError
+from splitbundle.backends.torch.weights import map_tensors
 from splitbundle.stages.golden import TOLERANCE
 from splitbundle.storage.reader import VECTORS
-from splitbundle.torch_weights import map_tensors
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> bool:

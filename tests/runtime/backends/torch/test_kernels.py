@@ -18,19 +18,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import splitbundle
-from splitbundle import torch_linear
+from splitbundle.backends.torch import kernels
+from splitbundle.backends.torch.decoder import ACTIVATIONS, Linear, Mlp
+from splitbundle.backends.torch.kernels import linear, with_kernels_for
 from splitbundle.format.architecture import decoder as facts
-from splitbundle.torch_decoder import ACTIVATIONS, Linear, Mlp
-from splitbundle.torch_linear import linear, with_kernels_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-x86 = pytest.mark.skipif(torch_linear._ONEDNN is None, reason="torch has no oneDNN of this kind here")
+x86 = pytest.mark.skipif(kernels._ONEDNN is None, reason="torch has no oneDNN of this kind here")
 
 
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small weights take the same way as large ones."""
-    monkeypatch.setattr(torch_linear, "SMALL", 0)
+    monkeypatch.setattr(kernels, "SMALL", 0)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def by_product(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append("torch" if torch.backends.mkldnn.enabled else "own kernels")
         return original(x, weight, bias)
 
-    original, onednn = functional.linear, torch_linear._ONEDNN
+    original, onednn = functional.linear, kernels._ONEDNN
     if onednn is not None:
         monkeypatch.setattr(onednn, "product", counted(onednn.product))
         monkeypatch.setattr(onednn, "times", counted(onednn.times))
@@ -104,7 +104,7 @@ def test_a_user_who_turned_onednn_off_gets_none(by_product: list[str]) -> None:
 
 
 def test_small_weights_go_the_short_way(by_product: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_linear, "SMALL", 10**6)
+    monkeypatch.setattr(kernels, "SMALL", 10**6)
     linear(*case(1, 1, 48))
     assert by_product == ["torch"]
 
@@ -233,10 +233,10 @@ class Caller:
 @pytest.fixture
 def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything is as it was once all have left."""
-    monkeypatch.setattr(torch_linear, "_SWITCHES", True)
+    monkeypatch.setattr(kernels, "_SWITCHES", True)
     yield
     assert torch.backends.mkldnn.enabled
-    assert (torch_linear._switch.single, torch_linear._switch.several) == (set(), set())
+    assert (kernels._switch.single, kernels._switch.several) == (set(), set())
 
 
 @x86
@@ -291,7 +291,7 @@ def test_an_interrupt_at_any_moment_leaves_the_switch_as_it_was(rows: int) -> No
 
         def trace(frame: FrameType, event: str, _: object) -> None:
             nonlocal left
-            if event in ("call", "c_return") and frame.f_code.co_filename == torch_linear.__file__:
+            if event in ("call", "c_return") and frame.f_code.co_filename == kernels.__file__:
                 left -= 1
                 if left == 0:
                     sys.setprofile(None)
@@ -310,8 +310,8 @@ def test_an_interrupt_at_any_moment_leaves_the_switch_as_it_was(rows: int) -> No
     while interrupted_at(moments + 1):
         moments += 1
         is_on()
-        assert not torch_linear._switch.lock.locked()
-        assert (torch_linear._switch.single, torch_linear._switch.several) == (set(), set())
+        assert not kernels._switch.lock.locked()
+        assert (kernels._switch.single, kernels._switch.several) == (set(), set())
     assert moments > 10
 
 
@@ -323,7 +323,7 @@ def test_an_interrupt_while_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
     one = Caller(rows=1)
     assert one.inside()
-    monkeypatch.setattr(torch_linear, "time", SimpleNamespace(monotonic=time.monotonic, sleep=interrupt))
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(monotonic=time.monotonic, sleep=interrupt))
     with pytest.raises(KeyboardInterrupt):
         computing(5, is_on)
     one.end()
@@ -358,7 +358,7 @@ def test_a_child_that_is_forked_while_the_switch_is_turned_turns_it_back() -> No
         child = os.fork()
         if not child:
             # Nothing but the answer: what follows a fork in a test's process is nobody's to clean up.
-            os._exit(0 if torch.backends.mkldnn.enabled and not torch_linear._switch.single else 1)
+            os._exit(0 if torch.backends.mkldnn.enabled and not kernels._switch.single else 1)
         assert os.waitpid(child, 0)[1] == 0
 
     computing(1, fork)
@@ -404,7 +404,7 @@ def test_a_layer_uses_it(by_product: list[str]) -> None:
     _, weight, bias = case(1, 1, 48)
     layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
     layer(case(1, 1, 48)[0])
-    assert by_product == ["onednn" if torch_linear._ONEDNN is not None else "torch"]
+    assert by_product == ["onednn" if kernels._ONEDNN is not None else "torch"]
 
 
 # Activations and factors.
@@ -438,7 +438,7 @@ def test_a_block_is_its_equation(activation: str, gated: bool, shape: tuple[int,
     block, x = mlp(activation, gated=gated), case(*shape)[0]
     expected = plainly(block, x)
     assert (block(x) - expected).abs().max() <= 2e-6 * expected.abs().max()
-    fused = torch_linear._ONEDNN is not None and activation in torch_linear._FUSED
+    fused = kernels._ONEDNN is not None and activation in kernels._FUSED
     assert any(each.startswith("onednn ") for each in by_product) == fused
 
 

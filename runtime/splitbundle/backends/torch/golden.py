@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from splitbundle.backends.torch.stage import load_stages
+from splitbundle.backends.torch.weights import map_tensors
 from splitbundle.stages import golden
 from splitbundle.storage.reader import VECTORS
-from splitbundle.torch_stage import load_stages
-from splitbundle.torch_weights import map_tensors
 
 if TYPE_CHECKING:
     from splitbundle.format.selection import Selection

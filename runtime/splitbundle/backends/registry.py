@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
 
@@ -17,45 +17,85 @@ if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
 
 BACKENDS: Final = ("torch", "onnxruntime")
-OPTIONS: Final = {
-    "torch": ("device", "dtype", "trainable"),
-    "onnxruntime": ("dtype", "providers", "threads", "prepack"),
+
+
+class TorchOptions(TypedDict, total=False):
+    """The options of the backend torch. ``Bundle.stage`` explains each."""
+
+    device: str | None
+    dtype: str | None
+    trainable: bool
+
+
+class OnnxRuntimeOptions(TypedDict, total=False):
+    """The options of the backend onnxruntime. ``Bundle.stage`` explains each."""
+
+    dtype: str | None
+    providers: Sequence[Any] | None
+    threads: int | None
+    prepack: bool
+
+
+class AllOptions(TypedDict, total=False):
+    """The options of every backend, for a call that names its backend by a variable."""
+
+    device: str | None
+    dtype: str | None
+    trainable: bool
+    providers: Sequence[Any] | None
+    threads: int | None
+    prepack: bool
+
+
+OPTIONS: Final[dict[str, tuple[str, ...]]] = {
+    "torch": tuple(TorchOptions.__annotations__),
+    "onnxruntime": tuple(OnnxRuntimeOptions.__annotations__),
 }
-"""What each backend can be told; what is left at None, or at false, isn't told."""
+"""The options of each backend. One that is left at None, or at false, counts as not given."""
 LIBRARIES: Final = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "numpy")}
 
 
-def options(backend: str, given: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
-    """What a backend is told of what a caller gave.
+def own_options(backend: str, given: Mapping[str, Any], call: str, others: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the options for one backend, out of those that a caller gave.
+
+    Args:
+        backend: the backend.
+        given: every option of the call.
+        call: the name of the method that was called, for errors.
+        others: the other backends of a mixed pipeline, whose options may be given too.
 
     Raises:
         BundleError: ``stage.backend`` for an unknown backend, or an option of another one.
+        TypeError: for an option that no backend has.
     """
+    for name in given:
+        if not any(name in known for known in OPTIONS.values()):
+            raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise BundleError(
             Problem(code="stage.backend", argument="backend", expected=" or ".join(BACKENDS), got=quoted(backend))
         )
     others = set(others)
     known = {name for used in (backend, *others) for name in OPTIONS.get(used, ())}
-    told = {name: given[name] for names in OPTIONS.values() for name in names if not _untold(given.get(name))}
+    chosen = {name: given[name] for names in OPTIONS.values() for name in names if not _unset(given.get(name))}
     if backend == "onnxruntime" and "torch" in others:
-        told.pop("dtype", None)  # beside torch it is torch's: graphs compute in what they were written for
-    for name, value in told.items():
+        chosen.pop("dtype", None)  # beside torch it is torch's: graphs compute in what they were written for
+    for name, value in chosen.items():
         if name not in known:
             hint = f"It is an option of another backend; {backend} has {', '.join(OPTIONS[backend])}"
             raise BundleError(
                 Problem(code="stage.backend", argument=name, expected="nothing", got=quoted(value), hint=hint)
             )
-    return {name: value for name, value in told.items() if name in OPTIONS[backend]}
+    return {name: value for name, value in chosen.items() if name in OPTIONS[backend]}
 
 
-def _untold(value: object) -> bool:
+def _unset(value: object) -> bool:
     return value is None or value is False  # a device may be 0
 
 
 def module(backend: str, name: str) -> ModuleType:
     """A leaf, imported when it is first needed."""
-    full = f"splitbundle.{backend}_{name}"
+    full = f"splitbundle.backends.{backend}.{name}"
     if full in sys.modules:
         return sys.modules[full]
     try:
@@ -82,8 +122,8 @@ def mixed_pipeline(bundle: BundleReader, own: Mapping[str, str], given: Mapping[
     for used in dict.fromkeys(backend_of.values()):
         named = [shard for shard, its in backend_of.items() if its == used]
         selections = [bundle.select(shard) for shard in named]
-        told = options(used, given, others=backend_of.values())
-        loaded = module(used, "stage").load_stages(bundle, selections, **told)
+        chosen = own_options(used, given, "pipeline", others=backend_of.values())
+        loaded = module(used, "stage").load_stages(bundle, selections, **chosen)
         stages |= dict(zip(named, loaded, strict=True))
     last = module("onnxruntime" if "onnxruntime" in backend_of.values() else "torch", "pipeline")
     return last.Pipeline([stages[shard.name] for shard in bundle.shards])
@@ -98,8 +138,8 @@ def run_golden(
         BundleError: ``stage.backend``, ``vectors.none``; what loading refuses.
     """
     if backend != "all":
-        options(backend, {})
-        differences: list[golden.Difference] = module(backend, "verify").run_vectors(bundle, shard, progress)
+        own_options(backend, {}, "run_vectors")
+        differences: list[golden.Difference] = module(backend, "golden").run_vectors(bundle, shard, progress)
         return differences
     return _run_both(bundle, shard, progress)
 
@@ -109,7 +149,7 @@ def _run_both(bundle: BundleReader, shard: str | None, progress: Progress | None
     from splitbundle.stages import golden  # opening a bundle doesn't need it
 
     torch, onnxruntime = (module(backend, "stage").load_stages for backend in BACKENDS)
-    arrays = module("onnxruntime", "verify")
+    arrays = module("onnxruntime", "golden")
     tensors = {} if bundle.manifest.vectors is None else arrays.read_golden(bundle)
     torch_outputs = golden.compute(
         bundle, shard, tensors, lambda part: torch(bundle, [part], dtype="float32")[0].over_numpy(), progress

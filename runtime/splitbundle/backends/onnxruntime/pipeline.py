@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from splitbundle.onnxruntime_sampling import draw
-from splitbundle.onnxruntime_stage import load_stages
+from splitbundle.backends.onnxruntime.sampling import draw
+from splitbundle.backends.onnxruntime.stage import load_stages
 from splitbundle.stages.pipeline import PipelineSurface, Session, check_tiling
 from splitbundle.stages.sampling import Sampling
 

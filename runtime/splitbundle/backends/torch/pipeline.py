@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from splitbundle.backends.torch.sampling import draw
+from splitbundle.backends.torch.stage import Stage, load_stages
 from splitbundle.stages.pipeline import PipelineSurface, Session, check_tiling
 from splitbundle.stages.sampling import Sampling
-from splitbundle.torch_sampling import draw
-from splitbundle.torch_stage import Stage, load_stages
 
 if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader

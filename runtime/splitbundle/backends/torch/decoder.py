@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
+from splitbundle.backends.torch.kernels import activated, fuses, linear, multiplied
+from splitbundle.backends.torch.positions import KVCache, Positions, Reach
 from splitbundle.format.architecture import decoder as facts
-from splitbundle.torch_linear import activated, fuses, linear, multiplied
-from splitbundle.torch_positions import KVCache, Positions, Reach
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from splitbundle.backends.torch.decoder import Embedding, Head, Layer
+from splitbundle.backends.torch.kernels import with_kernels_for
+from splitbundle.backends.torch.numpy_stage import StageOverNumpy
+from splitbundle.backends.torch.positions import KVCache, Positions
+from splitbundle.backends.torch.weights import compute_dtype, map_tensors, rounded
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.stages.call import Call
 from splitbundle.stages.stage import Given, LogitsWanted, StageSurface
-from splitbundle.torch_decoder import Embedding, Head, Layer
-from splitbundle.torch_linear import with_kernels_for
-from splitbundle.torch_over_numpy import StageOverNumpy
-from splitbundle.torch_positions import KVCache, Positions
-from splitbundle.torch_weights import compute_dtype, map_tensors, rounded
 
 if TYPE_CHECKING:
     from splitbundle.format.selection import Selection

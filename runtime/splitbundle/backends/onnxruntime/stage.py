@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy
 import onnxruntime
 
+from splitbundle.backends.onnxruntime.cache import KVCache
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.graph import cache_names
 from splitbundle.format.manifest.document import VARIANTS
-from splitbundle.onnxruntime_cache import KVCache
 from splitbundle.stages.call import Call
 from splitbundle.stages.stage import Given, LogitsWanted, StageSurface
 from splitbundle.verification import onnx_rules

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from splitbundle.backends.onnxruntime.stage import load_stages
 from splitbundle.format.manifest.document import VARIANTS
-from splitbundle.onnxruntime_stage import load_stages
 from splitbundle.stages import golden
 from splitbundle.storage.reader import VECTORS
 
