@@ -13,7 +13,7 @@ import sys
 import torch
 
 import splitbundle
-from splitbundle.text_tokenizer import TextTokenizer
+from splitbundle.text.huggingface import TextTokenizer
 
 NEW_TOKENS = 60
 

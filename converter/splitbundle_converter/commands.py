@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import splitbundle_converter
 from splitbundle.bundle import Bundle
-from splitbundle.commands import integers, positive
-from splitbundle.console import Command, Console
+from splitbundle.cli.commands import integers, positive
+from splitbundle.cli.console import Command, Console
 from splitbundle.errors import MissingExtra
 from splitbundle.format.manifest import document
 from splitbundle_converter.composites import EXTENSION, LANGUAGE

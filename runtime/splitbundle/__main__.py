@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from splitbundle.cli import main
+from splitbundle.cli.main import main
 
 sys.exit(main())

@@ -14,7 +14,7 @@ import pytest
 
 import splitbundle
 import splitbundle_converter
-from splitbundle import cli, console
+from splitbundle.cli import console, main
 from splitbundle.version import __version__
 from tests.support.paths import ROOT
 
@@ -43,17 +43,17 @@ def call(*arguments: object, **variables: str) -> subprocess.CompletedProcess[st
 
 def test_version_help_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        cli.main(["--version"])
+        main.main(["--version"])
     assert left.value.code == 0
     assert capsys.readouterr().out == f"splitbundle {__version__}\n"
     with pytest.raises(SystemExit):
-        cli.main(["--help"])
+        main.main(["--help"])
     out = capsys.readouterr().out
     assert all(name in out for name in ("convert", "resplit", "inspect", "verify", "generate"))
-    assert cli.main([]) == 2
+    assert main.main([]) == 2
     for wrong in (["nonsense"], ["convert"], ["convert", "x", "--split", "2,a"], ["generate", "x", "-n", "0"]):
         with pytest.raises(SystemExit) as left:
-            cli.main(wrong)
+            main.main(wrong)
         assert left.value.code == 2, wrong
 
 
@@ -82,8 +82,8 @@ def test_what_a_terminal_would_obey_is_escaped(tmp_path: Path, capsys: pytest.Ca
     """Names of files, and what a manifest says, come from elsewhere."""
     bundle = splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle", check=False)
     (bundle.path / "a\rforged\x1b[K").write_text("")
-    assert cli.main(["verify", str(bundle.path)]) == 0
-    assert cli.main(["verify", "--exact", str(bundle.path)]) == 3
+    assert main.main(["verify", str(bundle.path)]) == 0
+    assert main.main(["verify", "--exact", str(bundle.path)]) == 3
     out, err = capsys.readouterr()
     assert r"a\rforged\x1b[K" in err
     assert not set("\r\x1b") & set(out + err)
@@ -91,14 +91,14 @@ def test_what_a_terminal_would_obey_is_escaped(tmp_path: Path, capsys: pytest.Ca
     (bundle.path / "manifest.json").write_text(
         text.replace('"name": "license-gpt2"', '"name": "\\u001b[2Jx"', 1), "utf-8"
     )
-    assert cli.main(["inspect", str(bundle.path)]) == 0
+    assert main.main(["inspect", str(bundle.path)]) == 0
     assert r"\x1b[2Jx" in capsys.readouterr().out
 
 
 def test_an_id_that_is_none_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ("foo", "0" * 64, "sha256:" + "A" * 64):
         with pytest.raises(SystemExit) as caught:
-            cli.main(["verify", str(tmp_path), "--id", wrong])
+            main.main(["verify", str(tmp_path), "--id", wrong])
         assert caught.value.code == 2
 
 
@@ -106,7 +106,7 @@ def test_an_id_that_is_none_is_a_usage_error(tmp_path: Path, capsys: pytest.Capt
 def test_a_directory_that_cannot_be_looked_into(tmp_path: Path) -> None:
     bundle = splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle", check=False)
     (bundle.path / "x").mkdir(mode=0)
-    assert cli.main(["verify", "--exact", str(bundle.path)]) == 3
+    assert main.main(["verify", "--exact", str(bundle.path)]) == 3
 
 
 def test_directories_deeper_than_paths_are_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +118,7 @@ def test_directories_deeper_than_paths_are_long(tmp_path: Path, capsys: pytest.C
         os.close(here)
         here = inner
     os.close(here)
-    assert cli.main(["verify", "--exact", str(bundle.path)]) == 3
+    assert main.main(["verify", "--exact", str(bundle.path)]) == 3
     err = capsys.readouterr().err
     assert "[file.unreadable]" in err
     assert len(err) < 2000
@@ -289,7 +289,8 @@ def test_convert_and_its_refusals(tmp_path: Path) -> None:
 
 def test_a_missing_library_says_how_to_get_it(tmp_path: Path) -> None:
     bar = (
-        "import sys; sys.modules['transformers'] = None; from splitbundle.cli import main; sys.exit(main(sys.argv[1:]))"
+        "import sys; sys.modules['transformers'] = None; from splitbundle.cli.main import main; "
+        "sys.exit(main(sys.argv[1:]))"
     )
     output = tmp_path / "x.splitbundle"
     done = subprocess.run(

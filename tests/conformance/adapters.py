@@ -44,12 +44,12 @@ COMMANDS = {
 
 def _command(step: str, path: str) -> Verdict:
     """The command line, with ``--json``."""
-    from splitbundle import cli
+    from splitbundle.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     name, *options = COMMANDS[step]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main([name, path, *options, "--json"])
+        status = main.main([name, path, *options, "--json"])
     said = json.loads(out.getvalue())
     if said.get("ok", True) != (status == 0) or "Traceback" in err.getvalue():
         raise RuntimeError(f"exit status {status}, and {out.getvalue()[:200]} {err.getvalue()[:200]}")

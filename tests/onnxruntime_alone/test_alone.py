@@ -77,7 +77,7 @@ def test_commands_take_the_backend_that_is_there(command: list[str]) -> None:
     arguments = [command[0], str(GOLDEN / "gpt2.splitbundle"), *command[1:], "--json"]
     # What is barred has no specification either, as if it weren't installed.
     find = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'torch' else f(n, *a)"
-    run = f"{BAR}; {find}; from splitbundle.cli import main; sys.exit(main({arguments!r}))"
+    run = f"{BAR}; {find}; from splitbundle.cli.main import main; sys.exit(main({arguments!r}))"
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from splitbundle.commands import COMMANDS
+from splitbundle.cli.commands import COMMANDS
 from splitbundle_converter import family_table
 from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
 from splitbundle_converter.families import FAMILIES

@@ -44,7 +44,7 @@ def test_generating_brings_no_model_zoo() -> None:
 @pytest.mark.parametrize("command", [["inspect"], ["verify", "--run"], ["generate", "--ids", "1,2,3"]])
 def test_commands_work_without_a_model_zoo(command: list[str]) -> None:
     bar = f"import sys; sys.modules.update(dict.fromkeys({sorted(ZOOS)!r}))"
-    run = f"{bar}; from splitbundle.cli import main; sys.exit(main({[command[0], str(GOLDEN), *command[1:]]!r}))"
+    run = f"{bar}; from splitbundle.cli.main import main; sys.exit(main({[command[0], str(GOLDEN), *command[1:]]!r}))"
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout

@@ -19,7 +19,8 @@ import torch
 
 import splitbundle
 import splitbundle_converter
-from splitbundle import Bundle, BundleError, cli
+from splitbundle import Bundle, BundleError
+from splitbundle.cli import main
 from tests.support.models import checkpoint
 from tests.support.paths import TESTS
 
@@ -187,21 +188,21 @@ def test_training_and_forking_strict_stages(copy: Path) -> None:
 def test_the_id_comes_before_everything(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known: Bundle = splitbundle.open(copy)
     assert splitbundle.open(copy, id=known.id).id == known.id
-    assert cli.main(["verify", str(copy), "--id", known.id, "--run", "--strict", "--backend", "all"]) == 0
+    assert main.main(["verify", str(copy), "--id", known.id, "--run", "--strict", "--backend", "all"]) == 0
     (copy / "manifest.json").write_bytes(b"not even JSON")
     with pytest.raises(BundleError, match=r"\[file.digest\] manifest.json: expected the bundle id"):
         splitbundle.open(copy, id=known.id)
     capsys.readouterr()
-    assert cli.main(["verify", str(copy), "--id", known.id]) == 3
+    assert main.main(["verify", str(copy), "--id", known.id]) == 3
     assert "file.digest" in capsys.readouterr().err
 
 
 def test_generating_strictly(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for backend in BACKENDS:
-        assert cli.main(["generate", str(copy), "--ids", "5,6", "-n", "3", "--strict", "--backend", backend]) == 0
+        assert main.main(["generate", str(copy), "--ids", "5,6", "-n", "3", "--strict", "--backend", backend]) == 0
     spoil(copy / "layer-002.safetensors")
     capsys.readouterr()
-    assert cli.main(["generate", str(copy), "--ids", "5,6", "-n", "3", "--strict"]) != 0
+    assert main.main(["generate", str(copy), "--ids", "5,6", "-n", "3", "--strict"]) != 0
     assert "layer-002.safetensors" in capsys.readouterr().err
 
 

@@ -502,13 +502,13 @@ print(json.dumps({"done": len(request["files"])}), flush=True)
 
 def command(sources: Path) -> Callable[[Sequence[str]], int]:
     """The command line, with everything imported that a command needs. The metadata that names commands isn't read."""
-    from splitbundle import cli
+    from splitbundle.cli import main
     from splitbundle_converter import pickles
     from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
 
-    vars(cli)["_commands"] = lambda arguments: [CONVERT, RESPLIT, ADD_ONNX]
+    vars(main)["_commands"] = lambda arguments: [CONVERT, RESPLIT, ADD_ONNX]
     vars(pickles)["BOOT"] = CHILD.replace("SOURCE", repr(str(sources / "source" / "model.safetensors")))
-    return cli.main
+    return main.main
 
 
 def wait_for_children(root: Path) -> None:

@@ -103,7 +103,7 @@ def tokenizer_target() -> Target:
     from unittest import mock
 
     import splitbundle
-    from splitbundle.text_tokenizer import TextTokenizer
+    from splitbundle.text.huggingface import TextTokenizer
     from splitbundle.verification import tokenizer_rules
 
     bundle = splitbundle.open(BUNDLE)

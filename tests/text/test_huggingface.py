@@ -10,8 +10,9 @@ from tokenizers import Tokenizer
 
 import splitbundle
 import splitbundle_converter
-from splitbundle import BundleError, cli
-from splitbundle.text_tokenizer import TextTokenizer
+from splitbundle import BundleError
+from splitbundle.cli import main
+from splitbundle.text.huggingface import TextTokenizer
 from splitbundle.verification import tokenizer_rules
 from tests.support.graph_cases import relist
 from tests.support.paths import ROOT
@@ -135,7 +136,7 @@ def test_a_library_that_panics_is_an_error_of_the_file(
     relist(bundle.path, path, json.dumps(document).encode())
     with pytest.raises(BundleError, match=rf"\[text.tokenizer\] {path}: expected a tokenizer that the library can use"):
         TextTokenizer(splitbundle.open(bundle.path)).encode("the text")
-    assert cli.main(["generate", str(bundle.path), "the text", "-n", "1"]) == 1
+    assert main.main(["generate", str(bundle.path), "the text", "-n", "1"]) == 1
     assert "Traceback" not in capfd.readouterr().err
 
 

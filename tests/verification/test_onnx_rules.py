@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from onnx import ModelProto, helper
 
 import splitbundle
-from splitbundle import BundleError, cli
+from splitbundle import BundleError
+from splitbundle.cli import main
 from splitbundle.format import graph_operators
 from splitbundle.format.manifest.document import Graph
 from splitbundle.format.weight_layout import Stored
@@ -95,7 +96,7 @@ def test_every_reader_refuses_alike(case: Case, capsys: pytest.CaptureFixture[st
         assert [(problem.code, problem.file) for problem in caught.value.problems] == [(case.code, GRAPH)]
     generate = ["generate", str(root), "--ids", "1", "-n", "1", "--backend", "onnxruntime"]
     for status, arguments in ((3, ["verify", str(root)]), (1, generate))[: 2 if CASES.index(case) % 10 == 0 else 1]:
-        assert cli.main([*arguments, "--json"]) == status
+        assert main.main([*arguments, "--json"]) == status
         said = capsys.readouterr()
         (problem,) = json.loads(said.out)["problems"]
         assert (problem["code"], problem["file"]) == (case.code, GRAPH)

@@ -235,7 +235,7 @@ def test_an_interruption_ends_the_child_and_leaves_nothing(
     mark = output.parent.parent / "reading"
     boot = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     code = (
-        "import sys\nfrom splitbundle_converter import pickles\nfrom splitbundle.cli import main\n"
+        "import sys\nfrom splitbundle_converter import pickles\nfrom splitbundle.cli.main import main\n"
         f"pickles.BOOT = {boot!r}\n"
         "sys.exit(main(sys.argv[1:]))"
     )

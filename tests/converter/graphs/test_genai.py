@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import splitbundle
 import splitbundle_converter
 from splitbundle import Bundle, BundleError
-from splitbundle.cli import main
+from splitbundle.cli.main import main
 from splitbundle.format.genai import GENAI
 from tests.support.graph_cases import relist
 from tests.support.models import LAYERS, TOLERANCE, checkpoint, scratch, token_rows

@@ -15,7 +15,7 @@ from torch import Tensor
 import splitbundle
 import splitbundle_converter
 from splitbundle import Bundle
-from splitbundle.cli import main
+from splitbundle.cli.main import main
 from splitbundle_converter.composites import COMPOSITES
 from splitbundle_converter.source import quiet
 from tests.support.language_parts import Tensors, convert, make, refused

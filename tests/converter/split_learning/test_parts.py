@@ -15,7 +15,8 @@ from torch import Tensor
 
 import splitbundle
 import splitbundle_converter
-from splitbundle import BundleError, cli
+from splitbundle import BundleError
+from splitbundle.cli import main
 from splitbundle_converter.families import FAMILIES
 from tests.support.models import bundle, checkpoint, make_model
 
@@ -134,11 +135,11 @@ def test_a_split_of_ones_own_wins(parts: Path, output: Path) -> None:
 def test_the_command_cuts_them_where_they_were_cut(parts: Path, output: Path) -> None:
     """Unless it is told where; and a bundle that is cut again is whole, unless it is told where."""
     words = ["convert", str(write(parts, "gpt2")), "--allow-pickle", "--no-check", "--quiet", "-o", str(output)]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     assert [(shard.name, shard.layers) for shard in splitbundle.open(output).shards] == list(RANGES.items())
-    assert cli.main([*words, "--force", "--split", "2"]) == 0
+    assert main.main([*words, "--force", "--split", "2"]) == 0
     assert splitbundle.open(output).manifest.cuts == (2,)
-    assert cli.main(["resplit", str(output), "--force", "--quiet"]) == 0
+    assert main.main(["resplit", str(output), "--force", "--quiet"]) == 0
     assert splitbundle.open(output).manifest.cuts == ()
 
 

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
-from splitbundle.commands import COMMANDS
-from splitbundle.console import Command, Console
+from splitbundle.cli.commands import COMMANDS
+from splitbundle.cli.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, Problem, VerificationError
 from splitbundle.version import __version__
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from splitbundle.backends.registry import BACKENDS
 from splitbundle.bundle import Bundle
-from splitbundle.console import Command, Console
+from splitbundle.cli.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, Problem, VerificationError
 from splitbundle.format import names
 from splitbundle.format.manifest.document import BOUNDARY_TENSORS
@@ -19,7 +19,7 @@ from splitbundle.opening import open_bundle
 from splitbundle.records import as_dict
 
 if TYPE_CHECKING:
-    from splitbundle.text_tokenizer import TextTokenizer
+    from splitbundle.text.huggingface import TextTokenizer
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -275,7 +275,7 @@ def _tokenizer(bundle: Bundle) -> TextTokenizer:
             )
         )
     try:
-        from splitbundle.text_tokenizer import TextTokenizer
+        from splitbundle.text.huggingface import TextTokenizer
     except ModuleNotFoundError as error:
         if error.name != "tokenizers":
             raise
