@@ -18,8 +18,8 @@ from splitbundle.format.names import CARD
 from splitbundle.opening import open_bundle
 from splitbundle.verification import onnx_rules
 from splitbundle_converter import graph, write
+from splitbundle_converter.errors import line
 from splitbundle_converter.genai_files import write_genai
-from splitbundle_converter.refusal import line
 
 UNREAD: Final = re.compile("Unable to (open|read|parse) proto|filesystem error|could not be canonicalized")
 """How ``onnx.checker``, which reads the files itself, says that the system doesn't let it."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from splitbundle.errors import Problem, quoted
-from splitbundle_converter.refusal import problem
-from splitbundle_converter.source import Source
+from splitbundle_converter.checkpoint.source import Source
+from splitbundle_converter.errors import problem
 
 _OTHER_TASKS: Final = ("score", "classifier", "qa_outputs")
 """The modules of the heads with which transformers classifies texts and tokens, and answers questions."""

@@ -20,19 +20,15 @@ from splitbundle.format import strict_json
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.fields import MAX_PROBLEMS, Field, Problems
 from splitbundle.storage.files import Progress
+from splitbundle_converter.checkpoint.directory import Place
+from splitbundle_converter.checkpoint.pickles import SUFFIXES, PickledSource, rewrite
+from splitbundle_converter.checkpoint.source import CONFIG, Configuration
+from splitbundle_converter.checkpoint.weight_files import SourceTensor, check_unwrapped, read_headers
 from splitbundle_converter.config_reader import INERT
 from splitbundle_converter.configuration import read_configuration
+from splitbundle_converter.errors import problem, refused
 from splitbundle_converter.family import Family
 from splitbundle_converter.part_names import EMBEDDING, HEAD, LAYER, PartNames
-from splitbundle_converter.pickles import SUFFIXES, PickledSource, rewrite
-from splitbundle_converter.place import Place
-from splitbundle_converter.refusal import problem, refused
-from splitbundle_converter.source import CONFIG, Configuration
-from splitbundle_converter.source_files import (
-    SourceTensor,
-    check_unwrapped,
-    read_headers,
-)
 
 METADATA: Final = "_metadata.json"
 COMPONENTS: Final = ("bottom", "trunk", "top")

@@ -19,8 +19,8 @@ from splitbundle.format.names import CARD
 from splitbundle.opening import open_bundle
 from splitbundle.storage.files import FETCH, Progress, check_digest, missing, open_file, read_file, sha256
 from splitbundle_converter import write
+from splitbundle_converter.errors import refused
 from splitbundle_converter.publish import publishing
-from splitbundle_converter.refusal import refused
 
 
 def resplit(

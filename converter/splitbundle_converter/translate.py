@@ -13,11 +13,11 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.fields import MAX_PROBLEMS
 from splitbundle.format.manifest.document import EMBEDDING, ROW, SourceName, expand, row_sources
+from splitbundle_converter.checkpoint.source import Reader, Source, dtype_of
+from splitbundle_converter.checkpoint.weight_files import SourceTensor, check_unwrapped
+from splitbundle_converter.errors import problem
 from splitbundle_converter.family import Family
 from splitbundle_converter.heads import wrong_head
-from splitbundle_converter.refusal import problem
-from splitbundle_converter.source import Reader, Source, dtype_of
-from splitbundle_converter.source_files import SourceTensor, check_unwrapped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

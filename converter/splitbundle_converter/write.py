@@ -24,7 +24,7 @@ from splitbundle.format.manifest.document import File, Manifest, Shard, Storage
 from splitbundle.format.manifest.parser import parse_manifest
 from splitbundle.format.weight_layout import Tensor as Stored
 from splitbundle.storage import files
-from splitbundle_converter.refusal import refused
+from splitbundle_converter.errors import refused
 
 Produce = Callable[[str], Tensor]
 """Gives a logical tensor by its name, in the dtype to store."""

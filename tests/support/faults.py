@@ -503,7 +503,7 @@ print(json.dumps({"done": len(request["files"])}), flush=True)
 def command(sources: Path) -> Callable[[Sequence[str]], int]:
     """The command line, with everything imported that a command needs. The metadata that names commands isn't read."""
     from splitbundle.cli import main
-    from splitbundle_converter import pickles
+    from splitbundle_converter.checkpoint import pickles
     from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
 
     vars(main)["_commands"] = lambda arguments: [CONVERT, RESPLIT, ADD_ONNX]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import splitbundle_converter
 from splitbundle import BundleError
-from splitbundle_converter import pickles
+from splitbundle_converter.checkpoint import pickles
 
 SAFE: Final = "model.safetensors"
 BIN: Final = "pytorch_model.bin"

@@ -96,7 +96,7 @@ class Console:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A subcommand. Entry points of the group ``splitbundle.cli.main.commands`` are of this type."""
+    """A subcommand. Entry points of the group ``splitbundle.commands`` are of this type."""
 
     name: str
     help: str

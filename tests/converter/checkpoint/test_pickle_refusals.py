@@ -17,7 +17,7 @@ import torch
 
 import splitbundle_converter
 from splitbundle import BundleError
-from splitbundle_converter import pickles, unpickle
+from splitbundle_converter.checkpoint import pickles, unpickle
 from tests.support.models import bundle, make_model
 from tests.support.pickled import BIN, INDEX, SAFE, WHOLE, Call, convert, refused
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import splitbundle_converter
 from splitbundle import ParityError
-from splitbundle_converter import pickles
+from splitbundle_converter.checkpoint import pickles
 from splitbundle_converter.families import FAMILIES
 from tests.converter.checkpoint.test_unpickle import bypassed
 from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY, bundle, checkpoint, make_model
@@ -42,8 +42,8 @@ def test_one_pickle(pickled: Callable[..., Path], output: Path, name: str) -> No
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_the_original_class_takes_the_tensors_of_every_family(name: str) -> None:
     """As ``vectors`` loads it where there are pickles: with nothing but a configuration and tensors."""
-    from splitbundle_converter.place import Place
-    from splitbundle_converter.source import Source
+    from splitbundle_converter.checkpoint.directory import Place
+    from splitbundle_converter.checkpoint.source import Source
     from splitbundle_converter.vectors import load_original
 
     source = Source(checkpoint(name), name=name)

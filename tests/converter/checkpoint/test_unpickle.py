@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitbundle_converter import pickles
+from splitbundle_converter.checkpoint import pickles
 from tests.support.paths import ROOT
 from tests.support.pickled import BIN, WHOLE, convert, refused
 

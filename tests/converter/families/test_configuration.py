@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 from splitbundle_converter import configuration, decoder_facts
-from splitbundle_converter.source import Configuration
+from splitbundle_converter.checkpoint.source import Configuration
 from tests.support.checkpoints import accepted, change_config, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from splitbundle.format.architecture.decoder import Learned, Llama3, Rotary, count
+from splitbundle_converter.checkpoint.source import Source
 from splitbundle_converter.conversion import read_architecture
-from splitbundle_converter.source import Source
 
 COMMON = {"architectures": ["ForCausalLM"], "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True}
 GPT2 = {

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 import splitbundle_converter
 from splitbundle import Bundle, BundleError
 from splitbundle.format.manifest.document import expand
+from splitbundle_converter.checkpoint.source import Source
 from splitbundle_converter.conversion import read_architecture
 from splitbundle_converter.families import FAMILIES
-from splitbundle_converter.source import Source
 from splitbundle_converter.translate import Translation, put_together, translate
 from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY, checkpoint, make_model, scratch, token_rows
 

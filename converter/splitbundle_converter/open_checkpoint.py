@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from splitbundle.storage.files import Progress
+from splitbundle_converter.checkpoint.pickles import BIN, read_model
+from splitbundle_converter.checkpoint.source import Source, has_weights, locate
+from splitbundle_converter.checkpoint.weight_files import SAFETENSORS
+from splitbundle_converter.errors import refused
 from splitbundle_converter.parts import find_parts, read_parts
-from splitbundle_converter.pickles import BIN, read_model
 from splitbundle_converter.publish import scratch
-from splitbundle_converter.refusal import refused
-from splitbundle_converter.source import Source, has_weights, locate
-from splitbundle_converter.source_files import SAFETENSORS
 
 
 @contextmanager

@@ -19,9 +19,8 @@ from splitbundle.format import strict_json
 from splitbundle.format.manifest.document import DTYPES
 from splitbundle.format.weight_layout import CODES
 from splitbundle.storage.files import MAX_TEXT_BYTES
-from splitbundle_converter.place import Place
-from splitbundle_converter.refusal import line, refused
-from splitbundle_converter.source_files import (
+from splitbundle_converter.checkpoint.directory import Place
+from splitbundle_converter.checkpoint.weight_files import (
     SAFETENSORS,
     Naming,
     SourceTensor,
@@ -29,6 +28,7 @@ from splitbundle_converter.source_files import (
     read_headers,
     weight_files,
 )
+from splitbundle_converter.errors import line, refused
 
 CONFIG: Final = "config.json"
 TOKENIZER: Final = "tokenizer.json"

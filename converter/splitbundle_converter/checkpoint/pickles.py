@@ -25,10 +25,9 @@ from typing import IO, Any, Final, NoReturn
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format import strict_json
 from splitbundle.storage.files import Progress
-from splitbundle_converter.place import Place
-from splitbundle_converter.refusal import line, refused
-from splitbundle_converter.source import Source
-from splitbundle_converter.source_files import (
+from splitbundle_converter.checkpoint.directory import Place
+from splitbundle_converter.checkpoint.source import Source
+from splitbundle_converter.checkpoint.weight_files import (
     SAFETENSORS,
     Naming,
     SourceTensor,
@@ -36,12 +35,13 @@ from splitbundle_converter.source_files import (
     read_headers,
     weight_files,
 )
+from splitbundle_converter.errors import line, refused
 
 BIN: Final = Naming(single="pytorch_model.bin", index="pytorch_model.bin.index.json", suffix=".bin")
 SUFFIXES: Final = (".pt", ".pth")
 BOOT: Final = (
     "import json, sys; request = json.load(open(sys.argv[1], encoding='utf-8')); sys.path[:] = request['path']; "
-    "from splitbundle_converter.unpickle import main; main(request['files'])"
+    "from splitbundle_converter.checkpoint.unpickle import main; main(request['files'])"
 )
 """Isolated (-I), an interpreter ignores PYTHONPATH; yet it must find the libraries that this one has found."""
 KEPT: Final = (

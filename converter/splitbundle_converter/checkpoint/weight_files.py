@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import strict_json
 from splitbundle.format.fields import MAX_PROBLEMS
-from splitbundle_converter.place import Place
-from splitbundle_converter.refusal import line, problem, refused
+from splitbundle_converter.checkpoint.directory import Place
+from splitbundle_converter.errors import line, problem, refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Final
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format import strict_json
 from splitbundle.format.fields import MAX_PROBLEMS
-from splitbundle_converter.refusal import problem, refused
+from splitbundle_converter.errors import problem, refused
 
 FREE: Final = ".safetensors"
 """The suffix of files that may be links to anywhere: they are large, and every byte of them is judged to be weights."""
