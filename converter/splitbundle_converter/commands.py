@@ -14,7 +14,7 @@ from splitbundle.cli.commands import integers, positive
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import MissingExtra
 from splitbundle.format.manifest import document
-from splitbundle_converter.composites import EXTENSION, LANGUAGE
+from splitbundle_converter.families.composites import EXTENSION, LANGUAGE
 
 DTYPES: Final = ("keep", *document.DTYPES)
 LIBRARIES: Final = ("torch", "transformers", "safetensors", "jsonschema", "huggingface_hub", "numpy")
@@ -154,10 +154,10 @@ def _families_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _families(args: argparse.Namespace, console: Console) -> int:
     with _libraries("convert", "list the families"):
-        from splitbundle_converter import family_table
+        from splitbundle_converter.families import summary
 
-        rows = list(family_table.details())
-    console.table(family_table.COLUMNS, [[row[column] for column in family_table.COLUMNS] for row in rows])
+        rows = list(summary.details())
+    console.table(summary.COLUMNS, [[row[column] for column in summary.COLUMNS] for row in rows])
     console.json({"ok": True, "families": rows})
     return 0
 

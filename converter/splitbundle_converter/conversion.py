@@ -27,10 +27,10 @@ from splitbundle.version import __version__
 from splitbundle_converter import write
 from splitbundle_converter.checkpoint.source import TOKENIZER, Source, dtype_of
 from splitbundle_converter.commands import DTYPES
-from splitbundle_converter.composites import EXTENSION, PARTS
-from splitbundle_converter.configuration import read_configuration
 from splitbundle_converter.errors import refused
-from splitbundle_converter.family import Family
+from splitbundle_converter.families.composites import EXTENSION, PARTS
+from splitbundle_converter.families.configuration import read_configuration
+from splitbundle_converter.families.row import Family
 from splitbundle_converter.language_part import read_language_part
 from splitbundle_converter.open_checkpoint import opened
 from splitbundle_converter.original_part import load_original_part

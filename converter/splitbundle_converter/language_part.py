@@ -15,12 +15,12 @@ from splitbundle.format.architecture.decoder import Architecture, Head
 from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.format.manifest.document import EMBEDDING, SourceName, expand, row_sources
 from splitbundle_converter.checkpoint.source import Configuration, Source
-from splitbundle_converter.composites import COMPOSITES, INERT, LANGUAGE, TEXT, Composite, text_type
-from splitbundle_converter.config_reader import ConfigReader
-from splitbundle_converter.configuration import build, check_counts, readable
 from splitbundle_converter.errors import refused
-from splitbundle_converter.families import FAMILIES
-from splitbundle_converter.family import Family
+from splitbundle_converter.families.composites import COMPOSITES, INERT, LANGUAGE, TEXT, Composite, text_type
+from splitbundle_converter.families.config_reader import ConfigReader
+from splitbundle_converter.families.configuration import build, check_counts, readable
+from splitbundle_converter.families.row import Family
+from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.translate import MISSING, PROJECTION
 
 _HEAD: Final = "lm_head.weight"

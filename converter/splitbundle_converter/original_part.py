@@ -8,9 +8,9 @@ import torch
 
 from splitbundle.errors import BundleError, quoted
 from splitbundle_converter.checkpoint.source import quiet
-from splitbundle_converter.composites import TEXT
-from splitbundle_converter.configuration import build
 from splitbundle_converter.errors import refused
+from splitbundle_converter.families.composites import TEXT
+from splitbundle_converter.families.configuration import build
 from splitbundle_converter.language_part import LanguagePart
 from splitbundle_converter.vectors import UNCHECKED, checked, from_tensors
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from splitbundle.format.architecture.decoder import Architecture
-from splitbundle_converter.family import Family
+from splitbundle_converter.families.row import Family
 
 LISTS: Final = ("layers", "h", "blocks")
 LAYER: Final = "{layer}"

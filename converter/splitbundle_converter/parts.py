@@ -24,10 +24,10 @@ from splitbundle_converter.checkpoint.directory import Place
 from splitbundle_converter.checkpoint.pickles import SUFFIXES, PickledSource, rewrite
 from splitbundle_converter.checkpoint.source import CONFIG, Configuration
 from splitbundle_converter.checkpoint.weight_files import SourceTensor, check_unwrapped, read_headers
-from splitbundle_converter.config_reader import INERT
-from splitbundle_converter.configuration import read_configuration
 from splitbundle_converter.errors import problem, refused
-from splitbundle_converter.family import Family
+from splitbundle_converter.families.config_reader import INERT
+from splitbundle_converter.families.configuration import read_configuration
+from splitbundle_converter.families.row import Family
 from splitbundle_converter.part_names import EMBEDDING, HEAD, LAYER, PartNames
 
 METADATA: Final = "_metadata.json"

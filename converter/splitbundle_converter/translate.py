@@ -16,7 +16,7 @@ from splitbundle.format.manifest.document import EMBEDDING, ROW, SourceName, exp
 from splitbundle_converter.checkpoint.source import Reader, Source, dtype_of
 from splitbundle_converter.checkpoint.weight_files import SourceTensor, check_unwrapped
 from splitbundle_converter.errors import problem
-from splitbundle_converter.family import Family
+from splitbundle_converter.families.row import Family
 from splitbundle_converter.heads import wrong_head
 
 

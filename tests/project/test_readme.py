@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from splitbundle.cli.commands import COMMANDS
-from splitbundle_converter import family_table
 from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
-from splitbundle_converter.families import FAMILIES
+from splitbundle_converter.families import summary
+from splitbundle_converter.families.table import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -89,7 +89,7 @@ def between(begin: str, end: str) -> str:
 
 def families_table() -> str:
     """The table of families, as the README has it."""
-    return f"\n{family_table.markdown()}\n\n"
+    return f"\n{summary.markdown()}\n\n"
 
 
 def test_the_table_of_families_is_true() -> None:
@@ -99,7 +99,7 @@ def test_the_table_of_families_is_true() -> None:
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_no_row_is_made_of_what_is_refused(name: str) -> None:
     """Where a default configuration is, the row is of one that isn't, and says what it needs."""
-    config, _ = family_table.default(name)
+    config, _ = summary.default(name)
     FAMILIES[name].facts(config)
     assert not config.problems
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from splitbundle_converter.checkpoint.source import quiet
-from splitbundle_converter.composites import COMPOSITES
+from splitbundle_converter.families.composites import COMPOSITES
 from tests.support.models import VOCAB
 
 LAYERS: Final = 2

@@ -34,7 +34,7 @@ from splitbundle.format.architecture.decoder import (
     Sinusoidal,
 )
 from splitbundle.storage.reader import VECTORS
-from splitbundle_converter.families import FAMILIES
+from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.vectors import case_lengths
 from tests.support.models import (
     BY_PIECES,

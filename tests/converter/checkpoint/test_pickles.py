@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import splitbundle_converter
 from splitbundle import ParityError
 from splitbundle_converter.checkpoint import pickles
-from splitbundle_converter.families import FAMILIES
+from splitbundle_converter.families.table import FAMILIES
 from tests.converter.checkpoint.test_unpickle import bypassed
 from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY, bundle, checkpoint, make_model
 from tests.support.pickled import BIN, INDEX, SAFE, WHOLE, Tensors, convert, refused

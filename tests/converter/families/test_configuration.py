@@ -11,8 +11,8 @@ from typing import Any, Final
 import pytest
 import transformers
 
-from splitbundle_converter import configuration, decoder_facts
 from splitbundle_converter.checkpoint.source import Configuration
+from splitbundle_converter.families import configuration, facts
 from tests.support.checkpoints import accepted, change_config, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +51,7 @@ def test_why_a_family_is_not_in_the_table(
     )
 
 
-ACTIVATIONS: Final = f"one of {', '.join(decoder_facts.ACTIVATIONS)}"
+ACTIVATIONS: Final = f"one of {', '.join(facts.ACTIVATIONS)}"
 KNOWN: Final = "a field that this family is known to have"
 UNSUPPORTED: Final = "A model with this value can't be converted yet; with another value it would be another model"
 USELESS: Final = "Remove it if it changes nothing"

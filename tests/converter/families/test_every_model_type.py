@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import splitbundle_converter
 from splitbundle import BundleError
 from splitbundle_converter.checkpoint.source import quiet
-from splitbundle_converter.families import FAMILIES
+from splitbundle_converter.families.table import FAMILIES
 from tests.support import small_models
 from tests.support.models import CONFIGURATIONS, TOLERANCE, original_logits, relative, token_rows
 

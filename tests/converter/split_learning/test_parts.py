@@ -17,7 +17,7 @@ import splitbundle
 import splitbundle_converter
 from splitbundle import BundleError
 from splitbundle.cli import main
-from splitbundle_converter.families import FAMILIES
+from splitbundle_converter.families.table import FAMILIES
 from tests.support.models import bundle, checkpoint, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

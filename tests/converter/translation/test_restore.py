@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import splitbundle_converter
-from splitbundle_converter.families import FAMILIES
+from splitbundle_converter.families.table import FAMILIES
 from tests.support.checkpoints import WEIGHTS, accepted
 from tests.support.models import CONFIGURATIONS, LAYERS, checkpoint
 

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.manifest.document import SourceName
-from splitbundle_converter.config_reader import ConfigReader
-from splitbundle_converter.decoder_facts import Facts
+from splitbundle_converter.families.config_reader import ConfigReader
+from splitbundle_converter.families.facts import Facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

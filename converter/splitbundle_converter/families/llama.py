@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Final
 
 from splitbundle.format.architecture.decoder import MAX_LAYERS, Architecture, QueryTemperature, Rotary, Unscaled
-from splitbundle_converter.config_reader import TRAINING, ConfigReader
-from splitbundle_converter.decoder_facts import (
+from splitbundle_converter.families.config_reader import TRAINING, ConfigReader
+from splitbundle_converter.families.facts import (
     TORCH_EPS,
     Facts,
     Position,
@@ -21,8 +21,8 @@ from splitbundle_converter.decoder_facts import (
     turned_by_type,
     turned_in_windows,
 )
-from splitbundle_converter.family import QUERY_KEY_VALUE, Names, OneTensor, changed, in_layers, q_k_v, row
-from splitbundle_converter.rotary_config import rotary
+from splitbundle_converter.families.rotary import rotary
+from splitbundle_converter.families.row import QUERY_KEY_VALUE, Names, OneTensor, changed, in_layers, q_k_v, row
 
 NAMES: Final[Names] = {
     "model.embed_tokens": "embedding.token",

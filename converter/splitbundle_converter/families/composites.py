@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from splitbundle_converter.unsupported import reason
+from splitbundle_converter.families.unsupported import reason
 
 LANGUAGE: Final = "language"
 PARTS: Final = (LANGUAGE,)

@@ -17,7 +17,7 @@ from splitbundle.format.architecture.decoder import (
     Unscaled,
     Yarn,
 )
-from splitbundle_converter.config_reader import ConfigReader
+from splitbundle_converter.families.config_reader import ConfigReader
 
 
 def rotary(

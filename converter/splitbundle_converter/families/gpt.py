@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from splitbundle.format.architecture.decoder import Alibi, Architecture, Rotary, Sinusoidal, Unscaled
-from splitbundle_converter.config_reader import INERT, TRAINING, ConfigReader
-from splitbundle_converter.decoder_facts import (
+from splitbundle_converter.families.config_reader import INERT, TRAINING, ConfigReader
+from splitbundle_converter.families.facts import (
     TORCH_EPS,
     Facts,
     Sizes,
@@ -16,7 +16,7 @@ from splitbundle_converter.decoder_facts import (
     learned,
     root_of_hidden,
 )
-from splitbundle_converter.family import QUERY_KEY_VALUE, Names, changed, in_layers, q_k_v, row
+from splitbundle_converter.families.row import QUERY_KEY_VALUE, Names, changed, in_layers, q_k_v, row
 
 GPT: Final = Facts(
     inert=TRAINING,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from splitbundle.format.architecture.decoder import Architecture
-from splitbundle_converter.decoder_facts import Sizes, either, four_times_hidden, layer_norm, turned
-from splitbundle_converter.families_gpt import ALIBI, GPT, GPT2
-from splitbundle_converter.family import QUERY_KEY_VALUE, Names, OneTensor, changed, in_layers, row
+from splitbundle_converter.families.facts import Sizes, either, four_times_hidden, layer_norm, turned
+from splitbundle_converter.families.gpt import ALIBI, GPT, GPT2
+from splitbundle_converter.families.row import QUERY_KEY_VALUE, Names, OneTensor, changed, in_layers, row
 
 
 def _names(base: str, *, table: str, layers: str, attention: str, norm: str, projection: str = "lm_head") -> Names:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from splitbundle_converter.decoder_facts import layer_windows, rms_norm, root_of_hidden, turned_by_type
-from splitbundle_converter.families_llama import BIASED, NAMES
-from splitbundle_converter.family import changed, row
+from splitbundle_converter.families.facts import layer_windows, rms_norm, root_of_hidden, turned_by_type
+from splitbundle_converter.families.llama import BIASED, NAMES
+from splitbundle_converter.families.row import changed, row
 
 GEMMA: Final = BIASED.but(
     inert=["cache_implementation"],

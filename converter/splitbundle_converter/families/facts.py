@@ -23,8 +23,8 @@ from splitbundle.format.architecture.decoder import (
     Sinusoidal,
     Unpositioned,
 )
-from splitbundle_converter.config_reader import ConfigReader
-from splitbundle_converter.rotary_config import rotary
+from splitbundle_converter.families.config_reader import ConfigReader
+from splitbundle_converter.families.rotary import rotary
 
 ACTIVATIONS: Final = {
     "silu": "silu",

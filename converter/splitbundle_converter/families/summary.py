@@ -15,8 +15,8 @@ from splitbundle.format.architecture.decoder import (
     Unscaled,
 )
 from splitbundle_converter.checkpoint.source import quiet
-from splitbundle_converter.config_reader import ConfigReader
-from splitbundle_converter.families import FAMILIES
+from splitbundle_converter.families.config_reader import ConfigReader
+from splitbundle_converter.families.table import FAMILIES
 
 COLUMNS = ("model_type", "norm", "position", "attention", "mlp", "extras")
 

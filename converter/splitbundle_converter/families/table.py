@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from splitbundle_converter.families_gemma import GEMMA_FAMILIES
-from splitbundle_converter.families_gpt import GPT_FAMILIES
-from splitbundle_converter.families_llama import LLAMA_FAMILIES
-from splitbundle_converter.families_megatron import MEGATRON_FAMILIES
-from splitbundle_converter.family import Family
+from splitbundle_converter.families.gemma import GEMMA_FAMILIES
+from splitbundle_converter.families.gpt import GPT_FAMILIES
+from splitbundle_converter.families.llama import LLAMA_FAMILIES
+from splitbundle_converter.families.megatron import MEGATRON_FAMILIES
+from splitbundle_converter.families.row import Family
 
 FAMILIES: Final[dict[str, Family]] = {
     row.model_type: row for row in (*GPT_FAMILIES, *MEGATRON_FAMILIES, *LLAMA_FAMILIES, *GEMMA_FAMILIES)
