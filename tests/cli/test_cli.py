@@ -172,16 +172,16 @@ def relist(root: Path, path: str, data: bytes, bundle: splitbundle.Bundle) -> No
     from splitbundle.format import names
     from splitbundle.format.architecture.parser import parse_architecture
     from splitbundle.format.manifest import document
-    from splitbundle_converter import write
+    from splitbundle_converter.writing import documents
 
-    files = {**bundle.manifest.files, path: write.write_file(root, path, data)}
+    files = {**bundle.manifest.files, path: documents.write_file(root, path, data)}
     files.pop(names.CARD)
     model = replace(
         bundle.manifest.model,
         architecture=document.identity(data),
         fingerprint=document.fingerprint(files, bundle.manifest.weight_files()),
     )
-    write.finish(root, replace(bundle.manifest, files=files, model=model), parse_architecture(data))
+    documents.finish(root, replace(bundle.manifest, files=files, model=model), parse_architecture(data))
 
 
 def test_generate(bundle: Path) -> None:

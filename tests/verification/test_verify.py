@@ -11,7 +11,7 @@ import pytest
 
 import splitbundle
 from splitbundle.errors import BundleError
-from splitbundle_converter.publish import publishing
+from splitbundle_converter.writing.atomic_directory import publishing
 from tests.support.bundles import write_llama3
 
 

@@ -11,7 +11,7 @@ import pytest
 import splitbundle_converter
 from splitbundle import ParityError
 from splitbundle.stages.golden import FLOAT16_TOLERANCE
-from splitbundle_converter import graph
+from splitbundle_converter.graphs import decoder
 from tests.support.models import TOLERANCE, checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,8 +41,8 @@ def test_new_graphs_are_held_against_the_golden_vectors(tmp_path: Path, monkeypa
                 node.op_type = "Add"
         return model
 
-    build = graph.build
-    monkeypatch.setattr(graph, "build", spoilt)
+    build = decoder.build
+    monkeypatch.setattr(decoder, "build", spoilt)
     for make in (
         lambda **more: splitbundle_converter.add_onnx(plain, tmp_path / "b", **more),
         lambda **more: splitbundle_converter.resplit(plain, tmp_path / "b", split=[2], **more),

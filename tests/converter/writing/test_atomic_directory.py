@@ -21,8 +21,8 @@ import splitbundle_converter
 from splitbundle import BundleError
 from splitbundle.storage import files
 from splitbundle.storage.recovery import mend, place_of_old
-from splitbundle_converter import publish
-from splitbundle_converter.publish import publishing
+from splitbundle_converter.writing import atomic_directory
+from splitbundle_converter.writing.atomic_directory import publishing
 from tests.support.checkpoints import accepted, digests, refused
 from tests.support.models import checkpoint
 from tests.support.paths import ROOT
@@ -109,7 +109,7 @@ def test_the_old_bundle_stays_until_the_new_one_is_there(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(publish, "_rename", lambda *arguments, **named: False)
+        monkeypatch.setattr(atomic_directory, "_rename", lambda *arguments, **named: False)
     before = splitbundle.open(bundle).id
     with pytest.raises(RuntimeError), publishing(bundle, force=True) as staging:
         (staging / "manifest.json").write_text("half")
@@ -214,7 +214,7 @@ def test_a_lock_that_fails(bundle: Path, monkeypatch: pytest.MonkeyPatch, error:
     def refuse(*arguments: object) -> None:
         raise OSError(getattr(errno, error), os.strerror(getattr(errno, error)))
 
-    monkeypatch.setattr(publish.fcntl, "flock", refuse)
+    monkeypatch.setattr(atomic_directory.fcntl, "flock", refuse)
     if error == "EIO":
         with pytest.raises(BundleError, match=r"\[output.failed\]"):
             splitbundle_converter.resplit(bundle, bundle, split=[3], force=True)
@@ -272,9 +272,9 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
 
 def _race(place: Path, together: Barrier, answers: SimpleQueue[tuple[int, str]]) -> None:
     """Several times each, over nothing and over an old bundle, in one step and in two."""
-    exchanging = publish._rename
+    exchanging = atomic_directory._rename
     for kind in KINDS:
-        vars(publish)["_rename"] = exchanging if kind[1] == "1" else lambda *arguments, **named: False
+        vars(atomic_directory)["_rename"] = exchanging if kind[1] == "1" else lambda *arguments, **named: False
         together.wait(60)
         for _ in range(ROUNDS):
             try:

@@ -16,8 +16,8 @@ from splitbundle.format import strict_json
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.genai import GENAI, INPUTS, LOGITS, configuration, graphs
 from splitbundle.format.manifest.document import FILE, File, Graph, Manifest
-from splitbundle_converter import write
-from splitbundle_converter.graph_builder import GraphBuilder
+from splitbundle_converter.graphs.builder import GraphBuilder
+from splitbundle_converter.writing import documents
 
 
 def write_genai(manifest: Manifest, architecture: Architecture, root: Path) -> dict[str, File]:
@@ -34,7 +34,7 @@ def write_genai(manifest: Manifest, architecture: Architecture, root: Path) -> d
     config = strict_json.dump(configuration(manifest, architecture))
     before, after = graphs(architecture)
     contents = config, inputs_graph(before), logits_graph(after)
-    listed = {path: write.write_file(root, path, data) for path, data in zip(GENAI, contents, strict=True)}
+    listed = {path: documents.write_file(root, path, data) for path, data in zip(GENAI, contents, strict=True)}
     for path in GENAI[1:]:
         onnx.checker.check_model(str(root / path), full_check=True)
     return listed

@@ -18,8 +18,8 @@ from splitbundle.format.graph import next_name, ports
 from splitbundle.format.manifest.document import Shard
 from splitbundle.format.selection import Selection
 from splitbundle.format.weight_layout import Stored
-from splitbundle_converter.graph_builder import GraphBuilder
-from splitbundle_converter.graph_positions import GraphPositions
+from splitbundle_converter.graphs.builder import GraphBuilder
+from splitbundle_converter.graphs.positions import GraphPositions
 
 
 def build(

@@ -17,9 +17,10 @@ from splitbundle.format.manifest.document import VARIANTS, File, Graph, Shard
 from splitbundle.format.names import CARD
 from splitbundle.opening import open_bundle
 from splitbundle.verification import onnx_rules
-from splitbundle_converter import graph, write
 from splitbundle_converter.errors import line
-from splitbundle_converter.genai_files import write_genai
+from splitbundle_converter.graphs import decoder
+from splitbundle_converter.graphs.genai import write_genai
+from splitbundle_converter.writing import documents
 
 UNREAD: Final = re.compile("Unable to (open|read|parse) proto|filesystem error|could not be canonicalized")
 """How ``onnx.checker``, which reads the files itself, says that the system doesn't let it."""
@@ -53,15 +54,15 @@ def add_graphs(root: Path, variant: str, *, genai: bool = False) -> None:
     draft = replace(bundle.manifest, shards=tuple(shards), files=listed)
     if genai:
         draft = replace(draft, files=listed | write_genai(draft, bundle.architecture, root))
-    write.finish(root, draft, bundle.architecture)
+    documents.finish(root, draft, bundle.architecture)
 
 
 def _write(bundle: Bundle, shard: Shard, root: Path, own: Graph) -> File:
     stored = onnx_rules.stored(bundle, shard)
-    model = graph.build(bundle.architecture, shard, stored, VARIANTS[own.variant])
+    model = decoder.build(bundle.architecture, shard, stored, VARIANTS[own.variant])
     data = model.SerializeToString(deterministic=True)
     onnx_rules.check(data, own, onnx_rules.used(shard, stored))
-    listed = write.write_file(root, own.file, data)
+    listed = documents.write_file(root, own.file, data)
     _check(root / own.file)
     shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     return listed

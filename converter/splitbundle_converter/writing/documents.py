@@ -215,7 +215,7 @@ class GraphWriter:
 
     def __call__(self, root: Path) -> None:
         """Adds a graph to each shard of the bundle in ``root``."""
-        from splitbundle_converter.graph_files import add_graphs
+        from splitbundle_converter.graphs.add_graphs import add_graphs
 
         add_graphs(root, self.variant, genai=self.genai)
 

@@ -11,7 +11,7 @@ import torch
 
 from splitbundle.backends.torch.positions import Reach, frequencies, slopes
 from splitbundle.format.architecture.decoder import Alibi, Dynamic, LongRope, QueryTemperature, Rotary
-from splitbundle_converter.graph_builder import GraphBuilder
+from splitbundle_converter.graphs.builder import GraphBuilder
 
 CPU = torch.device("cpu")
 
