@@ -13,10 +13,9 @@ from splitbundle.bundle import Bundle
 from splitbundle.cli.commands import integers, positive
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import MissingExtra
-from splitbundle.format.manifest import document
 from splitbundle_converter.families.composites import EXTENSION, LANGUAGE
+from splitbundle_converter.options import DTYPES
 
-DTYPES: Final = ("keep", *document.DTYPES)
 LIBRARIES: Final = ("torch", "transformers", "safetensors", "jsonschema", "huggingface_hub", "numpy")
 
 

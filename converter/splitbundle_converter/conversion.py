@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from splitbundle.backends.torch import weights
+from splitbundle.backends.torch.weights import DTYPES as TORCH_DTYPES
+from splitbundle.backends.torch.weights import rounded
 from splitbundle.bundle import Bundle
 from splitbundle.errors import quoted
 from splitbundle.format.architecture import decoder as architectures
@@ -25,18 +26,21 @@ from splitbundle.storage.reader import VECTORS
 from splitbundle.verification import tokenizer_rules
 from splitbundle.version import __version__
 from splitbundle_converter.checkpoint.source import TOKENIZER, Source, dtype_of
-from splitbundle_converter.commands import DTYPES
 from splitbundle_converter.errors import refused
 from splitbundle_converter.families.composites import EXTENSION, PARTS
 from splitbundle_converter.families.configuration import read_configuration
 from splitbundle_converter.families.row import Family
+from splitbundle_converter.graphs import request
 from splitbundle_converter.language_part import read_language_part
 from splitbundle_converter.open_checkpoint import opened
+from splitbundle_converter.options import DTYPES
 from splitbundle_converter.original_part import load_original_part
 from splitbundle_converter.translate import Translation, translate
 from splitbundle_converter.vectors import load_original, reference_vectors
-from splitbundle_converter.writing import documents
 from splitbundle_converter.writing.atomic_directory import publishing
+from splitbundle_converter.writing.documents import finish, placed, write_file
+from splitbundle_converter.writing.shards import check_cuts, make_shards, shard_names
+from splitbundle_converter.writing.weights import unit_files, write_weights
 
 
 def convert(
@@ -93,7 +97,7 @@ def convert(
     if max_file_size is not None and (type(max_file_size) is not int or max_file_size < 1):
         expected, got = "a number of bytes from 1", quoted(max_file_size)
         raise refused("usage.size", None, expected, got, argument="max_file_size")
-    graphs = documents.graph_writer(onnx, genai=genai)
+    graphs = request.graph_writer(onnx, genai=genai)
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
     with opened(
         source, revision, output=target, allow_pickle=allow_pickle, force=force, progress=progress
@@ -124,7 +128,7 @@ def _convert(
     check: bool,
     force: bool,
     max_file_size: int | None,
-    graphs: documents.GraphWriter | None,
+    graphs: request.GraphWriter | None,
     progress: Progress | None,
 ) -> Bundle:
     extensions: dict[str, Any] = {}
@@ -137,8 +141,8 @@ def _convert(
         config, extensions[EXTENSION] = language.values, language.extension()
         load = partial(load_original_part, language)
     cuts = checkpoint.cuts if split is None else tuple(split)
-    documents.check_cuts(cuts, len(architecture.layers))
-    shard_names = documents.shard_names(cuts, None if names is None else tuple(names))
+    check_cuts(cuts, len(architecture.layers))
+    given_names = shard_names(cuts, None if names is None else tuple(names))
     translation = translate(checkpoint, family, architecture)
     storage = _storage(checkpoint, translation, dtype)
     if graphs is not None:
@@ -149,14 +153,14 @@ def _convert(
         tokenizer_rules.check(text_files[TOKENIZER], TOKENIZER, architecture.vocab_size)
     with publishing(target, force=force) as root:
         listed, units = _write_units(root, checkpoint, architecture, translation, storage, max_file_size, progress)
-        listed[architectures.FILE] = documents.write_file(root, architectures.FILE, architecture.to_bytes())
+        listed[architectures.FILE] = write_file(root, architectures.FILE, architecture.to_bytes())
         vectors = None
         if check:
             vectors = _write_vectors(root, load, architecture, dtype, listed, progress)
         for name, data in text_files.items():
-            listed[f"tokenizer/{name}"] = documents.write_file(root, f"tokenizer/{name}", data)
+            listed[f"tokenizer/{name}"] = write_file(root, f"tokenizer/{name}", data)
         weight_files = tuple(path for paths in units.values() for path in paths)
-        documents.finish(
+        finish(
             root,
             Manifest(
                 producer={"name": "splitbundle", "version": __version__},
@@ -172,7 +176,7 @@ def _convert(
                     fingerprint=fingerprint(listed, weight_files),
                 ),
                 storage=storage,
-                shards=documents.make_shards(architecture, cuts, shard_names, units, listed),
+                shards=make_shards(architecture, cuts, given_names, units, listed),
                 hidden_size=architecture.hidden_size if cuts else None,
                 units=units,
                 files=listed,
@@ -192,7 +196,7 @@ def _convert(
             open_bundle(root).run_vectors(backend="torch" if graphs is None else "all", progress=progress)
         made = open_bundle(root)
         checkpoint.place.check_unchanged()
-    return documents.placed(made, target)
+    return placed(made, target)
 
 
 def read_architecture(source: Source) -> tuple[Family, Architecture, dict[str, Any]]:
@@ -233,7 +237,7 @@ def _write_units(
     def stored(name: str) -> Stored:
         return Stored(dtype=storage.dtype_of(name), shape=shapes[name])
 
-    plan = documents.unit_files(architecture, stored, max_file_size)
+    plan = unit_files(architecture, stored, max_file_size)
     total = sum(stored(name).size for name in shapes)
     done = 0
     started: dict[str, Future[File]] = {}
@@ -246,13 +250,11 @@ def _write_units(
             done += stored(name).size
             origin = translation.origins[name]
             found = source.tensors[origin.source]
-            return weights.rounded(
-                origin.take(reader), weights.DTYPES[storage.dtype_of(name)], found.stored, found.file
-            )
+            return rounded(origin.take(reader), TORCH_DTYPES[storage.dtype_of(name)], found.stored, found.file)
 
         for files in plan.values():
             for path, tensors in files.items():
-                second_pass = documents.write_weights(root / path, tensors, produce)
+                second_pass = write_weights(root / path, tensors, produce)
                 for before in list(started.values())[-1:]:
                     before.result()  # what fails ends the conversion soon, and one file at most waits in the page cache
                 started[path] = pool.submit(second_pass)
@@ -279,7 +281,7 @@ def _write_vectors(
     }
     path = f"{VECTORS}.safetensors"
     produce: Callable[[str], Tensor] = tensors.__getitem__
-    listed[path] = documents.write_weights(root / path, stored, produce)()
+    listed[path] = write_weights(root / path, stored, produce)()
     if progress is not None:
         progress("running the original model", 1, 1)
     return Vectors(file=path, lengths=lengths)

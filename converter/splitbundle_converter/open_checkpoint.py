@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from splitbundle.storage.files import Progress
+from splitbundle_converter.checkpoint.hub import find_checkpoint
 from splitbundle_converter.checkpoint.pickles import BIN, read_model
-from splitbundle_converter.checkpoint.source import Source, has_weights, locate
+from splitbundle_converter.checkpoint.source import Source, has_weights
 from splitbundle_converter.checkpoint.weight_files import SAFETENSORS
 from splitbundle_converter.errors import refused
 from splitbundle_converter.parts import find_parts, read_parts
@@ -39,7 +40,7 @@ def opened(
     Raises:
         BundleError: ``source.*``, ``output.*``, ``network``.
     """
-    place = locate(source, revision, allow_pickle=allow_pickle)
+    place = find_checkpoint(source, revision, allow_pickle=allow_pickle)
     parts = find_parts(place) if allow_pickle else []
     whole = next((naming for naming in (SAFETENSORS, BIN) if has_weights(place.directory, naming)), None)
     if parts and whole:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from splitbundle.errors import BundleError, quoted
-from splitbundle_converter.checkpoint.source import quiet
 from splitbundle_converter.errors import refused
 from splitbundle_converter.families.composites import TEXT
 from splitbundle_converter.families.configuration import build
 from splitbundle_converter.language_part import LanguagePart
+from splitbundle_converter.quiet_transformers import quiet
 from splitbundle_converter.vectors import UNCHECKED, checked, from_tensors
 
 

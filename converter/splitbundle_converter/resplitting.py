@@ -19,8 +19,10 @@ from splitbundle.format.names import CARD
 from splitbundle.opening import open_bundle
 from splitbundle.storage.files import FETCH, Progress, check_digest, missing, open_file, read_file, sha256
 from splitbundle_converter.errors import refused
-from splitbundle_converter.writing import documents
+from splitbundle_converter.graphs import request
 from splitbundle_converter.writing.atomic_directory import publishing
+from splitbundle_converter.writing.documents import finish, placed
+from splitbundle_converter.writing.shards import make_shards
 
 
 def resplit(
@@ -58,7 +60,7 @@ def resplit(
     old_graphs = {shard.graph.file: shard.graph.variant for shard in old.shards if shard.graph is not None}
     if genai is None:
         genai = onnx is not False and GENAI[0] in old.manifest.files
-    graphs = documents.graph_writer(_variant(old_graphs.values()) if onnx is None else onnx, genai=genai)
+    graphs = request.graph_writer(_variant(old_graphs.values()) if onnx is None else onnx, genai=genai)
     if graphs is not None:
         graphs.check(old.manifest.storage)
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
@@ -70,7 +72,7 @@ def resplit(
     absent = [path for path in old.absent() if path in kept]
     if absent:
         raise BundleError(missing(path) for path in absent)
-    shards = documents.make_shards(old.architecture, cuts, given, old.manifest.units, kept)
+    shards = make_shards(old.architecture, cuts, given, old.manifest.units, kept)
     total = sum(file.size for file in kept.values())
     done = 0
     before = _identity(old)
@@ -88,14 +90,14 @@ def resplit(
             progress("copying", total, total)
         hidden_size = old.architecture.hidden_size if cuts else None
         draft = replace(old.manifest, shards=shards, hidden_size=hidden_size, files=kept)
-        documents.finish(root, draft, old.architecture)
+        finish(root, draft, old.architecture)
         if graphs is not None:
             graphs(root)
         made = open_bundle(root)
         if graphs is not None and check and made.manifest.vectors is not None:
             made.run_vectors(backend="onnxruntime", progress=progress)
         _check_unchanged(old, before)
-    return documents.placed(made, target)
+    return placed(made, target)
 
 
 def _check_outside(old: Bundle, target: Path) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from splitbundle.backends.torch.weights import DTYPES
 from splitbundle.format.architecture.decoder import Architecture, count
-from splitbundle_converter.checkpoint.source import Source, quiet
+from splitbundle_converter.checkpoint.source import Source
 from splitbundle_converter.errors import line, refused
 from splitbundle_converter.families.configuration import resolve
 from splitbundle_converter.families.row import Family
+from splitbundle_converter.quiet_transformers import quiet
 
 UNCHECKED = "--no-check converts without the original model, and without golden vectors"
 LENGTHS = (1, 7, 24)

@@ -20,7 +20,7 @@ from splitbundle.errors import BundleError
 from splitbundle.format import weight_layout
 from splitbundle.format.manifest.document import File
 from splitbundle.format.weight_layout import Tensor
-from splitbundle_converter.writing.documents import write_weights
+from splitbundle_converter.writing.weights import write_weights
 
 PATH = "layer-000.safetensors"
 # In order of use: 96 bytes, 64 bytes, 6 bytes, 128 bytes, 40 bytes. So the file has "wide" and "even" first.

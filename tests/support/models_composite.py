@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from splitbundle_converter.checkpoint.source import quiet
 from splitbundle_converter.families.composites import COMPOSITES
+from splitbundle_converter.quiet_transformers import quiet
 from tests.support.models import VOCAB
 
 LAYERS: Final = 2

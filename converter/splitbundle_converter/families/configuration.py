@@ -8,13 +8,14 @@ from typing import Any, Final
 from splitbundle.errors import BundleError, quoted
 from splitbundle.format.architecture.decoder import MAX_LAYERS, Architecture
 from splitbundle.format.architecture.parser import parse_architecture
-from splitbundle_converter.checkpoint.source import Configuration, quiet
+from splitbundle_converter.checkpoint.source import Configuration
 from splitbundle_converter.errors import line, refused
 from splitbundle_converter.families.composites import family_hint
 from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.families.unsupported import EXPECTED
+from splitbundle_converter.quiet_transformers import quiet
 
 _MAX_LABELS: Final = 100_000
 """Of a classifier's classes: several times those of the largest data sets."""

@@ -14,9 +14,9 @@ from splitbundle.format.architecture.decoder import (
     Sinusoidal,
     Unscaled,
 )
-from splitbundle_converter.checkpoint.source import quiet
 from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.table import FAMILIES
+from splitbundle_converter.quiet_transformers import quiet
 
 COLUMNS = ("model_type", "norm", "position", "attention", "mlp", "extras")
 

@@ -17,8 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import splitbundle_converter
 from splitbundle import BundleError
-from splitbundle_converter.checkpoint.source import quiet
 from splitbundle_converter.families.table import FAMILIES
+from splitbundle_converter.quiet_transformers import quiet
 from tests.support import small_models
 from tests.support.models import CONFIGURATIONS, TOLERANCE, original_logits, relative, token_rows
 

@@ -16,8 +16,8 @@ import splitbundle
 import splitbundle_converter
 from splitbundle import Bundle
 from splitbundle.cli.main import main
-from splitbundle_converter.checkpoint.source import quiet
 from splitbundle_converter.families.composites import COMPOSITES
+from splitbundle_converter.quiet_transformers import quiet
 from tests.support.language_parts import Tensors, convert, make, refused
 from tests.support.models import TOLERANCE, VOCAB, relative
 from tests.support.models_composite import (

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 import splitbundle_converter
 from splitbundle import BundleError
-from splitbundle_converter.checkpoint.source import quiet
 from splitbundle_converter.families.composites import COMPOSITES
 from splitbundle_converter.families.table import FAMILIES
+from splitbundle_converter.quiet_transformers import quiet
 from tests.support.language_parts import Tensors, convert, make, refused
 from tests.support.models import VOCAB, checkpoint
 from tests.support.models_composite import make_composite, make_config, save, stored_tensors, text_fields

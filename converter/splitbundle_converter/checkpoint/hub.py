@@ -1,0 +1,87 @@
+"""Finding a checkpoint: a local directory, or an id of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from splitbundle_converter.checkpoint.directory import Place
+from splitbundle_converter.checkpoint.source import CARD, CONFIG, TEXT_FILES, has_weights, pickled
+from splitbundle_converter.checkpoint.weight_files import (
+    SAFETENSORS,
+)
+from splitbundle_converter.errors import line, refused
+
+HUB_PICKLES: Final = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+"""What is fetched of a model that the hub has in pickles alone: not the state of an optimizer, nor arguments."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def find_checkpoint(source: str | os.PathLike[str], revision: str | None, *, allow_pickle: bool = False) -> Place:
+    """A checkpoint directory, or a hub id, which is fetched (honouring HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
+
+    Args:
+        source: the directory, or the id.
+        revision: of a hub id.
+        allow_pickle: whether to fetch pickles of a model that has no safetensors on the hub.
+
+    Raises:
+        BundleError: ``source.missing``, ``source.pickle``, ``network``.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return Place(directory=path, name=path.resolve().name)
+    if path.exists():
+        raise refused("source.missing", str(source), "a checkpoint directory or a hub id", "a file")
+    identifier = str(source)
+    if not _HUB_ID.fullmatch(identifier):
+        raise refused("source.missing", identifier, "a checkpoint directory or a hub id", "neither")
+    directory = _fetch(identifier, revision, [CONFIG, "*.safetensors", SAFETENSORS.index, CARD, *TEXT_FILES])
+    # The hub's cache names a snapshot by its commit.
+    commit = directory.name if re.fullmatch(r"[0-9a-f]{40}", directory.name) else revision
+    if not has_weights(directory, SAFETENSORS):
+        if allow_pickle:
+            _fetch(identifier, commit, HUB_PICKLES)
+        else:
+            _refuse_hub_pickles(identifier, commit)
+    return Place(directory=directory, name=identifier, revision=commit)
+
+
+def _fetch(identifier: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(identifier, revision=revision, allow_patterns=list(patterns)))
+    except GatedRepoError as error:
+        hint = "Accept its terms on the hub and set HF_TOKEN"
+        raise refused("network", identifier, "access to the model", line(error), hint) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        hint = "Check the id and --revision; a private model needs HF_TOKEN"
+        raise refused("network", identifier, "a model of this name on the hub", line(error), hint) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        hint = "There is no such directory here, and the hub can't be reached"
+        raise refused("network", identifier, "the model from the hub", line(error), hint) from error
+
+
+def _refuse_hub_pickles(identifier: str, revision: str | None) -> None:
+    """Says of a model without safetensors that the hub has pickles of it, if the hub can be asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        files = HfApi().list_repo_files(identifier, revision=revision)
+    except (HfHubHTTPError, OSError, ValueError):
+        return
+    for file in sorted(files):
+        if any(fnmatch.fnmatchcase(file, pattern) for pattern in HUB_PICKLES):
+            raise pickled(file)

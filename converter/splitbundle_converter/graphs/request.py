@@ -1,0 +1,59 @@
+"""The graphs that a caller asks for, checked before the work begins."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from splitbundle.errors import MissingExtra, quoted
+from splitbundle.format.manifest import document
+from splitbundle.format.manifest.document import Storage
+from splitbundle_converter.errors import refused
+
+
+@dataclass(frozen=True, slots=True)
+class GraphWriter:
+    """What adds graphs to a bundle that is being written, and what onnxruntime-genai needs to run them."""
+
+    variant: str
+    genai: bool
+
+    def check(self, storage: Storage) -> None:
+        """Whether weights that are stored so can have such graphs.
+
+        Raises:
+            BundleError: ``usage.onnx``.
+        """
+        dtype = document.VARIANTS[self.variant]
+        others = [stored for stored in storage.dtypes if stored != dtype]
+        if self.variant != "standard" and others:
+            expected = f"weights that are all stored as {dtype}, for graphs that compute in it"
+            hint = f"Standard graphs take any weights; convert --dtype {dtype} stores all weights so"
+            raise refused("usage.onnx", None, expected, f"some in {others[0]}", argument="onnx", hint=hint)
+
+    def __call__(self, root: Path) -> None:
+        """Adds a graph to each shard of the bundle in ``root``."""
+        from splitbundle_converter.graphs.add_graphs import add_graphs
+
+        add_graphs(root, self.variant, genai=self.genai)
+
+
+def graph_writer(onnx: bool | str, *, genai: bool = False) -> GraphWriter | None:
+    """What adds the graphs that were asked for; None where none were.
+
+    Raises:
+        BundleError: ``usage.onnx`` for a variant that isn't known.
+        MissingExtra: without the libraries that make graphs and check them.
+    """
+    if not onnx and not genai:
+        return None
+    variant = onnx if isinstance(onnx, str) else "standard"
+    if variant not in document.VARIANTS:
+        hint = "Weights in bfloat16 are widened to float32 by the standard graphs: onnxruntime can't multiply bfloat16"
+        told = hint if variant == "bfloat16" else None
+        raise refused("usage.onnx", None, " or ".join(document.VARIANTS), quoted(variant), argument="onnx", hint=told)
+    for library in ("onnx", "onnxruntime"):  # the second checks what the graphs compute
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtra.of(library, "onnx", "make graphs")
+    return GraphWriter(variant, genai)

@@ -1,0 +1,9 @@
+"""Options of the converter that its functions and its commands share."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from splitbundle.format.manifest import document
+
+DTYPES: Final = ("keep", *document.DTYPES)

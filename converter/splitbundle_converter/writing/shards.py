@@ -1,0 +1,85 @@
+"""The shards that cuts make: their names, layer ranges and units."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Final
+
+from splitbundle.errors import BundleError, Problem
+from splitbundle.format import names
+from splitbundle.format.architecture.decoder import Architecture, count
+from splitbundle.format.manifest.document import File, Shard
+
+DEFAULT_NAMES: Final = {1: ("model",), 2: ("bottom", "top"), 3: ("bottom", "trunk", "top")}
+
+
+def shard_names(cuts: tuple[int, ...], given: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The shards' names: those given, else bottom, trunk, top, with trunk-1 … when there are more.
+
+    Raises:
+        BundleError: ``usage.names``.
+    """
+    number = len(cuts) + 1
+    if given is None:
+        middle = tuple(f"trunk-{i}" for i in range(1, number - 1))
+        return DEFAULT_NAMES.get(number, ("bottom", *middle, "top"))
+    if len(given) != number or len(set(given)) != number or not all(names.is_shard(n) for n in given):
+        raise BundleError(
+            Problem(
+                code="usage.names",
+                argument="names",
+                expected=f"{number} different names, one for each shard, each {names.SHARD_RULE}",
+                got=", ".join(given),
+            )
+        )
+    return given
+
+
+def check_cuts(cuts: tuple[int, ...], layers: int) -> None:
+    """Whether a model of so many layers can be cut there.
+
+    Raises:
+        BundleError: ``usage.cut``.
+    """
+    whole = all(type(cut) is int and 0 <= cut <= layers for cut in cuts)
+    if not whole or any(a >= b for a, b in pairwise(cuts)):
+        raise BundleError(
+            Problem(
+                code="usage.cut",
+                argument="split",
+                expected=f"rising layer numbers from 0 to {layers}, the model's number of layers",
+                got=",".join(map(str, cuts)),
+                hint="A cut is the number of the layer that the shard after it begins with",
+            )
+        )
+
+
+def make_shards(
+    architecture: Architecture,
+    cuts: tuple[int, ...],
+    given: tuple[str, ...] | None,
+    units: dict[str, tuple[str, ...]],
+    listed: dict[str, File],
+) -> tuple[Shard, ...]:
+    """The shards that some cuts make."""
+    layers = len(architecture.layers)
+    check_cuts(cuts, layers)
+    tensors = architecture.unit_tensors()
+    edges = (0, *cuts, layers)
+    shards = []
+    for i, name in enumerate(shard_names(cuts, given)):
+        first, last = i == 0, i == len(cuts)
+        needed = architecture.units_of((edges[i], edges[i + 1]), embeds=first, head=last)
+        shards.append(
+            Shard(
+                name=name,
+                layers=(edges[i], edges[i + 1]),
+                embeds=first,
+                head=last,
+                units=needed,
+                graph=None,
+                bytes=sum(listed[path].size for unit in needed for path in units[unit]),
+                parameters=sum(count(tensors[unit]) for unit in needed),
+            )
+        )
+    return tuple(shards)
