@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from splitbundle_converter.conversion import convert
     from splitbundle_converter.resplitting import add_onnx, resplit
-    from splitbundle_converter.restore import source_tensors
+    from splitbundle_converter.translation.restore import source_tensors
 
 __all__ = ["add_onnx", "convert", "resplit", "source_tensors"]
 
@@ -20,7 +20,7 @@ _MODULES = {
     "add_onnx": "resplitting",
     "convert": "conversion",
     "resplit": "resplitting",
-    "source_tensors": "restore",
+    "source_tensors": "translation.restore",
 }
 
 

@@ -31,12 +31,12 @@ from splitbundle_converter.families.composites import EXTENSION, PARTS
 from splitbundle_converter.families.configuration import read_configuration
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.graphs import request
-from splitbundle_converter.language_part import read_language_part
+from splitbundle_converter.language_part.language_part import read_language_part
+from splitbundle_converter.language_part.original import load_original_part
 from splitbundle_converter.open_checkpoint import opened
 from splitbundle_converter.options import DTYPES
-from splitbundle_converter.original_part import load_original_part
-from splitbundle_converter.translate import Translation, translate
-from splitbundle_converter.vectors import load_original, reference_vectors
+from splitbundle_converter.reference.golden_vectors import load_original, reference_vectors
+from splitbundle_converter.translation.translate import Translation, translate
 from splitbundle_converter.writing.atomic_directory import publishing
 from splitbundle_converter.writing.documents import finish, placed, write_file
 from splitbundle_converter.writing.shards import check_cuts, make_shards, shard_names

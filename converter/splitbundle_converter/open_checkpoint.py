@@ -13,7 +13,7 @@ from splitbundle_converter.checkpoint.pickles import BIN, read_model
 from splitbundle_converter.checkpoint.source import Source, has_weights
 from splitbundle_converter.checkpoint.weight_files import SAFETENSORS
 from splitbundle_converter.errors import refused
-from splitbundle_converter.parts import find_parts, read_parts
+from splitbundle_converter.split_learning.parts import find_parts, read_parts
 from splitbundle_converter.writing.atomic_directory import scratch
 
 

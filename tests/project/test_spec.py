@@ -29,7 +29,7 @@ from splitbundle.format.architecture import decoder as architectures
 from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.format.manifest.document import SourceName
 from splitbundle.format.manifest.parser import parse_manifest
-from splitbundle_converter.translate import put_together
+from splitbundle_converter.translation.translate import put_together
 from tests.support.paths import ROOT, TESTS
 
 SPEC = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "spec" / "v1").glob("*.md"))}

@@ -35,7 +35,7 @@ from splitbundle.format.architecture.decoder import (
 )
 from splitbundle.storage.reader import VECTORS
 from splitbundle_converter.families.table import FAMILIES
-from splitbundle_converter.vectors import case_lengths
+from splitbundle_converter.reference.golden_vectors import case_lengths
 from tests.support.models import (
     BY_PIECES,
     CONFIGURATIONS,

@@ -47,7 +47,7 @@ def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
 def source_gradients(whole: Bundle, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradients under canonical names -> under the source's names and layouts, by the manifest's own table."""
     from splitbundle.format.manifest.document import expand
-    from splitbundle_converter.translate import put_together
+    from splitbundle_converter.translation.translate import put_together
 
     return {
         name: gradient

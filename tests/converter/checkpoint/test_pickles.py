@@ -44,7 +44,7 @@ def test_the_original_class_takes_the_tensors_of_every_family(name: str) -> None
     """As ``vectors`` loads it where there are pickles: with nothing but a configuration and tensors."""
     from splitbundle_converter.checkpoint.directory import Place
     from splitbundle_converter.checkpoint.source import Source
-    from splitbundle_converter.vectors import load_original
+    from splitbundle_converter.reference.golden_vectors import load_original
 
     source = Source(checkpoint(name), name=name)
     again = pickles.PickledSource(Place(directory=source.directory, name=name), source.tensors)
@@ -57,9 +57,9 @@ def test_the_original_class_takes_the_tensors_of_every_family(name: str) -> None
 def test_the_check_still_fails_where_the_weights_are_another_models(
     pickled: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from splitbundle_converter import vectors
+    from splitbundle_converter.reference import golden_vectors
 
-    load = vectors._load_tensors
+    load = golden_vectors._load_tensors
 
     def other(source: Any) -> Any:
         model, info = load(source)
@@ -67,7 +67,7 @@ def test_the_check_still_fails_where_the_weights_are_another_models(
             model.lm_head.weight.mul_(1.01)
         return model, info
 
-    monkeypatch.setattr(vectors, "_load_tensors", other)
+    monkeypatch.setattr(golden_vectors, "_load_tensors", other)
     with pytest.raises(ParityError):
         splitbundle_converter.convert(pickled("llama"), output, allow_pickle=True)
     assert not list(output.parent.iterdir())

@@ -17,7 +17,7 @@ from splitbundle import ParityError
 from splitbundle.backends.torch.weights import map_tensors
 from splitbundle.storage.reader import VECTORS
 from splitbundle_converter import conversion
-from splitbundle_converter.translate import Translation, translate
+from splitbundle_converter.translation.translate import Translation, translate
 from tests.support.checkpoints import QUERY, accepted, change_tensors, digests, refused, replaced
 from tests.support.models import checkpoint
 

@@ -8,14 +8,14 @@ import pytest
 
 import splitbundle_converter
 from splitbundle import BundleError
-from splitbundle_converter import vectors
+from splitbundle_converter.reference import golden_vectors
 from tests.support.paths import ROOT
 
 CHECKPOINT = ROOT / "examples" / "license-gpt2"
 
 
 def test_a_model_that_memory_cannot_hold_names_no_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectors, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(golden_vectors, "available_memory", lambda: 2**20)
     with pytest.raises(BundleError) as caught:
         splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle")
     assert str(caught.value) == (
@@ -27,7 +27,7 @@ def test_a_model_that_memory_cannot_hold_names_no_check(tmp_path: Path, monkeypa
 
 
 def test_available_memory_is_a_sensible_number() -> None:
-    available = vectors.available_memory()
+    available = golden_vectors.available_memory()
     assert available is None or 2**24 < available < 2**48
 
 

@@ -27,7 +27,7 @@ from splitbundle.format.manifest.document import expand
 from splitbundle_converter.checkpoint.source import Source
 from splitbundle_converter.conversion import read_architecture
 from splitbundle_converter.families.table import FAMILIES
-from splitbundle_converter.translate import Translation, put_together, translate
+from splitbundle_converter.translation.translate import Translation, put_together, translate
 from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY, checkpoint, make_model, scratch, token_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,7 +9,7 @@ import torch
 from splitbundle.backends.torch.weights import map_tensors
 from splitbundle.bundle import Bundle
 from splitbundle.format.manifest.document import expand
-from splitbundle_converter.translate import put_together
+from splitbundle_converter.translation.translate import put_together
 
 
 def source_tensors(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:

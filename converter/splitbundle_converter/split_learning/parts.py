@@ -28,7 +28,7 @@ from splitbundle_converter.errors import problem, refused
 from splitbundle_converter.families.config_reader import INERT
 from splitbundle_converter.families.configuration import read_configuration
 from splitbundle_converter.families.row import Family
-from splitbundle_converter.part_names import EMBEDDING, HEAD, LAYER, PartNames
+from splitbundle_converter.split_learning.tensor_names import EMBEDDING, HEAD, LAYER, PartNames
 
 METADATA: Final = "_metadata.json"
 COMPONENTS: Final = ("bottom", "trunk", "top")

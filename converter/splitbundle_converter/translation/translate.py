@@ -17,7 +17,7 @@ from splitbundle_converter.checkpoint.source import Reader, Source, dtype_of
 from splitbundle_converter.checkpoint.weight_files import SourceTensor, check_unwrapped
 from splitbundle_converter.errors import problem
 from splitbundle_converter.families.row import Family
-from splitbundle_converter.heads import wrong_head
+from splitbundle_converter.translation.heads import wrong_head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,9 +10,9 @@ from splitbundle.errors import BundleError, quoted
 from splitbundle_converter.errors import refused
 from splitbundle_converter.families.composites import TEXT
 from splitbundle_converter.families.configuration import build
-from splitbundle_converter.language_part import LanguagePart
+from splitbundle_converter.language_part.language_part import LanguagePart
 from splitbundle_converter.quiet_transformers import quiet
-from splitbundle_converter.vectors import UNCHECKED, checked, from_tensors
+from splitbundle_converter.reference.golden_vectors import UNCHECKED, checked, from_tensors
 
 
 def load_original_part(part: LanguagePart) -> tuple[Any, str]:

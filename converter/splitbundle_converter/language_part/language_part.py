@@ -21,7 +21,7 @@ from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.configuration import build, check_counts, readable
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.families.table import FAMILIES
-from splitbundle_converter.translate import MISSING, PROJECTION
+from splitbundle_converter.translation.translate import MISSING, PROJECTION
 
 _HEAD: Final = "lm_head.weight"
 """What every class with a head of its own calls it."""
