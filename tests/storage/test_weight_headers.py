@@ -20,6 +20,7 @@ from splitbundle.errors import BundleError
 from splitbundle.format import weight_layout
 from splitbundle.format.manifest.document import File
 from splitbundle.format.weight_layout import Tensor
+from splitbundle.storage import weight_headers
 from splitbundle_converter.writing.weights import write_weights
 
 PATH = "layer-000.safetensors"
@@ -70,7 +71,7 @@ def listed(file: bytes) -> File:
 def read(
     file: bytes, expected: dict[str, Tensor] | None = None, *, more: bool = False, of: File | None = None
 ) -> weight_layout.Weights:
-    return weight_layout.read(
+    return weight_headers.read_header(
         io.BytesIO(file), PATH, of or listed(file), TENSORS if expected is None else expected, more=more
     )
 
@@ -354,7 +355,7 @@ def test_parts_that_dont_add_up_are_refused() -> None:
     assert {code for code, _ in refused(part(("odd",)), rest)} == {"weights.tensors"}
     assert refused(part(()), more=True) == [("weights.tensors", "")]
     with pytest.raises(BundleError, match=r"weights\.tensors.*at least one tensor"):
-        weight_layout.read(io.BytesIO(part(())), PATH, listed(part(())), {}, part=True)
+        weight_headers.read_header(io.BytesIO(part(())), PATH, listed(part(())), {}, part=True)
 
 
 @pytest.mark.rule("SB-W-012")

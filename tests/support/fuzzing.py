@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from splitbundle.storage import weight_headers
 from tests.support.paths import ROOT, TESTS
 
 BUNDLE: Final = TESTS / "conformance" / "bundles" / "tiny.splitbundle"
@@ -59,7 +60,6 @@ def weights_target() -> Target:
     import hashlib
 
     import splitbundle
-    from splitbundle.format import weight_layout
     from splitbundle.format.manifest.document import File
 
     expected = splitbundle.open(BUNDLE).stored("layer-000")
@@ -67,7 +67,7 @@ def weights_target() -> Target:
     def run(data: bytes) -> None:
         length = 8 + int.from_bytes(data[:8], "little")
         listed = File(size=len(data), sha256="", header_sha256=hashlib.sha256(data[:length]).hexdigest())
-        weight_layout.read(io.BytesIO(data), "fuzzed.safetensors", listed, expected)
+        weight_headers.read_header(io.BytesIO(data), "fuzzed.safetensors", listed, expected)
 
     return run
 

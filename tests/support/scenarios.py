@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from splitbundle.stages.pipeline import Session
+from splitbundle.stages.session import Session
 from tests.support.models import TOLERANCE, expected_logits, relative, token_rows
 
 

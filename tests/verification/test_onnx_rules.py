@@ -21,7 +21,7 @@ import splitbundle
 from splitbundle import BundleError
 from splitbundle.cli import main
 from splitbundle.format import graph_operators
-from splitbundle.format.manifest.document import Graph
+from splitbundle.format.graph import Graph
 from splitbundle.format.weight_layout import Stored
 from splitbundle.verification import onnx_reader, onnx_rules
 from splitbundle.verification.onnx_reader import Schema

@@ -12,8 +12,8 @@ import onnx
 from onnx import shape_inference
 
 from splitbundle.bundle import Bundle
-from splitbundle.format.graph import OPSET, ports
-from splitbundle.format.manifest.document import VARIANTS, File, Graph, Shard
+from splitbundle.format.graph import OPSET, VARIANTS, Graph, ports
+from splitbundle.format.manifest.document import File, Shard
 from splitbundle.format.names import CARD
 from splitbundle.opening import open_bundle
 from splitbundle.verification import onnx_rules

@@ -7,9 +7,8 @@ from typing import Any
 import numpy
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from splitbundle.format.graph import IR_VERSION, OPSET
+from splitbundle.format.graph import IR_VERSION, OPSET, Port
 from splitbundle.format.graph_operators import CODES
-from splitbundle.format.manifest.document import Port
 from splitbundle.format.weight_layout import Stored
 
 

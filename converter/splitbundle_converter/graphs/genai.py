@@ -15,7 +15,8 @@ from splitbundle.errors import BundleError, Problem
 from splitbundle.format import strict_json
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.genai import GENAI, INPUTS, LOGITS, configuration, graphs
-from splitbundle.format.manifest.document import FILE, File, Graph, Manifest
+from splitbundle.format.graph import Graph
+from splitbundle.format.manifest.document import FILE, File, Manifest
 from splitbundle_converter.graphs.builder import GraphBuilder
 from splitbundle_converter.writing import documents
 

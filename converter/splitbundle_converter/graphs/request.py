@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from splitbundle.errors import MissingExtra, quoted
-from splitbundle.format.manifest import document
+from splitbundle.format import graph
 from splitbundle.format.manifest.document import Storage
 from splitbundle_converter.errors import refused
 
@@ -25,7 +25,7 @@ class GraphWriter:
         Raises:
             BundleError: ``usage.onnx``.
         """
-        dtype = document.VARIANTS[self.variant]
+        dtype = graph.VARIANTS[self.variant]
         others = [stored for stored in storage.dtypes if stored != dtype]
         if self.variant != "standard" and others:
             expected = f"weights that are all stored as {dtype}, for graphs that compute in it"
@@ -49,10 +49,10 @@ def graph_writer(onnx: bool | str, *, genai: bool = False) -> GraphWriter | None
     if not onnx and not genai:
         return None
     variant = onnx if isinstance(onnx, str) else "standard"
-    if variant not in document.VARIANTS:
+    if variant not in graph.VARIANTS:
         hint = "Weights in bfloat16 are widened to float32 by the standard graphs: onnxruntime can't multiply bfloat16"
         told = hint if variant == "bfloat16" else None
-        raise refused("usage.onnx", None, " or ".join(document.VARIANTS), quoted(variant), argument="onnx", hint=told)
+        raise refused("usage.onnx", None, " or ".join(graph.VARIANTS), quoted(variant), argument="onnx", hint=told)
     for library in ("onnx", "onnxruntime"):  # the second checks what the graphs compute
         if importlib.util.find_spec(library) is None:
             raise MissingExtra.of(library, "onnx", "make graphs")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from splitbundle_converter.errors import line, refused
 from splitbundle_converter.families.configuration import resolve
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.quiet_transformers import quiet
+from splitbundle_converter.reference.memory import available_memory
 
 UNCHECKED = "--no-check converts without the original model, and without golden vectors"
 LENGTHS = (1, 7, 24)
@@ -166,32 +165,3 @@ def _check_memory(need: int) -> None:
     if available is not None and need * 1.2 > available:
         expected = f"{need * 1.2 / 2**30:.1f} GiB of free memory to check against the original model in float32"
         raise refused("memory", None, expected, f"{available / 2**30:.1f} GiB", UNCHECKED)
-
-
-def available_memory() -> int | None:
-    """Bytes that this process may still take: of the machine, and of its control group. None where nobody says."""
-    known = [value for value in (_of_machine(), _of_group()) if value is not None]
-    return min(known, default=None)
-
-
-def _of_machine() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def _of_group() -> int | None:
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return None
-    return int(limit) - used if limit.isdigit() else None

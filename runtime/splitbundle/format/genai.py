@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.format import strict_json
 from splitbundle.format.architecture.decoder import Architecture
-from splitbundle.format.graph import OPSET, next_name
-from splitbundle.format.manifest.document import Graph, Manifest, Port, Shard
-from splitbundle.storage import files
-from splitbundle.verification import onnx_rules
+from splitbundle.format.graph import OPSET, Graph, Port, next_name
+from splitbundle.format.manifest.document import Manifest, Shard
 
 if TYPE_CHECKING:
-    from splitbundle.storage.reader import BundleReader
+    pass
 
 GENAI: Final = ("genai_config.json", "genai.inputs.onnx", "genai.logits.onnx")
 """What onnxruntime-genai needs besides the shards' graphs; its own name first. A shard's name has no dot."""
@@ -37,53 +33,6 @@ MAX_LENGTH: Final = 2048
 """Slots by default: genai makes a cache of all of them at once, and graphs attend to them all."""
 UNBOUNDED: Final = 2**20
 """Positions, where neither the architecture nor the source bounds them: genai wants a number."""
-
-
-def check(bundle: BundleReader) -> None:
-    """Judges the three files of a bundle that lists any of them.
-
-    Raises:
-        BundleError: ``genai.config``, ``graph.*``, ``file.*``, ``json.*``.
-    """
-    listed = bundle.manifest.files
-    if not any(path in listed for path in GENAI):
-        return
-    absent = next((path for path in GENAI if path not in listed), None)
-    if absent is not None or any(shard.graph is None for shard in bundle.shards):
-        got = f"no {absent}" if absent is not None else "a shard without a graph"
-        raise _problem("", f"{', '.join(GENAI)} together, and a graph a shard", got)
-    limit = strict_json.MAX_BYTES
-    found = strict_json.parse(files.read_listed(bundle.path, GENAI[0], listed[GENAI[0]], limit), GENAI[0])
-    _compare(found, configuration(bundle.manifest, bundle.architecture), "")
-    for graph in graphs(bundle.architecture):
-        limit = onnx_rules.MAX_GRAPH
-        onnx_rules.check(files.read_listed(bundle.path, graph.file, listed[graph.file], limit), graph, {})
-
-
-def _compare(found: Any, expected: Any, pointer: str) -> None:
-    """Whether a value is what is expected; of how to search, any numbers and booleans."""
-    if pointer == "/search" and isinstance(found, dict):
-        bad = next((name for name, value in found.items() if not isinstance(value, int | float)), None)
-        if bad is not None:
-            raise _problem(f"{pointer}/{bad}", "a number, true or false", type(found[bad]).__name__)
-        return
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for name in found.keys() ^ expected.keys():
-            raise _problem(f"{pointer}/{name}", "a member" if name in expected else "no such member", "the contrary")
-        for name, value in expected.items():
-            _compare(found[name], value, f"{pointer}/{name}")
-    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-            _compare(one, other, f"{pointer}/{i}")
-    elif type(found) is not type(expected) or found != expected:
-        raise _problem(pointer, quoted(expected), quoted(found))
-
-
-def _problem(pointer: str, expected: str, got: str) -> BundleError:
-    hint = "splitbundle add-onnx --genai writes it anew"
-    return BundleError(
-        Problem(code="genai.config", file=GENAI[0], pointer=pointer, expected=expected, got=got, hint=hint)
-    )
 
 
 def graphs(architecture: Architecture) -> tuple[Graph, Graph]:

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from splitbundle.format.architecture.decoder import Architecture
-from splitbundle.format.manifest.document import Port
+from splitbundle.records import record
 
 OPSET = 24
 """The ONNX operator set that graphs are written in."""
 IR_VERSION = 12
 """What ONNX released that operator set with."""
+VARIANTS: Final = {"standard": "float32", "float16": "float16"}
+"""Of graphs, and what each computes in."""
+
+
+@record(frozen=True, slots=True, kw_only=True)
+class Port:
+    """An input or an output of a graph."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    """Of each dimension its size, or what it is called where each call chooses it."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype} [{', '.join(map(str, self.shape))}]"
+
+
+@record(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """An ONNX graph of a shard, whose weights are the shard's weight files."""
+
+    file: str
+    variant: str
+    opset: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
 
 
 def next_name(name: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.manifest.document import Shard
+from splitbundle.integers import as_integer
 from splitbundle.records import record
-from splitbundle.stages.call import whole
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ def select(
     if (
         not isinstance(layers, tuple | list)
         or len(layers) != 2
-        or any(whole(i) is None for i in layers)
+        or any(as_integer(i) is None for i in layers)
         or not 0 <= layers[0] <= layers[1] <= total
     ):
         raise BundleError(

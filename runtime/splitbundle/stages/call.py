@@ -7,21 +7,10 @@ rows have the same past.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format.architecture.decoder import Architecture, Dynamic, LongRope
-
-
-def whole(value: object) -> int | None:
-    """A whole number of Python's or of any library's; None for anything else, True and False too."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type]  # this asks whether it can
-    except TypeError:
-        return None
 
 
 class Call:

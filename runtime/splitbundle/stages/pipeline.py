@@ -2,72 +2,19 @@
 
 from __future__ import annotations
 
-import operator
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.stages.call import Slots, whole
+from splitbundle.integers import as_integer, as_integers
 from splitbundle.stages.sampling import Sampling
+from splitbundle.stages.session import Session
 from splitbundle.stages.stage import Array, LogitsWanted, StageSurface
 
 STOPPED = -1
 """What ``generate`` gives for a row that has stopped."""
-
-
-class Session:
-    """The state of one running sequence batch: each stage's KV cache, and how many positions each row has behind it."""
-
-    def __init__(self, caches: Sequence[Slots], batch_size: int, capacity: int) -> None:
-        self.caches, self.batch_size, self.capacity = caches, batch_size, capacity
-        self.past = [0] * batch_size
-
-    def rollback(self, tokens: int | Sequence[int]) -> None:
-        """Forgets the last tokens of every row, or of each row as many as are given for it.
-
-        Raises:
-            BundleError: ``session.rollback`` for more than a row has, or another number of rows.
-        """
-        one = whole(tokens)
-        back = [one] * self.batch_size if one is not None else integers(tokens, "tokens")  # type: ignore[arg-type]
-        if len(back) != self.batch_size:
-            expected = f"one number, or one for each of {self.batch_size} rows"
-            raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(back)))
-        for row, (n, past) in enumerate(zip(back, self.past, strict=True)):
-            if not 0 <= n <= past:
-                expected = f"0 to {past} tokens, what row {row} has"
-                raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(n)))
-        left = [before - n for before, n in zip(self.past, back, strict=True)]
-        for cache in self.caches:
-            for row, n in enumerate(back):
-                if n:
-                    cache.check_rollback(row, left[row])
-        self.past = left
-
-    def reorder(self, rows: Sequence[int]) -> None:
-        """Row i goes on from what row ``rows[i]`` was; a row may be taken several times, as beam search does.
-
-        Raises:
-            BundleError: ``input.value`` for rows that don't exist, or another number of them.
-        """
-        order = integers(rows, "rows")
-        if len(order) != self.batch_size or not all(0 <= row < self.batch_size for row in order):
-            expected = f"{self.batch_size} row numbers below {self.batch_size}"
-            raise BundleError(Problem(code="input.value", argument="rows", expected=expected, got=quoted(order)))
-        for cache in self.caches:
-            cache.reorder(order)
-        self.past = [self.past[row] for row in order]
-
-
-def integers(values: Iterable[int], argument: str) -> list[int]:
-    """Values that are integers, be it numpy's or torch's, as integers."""
-    try:
-        return [operator.index(value) for value in values]
-    except TypeError:
-        expected, got = "integers", quoted(values)
-        raise BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got)) from None
 
 
 def check_tiling(stages: Sequence[StageSurface], *, same_weights: bool) -> None:
@@ -257,7 +204,7 @@ class PipelineSurface:
             session: one to go on with; by default a new one that is large enough.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        most = whole(max_new_tokens)
+        most = as_integer(max_new_tokens)
         if most is None or most < 0:
             got = quoted(max_new_tokens)
             raise BundleError(
@@ -278,7 +225,7 @@ class PipelineSurface:
         if session is None:
             # The last token is given and not fed again, so it needs no slot.
             session = self.session(shape[0], max(1, longest + most - 1))
-        stops = frozenset(integers(stop_ids, "stop_ids"))
+        stops = frozenset(as_integers(stop_ids, "stop_ids"))
         return self._generate(token_ids, attention_mask, most, sampling, stops, session)
 
     def _generate(

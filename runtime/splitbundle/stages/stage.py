@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.architecture.decoder import Architecture
-from splitbundle.stages.call import Call, Slots, whole
+from splitbundle.integers import as_integer
+from splitbundle.stages.call import Call, Slots
 
 if TYPE_CHECKING:
     from splitbundle.format.selection import Selection
@@ -87,7 +88,7 @@ class StageSurface:
         Raises:
             BundleError: ``session.capacity`` for more positions than the model has, or than memory can hold.
         """
-        rows, slots = whole(batch_size), whole(capacity)
+        rows, slots = as_integer(batch_size), as_integer(capacity)
         if rows is None or rows < 1:
             expected, got = "a number from 1", quoted(batch_size)
             raise BundleError(Problem(code="input.value", argument="batch_size", expected=expected, got=got))
@@ -149,7 +150,7 @@ class StageSurface:
             return None
         if logits == "last":
             return 1
-        wanted = whole(logits)
+        wanted = as_integer(logits)
         if wanted is None or not 1 <= wanted <= MOST_LOGITS:
             self._refuse("input.value", "logits", f'"all", "last" or a number from 1 to {MOST_LOGITS}', quoted(logits))
         return wanted
@@ -196,7 +197,7 @@ class StageSurface:
         values = list(given) if array is None else given.tolist()
         if len(values) != batch:
             self._refuse("input.shape", name, f"{batch} rows, as the tokens", f"{len(values)}")
-        found = [n for n in map(whole, values) if n is not None and low <= n <= high]
+        found = [n for n in map(as_integer, values) if n is not None and low <= n <= high]
         if len(found) < len(values):
             self._refuse("input.value", name, f"integers from {low} to {high}", quoted(values))
         return found

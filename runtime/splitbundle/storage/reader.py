@@ -12,7 +12,7 @@ from splitbundle.format import selection, weight_layout
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.manifest.document import Manifest, Shard
 from splitbundle.format.selection import Selection
-from splitbundle.storage import files
+from splitbundle.storage import files, weight_headers
 
 VECTORS: Final = "vectors"
 """Names the golden vectors where units are named."""
@@ -132,7 +132,9 @@ class BundleReader:
         for i, path in enumerate(paths):
             listed = self.manifest.files[path]
             with files.open_file(self.path, path, listed) as file:
-                found = weight_layout.read(file, path, listed, left, part=len(paths) > 1, more=i + 1 < len(paths))
+                found = weight_headers.read_header(
+                    file, path, listed, left, part=len(paths) > 1, more=i + 1 < len(paths)
+                )
                 yield file, found
             left = {name: tensor for name, tensor in left.items() if name not in found.layout}
 
@@ -151,7 +153,7 @@ class BundleReader:
             listed = self.manifest.files[path]
             if self.strict:
                 memory = files.read_private(file, path, listed)
-                weight_layout.check_header(memory[: found.start], path, listed)  # that of these bytes, too
+                weight_headers.check_header(memory[: found.start], path, listed)  # that of these bytes, too
                 yield memory, found
             else:
                 yield files.map_private(file, path, listed), found

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.format.graph import IR_VERSION
+from splitbundle.format.graph import IR_VERSION, Graph, Port
 from splitbundle.format.graph_operators import CODES, KINDS, OPERATORS, VALUES, Operator
-from splitbundle.format.manifest.document import EMBEDDING, Graph, Port, Shard
+from splitbundle.format.manifest.document import EMBEDDING, Shard
 from splitbundle.format.weight_layout import ITEM_SIZES, Stored
 from splitbundle.storage import files
 from splitbundle.verification import onnx_reader as reader

@@ -18,7 +18,7 @@ from splitbundle.records import record
 from splitbundle.storage import files
 from splitbundle.storage.documents import is_of_another_manifest
 from splitbundle.storage.files import Progress
-from splitbundle.verification import onnx_rules, tokenizer_rules
+from splitbundle.verification import genai_rules, onnx_rules, tokenizer_rules
 
 if TYPE_CHECKING:
     from splitbundle.format.manifest.document import Shard
@@ -81,7 +81,7 @@ def _judges(bundle: BundleReader, shard: str | None) -> Iterator[tuple[Sequence[
     tokenizer = bundle.manifest.text.tokenizer
     if tokenizer is not None:
         yield [tokenizer], partial(tokenizer_rules.read, bundle, tokenizer)
-    yield [path for path in genai.GENAI if path in bundle.manifest.files], partial(genai.check, bundle)
+    yield [path for path in genai.GENAI if path in bundle.manifest.files], partial(genai_rules.check, bundle)
 
 
 def _each(paths: list[str], bundle: BundleReader, check: Callable[[str], list[Problem]]) -> Iterator[list[Problem]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from splitbundle import Bundle, BundleError
-from splitbundle.backends.onnxruntime import stage
+from splitbundle.backends.onnxruntime import graph, stage
 from splitbundle.backends.onnxruntime.pipeline import Pipeline
 from splitbundle.backends.onnxruntime.stage import load_stages
 from tests.support.graph_bundles import bundle
@@ -204,13 +204,13 @@ def test_a_prompt_in_pieces_is_the_prompt(logits: Any, monkeypatch: pytest.Monke
     pipeline = whole.pipeline(backend="onnxruntime", threads=1)
     rows, mask = numpy.array(token_rows(11, 11)), numpy.array([[1] * 11, [0] * 7 + [1] * 4])
     lengths: list[int] = []
-    compute = stage.LoadedGraph.run
+    compute = graph.LoadedGraph.run
 
     def watched(graph: Any, x: Any, *rest: Any) -> Any:
         lengths.append(x.shape[1])
         return compute(graph, x, *rest)
 
-    monkeypatch.setattr(stage.LoadedGraph, "run", watched)
+    monkeypatch.setattr(graph.LoadedGraph, "run", watched)
     results = []
     for size, expected in ((1000, [11]), (6, [3, 3, 3, 2])):
         monkeypatch.setattr(stage, "PIECE", size)

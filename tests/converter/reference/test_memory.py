@@ -8,7 +8,7 @@ import pytest
 
 import splitbundle_converter
 from splitbundle import BundleError
-from splitbundle_converter.reference import golden_vectors
+from splitbundle_converter.reference import golden_vectors, memory
 from tests.support.paths import ROOT
 
 CHECKPOINT = ROOT / "examples" / "license-gpt2"
@@ -27,7 +27,7 @@ def test_a_model_that_memory_cannot_hold_names_no_check(tmp_path: Path, monkeypa
 
 
 def test_available_memory_is_a_sensible_number() -> None:
-    available = golden_vectors.available_memory()
+    available = memory.available_memory()
     assert available is None or 2**24 < available < 2**48
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from splitbundle.backends.onnxruntime.stage import load_stages
-from splitbundle.format.manifest.document import VARIANTS
+from splitbundle.format.graph import VARIANTS
 from splitbundle.stages import golden
 from splitbundle.storage.reader import VECTORS
 

@@ -10,8 +10,9 @@ import numpy
 
 from splitbundle.backends.onnxruntime.sampling import draw
 from splitbundle.backends.onnxruntime.stage import load_stages
-from splitbundle.stages.pipeline import PipelineSurface, Session, check_tiling
+from splitbundle.stages.pipeline import PipelineSurface, check_tiling
 from splitbundle.stages.sampling import Sampling
+from splitbundle.stages.session import Session
 
 if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader

@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from splitbundle.backends.torch.sampling import draw
 from splitbundle.backends.torch.stage import Stage, load_stages
-from splitbundle.stages.pipeline import PipelineSurface, Session, check_tiling
+from splitbundle.stages.pipeline import PipelineSurface, check_tiling
 from splitbundle.stages.sampling import Sampling
+from splitbundle.stages.session import Session
 
 if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader

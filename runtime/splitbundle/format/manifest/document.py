@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from splitbundle.format import names, strict_json
 from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE_FILE
+from splitbundle.format.graph import Graph
 from splitbundle.records import as_dict, field, members, record, replace
 from splitbundle.version import FORMAT_VERSION
 
@@ -15,8 +16,6 @@ FILE: Final = names.MANIFEST
 DTYPES: Final = ("float32", "float16", "bfloat16")
 """What weights may be stored as."""
 ENCODINGS: Final = ("plain",)
-VARIANTS: Final = {"standard": "float32", "float16": "float16"}
-"""Of graphs, and what each computes in."""
 PORT_DTYPES: Final = ("float32", "float16", "int64")
 """Of what goes into a graph and comes out of it."""
 EXTENSIONS: Final[frozenset[str]] = frozenset()
@@ -63,30 +62,6 @@ class Storage:
     def dtypes(self) -> tuple[str, ...]:
         """Every dtype that tensors are stored in."""
         return tuple(dict.fromkeys((self.dtype, *self.exceptions.values())))
-
-
-@record(frozen=True, slots=True, kw_only=True)
-class Port:
-    """An input or an output of a graph."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-    """Of each dimension its size, or what it is called where each call chooses it."""
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.dtype} [{', '.join(map(str, self.shape))}]"
-
-
-@record(frozen=True, slots=True, kw_only=True)
-class Graph:
-    """An ONNX graph of a shard, whose weights are the shard's weight files."""
-
-    file: str
-    variant: str
-    opset: int
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
 
 
 @record(frozen=True, slots=True, kw_only=True)

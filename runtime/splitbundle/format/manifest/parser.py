@@ -6,6 +6,7 @@ from splitbundle.errors import quoted
 from splitbundle.format import names, strict_json
 from splitbundle.format.architecture.decoder import MAX_SIZE
 from splitbundle.format.fields import Field, Problems
+from splitbundle.format.graph import VARIANTS, Graph, Port
 from splitbundle.format.manifest import rules as rules
 from splitbundle.format.manifest.document import (
     BOUNDARY_TENSORS,
@@ -15,12 +16,9 @@ from splitbundle.format.manifest.document import (
     FILE,
     MAX_CASES,
     PORT_DTYPES,
-    VARIANTS,
     File,
-    Graph,
     Manifest,
     Model,
-    Port,
     Shard,
     SourceName,
     Storage,

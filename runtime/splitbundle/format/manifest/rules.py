@@ -10,18 +10,8 @@ from splitbundle.errors import quoted
 from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE_FILE
 from splitbundle.format.architecture.decoder import Architecture, count
 from splitbundle.format.fields import Problems, escape
-from splitbundle.format.graph import OPSET, ports
-from splitbundle.format.manifest.document import (
-    EMBEDDING,
-    FILE,
-    ROW,
-    VARIANTS,
-    Graph,
-    Manifest,
-    Shard,
-    expand,
-    fingerprint,
-)
+from splitbundle.format.graph import OPSET, VARIANTS, Graph, ports
+from splitbundle.format.manifest.document import EMBEDDING, FILE, ROW, Manifest, Shard, expand, fingerprint
 from splitbundle.format.weight_layout import ITEM_SIZES
 
 MAX_BESIDE_DATA: Final = 2**25

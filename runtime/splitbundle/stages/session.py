@@ -1,0 +1,53 @@
+"""The state of a running batch: each stage's cache, and the positions behind each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.integers import as_integer, as_integers
+from splitbundle.stages.call import Slots
+
+
+class Session:
+    """The state of one running sequence batch: each stage's KV cache, and how many positions each row has behind it."""
+
+    def __init__(self, caches: Sequence[Slots], batch_size: int, capacity: int) -> None:
+        self.caches, self.batch_size, self.capacity = caches, batch_size, capacity
+        self.past = [0] * batch_size
+
+    def rollback(self, tokens: int | Sequence[int]) -> None:
+        """Forgets the last tokens of every row, or of each row as many as are given for it.
+
+        Raises:
+            BundleError: ``session.rollback`` for more than a row has, or another number of rows.
+        """
+        one = as_integer(tokens)
+        back = [one] * self.batch_size if one is not None else as_integers(tokens, "tokens")  # type: ignore[arg-type]
+        if len(back) != self.batch_size:
+            expected = f"one number, or one for each of {self.batch_size} rows"
+            raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(back)))
+        for row, (n, past) in enumerate(zip(back, self.past, strict=True)):
+            if not 0 <= n <= past:
+                expected = f"0 to {past} tokens, what row {row} has"
+                raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(n)))
+        left = [before - n for before, n in zip(self.past, back, strict=True)]
+        for cache in self.caches:
+            for row, n in enumerate(back):
+                if n:
+                    cache.check_rollback(row, left[row])
+        self.past = left
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Row i goes on from what row ``rows[i]`` was; a row may be taken several times, as beam search does.
+
+        Raises:
+            BundleError: ``input.value`` for rows that don't exist, or another number of them.
+        """
+        order = as_integers(rows, "rows")
+        if len(order) != self.batch_size or not all(0 <= row < self.batch_size for row in order):
+            expected = f"{self.batch_size} row numbers below {self.batch_size}"
+            raise BundleError(Problem(code="input.value", argument="rows", expected=expected, got=quoted(order)))
+        for cache in self.caches:
+            cache.reorder(order)
+        self.past = [self.past[row] for row in order]
