@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from splitbundle.format.manifest import document
+from splitbundle.format import dtypes
 
-DTYPES: Final = ("keep", *document.DTYPES)
+DTYPES: Final = ("keep", *dtypes.WEIGHTS)

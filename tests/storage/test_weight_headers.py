@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from splitbundle.errors import BundleError
-from splitbundle.format import weight_layout
+from splitbundle.format import dtypes, weight_layout
 from splitbundle.format.manifest.document import File
 from splitbundle.format.weight_layout import Tensor
 from splitbundle.storage import weight_headers
@@ -104,17 +104,17 @@ def test_the_canonical_file_is_read() -> None:
 @pytest.mark.rule("SB-W-008")
 def test_tensors_are_aligned() -> None:
     generator = random.Random(3)
-    dtypes = ("float32", "float16", "bfloat16", "int64")
+    names = ("float32", "float16", "bfloat16", "int64")
     for _ in range(200):
         tensors = {
-            f"t{i}": Tensor(dtype=generator.choice(dtypes), shape=(generator.choice([1, 3, 8, 32, 33, 64]),))
+            f"t{i}": Tensor(dtype=generator.choice(names), shape=(generator.choice([1, 3, 8, 32, 33, 64]),))
             for i in range(generator.randrange(1, 12))
         }
         layout = weight_layout.lay_out(tensors)
         end = 0
         for tensor, offset in layout.values():
             assert offset == end
-            assert offset % (64 if tensor.size % 64 == 0 else weight_layout.ITEM_SIZES[tensor.dtype]) == 0
+            assert offset % (64 if tensor.size % 64 == 0 else dtypes.ITEM_SIZES[tensor.dtype]) == 0
             end += tensor.size
         assert layout.keys() == tensors.keys()
 

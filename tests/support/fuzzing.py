@@ -80,7 +80,7 @@ def graph_target() -> Target:
 
     bundle = splitbundle.open(BUNDLE)
     shards = [
-        (shard.graph, onnx_rules.used(shard, onnx_rules.stored(bundle, shard)))
+        (shard.graph, onnx_rules.used(shard, bundle.locate_tensors(shard)))
         for shard in bundle.shards
         if shard.graph is not None
     ]

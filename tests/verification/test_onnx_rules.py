@@ -52,7 +52,7 @@ def judge(data: bytes, shard: str = SHARD) -> str:
     own = bundle.shard(shard)
     assert own.graph is not None
     try:
-        onnx_rules.check(data, own.graph, onnx_rules.used(own, onnx_rules.stored(bundle, own)))
+        onnx_rules.check(data, own.graph, onnx_rules.used(own, bundle.locate_tensors(own)))
     except BundleError as error:
         (problem,) = error.problems
         assert problem.file == own.graph.file
@@ -152,7 +152,7 @@ def top() -> tuple[Graph, dict[str, Stored]]:
     bundle = splitbundle.open(good())
     shard = bundle.shard("top")
     assert shard.graph is not None
-    return shard.graph, onnx_rules.used(shard, onnx_rules.stored(bundle, shard))
+    return shard.graph, onnx_rules.used(shard, bundle.locate_tensors(shard))
 
 
 def judge_top(data: bytes) -> str:

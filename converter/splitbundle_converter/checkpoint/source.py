@@ -14,8 +14,7 @@ from torch import Tensor
 
 from splitbundle.errors import BundleError, quoted
 from splitbundle.format import strict_json
-from splitbundle.format.manifest.document import DTYPES
-from splitbundle.format.weight_layout import CODES
+from splitbundle.format.dtypes import SAFETENSORS_CODES, WEIGHTS
 from splitbundle.storage.files import MAX_TEXT_BYTES
 from splitbundle_converter.checkpoint.directory import Place
 from splitbundle_converter.checkpoint.weight_files import (
@@ -52,7 +51,7 @@ _OTHERS: Final = {
     "flax_model*": "Load it with a version of transformers that knows Flax, and save it as safetensors",
 }
 """Files that lie where the weights should be -> what to do."""
-_DTYPES: Final = {CODES[dtype]: dtype for dtype in DTYPES}
+_DTYPES: Final = {SAFETENSORS_CODES[dtype]: dtype for dtype in WEIGHTS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from splitbundle.format.dtypes import TABLE
+
 CHUNK: Final = 2**23
 MAX_NAME: Final = 1024
 MAX_WORDS: Final = 400
@@ -36,20 +38,7 @@ SECONDS: Final = 60.0
 BYTES_A_SECOND: Final = 50e6
 WRAPPERS: Final = ("state_dict", "model_state_dict", "model")
 """Where training loops keep the state dict, beside optimizers and counters."""
-CODES: Final = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+CODES: Final[dict[torch.dtype, str]] = {getattr(torch, dtype.name): dtype.safetensors for dtype in TABLE.values()}
 """What a safetensors header can name. What a bundle can store is for the converter to say, tensor by tensor."""
 
 

@@ -58,7 +58,7 @@ def add_graphs(root: Path, variant: str, *, genai: bool = False) -> None:
 
 
 def _write(bundle: Bundle, shard: Shard, root: Path, own: Graph) -> File:
-    stored = onnx_rules.stored(bundle, shard)
+    stored = bundle.locate_tensors(shard)
     model = decoder.build(bundle.architecture, shard, stored, VARIANTS[own.variant])
     data = model.SerializeToString(deterministic=True)
     onnx_rules.check(data, own, onnx_rules.used(shard, stored))

@@ -7,8 +7,8 @@ from typing import Any
 import numpy
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from splitbundle.format.dtypes import ONNX_CODES
 from splitbundle.format.graph import IR_VERSION, OPSET, Port
-from splitbundle.format.graph_operators import CODES
 from splitbundle.format.weight_layout import Stored
 
 
@@ -36,11 +36,11 @@ class GraphBuilder:
 
     def input(self, port: Port) -> None:
         """An input of the graph."""
-        self.inputs.append(helper.make_tensor_value_info(port.name, CODES[port.dtype], list(port.shape)))
+        self.inputs.append(helper.make_tensor_value_info(port.name, ONNX_CODES[port.dtype], list(port.shape)))
 
     def output(self, port: Port) -> None:
         """Makes a value an output of the graph."""
-        self.outputs.append(helper.make_tensor_value_info(port.name, CODES[port.dtype], list(port.shape)))
+        self.outputs.append(helper.make_tensor_value_info(port.name, ONNX_CODES[port.dtype], list(port.shape)))
 
     def number(self, value: float, dtype: str = "float32") -> str:
         """A scalar."""
@@ -73,7 +73,7 @@ class GraphBuilder:
         """A tensor of a weight file, in the dtype that it is stored in."""
         if name not in self._initializers:
             where = self._stored[name]
-            tensor = TensorProto(name=name, data_type=CODES[where.tensor.dtype], dims=where.tensor.shape)
+            tensor = TensorProto(name=name, data_type=ONNX_CODES[where.tensor.dtype], dims=where.tensor.shape)
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in (("location", where.file), ("offset", where.offset), ("length", where.tensor.size)):
                 tensor.external_data.add(key=key, value=str(value))
@@ -94,7 +94,7 @@ class GraphBuilder:
     def cast(self, value: str, old: str, new: str) -> str:
         """A value of one dtype in another, cast once."""
         name = f"{value}.{new}"
-        return value if old == new else name if self.has(name) else self.op("Cast", name, value, to=CODES[new])
+        return value if old == new else name if self.has(name) else self.op("Cast", name, value, to=ONNX_CODES[new])
 
     def wide(self, value: str) -> str:
         """A value of the dtype that the graph computes in, in float32, for what 16 bits would spoil."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
+from splitbundle.format.dtypes import ONNX_CODES
 from splitbundle.records import field, record
 
-CODES: Final = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
-"""dtype -> its number in ONNX's ``TensorProto.DataType``."""
 KINDS: Final = {"f": 1, "i": 2, "s": 3, "ints": 7}
 """The field that holds an attribute's value -> its number in ``AttributeProto.AttributeType``."""
 VALUES: Final[dict[tuple[bytes, bytes], frozenset[object]]] = {
-    (b"Cast", b"to"): frozenset(CODES.values()),
+    (b"Cast", b"to"): frozenset(ONNX_CODES.values()),
     (b"Gelu", b"approximate"): frozenset((b"none", b"tanh")),
 }
 """(operator, attribute) -> what the attribute may be, where that isn't left to the runtime that computes it."""

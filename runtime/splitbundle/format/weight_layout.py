@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import names, strict_json
+from splitbundle.format.dtypes import ITEM_SIZES, SAFETENSORS_CODES
 from splitbundle.format.fields import Field, Problems
 from splitbundle.records import record
 
@@ -15,9 +16,6 @@ ALIGNMENT: Final = 4096
 """The data begins at a multiple of this: a page, so that a mapping of the data can start there."""
 TENSOR_ALIGNMENT: Final = 64
 MAX_HEADER: Final = 16 * 2**20
-CODES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
-"""dtype -> its name in a safetensors header."""
-ITEM_SIZES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -76,7 +74,7 @@ def header(layout: Layout, data_sha256: str) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"sha256": data_sha256}}
     for name, (tensor, start) in layout.items():
         entries[name] = {
-            "dtype": CODES[tensor.dtype],
+            "dtype": SAFETENSORS_CODES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, start + tensor.size],
         }
@@ -171,8 +169,8 @@ _BEGINNING: Final = b'{"__metadata__":{"sha256":"'
 
 def _tensor(field: Field) -> Tensor:
     members = field.members(["dtype", "shape", "data_offsets"])
-    code = members["dtype"].choice(tuple(CODES.values()))
+    code = members["dtype"].choice(tuple(SAFETENSORS_CODES.values()))
     shape = tuple(item.integer() for item in members["shape"].items(maximum=8))
     for item in members["data_offsets"].items(minimum=2, maximum=2):
         item.integer()
-    return Tensor(dtype=next(dtype for dtype, known in CODES.items() if known == code), shape=shape)
+    return Tensor(dtype=next(dtype for dtype, known in SAFETENSORS_CODES.items() if known == code), shape=shape)

@@ -12,6 +12,7 @@ from splitbundle.format import selection, weight_layout
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.manifest.document import Manifest, Shard
 from splitbundle.format.selection import Selection
+from splitbundle.format.weight_layout import Stored
 from splitbundle.storage import files, weight_headers
 
 VECTORS: Final = "vectors"
@@ -157,3 +158,16 @@ class BundleReader:
                 yield memory, found
             else:
                 yield files.map_private(file, path, listed), found
+
+    def locate_tensors(self, shard: Shard) -> dict[str, Stored]:
+        """Return where each tensor of a shard's units lies, by the checked headers of its weight files.
+
+        Raises:
+            BundleError: as for ``open_weights``.
+        """
+        places: dict[str, Stored] = {}
+        for unit in shard.units:
+            for file, (_, found) in zip(self.manifest.units[unit], self.open_weights(unit), strict=True):
+                for name, (tensor, offset) in found.layout.items():
+                    places[name] = Stored(file=file, offset=found.start + offset, tensor=tensor)
+        return places

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.format.dtypes import ITEM_SIZES, ONNX_CODES
 from splitbundle.format.graph import IR_VERSION, Graph, Port
-from splitbundle.format.graph_operators import CODES, KINDS, OPERATORS, VALUES, Operator
+from splitbundle.format.graph_operators import KINDS, OPERATORS, VALUES, Operator
 from splitbundle.format.manifest.document import EMBEDDING, Shard
-from splitbundle.format.weight_layout import ITEM_SIZES, Stored
+from splitbundle.format.weight_layout import Stored
 from splitbundle.storage import files
 from splitbundle.verification import onnx_reader as reader
 from splitbundle.verification.onnx_reader import Message, Place, Reader
@@ -30,7 +31,7 @@ MAX_CONSTANTS: Final = 2**20
 CONSTANTS: Final = ("float32", "float16", "int64")
 _NAME: Final = re.compile(rb"[!-~]{1,256}")
 _TEXT: Final = re.compile(rb"[ -~]{0,256}")
-_DTYPES: Final = {code: dtype for dtype, code in CODES.items()}
+_DTYPES: Final = {code: dtype for dtype, code in ONNX_CODES.items()}
 _DEFAULT, _EXTERNAL = 0, 1  # of ONNX's TensorProto.DataLocation
 
 
@@ -43,18 +44,8 @@ def read(bundle: BundleReader, shard: Shard, graph: Graph) -> bytes:
     listed = bundle.manifest.files[graph.file]
     _check_size(listed.size, graph.file)
     data = files.read_listed(bundle.path, graph.file, listed, MAX_GRAPH)
-    check(data, graph, used(shard, stored(bundle, shard)))
+    check(data, graph, used(shard, bundle.locate_tensors(shard)))
     return data
-
-
-def stored(bundle: BundleReader, shard: Shard) -> dict[str, Stored]:
-    """Where each tensor of a shard's units lies, by the checked headers of its weight files."""
-    places: dict[str, Stored] = {}
-    for unit in shard.units:
-        for file, (_, found) in zip(bundle.manifest.units[unit], bundle.open_weights(unit), strict=True):
-            for name, (tensor, offset) in found.layout.items():
-                places[name] = Stored(file=file, offset=found.start + offset, tensor=tensor)
-    return places
 
 
 def used(shard: Shard, places: dict[str, Stored]) -> dict[str, Stored]:
@@ -155,7 +146,7 @@ class _Check:
             tensor = self.reader.message(reader.TENSOR_TYPE, kind["tensor_type"])
             shape = self.reader.message(reader.SHAPE, tensor["shape"])
             sizes = tuple(map(self.size_of, shape.get("dim", ())))
-            code = CODES[port.dtype]
+            code = ONNX_CODES[port.dtype]
             wanted = tuple(size if isinstance(size, int) else size.encode("utf-8") for size in port.shape)
             if (value["name"], tensor["elem_type"], sizes) != (port.name.encode("utf-8"), code, wanted):
                 dtype = _DTYPES.get(tensor["elem_type"], f"type {tensor['elem_type']}")
@@ -196,7 +187,7 @@ class _Check:
         if stored is None:
             expected = "external data of none but the weights that the shard computes with"
             self.reader.refuse("graph.weights", offset, expected, _shown(name))
-        shape, code = list(stored.tensor.shape), CODES[stored.tensor.dtype]
+        shape, code = list(stored.tensor.shape), ONNX_CODES[stored.tensor.dtype]
         if (tensor["data_type"], tensor.get("dims", [])) != (code, shape):
             dtype = _DTYPES.get(tensor["data_type"], f"type {tensor['data_type']}")
             expected = f"{_shown(name)} as it is stored, {stored.tensor}"

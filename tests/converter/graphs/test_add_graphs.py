@@ -13,7 +13,7 @@ from torch import Tensor
 
 import splitbundle_converter
 from splitbundle import Bundle, BundleError
-from splitbundle.format.graph_operators import CODES
+from splitbundle.format.dtypes import ONNX_CODES
 from tests.support.graph_bundles import bundle
 from tests.support.models import bundle as torch_bundle
 from tests.support.models import checkpoint
@@ -35,7 +35,7 @@ def test_a_graph_by_its_rules(name: str, variant: str) -> None:
         for ports, values in ((shard.graph.inputs, model.graph.input), (shard.graph.outputs, model.graph.output)):
             assert [port.name for port in ports] == [value.name for value in values]
             for port, value in zip(ports, values, strict=True):
-                assert CODES[port.dtype] == value.type.tensor_type.elem_type
+                assert ONNX_CODES[port.dtype] == value.type.tensor_type.elem_type
                 sizes = value.type.tensor_type.shape.dim
                 assert list(port.shape) == [size.dim_param or size.dim_value for size in sizes]
         units = [unit for unit in shard.units if unit != "embedding" or shard.embeds]

@@ -51,7 +51,7 @@ class LoadedGraph:
             got = f"{', '.join(self.session.get_providers())} alone: it couldn't be started here"
             raise BundleError(Problem(code="input.device", argument="providers", expected=expected, got=got))
         if not bundle.strict:
-            onnx_rules.stored(bundle, shard)  # the files that it opened are still the bundle's, not a new one's
+            bundle.locate_tensors(shard)  # the files that it opened are still the bundle's, not a new one's
         self.file = graph.file
         self.input = graph.inputs[0].name
         self.output = graph.outputs[0]

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.format import dtypes
 
 if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-}
+DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in dtypes.TENSORS}
+"""Name of a stored dtype -> the dtype."""
 
 
 def _after_fork() -> None:

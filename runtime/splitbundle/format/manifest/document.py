@@ -13,11 +13,7 @@ from splitbundle.records import as_dict, field, members, record, replace
 from splitbundle.version import FORMAT_VERSION
 
 FILE: Final = names.MANIFEST
-DTYPES: Final = ("float32", "float16", "bfloat16")
-"""What weights may be stored as."""
 ENCODINGS: Final = ("plain",)
-PORT_DTYPES: Final = ("float32", "float16", "int64")
-"""Of what goes into a graph and comes out of it."""
 EXTENSIONS: Final[frozenset[str]] = frozenset()
 """The named extensions that this reader understands."""
 BOUNDARY_TENSORS: Final = ("hidden", "past", "count")

@@ -5,17 +5,16 @@ from __future__ import annotations
 from splitbundle.errors import quoted
 from splitbundle.format import names, strict_json
 from splitbundle.format.architecture.decoder import MAX_SIZE
+from splitbundle.format.dtypes import PORTS, WEIGHTS
 from splitbundle.format.fields import Field, Problems
 from splitbundle.format.graph import VARIANTS, Graph, Port
 from splitbundle.format.manifest import rules as rules
 from splitbundle.format.manifest.document import (
     BOUNDARY_TENSORS,
-    DTYPES,
     ENCODINGS,
     EXTENSIONS,
     FILE,
     MAX_CASES,
-    PORT_DTYPES,
     File,
     Manifest,
     Model,
@@ -131,8 +130,8 @@ def _storage(field: Field) -> Storage:
     members = field.members(["encoding", "dtype", "exceptions"])
     return Storage(
         encoding=members["encoding"].choice(ENCODINGS),
-        dtype=members["dtype"].choice(DTYPES),
-        exceptions={name: item.choice(DTYPES) for name, item in members["exceptions"].mapping()},
+        dtype=members["dtype"].choice(WEIGHTS),
+        exceptions={name: item.choice(WEIGHTS) for name, item in members["exceptions"].mapping()},
     )
 
 
@@ -168,7 +167,7 @@ def _graph(field: Field) -> Graph:
 def _port(field: Field) -> Port:
     members = field.members(["name", "dtype", "shape"])
     sizes = [item.string() if isinstance(item.value, str) else item.integer(1) for item in members["shape"].items()]
-    return Port(name=members["name"].string(), dtype=members["dtype"].choice(PORT_DTYPES), shape=tuple(sizes))
+    return Port(name=members["name"].string(), dtype=members["dtype"].choice(PORTS), shape=tuple(sizes))
 
 
 def _boundary(field: Field) -> tuple[int, int]:

@@ -9,10 +9,10 @@ from typing import Final
 from splitbundle.errors import quoted
 from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE_FILE
 from splitbundle.format.architecture.decoder import Architecture, count
+from splitbundle.format.dtypes import ITEM_SIZES
 from splitbundle.format.fields import Problems, escape
 from splitbundle.format.graph import OPSET, VARIANTS, Graph, ports
 from splitbundle.format.manifest.document import EMBEDDING, FILE, ROW, Manifest, Shard, expand, fingerprint
-from splitbundle.format.weight_layout import ITEM_SIZES
 
 MAX_BESIDE_DATA: Final = 2**25
 """Bytes of a weight file: its header has at most half of them, which its reader checks."""
