@@ -17,7 +17,8 @@ from splitbundle.backends.torch.weights import rounded
 from splitbundle.bundle import Bundle
 from splitbundle.errors import quoted
 from splitbundle.format.architecture import decoder as architectures
-from splitbundle.format.architecture.decoder import Architecture, count
+from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.sizes import count
 from splitbundle.format.manifest.document import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
 from splitbundle.format.weight_layout import Tensor as Stored
 from splitbundle.opening import open_bundle

@@ -21,12 +21,18 @@ import pytest
 import torch
 
 import splitbundle_schemas
-from splitbundle.backends.torch.decoder import ACTIVATIONS, Embedding, Head, Layer, Norm, Xielu
+from splitbundle.backends.torch.cache import KVCache
+from splitbundle.backends.torch.decoder import Embedding, Head, Layer
+from splitbundle.backends.torch.feedforward import ACTIVATIONS, Xielu
+from splitbundle.backends.torch.norms import Norm
 from splitbundle.backends.torch.pipeline import Session
-from splitbundle.backends.torch.positions import KVCache, Positions, Reach, frequencies
+from splitbundle.backends.torch.positions import Positions
+from splitbundle.backends.torch.rotary import frequencies
 from splitbundle.errors import BundleError
+from splitbundle.format.architecture import attention, feedforward, norms, positions, rotary
 from splitbundle.format.architecture import decoder as architectures
 from splitbundle.format.architecture.parser import parse_architecture
+from splitbundle.format.architecture.positions import AttentionSpan
 from splitbundle.format.manifest.document import SourceName
 from splitbundle.format.manifest.parser import parse_manifest
 from splitbundle_converter.translation.translate import put_together
@@ -219,7 +225,7 @@ WHERE = {
         ("decoder.md", "layer_kinds.NAME.attention.position.scaling", scaling): (
             "/layer_kinds/full/attention/position/scaling"
         )
-        for scaling in architectures.SCALINGS
+        for scaling in rotary.SCALINGS
         if scaling != "none"
     },
     ("decoder.md", "layer_kinds.NAME.mlp", ""): "/layer_kinds/full/mlp",
@@ -508,7 +514,7 @@ YARN = {
 }
 VARIANTS: dict[str, Change] = {
     "offsets": offsets,
-    **{f"placement {name}": placement(name) for name in architectures.PLACEMENTS},
+    **{f"placement {name}": placement(name) for name in norms.PLACEMENTS},
     "norms without weights": unweighted,
     "query and key norms: head": query_key_norm("head", after=False),
     "query and key norms: head, after": query_key_norm("head", after=True),
@@ -557,13 +563,13 @@ def test_bases_and_variants_have_every_choice() -> None:
     kinds = [kind for document in documents for kind in document["layer_kinds"].values()]
     positions = [kind["attention"]["position"] for kind in kinds]
     norms = [kind["attention"]["query_key_norm"] for kind in kinds if kind["attention"]["query_key_norm"]]
-    assert {kind["placement"] for kind in kinds} == set(architectures.PLACEMENTS)
-    assert {kind["mlp"]["activation"] for kind in kinds} == set(architectures.ACTIVATIONS)
-    assert {kind["norm"]["kind"] for kind in kinds} == set(architectures.NORM_KINDS)
-    assert {its["width"] for its in norms} == set(architectures.QUERY_KEY_WIDTHS)
+    assert {kind["placement"] for kind in kinds} == set(norms.PLACEMENTS)
+    assert {kind["mlp"]["activation"] for kind in kinds} == set(feedforward.ACTIVATIONS)
+    assert {kind["norm"]["kind"] for kind in kinds} == set(norms.NORM_KINDS)
+    assert {its["width"] for its in norms} == set(attention.QUERY_KEY_WIDTHS)
     assert {position["kind"] for position in positions} == {"none", "rotary", "alibi"}
-    assert {position.get("layout", "half") for position in positions} == set(architectures.ROTARY_LAYOUTS)
-    assert {position.get("scaling", {"kind": "none"})["kind"] for position in positions} == {*architectures.SCALINGS}
+    assert {position.get("layout", "half") for position in positions} == set(rotary.ROTARY_LAYOUTS)
+    assert {position.get("scaling", {"kind": "none"})["kind"] for position in positions} == {*rotary.SCALINGS}
     assert {document["embedding"]["position"]["kind"] for document in documents} == {"none", "learned", "sinusoidal"}
 
 
@@ -577,7 +583,7 @@ def test_tensors_are_those_of_the_table(name: str) -> None:
     rows = re.findall(r"^\| (.*?) \| `(.*?)` \| \[(.*?)\] \| (.*?) \|$", section, flags=re.MULTILINE)
     shapes = re.findall(r"^\| `(\w+)` \| .* \| \[(.*?)\] \| \[(.*?)\] \|$", SPEC["decoder.md"], flags=re.MULTILINE)
     widths = {width: {"query_norm": query, "key_norm": key} for width, query, key in shapes}
-    assert widths.keys() == set(architectures.QUERY_KEY_WIDTHS)
+    assert widths.keys() == set(attention.QUERY_KEY_WIDTHS)
     architecture = facts(name)
     embedding, head = architecture.embedding, architecture.head
     for layer, kind_name in enumerate(architecture.layers):
@@ -587,7 +593,7 @@ def test_tensors_are_those_of_the_table(name: str) -> None:
         for unit, title in (("embedding", "embedding"), (architecture.layer_unit(layer), "layer i"), ("head", "head")):
             there = {
                 "always": True,
-                "positions are learned": isinstance(embedding.position, architectures.Learned),
+                "positions are learned": isinstance(embedding.position, positions.Learned),
                 "token_size isn't hidden_size": embedding.token_size != architecture.hidden_size,
                 "the embedding has a norm": embedding.norm is not None,
                 "qkv_bias": kind.attention.qkv_bias,
@@ -610,7 +616,7 @@ def test_tensors_are_those_of_the_table(name: str) -> None:
                 if group.strip("`") != title or not wanted:
                     continue
                 if module in ("query_norm", "key_norm") and own is not None:
-                    its: architectures.Norm | None = own.norm
+                    its: norms.Norm | None = own.norm
                     shape = widths[own.width][module]
                 else:
                     its = {"embedding": embedding.norm, "layer i": kind.norm, "head": head.norm}[title]
@@ -627,8 +633,8 @@ def architecture_sizes(architecture: architectures.Architecture, kind: architect
         "vocab_size": architecture.vocab_size,
         "hidden_size": architecture.hidden_size,
         "token_size": architecture.embedding.token_size,
-        "count": position.count if isinstance(position, architectures.Learned) else 0,
-        "offset": position.offset if isinstance(position, architectures.Learned) else 0,
+        "count": position.count if isinstance(position, positions.Learned) else 0,
+        "offset": position.offset if isinstance(position, positions.Learned) else 0,
         "heads": kind.attention.heads,
         "kv_heads": kind.attention.kv_heads,
         "head_dim": kind.attention.head_dim,
@@ -1112,14 +1118,12 @@ def test_xielu_is_the_formula() -> None:
 
 
 LONG_FACTORS = tuple(1.0 + i / 2 for i in range(64))
-SCALED: dict[str, architectures.Scaling] = {
-    "none": architectures.Unscaled(),
-    "linear": architectures.Linear(factor=4.0),
-    "llama3": architectures.Llama3(
-        factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_positions=8192
-    ),
-    "dynamic": architectures.Dynamic(factor=2.0, original_positions=8192),
-    "yarn": architectures.Yarn(
+SCALED: dict[str, rotary.Scaling] = {
+    "none": rotary.Unscaled(),
+    "linear": rotary.Linear(factor=4.0),
+    "llama3": rotary.Llama3(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_positions=8192),
+    "dynamic": rotary.Dynamic(factor=2.0, original_positions=8192),
+    "yarn": rotary.Yarn(
         factor=4.0,
         original_positions=8192,
         beta_fast=32.0,
@@ -1127,30 +1131,30 @@ SCALED: dict[str, architectures.Scaling] = {
         truncate=True,
         attention_factor=1.1386294361119891,
     ),
-    "longrope": architectures.LongRope(
+    "longrope": rotary.LongRope(
         original_positions=8192, short_factors=(1.0,) * 64, long_factors=LONG_FACTORS, attention_factor=1.19
     ),
-    "proportional": architectures.Proportional(factor=8.0, pairs=16),
+    "proportional": rotary.Proportional(factor=8.0, pairs=16),
 }
 
 
 @pytest.mark.rule(
     "SB-C-012", "SB-C-013", "SB-C-014", "SB-C-026", "SB-C-027", "SB-C-028", "SB-C-029", "SB-C-030", "SB-C-025"
 )
-@pytest.mark.parametrize("scaling", architectures.SCALINGS)
+@pytest.mark.parametrize("scaling", rotary.SCALINGS)
 @pytest.mark.parametrize("length", [1, 8192, 8193, 100_002])
 def test_frequencies_are_the_formulas_in_float32(scaling: str, length: int) -> None:
-    rotary = architectures.Rotary(base=500000.0, dim=128, layout="half", scaling=SCALED[scaling])
-    got = frequencies(rotary, length, torch.device("cpu"))
+    position = rotary.Rotary(base=500000.0, dim=128, layout="half", scaling=SCALED[scaling])
+    got = frequencies(position, length, torch.device("cpu"))
     assert got.dtype == torch.float32
-    document = {"base": 500000.0, "dim": 128, "scaling": asdict(rotary.scaling)}
+    document = {"base": 500000.0, "dim": 128, "scaling": asdict(position.scaling)}
     expected = torch.tensor([frequency(document, i, length) for i in range(64)], dtype=torch.float64)
     assert torch.allclose(got.double(), expected, rtol=4e-6, atol=0)
     # Positions and products are float32 too, even where a stage computes in 16 bits: only cos and sin are rounded.
     row = Positions([length - 1], [1], 1, torch.device("cpu"), torch.bfloat16)
-    cos, sin = row.rotary(rotary)
+    cos, sin = row.rotary(position)
     angles = (torch.tensor(float(length - 1)) * got)[None, None, None]
-    factor = getattr(rotary.scaling, "attention_factor", 1.0)
+    factor = getattr(position.scaling, "attention_factor", 1.0)
     assert torch.equal(cos, (angles.cos() * factor).bfloat16().repeat(1, 1, 1, 2))
     assert torch.equal(sin[..., 64:], (angles.sin() * factor).bfloat16())
     assert torch.equal(sin[..., :64], -sin[..., 64:])
@@ -1159,20 +1163,20 @@ def test_frequencies_are_the_formulas_in_float32(scaling: str, length: int) -> N
 @pytest.mark.rule("SB-C-012", "SB-C-019", "SB-C-022", "SB-C-024")
 @pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16])
 def test_tables_of_positions_are_computed_in_float32_and_then_rounded(default: torch.dtype) -> None:
-    alibi = architectures.Alibi(max_bias=8.0, multiplier=0.3)
-    temperature = architectures.QueryTemperature(beta=0.1, original_positions=3, offset=0)
+    alibi = positions.Alibi(max_bias=8.0, multiplier=0.3)
+    temperature = positions.QueryTemperature(beta=0.1, original_positions=3, offset=0)
 
     def tables(dtype: torch.dtype) -> list[torch.Tensor]:
         far = Positions([70_001], [5], 5, torch.device("cpu"), dtype)
         turned = [
             part
             for scaling in SCALED.values()
-            for part in far.rotary(architectures.Rotary(base=500000.0, dim=128, layout="half", scaling=scaling))
+            for part in far.rotary(rotary.Rotary(base=500000.0, dim=128, layout="half", scaling=scaling))
         ]
         return [
             far.sinusoids(2, 30),
             far.temperature(temperature),
-            far.biased_mask(alibi, 6, Reach(40, None))[1],
+            far.biased_mask(alibi, 6, AttentionSpan(40, None))[1],
             *turned,
         ]
 
@@ -1194,7 +1198,7 @@ def test_tables_of_positions_are_computed_in_float32_and_then_rounded(default: t
 @pytest.mark.rule("SB-C-007")
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 def test_an_offset_is_added_in_float32(kind: str) -> None:
-    norm = Norm(architectures.Norm(kind=kind, eps=1e-6, affine=True, weight_offset=1.0, bias=kind == "layer_norm"), 64)
+    norm = Norm(norms.Norm(kind=kind, eps=1e-6, affine=True, weight_offset=1.0, bias=kind == "layer_norm"), 64)
     generator = torch.Generator().manual_seed(2)
     # In bfloat16, 1 + w is 1 for these weights.
     small = {name: torch.full((64,), 2.0**-10, dtype=torch.bfloat16) for name in norm.state_dict()}

@@ -6,8 +6,9 @@ import re
 from typing import Any, Final
 
 from splitbundle.errors import BundleError, quoted
-from splitbundle.format.architecture.decoder import MAX_LAYERS, Architecture
+from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.parser import parse_architecture
+from splitbundle.format.architecture.sizes import MAX_LAYERS
 from splitbundle_converter.checkpoint.source import Configuration
 from splitbundle_converter.errors import line, refused
 from splitbundle_converter.families.composites import family_hint

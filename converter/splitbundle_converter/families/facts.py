@@ -6,23 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias, TypeVar
 
-from splitbundle.format.architecture.decoder import (
-    MAX_LAYERS,
-    Alibi,
-    Architecture,
-    Attention,
-    Embedding,
-    Head,
-    LayerKind,
-    Learned,
-    Mlp,
-    Norm,
-    QueryKeyNorm,
-    QueryTemperature,
-    Rotary,
-    Sinusoidal,
-    Unpositioned,
-)
+from splitbundle.format.architecture.attention import Attention, QueryKeyNorm
+from splitbundle.format.architecture.decoder import Architecture, Embedding, Head, LayerKind
+from splitbundle.format.architecture.feedforward import Mlp
+from splitbundle.format.architecture.norms import Norm
+from splitbundle.format.architecture.positions import Alibi, Learned, QueryTemperature, Sinusoidal, Unpositioned
+from splitbundle.format.architecture.rotary import Rotary
+from splitbundle.format.architecture.sizes import MAX_LAYERS
 from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.rotary import rotary
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from splitbundle.format.architecture.decoder import Alibi, Architecture, Rotary, Sinusoidal, Unscaled
+from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.positions import Alibi, Sinusoidal
+from splitbundle.format.architecture.rotary import Rotary, Unscaled
 from splitbundle_converter.families.config_reader import INERT, TRAINING, ConfigReader
 from splitbundle_converter.families.facts import (
     TORCH_EPS,

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from splitbundle.format.architecture.decoder import MAX_LAYERS, Architecture, QueryTemperature, Rotary, Unscaled
+from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.positions import QueryTemperature
+from splitbundle.format.architecture.rotary import Rotary, Unscaled
+from splitbundle.format.architecture.sizes import MAX_LAYERS
 from splitbundle_converter.families.config_reader import TRAINING, ConfigReader
 from splitbundle_converter.families.facts import (
     TORCH_EPS,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from splitbundle.format.architecture.decoder import (
+from splitbundle.format.architecture.rotary import (
     Dynamic,
     Linear,
     Llama3,

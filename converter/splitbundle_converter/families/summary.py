@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from splitbundle.format.architecture.decoder import (
-    Alibi,
-    Architecture,
-    LayerKind,
-    Learned,
-    Rotary,
-    Sinusoidal,
-    Unscaled,
-)
+from splitbundle.format.architecture.decoder import Architecture, LayerKind
+from splitbundle.format.architecture.positions import Alibi, Learned, Sinusoidal
+from splitbundle.format.architecture.rotary import Rotary, Unscaled
 from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.quiet_transformers import quiet

@@ -9,9 +9,11 @@ import math
 
 import torch
 
-from splitbundle.backends.torch.positions import Reach, frequencies, slopes
-from splitbundle.format.architecture.decoder import Alibi, Dynamic, LongRope, QueryTemperature, Rotary
+from splitbundle.backends.torch.positions import slopes
+from splitbundle.format.architecture.positions import Alibi, AttentionSpan, QueryTemperature
+from splitbundle.format.architecture.rotary import Rotary
 from splitbundle_converter.graphs.builder import GraphBuilder
+from splitbundle_converter.graphs.rotary import add_frequencies
 
 CPU = torch.device("cpu")
 
@@ -51,7 +53,7 @@ class GraphPositions:
         if (rotary, "cos") not in self._built:
             graph = self.graph
             name = f"rotation.{sum(isinstance(key, tuple) and key[1:] == ('cos',) for key in self._built)}"
-            angles = graph.op("Mul", f"{name}.angles", self.real(), self._frequencies(rotary, name))
+            angles = graph.op("Mul", f"{name}.angles", self.real(), add_frequencies(graph, rotary, name, self.stop))
             factor = getattr(rotary.scaling, "attention_factor", 1.0)
             for part, kind in (("cos", "Cos"), ("sin", "Sin")):
                 wave = graph.op(kind, f"{name}.{part}", angles)
@@ -59,34 +61,6 @@ class GraphPositions:
                     wave = graph.op("Mul", f"{name}.{part}.scaled", wave, graph.number(factor))
                 self._built[rotary, part] = wave
         return self._built[rotary, "cos"], self._built[rotary, "sin"]
-
-    def _frequencies(self, rotary: Rotary, name: str) -> str:
-        """*Shape:* (dim / 2), or (batch, 1, dim / 2) where it depends on the length of the row."""
-        graph, scaling = self.graph, rotary.scaling
-        if isinstance(scaling, LongRope):
-            original = scaling.original_positions
-            short, long = (graph.floats(frequencies(rotary, n, CPU).tolist()) for n in (original, original + 1))
-            length = graph.op("Unsqueeze", f"{name}.length", self.stop, graph.integers(2))
-            is_long = graph.op("Greater", f"{name}.is_long", length, graph.integer(original))
-            return graph.op("Where", f"{name}.frequencies", is_long, long, short)
-        if isinstance(scaling, Dynamic):
-            exponents = (torch.arange(0, rotary.dim, 2, dtype=torch.float32) / rotary.dim).tolist()
-            original = scaling.original_positions
-            length = graph.op("Unsqueeze", f"{name}.length", self.stop, graph.integers(2))
-            longest = graph.op("Max", f"{name}.longest", length, graph.integer(original))
-            times = graph.op(
-                "Mul",
-                f"{name}.times",
-                graph.float32(f"{name}.float32", longest),
-                graph.number(scaling.factor / original),
-            )
-            growth = graph.op("Sub", f"{name}.growth", times, graph.number(scaling.factor - 1))
-            power = graph.op("Pow", f"{name}.power", growth, graph.number(rotary.dim / (rotary.dim - 2)))
-            base = graph.op("Mul", f"{name}.base", power, graph.number(rotary.base))
-            return graph.op(
-                "Reciprocal", f"{name}.frequencies", graph.op("Pow", f"{name}.bases", base, graph.floats(exponents))
-            )
-        return graph.floats(frequencies(rotary, 0, CPU).tolist())
 
     def sinusoids(self, offset: int, size: int) -> str:
         """*Shape:* (batch, sequence, size)."""
@@ -114,18 +88,18 @@ class GraphPositions:
             self._built[temperature] = graph.op("Unsqueeze", name, factor, graph.integers(1, 3))
         return self._built[temperature]
 
-    def bias(self, reach: Reach, alibi: Alibi | None, heads: int, kv_heads: int) -> str:
+    def bias(self, span: AttentionSpan, alibi: Alibi | None, heads: int, kv_heads: int) -> str:
         """What is added to scores: 0 or ALiBi's distances where a query sees a key, and -∞ elsewhere.
 
         *Shape:* (batch, 1, 1, sequence, slots), or (batch, kv_heads, heads / kv_heads, sequence, slots) with ALiBi.
         """
-        key = (reach, alibi, heads, kv_heads) if alibi is not None else (reach,)
+        key = (span, alibi, heads, kv_heads) if alibi is not None else (span,)
         if key not in self._built:
-            number = sum(isinstance(other, tuple) and isinstance(other[0], Reach) for other in self._built)
-            self._built[key] = self._bias(f"mask.{number}", reach, alibi, heads, kv_heads)
+            number = sum(isinstance(other, tuple) and isinstance(other[0], AttentionSpan) for other in self._built)
+            self._built[key] = self._bias(f"mask.{number}", span, alibi, heads, kv_heads)
         return self._built[key]
 
-    def _bias(self, name: str, reach: Reach, alibi: Alibi | None, heads: int, kv_heads: int) -> str:
+    def _bias(self, name: str, span: AttentionSpan, alibi: Alibi | None, heads: int, kv_heads: int) -> str:
         graph = self.graph
         if "keys" not in self._built:
             slots = graph.op("Shape", "mask.slots", self._cache, start=2, end=3)
@@ -134,13 +108,13 @@ class GraphPositions:
             self._built["queries"] = graph.op("Unsqueeze", "mask.queries", self.slots, graph.integers(1, 2, 4))
         keys, queries = self._built["keys"], self._built["queries"]  # [T] and [B, 1, 1, S, 1]
         sees = graph.op("LessOrEqual", f"{name}.causal", keys, queries)
-        if reach.window is not None:
-            first = graph.op("Sub", f"{name}.first", queries, graph.integer(reach.window))
+        if span.window is not None:
+            first = graph.op("Sub", f"{name}.first", queries, graph.integer(span.window))
             near = graph.op("Greater", f"{name}.near", keys, first)
             sees = graph.op("And", f"{name}.window", sees, near)
-        if reach.chunk is not None:
+        if span.chunk is not None:
             chunks = [
-                graph.op("Div", f"{name}.{which}_chunk", value, graph.integer(reach.chunk))
+                graph.op("Div", f"{name}.{which}_chunk", value, graph.integer(span.chunk))
                 for which, value in (("key", keys), ("query", queries))
             ]
             same = graph.op("Equal", f"{name}.same_chunk", *chunks)

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from splitbundle.backends.torch.weights import DTYPES
-from splitbundle.format.architecture.decoder import Architecture, count
+from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.sizes import count
 from splitbundle_converter.checkpoint.source import Source
 from splitbundle_converter.errors import line, refused
 from splitbundle_converter.families.configuration import resolve

@@ -7,7 +7,8 @@ from typing import Final
 
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format import names
-from splitbundle.format.architecture.decoder import Architecture, count
+from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.sizes import count
 from splitbundle.format.manifest.document import File, Shard
 
 DEFAULT_NAMES: Final = {1: ("model",), 2: ("bottom", "top"), 3: ("bottom", "trunk", "top")}

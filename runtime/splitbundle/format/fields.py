@@ -111,6 +111,14 @@ class Field:
             return 1.0
         return float(self.value)
 
+    def optional_positive_number(self) -> float | None:
+        """A number above zero, or null."""
+        return None if self.is_null else self.positive_number()
+
+    def optional_integer(self, minimum: int = 0, maximum: int = MAX_INTEGER) -> int | None:
+        """An integer in a closed range, or null."""
+        return None if self.is_null else self.integer(minimum, maximum)
+
     def number(self, choices: Collection[float]) -> float:
         """One of a few numbers."""
         if type(self.value) not in (int, float):
@@ -148,6 +156,12 @@ class Field:
         else:
             return self.value
         return next(iter(choices))
+
+    def kind(self, choices: Collection[str]) -> str | None:
+        """Return the member ``kind`` of an object that may be of several; None for another value, which is noted."""
+        kind = self.members(["kind"], open=True)["kind"]
+        chosen = kind.choice(choices)
+        return chosen if chosen == kind.value else None
 
     @property
     def is_null(self) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from splitbundle.errors import BundleError, Problem
-from splitbundle.format.architecture.decoder import Architecture, Dynamic, LongRope
+from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.rotary import Dynamic, LongRope
 
 
 class Call:

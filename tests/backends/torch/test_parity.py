@@ -21,18 +21,11 @@ from splitbundle.backends.torch import kernels
 from splitbundle.backends.torch.pipeline import Pipeline
 from splitbundle.backends.torch.stage import Stage, load_stages
 from splitbundle.backends.torch.weights import map_tensors
-from splitbundle.format.architecture.decoder import (
-    Alibi,
-    Architecture,
-    Attention,
-    LayerKind,
-    Linear,
-    Llama3,
-    Norm,
-    QueryTemperature,
-    Rotary,
-    Sinusoidal,
-)
+from splitbundle.format.architecture.attention import Attention
+from splitbundle.format.architecture.decoder import Architecture, LayerKind
+from splitbundle.format.architecture.norms import Norm
+from splitbundle.format.architecture.positions import Alibi, QueryTemperature, Sinusoidal
+from splitbundle.format.architecture.rotary import Linear, Llama3, Rotary
 from splitbundle.storage.reader import VECTORS
 from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.reference.golden_vectors import case_lengths

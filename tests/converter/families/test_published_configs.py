@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from splitbundle.format.architecture.decoder import Learned, Llama3, Rotary, count
+from splitbundle.format.architecture.positions import Learned
+from splitbundle.format.architecture.rotary import Llama3, Rotary
+from splitbundle.format.architecture.sizes import count
 from splitbundle_converter.checkpoint.source import Source
 from splitbundle_converter.conversion import read_architecture
 

@@ -142,28 +142,28 @@ def with_kernels_for(x: Tensor, dtype: torch.dtype, compute: Callable[..., Tenso
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b. *Shape:* (…, columns), (rows, columns), (rows) -> (…, rows)."""
-    onednn = _for(x, weight, bias)
+    onednn = _onednn_for(x, weight, bias)
     return functional.linear(x, weight, bias) if onednn is None else onednn.product(x, weight, bias)
 
 
-def fuses(x: Tensor) -> bool:
-    """Whether it is worth asking ``activated`` and ``multiplied``."""
+def can_fuse(x: Tensor) -> bool:
+    """Whether it is worth calling ``linear_activation`` and ``linear_times``."""
     return _ONEDNN is not None and x.dtype == torch.float32
 
 
-def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
+def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
     """An activation of x Wᵀ + b, if one kernel does both. *Shape:* as of ``linear``."""
-    onednn = _for(x, weight, bias) if activation in _FUSED else None
+    onednn = _onednn_for(x, weight, bias) if activation in _FUSED else None
     return None if onednn is None else onednn.product(x, weight, bias, *_FUSED[activation])
 
 
-def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor | None:
+def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor | None:
     """(x Wᵀ + b) · factor, if one kernel does both. *Shape:* as of ``linear``, and of the factor (…, rows)."""
-    onednn = _for(x, weight, bias, factor)
+    onednn = _onednn_for(x, weight, bias, factor)
     return None if onednn is None else onednn.times(x, weight, bias, factor)
 
 
-def _for(x: Tensor, weight: Tensor, *others: Tensor | None) -> _OneDnn | None:
+def _onednn_for(x: Tensor, weight: Tensor, *others: Tensor | None) -> _OneDnn | None:
     """oneDNN, where it is the one to compute this."""
     # A compiler follows all of this, and has to stop where it can't: it is asked for before anything else.
     if _ONEDNN is None or torch.compiler.is_compiling():

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from splitbundle.backends.torch.cache import KVCache
 from splitbundle.backends.torch.decoder import Embedding, Head, Layer
 from splitbundle.backends.torch.kernels import with_kernels_for
 from splitbundle.backends.torch.numpy_stage import StageOverNumpy
-from splitbundle.backends.torch.positions import KVCache, Positions
+from splitbundle.backends.torch.positions import Positions
 from splitbundle.backends.torch.weights import compute_dtype, map_tensors, rounded
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.stages.call import Call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from splitbundle.errors import quoted
 from splitbundle.format import names, strict_json
-from splitbundle.format.architecture.decoder import MAX_SIZE
+from splitbundle.format.architecture.sizes import MAX_SIZE
 from splitbundle.format.dtypes import PORTS, WEIGHTS
 from splitbundle.format.fields import Field, Problems
 from splitbundle.format.graph import VARIANTS, Graph, Port

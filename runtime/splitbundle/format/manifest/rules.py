@@ -8,7 +8,8 @@ from typing import Final
 
 from splitbundle.errors import quoted
 from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE_FILE
-from splitbundle.format.architecture.decoder import Architecture, count
+from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.sizes import count
 from splitbundle.format.dtypes import ITEM_SIZES
 from splitbundle.format.fields import Problems, escape
 from splitbundle.format.graph import OPSET, VARIANTS, Graph, ports

@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import splitbundle
 from splitbundle.backends.torch import kernels
-from splitbundle.backends.torch.decoder import ACTIVATIONS, Linear, Mlp
+from splitbundle.backends.torch.feedforward import ACTIVATIONS, Mlp
 from splitbundle.backends.torch.kernels import linear, with_kernels_for
-from splitbundle.format.architecture import decoder as facts
+from splitbundle.backends.torch.modules import Linear
+from splitbundle.format.architecture import feedforward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 x86 = pytest.mark.skipif(kernels._ONEDNN is None, reason="torch has no oneDNN of this kind here")
@@ -411,7 +412,7 @@ def test_a_layer_uses_it(by_product: list[str]) -> None:
 
 
 def mlp(activation: str, *, gated: bool, dtype: torch.dtype = torch.float32) -> Mlp:
-    block = Mlp(facts.Mlp(intermediate_size=40, activation=activation, gated=gated, bias=True), 48)
+    block = Mlp(feedforward.Mlp(intermediate_size=40, activation=activation, gated=gated, bias=True), 48)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in list(block.named_parameters()):
         layer, kind = name.split(".")

@@ -1,0 +1,136 @@
+"""Causal self-attention. The equations are in ``spec/v1/decoder.md``.
+
+Shapes in comments: B rows, S positions of this call, T slots of keys, H heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from splitbundle.backends.torch.cache import KVCache
+from splitbundle.backends.torch.modules import Linear
+from splitbundle.backends.torch.norms import Norm
+from splitbundle.backends.torch.positions import Positions
+from splitbundle.backends.torch.rotary import rotate
+from splitbundle.format.architecture import attention as facts
+from splitbundle.format.architecture.positions import Alibi, AttentionSpan
+from splitbundle.format.architecture.rotary import Rotary
+
+
+class Attention(nn.Module):
+    """Causal self-attention over what came before in the cache and what comes now."""
+
+    def __init__(self, attention: facts.Attention, hidden: int, layer: int) -> None:
+        super().__init__()
+        self.facts, self.layer, self.span = attention, layer, AttentionSpan(attention.window, attention.chunk)
+        queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+        self.query = Linear(hidden, queries, bias=attention.qkv_bias)
+        self.key = Linear(hidden, keys, bias=attention.qkv_bias)
+        self.value = Linear(hidden, keys, bias=attention.qkv_bias)
+        self.query_norm, self.key_norm = (
+            self._norm(attention, heads) for heads in (attention.heads, attention.kv_heads)
+        )
+        self.sinks = nn.Parameter(torch.empty(attention.heads, device="meta")) if attention.sinks else None
+        self.output = Linear(queries, hidden, bias=attention.output_bias)
+
+    @staticmethod
+    def _norm(attention: facts.Attention, heads: int) -> Norm | None:
+        norm = attention.query_key_norm
+        return None if norm is None else Norm(norm.norm, *facts.query_key_shape(norm, heads, attention.head_dim))
+
+    def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
+        """*Shape:* (batch, sequence, hidden) -> the same."""
+        facts_ = self.facts
+        queries = self._heads(self.query(x), self.query_norm, positions)  # [B, S, H, D]
+        keys = self._heads(self.key(x), self.key_norm, positions)
+        values = split_heads(self._clip(self.value(x)), facts_.head_dim)
+        if facts_.query_temperature is not None:
+            queries = queries * positions.temperature(facts_.query_temperature)
+        queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))  # [B, H, S, D]
+        if cache is not None:
+            keys, values = cache.extend(self.layer, keys, values, positions)
+        mask: Tensor | None
+        if isinstance(facts_.position, Alibi):
+            first, mask, causal = positions.biased_mask(facts_.position, facts_.heads, self.span)
+        else:
+            first, mask, causal = positions.mask(self.span)
+        if first:
+            keys, values = keys[:, :, first:], values[:, :, first:]
+        if facts_.logit_cap is None and self.sinks is None:
+            mixed = attend(queries, keys, values, mask=mask, causal=causal, scale=facts_.scale)
+        else:
+            mask = positions.causal_mask() if causal else mask
+            cap, sinks = facts_.logit_cap, self.sinks
+            mixed = attend_unfused(queries, keys, values, mask=mask, scale=facts_.scale, cap=cap, sinks=sinks)
+        return self.output(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _heads(self, x: Tensor, norm: Norm | None, positions: Positions) -> Tensor:
+        """Clipped, normalised and turned. *Shape:* (batch, sequence, heads · head_dim) -> (…, heads, head_dim)."""
+        position, kind = self.facts.position, self.facts.query_key_norm
+        x = self._clip(x)
+        if norm is not None and kind is not None and kind.width == "full":
+            x, norm = norm(x), None
+        x = split_heads(x, self.facts.head_dim)
+        if norm is not None and kind is not None and not kind.after_rotation:
+            x, norm = norm(x), None
+        if isinstance(position, Rotary):
+            x = rotate(x, *positions.rotary(position), position.layout)
+        return x if norm is None else norm(x)
+
+    def _clip(self, x: Tensor) -> Tensor:
+        return x if self.facts.clip is None else x.clamp(-self.facts.clip, self.facts.clip)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """*Shape:* (batch, sequence, heads · head_dim) -> (batch, sequence, heads, head_dim)."""
+    return x.view(*x.shape[:2], x.shape[2] // head_dim, head_dim)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """softmax(scale · Q Kᵀ + mask) V, each key head serving ``heads / kv_heads`` query heads in a row.
+
+    *Shape:* (batch, heads, S, head_dim), twice (batch, kv_heads, T, head_dim) -> (batch, heads, S, head_dim).
+    """
+    batch, heads, length, width = queries.shape
+    kv_heads = keys.shape[1]
+    if heads != kv_heads and length == 1 and (mask is None or mask.shape[1] == 1):
+        # The heads of a group see the same keys, so they can stand as positions, and no key is repeated in memory.
+        grouped = queries.reshape(batch, kv_heads, heads // kv_heads, width)
+        mixed = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+        return mixed.reshape(batch, heads, 1, width)
+    # torch.jit.trace makes tensors of sizes, and of what is found by comparing them.
+    return functional.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=bool(heads != kv_heads)
+    )
+
+
+def attend_unfused(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    mask: Tensor | None,
+    scale: float,
+    cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """``attend`` with what no fused kernel does: every score s made cap · tanh(s / cap) before the mask, and one score
+    more a head, of nothing.
+
+    *Shape:* as for ``attend``; mask True where attention goes; sinks (heads).
+    """
+    kv_heads = keys.shape[1]
+    batch, heads, length, width = queries.shape
+    grouped = queries.reshape(batch, kv_heads, heads // kv_heads, length, width)
+    scores = grouped @ keys[:, :, None].transpose(-1, -2) * scale
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    if sinks is not None:
+        nothing = sinks.to(scores.dtype).reshape(1, kv_heads, heads // kv_heads, 1, 1)
+        scores = torch.cat((scores, nothing.expand(*scores.shape[:-1], 1)), dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)[..., : keys.shape[2]]
+    return (weights @ values[:, :, None]).flatten(1, 2)

@@ -1,0 +1,61 @@
+"""The KV cache of a stage: tensors that hold the keys and values of past positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from splitbundle.backends.torch.positions import Positions
+from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.stages.call import Slots
+
+
+class KVCache(Slots):
+    """The keys and values of a stage's layers; slot = position."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        layers: tuple[int, int],
+        batch_size: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(architecture, layers, batch_size, capacity)
+        self.device, self.dtype = device, dtype
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        for layer in range(*layers):
+            attention = architecture.kind_of(layer).attention
+            shape = (batch_size, attention.kv_heads, capacity, attention.head_dim)
+            # Zeros, not whatever memory held: a masked slot still takes part in a product, and 0 · NaN is NaN.
+            self.keys[layer] = torch.zeros(shape, device=device, dtype=dtype)
+            self.values[layer] = torch.zeros(shape, device=device, dtype=dtype)
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Stores this call's keys and values; gives those of all slots up to the last position.
+
+        *Shape:* twice (batch, kv_heads, sequence, head_dim) -> twice (batch, kv_heads, slots, head_dim).
+        """
+        for stored, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            if positions.uniform is not None:
+                stored.narrow(2, positions.uniform, positions.length).copy_(new)
+            else:
+                rows, places, slots = positions.tokens
+                stored[rows, :, slots] = new[rows, :, places]
+        return self.keys[layer].narrow(2, 0, positions.stop), self.values[layer].narrow(2, 0, positions.stop)
+
+    @property
+    def kind(self) -> tuple[tuple[int, int], torch.dtype, torch.device]:
+        """The layers whose keys these are, and what and where they are."""
+        return self.layers, self.dtype, self.device
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Row i becomes what row ``rows[i]`` was."""
+        for stored in (self.keys, self.values):
+            for layer, tensor in stored.items():
+                stored[layer] = tensor.index_select(0, torch.tensor(rows, device=tensor.device))
+        super().reorder(rows)

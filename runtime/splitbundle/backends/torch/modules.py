@@ -1,0 +1,49 @@
+"""Small modules that the others are made of: linear layers and tables without weights of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
+
+from splitbundle.backends.torch.kernels import linear
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that is born without weights: a stage maps them in."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+        super().__init__(inputs, outputs, bias=bias, device="meta")
+
+    def reset_parameters(self) -> None:
+        """Nothing: there is nothing to initialise on the meta device, and no reason to spend the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """*Shape:* (…, inputs) -> (…, outputs)."""
+        return linear(x, self.weight, self.bias)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Return False for a replaced or hooked layer (LoRA adapters do this), which must be called as a module."""
+    changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return type(layer) is Linear and not changed and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+
+
+class Table(nn.Module):
+    """Rows by index."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width, device="meta"))
+
+    def forward(self, index: Tensor) -> Tensor:
+        """*Shape:* any -> (any, width)."""
+        return functional.embedding(index, self.weight)
+
+
+def through(step: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
+    """Return the step of x, or x itself where there is no step."""
+    return x if step is None else step(x)

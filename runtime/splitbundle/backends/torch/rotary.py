@@ -1,0 +1,112 @@
+"""Rotary positions: the frequencies, how they are scaled, and the rotation itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from splitbundle.format.architecture.rotary import (
+    Dynamic,
+    Linear,
+    Llama3,
+    LongRope,
+    Proportional,
+    Rotary,
+    Yarn,
+)
+
+
+def rotation(rotary: Rotary, slots: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For each channel that turns, the cosine of its pair's angle, and what its partner's share is: ± the sine.
+
+    *Shape:* slots (batch or 1, sequence), int64 -> twice (batch or 1, sequence, 1, dim), in the order of the layout.
+    """
+    # Angles are taken in float32, as everyone takes them: in float64 they would differ from the model's own.
+    angles = slots[:, :, None, None].float() * row_frequencies(rotary, lengths, slots.device)
+    factor = getattr(rotary.scaling, "attention_factor", 1.0)
+    cos, sin = (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+    if rotary.layout == "half":
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Turns each pair of channels by the angle of its position: of the first ``dim``, the pairs (i, i + dim/2) in the
+    layout "half", and (2i, 2i + 1) in "interleaved".
+
+    *Shape:* x (batch, sequence, heads, head_dim); cos, sin (batch or 1, sequence, 1, dim), as ``Positions.rotary``
+    gives them.
+    """
+    dim = cos.shape[-1]
+    turned, rest = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
+    if layout == "half":
+        partners = turned.roll(dim // 2, dims=-1)
+    else:
+        partners = turned.view(*x.shape[:-1], dim // 2, 2).flip(-1).flatten(-2)
+    turned = torch.addcmul(turned * cos, partners, sin)
+    return turned if rest is None else torch.cat((turned, rest), dim=-1)
+
+
+def row_frequencies(rotary: Rotary, lengths: Sequence[int], device: torch.device) -> Tensor:
+    """The frequencies of rows of some lengths. *Shape:* (dim / 2), or (batch, 1, 1, dim / 2) where rows differ."""
+    scaling = rotary.scaling
+    if not isinstance(scaling, Dynamic | LongRope):
+        return frequencies(rotary, 0, device)
+    own = [max(length, scaling.original_positions) for length in lengths]
+    if isinstance(scaling, LongRope):
+        own = [min(length, scaling.original_positions + 1) for length in own]
+    tables = {length: frequencies(rotary, length, device) for length in set(own)}
+    return tables[own[0]] if len(tables) == 1 else torch.stack([tables[length] for length in own])[:, None, None]
+
+
+def frequencies(rotary: Rotary, length: int, device: torch.device) -> Tensor:
+    """Radians per position of each pair of channels, in float32, in rows of some length. *Shape:* (dim / 2)."""
+    scaling, dim, base = rotary.scaling, rotary.dim, rotary.base
+    exponents = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
+    if isinstance(scaling, Dynamic):
+        longest = max(length, scaling.original_positions)
+        growth = scaling.factor * longest / scaling.original_positions - (scaling.factor - 1)
+        base = base * growth ** (dim / (dim - 2))
+    if isinstance(scaling, LongRope):
+        long = length > scaling.original_positions
+        divisors = torch.tensor(
+            scaling.long_factors if long else scaling.short_factors, device=device, dtype=torch.float32
+        )
+        return 1.0 / (divisors * base**exponents)
+    plain: Tensor = 1.0 / (base**exponents)
+    if isinstance(scaling, Linear):
+        return plain / scaling.factor
+    if isinstance(scaling, Proportional):
+        turned = torch.arange(dim // 2, device=device) < scaling.pairs
+        return torch.where(turned, plain, 0.0) / scaling.factor
+    if isinstance(scaling, Llama3):
+        return _llama3(plain, scaling)
+    return _yarn(plain, rotary, scaling) if isinstance(scaling, Yarn) else plain
+
+
+def _llama3(base: Tensor, scaling: Llama3) -> Tensor:
+    low, high, original = scaling.low_frequency_factor, scaling.high_frequency_factor, scaling.original_positions
+    wavelength = 2 * math.pi / base
+    ramp = (original / wavelength - low) / (high - low)
+    between = (1 - ramp) * base / scaling.factor + ramp * base
+    slow, fast = wavelength > original / low, wavelength < original / high
+    return torch.where(slow, base / scaling.factor, torch.where(fast, base, between))
+
+
+def _yarn(base: Tensor, rotary: Rotary, scaling: Yarn) -> Tensor:
+    def pair(rotations: float) -> float:
+        """The pair (as a real number) that turns so many times over the original positions."""
+        turns = scaling.original_positions / (rotations * 2 * math.pi)
+        return rotary.dim * math.log(turns) / (2 * math.log(rotary.base))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary.dim - 1)
+    high = high + 0.001 if low == high else high
+    index = torch.arange(rotary.dim // 2, device=base.device, dtype=torch.float32)
+    ramp = ((index - low) / (high - low)).clamp(0, 1)
+    return base / scaling.factor * ramp + base * (1 - ramp)
