@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 
 WORKERS = ROOT / "tests" / "environments" / "workers.py"
 CHECKPOINT = ROOT / "examples" / "license-gpt2"
-SECONDS = 120
+SECONDS = 600
 
 
 @pytest.fixture(scope="module")

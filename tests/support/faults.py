@@ -34,7 +34,7 @@ from typing import Any, Final
 from tests.support import syscalls
 from tests.support.syscalls import Call, Fault, Tracee
 
-SECONDS: Final = 60
+SECONDS: Final = 300
 """After which a command that ends neither well nor badly is a finding."""
 WRITE_FLAGS: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES: Final = frozenset(
