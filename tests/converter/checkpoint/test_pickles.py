@@ -230,7 +230,6 @@ def test_the_flag_of_the_command(pickled: Callable[..., Path], output: Path) -> 
     assert "checked against the original model" in done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_reading_streams(tmp_path: Path) -> None:
     """The child holds no copy of the file: one of 512 MiB takes no more than a small one, and some."""

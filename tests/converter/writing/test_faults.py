@@ -21,7 +21,6 @@ GROUPS: Final = (  # which take about as long
 
 
 @pytest.mark.rule("SB-D-009")
-@pytest.mark.slow
 @pytest.mark.parametrize("group", range(len(GROUPS)))
 def test_every_system_call_may_fail_or_be_the_last(group: int, tally: Callable[[str, int], None]) -> None:
     command = [sys.executable, "-m", "tests.support.faults", "--cpu", str(group), *GROUPS[group]]
