@@ -3,13 +3,17 @@ PYTHON ?= python3
 WORKERS ?= 2
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-long lint clean
 
 demo: .venv/demo/.installed
 	.venv/demo/bin/python examples/demo.py
 
 test: .venv/test/.installed lint
 	.venv/test/bin/python -m pytest --numprocesses $(WORKERS)
+
+# What make test leaves out; tests/README.md says what that is.
+test-long: .venv/test/.installed
+	.venv/test/bin/python -m pytest --numprocesses $(WORKERS) -m long
 
 lint: .venv/test/.installed
 	.venv/test/bin/ruff check .

@@ -35,7 +35,7 @@ def call(*arguments: object, **variables: str) -> subprocess.CompletedProcess[st
         [sys.executable, "-m", "splitbundle", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         stdin=subprocess.DEVNULL,
         env={**os.environ, **variables},
     )
@@ -59,7 +59,7 @@ def test_version_help_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_both_names_are_one_command(bundle: Path) -> None:
     by_name = subprocess.run(
-        [Path(sys.executable).with_name("splitbundle"), "inspect", bundle], capture_output=True, text=True, timeout=60
+        [Path(sys.executable).with_name("splitbundle"), "inspect", bundle], capture_output=True, text=True, timeout=600
     )
     assert by_name.returncode == 0
     assert by_name.stdout == call("inspect", bundle).stdout
@@ -197,7 +197,7 @@ def test_generate(bundle: Path) -> None:
         input="Licensed under the Apache License",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert piped.stdout == ", Ver\n"
     assert call("generate", bundle, "text", "--ids", "1").returncode == 2
@@ -316,10 +316,10 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, number: signal.Signals) 
         text=True,
     )
     began = time.monotonic()
-    while not list(tmp_path.glob(".x.splitbundle.tmp-*")) and time.monotonic() - began < 60:
+    while not list(tmp_path.glob(".x.splitbundle.tmp-*")) and time.monotonic() - began < 600:
         time.sleep(0.01)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert not list(tmp_path.iterdir())

@@ -35,7 +35,7 @@ class Case:
     about_file: str | None = None
     """Where only what is said of one file counts, that file."""
     limited: bool = False
-    """To be judged within two seconds and 256 MiB."""
+    """To be judged soon, and within 256 MiB."""
 
 
 def dump(value: object) -> bytes:

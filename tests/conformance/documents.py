@@ -130,7 +130,7 @@ MAX_DOCUMENT = 2**24
 
 
 def large_cases() -> Iterator[Case]:
-    """Documents that are too large for a file of vectors: each within two seconds and 256 MiB."""
+    """Documents that are too large for a file of vectors: each judged soon, and within 256 MiB."""
     rows: list[tuple[str, str, Callable[[], bytes], str, str | None]] = [
         ("arrays-100000", "manifest", lambda: b"[" * 100_000 + b"]" * 100_000, "json.depth", None),
         ("objects-100000", "manifest", lambda: b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "json.depth", None),

@@ -31,8 +31,9 @@ from conformance.process import Answer, Trouble, shown
 Ask = Callable[[str, Path, bool], Any]
 """Step, directory, whether the case is limited -> the verdict."""
 OK, USAGE, FAILED = 0, 2, 3
-SECONDS, MEMORY = 2, 256 * 2**20
-"""What a reader may take for a limited case, more than for the small bundle."""
+SECONDS, MEMORY = 10, 256 * 2**20
+"""What a reader may take for a limited case, more than for the small bundle. The seconds are generous, for slow
+machines: they find a reader that takes the square of its input, or that doesn't end."""
 TRIES = 3
 LONGEST_TIMEOUT = 86400
 
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--schema", action="store_true", help="the adapter is a JSON Schema: no codes, documents only")
     parser.add_argument("--only", metavar="TEXT", action="append", help="cases whose name has this (repeatable)")
     parser.add_argument("--timeout", type=_duration, default=60, help="seconds for a case (default: %(default)s)")
+    parser.add_argument(
+        "--limit", type=_duration, default=SECONDS, help="seconds for a limited case (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="at once (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--list", action="store_true", help="print the cases and what is expected, and ask nobody")
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not command or not chosen:
         parser.error("no adapter" if chosen else "no such case")
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(max_workers=args.jobs) as pool:
-        ask = Adapter(command, args.timeout, Path(temporary))
+        ask = Adapter(command, args.timeout, Path(temporary), args.limit)
         results = list(pool.map(lambda case: judge(case, Path(temporary), ask, schema=args.schema, clock=True), chosen))
     return report([result for each in results for result in each], as_json=args.json)
 
@@ -74,8 +78,8 @@ def described(case: Case) -> dict[str, object]:
 class Adapter:
     """Asks a program: ``COMMAND … STEP DIRECTORY``. Of limited cases it measures what the program takes."""
 
-    def __init__(self, command: Sequence[str], timeout: float, parent: Path) -> None:
-        self.command, self.timeout, self.parent = command, timeout, parent
+    def __init__(self, command: Sequence[str], timeout: float, parent: Path, limit: float = SECONDS) -> None:
+        self.command, self.timeout, self.parent, self.limit = command, timeout, parent, limit
         self.lock = threading.Lock()
         self.small: dict[str, tuple[float, int]] = {}
 
@@ -85,9 +89,9 @@ class Adapter:
             return answer.document
         usual_seconds, usual_memory = self.usual(step)
         for _ in range(TRIES - 1):  # on a machine that others share, a short answer may take long
-            if seconds > usual_seconds + SECONDS:
+            if seconds > usual_seconds + self.limit:
                 seconds = min(seconds, self.ask(step, directory)[1])
-        if seconds > usual_seconds + SECONDS:
+        if seconds > usual_seconds + self.limit:
             raise Trouble(f"took {seconds:.1f} s, and for the small bundle {usual_seconds:.1f} s")
         if answer.memory > usual_memory + MEMORY:
             raise Trouble(f"took {answer.memory >> 20} MiB, and for the small bundle {usual_memory >> 20} MiB")

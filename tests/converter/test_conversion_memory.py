@@ -86,7 +86,6 @@ def over(source: Path, output: Path) -> int:
     return int(found["peak"]) - int(found["before"])
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_a_full_size_gpt2(tmp_path: Path) -> None:
     total, largest = write_gpt2(tmp_path / "gpt2", 12)
@@ -131,7 +130,6 @@ def test_a_full_size_gpt2(tmp_path: Path) -> None:
     assert over(tmp_path / "deep", tmp_path / "deep.splitbundle") <= taken + 16 * MEBI
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_sharded_checkpoints_of_two_sizes(tmp_path: Path) -> None:
     """Twice the size in as many files takes no more, and no tensor is ever copied: the largest has 125 MiB."""

@@ -67,7 +67,7 @@ def main() -> int:
     parser.add_argument("path", help="a bundle for splitbundle, a checkpoint for transformers")
     parser.add_argument("--intel-openmp", action="store_true")
     parser.add_argument("--cold", action="store_true", help="the parent doesn't generate first")
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=300.0)
     args = parser.parse_args()
     if args.intel_openmp:
         names = ("lib/libiomp5.so", "lib/libiomp5.dylib", "Library/bin/libiomp5md.dll")

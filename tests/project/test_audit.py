@@ -76,7 +76,7 @@ def events(backend: str, work: list[str], tmp_path: Path) -> tuple[Path, list[tu
         input=json.dumps(work),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return path, [(event, arguments) for event, arguments in json.loads(done.stdout)]

@@ -199,7 +199,7 @@ def run_of(*arguments: object, where: Path = ROOT, **environment: str) -> subpro
         env=os.environ | {"PYTHONPATH": path} | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 

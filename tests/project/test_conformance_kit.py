@@ -87,17 +87,24 @@ def judged(case: Case, parent: Path) -> list[dict[str, Any]]:
     return results
 
 
+TIMES = 20
+"""What judging a limited case may take, as a multiple of parsing the largest document."""
 CHILD = """
 import json, resource, sys, time
-sys.path[:0] = json.loads(sys.argv[1])
+sys.path[:0], times = json.loads(sys.argv[1]), float(sys.argv[2])
 from conformance.adapters import ADAPTERS
+from tests.support.yardsticks import parsing
 import splitbundle.cli
 resource.setrlimit(resource.RLIMIT_AS, (256 * 2**20, 256 * 2**20))
+known = parsing(2**24)
 for line in sys.stdin:
     reader, step, path = json.loads(line)
     start = time.process_time()
     verdict = ADAPTERS[reader](step, path)
-    print(json.dumps([verdict, time.process_time() - start]), flush=True)
+    spent = time.process_time() - start
+    if spent > times * known:  # the machine may be slower by now
+        known = parsing(2**24)
+    print(json.dumps([verdict, spent / known]), flush=True)
 """
 
 
@@ -108,7 +115,7 @@ def test_large_cases_are_refused_soon_and_in_little_memory(tmp_path: Path, tally
     limited = [case for case in CASES.values() if case.limited]
     assert len(limited) > 20
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, json.dumps([str(HERE.parent), *sys.path])],
+        [sys.executable, "-c", CHILD, json.dumps([str(HERE.parent), *sys.path]), str(TIMES)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -125,13 +132,13 @@ def test_large_cases_are_refused_soon_and_in_little_memory(tmp_path: Path, tally
             for reader in ("torch", "command"):
                 child.stdin.write(json.dumps([reader, step, str(root)]) + "\n")
                 child.stdin.flush()
-                verdict, seconds = json.loads(child.stdout.readline())
+                verdict, times = json.loads(child.stdout.readline())
                 assert run.wrong(case, verdict) is None, (case.name, reader, step)
-                assert seconds < 2, (case.name, reader, step, seconds)
+                assert times < TIMES, (case.name, reader, step, times)
                 count += 1
     child.stdin.close()
-    assert child.wait(60) == 0
-    tally("of them within 2 s and 256 MiB", count)
+    assert child.wait(600) == 0
+    tally("of them soon and within 256 MiB", count)
 
 
 def test_loading_refuses_large_cases_too(tmp_path: Path) -> None:
@@ -145,7 +152,7 @@ def test_loading_refuses_large_cases_too(tmp_path: Path) -> None:
 FAKES = {
     "crash": ("import sys; sys.exit('Segmentation fault')", "exit status 1: Segmentation fault"),
     "kill": ("import os; os.kill(os.getpid(), 9)", "exit status -9: "),
-    "hang": ("import time; time.sleep(60)", "no verdict after 1 s"),
+    "hang": ("import time; time.sleep(600)", "no verdict after 1 s"),
     "silent": ("", "no JSON document on stdout: b''"),
     "vague": ("print('{}')", "expected a verdict, got {}"),
     "agreeable": ('print(\'{"verdict": "accepted"}\')', "expected json.syntax, got accepted"),
@@ -170,7 +177,7 @@ FAKES = {
 @pytest.mark.parametrize("name", FAKES)
 def test_an_adapter_that_fails_is_said_to(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = FAKES[name]
-    arguments = ["--only", "manifest-json-truncated", "--timeout", "1" if name == "hang" else "60"]
+    arguments = ["--only", "manifest-json-truncated", "--timeout", "1" if name == "hang" else "600"]
     assert run.main([*arguments, "--json", sys.executable, "-c", code]) == run.FAILED
     said = json.loads(capsys.readouterr().out)
     assert [(r["name"], r["wrong"]) for r in said["results"]] == [("reject/manifest-json-truncated", text)]
@@ -191,7 +198,7 @@ def test_options_that_make_no_sense(options: tuple[str, ...], capsys: pytest.Cap
 
 @pytest.mark.parametrize("words", [("nope", "open", "x"), ("torch", "nope", "x"), ("torch",)])
 def test_adapters_say_how_they_are_called(words: tuple[str, ...]) -> None:
-    done = subprocess.run([sys.executable, HERE / "adapters.py", *words], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, HERE / "adapters.py", *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == run.USAGE
     assert done.stderr.startswith("usage: adapters.py")
 
@@ -217,11 +224,12 @@ def test_limited_cases_are_limited(
     """An outside adapter that takes more for them than for the small bundle."""
     monkeypatch.setattr(run, "TRIES", 2)
     doing, unit = TAKES[name]
-    if unit == "s":
-        monkeypatch.setattr(run, "SECONDS", 0.5)  # sooner done
+    if unit == "s":  # at least 0.8 s, against none for the small bundle: the same on any machine
+        monkeypatch.setattr(run.Adapter, "usual", lambda self, step: (0.0, 2**40))
     large = "import os, sys\nif os.path.getsize(sys.argv[2] + '/manifest.json') > 2**20:\n    "
     code = REFUSES + large + doing.replace("\n", "\n    ") + "\n" if doing else REFUSES
-    arguments = ["--only", "large/integer-negative", "--json", sys.executable, "-c", code]
+    limit = "0.5" if unit == "s" else "600"
+    arguments = ["--only", "large/integer-negative", "--limit", limit, "--json", sys.executable, "-c", code]
     status = run.main(arguments)
     (result,) = json.loads(capsys.readouterr().out)["results"]
     if unit is None:
@@ -238,19 +246,22 @@ def test_what_an_adapter_started_ends_with_it(ends: bool, tmp_path: Path) -> Non
     child = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'id')!r}).write_text(str(os.getpid())); "
     code = (
         "import pathlib, subprocess, sys, time\n"
-        f"subprocess.Popen([sys.executable, '-c', {child + 'time.sleep(100)'!r}])\n"
+        f"subprocess.Popen([sys.executable, '-c', {child + 'time.sleep(600)'!r}])\n"
         f"while not pathlib.Path({str(tmp_path / 'id')!r}).exists() or not open({str(tmp_path / 'id')!r}).read(): "
         "time.sleep(0.01)\n"
         "print('1', flush=True)\n"
     )
-    command = [sys.executable, "-c", code + ("" if ends else "time.sleep(100)")]
+    command = [sys.executable, "-c", code + ("" if ends else "time.sleep(600)")]
     if ends:
-        assert process.ask(command, 60).document == 1
+        assert process.ask(command, 600).document == 1
     else:
-        with pytest.raises(process.Trouble, match="no verdict after 2 s"):
-            process.ask(command, 2)
+        for seconds in (2, 20, 200):  # until it is long enough for two starts of Python
+            with pytest.raises(process.Trouble, match=f"no verdict after {seconds} s"):
+                process.ask(command, seconds)
+            if (tmp_path / "id").exists() and (tmp_path / "id").read_text():
+                break
     identity = int((tmp_path / "id").read_text())
-    for _ in range(500):  # who adopts it may reap it a little later
+    for _ in range(6000):  # the process that adopts it may reap it a little later
         try:
             state = Path(f"/proc/{identity}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
@@ -284,7 +295,7 @@ def test_the_kit_is_one_command(name: str) -> None:
     chosen = ["--only", "manifest-json-bom", "--only", "directory/pipe-layer"]
     options = ["--schema"] if name == "schemas" else []
     command = [sys.executable, HERE / "run.py", *chosen, *options, sys.executable, HERE / "adapters.py", name]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == f"{1 if name == 'schemas' else 3} verdicts, 0 not as expected"
 

@@ -73,7 +73,7 @@ def copy(tmp_path: Path) -> Path:
 
 def in_a_child(place: Path, backend: str, verify: str, *hows: str) -> tuple[int, list[str]]:
     command = [sys.executable, "-c", CHILD, str(GOLDEN), str(place), backend, verify, *hows]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=600)
     return done.returncode, done.stdout.splitlines()
 
 

@@ -7,7 +7,6 @@ import io
 import json
 import random
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,10 @@ from splitbundle.format.manifest.document import File
 from splitbundle.format.weight_layout import Tensor
 from splitbundle.storage import weight_headers
 from splitbundle_converter.writing.weights import write_weights
+from tests.support.yardsticks import at_most, parsing
 
+LARGEST = 2**24
+"""Bytes of the largest header. A small one with a huge number in it must not cost more than a large one does."""
 PATH = "layer-000.safetensors"
 # In order of use: 96 bytes, 64 bytes, 6 bytes, 128 bytes, 40 bytes. So the file has "wide" and "even" first.
 TENSORS = {
@@ -256,9 +258,9 @@ def test_the_message_says_what_was_expected_and_what_came() -> None:
     ],
 )
 def test_a_wrong_field_of_the_header_is_refused(edit: Callable[[dict[str, Any]], object], problem: Any) -> None:
-    start = time.process_time()
-    assert refused(change(edit))[0] == problem
-    assert time.process_time() - start < 2
+    file = change(edit)
+    with at_most(10, parsing, LARGEST):
+        assert refused(file)[0] == problem
 
 
 @pytest.mark.rule("SB-W-005")
@@ -297,9 +299,8 @@ def test_the_header_is_strict_json(text: bytes, code: str) -> None:
     ],
 )
 def test_a_wrong_length_is_refused_before_anything_is_read(file: bytes) -> None:
-    start = time.process_time()
-    assert refused(file) == [("weights.header", 0)]
-    assert time.process_time() - start < 2
+    with at_most(10, parsing, LARGEST):
+        assert refused(file) == [("weights.header", 0)]
 
 
 @pytest.mark.rule("SB-W-002")
@@ -377,6 +378,7 @@ def test_many_tensors_are_judged_soon() -> None:
     value = entries() | {f"t{i}": entries()["tiny"] for i in range(120_000)}
     file = pack(value)
     assert len(file) < 16 * 2**20
-    start = time.process_time()
-    assert refused(file) == [("weights.tensors", "")]
-    assert time.process_time() - start < 2
+    # It takes about five times as long as the standard library, which checks nothing, takes to parse as many bytes. The
+    # square of the number of tensors would take minutes.
+    with at_most(30, parsing, len(file)):
+        assert refused(file) == [("weights.tensors", "")]

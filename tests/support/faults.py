@@ -1,11 +1,11 @@
 """Every system call of the commands that write, made to fail, to be interrupted and to end the process.
 
-    python -m tests.support.faults [--all] [--directory DIR] [SCENARIO ...]
+    python -m tests.support.faults [--all | --every N] [--directory DIR] [SCENARIO ...]
 
 A worker, which has imported everything, runs a command again and again; ``syscalls`` puts a fault in place of one call
 at a time, of those that touch the directory of the bundle. After each, what must hold is looked at (``Judge``). What
 was found comes as one JSON document. ``tests/converter/writing/test_faults.py`` runs it; with ``--all``, every error
-takes its turn at every call, where by default they take turns.
+takes its turn at every call, where by default they take turns; with ``--every N``, one fault of N is tried.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -34,7 +35,7 @@ from typing import Any, Final
 from tests.support import syscalls
 from tests.support.syscalls import Call, Fault, Tracee
 
-SECONDS: Final = 60
+SECONDS: Final = 300
 """After which a command that ends neither well nor badly is a finding."""
 WRITE_FLAGS: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES: Final = frozenset(
@@ -331,9 +332,9 @@ def _id(path: Path) -> str:
 
 
 def run_scenario(
-    scenario: Scenario, directory: Path, run: Callable[[Sequence[str]], int], thorough: bool
+    scenario: Scenario, directory: Path, run: Callable[[Sequence[str]], int], thorough: bool, every: int = 1
 ) -> dict[str, Any]:
-    """All points of a scenario: how many, what became of them, what is wrong."""
+    """All points of a scenario, or one in ``every``: how many, what became of them, what is wrong."""
     root, template = directory / "root", directory / "template"
     for path in (root, template):
         shutil.rmtree(path, ignore_errors=True)
@@ -361,7 +362,7 @@ def run_scenario(
     wrong = []
     same = () if thorough else scenario.same(calls)
     faulty = [call for call in calls if scenario.always(call) is None and call not in same]
-    for point in points(faulty, thorough):
+    for point in itertools.islice(points(faulty, thorough), 0, None, every):
         if state(root) != before:
             put_back(template, root)
         if not worker.alive:
@@ -529,6 +530,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("scenario", nargs="*", help="its name; by default all")
     parser.add_argument("--all", action="store_true", help="every error at every call")
+    parser.add_argument("--every", type=int, default=1, help="one fault in so many (default: %(default)s)")
     parser.add_argument("--directory", type=Path, help="where to make bundles; by default in memory, where that can be")
     parser.add_argument("--cpu", type=int, help="run on one alone: who traces and who is traced take turns anyway")
     args = parser.parse_args()
@@ -556,7 +558,7 @@ def main() -> int:
         found = []
         for scenario in scenarios(directory, directory / "root"):
             if not args.scenario or scenario.name in args.scenario:
-                found.append(run_scenario(scenario, directory, run, args.all))
+                found.append(run_scenario(scenario, directory, run, args.all, args.every))
         json.dump({"scenarios": found}, sys.stdout)
     return 0
 

@@ -34,11 +34,8 @@ def named(bundle: splitbundle.Bundle, reopen: bool) -> set[str | None]:
     return set()
 
 
-@pytest.mark.rule("SB-D-007", "SB-D-010")
-@pytest.mark.parametrize("paths", HALVES, ids=["even", "odd"])
-def test_every_byte_that_is_flipped_is_found(
-    tiny: splitbundle.Bundle, paths: list[str], tally: Callable[[str, int], None]
-) -> None:
+def flip(tiny: splitbundle.Bundle, paths: list[str], step: int) -> int:
+    """Flip a bit in one byte of ``step`` at a time, and return how many. Verification must name the file of each."""
     count = 0
     for path in paths:
         place = tiny.path / path
@@ -46,7 +43,8 @@ def test_every_byte_that_is_flipped_is_found(
         # What an open bundle has read already is read again, in a new one.
         reopen = path in {"manifest.json", "architecture.json"}
         with place.open("r+b", buffering=0) as file:
-            for i, byte in enumerate(data):
+            for i in range(0, len(data), step):
+                byte = data[i]
                 file.seek(i)
                 file.write(bytes([byte ^ (1 << i % 8)]))
                 found = named(tiny, reopen)
@@ -58,28 +56,56 @@ def test_every_byte_that_is_flipped_is_found(
                 file.write(bytes([byte]))
                 count += 1
     assert named(tiny, True) == set()
-    tally("flipped bytes found, each by the name of its file", count)
+    return count
 
 
-@pytest.mark.rule("SB-D-007", "SB-D-010")
-def test_every_length_that_a_file_is_cut_to_is_refused(
-    tiny: splitbundle.Bundle, tally: Callable[[str, int], None]
-) -> None:
-    """All listed files are cut to one length at a time, each as far as it is longer: verification names every one."""
+def cut(tiny: splitbundle.Bundle, step: int) -> int:
+    """Cut all listed files to one length in ``step`` at a time, each as far as it is longer, and return how many.
+
+    Verification must name every one.
+    """
     count = 0
     for path in ("manifest.json", "architecture.json", "SHA256SUMS"):
         place = tiny.path / path
         data = place.read_bytes()
-        for length in range(len(data)):
+        for length in range(0, len(data), step):
             place.write_bytes(data[:length])
             assert named(tiny, path != "SHA256SUMS") == {path}, (path, length)
             count += 1
         place.write_bytes(data)
     sizes = {path: file.size for path, file in tiny.manifest.files.items() if path != "architecture.json"}
-    for length in reversed(range(max(sizes.values()))):
-        cut = {path for path, size in sizes.items() if size > length}
-        for path in cut:
+    for length in reversed(range(0, max(sizes.values()), step)):
+        shorter = {path for path, size in sizes.items() if size > length}
+        for path in shorter:
             (tiny.path / path).open("r+b").truncate(length)
-        assert named(tiny, False) == cut, length
-        count += len(cut)
-    tally("lengths that files were cut to refused", count)
+        assert named(tiny, False) == shorter, length
+        count += len(shorter)
+    return count
+
+
+@pytest.mark.rule("SB-D-007", "SB-D-010")
+def test_one_flipped_byte_in_23_is_found(tiny: splitbundle.Bundle) -> None:
+    """An odd step, so that every bit of a byte has its turn."""
+    assert flip(tiny, FILES, 23) > 1000
+
+
+@pytest.mark.rule("SB-D-007", "SB-D-010")
+def test_one_length_in_23_that_a_file_is_cut_to_is_refused(tiny: splitbundle.Bundle) -> None:
+    assert cut(tiny, 23) > 1000
+
+
+@pytest.mark.long
+@pytest.mark.rule("SB-D-007", "SB-D-010")
+@pytest.mark.parametrize("paths", HALVES, ids=["even", "odd"])
+def test_every_byte_that_is_flipped_is_found(
+    tiny: splitbundle.Bundle, paths: list[str], tally: Callable[[str, int], None]
+) -> None:
+    tally("flipped bytes found, each by the name of its file", flip(tiny, paths, 1))
+
+
+@pytest.mark.long
+@pytest.mark.rule("SB-D-007", "SB-D-010")
+def test_every_length_that_a_file_is_cut_to_is_refused(
+    tiny: splitbundle.Bundle, tally: Callable[[str, int], None]
+) -> None:
+    tally("lengths that files were cut to refused", cut(tiny, 1))

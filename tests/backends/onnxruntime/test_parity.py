@@ -28,6 +28,7 @@ from tests.support.models import (
     token_rows,
 )
 from tests.support.scenarios import Worst, run
+from tests.support.tiers import FEW, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEADY: Final = tuple(name for name in CONFIGURATIONS if name not in BY_PIECES)
@@ -70,7 +71,7 @@ def stages(whole: Bundle, *cuts: int) -> list[Any]:
 
 
 @pytest.mark.rule("SB-O-004", "SB-O-005", "SB-C-001")
-@pytest.mark.parametrize("name", STEADY)
+@pytest.mark.parametrize("name", thinned(STEADY, ONE_EACH))
 def test_scenarios_cut_everywhere(name: str) -> None:
     """Pieces, padding, rollback, reordering, last logits: as the original, with a graph a layer."""
     worst = Worst(name)
@@ -79,7 +80,7 @@ def test_scenarios_cut_everywhere(name: str) -> None:
 
 
 @pytest.mark.rule("SB-O-004", "SB-O-005")
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", thinned(ONE_EACH, FEW))
 def test_scenarios_in_one_graph_and_mixed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole model in one graph, prompts computed in pieces of a token or two; and every second shard with torch."""
     monkeypatch.setattr(stage, "PIECE", 5)

@@ -49,6 +49,7 @@ from tests.support.models import (
     token_rows,
 )
 from tests.support.scenarios import Worst, chat, run
+from tests.support.tiers import FEW, TWO_PER_FAMILY, crossed, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,8 +60,11 @@ PAIRS_OF_CUTS: Final[tuple[Cuts, ...]] = tuple(itertools.combinations(EVERYWHERE
 
 STEADY: Final = tuple(name for name in CONFIGURATIONS if name not in BY_PIECES)
 """The configurations of which transformers computes the same however it is driven."""
-every_configuration = pytest.mark.parametrize("name", STEADY)
-one_per_family = pytest.mark.parametrize("name", [name for name in ONE_PER_FAMILY if name not in BY_PIECES])
+HARDEST: Final = tuple(name for name in ONE_PER_FAMILY if name not in BY_PIECES)
+two_per_family = pytest.mark.parametrize("name", thinned(STEADY, TWO_PER_FAMILY))
+one_per_family = pytest.mark.parametrize("name", thinned(STEADY, HARDEST))
+few = pytest.mark.parametrize("name", thinned(STEADY, FEW))
+few_families = pytest.mark.parametrize("name", thinned(HARDEST, FEW))
 
 
 @cache
@@ -83,7 +87,7 @@ def chain(name: str, cuts: Cuts) -> Pipeline:
 
 
 @pytest.mark.rule("SB-B-004", "SB-B-014", "SB-C-001")
-@every_configuration
+@one_per_family
 def test_prefill_and_decoding_at_every_cut(name: str) -> None:
     """One call without a cache; then a prefill and single tokens with one. The rows pass every small window."""
     rows = token_rows(12, 12)
@@ -107,7 +111,7 @@ def test_prefill_and_decoding_at_every_cut(name: str) -> None:
 
 
 @pytest.mark.rule("SB-B-014", "SB-C-001")
-@every_configuration
+@two_per_family
 def test_hidden_states_at_every_cut(name: str) -> None:
     """What crosses a boundary is the residual stream of the original: another runtime may take it from there."""
     model = original(name)
@@ -145,22 +149,23 @@ def run_scenarios(name: str, everywhere: Sequence[Cuts]) -> None:
 
 
 @pytest.mark.rule("SB-B-003", "SB-B-004", "SB-B-005", "SB-B-006", "SB-B-007", "SB-B-008")
-@every_configuration
+@two_per_family
 def test_scenarios_at_every_cut(name: str) -> None:
     """Pieces, padding, rollback, reordering, last logits: in every configuration, uncut and at every cut."""
     run_scenarios(name, ((), *SINGLE_CUTS))
 
 
 @pytest.mark.rule("SB-B-006", "SB-B-014")
-@one_per_family
+@few_families
 def test_scenarios_at_every_pair_of_cuts(name: str) -> None:
     """The same with two boundaries, in the configuration of each family that has the most ways to go wrong."""
     run_scenarios(name, PAIRS_OF_CUTS)
 
 
 @pytest.mark.rule("SB-B-006", "SB-B-008")
-@every_configuration
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("seed", "name"), crossed(range(2), STEADY, kept=lambda seed, name: name in FEW or (name in HARDEST and not seed))
+)
 def test_random_conversations(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls, rollbacks and reorderings in an order that nobody thought of; once by the products of large weights."""
     monkeypatch.setattr(kernels, "SMALL", 0 if seed else kernels.SMALL)
@@ -171,7 +176,7 @@ def test_random_conversations(name: str, seed: int, monkeypatch: pytest.MonkeyPa
     worst.check()
 
 
-@every_configuration
+@two_per_family
 def test_the_reference_agrees_with_itself(name: str) -> None:
     """transformers in pieces with its cache against transformers at once: the noise that the tolerance has room for."""
     if name == "mistral-narrow-tied":
@@ -324,7 +329,7 @@ def _other_activation(kind: LayerKind) -> LayerKind:
     return replace(kind, mlp=replace(kind.mlp, activation="relu" if kind.mlp.activation == "silu" else "silu"))
 
 
-@every_configuration
+@few
 def test_a_wrong_fact_shows(name: str) -> None:
     """Each fact, a little off, moves the logits by more than the tolerance: the tests above can fail."""
     ids = torch.tensor(token_rows(13, seed=1))
@@ -337,7 +342,7 @@ def test_a_wrong_fact_shows(name: str) -> None:
         assert difference > 5 * TOLERANCE, f"{what}: {difference:.3g}"
 
 
-@every_configuration
+@few
 def test_a_wrong_tensor_shows(name: str) -> None:
     """Each tensor with its rows turned round by one moves the logits by more than the tolerance."""
     ids = torch.tensor(token_rows(13, seed=1))
@@ -366,9 +371,15 @@ def test_a_wrong_tensor_shows(name: str) -> None:
 DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@one_per_family
-@pytest.mark.parametrize("source", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dtype", ["keep", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "source", "name"),
+    crossed(
+        ["keep", "float32", "bfloat16", "float16"],
+        ["float32", "bfloat16"],
+        HARDEST,
+        kept=lambda dtype, source, name: name in FEW or (dtype, source) == ("bfloat16", "float32"),
+    ),
+)
 def test_stored_dtypes(name: str, source: str, dtype: str, tmp_path: Path) -> None:
     """What is stored is rounded once, as asked; computing in float32 from it is the original with such weights."""
     path = checkpoint(name, source)
@@ -386,7 +397,7 @@ def test_stored_dtypes(name: str, source: str, dtype: str, tmp_path: Path) -> No
 
 
 @pytest.mark.rule("SB-G-002")
-@one_per_family
+@few_families
 def test_golden_vectors_hold_the_rounded_weights(name: str, tmp_path: Path) -> None:
     """The converter's own check must be of what is stored: rounding isn't an error, anything beyond it is."""
     for dtype in ("bfloat16", "float16"):
@@ -400,8 +411,14 @@ def test_golden_vectors_hold_the_rounded_weights(name: str, tmp_path: Path) -> N
             assert relative(golden[f"case.{case}.logits"], logits[-1]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    crossed(
+        ["bfloat16", "float16"],
+        CONFIGURATIONS,
+        kept=lambda dtype, name: name in FEW or (name in ONE_PER_FAMILY and dtype == "bfloat16"),
+    ),
+)
 def test_computing_in_16_bits(name: str, dtype: str, tmp_path: Path) -> None:
     """As far from the float32 answer as transformers is in the same dtype, in prefill and in decoding.
 

@@ -98,7 +98,7 @@ def convert(hub: str, home: Path, *arguments: object, **variables: str) -> subpr
         [sys.executable, "-m", "splitbundle", "convert", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=environment,
     )
 
@@ -200,7 +200,7 @@ except splitbundle.BundleError as error:
 """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, timeout=120
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, timeout=600
     )
     assert done.stdout.startswith("[network] some-owner/some-model: expected the model from the hub, got ")
     assert done.stdout.endswith(". There is no such directory here, and the hub can't be reached\n")

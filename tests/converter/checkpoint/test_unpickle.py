@@ -85,14 +85,15 @@ def test_a_child_that_dies(
 def test_a_child_that_lies(
     pickled: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch, body: str, got: str
 ) -> None:
+    """It is ended at once: nobody waits until it wakes."""
     path = pickled("llama")
-    bypassed(monkeypatch, body)
-    start = time.monotonic()
+    woke = output.parent.parent / "woke"
+    bypassed(monkeypatch, f"{body}; open({str(woke)!r}, 'w').close()")
     text = str(refused(path, output))
     assert BIN in text
     assert f"got {got}" in text
     assert "\x1b" not in text
-    assert time.monotonic() - start < 50
+    assert not woke.exists()
 
 
 def test_what_the_child_gets(pickled: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +167,7 @@ def test_a_child_that_says_nothing_is_ended(
 ) -> None:
     """With what it started: computing isn't all that takes time."""
     path, held = pickled("llama"), output.parent.parent / "held"
+    held.touch()
     monkeypatch.setattr(pickles, "PATIENCE", 8.0)
     bypassed(
         monkeypatch,
@@ -245,11 +247,11 @@ def test_an_interruption_ends_the_child_and_leaves_nothing(
         text=True,
     )
     began = time.monotonic()
-    while not (mark.exists() and mark.read_text()) and time.monotonic() - began < 60:
+    while not (mark.exists() and mark.read_text()) and time.monotonic() - began < 600:
         time.sleep(0.01)
     assert list(output.parent.glob(f".{output.name}.tmp-*"))
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert not list(output.parent.iterdir())

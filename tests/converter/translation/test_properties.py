@@ -29,6 +29,7 @@ from splitbundle_converter.conversion import read_architecture
 from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.translation.translate import Translation, put_together, translate
 from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY, checkpoint, make_model, scratch, token_rows
+from tests.support.tiers import FEW, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,7 +135,7 @@ def learned(tensors: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 @pytest.mark.rule("SB-I-004")
-@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+@pytest.mark.parametrize("name", thinned(ONE_PER_FAMILY, FEW))
 def test_any_cuts_of_any_depth(name: str) -> None:
     """Shards tile the model, whose fingerprint is one; cutting again is converting at those cuts, byte by byte."""
 
@@ -168,7 +169,7 @@ def translated(source: Source) -> Translation:
     return translate(source, family, architecture)
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", thinned(CONFIGURATIONS, ONE_PER_FAMILY))
 def test_names_map_there_and_back(name: str) -> None:
     """Every element of the source has one place in the bundle, and every tensor of the bundle one origin."""
 
@@ -210,7 +211,7 @@ def problems(source: Source) -> list[Any]:
     return list(caught.value.problems)
 
 
-@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+@pytest.mark.parametrize("name", thinned(ONE_PER_FAMILY, FEW))
 def test_one_wrong_tensor_is_named(name: str) -> None:
     """Whichever is missing, renamed, added, of another shape or dtype: each is refused, and by its name alone."""
     whole = Source(checkpoint(name), name=name)

@@ -147,7 +147,7 @@ def test_what_a_killed_writer_left_goes_with_the_next(bundle: Path, complete: bo
     process = multiprocessing.get_context("spawn").Process(target=_hang, args=(bundle, complete))
     process.start()
     began = time.monotonic()
-    while not list(bundle.parent.glob(".x.splitbundle.tmp-*/manifest.json")) and time.monotonic() - began < 60:
+    while not list(bundle.parent.glob(".x.splitbundle.tmp-*/manifest.json")) and time.monotonic() - began < 600:
         time.sleep(0.01)
     with pytest.raises(RuntimeError), publishing(bundle, force=True):
         raise RuntimeError
@@ -275,7 +275,7 @@ def _race(place: Path, together: Barrier, answers: SimpleQueue[tuple[int, str]])
     exchanging = atomic_directory._rename
     for kind in KINDS:
         vars(atomic_directory)["_rename"] = exchanging if kind[1] == "1" else lambda *arguments, **named: False
-        together.wait(60)
+        together.wait(600)
         for _ in range(ROUNDS):
             try:
                 with publishing(place / kind, force=kind[0] == "f") as staging:
@@ -299,11 +299,12 @@ def test_of_writers_that_race_one_wins_and_the_others_say_so(tmp_path: Path) -> 
         if kind[0] == "f":
             (tmp_path / kind).mkdir()
             (tmp_path / kind / "manifest.json").write_text('{"format": "splitbundle"}')
-        together.wait(60)
+        together.wait(600)
         said: list[tuple[int, str]] = []
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while len(said) < writers * ROUNDS:
-            assert time.monotonic() < end, said
+            if time.monotonic() > end:
+                pytest.fail(f"the writers hang after {said}")
             while not answers.empty():
                 said.append(answers.get())
             mend(tmp_path / kind)  # as every reader does

@@ -1,0 +1,56 @@
+"""Which cases of a sweep run in ``make test``, and which have the marker ``long`` and wait for ``make test-long``.
+
+The rules:
+
+1. Parity runs for each family in two configurations: the first in its table, which is its default shape, and the one
+   with the most ways to go wrong (``ONE_PER_FAMILY``). The other configurations are long.
+2. What a family's facts hardly change (another dtype, a second seed, the wrong facts that must show, any cuts of any
+   depth) runs for ``FEW``: configurations that together have every part of a decoder. The other families are long.
+3. Of combinations (pairs of cuts, dtypes times dtypes, faults times system calls) one line through all values is short,
+   and the rest is long.
+4. A case of more than about five seconds is long, unless it is the only one that tests something.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Final
+
+import pytest
+
+from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY
+
+DEFAULT_SHAPES: Final = tuple({family: name for name, (family, _) in reversed(CONFIGURATIONS.items())}.values())
+"""The first configuration of each family."""
+TWO_PER_FAMILY: Final = frozenset({*DEFAULT_SHAPES, *ONE_PER_FAMILY})
+FEW: Final = frozenset(
+    {
+        "gpt2-by-layer",
+        "llama-llama3",
+        "qwen2-mixed",
+        "gemma2-capped-biased",
+        "bloom-nine-heads-untied",
+        "granite_swa-bases-biased",
+        "llama4_text-tuned-biased",
+        "apertus-biased",
+        "cohere2-biased-untied",
+        "falcon-new",
+    }
+)
+"""Both norms, all placements, caps, offsets, ALiBi, sinks, windows, chunks, temperatures, xIELU, fused projections."""
+
+
+def thinned(values: Iterable[Any], kept: Collection[Any]) -> list[Any]:
+    """Return the parameters of a sweep: those that aren't in ``kept`` are long. Ids stay the same."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.long) for value in values]
+
+
+def crossed(*axes: Iterable[Any], kept: Callable[..., bool]) -> list[Any]:
+    """Return the parameters of several sweeps at once: every combination that ``kept`` is false of is long.
+
+    The ids are those of stacked ``parametrize`` marks whose lowest has the first of the axes.
+    """
+    return [
+        pytest.param(*values, marks=() if kept(*values) else pytest.mark.long) for values in itertools.product(*axes)
+    ]
