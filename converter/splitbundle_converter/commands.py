@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import splitbundle_converter
 from splitbundle.bundle import Bundle
-from splitbundle.cli.commands import integers, positive
+from splitbundle.cli.arguments import integers, positive
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import MissingExtra
 from splitbundle_converter.families.composites import EXTENSION, LANGUAGE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -161,3 +162,8 @@ def _run_both(bundle: BundleReader, shard: str | None, progress: Progress | None
         *golden.compare(outputs, original, ("onnxruntime", "original"), tolerance),
         *golden.compare(outputs, torch_outputs, ("onnxruntime", "torch"), tolerance),
     ]
+
+
+def installed_backend() -> str:
+    """Return the first backend whose library is installed; the first of all if none is."""
+    return next((backend for backend in BACKENDS if importlib.util.find_spec(backend) is not None), BACKENDS[0])

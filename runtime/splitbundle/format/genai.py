@@ -6,14 +6,11 @@ genai loads whatever its configuration names, libraries too. So verifying holds 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.graph import OPSET, Graph, Port, next_name
 from splitbundle.format.manifest.document import Manifest, Shard
-
-if TYPE_CHECKING:
-    pass
 
 GENAI: Final = ("genai_config.json", "genai.inputs.onnx", "genai.logits.onnx")
 """What onnxruntime-genai needs besides the shards' graphs; its own name first. A shard's name has no dot."""

@@ -1,0 +1,40 @@
+"""Types of arguments, and arguments that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Literal
+
+from splitbundle.format import names
+
+
+def add_strict_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strict", action="store_true", help="compute only on bytes read into memory, once, and hashed there"
+    )
+
+
+def verify_when(args: argparse.Namespace) -> Literal["never", "always"]:
+    return "always" if args.strict else "never"
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """``1,2,3``, for argparse."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers with commas between them, got {text!r}") from None
+
+
+def bundle_id(text: str) -> str:
+    """``sha256:`` and 64 digits, for argparse."""
+    if not text.startswith("sha256:") or not names.SHA256.fullmatch(text.removeprefix("sha256:")):
+        raise argparse.ArgumentTypeError(f"expected sha256: and 64 digits of 0-9a-f, got {text!r}")
+    return text
+
+
+def positive(text: str) -> int:
+    """A number from 1, for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,78 @@
+"""The command ``verify``: check a bundle's files, and compute its golden vectors."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Final
+
+from splitbundle.backends.registry import BACKENDS, installed_backend
+from splitbundle.cli.arguments import add_strict_argument, bundle_id, verify_when
+from splitbundle.cli.console import Command, Console
+from splitbundle.errors import BundleError, MissingExtra, VerificationError
+from splitbundle.opening import open_bundle
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a .splitbundle directory")
+    parser.add_argument("--shard", metavar="NAME", help="only what this shard needs; the rest may be absent")
+    parser.add_argument("--exact", action="store_true", help="refuse files that the manifest doesn't list")
+    parser.add_argument(
+        "--id", metavar="sha256:…", type=bundle_id, help="the bundle id that it must have, as inspect shows it"
+    )
+    parser.add_argument("--run", action="store_true", help="also compute the golden vectors of the original model")
+    parser.add_argument(
+        "--backend",
+        choices=(*BACKENDS, "all"),
+        help="--run with this one, by default what is installed; all: each, compared",
+    )
+    add_strict_argument(parser)
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    try:
+        bundle = open_bundle(args.bundle, verify=verify_when(args), id=args.id)
+        found = bundle.verify(args.shard, exact=args.exact, progress=console.progress)
+    except BundleError as error:
+        if error.codes == ("stage.name",) or error.problems[0].file == str(args.bundle):
+            raise  # nothing was verified: there is no such bundle or shard
+        raise VerificationError(error.problems) from error
+    differences = []
+    if args.run or args.backend is not None:
+        try:
+            differences = bundle.run_vectors(
+                args.shard, backend=args.backend or installed_backend(), progress=console.progress
+            )
+        except (MissingExtra, VerificationError):
+            raise
+        except BundleError as error:
+            raise VerificationError(error.problems) from error
+    console.end_progress()
+    for path in found.unlisted:
+        console.note(f"not listed in the manifest, and never opened: {path}")
+    what = f"{args.bundle}, shard {args.shard}" if args.shard else args.bundle
+    console.text(f"{what}: {len(found.files)} files, {found.bytes:,} bytes, every size and digest as listed")
+    for difference in differences:
+        one, other = difference.between
+        what = "the original model" if other == "original" else other
+        console.text(
+            f"  {difference.where:12} {one} differs from {what} by {difference.relative:.2g} of the largest value"
+        )
+    console.json(
+        {
+            "ok": True,
+            "bundle_id": bundle.id,
+            "files": list(found.files),
+            "bytes": found.bytes,
+            "unlisted": list(found.unlisted),
+            "differences": [
+                {"where": d.where, "between": d.between, "largest": d.largest, "scale": d.scale, "relative": d.relative}
+                for d in differences
+            ],
+        }
+    )
+    return 0
+
+
+COMMAND: Final = Command(
+    name="verify", help="check a bundle's files, and compute its golden vectors", configure=_add_arguments, run=_run
+)
