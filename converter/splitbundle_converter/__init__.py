@@ -16,17 +16,18 @@ if TYPE_CHECKING:
 
 __all__ = ["add_onnx", "convert", "resplit", "source_tensors"]
 
-_MODULES = {
-    "add_onnx": "resplitting",
-    "convert": "conversion",
-    "resplit": "resplitting",
-    "source_tensors": "translation.restore",
+_LATER = {
+    "add_onnx": "splitbundle_converter.resplitting",
+    "convert": "splitbundle_converter.conversion",
+    "resplit": "splitbundle_converter.resplitting",
+    "source_tensors": "splitbundle_converter.translation.restore",
 }
+"""A name -> the module that has it, which is imported when it is first asked for."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(_LATER[name]), name)

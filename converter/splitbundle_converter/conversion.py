@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,11 @@ from splitbundle.verification import tokenizer_rules
 from splitbundle.version import __version__
 from splitbundle_converter.checkpoint.source import TOKENIZER, Source, dtype_of
 from splitbundle_converter.errors import refused
-from splitbundle_converter.families.composites import EXTENSION, PARTS
-from splitbundle_converter.families.configuration import read_configuration
-from splitbundle_converter.families.row import Family
+from splitbundle_converter.families.composites import PARTS
 from splitbundle_converter.graphs import request
-from splitbundle_converter.language_part.language_part import read_language_part
-from splitbundle_converter.language_part.original import load_original_part
-from splitbundle_converter.open_checkpoint import opened
+from splitbundle_converter.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from splitbundle_converter.options import DTYPES
-from splitbundle_converter.reference.golden_vectors import load_original, reference_vectors
+from splitbundle_converter.reference.golden_vectors import reference_vectors
 from splitbundle_converter.translation.translate import Translation, translate
 from splitbundle_converter.writing.atomic_directory import publishing
 from splitbundle_converter.writing.documents import finish, placed, write_file
@@ -100,13 +95,12 @@ def convert(
         raise refused("usage.size", None, expected, got, argument="max_file_size")
     graphs = request.graph_writer(onnx, genai=genai)
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
-    with opened(
-        source, revision, output=target, allow_pickle=allow_pickle, force=force, progress=progress
-    ) as checkpoint:
+    with open_checkpoint(
+        source, revision, part=part, output=target, allow_pickle=allow_pickle, force=force, progress=progress
+    ) as opened:
         return _convert(
-            checkpoint,
+            opened,
             target,
-            part=part,
             split=split,
             names=names,
             dtype=dtype,
@@ -119,10 +113,9 @@ def convert(
 
 
 def _convert(
-    checkpoint: Source,
+    opened: OpenedCheckpoint,
     target: Path,
     *,
-    part: str | None,
     split: Sequence[int] | None,
     names: Sequence[str] | None,
     dtype: str,
@@ -132,15 +125,7 @@ def _convert(
     graphs: request.GraphWriter | None,
     progress: Progress | None,
 ) -> Bundle:
-    extensions: dict[str, Any] = {}
-    if part is None:
-        family, architecture, config = read_architecture(checkpoint)
-        load = partial(load_original, checkpoint, family)
-    else:
-        language = read_language_part(checkpoint)
-        checkpoint, family, architecture = language.source, language.family, language.architecture
-        config, extensions[EXTENSION] = language.values, language.extension()
-        load = partial(load_original_part, language)
+    checkpoint, family, architecture = opened.checkpoint, opened.family, opened.architecture
     cuts = checkpoint.cuts if split is None else tuple(split)
     check_cuts(cuts, len(architecture.layers))
     given_names = shard_names(cuts, None if names is None else tuple(names))
@@ -149,7 +134,7 @@ def _convert(
     if graphs is not None:
         graphs.check(storage)
     text_files = {name: checkpoint.read(name) for name in checkpoint.text_files()}
-    stop_ids = checkpoint.stop_ids(config)
+    stop_ids = checkpoint.stop_ids(opened.values)
     if TOKENIZER in text_files:
         tokenizer_rules.check(text_files[TOKENIZER], TOKENIZER, architecture.vocab_size)
     with publishing(target, force=force) as root:
@@ -157,7 +142,7 @@ def _convert(
         listed[architectures.FILE] = write_file(root, architectures.FILE, architecture.to_bytes())
         vectors = None
         if check:
-            vectors = _write_vectors(root, load, architecture, dtype, listed, progress)
+            vectors = _write_vectors(root, opened.load_original, architecture, dtype, listed, progress)
         for name, data in text_files.items():
             listed[f"tokenizer/{name}"] = write_file(root, f"tokenizer/{name}", data)
         weight_files = tuple(path for paths in units.values() for path in paths)
@@ -172,7 +157,7 @@ def _convert(
                     revision=checkpoint.revision,
                     license=checkpoint.license(),
                     parameters=count(architecture.tensors()),
-                    context_length=_context_length(config),
+                    context_length=_context_length(opened.values),
                     architecture=identity(architecture.to_bytes()),
                     fingerprint=fingerprint(listed, weight_files),
                 ),
@@ -187,7 +172,7 @@ def _convert(
                 ),
                 vectors=vectors,
                 source_names=translation.source_names,
-                extensions=extensions,
+                extensions=opened.extensions,
             ),
             architecture,
         )
@@ -198,15 +183,6 @@ def _convert(
         made = open_bundle(root)
         checkpoint.place.check_unchanged()
     return placed(made, target)
-
-
-def read_architecture(source: Source) -> tuple[Family, Architecture, dict[str, Any]]:
-    """The family, the facts and the configuration of a checkpoint.
-
-    Raises:
-        BundleError: ``source.family``, ``source.config``.
-    """
-    return read_configuration(source.configuration())
 
 
 def _context_length(config: dict[str, Any]) -> int | None:

@@ -1,44 +1,71 @@
-"""Opening a checkpoint to convert it: safetensors as they stand, pickles and parts only where that is allowed."""
+"""Opening a checkpoint to convert it: it is found, read and judged once."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.storage.files import Progress
 from splitbundle_converter.checkpoint.hub import find_checkpoint
 from splitbundle_converter.checkpoint.pickles import BIN, read_model
 from splitbundle_converter.checkpoint.source import Source, has_weights
 from splitbundle_converter.checkpoint.weight_files import SAFETENSORS
 from splitbundle_converter.errors import refused
-from splitbundle_converter.split_learning.parts import find_parts, read_parts
+from splitbundle_converter.families.composites import EXTENSION
+from splitbundle_converter.families.configuration import read_configuration
+from splitbundle_converter.families.row import Family
+from splitbundle_converter.language_part.language_part import read_language_part
+from splitbundle_converter.language_part.original import load_original_part
+from splitbundle_converter.reference.golden_vectors import load_original
+from splitbundle_converter.split_learning.parts import PartsSource, find_parts, read_parts
 from splitbundle_converter.writing.atomic_directory import scratch
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedCheckpoint:
+    """A checkpoint, or its language part, and what its configuration says."""
+
+    checkpoint: Source
+    family: Family
+    architecture: Architecture
+    values: dict[str, Any]
+    """The fields of the configuration."""
+    load_original: Callable[[], tuple[Any, str]]
+    """Loads the original model in float32, and says in which module list its layers are."""
+    extensions: dict[str, Any] = field(default_factory=dict)
+    """The entries for the manifest's ``extensions``."""
+
+
 @contextmanager
-def opened(
+def open_checkpoint(
     source: str | os.PathLike[str],
     revision: str | None,
     *,
+    part: str | None,
     output: Path,
     allow_pickle: bool,
     force: bool,
     progress: Progress | None,
-) -> Iterator[Source]:
-    """A checkpoint, for as long as the block takes: what was rewritten of it is removed at the end.
+) -> Iterator[OpenedCheckpoint]:
+    """Open a checkpoint for as long as the block takes. Rewritten weights are removed at its end.
 
     Args:
         source: a directory, or a hub id.
         revision: of a hub id.
-        output: where the bundle is to be; what has to be rewritten lies beside it.
-        allow_pickle: whether to take pickles, where there are no safetensors.
+        part: "language" for the language part alone, or None.
+        output: the place of the bundle; rewritten weights lie beside it for a while.
+        allow_pickle: whether to read pickles where there are no safetensors.
         force: whether something may stand at ``output``.
         progress: as for ``convert``.
 
     Raises:
-        BundleError: ``source.*``, ``output.*``, ``network``.
+        BundleError: ``source.*``, ``usage.part``, ``output.*``, ``network``.
     """
     place = find_checkpoint(source, revision, allow_pickle=allow_pickle)
     parts = find_parts(place) if allow_pickle else []
@@ -48,8 +75,32 @@ def opened(
         expected, got = "parts of a model, or a whole one", f"both: {whole.single} or its index, and {parts[0].weights}"
         raise refused("source.parts", place.name, expected, got, "Move the ones that aren't meant elsewhere")
     if whole is SAFETENSORS or not allow_pickle:
-        yield Source(place.directory, name=place.name, revision=place.revision)
+        yield _judge(Source(place.directory, name=place.name, revision=place.revision), part)
         return
     with scratch(output, force=force) as private:
         read = read_parts(place, parts, private, progress) if parts else read_model(place, private, progress)
-        yield read
+        yield _judge(read, part)
+
+
+def _judge(checkpoint: Source, part: str | None) -> OpenedCheckpoint:
+    if part is not None:
+        language = read_language_part(checkpoint)
+        return OpenedCheckpoint(
+            checkpoint=language.source,
+            family=language.family,
+            architecture=language.architecture,
+            values=language.values,
+            load_original=partial(load_original_part, language),
+            extensions={EXTENSION: language.extension()},
+        )
+    if isinstance(checkpoint, PartsSource):  # which were judged to be put together
+        family, architecture, values = checkpoint.judged
+    else:
+        family, architecture, values = read_configuration(checkpoint.configuration())
+    return OpenedCheckpoint(
+        checkpoint=checkpoint,
+        family=family,
+        architecture=architecture,
+        values=values,
+        load_original=partial(load_original, checkpoint, family),
+    )

@@ -70,9 +70,17 @@ class Held:
 class PartsSource(PickledSource):
     """A model that was put together from its parts."""
 
-    def __init__(self, place: Place, held: list[Held], family: Family, tensors: dict[str, SourceTensor]) -> None:
+    def __init__(
+        self,
+        place: Place,
+        held: list[Held],
+        judged: tuple[Family, Architecture, dict[str, Any]],
+        tensors: dict[str, SourceTensor],
+    ) -> None:
         super().__init__(place, tensors)
-        self._held, self._layers = held, family.layers
+        self.judged = judged
+        """The family, the facts and the fields of the configuration that all parts have."""
+        self._held, self._layers = held, judged[0].layers
         self._starts = [sum(other.count for other in held[:i]) for i in range(len(held))]
         self.cuts = tuple(self._starts[1:])
         first = held[0].part
@@ -130,7 +138,7 @@ def read_parts(place: Place, found: list[PartFiles], private: Path, progress: Pr
     parts = _in_order([_metadata(place, files) for files in found], place)
     _check_configs(parts)
     first, *others = (Configuration(raw=part.config, file=part.files.metadata, pointer="/config") for part in parts)
-    family, architecture, _ = read_configuration(first)
+    family, architecture, values = read_configuration(first)
     for other in others:
         _check_same_model(other, first, family, architecture, "Save every part with the configuration of the whole")
     if place.has(CONFIG):
@@ -142,7 +150,7 @@ def read_parts(place: Place, found: list[PartFiles], private: Path, progress: Pr
     names = PartNames(family, architecture)
     held = [_hold(part, rewritten[part.files.weights], names, family) for part in parts]
     _check_tiling(held, len(architecture.layers), _without_metadata(place, found))
-    return PartsSource(place, held, family, _put_together(held, names, family))
+    return PartsSource(place, held, (family, architecture, values), _put_together(held, names, family))
 
 
 def _metadata(place: Place, files: PartFiles) -> Part:

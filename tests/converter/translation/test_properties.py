@@ -25,7 +25,7 @@ import splitbundle_converter
 from splitbundle import Bundle, BundleError
 from splitbundle.format.manifest.document import expand
 from splitbundle_converter.checkpoint.source import Source
-from splitbundle_converter.conversion import read_architecture
+from splitbundle_converter.families.configuration import read_configuration
 from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.translation.translate import Translation, put_together, translate
 from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY, checkpoint, make_model, scratch, token_rows
@@ -165,7 +165,7 @@ def test_any_cuts_of_any_depth(name: str) -> None:
 
 def translated(source: Source) -> Translation:
     """The table of a checkpoint."""
-    family, architecture, _ = read_architecture(source)
+    family, architecture, _ = read_configuration(source.configuration())
     return translate(source, family, architecture)
 
 
@@ -176,7 +176,7 @@ def test_names_map_there_and_back(name: str) -> None:
     @for_examples(name, 3, layers=st.integers(1, DEEPEST))
     def holds(layers: int) -> None:
         source = Source(deep(name, layers), name=name)
-        family, architecture, _ = read_architecture(source)
+        family, architecture, _ = read_configuration(source.configuration())
         table = translate(source, family, architecture)
         entries = [entry for row in table.source_names for entry in expand(row, layers)]
         names = [tensor for entry in entries for tensor in entry.tensors]
