@@ -1,42 +1,100 @@
-"""The import arrow: tests -> converter -> {runtime, schemas} -> standard library; backends are leaves."""
+"""The import arrows: tests -> converter -> {runtime, schemas} -> standard library, and inside of each to the left.
+
+Every import counts: lazy ones, annotations under ``TYPE_CHECKING``, and module names in strings.
+"""
 
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 import splitbundle
 import splitbundle_converter
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
     "splitbundle": ROOT / "runtime" / "splitbundle",
     "splitbundle_converter": ROOT / "converter" / "splitbundle_converter",
     "splitbundle_schemas": ROOT / "schemas" / "splitbundle_schemas",
 }
-LEAVES = {"torch_": {"torch"}, "onnxruntime_": {"onnxruntime", "numpy"}, "text_": {"tokenizers"}}
-"""Prefix of a runtime module's name -> the libraries that it may import."""
-CONVERTER = {
-    "splitbundle",
-    "splitbundle_converter",
-    "splitbundle_schemas",
-    "torch",
-    "transformers",
-    "safetensors",
-    "onnx",
-    "numpy",
-    "jsonschema",
-    "huggingface_hub",
+FLOORS = {
+    "splitbundle": (
+        ("records", "version"),
+        ("errors",),
+        ("integers",),
+        ("format",),
+        ("storage",),
+        ("verification", "stages"),
+        ("backends.torch", "backends.onnxruntime", "text"),
+        ("text_tokenizer",),  # a door to text.huggingface, for one release
+        ("backends.registry",),
+        ("bundle",),
+        ("opening",),
+        ("cli",),
+        ("__init__", "__main__"),
+    ),
+    "splitbundle_converter": (
+        ("errors", "options", "quiet_transformers", "example_checkpoints"),
+        ("writing", "checkpoint"),
+        ("graphs", "families"),
+        ("translation", "reference", "split_learning"),
+        ("language_part",),
+        ("open_checkpoint",),
+        ("conversion", "resplitting"),
+        ("__init__",),
+        ("commands",),
+    ),
+    "splitbundle_schemas": (("__init__",),),
 }
+"""Rooms from left to right. A room is a file or a folder. It may import the rooms left of it, and itself."""
+LIBRARIES = {
+    "splitbundle": {
+        "backends/torch/*.py": {"torch"},
+        "backends/onnxruntime/*.py": {"onnxruntime", "numpy"},
+        "text/huggingface.py": {"tokenizers"},
+        "bundle.py": {"typing_extensions"},  # for annotations, which type checkers bring themselves
+    },
+    "splitbundle_converter": {
+        "*": {
+            *("splitbundle", "splitbundle_schemas", "torch", "transformers", "safetensors"),
+            *("onnx", "numpy", "jsonschema", "huggingface_hub"),
+        },
+    },
+    "splitbundle_schemas": {},
+}
+"""Files of a package -> the libraries beside the standard one that they may import."""
+PARTS_OF_A_MODEL = {"norms", "rotary", "positions", "attention", "feedforward", "decoder"}
+"""The files that ``format/architecture``, ``backends/torch`` and ``graphs`` have in common."""
 
 
-def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
-    """Every module that a file imports, its line, and whether that runs when the file is imported."""
+class Import(NamedTuple):
+    """An import: the module that is imported, the line, and whether it runs when the file is imported."""
+
+    module: str
+    line: int
+    at_import: bool
+
+
+def modules(root: Path, package: str) -> dict[str, Path]:
+    """The modules of a package by their dotted names."""
+    found: dict[str, Path] = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join((package, *parts[: -1 if parts[-1] == "__init__" else None]))] = path
+    return found
+
+
+def imports(path: Path, known: Mapping[str, Path]) -> Iterator[Import]:
+    """Every import of a file. Of the ``known`` modules, those that are named in strings count too."""
     tree = ast.parse(path.read_text("utf-8"))
     deferred = {
         inner
@@ -52,63 +110,127 @@ def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} has a relative import"
             module = node.module or ""
-            names = [f"{module}.{alias.name}" for alias in node.names] if module in PACKAGES else [module]
-        for name in names:
-            yield name, node.lineno, node not in deferred
+            inner = [f"{module}.{alias.name}" for alias in node.names]
+            names = [name if name in known else module for name in inner]
+        elif isinstance(node, ast.Constant) and node.value in known and "." in str(node.value):
+            names = [str(node.value)]
+        elif isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
+            start = str(node.values[0].value)  # f"splitbundle.backends.{name}" may be any module in there
+            names = [name for name in known if name.startswith(start)] if start.partition(".")[0] in PACKAGES else []
+        for name in dict.fromkeys(names):
+            yield Import(name, node.lineno, node not in deferred and not isinstance(node, ast.Constant | ast.JoinedStr))
 
 
-def allowed(package: str, path: Path) -> set[str]:
-    """The libraries beside the standard one that a module may import."""
-    if package == "splitbundle_converter":
-        return CONVERTER
-    own = {package}
-    for prefix, libraries in LEAVES.items():
-        if package == "splitbundle" and path.name.startswith(prefix):
-            return own | libraries
-    return own
+def room(module: str, package: str) -> tuple[int, str]:
+    """The floor and the room of a module."""
+    inside = module.removeprefix(package).removeprefix(".") or "__init__"
+    for floor, rooms in enumerate(FLOORS[package]):
+        for each in rooms:
+            if inside == each or inside.startswith(f"{each}."):
+                return floor, each
+    return -1, inside
+
+
+def wrong_imports(root: Path, package: str) -> list[str]:
+    """What the arrows forbid in a package at ``root``, one line for each."""
+    known = modules(root, package)
+    found: list[str] = []
+    graph: dict[str, set[str]] = {}
+    for module, path in known.items():
+        if not path.read_text("utf-8").strip():
+            continue  # the __init__ of a folder
+        floor, own = room(module, package)
+        if floor < 0:
+            found.append(f"{module} has no place in FLOORS")
+        graph[module] = set()
+        at = path.relative_to(root).as_posix()
+        for each in imports(path, known):
+            top = each.module.partition(".")[0]
+            if top != package:
+                allowed = {lib for glob, libs in LIBRARIES[package].items() if fnmatch(at, glob) for lib in libs}
+                if top not in sys.stdlib_module_names and top not in allowed:
+                    found.append(f"{at}:{each.line} imports {each.module}, a library that is not for this file")
+                continue
+            if each.module != module:
+                graph[module].add(each.module)
+            other_floor, other = room(each.module, package)
+            if other != own and other_floor >= floor:
+                found.append(f"{at}:{each.line} imports {each.module}, which is not left of it")
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found.append(f"a circle: {' <- '.join(error.args[1])}")
+    return found
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_the_arrow_holds(package: str) -> None:
-    files = sorted(PACKAGES[package].rglob("*.py"))
-    assert files
-    for path in files:
-        for name, line, _ in imports(path):
-            top = name.partition(".")[0]
-            good = top in sys.stdlib_module_names or top in allowed(package, path)
-            assert good, f"{path.relative_to(ROOT)}:{line} imports {name}, which the arrow forbids"
+def test_the_arrows_hold(package: str) -> None:
+    assert modules(PACKAGES[package], package)
+    assert wrong_imports(PACKAGES[package], package) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "complaint"),
+    [
+        ("errors.py", "import transformers", "imports transformers, a library that is not for this file"),
+        ("stages/call.py", "import torch", "imports torch, a library that is not for this file"),
+        ("backends/torch/stage.py", "import numpy", "imports numpy, a library that is not for this file"),
+        ("format/fields.py", "from splitbundle.storage import files", "imports splitbundle.storage.files"),
+        (
+            "backends/torch/stage.py",
+            "def f():\n    from splitbundle.backends.onnxruntime import stage",
+            "imports splitbundle.backends.onnxruntime.stage",
+        ),
+        (
+            "storage/reader.py",
+            "if TYPE_CHECKING:\n    from splitbundle.bundle import Bundle",
+            "imports splitbundle.bundle",
+        ),
+        ("storage/files.py", 'NAME = "splitbundle.bundle"', "imports splitbundle.bundle"),
+        ("format/strict_json.py", "from splitbundle.format import fields", "a circle: "),
+        ("added.py", "import json", "splitbundle.added has no place in FLOORS"),
+    ],
+)
+def test_a_wrong_import_is_seen(file: str, line: str, complaint: str, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(PACKAGES["splitbundle"], tmp_path / "splitbundle"))
+    with (root / file).open("a", encoding="utf-8") as opened:
+        opened.write(f"\n{line}\n")
+    found = wrong_imports(root, "splitbundle")
+    assert [each for each in found if complaint in each], found
 
 
 def test_backends_are_leaves() -> None:
-    """No module that runs without a backend imports a leaf when it is imported itself."""
-    for path in sorted(PACKAGES["splitbundle"].rglob("*.py")):
-        if path.name.startswith(tuple(LEAVES)):
+    """No module that runs without a backend imports a backend when it is imported itself."""
+    leaves = ("splitbundle.backends.torch", "splitbundle.backends.onnxruntime", "splitbundle.text.")
+    known = modules(PACKAGES["splitbundle"], "splitbundle")
+    for module, path in known.items():
+        if module.startswith((*leaves, "splitbundle.text_tokenizer")):
             continue
-        for name, line, at_import in imports(path):
-            module = name.removeprefix("splitbundle.")
-            assert not (at_import and module.startswith(tuple(LEAVES))), f"{path.name}:{line} imports the leaf {name}"
+        for each in imports(path, known):
+            bad = each.at_import and each.module.startswith(leaves)
+            assert not bad, f"{path}:{each.line} imports the leaf {each.module}"
 
 
-def test_the_guard_sees_what_it_guards(tmp_path: Path) -> None:
-    bad = tmp_path / "bad.py"
-    bad.write_text("import transformers\ndef f():\n    from torch import nn\n")
-    assert list(imports(bad)) == [("transformers", 1, True), ("torch", 3, False)]
-    assert "torch" not in allowed("splitbundle", bad)
+def test_each_part_of_a_model_has_a_file_on_each_floor() -> None:
+    runtime, converter = PACKAGES["splitbundle"], PACKAGES["splitbundle_converter"]
+    for folder in (runtime / "format" / "architecture", runtime / "backends" / "torch", converter / "graphs"):
+        there = {path.stem for path in folder.glob("*.py")}
+        assert PARTS_OF_A_MODEL - there == set(), folder
 
 
-def lines(package: str, *patterns: str) -> int:
-    """Of all files of a package that the patterns find."""
-    found = {path for pattern in patterns for path in PACKAGES[package].glob(pattern)}
-    assert len(found) >= len(patterns)
-    return sum(len(path.read_text("utf-8").splitlines()) for path in found)
+def lines(*paths: Path) -> int:
+    """Of all these files."""
+    return sum(len(path.read_text("utf-8").splitlines()) for path in paths)
 
 
 def test_sizes() -> None:
     """One decoder and one table, each on a few pages: spec/decisions/0008 says what is counted, and why."""
-    assert lines("splitbundle", "torch_decoder.py", "torch_positions.py") <= 720
-    assert lines("splitbundle_converter", "families.py", "families_*.py") <= 770
-    sizes = {path.name: lines(package, path.name) for package in PACKAGES for path in PACKAGES[package].glob("*.py")}
-    assert {name: size for name, size in sizes.items() if size > 430} == {}
+    torch, families = PACKAGES["splitbundle"] / "backends" / "torch", PACKAGES["splitbundle_converter"] / "families"
+    model = PARTS_OF_A_MODEL | {"modules", "cache"}
+    assert lines(*(torch / f"{name}.py" for name in model)) <= 900
+    assert lines(*(families / f"{name}.py" for name in ("table", "llama", "gemma", "gpt", "megatron"))) <= 900
+    sizes = {path: lines(path) for package in PACKAGES.values() for path in package.rglob("*.py")}
+    assert {path.as_posix(): size for path, size in sizes.items() if size > 400} == {}
 
 
 @pytest.mark.parametrize("module", [splitbundle, splitbundle_converter])
@@ -134,14 +256,18 @@ print(*new(before))
 
 
 def test_what_starting_imports() -> None:
-    """Whoever imports this package, or opens a bundle, waits for what that takes and for nothing else."""
+    """Importing this package, and opening a bundle, load what that needs and nothing else."""
     bundle = ROOT / "tests" / "golden" / "v1.0" / "gpt2.splitbundle"
-    ran = subprocess.run([sys.executable, "-c", LOADED, str(bundle)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(PACKAGES['splitbundle'].parent)!r})"]
+    command[-1] += LOADED
+    ran = subprocess.run([*command, str(bundle)], capture_output=True, text=True, check=True)
     imported, opened = (set(line.split()) for line in ran.stdout.splitlines())
     own = {"splitbundle", "splitbundle.errors", "splitbundle.records", "splitbundle.version"}
     assert {name for name in imported if name.startswith("splitbundle")} == own
-    assert imported.isdisjoint({"dataclasses", "hashlib", "inspect", "json", "pathlib"})
+    heavy = {"collections", "dataclasses", "functools", "hashlib", "inspect", "json", "pathlib", "re", "typing"}
+    assert imported.isdisjoint(heavy)
     assert "splitbundle.bundle" in opened
     later = {"argparse", "concurrent.futures", "dataclasses", "inspect", "logging", "tempfile", "threading"}
-    later |= {f"splitbundle.{name}" for name in ("genai", "golden", "graph_rules", "tokenizer_rules", "verification")}
+    later |= {"splitbundle.format.genai", "splitbundle.stages.golden"}
     assert opened.isdisjoint(later)
+    assert not [name for name in opened if name.startswith("splitbundle.verification")]
