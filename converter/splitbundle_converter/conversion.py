@@ -25,16 +25,16 @@ from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import VECTORS
 from splitbundle.verification import tokenizer_rules
 from splitbundle.version import __version__
-from splitbundle_converter.checkpoint.source import TOKENIZER, Source, dtype_of
-from splitbundle_converter.errors import refused
+from splitbundle_converter.checkpoint.source import TOKENIZER, Checkpoint, dtype_of
+from splitbundle_converter.errors import refusal
 from splitbundle_converter.families.composites import PARTS
 from splitbundle_converter.graphs import request
 from splitbundle_converter.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from splitbundle_converter.options import DTYPES
 from splitbundle_converter.reference.golden_vectors import reference_vectors
 from splitbundle_converter.translation.translate import Translation, translate
-from splitbundle_converter.writing.atomic_directory import publishing
-from splitbundle_converter.writing.documents import finish, placed, write_file
+from splitbundle_converter.writing.atomic_directory import atomic_directory
+from splitbundle_converter.writing.documents import relocated, write_documents, write_file
 from splitbundle_converter.writing.shards import check_cuts, make_shards, shard_names
 from splitbundle_converter.writing.weights import unit_files, write_weights
 
@@ -87,12 +87,12 @@ def convert(
         ParityError: the chained shards don't compute what the original does; nothing is left behind.
     """
     if dtype not in DTYPES:
-        raise refused("usage.dtype", None, f"one of {', '.join(DTYPES)}", quoted(dtype), argument="dtype")
+        raise refusal("usage.dtype", None, f"one of {', '.join(DTYPES)}", quoted(dtype), argument="dtype")
     if part is not None and part not in PARTS:
-        raise refused("usage.part", None, f"one of {', '.join(PARTS)}", quoted(part), argument="part")
+        raise refusal("usage.part", None, f"one of {', '.join(PARTS)}", quoted(part), argument="part")
     if max_file_size is not None and (type(max_file_size) is not int or max_file_size < 1):
         expected, got = "a number of bytes from 1", quoted(max_file_size)
-        raise refused("usage.size", None, expected, got, argument="max_file_size")
+        raise refusal("usage.size", None, expected, got, argument="max_file_size")
     graphs = request.graph_writer(onnx, genai=genai)
     target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
     with open_checkpoint(
@@ -137,7 +137,7 @@ def _convert(
     stop_ids = checkpoint.stop_ids(opened.values)
     if TOKENIZER in text_files:
         tokenizer_rules.check(text_files[TOKENIZER], TOKENIZER, architecture.vocab_size)
-    with publishing(target, force=force) as root:
+    with atomic_directory(target, force=force) as root:
         listed, units = _write_units(root, checkpoint, architecture, translation, storage, max_file_size, progress)
         listed[architectures.FILE] = write_file(root, architectures.FILE, architecture.to_bytes())
         vectors = None
@@ -146,7 +146,7 @@ def _convert(
         for name, data in text_files.items():
             listed[f"tokenizer/{name}"] = write_file(root, f"tokenizer/{name}", data)
         weight_files = tuple(path for paths in units.values() for path in paths)
-        finish(
+        write_documents(
             root,
             Manifest(
                 producer={"name": "splitbundle", "version": __version__},
@@ -181,8 +181,8 @@ def _convert(
         if check:
             open_bundle(root).run_vectors(backend="torch" if graphs is None else "all", progress=progress)
         made = open_bundle(root)
-        checkpoint.place.check_unchanged()
-    return placed(made, target)
+        checkpoint.directory.check_unchanged()
+    return relocated(made, target)
 
 
 def _context_length(config: dict[str, Any]) -> int | None:
@@ -190,7 +190,7 @@ def _context_length(config: dict[str, Any]) -> int | None:
     return length if type(length) is int and length > 0 else None
 
 
-def _storage(source: Source, translation: Translation, dtype: str) -> Storage:
+def _storage(source: Checkpoint, translation: Translation, dtype: str) -> Storage:
     if dtype != "keep":
         return Storage(encoding="plain", dtype=dtype)
     kept = {name: dtype_of(source.tensors[origin.source]) or "" for name, origin in translation.origins.items()}
@@ -202,7 +202,7 @@ def _storage(source: Source, translation: Translation, dtype: str) -> Storage:
 
 def _write_units(
     root: Path,
-    source: Source,
+    source: Checkpoint,
     architecture: Architecture,
     translation: Translation,
     storage: Storage,
@@ -227,7 +227,7 @@ def _write_units(
             done += stored(name).size
             origin = translation.origins[name]
             found = source.tensors[origin.source]
-            return rounded(origin.take(reader), TORCH_DTYPES[storage.dtype_of(name)], found.stored, found.file)
+            return rounded(origin.extract(reader), TORCH_DTYPES[storage.dtype_of(name)], found.stored, found.file)
 
         for files in plan.values():
             for path, tensors in files.items():

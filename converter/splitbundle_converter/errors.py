@@ -19,7 +19,7 @@ def problem(
     return Problem(code=code, file=file, pointer=pointer, argument=argument, expected=expected, got=got, hint=hint)
 
 
-def refused(
+def refusal(
     code: str,
     file: str | None,
     expected: str,

@@ -14,24 +14,24 @@ from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.storage.files import Progress
 from splitbundle_converter.checkpoint.hub import find_checkpoint
 from splitbundle_converter.checkpoint.pickles import BIN, read_model
-from splitbundle_converter.checkpoint.source import Source, has_weights
+from splitbundle_converter.checkpoint.source import Checkpoint, has_weights
 from splitbundle_converter.checkpoint.weight_files import SAFETENSORS
-from splitbundle_converter.errors import refused
+from splitbundle_converter.errors import refusal
 from splitbundle_converter.families.composites import EXTENSION
 from splitbundle_converter.families.configuration import read_configuration
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.language_part.language_part import read_language_part
 from splitbundle_converter.language_part.original import load_original_part
 from splitbundle_converter.reference.golden_vectors import load_original
-from splitbundle_converter.split_learning.parts import PartsSource, find_parts, read_parts
-from splitbundle_converter.writing.atomic_directory import scratch
+from splitbundle_converter.split_learning.parts import PartsCheckpoint, find_parts, read_parts
+from splitbundle_converter.writing.atomic_directory import scratch_directory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedCheckpoint:
     """A checkpoint, or its language part, and what its configuration says."""
 
-    checkpoint: Source
+    checkpoint: Checkpoint
     family: Family
     architecture: Architecture
     values: dict[str, Any]
@@ -67,22 +67,22 @@ def open_checkpoint(
     Raises:
         BundleError: ``source.*``, ``usage.part``, ``output.*``, ``network``.
     """
-    place = find_checkpoint(source, revision, allow_pickle=allow_pickle)
-    parts = find_parts(place) if allow_pickle else []
-    whole = next((naming for naming in (SAFETENSORS, BIN) if has_weights(place.directory, naming)), None)
+    directory = find_checkpoint(source, revision, allow_pickle=allow_pickle)
+    parts = find_parts(directory) if allow_pickle else []
+    whole = next((naming for naming in (SAFETENSORS, BIN) if has_weights(directory.path, naming)), None)
     if parts and whole:
         # Whoever trained the parts would get a bundle of the model that they began with.
         expected, got = "parts of a model, or a whole one", f"both: {whole.single} or its index, and {parts[0].weights}"
-        raise refused("source.parts", place.name, expected, got, "Move the ones that aren't meant elsewhere")
+        raise refusal("source.parts", directory.name, expected, got, "Move the ones that aren't meant elsewhere")
     if whole is SAFETENSORS or not allow_pickle:
-        yield _judge(Source(place.directory, name=place.name, revision=place.revision), part)
+        yield _judge(Checkpoint(directory.path, name=directory.name, revision=directory.revision), part)
         return
-    with scratch(output, force=force) as private:
-        read = read_parts(place, parts, private, progress) if parts else read_model(place, private, progress)
+    with scratch_directory(output, force=force) as private:
+        read = read_parts(directory, parts, private, progress) if parts else read_model(directory, private, progress)
         yield _judge(read, part)
 
 
-def _judge(checkpoint: Source, part: str | None) -> OpenedCheckpoint:
+def _judge(checkpoint: Checkpoint, part: str | None) -> OpenedCheckpoint:
     if part is not None:
         language = read_language_part(checkpoint)
         return OpenedCheckpoint(
@@ -93,7 +93,7 @@ def _judge(checkpoint: Source, part: str | None) -> OpenedCheckpoint:
             load_original=partial(load_original_part, language),
             extensions={EXTENSION: language.extension()},
         )
-    if isinstance(checkpoint, PartsSource):  # which were judged to be put together
+    if isinstance(checkpoint, PartsCheckpoint):  # which were judged to be put together
         family, architecture, values = checkpoint.judged
     else:
         family, architecture, values = read_configuration(checkpoint.configuration())

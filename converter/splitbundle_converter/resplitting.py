@@ -18,10 +18,10 @@ from splitbundle.format.manifest.document import identity
 from splitbundle.format.names import CARD
 from splitbundle.opening import open_bundle
 from splitbundle.storage.files import FETCH, Progress, check_digest, missing, open_file, read_file, sha256
-from splitbundle_converter.errors import refused
+from splitbundle_converter.errors import refusal
 from splitbundle_converter.graphs import request
-from splitbundle_converter.writing.atomic_directory import publishing
-from splitbundle_converter.writing.documents import finish, placed
+from splitbundle_converter.writing.atomic_directory import atomic_directory
+from splitbundle_converter.writing.documents import relocated, write_documents
 from splitbundle_converter.writing.shards import make_shards
 
 
@@ -76,7 +76,7 @@ def resplit(
     total = sum(file.size for file in kept.values())
     done = 0
     before = _identity(old)
-    with publishing(target, force=force) as root:
+    with atomic_directory(target, force=force) as root:
         _check_unchanged(old, before)
         for path, file in kept.items():
             if progress is not None:
@@ -90,21 +90,21 @@ def resplit(
             progress("copying", total, total)
         hidden_size = old.architecture.hidden_size if cuts else None
         draft = replace(old.manifest, shards=shards, hidden_size=hidden_size, files=kept)
-        finish(root, draft, old.architecture)
+        write_documents(root, draft, old.architecture)
         if graphs is not None:
             graphs(root)
         made = open_bundle(root)
         if graphs is not None and check and made.manifest.vectors is not None:
             made.run_vectors(backend="onnxruntime", progress=progress)
         _check_unchanged(old, before)
-    return placed(made, target)
+    return relocated(made, target)
 
 
 def _check_outside(old: Bundle, target: Path) -> None:
     """Refuses to write into the bundle that is read; in its place is another matter."""
     if Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(old.path)):
         got = f"a place inside of {old.path}"
-        raise refused("output.failed", str(target), "a place outside of the bundle that is read", got)
+        raise refusal("output.failed", str(target), "a place outside of the bundle that is read", got)
 
 
 def _identity(bundle: Bundle) -> tuple[int, int]:
@@ -128,7 +128,7 @@ def _variant(variants: Iterable[str]) -> str | bool:
     known = list(dict.fromkeys(variants))
     if len(known) > 1:
         expected = "one variant, where the old shards have several"
-        raise refused("usage.onnx", None, expected, quoted(known), argument="onnx")
+        raise refusal("usage.onnx", None, expected, quoted(known), argument="onnx")
     return known[0] if known else False
 
 

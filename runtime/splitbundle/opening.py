@@ -12,7 +12,7 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.manifest import document
 from splitbundle.storage import files
 from splitbundle.storage.documents import read_documents
-from splitbundle.storage.recovery import mend
+from splitbundle.storage.recovery import recover
 
 
 def open_bundle(
@@ -41,7 +41,7 @@ def open_bundle(
     root = Path(os.path.abspath(path))  # so that it stays where it is when the process changes its directory
     there = ""
     try:
-        mend(root)
+        recover(root)
         if not (root / document.FILE).exists():
             there = "a directory without it" if root.is_dir() else "a file" if root.exists() else "nothing there"
     except OSError as error:

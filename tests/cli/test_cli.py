@@ -181,7 +181,7 @@ def relist(root: Path, path: str, data: bytes, bundle: splitbundle.Bundle) -> No
         architecture=document.identity(data),
         fingerprint=document.fingerprint(files, bundle.manifest.weight_files()),
     )
-    documents.finish(root, replace(bundle.manifest, files=files, model=model), parse_architecture(data))
+    documents.write_documents(root, replace(bundle.manifest, files=files, model=model), parse_architecture(data))
 
 
 def test_generate(bundle: Path) -> None:

@@ -35,7 +35,7 @@ from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.format.architecture.positions import AttentionSpan
 from splitbundle.format.manifest.document import SourceName
 from splitbundle.format.manifest.parser import parse_manifest
-from splitbundle_converter.translation.translate import put_together
+from splitbundle_converter.translation.translate import join
 from tests.support.paths import ROOT, TESTS
 
 SPEC = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "spec" / "v1").glob("*.md"))}
@@ -1081,14 +1081,14 @@ def test_a_source_tensor_is_put_together_by_groups() -> None:
     query, key, value = torch.arange(8), torch.arange(100, 104), torch.arange(200, 204)
     entry = SourceName(source="s", tensors=("q", "k", "v"), groups=2, transposed=False)
     tensors = {name: rows.reshape(-1, 1).expand(-1, 3) for name, rows in zip("qkv", (query, key, value), strict=True)}
-    got = put_together(entry, tensors.__getitem__)["s"]
+    got = join(entry, tensors.__getitem__)["s"]
     assert got[:, 1].tolist() == [0, 1, 2, 3, 100, 101, 200, 201, 4, 5, 6, 7, 102, 103, 202, 203]
 
 
 @pytest.mark.rule("SB-M-088")
 def test_source_tensors_that_are_rows() -> None:
     entry = SourceName(source="s.{row}.weight", tensors=("q",), groups=1, transposed=False)
-    got = put_together(entry, {"q": torch.arange(6).reshape(3, 2)}.__getitem__)
+    got = join(entry, {"q": torch.arange(6).reshape(3, 2)}.__getitem__)
     assert {name: row.tolist() for name, row in got.items()} == {
         "s.0.weight": [0, 1],
         "s.1.weight": [2, 3],

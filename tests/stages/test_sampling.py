@@ -93,7 +93,7 @@ def test_a_draw_takes_one_number_a_row() -> None:
 def test_the_inverse_of_the_distribution_is_one_function() -> None:
     """The first token whose cumulated probability exceeds u, also where u meets it: another backend draws alike."""
 
-    class Given(random.Random):
+    class ArrayInfo(random.Random):
         """Gives one number."""
 
         def __init__(self, number: float) -> None:
@@ -105,10 +105,10 @@ def test_the_inverse_of_the_distribution_is_one_function() -> None:
 
     logits = torch.tensor([[0.25, 0.5, 0.125, 0.125]]).log()
     for uniform, expected in ((0.0, 1), (0.49, 1), (0.51, 0), (0.74, 0), (0.76, 2), (0.874, 2), (0.876, 3), (0.999, 3)):
-        assert draw(logits, Sampling(temperature=1.0), Given(uniform)).tolist() == [expected]
+        assert draw(logits, Sampling(temperature=1.0), ArrayInfo(uniform)).tolist() == [expected]
     even = torch.zeros(1, 4)
     for uniform, expected in ((0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3)):
-        assert draw(even, Sampling(temperature=1.0), Given(uniform)).tolist() == [expected]
+        assert draw(even, Sampling(temperature=1.0), ArrayInfo(uniform)).tolist() == [expected]
 
 
 def test_equal_logits_are_taken_by_rising_id() -> None:

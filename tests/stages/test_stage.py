@@ -178,7 +178,7 @@ def test_a_stage_by_hand_that_refuses_writes_nothing(whole: Bundle) -> None:
     top = whole.stage("top")
     cache = top.cache(1, 8)
     refusal(top, torch.ones(1, 2, HIDDEN), cache=cache, logits=0)
-    assert cache.filled == [0]
+    assert cache.lengths == [0]
     assert not any(tensor.any() for tensor in (*cache.keys.values(), *cache.values.values()))
 
 

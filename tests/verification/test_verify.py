@@ -11,7 +11,7 @@ import pytest
 
 import splitbundle
 from splitbundle.errors import BundleError
-from splitbundle_converter.writing.atomic_directory import publishing
+from splitbundle_converter.writing.atomic_directory import atomic_directory
 from tests.support.bundles import write_llama3
 
 
@@ -90,13 +90,13 @@ def test_a_bundle_appears_whole_or_not_at_all(bundle: Path) -> None:
         with pytest.raises(RuntimeError, match="half-way"):
             _fail_half_way(target, force, bundle, new)
     assert sorted(path.name for path in bundle.parent.iterdir()) == before
-    with publishing(new, force=False) as staging:
+    with atomic_directory(new, force=False) as staging:
         shutil.copytree(bundle, staging, dirs_exist_ok=True)
     assert codes(new, exact=True) == []
 
 
 def _fail_half_way(target: Path, force: bool, old: Path, new: Path) -> None:
-    with publishing(target, force=force) as staging:
+    with atomic_directory(target, force=force) as staging:
         (staging / "manifest.json").write_text("{}")
         assert not new.exists()
         assert codes(old) == []

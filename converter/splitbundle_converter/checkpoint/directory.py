@@ -11,19 +11,19 @@ from typing import Final
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format import strict_json
 from splitbundle.format.fields import MAX_PROBLEMS
-from splitbundle_converter.errors import problem, refused
+from splitbundle_converter.errors import problem, refusal
 
-FREE: Final = ".safetensors"
+LINKABLE_SUFFIX: Final = ".safetensors"
 """The suffix of files that may be links to anywhere: they are large, and every byte of them is judged to be weights."""
 
 _Identity = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class CheckpointDirectory:
     """Where a checkpoint is: its directory, what it is called, and the commit if it is the hub's."""
 
-    directory: Path
+    path: Path
     name: str
     revision: str | None = None
     seen: dict[str, _Identity] = field(default_factory=dict, repr=False, compare=False)
@@ -31,7 +31,7 @@ class Place:
 
     def has(self, name: str) -> bool:
         """Whether something is called so, be it no file, or a link to nothing."""
-        return os.path.lexists(self.directory / name)
+        return os.path.lexists(self.path / name)
 
     def read(self, name: str, most: int = strict_json.MAX_BYTES) -> bytes:
         """A small file, of at most so many bytes.
@@ -45,7 +45,7 @@ class Place:
         data = self.start(name, most + 1, f"a file {name} in {self.name}")
         if len(data) > most:
             got = f"{self.seen[name][2]} bytes"
-            raise refused("source.unreadable", name, f"a file of at most {most} bytes", got)
+            raise refusal("source.unreadable", name, f"a file of at most {most} bytes", got)
         return data
 
     def start(self, name: str, most: int, expected: str) -> bytes:
@@ -62,17 +62,17 @@ class Place:
         except OSError as error:
             raise unreadable(name, error) from error
 
-    def weights(self, file: str, namer: str) -> Path:
-        """The path of a weight file that ``namer`` names, which is there, and is no Git LFS pointer.
+    def weights(self, file: str, named_by: str) -> Path:
+        """The path of a weight file that ``named_by`` names, which is there, and is no Git LFS pointer.
 
         Raises:
             BundleError: ``source.missing``, ``source.unreadable``, ``source.lfs-pointer``, ``source.changed``.
         """
-        beginning = self.start(file, 40, f"a file that {namer} names")
+        beginning = self.start(file, 40, f"a file that {named_by} names")
         if beginning.startswith(b"version https://git-lfs"):
             hint = "Fetch the weights: git lfs pull"
-            raise refused("source.lfs-pointer", file, "weights", "a Git LFS pointer", hint)
-        return self.directory / file
+            raise refusal("source.lfs-pointer", file, "weights", "a Git LFS pointer", hint)
+        return self.path / file
 
     def check_unchanged(self) -> None:
         """Refuses what was read while somebody wrote it.
@@ -87,31 +87,31 @@ class Place:
     def _find(self, name: str, expected: str) -> Path:
         """The file that a name leads to."""
         try:
-            path = Path(os.path.realpath(self.directory / name, strict=True))
+            path = Path(os.path.realpath(self.path / name, strict=True))
             mode = path.stat().st_mode
         except FileNotFoundError:
             got = "a link to nothing" if self.has(name) else "none"
-            raise refused("source.missing", name, expected, got) from None
+            raise refusal("source.missing", name, expected, got) from None
         except OSError as error:
             raise unreadable(name, error) from error
         if not stat.S_ISREG(mode):
             got = "a directory" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
-            raise refused("source.unreadable", name, "a regular file", got)
-        if not name.endswith(FREE) and not any(path.is_relative_to(own) for own in self._own()):
+            raise refusal("source.unreadable", name, "a regular file", got)
+        if not name.endswith(LINKABLE_SUFFIX) and not any(path.is_relative_to(own) for own in self._own()):
             expected, hint = "a file of the checkpoint", "If it is meant, copy the file itself there"
-            raise refused("source.unreadable", name, expected, "a link that leads out of it", hint)
+            raise refusal("source.unreadable", name, expected, "a link that leads out of it", hint)
         return path
 
     def _own(self) -> list[Path]:
         """The directories in which the checkpoint's files are: its own, and that of a snapshot in the hub's cache."""
-        directory = Path(os.path.realpath(self.directory))
+        directory = Path(os.path.realpath(self.path))
         above = directory.parent
         cached = above.name == "snapshots" and above.parent.name.startswith("models--")
         return [directory, above.parent / "blobs"] if cached else [directory]
 
     def _now(self, name: str) -> os.stat_result | None:
         try:
-            return (self.directory / name).stat()
+            return (self.path / name).stat()
         except OSError:
             return None
 
@@ -131,7 +131,7 @@ class Place:
 def unreadable(name: str, error: OSError) -> BundleError:
     """The error of a file that the system doesn't let be read."""
     hint = "Check the permissions of the file"
-    return refused("source.unreadable", name, "a file that can be read", f"{error.strerror}", hint)
+    return refusal("source.unreadable", name, "a file that can be read", f"{error.strerror}", hint)
 
 
 def _identity(status: os.stat_result) -> _Identity:

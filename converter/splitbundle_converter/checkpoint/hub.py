@@ -9,19 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from splitbundle_converter.checkpoint.directory import Place
+from splitbundle_converter.checkpoint.directory import CheckpointDirectory
 from splitbundle_converter.checkpoint.source import CARD, CONFIG, TEXT_FILES, has_weights, pickled
 from splitbundle_converter.checkpoint.weight_files import (
     SAFETENSORS,
 )
-from splitbundle_converter.errors import line, refused
+from splitbundle_converter.errors import line, refusal
 
 HUB_PICKLES: Final = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 """What is fetched of a model that the hub has in pickles alone: not the state of an optimizer, nor arguments."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def find_checkpoint(source: str | os.PathLike[str], revision: str | None, *, allow_pickle: bool = False) -> Place:
+def find_checkpoint(
+    source: str | os.PathLike[str], revision: str | None, *, allow_pickle: bool = False
+) -> CheckpointDirectory:
     """A checkpoint directory, or a hub id, which is fetched (honouring HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
 
     Args:
@@ -34,12 +36,12 @@ def find_checkpoint(source: str | os.PathLike[str], revision: str | None, *, all
     """
     path = Path(source)
     if path.is_dir():
-        return Place(directory=path, name=path.resolve().name)
+        return CheckpointDirectory(path=path, name=path.resolve().name)
     if path.exists():
-        raise refused("source.missing", str(source), "a checkpoint directory or a hub id", "a file")
+        raise refusal("source.missing", str(source), "a checkpoint directory or a hub id", "a file")
     identifier = str(source)
     if not _HUB_ID.fullmatch(identifier):
-        raise refused("source.missing", identifier, "a checkpoint directory or a hub id", "neither")
+        raise refusal("source.missing", identifier, "a checkpoint directory or a hub id", "neither")
     directory = _fetch(identifier, revision, [CONFIG, "*.safetensors", SAFETENSORS.index, CARD, *TEXT_FILES])
     # The hub's cache names a snapshot by its commit.
     commit = directory.name if re.fullmatch(r"[0-9a-f]{40}", directory.name) else revision
@@ -48,7 +50,7 @@ def find_checkpoint(source: str | os.PathLike[str], revision: str | None, *, all
             _fetch(identifier, commit, HUB_PICKLES)
         else:
             _refuse_hub_pickles(identifier, commit)
-    return Place(directory=directory, name=identifier, revision=commit)
+    return CheckpointDirectory(path=directory, name=identifier, revision=commit)
 
 
 def _fetch(identifier: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -64,13 +66,13 @@ def _fetch(identifier: str, revision: str | None, patterns: Sequence[str]) -> Pa
         return Path(snapshot_download(identifier, revision=revision, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         hint = "Accept its terms on the hub and set HF_TOKEN"
-        raise refused("network", identifier, "access to the model", line(error), hint) from error
+        raise refusal("network", identifier, "access to the model", line(error), hint) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         hint = "Check the id and --revision; a private model needs HF_TOKEN"
-        raise refused("network", identifier, "a model of this name on the hub", line(error), hint) from error
+        raise refusal("network", identifier, "a model of this name on the hub", line(error), hint) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         hint = "There is no such directory here, and the hub can't be reached"
-        raise refused("network", identifier, "the model from the hub", line(error), hint) from error
+        raise refusal("network", identifier, "the model from the hub", line(error), hint) from error
 
 
 def _refuse_hub_pickles(identifier: str, revision: str | None) -> None:

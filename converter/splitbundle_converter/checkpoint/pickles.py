@@ -25,8 +25,8 @@ from typing import IO, Any, Final, NoReturn
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format import strict_json
 from splitbundle.storage.files import Progress
-from splitbundle_converter.checkpoint.directory import Place
-from splitbundle_converter.checkpoint.source import Source
+from splitbundle_converter.checkpoint.directory import CheckpointDirectory
+from splitbundle_converter.checkpoint.source import Checkpoint
 from splitbundle_converter.checkpoint.weight_files import (
     SAFETENSORS,
     Naming,
@@ -35,22 +35,22 @@ from splitbundle_converter.checkpoint.weight_files import (
     read_headers,
     weight_files,
 )
-from splitbundle_converter.errors import line, refused
+from splitbundle_converter.errors import line, refusal
 
 BIN: Final = Naming(single="pytorch_model.bin", index="pytorch_model.bin.index.json", suffix=".bin")
 SUFFIXES: Final = (".pt", ".pth")
-BOOT: Final = (
+CHILD_CODE: Final = (
     "import json, sys; request = json.load(open(sys.argv[1], encoding='utf-8')); sys.path[:] = request['path']; "
     "from splitbundle_converter.checkpoint.unpickle import main; main(request['files'])"
 )
 """Isolated (-I), an interpreter ignores PYTHONPATH; yet it must find the libraries that this one has found."""
-KEPT: Final = (
+KEPT_VARIABLES: Final = (
     *("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "LANG", "LC_ALL"),
     "KMP_DUPLICATE_LIB_OK",
 )
 """The variables that loading torch may need. HF_TOKEN, and whatever else stands in the environment, stays here."""
 MAX_MESSAGE: Final = 16384
-PATIENCE = 120.0
+TIMEOUT = 120.0
 """Seconds without a message, beside what the bytes take, after which the child is ended: it may wait for ever."""
 BYTES_A_SECOND: Final = 10e6
 STATE_DICT: Final = (
@@ -60,40 +60,40 @@ STATE_DICT: Final = (
 WHOLE: Final = "The file may be damaged, or no checkpoint of torch.save: fetch or save it again"
 
 
-class PickledSource(Source):
+class PickledCheckpoint(Checkpoint):
     """A checkpoint whose tensors were rewritten: its directory has the pickles and everything else."""
 
     rewritten = True
 
-    def __init__(self, place: Place, tensors: dict[str, SourceTensor]) -> None:
-        self.place = place
-        self.directory, self.name, self.revision = place.directory, place.name, place.revision
+    def __init__(self, directory: CheckpointDirectory, tensors: dict[str, SourceTensor]) -> None:
+        self.directory = directory
+        self.name, self.revision = directory.name, directory.revision
         self.tensors = tensors
 
 
-def read_model(place: Place, private: Path, progress: Progress | None) -> PickledSource:
+def read_model(directory: CheckpointDirectory, private: Path, progress: Progress | None) -> PickledCheckpoint:
     """A model in pickles, rewritten into the directory ``private``.
 
     Raises:
         BundleError: ``source.*``; ``output.failed`` where there is no room.
     """
-    weight_map, files = _find(place)
-    namer = place.name if weight_map is None else BIN.index
-    rewritten = rewrite({file: place.weights(file, namer) for file in files}, private, progress)
+    weight_map, files = _find(directory)
+    named_by = directory.name if weight_map is None else BIN.index
+    rewritten = rewrite({file: directory.weights(file, named_by) for file in files}, private, progress)
     tensors = gather(weight_map, files, BIN, lambda file: read_headers(file, rewritten[file]))
-    return PickledSource(place, tensors)
+    return PickledCheckpoint(directory, tensors)
 
 
-def _find(place: Place) -> tuple[dict[str, str] | None, list[str]]:
+def _find(directory: CheckpointDirectory) -> tuple[dict[str, str] | None, list[str]]:
     """The index's map, if there is an index, and the files of a model in pickles."""
-    weight_map, files = weight_files(place, BIN)
+    weight_map, files = weight_files(directory, BIN)
     files = files or sorted(
-        path.name for path in place.directory.iterdir() if path.suffix in SUFFIXES and path.is_file()
+        path.name for path in directory.path.iterdir() if path.suffix in SUFFIXES and path.is_file()
     )
     if weight_map is None and len(files) != 1:
         expected = f"{SAFETENSORS.single}, {BIN.single}, an index of either, or one file {' or '.join(SUFFIXES)}"
         hint = "Parts of a model need a file like bottom_metadata.json beside each bottom.pt" if files else None
-        raise refused("source.missing", place.name, expected, ", ".join(files[:8]) or "none", hint)
+        raise refusal("source.missing", directory.name, expected, ", ".join(files[:8]) or "none", hint)
     return weight_map, files
 
 
@@ -110,7 +110,7 @@ def rewrite(pickles: Mapping[str, Path], private: Path, progress: Progress | Non
     if free < total:
         hint = "Choose another place with --output, or make room there"
         expected = f"{total / 2**30:.1f} GiB of room for the tensors of the pickles, until the bundle is written"
-        raise refused("output.failed", str(private.parent), expected, f"{free / 2**30:.1f} GiB", hint)
+        raise refusal("output.failed", str(private.parent), expected, f"{free / 2**30:.1f} GiB", hint)
     targets = {file: private / f"{number:05d}.safetensors" for number, file in enumerate(pickles)}
     request = private / "request.json"
     path = [os.path.abspath(entry) for entry in sys.path if entry]
@@ -120,14 +120,14 @@ def rewrite(pickles: Mapping[str, Path], private: Path, progress: Progress | Non
             request.write_text(json.dumps({"path": path, "files": files}), "utf-8")
             errors = stack.enter_context((private / "errors.txt").open("w+b"))
             process = stack.enter_context(_child(request, errors))
-        patience = PATIENCE + total / BYTES_A_SECOND
+        patience = TIMEOUT + total / BYTES_A_SECOND
         silent = stack.enter_context(_ended_if_silent(process, patience))
         _listen(process, list(pickles), total, errors, silent, progress)
     with _writing(private):
         made = {file for file, target in targets.items() if target.exists() and stat.S_ISREG(target.lstat().st_mode)}
     for file in targets:
         if file not in made:
-            raise refused("source.state-dict", file, "a state dict", "nothing that the process made of it", WHOLE)
+            raise refusal("source.state-dict", file, "a state dict", "nothing that the process made of it", WHOLE)
     return targets
 
 
@@ -138,18 +138,18 @@ def _writing(private: Path) -> Iterator[None]:
         yield
     except OSError as error:
         expected, hint = "a place that can be written", "Choose another place with --output, or make room there"
-        raise refused("output.failed", str(error.filename or private), expected, line(error), hint) from error
+        raise refusal("output.failed", str(error.filename or private), expected, line(error), hint) from error
 
 
 @contextlib.contextmanager
 def _child(request: Path, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """The running child. However the block ends, it ends too, and what it started."""
-    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     environment |= {name: str(request.parent) for name in ("HOME", "TMPDIR", "TEMP", "TMP")}
     # Threads would need address space, and a library that looks for GPUs may hang.
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(  # noqa: S603  # this interpreter, and arguments of ours
-        [sys.executable, "-I", "-B", "-c", BOOT, str(request)],
+        [sys.executable, "-I", "-B", "-c", CHILD_CODE, str(request)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=errors,
@@ -230,7 +230,7 @@ def _listen(
         silence.heard.set()
         if silence.ended:
             got = f"no word for {silence.seconds:.0f} s from the process that reads it"
-            raise refused("source.state-dict", file, "a state dict that can be read", got, WHOLE)
+            raise refusal("source.state-dict", file, "a state dict that can be read", got, WHOLE)
         if not said:
             _raise_dead(process, file, errors)
         message = _parse(said)
@@ -240,10 +240,10 @@ def _listen(
             _raise_refused(message, file)
         if "failed" in message:
             hint = "Choose another place with --output, or make room there"
-            raise refused("output.failed", file, "room for its tensors", _words(message["failed"]), hint)
+            raise refusal("output.failed", file, "room for its tensors", _words(message["failed"]), hint)
         number, written = message.get("reading", 0), message.get("bytes", 0)
         if not message or not _within(number, len(files) - 1) or not _within(written, total * 8):
-            raise refused("source.state-dict", file, "a state dict", "a process that says what it shouldn't", WHOLE)
+            raise refusal("source.state-dict", file, "a state dict", "a process that says what it shouldn't", WHOLE)
         if "reading" in message:
             file = files[number]
         done += written
@@ -289,7 +289,7 @@ def _raise_dead(process: subprocess.Popen[bytes], file: str, errors: IO[bytes]) 
         errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4096))
         said = [text.strip() for text in errors.read().decode("utf-8", "replace").splitlines() if text.strip()]
         got = f"the process that read it ended {how}" + (f" ({_words(said[-1])})" if said else "")
-    raise refused("source.state-dict", file, "a state dict that can be read", got, WHOLE)
+    raise refusal("source.state-dict", file, "a state dict that can be read", got, WHOLE)
 
 
 def _status(process: subprocess.Popen[bytes]) -> int | None:

@@ -16,7 +16,7 @@ from splitbundle.errors import BundleError, quoted
 from splitbundle.format import strict_json
 from splitbundle.format.dtypes import SAFETENSORS_CODES, WEIGHTS
 from splitbundle.storage.files import MAX_TEXT_BYTES
-from splitbundle_converter.checkpoint.directory import Place
+from splitbundle_converter.checkpoint.directory import CheckpointDirectory
 from splitbundle_converter.checkpoint.weight_files import (
     SAFETENSORS,
     Naming,
@@ -25,7 +25,7 @@ from splitbundle_converter.checkpoint.weight_files import (
     read_headers,
     weight_files,
 )
-from splitbundle_converter.errors import line, refused
+from splitbundle_converter.errors import line, refusal
 
 CONFIG: Final = "config.json"
 TOKENIZER: Final = "tokenizer.json"
@@ -63,7 +63,7 @@ class Configuration:
     pointer: str = ""
 
 
-class Source:
+class Checkpoint:
     """A local checkpoint directory, with its weights as safetensors."""
 
     cuts: tuple[int, ...] = ()
@@ -71,9 +71,9 @@ class Source:
     rewritten = False
     """Whether the tensors stand elsewhere than transformers looks for them."""
 
-    def __init__(self, directory: Path, *, name: str, revision: str | None = None) -> None:
-        self.place = Place(directory=directory, name=name, revision=revision)
-        self.directory, self.name, self.revision = directory, name, revision
+    def __init__(self, path: Path, *, name: str, revision: str | None = None) -> None:
+        self.directory = CheckpointDirectory(path=path, name=name, revision=revision)
+        self.name, self.revision = name, revision
         self.tensors = self._index()
 
     def configuration(self) -> Configuration:
@@ -91,7 +91,7 @@ class Source:
             BundleError: ``source.missing``, ``source.unreadable``, ``source.changed``.
         """
         most = MAX_TEXT_BYTES if name in TEXT_FILES else strict_json.MAX_BYTES
-        return self.place.read(name, most)
+        return self.directory.read(name, most)
 
     def place_of(self, name: str) -> tuple[str, str]:
         """The file in which a tensor that is missing should be, and its name there: for messages."""
@@ -99,7 +99,7 @@ class Source:
 
     def text_files(self) -> tuple[str, ...]:
         """The tokenizer's files, and what goes with them, that are there: what can't be read is no file that isn't."""
-        return tuple(name for name in TEXT_FILES if self.place.has(name))
+        return tuple(name for name in TEXT_FILES if self.directory.has(name))
 
     def stop_ids(self, config: dict[str, Any]) -> tuple[int, ...]:
         """The ids that end a text: of generation_config.json, else of the configuration.
@@ -108,19 +108,19 @@ class Source:
             BundleError: ``source.config``, ``source.unreadable``, ``source.changed``, ``json.*``.
         """
         ids = config.get("eos_token_id")
-        if self.place.has(GENERATION):
+        if self.directory.has(GENERATION):
             generation = strict_json.parse(self.read(GENERATION), GENERATION)
             if not isinstance(generation, dict):
-                raise refused("source.config", GENERATION, "an object", quoted(generation))
+                raise refusal("source.config", GENERATION, "an object", quoted(generation))
             ids = generation.get("eos_token_id", ids)
         ids = ids if isinstance(ids, list) else [ids]
         return tuple(i for i in ids if type(i) is int and 0 <= i < config.get("vocab_size", 0))
 
     def license(self) -> str | None:
         """The licence that the model card's front matter names."""
-        if not (self.directory / CARD).is_file():
+        if not (self.directory.path / CARD).is_file():
             return None
-        text = self.place.start(CARD, 65536, "a model card").decode("utf-8", "replace").replace("\r\n", "\n")
+        text = self.directory.start(CARD, 65536, "a model card").decode("utf-8", "replace").replace("\r\n", "\n")
         front = re.match(r"\A---\n(.*?)\n---", text, re.DOTALL)
         found = re.search(r"^license:\s*([\w.-]+)\s*$", front[1], re.MULTILINE) if front else None
         return found[1] if found else None
@@ -135,17 +135,17 @@ class Source:
             reader.close()
 
     def _index(self) -> dict[str, SourceTensor]:
-        weight_map, files = weight_files(self.place, SAFETENSORS)
+        weight_map, files = weight_files(self.directory, SAFETENSORS)
         if not files:
-            raise no_weights(self.directory, self.name)
-        if self.place.has(ADAPTER):
+            raise no_weights(self.directory.path, self.name)
+        if self.directory.has(ADAPTER):
             # Where peft is installed, transformers would apply it, and to the weights of a base that it names.
             expected, hint = "weights without an adapter beside them", "Merge it into the model, or remove it"
-            raise refused("source.config", ADAPTER, expected, "an adapter's configuration", hint)
+            raise refusal("source.config", ADAPTER, expected, "an adapter's configuration", hint)
 
         def headers(file: str) -> Iterator[tuple[str, SourceTensor]]:
-            namer = self.name if weight_map is None else SAFETENSORS.index
-            return read_headers(file, self.place.weights(file, namer))
+            named_by = self.name if weight_map is None else SAFETENSORS.index
+            return read_headers(file, self.directory.weights(file, named_by))
 
         return gather(weight_map, files, SAFETENSORS, headers)
 
@@ -162,12 +162,12 @@ def no_weights(directory: Path, name: str) -> BundleError:
         return pickled(pickles[0])
     expected = f"{SAFETENSORS.single} or {SAFETENSORS.index} in {name}"
     there = (hint for pattern, hint in _OTHERS.items() if any(directory.glob(pattern)))
-    return refused("source.missing", SAFETENSORS.single, expected, "neither", next(there, None))
+    return refusal("source.missing", SAFETENSORS.single, expected, "neither", next(there, None))
 
 
 def pickled(file: str) -> BundleError:
     """The error for weights in a pickle that nobody allowed."""
-    return refused(
+    return refusal(
         "source.pickle",
         file,
         f"weights in {SAFETENSORS.single} or {SAFETENSORS.index}",
@@ -181,7 +181,7 @@ def pickled(file: str) -> BundleError:
 class Reader:
     """Tensors of a checkpoint by name; they are views of a mapping."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Checkpoint) -> None:
         self._source = source
         self._path: Path | None = None
         self._opened: Any = None
@@ -198,7 +198,7 @@ class Reader:
             tensor: Tensor = self._opened.get_tensor(found.stored)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch, which maps the file, has errors of its own
             hint = "Its header could be read before: see whether the disk is well, and try again"
-            raise refused("source.unreadable", found.file, "weights that can be read", line(error), hint) from error
+            raise refusal("source.unreadable", found.file, "weights that can be read", line(error), hint) from error
         return tensor
 
     def close(self) -> None:

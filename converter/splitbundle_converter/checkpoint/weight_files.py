@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import strict_json
 from splitbundle.format.fields import MAX_PROBLEMS
-from splitbundle_converter.checkpoint.directory import Place
-from splitbundle_converter.errors import line, problem, refused
+from splitbundle_converter.checkpoint.directory import CheckpointDirectory
+from splitbundle_converter.errors import line, problem, refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ Headers = Callable[[str], Iterator[tuple[str, SourceTensor]]]
 """A weight file's name -> its tensors by name."""
 
 
-def weight_files(place: Place, naming: Naming) -> tuple[dict[str, str] | None, list[str]]:
+def weight_files(directory: CheckpointDirectory, naming: Naming) -> tuple[dict[str, str] | None, list[str]]:
     """The index's map, if it is an index that counts, and the files with weights; none where there are no weights.
 
     The single file comes first, as it does for transformers: an index beside it isn't looked at.
@@ -57,11 +57,11 @@ def weight_files(place: Place, naming: Naming) -> tuple[dict[str, str] | None, l
     Raises:
         BundleError: ``source.index``, ``source.unreadable``, ``source.changed``, ``json.*``.
     """
-    if (place.directory / naming.single).is_file():
+    if (directory.path / naming.single).is_file():
         return None, [naming.single]
-    if not (place.directory / naming.index).is_file():
+    if not (directory.path / naming.index).is_file():
         return None, []
-    weight_map = _weight_map(place.read(naming.index), naming)
+    weight_map = _weight_map(directory.read(naming.index), naming)
     return weight_map, sorted(set(weight_map.values()))
 
 
@@ -107,9 +107,9 @@ def read_headers(file: str, path: Path) -> Iterator[tuple[str, SourceTensor]]:
                     ),
                 )
     except SafetensorError as error:
-        raise refused("source.safetensors", file, "a safetensors file", line(error)) from error
+        raise refusal("source.safetensors", file, "a safetensors file", line(error)) from error
     except (OSError, RuntimeError) as error:  # torch, which maps the file, has errors of its own
-        raise refused("source.unreadable", file, "a file that can be read", line(error)) from error
+        raise refusal("source.unreadable", file, "a file that can be read", line(error)) from error
 
 
 def _check_header(file: str, path: Path) -> None:
@@ -120,7 +120,7 @@ def _check_header(file: str, path: Path) -> None:
     if not header or len(header) < min(size, strict_json.MAX_BYTES + 1):
         return  # none, or cut off, which the library says
     if not header.startswith(b"{"):
-        raise refused("source.safetensors", file, "a header that begins with {", quoted(header[:8]))
+        raise refusal("source.safetensors", file, "a header that begins with {", quoted(header[:8]))
     strict_json.parse(header, file)
 
 
@@ -129,12 +129,12 @@ def _weight_map(data: bytes, naming: Naming) -> dict[str, str]:
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         expected = "an object weight_map"
-        raise refused("source.index", naming.index, expected, quoted(weight_map), pointer="/weight_map")
+        raise refusal("source.index", naming.index, expected, quoted(weight_map), pointer="/weight_map")
     name_of_file = re.compile(rf"[\w.-]+{re.escape(naming.suffix)}")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not name_of_file.fullmatch(file) or file.startswith("."):
             expected = f"the name of a {naming.suffix} file beside the index"
-            raise refused("source.index", naming.index, expected, quoted(file), pointer=f"/weight_map/{name}")
+            raise refusal("source.index", naming.index, expected, quoted(file), pointer=f"/weight_map/{name}")
     return dict(weight_map)
 
 
@@ -151,4 +151,4 @@ def check_unwrapped(names: Iterable[str], file: str) -> None:
             hint = (
                 "Save the state dict of the model inside: wrapper.module.state_dict(), or model._orig_mod.state_dict()"
             )
-            raise refused("source.tensor", file, "the names that the model's tensors have", got, hint)
+            raise refusal("source.tensor", file, "the names that the model's tensors have", got, hint)

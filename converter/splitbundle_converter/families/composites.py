@@ -39,15 +39,15 @@ class Composite:
     """Whether the class can tie a head of its own; one that can't doesn't, whatever ``tie_word_embeddings`` says."""
     texts: frozenset[str] = frozenset()
     """The only types of language part that the rest holds for; empty where it holds for all."""
-    inert: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
     """Further fields that have no say in the language part."""
-    text_inert: frozenset[str] = frozenset()
+    text_ignored: frozenset[str] = frozenset()
     """Fields that the class adds to the language part's configuration, and that have no say in it."""
     same: tuple[str, ...] = ()
     """Fields that must be the language part's."""
 
 
-INERT: Final = frozenset(
+IGNORED: Final = frozenset(
     [
         # Ids that stand for what isn't text. Where none of it is given, their rows of the embedding are as any.
         *("audio_token_id", "audio_token_index", "audio_bos_token_id", "audio_eos_token_id", "timestamp_token_id"),
@@ -77,7 +77,7 @@ def _generating(model_type: str, stem: str, text_type: str, **fields: Any) -> Co
 
 
 _UNUSED_SIZES: Final = frozenset(["hidden_size", "vocab_size"])
-_QUERYING: Final[dict[str, Any]] = {"whole": True, "inert": frozenset(["tie_word_embeddings"])}
+_QUERYING: Final[dict[str, Any]] = {"whole": True, "ignored": frozenset(["tie_word_embeddings"])}
 
 COMPOSITES: Final[Mapping[str, Composite]] = {
     row.model_type: row
@@ -96,8 +96,8 @@ COMPOSITES: Final[Mapping[str, Composite]] = {
         _generating("glmasr", "GlmAsr", "llama"),
         _generating("got_ocr2", "GotOcr2", "qwen2"),
         # The adapter of its language part, a file of its own, is on for sound alone.
-        _generating("granite_speech", "GraniteSpeech", "granite", inert=frozenset(["has_lora_adapter"])),
-        _generating("granite_speech_plus", "GraniteSpeechPlus", "granite", inert=frozenset(["has_lora_adapter"])),
+        _generating("granite_speech", "GraniteSpeech", "granite", ignored=frozenset(["has_lora_adapter"])),
+        _generating("granite_speech_plus", "GraniteSpeechPlus", "granite", ignored=frozenset(["has_lora_adapter"])),
         _generating(
             "hyperclovax_vision_v2",
             "HyperCLOVAXVisionV2",
@@ -112,10 +112,10 @@ COMPOSITES: Final[Mapping[str, Composite]] = {
         _generating("internvl", "InternVL", "qwen2"),
         _generating("janus", "Janus", "llama"),
         _generating("lighton_ocr", "LightOnOcr", "qwen3"),
-        _generating("llava", "Llava", "llama", inert=_UNUSED_SIZES),
-        _generating("llava_next", "LlavaNext", "llama", inert=_UNUSED_SIZES),
-        _generating("llava_next_video", "LlavaNextVideo", "llama", inert=_UNUSED_SIZES),
-        _generating("llava_onevision", "LlavaOnevision", "qwen2", inert=_UNUSED_SIZES),
+        _generating("llava", "Llava", "llama", ignored=_UNUSED_SIZES),
+        _generating("llava_next", "LlavaNext", "llama", ignored=_UNUSED_SIZES),
+        _generating("llava_next_video", "LlavaNextVideo", "llama", ignored=_UNUSED_SIZES),
+        _generating("llava_onevision", "LlavaOnevision", "qwen2", ignored=_UNUSED_SIZES),
         _generating("mistral3", "Mistral3", "mistral"),
         _generating("moss_transcribe_diarize", "MossTranscribeDiarize", "qwen3"),
         _generating(
@@ -124,7 +124,7 @@ COMPOSITES: Final[Mapping[str, Composite]] = {
             "qwen2",
             ties=False,
             # Of the positions of sounds.
-            inert=frozenset(["audio_frame_step", "rope_parameters", "max_position_embeddings", "head_dim"]),
+            ignored=frozenset(["audio_frame_step", "rope_parameters", "max_position_embeddings", "head_dim"]),
         ),
         _generating("ovis2", "Ovis2", "qwen2", same=("hidden_size", "vocab_size")),
         _generating(
@@ -132,23 +132,23 @@ COMPOSITES: Final[Mapping[str, Composite]] = {
             "PaliGemma",
             "gemma",
             applies=frozenset(["logit_cap"]),
-            inert=_UNUSED_SIZES,
-            text_inert=frozenset(["num_image_tokens"]),
+            ignored=_UNUSED_SIZES,
+            text_ignored=frozenset(["num_image_tokens"]),
         ),
         _generating("perception_lm", "PerceptionLM", "llama"),
         _row("pp_chart2table", "GotOcr2ForConditionalGeneration", "qwen2"),
         _generating("qianfan_ocr", "QianfanOCR", "qwen3"),
-        _generating("qwen2_audio", "Qwen2Audio", "qwen2", ties=False, inert=frozenset(["vocab_size"])),
+        _generating("qwen2_audio", "Qwen2Audio", "qwen2", ties=False, ignored=frozenset(["vocab_size"])),
         _generating("qwen3_asr", "Qwen3ASR", "qwen3"),
         _generating("smolvlm", "SmolVLM", "llama"),
         _generating(
-            "vibevoice", "VibeVoice", "qwen2", inert=frozenset(["diffusion_loss_weight"]), same=("vocab_size",)
+            "vibevoice", "VibeVoice", "qwen2", ignored=frozenset(["diffusion_loss_weight"]), same=("vocab_size",)
         ),
         _generating("vibevoice_asr", "VibeVoiceAsr", "qwen2", ties=False),
         _generating("video_llama_3", "VideoLlama3", "qwen2"),
-        _generating("video_llava", "VideoLlava", "llama", inert=_UNUSED_SIZES),
-        _generating("vipllava", "VipLlava", "llama", inert=_UNUSED_SIZES),
-        _generating("voxtral", "Voxtral", "llama", ties=False, inert=_UNUSED_SIZES),
+        _generating("video_llava", "VideoLlava", "llama", ignored=_UNUSED_SIZES),
+        _generating("vipllava", "VipLlava", "llama", ignored=_UNUSED_SIZES),
+        _generating("voxtral", "Voxtral", "llama", ties=False, ignored=_UNUSED_SIZES),
     )
 }
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from splitbundle.errors import BundleError, Problem, quoted
 
-INERT: Final = frozenset(
+IGNORED: Final = frozenset(
     [
         "_attn_implementation",
         "_attn_implementation_autoset",
@@ -175,19 +175,19 @@ class ConfigReader:
             return next(iter(choices.values()))
         return choices[value]
 
-    def only(self, name: str, *values: object) -> None:
+    def allowed(self, name: str, *values: object) -> None:
         """A field that may be there, with one of a few values that change nothing."""
         if name in self._values and self.raw(name) not in values:
             self.refuse(name, " or ".join(quoted(value) for value in values))
 
-    def inert(self, names: Collection[str]) -> None:
+    def ignored(self, names: Collection[str]) -> None:
         """Fields that are known to change nothing."""
         self.read.update(names)
 
     def finish(self) -> None:
         """Refuses what was noted, and every field that nobody read and that isn't at its default."""
         for name, value in self._values.items():
-            if name in self.read or name in INERT:
+            if name in self.read or name in IGNORED:
                 continue
             if name not in self._defaults:
                 self.refuse(

@@ -10,7 +10,7 @@ from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.format.architecture.sizes import MAX_LAYERS
 from splitbundle_converter.checkpoint.source import Configuration
-from splitbundle_converter.errors import line, refused
+from splitbundle_converter.errors import line, refusal
 from splitbundle_converter.families.composites import family_hint
 from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.row import Family
@@ -58,7 +58,7 @@ def resolve(found: Configuration) -> Any:
     # Other classes than those of the table aren't even built: some make a list of as many items as a field says.
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise _refused("source.family", found, "model_type", EXPECTED, family_hint(raw, FAMILIES))
+        raise _field_refusal("source.family", found, "model_type", EXPECTED, family_hint(raw, FAMILIES))
     check_counts(found)
     return build(found)
 
@@ -71,15 +71,15 @@ def readable(found: Configuration) -> dict[str, Any]:
     """
     raw = found.raw
     if not isinstance(raw, dict):
-        raise refused("source.config", found.file, "an object", quoted(raw), pointer=found.pointer or None)
+        raise refusal("source.config", found.file, "an object", quoted(raw), pointer=found.pointer or None)
     if "auto_map" in raw:
         hint, model_type = "splitbundle never runs code of a checkpoint", raw.get("model_type")
         if isinstance(model_type, str) and model_type in FAMILIES:
             hint += f". transformers computes {model_type} itself: if these are its weights, remove auto_map"
-        raise _refused("source.remote-code", found, "auto_map", "no auto_map", hint)
+        raise _field_refusal("source.remote-code", found, "auto_map", "no auto_map", hint)
     if raw.get("quantization_config") is not None:
         hint = "Convert the checkpoint that was quantised"
-        raise _refused("source.quantised", found, "quantization_config", "weights that aren't quantised", hint)
+        raise _field_refusal("source.quantised", found, "quantization_config", "weights that aren't quantised", hint)
     return raw
 
 
@@ -92,10 +92,10 @@ def check_counts(found: Configuration) -> None:
     for field, (least, most) in _COUNTS.items():
         count = found.raw.get(field)
         if type(count) is int and not least <= count <= most:
-            raise _refused("source.config", found, field, f"an integer from {least} to {most}")
+            raise _field_refusal("source.config", found, field, f"an integer from {least} to {most}")
     if _repeated(found.raw.get("attention_types")) > MAX_LAYERS:
         expected = f"lists of kinds that are repeated to at most {MAX_LAYERS} layers"
-        raise _refused("source.config", found, "attention_types", expected)
+        raise _field_refusal("source.config", found, "attention_types", expected)
 
 
 def _repeated(types: object) -> int:
@@ -124,11 +124,11 @@ def build(found: Configuration) -> Any:
         with quiet():
             return CONFIG_MAPPING[found.raw["model_type"]].from_dict(_without_implementations(found.raw))
     except (ValueError, TypeError, LookupError, ArithmeticError, OSError, AttributeError) as error:
-        raise refused("source.config", found.file, expected, line(error), pointer=found.pointer or None) from error
+        raise refusal("source.config", found.file, expected, line(error), pointer=found.pointer or None) from error
     except Exception as error:  # huggingface_hub's validation errors derive from Exception alone
         if not type(error).__module__.startswith("huggingface_hub"):
             raise
-        raise refused("source.config", found.file, expected, line(error), pointer=found.pointer or None) from error
+        raise refusal("source.config", found.file, expected, line(error), pointer=found.pointer or None) from error
 
 
 def _without_implementations(value: Any) -> Any:
@@ -142,5 +142,5 @@ def _without_implementations(value: Any) -> Any:
     return [_without_implementations(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _refused(code: str, found: Configuration, field: str, expected: str, hint: str | None = None) -> BundleError:
-    return refused(code, found.file, expected, quoted(found.raw.get(field)), hint, f"{found.pointer}/{field}")
+def _field_refusal(code: str, found: Configuration, field: str, expected: str, hint: str | None = None) -> BundleError:
+    return refusal(code, found.file, expected, quoted(found.raw.get(field)), hint, f"{found.pointer}/{field}")

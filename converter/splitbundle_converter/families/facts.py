@@ -73,7 +73,7 @@ def layer_norm(
     return read
 
 
-def turned(layout: str = "half", *, partial: bool = False) -> Callable[[Sizes], Rotary]:
+def rotary_positions(layout: str = "half", *, partial: bool = False) -> Callable[[Sizes], Rotary]:
     """Rotary positions; the arguments are those of ``rotary``."""
     return lambda sizes: rotary(sizes.config, sizes.head_dim, layout=layout, partial=partial)
 
@@ -87,9 +87,9 @@ class Facts:
     fields have Llama's names.
     """
 
-    inert: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
     """Fields that change no number."""
-    only: Mapping[str, object] = field(default_factory=dict)
+    allowed: Mapping[str, object] = field(default_factory=dict)
     """Fields that may be there with one value alone, or with one of a tuple of values."""
     required: tuple[str, ...] = ()
     """Fields without which transformers fails, though they have a meaning here."""
@@ -148,16 +148,16 @@ class Facts:
     head_multiplier: Fact[float] | str = 1.0
     head_logit_cap: Fact[float | None] | str = None
 
-    def but(self, **changes: Any) -> Facts:
-        """The same facts but for ``changes``; those of ``inert`` and ``only`` are added."""
-        inert, only = frozenset(changes.pop("inert", ())), changes.pop("only", {})
-        return replace(self, inert=self.inert | inert, only={**self.only, **only}, **changes)
+    def replace(self, **changes: Any) -> Facts:
+        """The same facts but for ``changes``; those of ``ignored`` and ``allowed`` are added."""
+        ignored, allowed = frozenset(changes.pop("ignored", ())), changes.pop("allowed", {})
+        return replace(self, ignored=self.ignored | ignored, allowed={**self.allowed, **allowed}, **changes)
 
     def __call__(self, config: ConfigReader) -> Architecture:
         """The architecture that a configuration describes; what can't be converted, its reader notes."""
-        config.inert(self.inert)
-        for name, values in self.only.items():
-            config.only(name, *(values if isinstance(values, tuple) else (values,)))
+        config.ignored(self.ignored)
+        for name, values in self.allowed.items():
+            config.allowed(name, *(values if isinstance(values, tuple) else (values,)))
         for name in self.required:
             config.integer(name)
         sizes = self._sizes(config)
@@ -323,25 +323,25 @@ def layer_windows(sizes: Sizes) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in types]
 
 
-def turned_in_windows(layout: str = "half") -> Callable[[Sizes], list[Position]]:
+def rotary_on_windowed_layers(layout: str = "half") -> Callable[[Sizes], list[Position]]:
     """Rotary positions of the layers that have a window; the others know no position."""
 
     def read(sizes: Sizes) -> list[Position]:
-        position = turned(layout)(sizes)
+        position = rotary_positions(layout)(sizes)
         return [position if kind == "sliding_attention" else None for kind in layer_types(sizes)]
 
     return read
 
 
-def turned_by_type(sizes: Sizes) -> list[Position]:
+def rotary_by_layer_type(sizes: Sizes) -> list[Position]:
     """Rotary positions of each layer, where ``rope_parameters`` has an object for each layer type."""
     types, inner = layer_types(sizes), sizes.config.inside("rope_parameters")
     of_type: dict[str, Rotary] = {}
     for kind in dict.fromkeys(types):
         parameters = inner.inside(kind)
-        parameters.only("truncate", True)  # transformers looks for it outside of this object, and takes true
+        parameters.allowed("truncate", True)  # transformers looks for it outside of this object, and takes true
         of_type[kind] = rotary(sizes.config, sizes.head_dim, parameters=parameters)
-    inner.inert(LAYER_TYPES)
+    inner.ignored(LAYER_TYPES)
     for name in inner.unread():
         inner.refuse(name, "only an object for each layer type")
     sizes.config.problems += inner.problems

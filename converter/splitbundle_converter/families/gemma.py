@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import Final
 
-from splitbundle_converter.families.facts import layer_windows, rms_norm, root_of_hidden, turned_by_type
+from splitbundle_converter.families.facts import layer_windows, rms_norm, root_of_hidden, rotary_by_layer_type
 from splitbundle_converter.families.llama import BIASED, NAMES
-from splitbundle_converter.families.row import changed, row
+from splitbundle_converter.families.row import renamed, row
 
-GEMMA: Final = BIASED.but(
-    inert=["cache_implementation"],
-    only={"use_bidirectional_attention": (None, False)},
+GEMMA: Final = BIASED.replace(
+    ignored=["cache_implementation"],
+    allowed={"use_bidirectional_attention": (None, False)},
     norm=rms_norm("rms_norm_eps", weight_offset=1.0),
     embedding_multiplier=root_of_hidden,
 )
 # From Gemma 2 on: a window on some layers, a scale of the queries' own, a cap on the logits.
-WINDOWED: Final = GEMMA.but(
-    only={"hidden_act": "gelu_pytorch_tanh"},  # in some releases, unused by the model
+WINDOWED: Final = GEMMA.replace(
+    allowed={"hidden_act": "gelu_pytorch_tanh"},  # in some releases, unused by the model
     activation="hidden_activation",
     window=layer_windows,
     scale=lambda sizes: sizes.config.number("query_pre_attn_scalar") ** -0.5,
     head_logit_cap="final_logit_softcapping",
 )
-SANDWICH: Final = changed(
+SANDWICH: Final = renamed(
     NAMES,
     {
         "post_attention_layernorm": "attention_output_norm",
@@ -35,19 +35,20 @@ SANDWICH: Final = changed(
 # fmt: off
 GEMMA_FAMILIES: Final = (
     # Gemma (Gemma Team 2024, arXiv:2403.08295). The field is the first releases', unused by the model.
-    row("gemma", NAMES, GEMMA, only={"hidden_activation": (None, "gelu_pytorch_tanh")}),
+    row("gemma", NAMES, GEMMA, allowed={"hidden_activation": (None, "gelu_pytorch_tanh")}),
     # Gemma 2 (Gemma Team 2024, arXiv:2408.00118): norms before and after each block, capped scores. The inert field is
     # the first releases', unused by the model.
-    row("gemma2", SANDWICH, WINDOWED, inert=["sliding_window_size"], placement="sandwich",
+    row("gemma2", SANDWICH, WINDOWED, ignored=["sliding_window_size"], placement="sandwich",
         logit_cap="attn_logit_softcapping"),
     # Gemma 3 (Gemma Team 2025, arXiv:2503.19786): normalised queries and keys in place of capped scores, and rotary
     # positions that differ between windowed and full layers. transformers has made layer_types and rope_parameters of
     # the inert fields; the other it reads and doesn't use.
     row("gemma3_text", SANDWICH, WINDOWED,
-        inert=["_sliding_window_pattern", "rope_local_base_freq", "sliding_window_pattern"],
-        only={"attn_logit_softcapping": None}, placement="sandwich", query_key_norm="head", position=turned_by_type),
+        ignored=["_sliding_window_pattern", "rope_local_base_freq", "sliding_window_pattern"],
+        allowed={"attn_logit_softcapping": None}, placement="sandwich", query_key_norm="head",
+        position=rotary_by_layer_type),
     # VaultGemma (Google 2025): Gemma 2 without the norms after the blocks.
-    row("vaultgemma", changed(NAMES, {"pre_feedforward_layernorm": "mlp_norm"}), WINDOWED,
+    row("vaultgemma", renamed(NAMES, {"pre_feedforward_layernorm": "mlp_norm"}), WINDOWED,
         logit_cap="attn_logit_softcapping"),
 )
 # fmt: on

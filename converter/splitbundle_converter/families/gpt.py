@@ -7,7 +7,7 @@ from typing import Final
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.positions import Alibi, Sinusoidal
 from splitbundle.format.architecture.rotary import Rotary, Unscaled
-from splitbundle_converter.families.config_reader import INERT, TRAINING, ConfigReader
+from splitbundle_converter.families.config_reader import IGNORED, TRAINING, ConfigReader
 from splitbundle_converter.families.facts import (
     TORCH_EPS,
     Facts,
@@ -18,10 +18,10 @@ from splitbundle_converter.families.facts import (
     learned,
     root_of_hidden,
 )
-from splitbundle_converter.families.row import QUERY_KEY_VALUE, Names, changed, in_layers, q_k_v, row
+from splitbundle_converter.families.row import QUERY_KEY_VALUE, Names, in_layers, q_k_v, renamed, row
 
 GPT: Final = Facts(
-    inert=TRAINING,
+    ignored=TRAINING,
     head_dim=None,
     kv_heads=None,
     norm=layer_norm("layer_norm_eps"),
@@ -35,7 +35,7 @@ ALIBI: Final = Alibi(max_bias=8.0, multiplier=1.0)
 
 # GPT-2 and what shares its names.
 
-GPT2: Final = GPT.but(
+GPT2: Final = GPT.replace(
     hidden="n_embd",
     heads="n_head",
     layers="n_layer",
@@ -66,7 +66,7 @@ OPENAI_GPT_NAMES: Final[Names] = {
     **in_layers("transformer.h", GPT2_LAYER),
     "lm_head": "head.projection",
 }
-BIGCODE_INERT: Final = (
+BIGCODE_IGNORED: Final = (
     *("attention_softmax_in_fp32", "num_key_value_heads", "scale_attention_softmax_in_fp32"),
     # What inference servers of its time left in published configurations.
     *("inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length"),
@@ -134,9 +134,9 @@ def _gptj_rotary(sizes: Sizes) -> Rotary:
     return Rotary(base=10000.0, dim=dim, layout="interleaved", scaling=Unscaled())
 
 
-GPTJ: Final = GPT2.but(
-    inert=["n_ctx", "n_positions"],
-    only={"rotary": True, "scale_attn_weights": True},
+GPTJ: Final = GPT2.replace(
+    ignored=["n_ctx", "n_positions"],
+    allowed={"rotary": True, "scale_attn_weights": True},
     placement="parallel",
     position=_gptj_rotary,
     qkv_bias=False,
@@ -183,7 +183,7 @@ def _opt_last_norm(sizes: Sizes) -> bool:
 
 # ALiBi, as BLOOM has it.
 
-MPT_INERT: Final = (
+MPT_IGNORED: Final = (
     *("emb_pdrop", "embedding_fraction", "init_config", "init_device", "tokenizer_name", "verbose"),
     *("learned_pos_emb", "max_seq_len"),  # ALiBi takes the place of the first, and has no end
 )
@@ -197,9 +197,9 @@ MPT_NAMES: Final[Names] = {
     "transformer.norm_f": "head.norm",
     "lm_head": "head.projection",
 }
-MPT: Final = GPT.but(
-    inert=MPT_INERT,
-    only={"expansion_ratio": 4, "logit_scale": None, "no_bias": True}
+MPT: Final = GPT.replace(
+    ignored=MPT_IGNORED,
+    allowed={"expansion_ratio": 4, "logit_scale": None, "no_bias": True}
     | {"norm_type": ("low_precision_layernorm", "layernorm")},
     hidden="d_model",
     heads="n_heads",
@@ -215,63 +215,63 @@ MPT: Final = GPT.but(
 def mpt(config: ConfigReader) -> Architecture:
     """MPT (MosaicML 2023): ALiBi, no biases. Of the options that transformers' class ignores, only what it computes."""
     inner = config.inside("attn_config")
-    inner.inert(["attn_impl", "attn_pdrop", "chunk_size_feed_forward"])
-    inner.only("alibi", True)
-    inner.only("alibi_bias_max", 8)
-    inner.only("attn_type", "multihead_attention")
+    inner.ignored(["attn_impl", "attn_pdrop", "chunk_size_feed_forward"])
+    inner.allowed("alibi", True)
+    inner.allowed("alibi_bias_max", 8)
+    inner.allowed("attn_type", "multihead_attention")
     for name in ("attn_uses_sequence_id", "is_encoder_decoder", "prefix_lm", "qk_ln"):
-        inner.only(name, False)
+        inner.allowed(name, False)
     clip = inner.number("clip_qkv") if inner.raw("clip_qkv") else None
     scale = inner.optional_number("softmax_scale")
-    for name in sorted(set(inner.unread()) - INERT):
+    for name in sorted(set(inner.unread()) - IGNORED):
         inner.refuse(name, "a field that this family is known to have", inner.raw(name))
     config.problems += inner.problems
-    return MPT.but(clip=clip, scale=scale)(config)
+    return MPT.replace(clip=clip, scale=scale)(config)
 
 
 # A family is a few lines here; with one field a line, nobody would see the table.
 # fmt: off
 GPT_FAMILIES: Final = (
     # GPT-2 (Radford et al. 2019).
-    row("gpt2", GPT2_NAMES, GPT2, transposed=CONV1D, inert=["n_ctx", "reorder_and_upcast_attn"],
-        only={"add_cross_attention": False}, scale=_gpt2_scale, embedding_position=learned("n_positions")),
+    row("gpt2", GPT2_NAMES, GPT2, transposed=CONV1D, ignored=["n_ctx", "reorder_and_upcast_attn"],
+        allowed={"add_cross_attention": False}, scale=_gpt2_scale, embedding_position=learned("n_positions")),
     # GPT (Radford et al. 2018): norms after the sums, none at the end.
-    row("openai-gpt", OPENAI_GPT_NAMES, GPT2, transposed=CONV1D, inert=["n_ctx", "predict_special_tokens"],
-        only={"n_special": 0}, inner=four_times_hidden(),
+    row("openai-gpt", OPENAI_GPT_NAMES, GPT2, transposed=CONV1D, ignored=["n_ctx", "predict_special_tokens"],
+        allowed={"n_special": 0}, inner=four_times_hidden(),
         activation=_openai_activation,
         placement="post", embedding_position=learned("n_positions"), head_norm=False),
     # SantaCoder and StarCoder (Li et al. 2023, arXiv:2305.06161): GPT-2 with one key head, or as many as queries.
-    row("gpt_bigcode", {**GPT2_NAMES, "transformer.bias": None}, GPT2, fused_by_key_head=True, inert=BIGCODE_INERT,
-        only={"add_cross_attention": False},
+    row("gpt_bigcode", {**GPT2_NAMES, "transformer.bias": None}, GPT2, fused_by_key_head=True, ignored=BIGCODE_IGNORED,
+        allowed={"add_cross_attention": False},
         kv_heads=lambda sizes: 1 if sizes.config.boolean("multi_query") else sizes.heads,
         scale=either("scale_attn_weights", None, 1.0), embedding_position=learned("n_positions")),
     # GPT-Neo (Black et al. 2021): scores aren't scaled; every second layer sees a window. attention_layers has
     # been made of attention_types.
-    row("gpt_neo", GPT_NEO_NAMES, GPT2, inert=["attention_types"], hidden="hidden_size", heads="num_heads",
+    row("gpt_neo", GPT_NEO_NAMES, GPT2, ignored=["attention_types"], hidden="hidden_size", heads="num_heads",
         layers="num_layers", inner=four_times_hidden("intermediate_size"), scale=1.0, qkv_bias=False,
         window=_gpt_neo_windows, embedding_position=learned("max_position_embeddings")),
     # GPT-J (Wang & Komatsuzaki 2021): one norm before both blocks; of some channels, neighbouring pairs are turned.
-    row("gptj", changed(GPTJ_NAMES, {"attn.bias": None}), GPTJ),
+    row("gptj", renamed(GPTJ_NAMES, {"attn.bias": None}), GPTJ),
     row("codegen",
-        changed(GPTJ_NAMES, {"attn.causal_mask": None,
+        renamed(GPTJ_NAMES, {"attn.causal_mask": None,
                              "attn.qkv_proj": ("attention.query", "attention.value", "attention.key")}),
         codegen, fused_groups=CODEGEN_GROUPS),
     # OPT (Zhang et al. 2022, arXiv:2205.01068) and Galactica. OPT-350M has norms after the sums, and narrow tokens.
     row("opt", _opt_names("model.decoder", "lm_head", "final_layer_norm"), GPT,
-        only={"learned_embeddings": True, "scale_embeddings": False}, inner=four_times_hidden("ffn_dim"),
+        allowed={"learned_embeddings": True, "scale_embeddings": False}, inner=four_times_hidden("ffn_dim"),
         activation="activation_function", norm=layer_norm(TORCH_EPS, affine="layer_norm_elementwise_affine"),
         placement=either("do_layer_norm_before", "pre", "post"), bias="enable_bias",
         embedding_size="word_embed_proj_dim", embedding_position=learned("max_position_embeddings", offset=2),
         head_norm=_opt_last_norm),
     # BioGPT (Luo et al. 2022, arXiv:2210.10341). Its norms don't take the configuration's layer_norm_eps.
-    row("biogpt", _opt_names("biogpt", "output_projection", "layer_norm"), GPT, inert=["layer_norm_eps"],
+    row("biogpt", _opt_names("biogpt", "output_projection", "layer_norm"), GPT, ignored=["layer_norm_eps"],
         norm=layer_norm(TORCH_EPS), embedding_multiplier=_scaled_embedding,
         embedding_position=learned("max_position_embeddings", offset=2)),
     # XGLM (Lin et al. 2021, arXiv:2112.10668): sinusoidal positions. From a pad_token_id of two on, transformers takes
     # the waves of one position for zeros.
     row("xglm", {**_opt_names("model", "lm_head", "layer_norm"), "model.embed_positions.weights": None}, GPT,
-        inert=["decoder_start_token_id", "max_position_embeddings"],
-        only={"add_cross_attention": False, "pad_token_id": (None, 0, 1)}, hidden="d_model", heads="attention_heads",
+        ignored=["decoder_start_token_id", "max_position_embeddings"],
+        allowed={"add_cross_attention": False, "pad_token_id": (None, 0, 1)}, hidden="d_model", heads="attention_heads",
         layers="num_layers", inner=four_times_hidden("ffn_dim"), activation="activation_function",
         norm=layer_norm(TORCH_EPS), embedding_multiplier=_scaled_embedding, embedding_position=Sinusoidal(offset=2)),
     row("mpt", MPT_NAMES, mpt),

@@ -20,12 +20,12 @@ from splitbundle_converter.families.facts import (
     layer_windows,
     one_window,
     rms_norm,
-    turned,
-    turned_by_type,
-    turned_in_windows,
+    rotary_by_layer_type,
+    rotary_on_windowed_layers,
+    rotary_positions,
 )
 from splitbundle_converter.families.rotary import rotary
-from splitbundle_converter.families.row import QUERY_KEY_VALUE, Names, OneTensor, changed, in_layers, q_k_v, row
+from splitbundle_converter.families.row import QUERY_KEY_VALUE, Names, OneTensor, in_layers, q_k_v, renamed, row
 
 NAMES: Final[Names] = {
     "model.embed_tokens": "embedding.token",
@@ -41,10 +41,10 @@ NAMES: Final[Names] = {
         {"mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down"},
     ),
 }
-OUTPUT_NORMS: Final = changed(
+OUTPUT_NORMS: Final = renamed(
     NAMES, {"post_attention_layernorm": "attention_norm", "post_feedforward_layernorm": "mlp_norm"}
 )
-FUSED_GATE: Final = changed(NAMES, {"mlp.gate_up_proj": ("mlp.gate", "mlp.up")})
+FUSED_GATE: Final = renamed(NAMES, {"mlp.gate_up_proj": ("mlp.gate", "mlp.up")})
 PHI_NAMES: Final[Names] = {
     "model.embed_tokens": "embedding.token",
     **in_layers(
@@ -64,19 +64,21 @@ HUNYUAN: Final = (
 
 # Llama (Touvron et al. 2023, arXiv:2302.13971) without an option.
 PLAIN: Final = Facts(
-    inert=frozenset({"attention_dropout", "max_position_embeddings"}), norm=rms_norm("rms_norm_eps"), position=turned()
+    ignored=frozenset({"attention_dropout", "max_position_embeddings"}),
+    norm=rms_norm("rms_norm_eps"),
+    position=rotary_positions(),
 )
-BIASED: Final = PLAIN.but(qkv_bias="attention_bias", output_bias="attention_bias")
-BIASED_BOTH: Final = BIASED.but(mlp_bias="mlp_bias")
+BIASED: Final = PLAIN.replace(qkv_bias="attention_bias", output_bias="attention_bias")
+BIASED_BOTH: Final = BIASED.replace(mlp_bias="mlp_bias")
 # What is inert only splits the same products; the other field is SmolLM's, of another framework.
-LLAMA: Final = BIASED_BOTH.but(inert=["pretraining_tp"], only={"rope_interleaved": False})
-OLMO2: Final = BIASED.but(placement="output", query_key_norm="full")
-GLM: Final = PLAIN.but(position=turned("interleaved", partial=True), qkv_bias="attention_bias")
+LLAMA: Final = BIASED_BOTH.replace(ignored=["pretraining_tp"], allowed={"rope_interleaved": False})
+OLMO2: Final = BIASED.replace(placement="output", query_key_norm="full")
+GLM: Final = PLAIN.replace(position=rotary_positions("interleaved", partial=True), qkv_bias="attention_bias")
 # A multiplier at every place (Yang et al. 2022, arXiv:2203.03466).
-SCALED: Final = BIASED_BOTH.but(
+SCALED: Final = BIASED_BOTH.replace(
     embedding_multiplier="embedding_multiplier", residual_multiplier="residual_multiplier", scale="attention_multiplier"
 )
-COHERE: Final = BIASED.but(
+COHERE: Final = BIASED.replace(
     norm=layer_norm("layer_norm_eps", bias=False), placement="parallel", head_multiplier="logit_scale"
 )
 
@@ -84,8 +86,8 @@ COHERE: Final = BIASED.but(
 def ministral3(config: ConfigReader) -> Architecture:
     """Ministral 3 (Mistral AI 2025): queries of far positions made larger, as in Llama 4."""
     inner = config.inside("rope_parameters")
-    inner.inert(["max_position_embeddings"])
-    return PLAIN.but(
+    inner.ignored(["max_position_embeddings"])
+    return PLAIN.replace(
         window=one_window,
         position=lambda sizes: rotary(config, sizes.head_dim, parameters=inner),
         query_temperature=QueryTemperature(
@@ -98,20 +100,20 @@ def ministral3(config: ConfigReader) -> Architecture:
 
 def _exaone4_positions(sizes: Sizes) -> Rotary | list[Position]:
     """Full layers know no position where others are windowed."""
-    return turned()(sizes) if one_window(sizes) is None else turned_in_windows()(sizes)
+    return rotary_positions()(sizes) if one_window(sizes) is None else rotary_on_windowed_layers()(sizes)
 
 
 def _smollm3_windows(sizes: Sizes) -> list[int | None]:
     config, windows = sizes.config, layer_windows(sizes)
     if any(windows) and not config.boolean("use_sliding_window"):
         config.refuse("use_sliding_window", "true, as some layer_types are sliding_attention")
-    config.inert(["use_sliding_window"])
+    config.ignored(["use_sliding_window"])
     return windows
 
 
 def _smollm3_positions(sizes: Sizes) -> list[Position]:
     """Every fourth layer knows no position, or those that a list says."""
-    turning, position = sizes.config.raw("no_rope_layers"), turned()(sizes)
+    turning, position = sizes.config.raw("no_rope_layers"), rotary_positions()(sizes)
     if not isinstance(turning, list) or len(turning) != sizes.layers or any(turns not in (0, 1) for turns in turning):
         sizes.config.refuse("no_rope_layers", f"0, or 1 for a layer that has positions, {sizes.layers} times")
         turning = [1] * sizes.layers
@@ -121,7 +123,7 @@ def _smollm3_positions(sizes: Sizes) -> list[Position]:
 def _granite_swa_positions(sizes: Sizes) -> list[Position]:
     """A base for each layer; 0 where it knows no position."""
     config, bases = sizes.config, sizes.config.raw("layer_rope_theta")
-    position = turned()(sizes)
+    position = rotary_positions()(sizes)
     numbers = isinstance(bases, list) and all(type(base) in (int, float) and base >= 0 for base in bases)
     if not numbers or len(bases) != sizes.layers:
         config.refuse("layer_rope_theta", f"numbers from 0, {sizes.layers} of them")
@@ -134,10 +136,10 @@ def llama4(config: ConfigReader) -> Architecture:
     after turning them; on the others, queries of far positions are larger.
     """
     # The first three have become the others of their kind; the rest is of experts, of which there are none.
-    config.inert(["interleave_moe_layer_step", "no_rope_layer_interval", "layer_types", "intermediate_size"])
-    config.inert(["num_experts_per_tok", "num_local_experts", "output_router_logits", "router_aux_loss_coef"])
-    config.inert(["router_jitter_noise"])
-    config.only("moe_layers", [])
+    config.ignored(["interleave_moe_layer_step", "no_rope_layer_interval", "layer_types", "intermediate_size"])
+    config.ignored(["num_experts_per_tok", "num_local_experts", "output_router_logits", "router_aux_loss_coef"])
+    config.ignored(["router_jitter_noise"])
+    config.allowed("moe_layers", [])
     layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     knowing, types = config.raw("no_rope_layers"), config.raw("layer_types")
     if not isinstance(knowing, list) or len(knowing) < layers or any(knows not in (0, 1) for knows in knowing):
@@ -148,17 +150,17 @@ def llama4(config: ConfigReader) -> Architecture:
         types = ["full_attention"] * layers
     chunk = config.integer("attention_chunk_size") if "chunked_attention" in types else None
     tuned, normed = config.boolean("attn_temperature_tuning"), config.boolean("use_qk_norm")
-    config.inert(["attention_chunk_size", "attn_scale", "floor_scale"])
+    config.ignored(["attention_chunk_size", "attn_scale", "floor_scale"])
     temperature = QueryTemperature(
         beta=config.number("attn_scale"), original_positions=config.integer("floor_scale"), offset=1
     )
-    turning = turned("interleaved")
+    turning = rotary_positions("interleaved")
 
     def positions(sizes: Sizes) -> list[Position]:
         position = turning(sizes)
         return [position if knows else None for knows in knowing[:layers]]
 
-    return BIASED.but(
+    return BIASED.replace(
         inner="intermediate_size_mlp",
         chunk=[chunk if kind == "chunked_attention" else None for kind in types],
         position=positions,
@@ -172,12 +174,12 @@ def llama4(config: ConfigReader) -> Architecture:
 def _hunyuan_rotary(sizes: Sizes) -> Rotary:
     """Where ``alpha`` is given, "dynamic" means another base, the same for all lengths, and nothing else counts."""
     config, head_dim = sizes.config, sizes.head_dim
-    config.only("attention_head_dim", head_dim)
+    config.allowed("attention_head_dim", head_dim)
     inner = config.inside("rope_parameters")
     if inner.raw("rope_type") != "dynamic" or not inner.raw("alpha"):
-        inner.only("alpha", None)
+        inner.allowed("alpha", None)
         return rotary(config, head_dim, parameters=inner)
-    inner.inert(["beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim", "type"])
+    inner.ignored(["beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim", "type"])
     if head_dim < 4 or head_dim % 2:
         config.refuse("head_dim", "an even number of channels, at least 4")
         head_dim = 4
@@ -194,112 +196,114 @@ LLAMA_FAMILIES: Final = (
     # Llama 1 to 3 (Touvron et al. 2023, arXiv:2302.13971).
     row("llama", NAMES, LLAMA),
     # InternLM3 (Shanghai AI Laboratory 2025), computed by Llama's classes; other names of mlp_bias and attention_bias.
-    row("internlm3", NAMES, LLAMA, inert=["bias", "qkv_bias"]),
+    row("internlm3", NAMES, LLAMA, ignored=["bias", "qkv_bias"]),
     # IQuest-Coder (2025), computed by Llama's classes.
-    row("iquestcoder", NAMES, LLAMA, only={"clip_qkv": None, "use_sliding_window": False}),
+    row("iquestcoder", NAMES, LLAMA, allowed={"clip_qkv": None, "use_sliding_window": False}),
     # AFM-4.5B (Arcee AI 2025): Llama without gates.
     row("arcee", NAMES, LLAMA, gated=False),
     # Code World Model (Meta FAIR 2025, arXiv:2510.02387): Llama with a window on three layers of four.
-    row("cwm", NAMES, PLAIN, inert=["pretraining_tp"], mlp_bias="mlp_bias", window=layer_windows),
+    row("cwm", NAMES, PLAIN, ignored=["pretraining_tp"], mlp_bias="mlp_bias", window=layer_windows),
     # Mistral 7B (Jiang et al. 2023, arXiv:2310.06825): a window on every layer, or on none.
     row("mistral", NAMES, PLAIN, window=one_window),
     # Ministral 8B (Mistral AI 2024): a window on the layers that layer_types names.
     row("ministral", NAMES, PLAIN, required=["head_dim"], window=layer_windows),
     row("ministral3", NAMES, ministral3),
     # Qwen 2 and 2.5 (Qwen Team 2024, arXiv:2407.10671): biases on queries, keys and values; a window on some layers.
-    row("qwen2", NAMES, PLAIN, inert=QWEN, only={"use_mrope": False}, qkv_bias=True, window=layer_windows),
+    row("qwen2", NAMES, PLAIN, ignored=QWEN, allowed={"use_mrope": False}, qkv_bias=True, window=layer_windows),
     # Qwen 3 (Qwen Team 2025, arXiv:2505.09388): normalised queries and keys in place of biases.
-    row("qwen3", NAMES, BIASED, inert=QWEN, query_key_norm="head", window=layer_windows),
+    row("qwen3", NAMES, BIASED, ignored=QWEN, query_key_norm="head", window=layer_windows),
     # Seed-OSS (ByteDance 2025): as Qwen 2.
-    row("seed_oss", NAMES, PLAIN, inert=["pretraining_tp", "residual_dropout"], qkv_bias="attention_bias",
+    row("seed_oss", NAMES, PLAIN, ignored=["pretraining_tp", "residual_dropout"], qkv_bias="attention_bias",
         output_bias="attention_out_bias", mlp_bias="mlp_bias"),
     # OLMo 2 (OLMo Team 2024, arXiv:2501.00656): norms on what the blocks give, and on all heads' queries and keys.
     row("olmo2", OUTPUT_NORMS, OLMO2),
     # OLMo 3 (OLMo Team 2025, arXiv:2512.13961): windows on three layers of four, whose rotations aren't scaled.
-    row("olmo3", OUTPUT_NORMS, OLMO2, window=layer_windows, position=turned_by_type),
+    row("olmo3", OUTPUT_NORMS, OLMO2, window=layer_windows, position=rotary_by_layer_type),
     # EXAONE 4.0 (LG AI Research 2025, arXiv:2507.11407): norms on what the blocks give. The inert field has become
     # layer_types.
-    row("exaone4", OUTPUT_NORMS, PLAIN, inert=["sliding_window_pattern"], placement="output", query_key_norm="head",
+    row("exaone4", OUTPUT_NORMS, PLAIN, ignored=["sliding_window_pattern"], placement="output", query_key_norm="head",
         window=layer_windows, position=_exaone4_positions),
     # SmolLM3 (Hugging Face 2025): every fourth layer knows no position. The first two inert fields have become
     # layer_types and no_rope_layers.
-    row("smollm3", NAMES, BIASED_BOTH, inert=["max_window_layers", "no_rope_layer_interval", "pretraining_tp"],
+    row("smollm3", NAMES, BIASED_BOTH, ignored=["max_window_layers", "no_rope_layer_interval", "pretraining_tp"],
         window=_smollm3_windows, position=_smollm3_positions),
     # GLM-4 (Team GLM 2024, arXiv:2406.12793): the first half of a head's channels turned in neighbouring pairs.
     row("glm", FUSED_GATE, GLM),
     # GLM-4-0414 (Z.ai 2025): norms after each block too.
-    row("glm4", changed(FUSED_GATE, {"post_self_attn_layernorm": "attention_output_norm",
+    row("glm4", renamed(FUSED_GATE, {"post_self_attn_layernorm": "attention_output_norm",
                                      "post_attention_layernorm": "mlp_norm", "post_mlp_layernorm": "mlp_output_norm"}),
         GLM, placement="sandwich"),
     # Granite 3 (IBM 2024). Logits are divided.
     row("granite", NAMES, SCALED, head_multiplier=lambda sizes: 1 / sizes.config.number("logits_scaling")),
     # Granite with attention sinks (IBM 2026), a window on three layers of four, and a base for each layer.
-    row("granite_swa", changed(NAMES, {"self_attn.sinks": OneTensor("attention.sinks")}), SCALED, sinks=True,
+    row("granite_swa", renamed(NAMES, {"self_attn.sinks": OneTensor("attention.sinks")}), SCALED, sinks=True,
         head_multiplier=lambda sizes: 1 / sizes.config.number("logits_scaling"), window=layer_windows,
         position=_granite_swa_positions),
-    row("llama4_text", changed(NAMES, {f"feed_forward.{part}_proj": f"mlp.{part}" for part in ("gate", "up", "down")}),
+    row("llama4_text", renamed(NAMES, {f"feed_forward.{part}_proj": f"mlp.{part}" for part in ("gate", "up", "down")}),
         llama4),
     # HyperCLOVA X SEED (NAVER 2025): norms after each block too. Logits are multiplied.
-    row("hyperclovax", changed(NAMES, {"post_norm1": "attention_output_norm", "post_norm2": "mlp_output_norm"}), SCALED,
+    row("hyperclovax", renamed(NAMES, {"post_norm1": "attention_output_norm", "post_norm2": "mlp_output_norm"}), SCALED,
         head_multiplier="logits_scaling", placement=either("use_post_norm", "sandwich", "pre")),
     # Phi-3 and Phi-4 (Microsoft 2024, arXiv:2404.14219): Mistral with fused projections and LongRoPE.
     # transformers has put the last two inert fields into rope_parameters.
-    row("phi3", changed(FUSED_GATE, {"self_attn.qkv_proj": QUERY_KEY_VALUE}),
-        PLAIN, inert=["embd_pdrop", "resid_pdrop", "original_max_position_embeddings", "partial_rotary_factor"],
-        only={"attention_bias": False, "lm_head_bias": False, "mlp_bias": False,
+    row("phi3", renamed(FUSED_GATE, {"self_attn.qkv_proj": QUERY_KEY_VALUE}),
+        PLAIN, ignored=["embd_pdrop", "resid_pdrop", "original_max_position_embeddings", "partial_rotary_factor"],
+        allowed={"attention_bias": False, "lm_head_bias": False, "mlp_bias": False,
               "full_attn_mod": 1, "interpolate_factor": 1},
-        window=one_window, position=turned(partial=True)),
+        window=one_window, position=rotary_positions(partial=True)),
     # ERNIE 4.5 (Baidu 2025): Llama turned in neighbouring pairs.
-    row("ernie4_5", NAMES, PLAIN, bias="use_bias", position=turned("interleaved")),
+    row("ernie4_5", NAMES, PLAIN, bias="use_bias", position=rotary_positions("interleaved")),
     # Helium (Kyutai 2025): Llama turned in neighbouring pairs.
-    row("helium", NAMES, PLAIN, qkv_bias="attention_bias", mlp_bias="mlp_bias", position=turned("interleaved")),
+    row("helium", NAMES, PLAIN, qkv_bias="attention_bias", mlp_bias="mlp_bias",
+        position=rotary_positions("interleaved")),
     # Hunyuan (Tencent 2025): queries and keys normalised after the rotation.
     row("hunyuan_v1_dense",
-        changed(NAMES, {f"self_attn.{part}_layernorm": f"attention.{part}_norm" for part in ("query", "key")}),
-        BIASED, inert=HUNYUAN,
-        only={"add_classification_head": False, "mlp_bias": False, "use_cla": False, "use_qk_norm": True},
+        renamed(NAMES, {f"self_attn.{part}_layernorm": f"attention.{part}_norm" for part in ("query", "key")}),
+        BIASED, ignored=HUNYUAN,
+        allowed={"add_classification_head": False, "mlp_bias": False, "use_cla": False, "use_qk_norm": True},
         required=["head_dim"], query_key_norm="head", after_rotation=True, position=_hunyuan_rotary),
     # Apertus (Swiss AI Initiative 2025, arXiv:2509.14233): no gates, and an activation that learns.
     row("apertus",
-        changed(NAMES, {"attention_layernorm": "attention_norm", "feedforward_layernorm": "mlp_norm",
+        renamed(NAMES, {"attention_layernorm": "attention_norm", "feedforward_layernorm": "mlp_norm",
                         "mlp.act_fn.alpha_p": OneTensor("mlp.activation.alpha_p"),
                         "mlp.act_fn.alpha_n": OneTensor("mlp.activation.alpha_n"),
                         "mlp.act_fn.beta": 0.5, "mlp.act_fn.eps": -1e-6}),
-        BIASED, inert=["hidden_dropout"],
-        only={"mlp_bias": False, "post_norm": False, "qk_norm": True}, gated=False, query_key_norm="head"),
+        BIASED, ignored=["hidden_dropout"],
+        allowed={"mlp_bias": False, "post_norm": False, "qk_norm": True}, gated=False, query_key_norm="head"),
     # From here on with LayerNorm. Phi 1 to 2 (Li et al. 2023, arXiv:2309.05463): one norm before both blocks.
-    row("phi", PHI_NAMES, PLAIN, inert=TRAINING, norm=layer_norm("layer_norm_eps"), placement="parallel", bias=True,
-        query_key_norm=either("qk_layernorm", "head", None), position=turned(partial=True), gated=False,
+    row("phi", PHI_NAMES, PLAIN, ignored=TRAINING, norm=layer_norm("layer_norm_eps"), placement="parallel", bias=True,
+        query_key_norm=either("qk_layernorm", "head", None), position=rotary_positions(partial=True), gated=False,
         head_bias=True),
     # StableLM (Bellagente et al. 2024, arXiv:2402.17834); the 12B one has a norm for each head, without a bias.
-    row("stablelm", changed(NAMES, {"self_attn.q_layernorm.norms.{row}": "attention.query_norm",
+    row("stablelm", renamed(NAMES, {"self_attn.q_layernorm.norms.{row}": "attention.query_norm",
                                     "self_attn.k_layernorm.norms.{row}": "attention.key_norm"}),
-        PLAIN, inert=TRAINING, only={"head_dim": None}, norm=layer_norm("layer_norm_eps"),
+        PLAIN, ignored=TRAINING, allowed={"head_dim": None}, norm=layer_norm("layer_norm_eps"),
         query_key_norm=either("qk_layernorm", "heads", None), query_key_bias=False, qkv_bias="use_qkv_bias",
-        placement=either("use_parallel_residual", "parallel", "pre"), position=turned(partial=True)),
+        placement=either("use_parallel_residual", "parallel", "pre"), position=rotary_positions(partial=True)),
     # StarCoder 2 (Lozhkov et al. 2024, arXiv:2402.19173): a window on every layer, or on none. The last two
     # inert fields are published beside hidden_act and norm_epsilon.
-    row("starcoder2", changed(NAMES, {"mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}), PLAIN,
-        inert=[*TRAINING, "activation_function", "layer_norm_epsilon"],
-        only={"mlp_type": "default", "norm_type": "layer_norm"}, norm=layer_norm("norm_epsilon"), bias="use_bias",
+    row("starcoder2", renamed(NAMES, {"mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}), PLAIN,
+        ignored=[*TRAINING, "activation_function", "layer_norm_epsilon"],
+        allowed={"mlp_type": "default", "norm_type": "layer_norm"}, norm=layer_norm("norm_epsilon"), bias="use_bias",
         window=one_window, gated=False),
     # Nemotron-4 and Minitron (Parmar et al. 2024, arXiv:2402.16819): norm weights as differences from one.
-    row("nemotron", NAMES, BIASED_BOTH, norm=layer_norm("norm_eps", weight_offset=1.0), position=turned(partial=True),
+    row("nemotron", NAMES, BIASED_BOTH, norm=layer_norm("norm_eps", weight_offset=1.0),
+        position=rotary_positions(partial=True),
         gated=False),
     # Jais 2 (Inception and MBZUAI 2025).
     row("jais2", NAMES, BIASED_BOTH, norm=layer_norm("layer_norm_eps"), gated=False),
     # OLMo 1 (Groeneveld et al. 2024, arXiv:2402.00838): norms that have no parameters.
-    row("olmo", NAMES, BIASED, inert=["pretraining_tp"], norm=layer_norm(TORCH_EPS, affine=False), clip="clip_qkv"),
+    row("olmo", NAMES, BIASED, ignored=["pretraining_tp"], norm=layer_norm(TORCH_EPS, affine=False), clip="clip_qkv"),
     # Command R and Aya (Cohere 2024): norms without a bias; each head may have its own for queries and keys.
-    row("cohere", NAMES, COHERE, inert=["model_max_length", "pretraining_tp"],
-        query_key_norm=either("use_qk_norm", "heads", None), position=turned("interleaved")),
+    row("cohere", NAMES, COHERE, ignored=["model_max_length", "pretraining_tp"],
+        query_key_norm=either("use_qk_norm", "heads", None), position=rotary_positions("interleaved")),
     # Command R7B and A (Cohere 2025, arXiv:2504.00698): layers with a window are turned, layers without one aren't.
     # The first two inert fields have become layer_types; the others are of generation and of several devices.
     row("cohere2", NAMES, COHERE,
-        inert=["layer_switch", "sliding_window_pattern", "cache_implementation", "use_parallel_embedding"],
-        only={"order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj",
+        ignored=["layer_switch", "sliding_window_pattern", "cache_implementation", "use_parallel_embedding"],
+        allowed={"order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj",
               "rotary_pct": 1.0, "use_qk_norm": False, "use_embedding_sharing": True, "use_gated_activation": True,
               "use_parallel_block": True},
-        window=layer_windows, position=turned_in_windows("interleaved")),
+        window=layer_windows, position=rotary_on_windowed_layers("interleaved")),
 )
 # fmt: on

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from splitbundle.format.architecture.decoder import Architecture
-from splitbundle_converter.families.facts import Sizes, either, four_times_hidden, layer_norm, turned
+from splitbundle_converter.families.facts import Sizes, either, four_times_hidden, layer_norm, rotary_positions
 from splitbundle_converter.families.gpt import ALIBI, GPT, GPT2
-from splitbundle_converter.families.row import QUERY_KEY_VALUE, Names, OneTensor, changed, in_layers, row
+from splitbundle_converter.families.row import QUERY_KEY_VALUE, Names, OneTensor, in_layers, renamed, row
 
 
 def _names(base: str, *, table: str, layers: str, attention: str, norm: str, projection: str = "lm_head") -> Names:
@@ -25,35 +25,35 @@ def _names(base: str, *, table: str, layers: str, attention: str, norm: str, pro
 
 
 BLOOM_NAMES: Final = _names("transformer", table="word_embeddings", layers="h", attention="self_attention", norm="ln_f")
-BLOOM_INERT: Final = (
+BLOOM_IGNORED: Final = (
     *("pretraining_tp", "slow_but_exact"),  # they only split the same products
     # Megatron's, in published configurations.
     *("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "n_inner", "offset_alibi"),
     *("seq_length", "skip_bias_add", "skip_bias_add_qkv", "unk_token_id"),
 )
-PERSIMMON_NAMES: Final = changed(
+PERSIMMON_NAMES: Final = renamed(
     _names("model", table="embed_tokens", layers="layers", attention="self_attn", norm="final_layernorm"),
     {"self_attn.q_layernorm": "attention.query_norm", "self_attn.k_layernorm": "attention.key_norm"},
 )
 NEOX: Final = {"table": "embed_in", "layers": "layers", "attention": "attention", "norm": "final_layer_norm"}
 # The projection has the name that is published; transformers calls it lm_head, and turns it back when it saves.
-NEOX_NAMES: Final = changed(
+NEOX_NAMES: Final = renamed(
     _names("gpt_neox", **NEOX, projection="embed_out"),
     {"attention.bias": None, "attention.masked_bias": None, "attention.rotary_emb.inv_freq": None},
 )
-NEOX_JAPANESE_NAMES: Final = changed(
+NEOX_JAPANESE_NAMES: Final = renamed(
     _names("gpt_neox_japanese", **NEOX, projection="embed_out"),
     {
         "attention.dense_bias": OneTensor("attention.output.bias"),
         "attention.rotary_emb.inv_freq": None,
     },
 )
-FALCON_NAMES: Final = changed(BLOOM_NAMES, {"self_attention.rotary_emb.inv_freq": None})
+FALCON_NAMES: Final = renamed(BLOOM_NAMES, {"self_attention.rotary_emb.inv_freq": None})
 
 
 def _falcon_names(architecture: Architecture) -> Names:
     two = architecture.kind_of(0).placement == "parallel_two"
-    return changed(FALCON_NAMES, {"ln_attn": "attention_norm", "ln_mlp": "mlp_norm"}) if two else FALCON_NAMES
+    return renamed(FALCON_NAMES, {"ln_attn": "attention_norm", "ln_mlp": "mlp_norm"}) if two else FALCON_NAMES
 
 
 def _falcon_placement(sizes: Sizes) -> str:
@@ -80,7 +80,7 @@ def _falcon_kv_heads(sizes: Sizes) -> int:
 
 
 def _persimmon_kv_heads(sizes: Sizes) -> int:
-    sizes.config.only("num_key_value_heads", None, sizes.heads)
+    sizes.config.allowed("num_key_value_heads", None, sizes.heads)
     return sizes.heads
 
 
@@ -89,30 +89,30 @@ def _persimmon_kv_heads(sizes: Sizes) -> int:
 MEGATRON_FAMILIES: Final = (
     # BLOOM (Le Scao et al. 2022, arXiv:2211.05100): ALiBi, and a norm after the embedding.
     row("bloom", {**BLOOM_NAMES, "transformer.word_embeddings_layernorm": "embedding.norm"}, GPT2,
-        fused_by_key_head=True, inert=BLOOM_INERT, only={"apply_residual_connection_post_layernorm": False},
+        fused_by_key_head=True, ignored=BLOOM_IGNORED, allowed={"apply_residual_connection_post_layernorm": False},
         hidden="hidden_size", inner=four_times_hidden(), activation=lambda sizes: "gelu_tanh", position=ALIBI,
         embedding_norm=True),
     # GPT-NeoX (Black et al. 2022, arXiv:2204.06745) and Pythia: a norm for each of the two blocks.
-    row("gpt_neox", NEOX_NAMES, GPT, fused_by_key_head=True, inert=["is_decoder", "max_position_embeddings"],
+    row("gpt_neox", NEOX_NAMES, GPT, fused_by_key_head=True, ignored=["is_decoder", "max_position_embeddings"],
         placement=either("use_parallel_residual", "parallel_two", "pre"), qkv_bias="attention_bias",
-        output_bias="attention_bias", position=turned(partial=True)),
+        output_bias="attention_bias", position=rotary_positions(partial=True)),
     # GPT-NeoX-Japanese (ABEJA 2022): no biases but one, of the last layer's attention.
     row("gpt_neox_japanese", NEOX_JAPANESE_NAMES, GPT, fused_by_key_head=True,
-        inert=["is_decoder", "max_position_embeddings"],
+        ignored=["is_decoder", "max_position_embeddings"],
         inner=lambda sizes: sizes.hidden * sizes.config.integer("intermediate_multiple_size"), bias=False,
         output_bias=lambda sizes: [layer == sizes.layers - 1 for layer in range(sizes.layers)],
-        position=turned(partial=True)),
+        position=rotary_positions(partial=True)),
     # Persimmon (Elsen et al. 2023): each head's queries and keys are normalised.
-    row("persimmon", PERSIMMON_NAMES, GPT, fused_by_key_head=True, inert=["max_position_embeddings"],
+    row("persimmon", PERSIMMON_NAMES, GPT, fused_by_key_head=True, ignored=["max_position_embeddings"],
         kv_heads=_persimmon_kv_heads, query_key_norm=either("qk_layernorm", "head", None),
-        position=turned(partial=True)),
+        position=rotary_positions(partial=True)),
     # Falcon (Almazrouei et al. 2023, arXiv:2311.16867): one key head and one norm; later, groups of heads, two norms.
     # With ALiBi there is no one answer: transformers adds biases that are rounded to bfloat16, and adds them twice
     # where attention isn't fused. Of ff_factor and ffn_hidden_size, the latter is what counts.
     row("falcon", FALCON_NAMES, GPT, fused_by_key_head=True, names_of=_falcon_names,
-        inert=["ff_factor", "max_position_embeddings"],
-        only={"alibi": False, "apply_residual_connection_post_layernorm": False},
+        ignored=["ff_factor", "max_position_embeddings"],
+        allowed={"alibi": False, "apply_residual_connection_post_layernorm": False},
         inner=four_times_hidden("ffn_hidden_size"), activation="activation", norm=layer_norm("layer_norm_epsilon"),
-        placement=_falcon_placement, kv_heads=_falcon_kv_heads, bias="bias", position=turned()),
+        placement=_falcon_placement, kv_heads=_falcon_kv_heads, bias="bias", position=rotary_positions()),
 )
 # fmt: on

@@ -38,11 +38,11 @@ def rotary(
         partial: whether the model can turn a part of the channels; others ignore ``partial_rotary_factor``, or fail.
     """
     inner = config.inside("rope_parameters") if parameters is None else parameters
-    inner.inert(["type"])  # an old name of rope_type, which transformers keeps beside it
+    inner.ignored(["type"])  # an old name of rope_type, which transformers keeps beside it
     kind = inner.choice("rope_type", {name: name for name in ("default", *_SCALINGS)})
     known, fraction = not inner.problems, 1.0
     if not partial and kind != "proportional":
-        inner.only("partial_rotary_factor", 1.0, None)
+        inner.allowed("partial_rotary_factor", 1.0, None)
     elif inner.raw("partial_rotary_factor") is not None:
         fraction = inner.number("partial_rotary_factor")
     whole = kind == "proportional"  # which turns a fraction of the pairs, not pairs of a fraction of the channels
@@ -76,7 +76,7 @@ def _llama3(config: ConfigReader, inner: ConfigReader, dim: int, fraction: float
 
 
 def _dynamic(config: ConfigReader, inner: ConfigReader, dim: int, fraction: float) -> Scaling:
-    inner.inert(["original_max_position_embeddings"])  # transformers takes max_position_embeddings
+    inner.ignored(["original_max_position_embeddings"])  # transformers takes max_position_embeddings
     if dim < 4:
         config.refuse("head_dim", "at least 4 channels to turn, for rope_type dynamic", dim)
     return Dynamic(factor=inner.number("factor"), original_positions=config.integer("max_position_embeddings"))

@@ -37,7 +37,7 @@ class OneTensor:
     name: str
 
 
-Meaning = str | tuple[str, ...] | OneTensor | float | None
+Target = str | tuple[str, ...] | OneTensor | float | None
 """What a name of the source stands for:
 
 - ``"head.norm"``: a module, that is a weight and a bias;
@@ -46,14 +46,14 @@ Meaning = str | tuple[str, ...] | OneTensor | float | None
 - ``0.5``: a tensor that holds this number, which the decoder takes for granted;
 - ``None``: a tensor that holds nothing that was learned.
 """
-Names = Mapping[str, Meaning]
+Names = Mapping[str, Target]
 """A family's names, with ``{layer}`` for the number of each layer, and what they stand for."""
 QUERY_KEY_VALUE: Final = ("attention.query", "attention.key", "attention.value")
 
 
 def in_layers(modules: str, *parts: Names) -> Names:
     """The names inside of the layers, whose list is ``modules``; ``parts`` have them as they are inside of a layer."""
-    return {f"{modules}.{{layer}}.{source}": _in_layer(meaning) for part in parts for source, meaning in part.items()}
+    return {f"{modules}.{{layer}}.{source}": _in_layer(target) for part in parts for source, target in part.items()}
 
 
 def q_k_v(module: str) -> Names:
@@ -61,11 +61,11 @@ def q_k_v(module: str) -> Names:
     return {f"{module}.{part}_proj": name for part, name in zip("qkv", QUERY_KEY_VALUE, strict=True)}
 
 
-def changed(names: Names, modules: Names) -> Names:
+def renamed(names: Names, modules: Names) -> Names:
     """The same names but for ``modules`` inside of a layer: what these stand for has no other name."""
     new = in_layers(layers_of(names), modules)
-    gone = {part for meaning in new.values() for part in _parts(meaning)}
-    return {source: meaning for source, meaning in names.items() if gone.isdisjoint(_parts(meaning))} | {**new}
+    gone = {part for target in new.values() for part in _parts(target)}
+    return {source: target for source, target in names.items() if gone.isdisjoint(_parts(target))} | {**new}
 
 
 def layers_of(names: Names) -> str:
@@ -73,17 +73,17 @@ def layers_of(names: Names) -> str:
     return next(source.partition(".{layer}")[0] for source in names if "{layer}" in source)
 
 
-def _in_layer(meaning: Meaning) -> Meaning:
-    if isinstance(meaning, str):
-        return f"layers.{{layer}}.{meaning}"
-    if isinstance(meaning, tuple):
-        return tuple(f"layers.{{layer}}.{part}" for part in meaning)
-    return OneTensor(f"layers.{{layer}}.{meaning.name}") if isinstance(meaning, OneTensor) else meaning
+def _in_layer(target: Target) -> Target:
+    if isinstance(target, str):
+        return f"layers.{{layer}}.{target}"
+    if isinstance(target, tuple):
+        return tuple(f"layers.{{layer}}.{part}" for part in target)
+    return OneTensor(f"layers.{{layer}}.{target.name}") if isinstance(target, OneTensor) else target
 
 
-def _parts(meaning: Meaning) -> tuple[str, ...]:
+def _parts(target: Target) -> tuple[str, ...]:
     """The canonical modules that a name of the source stands for."""
-    return (meaning,) if isinstance(meaning, str) else meaning if isinstance(meaning, tuple) else ()
+    return (target,) if isinstance(target, str) else target if isinstance(target, tuple) else ()
 
 
 def row(
@@ -107,10 +107,10 @@ def row(
         fused_groups: in how many groups fused modules keep their rows otherwise; see ``SourceName``.
         transposed: the modules of a layer whose weight is kept as [in, out].
         names_of: the names that an architecture has, where they vary; ``names`` are then those of one of them.
-        changes: to the facts, as ``Facts.but`` takes them.
+        changes: to the facts, as ``Facts.replace`` takes them.
     """
     if isinstance(facts, Facts):
-        facts = facts.but(**changes)
+        facts = facts.replace(**changes)
     elif changes:
         raise TypeError(
             f"{model_type}: a function of the configuration takes no changes, but {', '.join(changes)} came"
@@ -121,11 +121,11 @@ def row(
     def table(architecture: Architecture) -> Iterator[SourceName]:
         fused = architecture.kind_of(0).attention.kv_heads if fused_by_key_head else fused_groups
         own = names_of(architecture) if names_of else names
-        alone = {(meaning.name,) for meaning in own.values() if isinstance(meaning, OneTensor)}
-        for source, meaning in own.items():
-            if isinstance(meaning, OneTensor):
-                yield SourceName(source=source, tensors=(meaning.name,), groups=1, transposed=False)
-            parts = _parts(meaning)
+        alone = {(target.name,) for target in own.values() if isinstance(target, OneTensor)}
+        for source, target in own.items():
+            if isinstance(target, OneTensor):
+                yield SourceName(source=source, tensors=(target.name,), groups=1, transposed=False)
+            parts = _parts(target)
             for kind in ("weight", "bias") if parts else ():
                 tensors = tuple(f"{part}.{kind}" for part in parts)
                 if tensors not in alone:
@@ -142,6 +142,6 @@ def row(
         names=lambda architecture: tuple(table(architecture)),
         prefix=f"{layers.partition('.')[0]}.",
         layers=layers,
-        dropped=tuple(source for source, meaning in names.items() if meaning is None),
-        constants={source: meaning for source, meaning in names.items() if isinstance(meaning, float)},
+        dropped=tuple(source for source, target in names.items() if target is None),
+        constants={source: target for source, target in names.items() if isinstance(target, float)},
     )

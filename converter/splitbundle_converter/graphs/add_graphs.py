@@ -54,7 +54,7 @@ def add_graphs(root: Path, variant: str, *, genai: bool = False) -> None:
     draft = replace(bundle.manifest, shards=tuple(shards), files=listed)
     if genai:
         draft = replace(draft, files=listed | write_genai(draft, bundle.architecture, root))
-    documents.finish(root, draft, bundle.architecture)
+    documents.write_documents(root, draft, bundle.architecture)
 
 
 def _write(bundle: Bundle, shard: Shard, root: Path, own: Graph) -> File:

@@ -27,7 +27,7 @@ def add_attention(operations: Operations, layer: int, x: str, kind: Attention) -
         head_dim,
     )
     if kind.query_temperature is not None:
-        scale = graph.narrow(positions.temperature(kind.query_temperature))
+        scale = graph.to_compute_dtype(positions.temperature(kind.query_temperature))
         query = graph.op("Mul", f"{name}.query.warmed", query, scale)
     keys = graph.op("TensorScatter", f"layers.{layer}.key.next", f"layers.{layer}.key", key, "past", axis=2)
     values = graph.op("TensorScatter", f"layers.{layer}.value.next", f"layers.{layer}.value", value, "past", axis=2)
@@ -35,7 +35,7 @@ def add_attention(operations: Operations, layer: int, x: str, kind: Attention) -
     query = operations.times(f"{name}.query.scaled", query, kind.scale)
     grouped = graph.op("Reshape", f"{name}.query.grouped", query, graph.integers(0, kv_heads, -1, head_dim))
     turned = graph.op("Transpose", f"{name}.key.transposed", keys, perm=[0, 1, 3, 2])
-    scores = graph.wide(graph.op("MatMul", f"{name}.scores", grouped, turned))  # [B, K, G · S, T]
+    scores = graph.to_float32(graph.op("MatMul", f"{name}.scores", grouped, turned))  # [B, K, G · S, T]
     if kind.logit_cap is not None:
         scores = operations.cap(f"{name}.scores.capped", scores, kind.logit_cap)
     alibi = kind.position if isinstance(kind.position, Alibi) else None
@@ -43,7 +43,7 @@ def add_attention(operations: Operations, layer: int, x: str, kind: Attention) -
     shape = operations.grouped_shape(kv_heads, heads // kv_heads)
     scores = graph.op("Reshape", f"{name}.scores.by_head", scores, shape)  # [B, K, G, S, T]
     scores = graph.op("Add", f"{name}.scores.masked", scores, bias)
-    weights = graph.narrow(_add_softmax(graph, name, scores, kind))
+    weights = graph.to_compute_dtype(_add_softmax(graph, name, scores, kind))
     weights = graph.op(
         "Reshape", f"{name}.weights.grouped", weights, graph.op("Shape", f"{name}.scores.shape", f"{name}.scores")
     )

@@ -96,11 +96,11 @@ class GraphBuilder:
         name = f"{value}.{new}"
         return value if old == new else name if self.has(name) else self.op("Cast", name, value, to=ONNX_CODES[new])
 
-    def wide(self, value: str) -> str:
+    def to_float32(self, value: str) -> str:
         """A value of the dtype that the graph computes in, in float32, for what 16 bits would spoil."""
         return self.cast(value, self.dtype, "float32")
 
-    def narrow(self, value: str) -> str:
+    def to_compute_dtype(self, value: str) -> str:
         """A float32 value in the dtype that the graph computes in."""
         return self.cast(value, "float32", self.dtype)
 

@@ -51,7 +51,7 @@ class _Decoder:
         tokens = inputs[0].name
         self.positions = GraphPositions(graph, tokens, f"layers.{part.layers[0]}.key")
         self.operations = Operations(graph, self.positions)
-        x = self.embed(tokens) if part.embeds else graph.narrow(tokens)
+        x = self.embed(tokens) if part.embeds else graph.to_compute_dtype(tokens)
         x = graph.op("Reshape", "stream", x, graph.integers(-1, hidden))
         for i in range(*part.layers):
             x = self.layer(i, x)
@@ -59,7 +59,7 @@ class _Decoder:
             self.head(x)
         else:
             shape = graph.op("Concat", "hidden.shape", self.positions.both, graph.integers(hidden), axis=0)
-            graph.op("Reshape", next_name("hidden"), graph.wide(x), shape)
+            graph.op("Reshape", next_name("hidden"), graph.to_float32(x), shape)
         for port in outputs:
             graph.output(port)
         return graph.model(part.name)
@@ -81,7 +81,9 @@ class _Decoder:
             moved = graph.op("Add", "embedding.position.rows", self.positions.slots, graph.integer(position.offset))
             x = graph.op("Add", "embedding.sum", x, self.operations.rows("embedding.position", moved))
         elif isinstance(position, Sinusoidal):
-            x = graph.op("Add", "embedding.sum", x, graph.narrow(self.positions.sinusoids(position.offset, hidden)))
+            x = graph.op(
+                "Add", "embedding.sum", x, graph.to_compute_dtype(self.positions.sinusoids(position.offset, hidden))
+            )
         return add_norm(graph, "embedding.norm", x, embedding.norm, hidden)
 
     def head(self, x: str) -> str:

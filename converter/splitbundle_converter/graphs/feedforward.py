@@ -25,7 +25,7 @@ def add_activation(graph: GraphBuilder, name: str, x: str, kind: str) -> str:
     if kind in ("gelu", "gelu_tanh"):
         # A function, which a runtime without a kernel expands: eight roundings to 16 bits in place of one.
         form = "tanh" if kind == "gelu_tanh" else "none"
-        return graph.narrow(graph.op("Gelu", name, graph.wide(x), approximate=form))
+        return graph.to_compute_dtype(graph.op("Gelu", name, graph.to_float32(x), approximate=form))
     if kind in ("relu", "relu_squared"):
         positive = graph.op("Relu", name, x)
         return positive if kind == "relu" else graph.op("Mul", f"{name}.squared", positive, positive)
@@ -33,7 +33,7 @@ def add_activation(graph: GraphBuilder, name: str, x: str, kind: str) -> str:
 
 
 def _add_xielu(graph: GraphBuilder, name: str, x: str) -> str:
-    x = graph.wide(x)  # exp(x) - 1 would lose a small x in 16 bits
+    x = graph.to_float32(x)  # exp(x) - 1 would lose a small x in 16 bits
     slopes = [
         graph.op("Softplus", f"{name}.{part}.softplus", graph.weight(f"{name}.{part}", "float32"))
         for part in ("alpha_p", "alpha_n")
@@ -46,4 +46,6 @@ def _add_xielu(graph: GraphBuilder, name: str, x: str) -> str:
     below = graph.op("Sub", f"{name}.bent", grown, x)
     below = graph.op("Mul", f"{name}.below", below, graph.op("Add", f"{name}.slope", slopes[1], graph.number(0.5)))
     positive = graph.op("Greater", f"{name}.is_positive", x, graph.number(0.0))
-    return graph.narrow(graph.op("Add", name, graph.op("Where", f"{name}.both", positive, above, below), half))
+    return graph.to_compute_dtype(
+        graph.op("Add", name, graph.op("Where", f"{name}.both", positive, above, below), half)
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from splitbundle.errors import MissingExtra, quoted
 from splitbundle.format import graph
 from splitbundle.format.manifest.document import Storage
-from splitbundle_converter.errors import refused
+from splitbundle_converter.errors import refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class GraphWriter:
         if self.variant != "standard" and others:
             expected = f"weights that are all stored as {dtype}, for graphs that compute in it"
             hint = f"Standard graphs take any weights; convert --dtype {dtype} stores all weights so"
-            raise refused("usage.onnx", None, expected, f"some in {others[0]}", argument="onnx", hint=hint)
+            raise refusal("usage.onnx", None, expected, f"some in {others[0]}", argument="onnx", hint=hint)
 
     def __call__(self, root: Path) -> None:
         """Adds a graph to each shard of the bundle in ``root``."""
@@ -52,7 +52,7 @@ def graph_writer(onnx: bool | str, *, genai: bool = False) -> GraphWriter | None
     if variant not in graph.VARIANTS:
         hint = "Weights in bfloat16 are widened to float32 by the standard graphs: onnxruntime can't multiply bfloat16"
         told = hint if variant == "bfloat16" else None
-        raise refused("usage.onnx", None, " or ".join(graph.VARIANTS), quoted(variant), argument="onnx", hint=told)
+        raise refusal("usage.onnx", None, " or ".join(graph.VARIANTS), quoted(variant), argument="onnx", hint=told)
     for library in ("onnx", "onnxruntime"):  # the second checks what the graphs compute
         if importlib.util.find_spec(library) is None:
             raise MissingExtra.of(library, "onnx", "make graphs")

@@ -19,7 +19,7 @@ def add_rotation(graph: GraphBuilder, name: str, x: str, waves: tuple[str, str],
     attributes: dict[str, int] = {"interleaved": int(rotary.layout == "interleaved")}
     if rotary.dim != head_dim:
         attributes["rotary_embedding_dim"] = rotary.dim
-    narrow = [graph.narrow(wave) for wave in waves]
+    narrow = [graph.to_compute_dtype(wave) for wave in waves]
     return graph.op("RotaryEmbedding", f"{name}.rotated", x, *narrow, **attributes)
 
 

@@ -14,9 +14,9 @@ from splitbundle.errors import BundleError, quoted
 from splitbundle.format.architecture.decoder import Architecture, Head
 from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.format.manifest.document import EMBEDDING, SourceName, expand, row_sources
-from splitbundle_converter.checkpoint.source import Configuration, Source
-from splitbundle_converter.errors import refused
-from splitbundle_converter.families.composites import COMPOSITES, INERT, LANGUAGE, TEXT, Composite, text_type
+from splitbundle_converter.checkpoint.source import Checkpoint, Configuration
+from splitbundle_converter.errors import refusal
+from splitbundle_converter.families.composites import COMPOSITES, IGNORED, LANGUAGE, TEXT, Composite, text_type
 from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.configuration import build, check_counts, readable
 from splitbundle_converter.families.row import Family
@@ -72,7 +72,7 @@ class LanguagePart:
     """The language part of a checkpoint."""
 
     composite: Composite
-    source: Source
+    source: Checkpoint
     """The checkpoint, with the part's tensors alone."""
     family: Family
     """The row of the part's type, with its names as the checkpoint has them."""
@@ -99,7 +99,7 @@ class LanguagePart:
         }
 
 
-def read_language_part(source: Source) -> LanguagePart:
+def read_language_part(source: Checkpoint) -> LanguagePart:
     """The language part of a checkpoint, found by its configuration and its tensors' names.
 
     Raises:
@@ -116,16 +116,16 @@ def read_language_part(source: Source) -> LanguagePart:
     nested = getattr(built, TEXT)
     if nested.model_type != family.model_type:
         got, pointer = quoted(nested.model_type), f"/{TEXT}/model_type"
-        raise refused("source.config", found.file, family.model_type, got, pointer=pointer)
+        raise refusal("source.config", found.file, family.model_type, got, pointer=pointer)
     top = ConfigReader(built.to_dict(), type(built)().to_dict(), found.file)
     stated = raw.get("tie_word_embeddings")
-    top.inert([*built.sub_configs, *INERT, *composite.inert, *_inert_generation(built.to_dict())])
+    top.ignored([*built.sub_configs, *IGNORED, *composite.ignored, *_ignored_generation(built.to_dict())])
     tied = None if composite.whole else bool(top.raw("tie_word_embeddings")) and composite.ties
     for field in composite.same:
         if top.raw(field) != getattr(nested, field):
             top.refuse(field, f"{getattr(nested, field)}, as in {TEXT}")
     values = nested.to_dict()
-    for name in (*_inert_generation(values), *(composite.text_inert & values.keys())):
+    for name in (*_ignored_generation(values), *(composite.text_ignored & values.keys())):
         del values[name]
     config = ConfigReader(values, type(nested)().to_dict(), found.file, f"/{TEXT}")
     if tied is not None:
@@ -162,18 +162,18 @@ def _composite(found: Configuration) -> Composite:
     if isinstance(model_type, str) and model_type in FAMILIES:
         expected = "a checkpoint that has other parts than a language model"
         got = f"model_type {quoted(model_type)}, which is one as a whole"
-        raise refused("usage.part", None, expected, got, "Convert it without --part", argument="part")
+        raise refusal("usage.part", None, expected, got, "Convert it without --part", argument="part")
     if not isinstance(model_type, str) or model_type not in COMPOSITES:
         text = text_type(raw)
         hint = None if text is None else f"Its language part is {quoted(text, 40)}, but where it is isn't known"
         expected = f"one of {', '.join(sorted(COMPOSITES))}, whose language part can be converted alone"
-        raise refused("source.family", file, expected, quoted(model_type), hint, "/model_type")
+        raise refusal("source.family", file, expected, quoted(model_type), hint, "/model_type")
     composite, text = COMPOSITES[model_type], text_type(raw)
     known = composite.texts or FAMILIES.keys()
     if text not in known:
         got = text if text is not None else raw[TEXT].get("model_type")
         expected = f"one of {', '.join(sorted(known))}"
-        raise refused("source.family", file, expected, quoted(got), pointer=f"/{TEXT}/model_type")
+        raise refusal("source.family", file, expected, quoted(got), pointer=f"/{TEXT}/model_type")
     return composite
 
 
@@ -184,7 +184,7 @@ def _check_all_counts(found: Configuration) -> None:
             _check_all_counts(replace(found, raw=value, pointer=f"{found.pointer}/{name}"))
 
 
-def _inert_generation(values: dict[str, Any]) -> list[str]:
+def _ignored_generation(values: dict[str, Any]) -> list[str]:
     return [name for name, value in _GENERATION.items() if name in values and values[name] == value]
 
 
@@ -229,7 +229,7 @@ def _implied(family: Family, architecture: Architecture) -> Iterator[SourceName]
                 yield entry
 
 
-def _places(source: Source, family: Family, architecture: Architecture) -> tuple[str, str | None]:
+def _places(source: Checkpoint, family: Family, architecture: Architecture) -> tuple[str, str | None]:
     """What stands before the names of the base model, and the name of the head's projection, if it is stored.
 
     A prefix is right if every tensor that the architecture implies is found below it, and nothing else counts.
@@ -247,7 +247,7 @@ def _places(source: Source, family: Family, architecture: Architecture) -> tuple
     right = [base for base in candidates if all(base + name in source.tensors for name in wanted)]
     if len(right) > 1:
         found = ", ".join(f"{base}{probe}" for base in sorted(right))
-        raise refused("source.tensor", source.name, "one language part with every tensor of it", f"several: {found}")
+        raise refusal("source.tensor", source.name, "one language part with every tensor of it", f"several: {found}")
     if not right:
         raise _nowhere(source, wanted, probe, candidates)
     base = right[0]
@@ -261,26 +261,26 @@ def _places(source: Source, family: Family, architecture: Architecture) -> tuple
     heads = sorted({above + name for above in above for name in (*own, _HEAD)} & source.tensors.keys())
     if len(heads) > 1:
         got = f"several: {', '.join(heads)}"
-        raise refused("source.tensor", source.name, "one head of the language part", got)
+        raise refusal("source.tensor", source.name, "one head of the language part", got)
     if not heads and not architecture.head.tied:
         hint = (
             "The checkpoint isn't whole, or its head is the embedding: then tie_word_embeddings has to be true, at the "
             "top level of config.json where the class has the head"
         )
         expected = f"the language part's {_HEAD}, as tie_word_embeddings isn't true"
-        raise refused("source.tensor", source.name, expected, "none", hint)
+        raise refusal("source.tensor", source.name, expected, "none", hint)
     return base, heads[0] if heads else None
 
 
-def _nowhere(source: Source, wanted: list[str], probe: str, candidates: list[str]) -> BundleError:
+def _nowhere(source: Checkpoint, wanted: list[str], probe: str, candidates: list[str]) -> BundleError:
     if not candidates:
         expected = f"a language part's tensor {quoted(probe)}, whatever stands before it"
-        return refused("source.tensor", source.name, expected, "none")
+        return refusal("source.tensor", source.name, expected, "none")
     nearest = max(candidates, key=lambda base: sum(base + name in source.tensors for name in wanted))
     missing = [nearest + name for name in wanted if nearest + name not in source.tensors]
     got = f"{len(wanted) - len(missing)}; the first that isn't there is {missing[0]}"
     expected = f"the {len(wanted)} tensors of the language part as {TEXT} describes it below {quoted(nearest)}"
-    return refused("source.tensor", source.name, expected, got, MISSING)
+    return refusal("source.tensor", source.name, expected, got, MISSING)
 
 
 def _renamed(
@@ -313,7 +313,7 @@ def _renamed(
     return renamed, own
 
 
-def _equal(source: Source, family: Family, architecture: Architecture, base: str, head: str) -> bool:
+def _equal(source: Checkpoint, family: Family, architecture: Architecture, base: str, head: str) -> bool:
     probe = next(entry.source for entry in _implied(family, architecture) if entry.tensors == (EMBEDDING,))
     embedding = base + probe.removeprefix(family.prefix)
     if source.tensors[embedding].shape != source.tensors[head].shape:
@@ -322,7 +322,7 @@ def _equal(source: Source, family: Family, architecture: Architecture, base: str
         return torch.equal(reader.get(embedding), reader.get(head))
 
 
-def _left_out(source: Source, names: Iterable[str]) -> Iterator[LeftOut]:
+def _left_out(source: Checkpoint, names: Iterable[str]) -> Iterator[LeftOut]:
     modules: dict[str, list[int]] = {}
     for name in sorted(names):
         path = name.split(".")

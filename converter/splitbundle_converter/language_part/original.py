@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from splitbundle.errors import BundleError, quoted
-from splitbundle_converter.errors import refused
+from splitbundle_converter.errors import refusal
 from splitbundle_converter.families.composites import TEXT
 from splitbundle_converter.families.configuration import build
 from splitbundle_converter.language_part.language_part import LanguagePart
@@ -75,10 +75,10 @@ def _language_model(part: LanguagePart, text: Any) -> Any:
 def _place(part: LanguagePart, whole: Any, places: list[str]) -> str:
     if len(places) != 1:
         expected = f"one language model in {part.composite.class_name}"
-        raise refused("source.config", part.source.name, expected, quoted(places), UNCHECKED)
+        raise refusal("source.config", part.source.name, expected, quoted(places), UNCHECKED)
     return places[0]
 
 
 def _missing_library(part: LanguagePart, error: ImportError) -> BundleError:
     expected = f"the libraries that {part.composite.class_name} needs"
-    return refused("backend.missing", None, expected, " ".join(str(error).split())[:300], UNCHECKED)
+    return refusal("backend.missing", None, expected, " ".join(str(error).split())[:300], UNCHECKED)

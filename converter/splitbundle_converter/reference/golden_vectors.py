@@ -13,8 +13,8 @@ from torch import Tensor
 from splitbundle.backends.torch.weights import DTYPES
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.sizes import count
-from splitbundle_converter.checkpoint.source import Source
-from splitbundle_converter.errors import line, refused
+from splitbundle_converter.checkpoint.source import Checkpoint
+from splitbundle_converter.errors import line, refusal
 from splitbundle_converter.families.configuration import resolve
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.quiet_transformers import quiet
@@ -90,21 +90,21 @@ def run_original(model: Any, place: str, ids: Tensor) -> tuple[list[Tensor], Ten
     return [state[0].contiguous() for state in hidden], logits
 
 
-def load_original(source: Source, family: Family) -> tuple[Any, str]:
+def load_original(source: Checkpoint, family: Family) -> tuple[Any, str]:
     """The model as transformers itself loads the checkpoint, and where its layers are."""
     try:
         with quiet():
             loaded = _load_tensors(source) if source.rewritten else _load_directory(source)
     except (OSError, RuntimeError, SafetensorError) as error:
-        source.place.check_unchanged()
+        source.directory.check_unchanged()
         if isinstance(error, RuntimeError):
             raise
-        raise refused("source.unreadable", source.name, "weights that transformers can read", line(error)) from error
+        raise refusal("source.unreadable", source.name, "weights that transformers can read", line(error)) from error
     model = checked(loaded, source, "every tensor that transformers wants", ("missing_keys", "mismatched_keys"))
     return model, family.layers
 
 
-def checked(loaded: tuple[Any, dict[str, Any]], source: Source, expected: str, keys: tuple[str, ...]) -> Any:
+def checked(loaded: tuple[Any, dict[str, Any]], source: Checkpoint, expected: str, keys: tuple[str, ...]) -> Any:
     """The model that transformers loaded, where what it says of the tensors' names has nothing under ``keys``.
 
     Raises:
@@ -113,7 +113,7 @@ def checked(loaded: tuple[Any, dict[str, Any]], source: Source, expected: str, k
     model, info = loaded
     wrong = {key: sorted(map(str, info[key])) for key in keys if info.get(key)}
     if wrong:
-        raise refused("source.tensor", source.name, expected, str(wrong))
+        raise refusal("source.tensor", source.name, expected, str(wrong))
     return model.eval()
 
 
@@ -133,14 +133,14 @@ def from_tensors(config: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str
     return loaded
 
 
-def _load_directory(source: Source) -> Any:
+def _load_directory(source: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     generation: Any = GenerationConfig  # it is untyped
     config = resolve(source.configuration())  # not the file's own, which may choose the code that computes
     config._attn_implementation = "eager"
     return AutoModelForCausalLM.from_pretrained(
-        str(source.directory),
+        str(source.directory.path),
         config=config,
         generation_config=generation(),  # nor the file of that, which has no say in what is computed
         dtype=torch.float32,
@@ -152,7 +152,7 @@ def _load_directory(source: Source) -> Any:
     )
 
 
-def _load_tensors(source: Source) -> Any:
+def _load_tensors(source: Checkpoint) -> Any:
     """From the tensors that ``source`` reads: transformers itself would unpickle, and knows no parts."""
     config = resolve(source.configuration())
     with source.reader() as reader:
@@ -165,4 +165,4 @@ def _check_memory(need: int) -> None:
     # A fifth more than the weights: activations, and what loading holds for a moment.
     if available is not None and need * 1.2 > available:
         expected = f"{need * 1.2 / 2**30:.1f} GiB of free memory to check against the original model in float32"
-        raise refused("memory", None, expected, f"{available / 2**30:.1f} GiB", UNCHECKED)
+        raise refusal("memory", None, expected, f"{available / 2**30:.1f} GiB", UNCHECKED)

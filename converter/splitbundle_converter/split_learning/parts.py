@@ -20,12 +20,12 @@ from splitbundle.format import strict_json
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.fields import MAX_PROBLEMS, Field, Problems
 from splitbundle.storage.files import Progress
-from splitbundle_converter.checkpoint.directory import Place
-from splitbundle_converter.checkpoint.pickles import SUFFIXES, PickledSource, rewrite
+from splitbundle_converter.checkpoint.directory import CheckpointDirectory
+from splitbundle_converter.checkpoint.pickles import SUFFIXES, PickledCheckpoint, rewrite
 from splitbundle_converter.checkpoint.source import CONFIG, Configuration
 from splitbundle_converter.checkpoint.weight_files import SourceTensor, check_unwrapped, read_headers
-from splitbundle_converter.errors import problem, refused
-from splitbundle_converter.families.config_reader import INERT
+from splitbundle_converter.errors import problem, refusal
+from splitbundle_converter.families.config_reader import IGNORED
 from splitbundle_converter.families.configuration import read_configuration
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.split_learning.tensor_names import EMBEDDING, HEAD, LAYER, PartNames
@@ -55,7 +55,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class LoadedPart:
     """What a part's file holds: its tensors under the names of the whole model, with ``{layer}`` filled in later."""
 
     part: Part
@@ -67,17 +67,17 @@ class Held:
     """Of its layers."""
 
 
-class PartsSource(PickledSource):
+class PartsCheckpoint(PickledCheckpoint):
     """A model that was put together from its parts."""
 
     def __init__(
         self,
-        place: Place,
-        held: list[Held],
+        directory: CheckpointDirectory,
+        held: list[LoadedPart],
         judged: tuple[Family, Architecture, dict[str, Any]],
         tensors: dict[str, SourceTensor],
     ) -> None:
-        super().__init__(place, tensors)
+        super().__init__(directory, tensors)
         self.judged = judged
         """The family, the facts and the fields of the configuration that all parts have."""
         self._held, self._layers = held, judged[0].layers
@@ -100,7 +100,7 @@ class PartsSource(PickledSource):
         return super().place_of(name)
 
 
-def find_parts(place: Place) -> list[PartFiles]:
+def find_parts(directory: CheckpointDirectory) -> list[PartFiles]:
     """The parts in a directory: each ``X_metadata.json`` goes with ``X.pt``. None, where no metadata has weights.
 
     Raises:
@@ -110,10 +110,10 @@ def find_parts(place: Place) -> list[PartFiles]:
     found: list[PartFiles] = []
     alone: list[str] = []
     problems: list[Problem] = []
-    for path in sorted(place.directory.glob(f"*{METADATA}")):
+    for path in sorted(directory.path.glob(f"*{METADATA}")):
         stem = path.name.removesuffix(METADATA)
         names = [stem] if stem.endswith(SUFFIXES) else [f"{stem}{suffix}" for suffix in SUFFIXES]
-        weights = [name for name in names if (place.directory / name).is_file()]
+        weights = [name for name in names if (directory.path / name).is_file()]
         found += [PartFiles(metadata=path.name, weights=name) for name in weights[:1]]
         alone += names[:1] if not weights else []
         if len(weights) > 1:
@@ -128,34 +128,36 @@ def find_parts(place: Place) -> list[PartFiles]:
     return found
 
 
-def read_parts(place: Place, found: list[PartFiles], private: Path, progress: Progress | None) -> PartsSource:
+def read_parts(
+    directory: CheckpointDirectory, found: list[PartFiles], private: Path, progress: Progress | None
+) -> PartsCheckpoint:
     """The model that some parts make, their pickles rewritten into the directory ``private``.
 
     Raises:
         BundleError: ``source.parts`` where they don't fit each other, ``source.tensor`` for names that the family
             hasn't, ``field.*`` and ``json.*`` of metadata; and what configurations and pickles can be refused for.
     """
-    parts = _in_order([_metadata(place, files) for files in found], place)
+    parts = _in_order([_metadata(directory, files) for files in found], directory)
     _check_configs(parts)
     first, *others = (Configuration(raw=part.config, file=part.files.metadata, pointer="/config") for part in parts)
     family, architecture, values = read_configuration(first)
     for other in others:
         _check_same_model(other, first, family, architecture, "Save every part with the configuration of the whole")
-    if place.has(CONFIG):
-        raw = strict_json.parse(place.read(CONFIG), CONFIG)
+    if directory.has(CONFIG):
+        raw = strict_json.parse(directory.read(CONFIG), CONFIG)
         hint = "Remove the one of them that isn't meant"
         _check_same_model(Configuration(raw=raw, file=CONFIG), first, family, architecture, hint)
-    files = {part.files.weights: place.weights(part.files.weights, part.files.metadata) for part in parts}
+    files = {part.files.weights: directory.weights(part.files.weights, part.files.metadata) for part in parts}
     rewritten = rewrite(files, private, progress)
     names = PartNames(family, architecture)
-    held = [_hold(part, rewritten[part.files.weights], names, family) for part in parts]
-    _check_tiling(held, len(architecture.layers), _without_metadata(place, found))
-    return PartsSource(place, held, (family, architecture, values), _put_together(held, names, family))
+    held = [_load_part(part, rewritten[part.files.weights], names, family) for part in parts]
+    _check_tiling(held, len(architecture.layers), _without_metadata(directory, found))
+    return PartsCheckpoint(directory, held, (family, architecture, values), _join_parts(held, names, family))
 
 
-def _metadata(place: Place, files: PartFiles) -> Part:
+def _metadata(directory: CheckpointDirectory, files: PartFiles) -> Part:
     problems = Problems(files.metadata)
-    document = Field(strict_json.parse(place.read(files.metadata), files.metadata), problems)
+    document = Field(strict_json.parse(directory.read(files.metadata), files.metadata), problems)
     members = document.members(FIELDS, open=True)
     config = members["config"]
     if not isinstance(config.value, dict):
@@ -171,12 +173,12 @@ def _metadata(place: Place, files: PartFiles) -> Part:
     return part
 
 
-def _in_order(parts: list[Part], place: Place) -> list[Part]:
+def _in_order(parts: list[Part], directory: CheckpointDirectory) -> list[Part]:
     """Bottom, trunks, top. There may be no trunk, and several."""
     components = sorted((part.component for part in parts), key=COMPONENTS.index)
     if components.count("bottom") != 1 or components.count("top") != 1:
         got = ", ".join(f"{part.component} ({part.files.metadata})" for part in parts[:8])
-        raise refused("source.parts", place.name, "one bottom, one top, and what lies between them", got)
+        raise refusal("source.parts", directory.name, "one bottom, one top, and what lies between them", got)
     return sorted(parts, key=lambda part: (COMPONENTS.index(part.component), part.start))
 
 
@@ -185,7 +187,7 @@ def _check_configs(parts: list[Part]) -> None:
     first = parts[0]
     problems = []
     for part in parts[1:]:
-        for name in sorted((part.config.keys() | first.config.keys()) - INERT):
+        for name in sorted((part.config.keys() | first.config.keys()) - IGNORED):
             wanted, got = (quoted(config[name]) if name in config else "none" for config in (first.config, part.config))
             if name not in first.config or name not in part.config or not _same(first.config[name], part.config[name]):
                 expected = f"{wanted}, as in {first.files.metadata}"
@@ -206,14 +208,14 @@ def _check_same_model(
         got = "another"
     else:
         return
-    raise refused("source.parts", other.file, expected, got, hint, other.pointer or None)
+    raise refusal("source.parts", other.file, expected, got, hint, other.pointer or None)
 
 
 def _same(one: object, other: object) -> bool:
     return strict_json.dump_compact(one) == strict_json.dump_compact(other)  # in Python, 1 is True
 
 
-def _hold(part: Part, path: Path, names: PartNames, family: Family) -> Held:
+def _load_part(part: Part, path: Path, names: PartNames, family: Family) -> LoadedPart:
     """What a part's file holds, each name recognised, its layers numbered from 0 without gaps."""
     problems: list[Problem] = []
     tensors, lists, numbers = [], set(), set()
@@ -242,26 +244,26 @@ def _hold(part: Part, path: Path, names: PartNames, family: Family) -> Held:
         raise BundleError(problems[:MAX_PROBLEMS])
     if len(lists) > 1:
         got = ", ".join(sorted(lists))
-        raise refused("source.parts", part.files.weights, "one list of layers", f"several: {got}")
+        raise refusal("source.parts", part.files.weights, "one list of layers", f"several: {got}")
     if numbers and max(numbers) != len(numbers) - 1:
         hint = "In each part the layers count from 0; start_layer says where they stand in the model"
         got = f"{len(numbers)} layers, {min(numbers)} to {max(numbers)}"
-        raise refused("source.parts", part.files.weights, f"layers numbered from 0 to {len(numbers) - 1}", got, hint)
+        raise refusal("source.parts", part.files.weights, f"layers numbered from 0 to {len(numbers) - 1}", got, hint)
     layers = lists.pop() if lists else family.layers
-    return Held(part=part, tensors=tuple(tensors), layers=layers, count=len(numbers))
+    return LoadedPart(part=part, tensors=tuple(tensors), layers=layers, count=len(numbers))
 
 
-def _without_metadata(place: Place, found: list[PartFiles]) -> list[str]:
+def _without_metadata(directory: CheckpointDirectory, found: list[PartFiles]) -> list[str]:
     """Files that could be parts, if anything said so."""
     known = {part.weights for part in found}
-    return sorted(path.name for path in place.directory.iterdir() if path.suffix in SUFFIXES and path.name not in known)
+    return sorted(path.name for path in directory.path.iterdir() if path.suffix in SUFFIXES and path.name not in known)
 
 
-def _check_tiling(held: list[Held], layers: int, ignored: list[str]) -> None:
+def _check_tiling(held: list[LoadedPart], layers: int, ignored: list[str]) -> None:
     """Whether the ranges that the metadata give are those of the layers that are there, one after the other."""
     problems: list[Problem] = []
 
-    def add(one: Held, field: str, expected: str, got: object) -> None:
+    def add(one: LoadedPart, field: str, expected: str, got: object) -> None:
         found = ", ".join(other.part.component for other in held)
         hint = f"The parts are {found}, with {', '.join(str(other.count) for other in held)} layers"
         if ignored:
@@ -289,7 +291,7 @@ def _check_tiling(held: list[Held], layers: int, ignored: list[str]) -> None:
         raise BundleError(problems[:MAX_PROBLEMS])
 
 
-def _put_together(held: list[Held], names: PartNames, family: Family) -> dict[str, SourceTensor]:
+def _join_parts(held: list[LoadedPart], names: PartNames, family: Family) -> dict[str, SourceTensor]:
     tensors: dict[str, SourceTensor] = {}
     problems: list[Problem] = []
     start = 0

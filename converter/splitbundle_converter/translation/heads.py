@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from splitbundle.errors import Problem, quoted
-from splitbundle_converter.checkpoint.source import Source
+from splitbundle_converter.checkpoint.source import Checkpoint
 from splitbundle_converter.errors import problem
 
 _OTHER_TASKS: Final = ("score", "classifier", "qa_outputs")
@@ -14,7 +14,7 @@ _OTHER_TASKS: Final = ("score", "classifier", "qa_outputs")
 _HINT: Final = "Only causal language models can be converted: "
 
 
-def wrong_head(source: Source, head: Mapping[str, bool], *, base_alone: bool) -> Problem | None:
+def wrong_head(source: Checkpoint, head: Mapping[str, bool], *, base_alone: bool) -> Problem | None:
     """Why a checkpoint can't predict tokens, if that is so; of one that can, nothing.
 
     Args:
@@ -40,7 +40,7 @@ def wrong_head(source: Source, head: Mapping[str, bool], *, base_alone: bool) ->
     return None
 
 
-def _of(source: Source) -> str:
+def _of(source: Checkpoint) -> str:
     """The class that the configuration names, in words to be put at an end."""
     config = source.configuration().raw
     classes = config.get("architectures") if isinstance(config, dict) else None

@@ -9,7 +9,7 @@ import torch
 from splitbundle.backends.torch.weights import map_tensors
 from splitbundle.bundle import Bundle
 from splitbundle.format.manifest.document import expand
-from splitbundle_converter.translation.translate import put_together
+from splitbundle_converter.translation.translate import join
 
 
 def source_tensors(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
@@ -31,4 +31,4 @@ def source_tensors(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
 
     for template in bundle.manifest.source_names:
         for entry in expand(template, len(bundle.architecture.layers)):
-            yield from put_together(entry, tensor).items()
+            yield from join(entry, tensor).items()

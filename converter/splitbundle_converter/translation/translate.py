@@ -13,7 +13,7 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.fields import MAX_PROBLEMS
 from splitbundle.format.manifest.document import EMBEDDING, ROW, SourceName, expand, row_sources
-from splitbundle_converter.checkpoint.source import Reader, Source, dtype_of
+from splitbundle_converter.checkpoint.source import Checkpoint, Reader, dtype_of
 from splitbundle_converter.checkpoint.weight_files import SourceTensor, check_unwrapped
 from splitbundle_converter.errors import problem
 from splitbundle_converter.families.row import Family
@@ -32,7 +32,7 @@ class Origin:
     rows: tuple[str, ...] = ()
     """The source tensors that are a row each, where ``source`` is but the first of them."""
 
-    def take(self, reader: Reader) -> Tensor:
+    def extract(self, reader: Reader) -> Tensor:
         """The logical tensor, in the source's dtype, contiguous."""
         if self.rows:
             return torch.stack([reader.get(name) for name in self.rows])
@@ -41,8 +41,8 @@ class Origin:
         return rows[:, self.start : self.stop].flatten(0, 1).contiguous()
 
 
-def put_together(entry: SourceName, tensors: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``Origin.take`` over all of an entry's tensors: the source tensors by name, exact to the bit."""
+def join(entry: SourceName, tensors: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Return the source tensors by name: the inverse of ``Origin.extract``, exact to the bit."""
     rows = torch.cat([_grouped(tensors(name), entry.groups) for name in entry.tensors], dim=1).flatten(0, 1)
     if ROW in entry.source:
         return dict(zip(row_sources(entry.source, len(rows)), rows, strict=True))
@@ -62,7 +62,7 @@ class Translation:
     source_names: tuple[SourceName, ...]
 
 
-def translate(source: Source, family: Family, architecture: Architecture) -> Translation:
+def translate(source: Checkpoint, family: Family, architecture: Architecture) -> Translation:
     """Matches the checkpoint's tensors with those that the architecture implies, exactly.
 
     Raises:
@@ -105,7 +105,7 @@ def translate(source: Source, family: Family, architecture: Architecture) -> Tra
     return Translation(origins=origins, source_names=tuple(kept))
 
 
-def _check_constants(source: Source, family: Family, prefix: bool, layers: int, dropped: set[str]) -> list[Problem]:
+def _check_constants(source: Checkpoint, family: Family, prefix: bool, layers: int, dropped: set[str]) -> list[Problem]:
     """Adds the constants to what is dropped, where they have the value that the decoder takes for granted."""
     problems: list[Problem] = []
     with source.reader() as reader:
@@ -134,7 +134,7 @@ def _roundings(value: float) -> Tensor:
 _FIXED = "A model with another value of this constant can't be converted yet"
 
 
-def _prefix(source: Source, family: Family) -> bool:
+def _prefix(source: Checkpoint, family: Family) -> bool:
     """Whether the names of the base model bear its prefix: they don't where the base model was saved alone."""
     return any(name.startswith(family.prefix) for name in source.tensors)
 
@@ -144,7 +144,7 @@ def _stored_name(name: str, family: Family, prefix: bool) -> str:
 
 
 def _match_rows(
-    source: Source,
+    source: Checkpoint,
     entry: SourceName,
     shapes: Mapping[str, tuple[int, ...]],
     origins: dict[str, Origin],
@@ -168,7 +168,7 @@ def _match_rows(
 
 
 def _match(
-    source: Source, entry: SourceName, shapes: Mapping[str, tuple[int, ...]], origins: dict[str, Origin]
+    source: Checkpoint, entry: SourceName, shapes: Mapping[str, tuple[int, ...]], origins: dict[str, Origin]
 ) -> list[Problem]:
     rows = [shapes[name][0] for name in entry.tensors]
     shape = (sum(rows), *shapes[entry.tensors[0]][1:])
@@ -198,7 +198,7 @@ MISSING = "The checkpoint isn't whole, or its configuration is another model's"
 
 
 def _tied_copy(
-    source: Source,
+    source: Checkpoint,
     table: list[SourceName],
     architecture: Architecture,
     origins: dict[str, Origin],
@@ -233,7 +233,7 @@ def _off(found: SourceTensor, expected: str, got: str, hint: str | None = None) 
     return problem("source.tensor", found.file, expected, got, hint, f"/{found.stored}")
 
 
-def _extra(source: Source, name: str, layers: int) -> Problem:
+def _extra(source: Checkpoint, name: str, layers: int) -> Problem:
     found = source.tensors[name]
     expected = f"only the tensors of a model of {layers} layers as its configuration describes it"
     return _off(found, expected, f"an extra tensor {found.dtype} {list(found.shape)}", _EXTRA)

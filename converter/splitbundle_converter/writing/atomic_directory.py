@@ -20,7 +20,7 @@ from splitbundle.errors import BundleError, Problem
 from splitbundle.format import strict_json
 from splitbundle.format.manifest.document import FILE
 from splitbundle.storage import files
-from splitbundle.storage.recovery import alone, is_old_bundle, mend, place_of_old
+from splitbundle.storage.recovery import backup_path, directory_lock, is_backup, recover
 
 if sys.platform != "win32":
     import fcntl
@@ -33,14 +33,14 @@ _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
 
 
 @contextlib.contextmanager
-def publishing(destination: str | os.PathLike[str], *, force: bool) -> Iterator[Path]:
+def atomic_directory(destination: str | os.PathLike[str], *, force: bool) -> Iterator[Path]:
     """A directory to write into, which becomes ``destination`` when the block ends well and vanishes when it doesn't.
 
     Raises:
         BundleError: ``output.exists`` without ``force``, or for what isn't a bundle; ``output.failed`` where the system
             doesn't let it be written.
     """
-    target = _place(destination)
+    target = _destination(destination)
     made: os.stat_result | None = None
     try:
         _prepare(target, force)
@@ -48,7 +48,7 @@ def publishing(destination: str | os.PathLike[str], *, force: bool) -> Iterator[
             yield staging
             _make_durable(staging)
             made = staging.stat()
-            with alone(target.parent):
+            with directory_lock(target.parent):
                 _replace(staging, target, force)
     except OSError as error:
         if made is not None and _is_there(made, target):
@@ -59,15 +59,15 @@ def publishing(destination: str | os.PathLike[str], *, force: bool) -> Iterator[
 
 
 @contextlib.contextmanager
-def scratch(destination: str | os.PathLike[str], *, force: bool) -> Iterator[Path]:
+def scratch_directory(destination: str | os.PathLike[str], *, force: bool) -> Iterator[Path]:
     """A private directory beside ``destination`` for what is needed on the way; it vanishes however the block ends.
 
     It is called as half-written bundles are, so the next writer of this destination removes what a killed one left.
 
     Raises:
-        BundleError: ``output.exists`` and ``output.failed``, as ``publishing``: before the work, not after it.
+        BundleError: ``output.exists`` and ``output.failed``, as ``atomic_directory``: before the work, not after it.
     """
-    target = _place(destination)
+    target = _destination(destination)
     with contextlib.ExitStack() as stack:
         try:
             _prepare(target, force)
@@ -86,7 +86,7 @@ def _is_ours(path: Path, target: Path) -> bool:
     return not inside or inside[0] == target.name or inside[0].startswith(f".{target.name}.")
 
 
-def _place(destination: str | os.PathLike[str]) -> Path:
+def _destination(destination: str | os.PathLike[str]) -> Path:
     target = Path(os.path.abspath(destination))  # not resolved: a link is refused, not followed
     if not target.name or "\0" in str(target):
         raise _unwritable(target, "no name for a directory")
@@ -108,11 +108,11 @@ def _place(destination: str | os.PathLike[str]) -> Path:
 
 def _prepare(target: Path, force: bool) -> None:
     """Ends what was interrupted here, refuses what can't be replaced, and removes what killed writers left."""
-    mend(target)
-    with alone(target.parent):  # a bundle that is just being replaced isn't there for a moment
+    recover(target)
+    with directory_lock(target.parent):  # a bundle that is just being replaced isn't there for a moment
         _refuse_existing(target, force)
-        old = place_of_old(target)
-        if os.path.lexists(target) and is_old_bundle(old):  # replaced, and then killed
+        old = backup_path(target)
+        if os.path.lexists(target) and is_backup(old):  # replaced, and then killed
             # In one step out of the place from which old bundles are put back: half of one mustn't be.
             old.rename(_new_place(target))
     for place in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
@@ -240,7 +240,7 @@ def _flush(path: Path) -> None:
 def _replace(staging: Path, target: Path, force: bool) -> None:
     # Converting takes minutes, in which something else may have come to stand there.
     _refuse_existing(target, force)
-    old, two_steps = place_of_old(target), False
+    old, two_steps = backup_path(target), False
     try:
         if not os.path.lexists(target):
             if not _rename(staging, target, exchange=False):

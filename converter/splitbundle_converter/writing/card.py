@@ -6,7 +6,7 @@ from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.manifest.document import Manifest
 
 
-def card(draft: Manifest, architecture: Architecture) -> bytes:
+def model_card(draft: Manifest, architecture: Architecture) -> bytes:
     """The bundle's README.md: a model card with front matter, made of nothing but the manifest's facts."""
     model = draft.model
     front = ["---", "library_name: splitbundle", "tags:", "- splitbundle", f"- {model.family}"]

@@ -13,7 +13,7 @@ from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.manifest import document, rules
 from splitbundle.format.manifest.document import File, Manifest
 from splitbundle.format.manifest.parser import parse_manifest
-from splitbundle_converter.writing.card import card
+from splitbundle_converter.writing.card import model_card
 
 
 def write_file(root: Path, path: str, data: bytes) -> File:
@@ -24,9 +24,9 @@ def write_file(root: Path, path: str, data: bytes) -> File:
     return File(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def finish(root: Path, draft: Manifest, architecture: Architecture) -> Manifest:
+def write_documents(root: Path, draft: Manifest, architecture: Architecture) -> Manifest:
     """Writes the model card, manifest.json and SHA256SUMS, after checking the manifest as a reader would."""
-    listed = {**draft.files, names.CARD: write_file(root, names.CARD, card(draft, architecture))}
+    listed = {**draft.files, names.CARD: write_file(root, names.CARD, model_card(draft, architecture))}
     complete = replace(draft, files=dict(sorted(listed.items())))
     data = complete.to_bytes()
     rules.check_against(parse_manifest(data), architecture)
@@ -39,7 +39,7 @@ def finish(root: Path, draft: Manifest, architecture: Architecture) -> Manifest:
     return complete
 
 
-def placed(made: Bundle, target: Path) -> Bundle:
+def relocated(made: Bundle, target: Path) -> Bundle:
     """A bundle that was read where it was written, at the place that it has now: nothing is left that could fail."""
     return Bundle(target, made.manifest, made.architecture, made.id)
 

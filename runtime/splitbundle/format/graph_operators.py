@@ -20,18 +20,18 @@ VALUES: Final[dict[tuple[bytes, bytes], frozenset[object]]] = {
 class Operator:
     """How many inputs an operator takes, and its attributes: each by the field that holds its value."""
 
-    least: int
-    most: int
+    minimum: int
+    maximum: int
     attributes: dict[bytes, str] = field(default_factory=dict)
 
 
 def _listed() -> dict[bytes, Operator]:
     operators: dict[str, Operator] = {}
 
-    def add(names: str, least: int, most: int | None = None, **attributes: str) -> None:
+    def add(names: str, minimum: int, maximum: int | None = None, **attributes: str) -> None:
         own = {name.encode("ascii"): kind for name, kind in attributes.items()}
         for name in names.split():
-            operators[name] = Operator(least=least, most=most or least, attributes=own)
+            operators[name] = Operator(minimum=minimum, maximum=maximum or minimum, attributes=own)
 
     add("Cos Exp Log Neg Reciprocal Relu Sigmoid Sin Softplus Squeeze Tanh", 1)
     add("Cast", 1, to="i")

@@ -34,15 +34,15 @@ class Call:
             yield start, Call(past, count, length)
 
 
-class Slots:
-    """What a KV cache knows of its rows: ``capacity`` slots each, of which the first ``filled`` hold a token.
+class CacheState:
+    """What a KV cache knows of its rows: ``capacity`` slots each, of which the first ``lengths`` hold a token.
 
     What lies at or above a row's past + count has no meaning: a call with a lower past forgets what lay above it.
     """
 
     def __init__(self, architecture: Architecture, layers: tuple[int, int], batch_size: int, capacity: int) -> None:
         self.layers, self.batch_size, self.capacity = layers, batch_size, capacity
-        self.filled = [0] * batch_size
+        self.lengths = [0] * batch_size
         self.thresholds: set[int] = set()
         """The lengths at which some layer's rotation changes."""
         for layer in range(*layers):
@@ -76,7 +76,7 @@ class Slots:
                     hint="Open a session with more capacity",
                 )
             )
-        for row, (past, filled) in enumerate(zip(call.past, self.filled, strict=True)):
+        for row, (past, filled) in enumerate(zip(call.past, self.lengths, strict=True)):
             if past > filled:
                 raise BundleError(
                     Problem(
@@ -99,7 +99,7 @@ class Slots:
             BundleError: ``session.rollback`` where keys would stay that were turned for a longer row.
         """
         for threshold in self.thresholds:
-            if 0 < past <= threshold < self.filled[row]:
+            if 0 < past <= threshold < self.lengths[row]:
                 raise BundleError(
                     Problem(
                         code="session.rollback",
@@ -112,8 +112,8 @@ class Slots:
 
     def advance(self, call: Call) -> None:
         """Takes this call's tokens as stored."""
-        self.filled = [past + count for past, count in zip(call.past, call.count, strict=True)]
+        self.lengths = [past + count for past, count in zip(call.past, call.count, strict=True)]
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what row ``rows[i]`` was."""
-        self.filled = [self.filled[row] for row in rows]
+        self.lengths = [self.lengths[row] for row in rows]

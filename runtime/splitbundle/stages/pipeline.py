@@ -11,13 +11,13 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.integers import as_integer, as_integers
 from splitbundle.stages.sampling import Sampling
 from splitbundle.stages.session import Session
-from splitbundle.stages.stage import Array, LogitsWanted, StageSurface
+from splitbundle.stages.stage import Array, LogitsWanted, StageBase
 
 STOPPED = -1
 """What ``generate`` gives for a row that has stopped."""
 
 
-def check_tiling(stages: Sequence[StageSurface], *, same_weights: bool) -> None:
+def check_tiling(stages: Sequence[StageBase], *, same_weights: bool) -> None:
     """Whether stages, in order, are one model.
 
     Raises:
@@ -43,7 +43,7 @@ def check_tiling(stages: Sequence[StageSurface], *, same_weights: bool) -> None:
         refuse("pipeline.tiling", "stages", "stages up to the last layer", f"up to {at}")
 
 
-class PipelineSurface:
+class PipelineBase:
     """Stages whose layer ranges tile the model, called as one model."""
 
     # What a backend says for itself.
@@ -140,10 +140,10 @@ class PipelineSurface:
         # Every stage is asked before any cache is written, so that a refusal leaves the session as it was.
         call = stages[0].check(token_ids, past=past, count=counts, cache=caches[0], logits=logits)
         for stage, cache in zip(stages[1:], caches[1:], strict=True):
-            stage.check_call(token_ids, stage.adopt(call), cache, logits)
+            stage.check_call(token_ids, stage.convert_call(call), cache, logits)
         x = token_ids[:, : call.length]
         for stage, cache in zip(stages, caches, strict=True):
-            x = stage(self._enter(x, stage), positions=stage.adopt(call), cache=cache, logits=logits)
+            x = stage(self._enter(x, stage), positions=stage.convert_call(call), cache=cache, logits=logits)
         if session is not None:
             session.past = [before + n for before, n in zip(call.past, call.count, strict=True)]
         if starts is not None and logits == "all":

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.integers import as_integer, as_integers
-from splitbundle.stages.call import Slots
+from splitbundle.stages.call import CacheState
 
 
 class Session:
     """The state of one running sequence batch: each stage's KV cache, and how many positions each row has behind it."""
 
-    def __init__(self, caches: Sequence[Slots], batch_size: int, capacity: int) -> None:
+    def __init__(self, caches: Sequence[CacheState], batch_size: int, capacity: int) -> None:
         self.caches, self.batch_size, self.capacity = caches, batch_size, capacity
         self.past = [0] * batch_size
 

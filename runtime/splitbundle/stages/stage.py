@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.integers import as_integer
-from splitbundle.stages.call import Call, Slots
+from splitbundle.stages.call import CacheState, Call
 
 if TYPE_CHECKING:
     from splitbundle.format.selection import Selection
     from splitbundle.storage.reader import BundleReader
 
-MOST_LOGITS = 2**20
+MAX_LOGITS = 2**20
 LogitsWanted = Literal["all", "last"] | int
 Array = Any
 """A tensor of the backend."""
 
 
-class Given(NamedTuple):
+class ArrayInfo(NamedTuple):
     """An array that a caller gave, in the words of its backend."""
 
     shape: tuple[int, ...]
@@ -28,7 +28,7 @@ class Given(NamedTuple):
     device: str
 
 
-class StageSurface:
+class StageBase:
     """A part of the model. The first stage takes token ids, the others ``hidden``; the last one gives logits."""
 
     backend: ClassVar[str]
@@ -53,15 +53,15 @@ class StageSurface:
 
     # What a backend says for itself.
 
-    def _given(self, array: object) -> Given | None:
+    def _info(self, array: object) -> ArrayInfo | None:
         """An array of this backend; None for anything else."""
         raise NotImplementedError
 
-    def _bounds(self, array: Array) -> tuple[int, int]:
+    def _min_max(self, array: Array) -> tuple[int, int]:
         """The least and the largest of some integers."""
         raise NotImplementedError
 
-    def _place(self) -> Given:
+    def _expected(self) -> ArrayInfo:
         """What this stage computes in, and where; without a shape."""
         raise NotImplementedError
 
@@ -69,14 +69,14 @@ class StageSurface:
         """A call, as this backend wants it."""
         return Call(past, count, length)
 
-    def _make_cache(self, batch_size: int, capacity: int) -> Slots:
+    def _make_cache(self, batch_size: int, capacity: int) -> CacheState:
         raise NotImplementedError
 
-    def adopt(self, call: Call) -> Call:
+    def convert_call(self, call: Call) -> Call:
         """A call of another stage, as this one wants it."""
         return call
 
-    def over_numpy(self) -> StageSurface:
+    def over_numpy(self) -> StageBase:
         """Return a stage that computes the same and takes and gives numpy arrays: itself, where it does that."""
         return self
 
@@ -151,13 +151,13 @@ class StageSurface:
         if logits == "last":
             return 1
         wanted = as_integer(logits)
-        if wanted is None or not 1 <= wanted <= MOST_LOGITS:
-            self._refuse("input.value", "logits", f'"all", "last" or a number from 1 to {MOST_LOGITS}', quoted(logits))
+        if wanted is None or not 1 <= wanted <= MAX_LOGITS:
+            self._refuse("input.value", "logits", f'"all", "last" or a number from 1 to {MAX_LOGITS}', quoted(logits))
         return wanted
 
     def _check_inputs(self, inputs: object) -> None:
         name = "token ids" if self.embeds else f"hidden at layer {self.layer_range[0]}"
-        given, own = self._given(inputs), self._place()
+        given, own = self._info(inputs), self._expected()
         if given is None:
             self._refuse("input.type", name, self.array, type(inputs).__name__)
         if given.device != own.device:
@@ -168,7 +168,7 @@ class StageSurface:
                 self._refuse("input.dtype", name, "an integer dtype", given.dtype)
             if len(given.shape) != 2 or 0 in given.shape:
                 self._refuse("input.shape", name, "(batch, sequence), neither 0", str(given.shape))
-            low, high = self._bounds(inputs)
+            low, high = self._min_max(inputs)
             if low < 0 or high >= self.architecture.vocab_size:
                 got = str(low if low < 0 else high)
                 self._refuse("input.value", name, f"ids from 0 to {self.architecture.vocab_size - 1}", got)
@@ -189,7 +189,7 @@ class StageSurface:
     def _rows(self, name: str, given: Any, batch: int, default: int, low: int, high: int) -> list[int]:
         if given is None:
             return [default] * batch
-        array = self._given(given)
+        array = self._info(given)
         if array is not None and (array.dtype not in self.integer_dtypes or len(array.shape) != 1):
             self._refuse("input.dtype", name, "(batch) of an integer dtype", f"{array.dtype} {array.shape}")
         if array is None and not isinstance(given, Sequence):

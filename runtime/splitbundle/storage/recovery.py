@@ -14,18 +14,18 @@ from typing import Final
 if sys.platform != "win32":
     import fcntl
 
-PATIENCE: Final = 5.0
+LOCK_TIMEOUT: Final = 5.0
 """Seconds to wait for whoever else writes here. Whoever may read a directory can lock it, and mustn't stop others."""
 
 
-def place_of_old(target: Path) -> Path:
+def backup_path(target: Path) -> Path:
     """Where the old bundle stands between the two renames that replace it. There is one such place, so never a choice
     between several old bundles, which nothing but their clocks would tell apart.
     """
     return target.with_name(f".{target.name}.old")
 
 
-def is_old_bundle(place: Path) -> bool:
+def is_backup(place: Path) -> bool:
     """Whether what stands there looks like a bundle, or is empty, which may be replaced too.
 
     Others may keep something else under that name: it stays theirs.
@@ -38,23 +38,23 @@ def is_old_bundle(place: Path) -> bool:
         return False
 
 
-def mend(target: Path) -> None:
+def recover(target: Path) -> None:
     """Puts the old bundle back where its replacement was interrupted; where nothing was, nothing happens.
 
     It never fails: where the system refuses it, on a read-only mount, there is no bundle, as the caller will find.
     """
     if not target.name or os.path.lexists(target):  # the root of a file system has no name, and isn't replaced
         return
-    old = place_of_old(target)
-    if not is_old_bundle(old):
+    old = backup_path(target)
+    if not is_backup(old):
         return
-    with contextlib.suppress(OSError), alone(target.parent):
+    with contextlib.suppress(OSError), directory_lock(target.parent):
         if not os.path.lexists(target):  # or a living writer has just come to its end
             old.rename(target)
 
 
 @contextlib.contextmanager
-def alone(directory: Path) -> Iterator[None]:
+def directory_lock(directory: Path) -> Iterator[None]:
     """Keeps others out who change which bundles stand in a directory, for the few steps that belong together.
 
     The directory itself is locked, so nothing is left behind by whoever dies; where the system has no such locks, or
@@ -65,7 +65,7 @@ def alone(directory: Path) -> Iterator[None]:
         return
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + LOCK_TIMEOUT
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -229,8 +229,8 @@ class _Check:
         if "name" in node:
             self.text(node["name"], at[0])
         inputs = node.get("input", [])
-        if not operator.least <= len(inputs) <= operator.most:
-            expected = f"{operator.least} to {operator.most} inputs of {_shown(node['op_type'])}"
+        if not operator.minimum <= len(inputs) <= operator.maximum:
+            expected = f"{operator.minimum} to {operator.maximum} inputs of {_shown(node['op_type'])}"
             self.reader.refuse("graph.operator", at[0], expected, str(len(inputs)))
         if "attribute" in node:
             self.attributes_of(node["op_type"], operator, node["attribute"])

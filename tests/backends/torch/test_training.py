@@ -47,13 +47,13 @@ def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
 def source_gradients(whole: Bundle, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradients under canonical names -> under the source's names and layouts, by the manifest's own table."""
     from splitbundle.format.manifest.document import expand
-    from splitbundle_converter.translation.translate import put_together
+    from splitbundle_converter.translation.translate import join
 
     return {
         name: gradient
         for template in whole.manifest.source_names
         for entry in expand(template, LAYERS)
-        for name, gradient in put_together(entry, gradients.__getitem__).items()
+        for name, gradient in join(entry, gradients.__getitem__).items()
     }
 
 

@@ -42,12 +42,12 @@ def test_one_pickle(pickled: Callable[..., Path], output: Path, name: str) -> No
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_the_original_class_takes_the_tensors_of_every_family(name: str) -> None:
     """As ``vectors`` loads it where there are pickles: with nothing but a configuration and tensors."""
-    from splitbundle_converter.checkpoint.directory import Place
-    from splitbundle_converter.checkpoint.source import Source
+    from splitbundle_converter.checkpoint.directory import CheckpointDirectory
+    from splitbundle_converter.checkpoint.source import Checkpoint
     from splitbundle_converter.reference.golden_vectors import load_original
 
-    source = Source(checkpoint(name), name=name)
-    again = pickles.PickledSource(Place(directory=source.directory, name=name), source.tensors)
+    source = Checkpoint(checkpoint(name), name=name)
+    again = pickles.PickledCheckpoint(CheckpointDirectory(directory=source.directory, name=name), source.tensors)
     family = FAMILIES[CONFIGURATIONS[name][0]]
     one, other = (load_original(each, family)[0].state_dict() for each in (source, again))
     assert one.keys() == other.keys()

@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def bypassed(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     """A child in which something gets past ``weights_only``: ``body`` runs in place of ``torch.load``."""
     lines = "\n".join(f"    {line}" for line in body.splitlines())
-    boot = pickles.BOOT.replace("import main; main(", "import main\nSTART\nmain(")
+    boot = pickles.CHILD_CODE.replace("import main; main(", "import main\nSTART\nmain(")
     patch = f"import torch\ndef load(path, **named):\n    import os, signal, sys, time\n{lines}\ntorch.load = load"
-    assert boot != pickles.BOOT
+    assert boot != pickles.CHILD_CODE
     monkeypatch.setattr(pickles, "BOOT", boot.replace("START", patch))
 
 
@@ -119,8 +119,8 @@ def test_what_the_child_gets(pickled: Callable[..., Path], output: Path, monkeyp
         name for name in found["environment"] if "TOKEN" in name or "SECRET" in name or name.startswith("TORCH")
     }
     assert found["environment"].keys() <= {
-        *pickles.KEPT, "HOME", "TMPDIR", "TEMP", "TMP", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
-        "LC_CTYPE",
+        *pickles.KEPT_VARIABLES, "HOME", "TMPDIR", "TEMP", "TMP", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
+        "CUDA_VISIBLE_DEVICES", "LC_CTYPE",
     }  # fmt: skip
     assert found["environment"]["HOME"] == found["place"]
     assert (found["input"], found["isolated"], found["mode"] & 0o777) == ("", 1, 0o700)
@@ -155,7 +155,7 @@ def test_a_pickle_that_takes_for_ever(
     path = pickled("llama")
     hashed_for_ever(path / BIN)
     short = "import main; from splitbundle_converter import unpickle as u; u.limit.__defaults__ = (0.5,); main("
-    monkeypatch.setattr(pickles, "BOOT", pickles.BOOT.replace("import main; main(", short))
+    monkeypatch.setattr(pickles, "BOOT", pickles.CHILD_CODE.replace("import main; main(", short))
     assert str(refused(path, output)) == (
         f"[source.state-dict] {BIN}: expected a state dict that can be read, got the process that read it ended by "
         f"SIGXCPU. {WHOLE}"

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from splitbundle.format.architecture.positions import Learned
 from splitbundle.format.architecture.rotary import Llama3, Rotary
 from splitbundle.format.architecture.sizes import count
-from splitbundle_converter.checkpoint.source import Source
+from splitbundle_converter.checkpoint.source import Checkpoint
 from splitbundle_converter.families.configuration import read_configuration
 
 COMMON = {"architectures": ["ForCausalLM"], "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True}
@@ -180,7 +180,7 @@ def read(tmp_path: Path, config: dict[str, Any]) -> Any:
     """The architecture that a configuration alone gives."""
     (tmp_path / "config.json").write_text(json.dumps({**COMMON, **config}))
     save_file({"nothing": torch.zeros(1)}, tmp_path / "model.safetensors")
-    return read_configuration(Source(tmp_path, name="published").configuration())[1]
+    return read_configuration(Checkpoint(tmp_path, name="published").configuration())[1]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 import splitbundle_converter
 from splitbundle import Bundle, BundleError
 from splitbundle.format.manifest.document import expand
-from splitbundle_converter.checkpoint.source import Source
+from splitbundle_converter.checkpoint.source import Checkpoint
 from splitbundle_converter.families.configuration import read_configuration
 from splitbundle_converter.families.table import FAMILIES
-from splitbundle_converter.translation.translate import Translation, put_together, translate
+from splitbundle_converter.translation.translate import Translation, join, translate
 from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY, checkpoint, make_model, scratch, token_rows
 from tests.support.tiers import FEW, thinned
 
@@ -163,7 +163,7 @@ def test_any_cuts_of_any_depth(name: str) -> None:
     holds()
 
 
-def translated(source: Source) -> Translation:
+def translated(source: Checkpoint) -> Translation:
     """The table of a checkpoint."""
     family, architecture, _ = read_configuration(source.configuration())
     return translate(source, family, architecture)
@@ -175,7 +175,7 @@ def test_names_map_there_and_back(name: str) -> None:
 
     @for_examples(name, 3, layers=st.integers(1, DEEPEST))
     def holds(layers: int) -> None:
-        source = Source(deep(name, layers), name=name)
+        source = Checkpoint(deep(name, layers), name=name)
         family, architecture, _ = read_configuration(source.configuration())
         table = translate(source, family, architecture)
         entries = [entry for row in table.source_names for entry in expand(row, layers)]
@@ -189,7 +189,7 @@ def test_names_map_there_and_back(name: str) -> None:
                 assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == {
                     key: architecture.tensors()[key] for key in tensors
                 }
-                for stored, tensor in put_together(entry, tensors.__getitem__).items():
+                for stored, tensor in join(entry, tensors.__getitem__).items():
                     assert torch.equal(tensor, reader.get(stored)), stored
                     sources.append(stored)
         assert len(set(sources)) == len(sources)
@@ -203,7 +203,7 @@ def test_names_map_there_and_back(name: str) -> None:
 LETTERS: Final = "abcdefghijklmnopqrstuvwxyz0123456789._"
 
 
-def problems(source: Source) -> list[Any]:
+def problems(source: Checkpoint) -> list[Any]:
     """What is refused of a checkpoint whose headers were tampered with."""
     with pytest.raises(BundleError) as caught:
         translated(source)
@@ -214,12 +214,12 @@ def problems(source: Source) -> list[Any]:
 @pytest.mark.parametrize("name", thinned(ONE_PER_FAMILY, FEW))
 def test_one_wrong_tensor_is_named(name: str) -> None:
     """Whichever is missing, renamed, added, of another shape or dtype: each is refused, and by its name alone."""
-    whole = Source(checkpoint(name), name=name)
+    whole = Checkpoint(checkpoint(name), name=name)
     names = sorted({origin.source for origin in translated(whole).origins.values()})
 
     @for_examples(name, 25, data=st.data())
     def holds(data: st.DataObject) -> None:
-        source = Source(checkpoint(name), name=name)
+        source = Checkpoint(checkpoint(name), name=name)
         victim = data.draw(st.sampled_from(names), "tensor")
         found = source.tensors[victim]
         missing = f"a tensor {victim!r} of shape {list(found.shape)}"

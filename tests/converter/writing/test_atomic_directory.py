@@ -20,9 +20,9 @@ import splitbundle
 import splitbundle_converter
 from splitbundle import BundleError
 from splitbundle.storage import files
-from splitbundle.storage.recovery import mend, place_of_old
-from splitbundle_converter.writing import atomic_directory
-from splitbundle_converter.writing.atomic_directory import publishing
+from splitbundle.storage.recovery import backup_path, recover
+from splitbundle_converter.writing import atomic_directory as writing
+from splitbundle_converter.writing.atomic_directory import atomic_directory
 from tests.support.checkpoints import accepted, digests, refused
 from tests.support.models import checkpoint
 from tests.support.paths import ROOT
@@ -62,7 +62,7 @@ def names(directory: Path) -> list[str]:
 
 def test_what_others_keep_under_such_names_stays(bundle: Path, tmp_path: Path) -> None:
     """Neither reading nor writing takes it for a bundle that was replaced, or for what a killed writer left."""
-    old = place_of_old(bundle)
+    old = backup_path(bundle)
     old.mkdir()
     (old / "thesis.txt").write_text("years of work")
     splitbundle_converter.resplit(bundle, bundle, split=[2], force=True)
@@ -70,7 +70,7 @@ def test_what_others_keep_under_such_names_stays(bundle: Path, tmp_path: Path) -
     shutil.rmtree(old)
     old.write_text("a backup")
     splitbundle_converter.resplit(bundle, bundle, split=[3], force=True)
-    notes = place_of_old(tmp_path / "notes")
+    notes = backup_path(tmp_path / "notes")
     notes.write_text("my notes")
     with pytest.raises(BundleError, match=r"\[file.missing\]"):
         splitbundle.open(tmp_path / "notes")
@@ -109,9 +109,9 @@ def test_the_old_bundle_stays_until_the_new_one_is_there(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(atomic_directory, "_rename", lambda *arguments, **named: False)
+        monkeypatch.setattr(writing, "_rename", lambda *arguments, **named: False)
     before = splitbundle.open(bundle).id
-    with pytest.raises(RuntimeError), publishing(bundle, force=True) as staging:
+    with pytest.raises(RuntimeError), atomic_directory(bundle, force=True) as staging:
         (staging / "manifest.json").write_text("half")
         raise RuntimeError
     assert splitbundle.open(bundle).id == before
@@ -124,7 +124,7 @@ def test_the_old_bundle_stays_until_the_new_one_is_there(
 def test_what_came_to_stand_there_meanwhile_is_not_removed(tmp_path: Path) -> None:
     target = tmp_path / "new"
     for force in (False, True):
-        with pytest.raises(BundleError, match=r"\[output.exists\]"), publishing(target, force=force):
+        with pytest.raises(BundleError, match=r"\[output.exists\]"), atomic_directory(target, force=force):
             target.mkdir()
             (target / "thesis.txt").write_text("years of work")
         assert (target / "thesis.txt").read_text() == "years of work"
@@ -134,7 +134,7 @@ def test_what_came_to_stand_there_meanwhile_is_not_removed(tmp_path: Path) -> No
 
 
 def _hang(target: Path, complete: bool) -> None:
-    with publishing(target, force=True) as staging:
+    with atomic_directory(target, force=True) as staging:
         (staging / "manifest.json").write_text("half")
         if complete:
             (staging / "SHA256SUMS").write_text("")
@@ -149,12 +149,12 @@ def test_what_a_killed_writer_left_goes_with_the_next(bundle: Path, complete: bo
     began = time.monotonic()
     while not list(bundle.parent.glob(".x.splitbundle.tmp-*/manifest.json")) and time.monotonic() - began < 600:
         time.sleep(0.01)
-    with pytest.raises(RuntimeError), publishing(bundle, force=True):
+    with pytest.raises(RuntimeError), atomic_directory(bundle, force=True):
         raise RuntimeError
     assert len(names(bundle.parent)) == 3  # it lives, so what it writes is left alone: directory, lock, and the bundle
     process.kill()
     process.join()
-    with pytest.raises(RuntimeError), publishing(bundle, force=True):
+    with pytest.raises(RuntimeError), atomic_directory(bundle, force=True):
         raise RuntimeError
     assert names(bundle.parent) == [bundle.name]
 
@@ -214,7 +214,7 @@ def test_a_lock_that_fails(bundle: Path, monkeypatch: pytest.MonkeyPatch, error:
     def refuse(*arguments: object) -> None:
         raise OSError(getattr(errno, error), os.strerror(getattr(errno, error)))
 
-    monkeypatch.setattr(atomic_directory.fcntl, "flock", refuse)
+    monkeypatch.setattr(writing.fcntl, "flock", refuse)
     if error == "EIO":
         with pytest.raises(BundleError, match=r"\[output.failed\]"):
             splitbundle_converter.resplit(bundle, bundle, split=[3], force=True)
@@ -272,13 +272,13 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
 
 def _race(place: Path, together: Barrier, answers: SimpleQueue[tuple[int, str]]) -> None:
     """Several times each, over nothing and over an old bundle, in one step and in two."""
-    exchanging = atomic_directory._rename
+    exchanging = writing._rename
     for kind in KINDS:
-        vars(atomic_directory)["_rename"] = exchanging if kind[1] == "1" else lambda *arguments, **named: False
+        vars(writing)["_rename"] = exchanging if kind[1] == "1" else lambda *arguments, **named: False
         together.wait(600)
         for _ in range(ROUNDS):
             try:
-                with publishing(place / kind, force=kind[0] == "f") as staging:
+                with atomic_directory(place / kind, force=kind[0] == "f") as staging:
                     (staging / "manifest.json").write_text('{"format": "splitbundle"}')
                     for i in range(4):
                         (staging / f"{i}.txt").write_text(str(os.getpid()))
@@ -307,7 +307,7 @@ def test_of_writers_that_race_one_wins_and_the_others_say_so(tmp_path: Path) -> 
                 pytest.fail(f"the writers hang after {said}")
             while not answers.empty():
                 said.append(answers.get())
-            mend(tmp_path / kind)  # as every reader does
+            recover(tmp_path / kind)  # as every reader does
             time.sleep(0.0005)
         won = [str(who) for who, what in said if what == "won"]
         assert names(tmp_path / kind) == ["0.txt", "1.txt", "2.txt", "3.txt", "manifest.json"]

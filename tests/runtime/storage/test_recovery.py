@@ -26,7 +26,7 @@ def other(copy: Path) -> Path:
 
 def test_an_old_bundle_comes_back_where_nothing_stands_and_there_alone(copy: Path, other: Path) -> None:
     before = splitbundle.open(copy).id
-    old = recovery.place_of_old(copy)
+    old = recovery.backup_path(copy)
     other.rename(old)
     os.utime(old, (2**33, 2**33))  # whatever the clocks say
     assert splitbundle.open(copy).id == before
@@ -39,7 +39,7 @@ def test_an_old_bundle_comes_back_where_nothing_stands_and_there_alone(copy: Pat
 @pytest.mark.skipif(os.name == "nt", reason="there the steps of writers aren't kept together")
 def test_a_reader_leaves_a_living_writer_alone(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It looks between the two renames, waits, and finds the new bundle."""
-    old, new = recovery.place_of_old(copy), copy.with_name("new")
+    old, new = recovery.backup_path(copy), copy.with_name("new")
     shutil.copytree(copy, new)
 
     def go_on(seconds: float) -> None:
@@ -59,7 +59,7 @@ class _Locked:
     """The lock that a writer holds between its two renames."""
 
     def __init__(self, directory: Path) -> None:
-        self._held = recovery.alone(directory)
+        self._held = recovery.directory_lock(directory)
         self._held.__enter__()
 
     def close(self) -> None:
@@ -69,7 +69,7 @@ class _Locked:
 
 def test_a_lock_that_is_never_given_back_stops_nobody(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recovery, "PATIENCE", 0.05)
-    copy.rename(recovery.place_of_old(copy))
+    copy.rename(recovery.backup_path(copy))
     held = _Locked(copy.parent)
     assert splitbundle.open(copy).verify()
     held.close()
@@ -89,12 +89,12 @@ def test_where_nothing_can_be_written_what_is_there_is_read(
 
     with monkeypatch.context() as patched:
         patched.setattr(recovery.os, name, refuse) if name != "rename" else patched.setattr(Path, name, refuse)
-        recovery.mend(copy)
+        recovery.recover(copy)
     assert splitbundle.open(copy).id == before
-    copy.rename(recovery.place_of_old(copy))
+    copy.rename(recovery.backup_path(copy))
     with monkeypatch.context() as patched:
         patched.setattr(recovery.os, name, refuse) if name != "rename" else patched.setattr(Path, name, refuse)
-        recovery.mend(copy)  # says nothing: the caller finds that there is no bundle
+        recovery.recover(copy)  # says nothing: the caller finds that there is no bundle
     assert tried
     assert not copy.exists()
     assert splitbundle.open(copy).id == before

@@ -11,13 +11,13 @@ import onnxruntime
 
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.graph import cache_names, cache_sizes, next_name
-from splitbundle.stages.call import Call, Slots
+from splitbundle.stages.call import CacheState, Call
 
 BLOCK: Final = 64
-"""Slots are added in multiples of this."""
+"""CacheState are added in multiples of this."""
 
 
-class KVCache(Slots):
+class KVCache(CacheState):
     """The keys and values of a stage's layers; slot = position.
 
     A graph attends to every slot that there is, so slots are added as they are needed: a quarter more each time. A

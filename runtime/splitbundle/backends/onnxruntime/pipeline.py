@@ -10,7 +10,7 @@ import numpy
 
 from splitbundle.backends.onnxruntime.sampling import draw
 from splitbundle.backends.onnxruntime.stage import load_stages
-from splitbundle.stages.pipeline import PipelineSurface, check_tiling
+from splitbundle.stages.pipeline import PipelineBase, check_tiling
 from splitbundle.stages.sampling import Sampling
 from splitbundle.stages.session import Session
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Pipeline", "Session", "load_pipeline", "load_stages"]
 
 
-class Pipeline(PipelineSurface):
+class Pipeline(PipelineBase):
     """Stages whose layer ranges tile the model, called as one model. It takes and gives numpy arrays."""
 
     def __init__(self, stages: Sequence[Any], *, same_weights: bool = True) -> None:
@@ -36,7 +36,7 @@ class Pipeline(PipelineSurface):
         check_tiling(stages, same_weights=same_weights)
         self.stages = [stage.over_numpy() for stage in stages]
 
-    __call__ = PipelineSurface.forward
+    __call__ = PipelineBase.forward
 
     def _in_order(self) -> Sequence[Any]:
         return self.stages

@@ -13,7 +13,7 @@ from splitbundle.backends.onnxruntime.graph import LoadedGraph, no_graph
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.graph import VARIANTS
 from splitbundle.stages.call import Call
-from splitbundle.stages.stage import Given, LogitsWanted, StageSurface
+from splitbundle.stages.stage import ArrayInfo, LogitsWanted, StageBase
 
 if TYPE_CHECKING:
     from splitbundle.format.manifest.document import Shard
@@ -27,7 +27,7 @@ half of them are of slots that a token doesn't see (``spec/decisions/0009``)."""
 _Pieces = Sequence[tuple[int, Call]]
 
 
-class Stage(StageSurface):
+class Stage(StageBase):
     """A part of the model. The first stage takes token ids, the others ``hidden``; the last one gives logits.
 
     It takes and gives numpy arrays in float32, and computes in what its graphs compute in.
@@ -50,16 +50,16 @@ class Stage(StageSurface):
     def _make_cache(self, batch_size: int, capacity: int) -> KVCache:
         return KVCache(self.architecture, self.layer_range, batch_size, capacity, self._cache_dtypes)
 
-    def _given(self, array: object) -> Given | None:
+    def _info(self, array: object) -> ArrayInfo | None:
         if not isinstance(array, numpy.ndarray):
             return None
-        return Given(shape=array.shape, dtype=str(array.dtype), device=self.device)
+        return ArrayInfo(shape=array.shape, dtype=str(array.dtype), device=self.device)
 
-    def _bounds(self, array: numpy.ndarray) -> tuple[int, int]:
+    def _min_max(self, array: numpy.ndarray) -> tuple[int, int]:
         return int(array.min()), int(array.max())
 
-    def _place(self) -> Given:
-        return Given(shape=(), dtype=self.dtype, device=self.device)
+    def _expected(self) -> ArrayInfo:
+        return ArrayInfo(shape=(), dtype=self.dtype, device=self.device)
 
     def _other_dtype(self) -> str:
         return "Convert it with .astype(numpy.float32)"

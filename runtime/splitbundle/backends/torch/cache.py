@@ -9,10 +9,10 @@ from torch import Tensor
 
 from splitbundle.backends.torch.positions import Positions
 from splitbundle.format.architecture.decoder import Architecture
-from splitbundle.stages.call import Slots
+from splitbundle.stages.call import CacheState
 
 
-class KVCache(Slots):
+class KVCache(CacheState):
     """The keys and values of a stage's layers; slot = position."""
 
     def __init__(

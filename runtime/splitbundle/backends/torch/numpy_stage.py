@@ -8,10 +8,10 @@ import torch
 
 from splitbundle.errors import BundleError, Problem
 from splitbundle.stages.call import Call
-from splitbundle.stages.stage import LogitsWanted, StageSurface
+from splitbundle.stages.stage import LogitsWanted, StageBase
 
 
-class StageOverNumpy(StageSurface):
+class NumpyStage(StageBase):
     """Takes and gives arrays in float32, whatever the torch stage inside computes in, and wherever."""
 
     backend = "torch"
@@ -19,7 +19,7 @@ class StageOverNumpy(StageSurface):
     inner: Any
     """The torch stage. Its class offers this one (``over_numpy``), so this module can't name it."""
 
-    def __init__(self, stage: StageSurface) -> None:
+    def __init__(self, stage: StageBase) -> None:
         self.inner = stage
         self.name, self.fingerprint, self.layer_range = stage.name, stage.fingerprint, stage.layer_range
         self.architecture, self.embeds, self.has_head = stage.architecture, stage.embeds, stage.has_head
@@ -47,13 +47,13 @@ class StageOverNumpy(StageSurface):
     def check_call(self, inputs: Any, call: Call, cache: Any, logits: LogitsWanted = "all") -> None:
         """As the torch stage does."""
         with torch.no_grad():
-            self.inner.check_call(self._tensor(inputs), self.inner.adopt(call), cache, logits)
+            self.inner.check_call(self._tensor(inputs), self.inner.convert_call(call), cache, logits)
 
     def __call__(
         self, inputs: Any, *, positions: Call | None = None, logits: LogitsWanted = "all", **given: Any
     ) -> Any:
         """*Shape:* as the torch stage's, in float32."""
-        call = None if positions is None else self.inner.adopt(positions)
+        call = None if positions is None else self.inner.convert_call(positions)
         with torch.no_grad():
             result = self.inner(self._tensor(inputs), positions=call, logits=logits, **given)
         return result.float().cpu().numpy()

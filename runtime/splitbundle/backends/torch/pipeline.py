@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from splitbundle.backends.torch.sampling import draw
 from splitbundle.backends.torch.stage import Stage, load_stages
-from splitbundle.stages.pipeline import PipelineSurface, check_tiling
+from splitbundle.stages.pipeline import PipelineBase, check_tiling
 from splitbundle.stages.sampling import Sampling
 from splitbundle.stages.session import Session
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Pipeline", "Session", "load_pipeline", "load_stages"]
 
 
-class Pipeline(PipelineSurface, nn.Module):
+class Pipeline(PipelineBase, nn.Module):
     """Stages whose layer ranges tile the model, called as one model."""
 
     def __init__(self, stages: Sequence[Stage], *, same_weights: bool = True) -> None:

@@ -12,12 +12,12 @@ from torch.nn import functional
 from splitbundle.backends.torch.cache import KVCache
 from splitbundle.backends.torch.decoder import Embedding, Head, Layer
 from splitbundle.backends.torch.kernels import with_kernels_for
-from splitbundle.backends.torch.numpy_stage import StageOverNumpy
+from splitbundle.backends.torch.numpy_stage import NumpyStage
 from splitbundle.backends.torch.positions import Positions
 from splitbundle.backends.torch.weights import compute_dtype, map_tensors, rounded
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.stages.call import Call
-from splitbundle.stages.stage import Given, LogitsWanted, StageSurface
+from splitbundle.stages.stage import ArrayInfo, LogitsWanted, StageBase
 
 if TYPE_CHECKING:
     from splitbundle.format.selection import Selection
@@ -27,7 +27,7 @@ Rows = Sequence[int] | Tensor
 """An integer for each row."""
 
 
-class Stage(StageSurface, nn.Module):
+class Stage(StageBase, nn.Module):
     """A part of the model. Its parameters bear the canonical names, with global layer numbers.
 
     The first stage takes token ids, the others ``hidden``; the last one gives logits, the others ``hidden``.
@@ -65,17 +65,17 @@ class Stage(StageSurface, nn.Module):
     def _make_cache(self, batch_size: int, capacity: int) -> KVCache:
         return KVCache(self.architecture, self.layer_range, batch_size, capacity, self.device, self.dtype)
 
-    def _given(self, array: object) -> Given | None:
+    def _info(self, array: object) -> ArrayInfo | None:
         if not isinstance(array, Tensor):
             return None
-        return Given(shape=tuple(array.shape), dtype=str(array.dtype), device=str(array.device))
+        return ArrayInfo(shape=tuple(array.shape), dtype=str(array.dtype), device=str(array.device))
 
-    def _bounds(self, array: Tensor) -> tuple[int, int]:
+    def _min_max(self, array: Tensor) -> tuple[int, int]:
         low, high = array.aminmax()
         return int(low), int(high)
 
-    def _place(self) -> Given:
-        return Given(shape=(), dtype=str(self.dtype), device=str(self.device))
+    def _expected(self) -> ArrayInfo:
+        return ArrayInfo(shape=(), dtype=str(self.dtype), device=str(self.device))
 
     def _other_dtype(self) -> str:
         return "Convert it with .to(stage.dtype), or open the stage with dtype="
@@ -83,15 +83,15 @@ class Stage(StageSurface, nn.Module):
     def _call(self, past: Sequence[int], count: Sequence[int], length: int) -> Positions:
         return Positions(past, count, length, self.device, self.dtype)
 
-    def adopt(self, call: Call) -> Positions:
+    def convert_call(self, call: Call) -> Positions:
         """A call of another stage, as this one wants it."""
         if isinstance(call, Positions) and call.device == self.device and call.dtype == self.dtype:
             return call
         return self._call(call.past, call.count, call.length)
 
-    def over_numpy(self) -> StageOverNumpy:
+    def over_numpy(self) -> NumpyStage:
         """Return a stage over this one that takes and gives numpy arrays in float32."""
-        return StageOverNumpy(self)
+        return NumpyStage(self)
 
     def _check_cache(self, cache: KVCache) -> None:
         if not isinstance(cache, KVCache) or cache.kind != (self.layer_range, self.dtype, self.device):
