@@ -86,6 +86,7 @@ def over(source: Path, output: Path) -> int:
     return int(found["peak"]) - int(found["before"])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_a_full_size_gpt2(tmp_path: Path) -> None:
     total, largest = write_gpt2(tmp_path / "gpt2", 12)

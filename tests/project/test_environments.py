@@ -39,6 +39,7 @@ def run(*command: str | Path, timeout: float = SECONDS, **variables: str) -> str
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("library", "folder", "absent"),
     [
@@ -83,9 +84,20 @@ def test_the_runtime_suite_passes_with_model_zoos_barred(tmp_path: Path) -> None
 WORKER_KINDS = ["thread", "spawn"] + ([] if os.name == "nt" else ["fork", "forkserver"])
 
 
-@pytest.mark.parametrize("options", [(), ("--cold",), ("--intel-openmp",)], ids=["warm", "cold", "intel-openmp"])
-@pytest.mark.parametrize("worker", WORKER_KINDS)
-@pytest.mark.parametrize("way", ["splitbundle", "splitbundle-onnxruntime"])
+@pytest.mark.parametrize(
+    ("way", "worker", "options"),
+    [
+        # A fork is where others hang, and a warm parent is the common case: all of these are short.
+        pytest.param(
+            *(way, worker, () if how == "warm" else (f"--{how}",)),
+            marks=() if how == "warm" or worker == "fork" else pytest.mark.long,
+            id=f"{way}-{worker}-{how}",
+        )
+        for way in ("splitbundle", "splitbundle-onnxruntime")
+        for worker in WORKER_KINDS
+        for how in ("warm", "cold", "intel-openmp")
+    ],
+)
 def test_generating_works_in_every_worker(bundle: Path, way: str, worker: str, options: tuple[str, ...]) -> None:
     if "--intel-openmp" in options and not Path(sys.prefix, "lib", "libiomp5.so").exists():
         pytest.skip("intel-openmp isn't made for this platform")

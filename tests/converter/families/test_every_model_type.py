@@ -21,6 +21,7 @@ from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.quiet_transformers import quiet
 from tests.support import small_models
 from tests.support.models import CONFIGURATIONS, TOLERANCE, original_logits, relative, token_rows
+from tests.support.tiers import thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,7 +50,7 @@ UNBUILT: Final = frozenset(
 """Model types of which no small model can be made by the names of fields alone."""
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", thinned(MODEL_TYPES, FAMILIES))
 def test_a_small_model_converts_with_parity_or_is_refused(
     model_type: str, tmp_path: Path, count_as: Callable[[str], None]
 ) -> None:
