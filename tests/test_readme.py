@@ -1,6 +1,7 @@
 """The code of README.md, the tutorials and the guides runs, and prints what the pages say; links lead somewhere.
 
-Each page runs in a directory and a process of its own, its blocks in their order:
+Each page runs in a directory of its own, its blocks in their order. One process runs all pages, as importing the
+libraries takes longer than the pages do:
 
 - In a ``console`` block, ``$ splitbundle …`` runs the command line. The lines below a command are what it prints, where
   ``…`` stands for any text; on a line of its own it stands for any lines.
@@ -18,7 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -53,25 +54,30 @@ PREPARED: Final = {
 """What a page may start with -> the command that made it, from those before it."""
 _BLOCK: Final = re.compile(r"(?:<!-- ([a-z ]+): ([^>]*?) -->\n+)?^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _RUNNER: Final = """
-import contextlib, io, json, runpy, shlex, sys
+import contextlib, io, json, os, runpy, shlex, sys, traceback
 
-names = {"__name__": "__main__"}
-printed = []
-for kind, where, text in json.load(open(sys.argv[1], encoding="utf-8")):
-    out = io.StringIO()
-    if kind == "python":
-        with contextlib.redirect_stdout(out):
-            exec(compile(text, where, "exec"), names)
-    else:
-        sys.argv = shlex.split(text)
+def run(directory, blocks):
+    os.chdir(directory)
+    names, printed = {"__name__": "__main__"}, []
+    for kind, where, text in blocks:
+        out, err = io.StringIO(), io.StringIO()
         try:
-            with contextlib.redirect_stdout(out):
-                runpy.run_module("splitbundle", run_name="__main__", alter_sys=True)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                if kind == "python":
+                    exec(compile(text, where, "exec"), names)
+                else:
+                    sys.argv = shlex.split(text)
+                    runpy.run_module("splitbundle", run_name="__main__", alter_sys=True)
         except SystemExit as end:
             if end.code:
-                sys.exit(f"{where}: exit status {end.code} of {text}")
-    printed.append(out.getvalue())
-json.dump(printed, open("printed.json", "w", encoding="utf-8"))
+                return printed, f"{where}: exit status {end.code} of {text}: {err.getvalue()}"
+        except BaseException:
+            return printed, f"{where}: {traceback.format_exc()}"
+        printed.append(out.getvalue())
+    return printed, None
+
+for line in sys.stdin:
+    print(json.dumps(run(*json.loads(line))), flush=True)
 """
 Block = tuple[str, str, str]
 """The kind (``python``, or ``command`` for one line of a console), where it is, and its text."""
@@ -98,18 +104,34 @@ def blocks(page: str) -> Iterator[tuple[Block, str]]:
             yield ("command", where, line), said
 
 
-def run(directory: Path, content: list[Block]) -> list[str]:
-    """Run blocks in one process; return what each printed on stdout."""
-    (directory / "blocks.json").write_text(json.dumps(content), "utf-8")
-    command = [sys.executable, "-c", _RUNNER, "blocks.json"]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    printed: list[str] = json.loads((directory / "printed.json").read_text("utf-8"))
-    return printed
+Runner = Callable[[Path, list[Block]], list[str]]
+"""Runs blocks in a directory, and gives what each printed on stdout."""
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run() -> Iterator[Runner]:
+    """What runs blocks, in one process for all pages."""
+    command = [sys.executable, "-c", _RUNNER]
+    settings = os.environ | {"OMP_NUM_THREADS": "1"}  # models this small only lose by threads
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings) as process:
+
+        def ask(directory: Path, content: list[Block]) -> list[str]:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps([str(directory), content]) + "\n")
+            process.stdin.flush()
+            printed: list[str]
+            printed, problem = json.loads(process.stdout.readline())
+            assert problem is None, problem
+            return printed
+
+        yield ask
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, run: Runner) -> Path:
     """A directory with everything that pages start with."""
     directory = tmp_path_factory.mktemp("prepared")
     run(directory, [("command", name, f"splitbundle {command}") for name, command in PREPARED.items()])
@@ -117,7 +139,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page_runs(page: str, tmp_path: Path, prepared: Path) -> None:
+def test_the_code_of_a_page_runs(page: str, tmp_path: Path, prepared: Path, run: Runner) -> None:
     for names in re.findall(r"<!-- starts with: ([^>]*?) -->", (ROOT / page).read_text("utf-8")):
         for name in names.split():
             shutil.copytree(prepared / name, tmp_path / name)
