@@ -33,6 +33,7 @@ exclude_patterns = [".*", "build", "dist", "docs/generated", "tests/golden", "te
 
 nitpick_ignore_regex = [("py:.*", ".*")]  # links between pages are checked; names of types are text
 myst_heading_anchors = 4
+smartquotes = False  # or --json becomes a dash and a word
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
@@ -40,6 +41,6 @@ autodoc_inherit_docstrings = False
 html_theme = "furo"
 html_title = f"splitbundle {__version__}"
 html_additional_pages = {"index": "redirect.html"}
-templates_path = ["docs/templates"]
+templates_path = ["templates"]
 html_copy_source = False
 html_show_copyright = False
