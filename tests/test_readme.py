@@ -9,6 +9,8 @@ libraries takes longer than the pages do:
 - ``<!-- starts with: NAME … -->`` anywhere in a page copies a checkpoint or a bundle of ``PREPARED`` there first.
 - ``<!-- needs: MODULE -->`` before a block skips it where the module isn't installed.
 - ``<!-- not run: REASON -->`` before a block leaves it out.
+
+With the path of another environment's Python in ``SPLITBUNDLE_DOCS_PYTHON``, the pages run there: of a built wheel.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ Runner = Callable[[Path, list[Block]], list[str]]
 @pytest.fixture(scope="session")
 def run() -> Iterator[Runner]:
     """What runs blocks, in one process for all pages."""
-    command = [sys.executable, "-c", _RUNNER]
+    command = [os.environ.get("SPLITBUNDLE_DOCS_PYTHON", sys.executable), "-c", _RUNNER]
     settings = os.environ | {"OMP_NUM_THREADS": "1"}  # models this small only lose by threads
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings) as process:
 
@@ -131,18 +133,26 @@ def run() -> Iterator[Runner]:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory, run: Runner) -> Path:
-    """A directory with everything that pages start with."""
+def prepared(tmp_path_factory: pytest.TempPathFactory, run: Runner) -> Callable[[str], Path]:
+    """Makes what a page starts with, once, after what comes before it in ``PREPARED``."""
     directory = tmp_path_factory.mktemp("prepared")
-    run(directory, [("command", name, f"splitbundle {command}") for name, command in PREPARED.items()])
-    return directory
+
+    def make(wanted: str) -> Path:
+        for name, command in PREPARED.items():
+            if not (directory / name).exists():
+                run(directory, [("command", name, f"splitbundle {command}")])
+            if name == wanted:
+                return directory / name
+        raise AssertionError(f"nothing is called {wanted}")
+
+    return make
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page_runs(page: str, tmp_path: Path, prepared: Path, run: Runner) -> None:
+def test_the_code_of_a_page_runs(page: str, tmp_path: Path, run: Runner, prepared: Callable[[str], Path]) -> None:
     for names in re.findall(r"<!-- starts with: ([^>]*?) -->", (ROOT / page).read_text("utf-8")):
         for name in names.split():
-            shutil.copytree(prepared / name, tmp_path / name)
+            shutil.copytree(prepared(name), tmp_path / name)
     content = list(blocks(page))
     if not content:
         pytest.skip("no code that runs")
