@@ -1,9 +1,9 @@
-# The README's two commands. Each makes its own virtual environment and needs nothing but Python 3.
+# What the README names. Each makes its own virtual environment and needs nothing but Python 3.
 PYTHON ?= python3
 WORKERS ?= 2
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long lint docs clean
 
 demo: .venv/demo/.installed
 	.venv/demo/bin/python examples/demo.py
@@ -19,6 +19,9 @@ lint: .venv/test/.installed
 	.venv/test/bin/ruff check .
 	.venv/test/bin/ruff format --check .
 	.venv/test/bin/mypy
+
+docs: .venv/test/.installed
+	.venv/test/bin/python -m sphinx -b html -c docs -d build/doctrees --fail-on-warning --keep-going . build/docs
 
 # torch first and by its exact version: a loose requirement brings gigabytes of GPU packages.
 .venv/demo/.installed: pyproject.toml constraints.txt

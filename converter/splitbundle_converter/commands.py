@@ -13,6 +13,7 @@ from splitbundle.bundle import Bundle
 from splitbundle.cli.arguments import integers, positive
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import MissingExtra
+from splitbundle_converter.example_checkpoints import DEFAULT, EXAMPLES, copy_example
 from splitbundle_converter.families.composites import EXTENSION, LANGUAGE
 from splitbundle_converter.options import DTYPES
 
@@ -161,6 +162,23 @@ def _families(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _example_arguments(parser: argparse.ArgumentParser) -> None:
+    known = "; ".join(f"{name}: {what}" for name, what in EXAMPLES.items())
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", default=DEFAULT, help=f"by default {DEFAULT}. The known names: {known}"
+    )
+    parser.add_argument("--output", "-o", metavar="DIRECTORY", help="the new directory; by default NAME")
+
+
+def _example(args: argparse.Namespace, console: Console) -> int:
+    output = args.output or args.name
+    directory = copy_example(args.name, output)
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    console.text(f"{output}: {args.name}, {size:,} bytes")
+    console.json({"ok": True, "path": str(output), "name": args.name, "bytes": size})
+    return 0
+
+
 def _report(bundle: Bundle, output: str, console: Console, part: dict[str, Any] | None = None) -> int:
     console.end_progress()
     shards = ", ".join(f"{shard.name} [{shard.layers[0]}, {shard.layers[1]})" for shard in bundle.shards)
@@ -204,4 +222,7 @@ ADD_ONNX: Final = Command(
 )
 FAMILIES: Final = Command(
     name="families", help="list the families that can be converted", configure=_families_arguments, run=_families
+)
+EXAMPLE: Final = Command(
+    name="example", help="copy the trained example checkpoint", configure=_example_arguments, run=_example
 )

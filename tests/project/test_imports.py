@@ -43,9 +43,9 @@ FLOORS = {
         ("__init__", "__main__"),
     ),
     "splitbundle_converter": (
-        ("errors", "options", "quiet_transformers", "example_checkpoints"),
+        ("errors", "options", "quiet_transformers"),
         ("writing", "checkpoint"),
-        ("graphs", "families"),
+        ("graphs", "families", "example_checkpoints"),
         ("translation", "reference", "split_learning"),
         ("language_part",),
         ("open_checkpoint",),

@@ -1,19 +1,30 @@
-"""The README's examples run; its list of files is the files' own first lines, its families those that there are.
+"""The code of README.md, the tutorials and the guides runs, and prints what the pages say; links lead somewhere.
 
-    python tests/test_readme.py
+Each page runs in a directory of its own, its blocks in their order. One process runs all pages, as importing the
+libraries takes longer than the pages do:
 
-writes both lists anew.
+- In a ``console`` block, ``$ splitbundle …`` runs the command line. The lines below a command are what it prints, where
+  ``…`` stands for any text; on a line of its own it stands for any lines.
+- A ``python`` block runs with the names of the page's blocks before it.
+- ``<!-- starts with: NAME … -->`` anywhere in a page copies a checkpoint or a bundle of ``PREPARED`` there first.
+- ``<!-- needs: MODULE -->`` before a block skips it where the module isn't installed.
+- ``<!-- not run: REASON -->`` before a block leaves it out.
+
+With the path of another environment's Python in ``SPLITBUNDLE_DOCS_PYTHON``, the pages run there: of a built wheel.
 """
 
 from __future__ import annotations
 
-import ast
+import json
 import os
 import re
-import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -21,79 +32,162 @@ from splitbundle.cli.commands import COMMANDS
 from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
 from splitbundle_converter.families import summary
 from splitbundle_converter.families.table import FAMILIES
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
-BEGIN, END = "## A line for each file\n", "## Licence\n"
-FAMILIES_BEGIN, FAMILIES_END = "quantised weights and remote code are refused.\n", BEGIN
-OTHERS = {
-    "spec/v1/bundle.md": "The format, normative: directory, manifest, weight files, boundaries, ids, error codes",
-    "spec/v1/decoder.md": "The decoder, normative: each field of architecture.json with its equation",
-    "spec/decisions/": "Where the design was changed or made precise, and why",
-    "schemas/splitbundle_schemas/v1/": "The JSON Schemas of manifest.json and architecture.json",
-    "examples/license-gpt2/": "A trained checkpoint that knows the Apache License by heart",
-    "tests/conformance/": "The conformance kit: cases for readers in any language, and the command that asks them",
-    "tests/golden/": "Bundles of each format version, which must open for ever",
-    "tests/runtime/": "The runtime's own suite: torch, pytest and the golden bundles are all that it needs",
+DOCS: Final = ROOT / "docs"
+README: Final = ROOT / "README.md"
+PAGES: Final = sorted(
+    page.relative_to(ROOT).as_posix() for page in (README, *DOCS.glob("tutorial/*.md"), *DOCS.glob("guides/*.md"))
+)
+"""The pages whose code runs."""
+LINKED: Final = sorted(
+    page.relative_to(ROOT).as_posix()
+    for page in (
+        *(ROOT / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "tests/conformance/README.md")),
+        *(page for page in DOCS.rglob("*.md") if page.parent.name != "generated"),
+    )
+)
+"""The pages whose links and paths are looked at."""
+PREPARED: Final = {
+    "license-gpt2": "example license-gpt2 -o license-gpt2",
+    "license.splitbundle": "convert license-gpt2 --split 2,4 -o license.splitbundle",
+    "license-onnx.splitbundle": "add-onnx license.splitbundle -o license-onnx.splitbundle",
 }
+"""What a page may start with -> the command that made it, from those before it."""
+_BLOCK: Final = re.compile(r"(?:<!-- ([a-z ]+): ([^>]*?) -->\n+)?^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_RUNNER: Final = """
+import contextlib, io, json, os, runpy, shlex, sys, traceback
+
+def run(directory, blocks):
+    os.chdir(directory)
+    names, printed = {"__name__": "__main__"}, []
+    for kind, where, text in blocks:
+        out, err = io.StringIO(), io.StringIO()
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                if kind == "python":
+                    exec(compile(text, where, "exec"), names)
+                else:
+                    sys.argv = shlex.split(text)
+                    runpy.run_module("splitbundle", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            if end.code:
+                return printed, f"{where}: exit status {end.code} of {text}: {err.getvalue()}"
+        except BaseException:
+            return printed, f"{where}: {traceback.format_exc()}"
+        printed.append(out.getvalue())
+    return printed, None
+
+for line in sys.stdin:
+    print(json.dumps(run(*json.loads(line))), flush=True)
+"""
+Block = tuple[str, str, str]
+"""The kind (``python``, or ``command`` for one line of a console), where it is, and its text."""
 
 
-def blocks(kind: str) -> list[str]:
-    """The README's code blocks of a kind, in order."""
-    return re.findall(rf"^```{kind}\n(.*?)^```", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+def blocks(page: str) -> Iterator[tuple[Block, str]]:
+    """What a page runs, in order, each with what the page says that it prints."""
+    text = (ROOT / page).read_text("utf-8")
+    for found in _BLOCK.finditer(text):
+        note, what, kind, body = found.groups()
+        where = f"{page}, line {text.count(chr(10), 0, found.start(4)) + 1}"
+        if kind not in ("python", "console") or note == "not run":
+            continue
+        if note == "needs" and find_spec(what) is None:
+            continue
+        if kind == "python":
+            yield ("python", where, body), ""
+            continue
+        first, *commands = re.split(r"^\$ ", body, flags=re.MULTILINE)
+        assert not first, f"{where}: a console block begins with a command"
+        for command in commands:
+            line, _, said = command.partition("\n")
+            assert line.startswith("splitbundle "), f"{where}: {line}"
+            yield ("command", where, line), said
 
 
-def file_list() -> str:
-    """A table: each module with the first sentence of its docstring, and what isn't a module."""
-    lines = ["", "| file | what it is |", "|---|---|"]
-    packages = ("runtime/splitbundle", "converter/splitbundle_converter", "schemas/splitbundle_schemas")
-    for folder in (*packages, "examples", "benchmarks"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-            first = docstring.partition("\n")[0].rstrip(".").replace("|", r"\|")
-            assert first, f"{path} has no docstring"
-            lines.append(f"| `{path.relative_to(ROOT).as_posix()}` | {first} |")
-    lines += [f"| `{path}` | {what} |" for path, what in OTHERS.items()]
-    return "\n".join([*lines, "", ""])
+Runner = Callable[[Path, list[Block]], list[str]]
+"""Runs blocks in a directory, and gives what each printed on stdout."""
 
 
-def test_the_examples_run(tmp_path: Path) -> None:
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    commands = [line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines()]
-    assert commands
-    printed = ""
-    for command in commands:
-        words = shlex.split(command)
-        assert words[0] == "splitbundle"
-        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
-        printed += done.stdout
-    assert ', Version 2.0 (the "License");' in printed
-    code = "\n".join(blocks("python"))
-    assert code.count("\n") > 20
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="session")
+def run() -> Iterator[Runner]:
+    """What runs blocks, in one process for all pages."""
+    command = [os.environ.get("SPLITBUNDLE_DOCS_PYTHON", sys.executable), "-c", _RUNNER]
+    settings = os.environ | {"OMP_NUM_THREADS": "1"}  # models this small only lose by threads
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings) as process:
+
+        def ask(directory: Path, content: list[Block]) -> list[str]:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps([str(directory), content]) + "\n")
+            process.stdin.flush()
+            printed: list[str]
+            printed, problem = json.loads(process.stdout.readline())
+            assert problem is None, problem
+            return printed
+
+        yield ask
+        assert process.stdin is not None
+        process.stdin.close()
 
 
-def test_the_list_of_files_is_true() -> None:
-    assert between(BEGIN, END) == file_list(), "run python tests/test_readme.py"
-    for path in OTHERS:
-        assert (ROOT / path).exists(), path
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, run: Runner) -> Callable[[str], Path]:
+    """Makes what a page starts with, once, after what comes before it in ``PREPARED``."""
+    directory = tmp_path_factory.mktemp("prepared")
+
+    def make(wanted: str) -> Path:
+        for name, command in PREPARED.items():
+            if not (directory / name).exists():
+                run(directory, [("command", name, f"splitbundle {command}")])
+            if name == wanted:
+                return directory / name
+        raise AssertionError(f"nothing is called {wanted}")
+
+    return make
 
 
-def between(begin: str, end: str) -> str:
-    """What the README has between two lines."""
-    text = README.read_text("utf-8")
-    return text[text.index(begin) + len(begin) : text.index(end)]
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs(page: str, tmp_path: Path, run: Runner, prepared: Callable[[str], Path]) -> None:
+    for names in re.findall(r"<!-- starts with: ([^>]*?) -->", (ROOT / page).read_text("utf-8")):
+        for name in names.split():
+            shutil.copytree(prepared(name), tmp_path / name)
+    content = list(blocks(page))
+    if not content:
+        pytest.skip("no code that runs")
+    printed = run(tmp_path, [block for block, _ in content])
+    for ((_, where, text), said), out in zip(content, printed, strict=True):
+        assert is_like(said, out), f"{where}: {text}\nprinted:\n{out}"
 
 
-def families_table() -> str:
-    """The table of families, as the README has it."""
-    return f"\n{summary.markdown()}\n\n"
+def is_like(said: str, printed: str) -> bool:
+    """Whether a page's lines are what was printed, where ``…`` is any text; a page may say nothing of it."""
+    pattern = "".join(
+        r"(?:.*\n)*" if line == "…" else ".*".join(map(re.escape, line.split("…"))) + r"\n"
+        for line in said.splitlines()
+    )
+    return not said or re.fullmatch(pattern, printed if printed.endswith("\n") else printed + "\n") is not None
 
 
-def test_the_table_of_families_is_true() -> None:
-    assert between(FAMILIES_BEGIN, FAMILIES_END) == families_table(), "run python tests/test_readme.py"
+def test_a_page_that_is_wrong_is_seen() -> None:
+    assert is_like("a … c\n…\nz\n", "a b c\n1\n2\nz\n")
+    assert not is_like("a … c\n", "a b d\n")
+    assert not is_like("a\n", "a\nb\n")
+
+
+def test_the_pages_have_code() -> None:
+    """So that a change of their form doesn't leave it out unseen."""
+    kinds = [block[0] for page in PAGES for block, _ in blocks(page)]
+    assert kinds.count("python") > 15
+    assert kinds.count("command") > 25
+    assert len([page for page in PAGES if any(blocks(page))]) > 10
+
+
+def test_the_readme_fits_on_a_few_screens() -> None:
+    lines = README.read_text("utf-8").splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 100] == []
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -104,13 +198,26 @@ def test_no_row_is_made_of_what_is_refused(name: str) -> None:
     assert not config.problems
 
 
-@pytest.mark.parametrize("name", ["README.md", "SECURITY.md", "CONTRIBUTING.md", "tests/conformance/README.md"])
+@pytest.mark.parametrize("name", LINKED)
 def test_links_lead_to_files(name: str) -> None:
     page = ROOT / name
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
-    assert [link for link in links if not (page.parent / link).exists()] == []
-    paths = re.findall(r"`((?:tests|benchmarks|spec|runtime|examples|converter)/[\w./-]+)`", page.read_text("utf-8"))
+    text = page.read_text("utf-8")
+    prose = re.sub(r"^```(?!\{).*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)|^\[[^]]+\]: ([^#:\s]+)(?:#\S*)?$", prose, re.MULTILINE)
+    assert [link for pair in links for link in pair if link and not (page.parent / link).exists()] == []
+    paths = re.findall(r"`((?:tests|benchmarks|spec|runtime|examples|converter|schemas|docs)/[\w./-]+)`", prose)
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    listed = {
+        (page.parent / line).with_suffix(".md").resolve()
+        for page in DOCS.rglob("*.md")
+        for toctree in re.findall(r"^```\{toctree\}\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+        for line in toctree.splitlines()
+    }
+    pages = {page.resolve() for page in DOCS.rglob("*.md") if page.parent.name != "generated"}
+    assert pages - listed == {DOCS / "index.md"}
 
 
 def test_every_door_is_named_with_what_guards_it() -> None:
@@ -121,22 +228,20 @@ def test_every_door_is_named_with_what_guards_it() -> None:
         name for row in re.findall(r"^\| (`.*?) \|", doors, re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)
     }
     assert commands <= named
-    modules = {path.rpartition("/")[2] for path in re.findall(r"`([\w/]+\.py)`", doors)}
+    modules = set(re.findall(r"`([\w/]+\.py)`", doors))
     assert len(modules) > 8
     packages = (ROOT / "runtime" / "splitbundle", ROOT / "converter" / "splitbundle_converter")
-    assert {name for name in modules if not any((package / name).is_file() for package in packages)} == set()
+    there = [path.relative_to(ROOT).as_posix() for package in packages for path in package.rglob("*.py")]
+    assert {name for name in modules if not any(f"/{path}".endswith(f"/{name}") for path in there)} == set()
 
 
-def test_the_two_commands_are_the_makefiles() -> None:
+def test_the_commands_are_the_makefiles() -> None:
     text, makefile = README.read_text("utf-8"), (ROOT / "Makefile").read_text("utf-8")
+    in_blocks = "".join(re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     for command in ("demo", "test"):
-        assert re.search(rf"^make {command} ", text, re.MULTILINE)
+        assert re.search(rf"^make {command} ", in_blocks, re.MULTILINE)
         assert re.search(rf"^{command}:", makefile, re.MULTILINE)
-    assert "make test" in (ROOT / ".ci" / "run").read_text("utf-8")
+    assert re.search(r"^docs:", makefile, re.MULTILINE)
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
+    assert script.splitlines()[-2:] == ["make test", "make docs"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
-
-
-if __name__ == "__main__":
-    for begin, end, content in ((FAMILIES_BEGIN, FAMILIES_END, families_table()), (BEGIN, END, file_list())):
-        text = README.read_text("utf-8")
-        README.write_text(text[: text.index(begin) + len(begin)] + content + text[text.index(end) :], "utf-8")

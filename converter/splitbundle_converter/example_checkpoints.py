@@ -1,0 +1,60 @@
+"""The example checkpoints that come with this package, and copying one to a directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle_converter.writing.atomic_directory import atomic_directory
+
+DEFAULT: Final = "license-gpt2"
+EXAMPLES: Final[Mapping[str, str]] = {
+    DEFAULT: "a GPT-2 of 6 layers (3 MB) that knows the Apache License by heart",
+}
+"""A name -> what the checkpoint is, for the help."""
+
+_PACKAGED: Final = Path(__file__).parent / "examples"
+_CHECKOUT: Final = Path(__file__).parents[2] / "examples"
+
+
+def copy_example(name: str, output: str | os.PathLike[str]) -> Path:
+    """Copy an example checkpoint into a new directory, which appears whole or not at all.
+
+    Args:
+        name: one of ``EXAMPLES``.
+        output: the new directory.
+
+    Returns:
+        The absolute path of the new directory.
+
+    Raises:
+        BundleError: ``usage.arguments`` for an unknown name; ``output.exists`` where something is at ``output``;
+            ``output.failed`` where the system refuses to write there; ``source.missing`` where the installation lacks
+            the example's files.
+    """
+    if name not in EXAMPLES:
+        expected = f"one of {', '.join(EXAMPLES)}"
+        raise BundleError(Problem(code="usage.arguments", argument="NAME", expected=expected, got=quoted(name)))
+    target = Path(os.path.abspath(output))
+    if os.path.lexists(target):
+        expected, got = "nothing there", "an existing file or directory"
+        hint = "Choose another place with --output, or remove it yourself"
+        raise BundleError(Problem(code="output.exists", file=str(target), expected=expected, got=got, hint=hint))
+    source = _directory(name)
+    with atomic_directory(target, force=False) as staging:
+        for path in sorted(source.iterdir()):
+            (staging / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def _directory(name: str) -> Path:
+    """Return the directory of an example: in the package, or in the checkout of an editable install."""
+    for folder in (_PACKAGED, _CHECKOUT):
+        if (folder / name / "config.json").is_file():
+            return folder / name
+    expected, got = "the example checkpoint that comes with splitbundle", "an installation without it"
+    hint = "Install splitbundle again"
+    raise BundleError(Problem(code="source.missing", file=name, expected=expected, got=got, hint=hint))
