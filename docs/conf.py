@@ -27,6 +27,7 @@ include_patterns = [
     "CHANGELOG.md",
     "benchmarks/NOTES.md",
     "benchmarks/results/*.md",
+    "tests/README.md",
     "tests/conformance/README.md",
 ]
 exclude_patterns = [".*", "build", "dist", "docs/generated", "tests/golden", "tests/conformance/bundles"]

@@ -19,7 +19,6 @@ from splitbundle_converter.quiet_transformers import quiet
 from tests.support.language_parts import Tensors, convert, make, refused
 from tests.support.models import VOCAB, checkpoint
 from tests.support.models_composite import make_composite, make_config, save, stored_tensors, text_fields
-from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 UNSUPPORTED: Final = "A model with this value can't be converted yet; with another value it would be another model"
@@ -348,8 +347,3 @@ def test_every_class_with_a_known_language_part_is_in_the_table_or_refused_by_it
                 assert (problem.code, problem.got) == ("source.family", repr(model_type))
     assert set(known) == set(COMPOSITES)
     print(f"{len(known)} composite classes with parity; refused by name: {', '.join(others)}")
-
-
-def test_the_readme_lists_the_table() -> None:
-    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    assert f"The types that are known: {', '.join(COMPOSITES)}." in text
