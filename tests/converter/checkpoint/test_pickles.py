@@ -235,7 +235,7 @@ def test_reading_streams(tmp_path: Path) -> None:
     """The child holds no copy of the file: one of 512 MiB takes no more than a small one, and some."""
     probe = """
 import os, sys
-from splitbundle_converter import unpickle
+from splitbundle_converter.checkpoint import unpickle
 def private():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) // 1024 for line in status if line.startswith("RssAnon"))
