@@ -103,11 +103,7 @@ def _refusals(file: str) -> Iterator[None]:
 
 
 def _utf8(path: Path) -> str:
-    """Return a path as a string for onnxruntime, which needs UTF-8.
-
-    Raises:
-        BundleError: ``file.unreadable`` if the path isn't UTF-8.
-    """
+    """Return a path as a string for onnxruntime, which needs UTF-8."""
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError as error:
