@@ -78,7 +78,7 @@ def _fetch(identifier: str, revision: str | None, patterns: Sequence[str]) -> Pa
 
 
 def _refuse_hub_pickles(identifier: str, revision: str | None) -> None:
-    """Raise ``source.pickle`` if the hub has pickles of a model without safetensors. Do nothing if it can't be asked."""
+    """Raise ``source.pickle`` if the hub has pickles of a model without safetensors. Do nothing if it is offline."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
