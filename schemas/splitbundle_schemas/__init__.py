@@ -10,10 +10,10 @@ NAMES: Final = ("manifest", "architecture")
 
 
 def load(name: str, version: int = 1) -> dict[str, Any]:
-    """The schema of ``name``.json.
+    """Return the schema of ``name``.json.
 
     Raises:
-        ValueError: there is no such schema.
+        ValueError: no schema has this name and version.
     """
     if name not in NAMES or version != 1:
         raise ValueError(f"no schema {name!r} of version {version}: there are {', '.join(NAMES)} of version 1")
