@@ -118,7 +118,7 @@ class _Check:
         self.ports("input", graph.get("input", []), self.graph.inputs, place)
         initializers = {self.initializer(at) for at in graph.get("initializer", ())}
         if left := self.weights.keys() - initializers:
-            expected = "an initialiser for every weight that the shard computes with"
+            expected = "an initializer for every weight that the shard computes with"
             refuse("graph.weights", place[0], expected, f"none called {_shown(min(left))}")
         results = {self.node(at) for at in graph.get("node", ())}
         self.ports("output", graph.get("output", []), self.graph.outputs, place)
@@ -126,7 +126,7 @@ class _Check:
             if port.name.encode("utf-8") not in results:
                 refuse("graph.values", place[0], f"a node that gives {quoted(port.name)}", "none")
         if unused := initializers - self.taken:
-            refuse("graph.values", place[0], "initialisers that nodes take", f"{_shown(min(unused))}, which none does")
+            refuse("graph.values", place[0], "initializers that nodes take", f"{_shown(min(unused))}, which none does")
 
     def text(self, text: bytes, offset: int) -> None:
         """Check text that only describes."""
