@@ -106,7 +106,7 @@ def interleaved(
 
 @contextlib.contextmanager
 def holding(lock: str | None) -> Iterator[None]:
-    """Waits for a file's lock, for machines that several measure on."""
+    """Hold the lock of a file during the block, so that several runs on one machine measure in turn."""
     if lock is None:
         yield
         return

@@ -201,7 +201,7 @@ class Reader:
                 self._path = found.path
             tensor: Tensor = self._opened.get_tensor(found.stored)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch, which maps the file, has errors of its own
-            hint = "Its header could be read before: see whether the disk is well, and try again"
+            hint = "Its header was readable before: check the disk, and try again"
             raise refusal("source.unreadable", found.file, "weights that can be read", line(error), hint) from error
         return tensor
 

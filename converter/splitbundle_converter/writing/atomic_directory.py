@@ -333,8 +333,8 @@ def _beaten(target: Path) -> BundleError:
 
 
 def _not_durable(target: Path, error: OSError) -> BundleError:
-    expected = "the new bundle, which is in its place, to be there after a power failure too"
-    hint = "splitbundle verify says whether it is whole; free or replace the disk, and run this again"
+    expected = "a new bundle that survives a power failure"
+    hint = "The bundle is in place. Check it with splitbundle verify; free or replace the disk, and run this again"
     return BundleError(Problem(code="output.failed", file=str(target), expected=expected, got=_line(error), hint=hint))
 
 

@@ -50,7 +50,7 @@ def check_cuts(cuts: tuple[int, ...], layers: int) -> None:
                 argument="split",
                 expected=f"rising layer numbers from 0 to {layers}, the model's number of layers",
                 got=",".join(map(str, cuts)),
-                hint="A cut is the number of the layer that the shard after it begins with",
+                hint="A cut is the number of the first layer of the next shard",
             )
         )
 

@@ -59,7 +59,7 @@ def _second_pass(path: Path, size: int, header_sha256: str) -> File:
 
 def _bytes(tensor: Tensor, stored: Stored, name: str) -> Iterator[memoryview]:
     if tuple(tensor.shape) != stored.shape or str(tensor.dtype) != f"torch.{stored.dtype}":
-        raise ValueError(f"{name}: {stored} was to be written, {tensor.dtype} {list(tensor.shape)} came")
+        raise ValueError(f"{name}: expected {stored}, got {tensor.dtype} {list(tensor.shape)}")
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     for start in range(0, len(flat), files.CHUNK):
         yield flat[start : start + files.CHUNK].numpy().data
