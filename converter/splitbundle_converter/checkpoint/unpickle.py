@@ -17,7 +17,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pickle import UnpicklingError  # the error alone
+from pickle import UnpicklingError  # only the error class
 from typing import Any, Final
 
 import torch

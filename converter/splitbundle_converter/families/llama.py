@@ -221,7 +221,7 @@ LLAMA_FAMILIES: Final = (
     row("qwen2", NAMES, PLAIN, ignored=QWEN, allowed={"use_mrope": False}, qkv_bias=True, window=layer_windows),
     # Qwen 3 (Qwen Team 2025, arXiv:2505.09388): normalized queries and keys in place of biases.
     row("qwen3", NAMES, BIASED, ignored=QWEN, query_key_norm="head", window=layer_windows),
-    # Seed-OSS (ByteDance 2025): as Qwen 2.
+    # Seed-OSS (ByteDance 2025): like Qwen 2.
     row("seed_oss", NAMES, PLAIN, ignored=["pretraining_tp", "residual_dropout"], qkv_bias="attention_bias",
         output_bias="attention_out_bias", mlp_bias="mlp_bias"),
     # OLMo 2 (OLMo Team 2024, arXiv:2501.00656): norms on the outputs of the blocks, and on all heads' queries and keys.
