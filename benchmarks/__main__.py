@@ -1,15 +1,15 @@
-"""splitbundle beside what people would use instead, and beside the machine's limit, in one interleaved run.
+"""Measure splitbundle beside its alternatives, and beside the machine's limit, in one interleaved run.
 
     python -m benchmarks decode
     python -m benchmarks prefill --model gpt2,qwen2-0.5b --rounds 7 --directory models --results measured
 
-Each contender runs in fresh processes, on the same tokens, in turn (A B B A …): one round of all, then the next. Ratios
-are taken round by round; tables have their medians, and their least and greatest. What a contender computes is first
-held against transformers' logits; one that differs isn't timed. Files are read once before, so they are in the page
-cache for everybody. Contenders that aren't installed are left out with a line on stderr. What is measured goes to
-``benchmarks/results/`` or ``--results``: JSON, a table and a plot for each set, and whether the goals were reached.
-Exit status: 0 done, 1 nothing could be measured, 2 called wrongly, 4 a library is missing, 130 interrupted: of the case
-that was being measured, the whole rounds are kept.
+Each contender runs in fresh processes, on the same tokens. The contenders run in turn (A B B A …), round by round. Each
+round gives its own ratios; tables have the median, the least and the greatest ratio. Before the rounds, each
+contender's logits are compared with those of transformers; a contender with different logits is not timed. All files
+are read once before, so they are in the page cache for all contenders. A contender that is not installed is left out
+with a line on stderr. The results go to ``benchmarks/results/`` or ``--results``: JSON, a table and a plot for each
+set, and whether the goals were reached. Exit status: 0 done, 1 nothing could be measured, 2 called wrongly, 4 a library
+is missing, 130 interrupted. After an interruption, the complete rounds of the current case are kept.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ ALL = ("import", "size", "verify", "convert", "cold", "load", "prefill", "decode
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that tells an error on one line."""
+    """A parser that prints an error on one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main() -> int:
-    """Runs a set, writes what came, and prints the table, or JSON. Gives the exit status."""
+    """Run a set, write the results, and print a table or JSON. Return the exit status."""
     args = _arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -64,17 +64,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("set", choices=(*ALL, "all"), metavar="SET", help=", ".join((*ALL, "all")))
     names = _names(SHAPES)
     parser.add_argument("--model", type=names, metavar="NAME,NAME", help=f"of {', '.join(SHAPES)} (default: the set's)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="this one alone")
-    parser.add_argument("--only", type=_names(CONTENDERS), metavar="NAME,NAME", help="of the contenders")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="measure only this dtype")
+    parser.add_argument("--only", type=_names(CONTENDERS), metavar="NAME,NAME", help="measure only these contenders")
     parser.add_argument("--rounds", type=_count, help="runs of each contender (default: that of the set)")
-    parser.add_argument("--threads", type=_count, default=2, help="that compute (default: %(default)s)")
-    path = os.path.abspath  # processes that are measured run in another directory
-    parser.add_argument("--directory", type=path, help="where the models are, or are made (default: a temporary one)")
-    parser.add_argument("--results", type=path, help="where to write (default: benchmarks/results, if all is run)")
+    parser.add_argument("--threads", type=_count, default=2, help="computing threads (default: %(default)s)")
+    path = os.path.abspath  # the measured processes run in another directory
+    parser.add_argument("--directory", type=path, help="directory of the models (default: a temporary one)")
+    parser.add_argument("--results", type=path, help="where to write (default: benchmarks/results, for whole sets)")
     parser.add_argument(
-        "--lock", type=path, metavar="FILE", help="hold its lock during each round: others measure, too"
+        "--lock", type=path, metavar="FILE", help="lock this file during each round, if other runs measure too"
     )
-    parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args()
     if args.set in file_sets.NAMES and (args.dtype == "bfloat16" or args.only):
         parser.error(f"{args.set} is measured in float32 and of everybody: it takes no --dtype bfloat16 and no --only")
@@ -103,7 +103,7 @@ def _count(text: str) -> int:
 def _run(args: argparse.Namespace, directory: Path) -> int:
     chosen = [name for name in (ALL if args.set == "all" else (args.set,)) if args.set != "all" or _takes(name, args)]
     require("splitbundle")
-    if {*chosen} - {"import", "size", "verify"}:  # these two need them where there is no bundle yet
+    if {*chosen} - {"import", "size", "verify"}:  # size and verify need them only to make a bundle
         require("torch", "transformers", "safetensors")
     results = Path(args.results or ROOT / "benchmarks" / "results")
     _writable("--directory", directory)
@@ -138,7 +138,7 @@ def _run(args: argparse.Namespace, directory: Path) -> int:
 
 
 def _takes(name: str, args: argparse.Namespace) -> bool:
-    """Whether a set, of all, can be measured as asked."""
+    """Return whether a set supports the options. If it does not, print a line on stderr."""
     if name in file_sets.NAMES and (args.dtype == "bfloat16" or args.only):
         say(f"left out: {name}: it is measured in float32 and of everybody")
         return False
@@ -146,7 +146,11 @@ def _takes(name: str, args: argparse.Namespace) -> bool:
 
 
 def _writable(option: str, path: Path) -> None:
-    """Whether a directory, or the file of a lock, can be written, before anything is measured."""
+    """Check before the measurements that a directory, or a lock file, can be written.
+
+    Raises:
+        Failed: It can't be written.
+    """
     try:
         if option == "--lock":
             with open(path, "a"):
@@ -160,7 +164,7 @@ def _writable(option: str, path: Path) -> None:
 
 
 def _measured(name: str, models: tuple[str, ...] | None, dtype: str | None, measuring: cases.Measuring) -> Any:
-    """The documents of a set, one after the other; a line for each that can't be."""
+    """Yield the documents of a set. Print a line on stderr for each case that can't be measured."""
     if name in file_sets.NAMES:
         for model in file_sets.cases(name, models):
             try:

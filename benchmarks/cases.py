@@ -1,4 +1,4 @@
-"""Measuring one case: who can take part, whether they compute the same, and then round by round."""
+"""Measure one case: find the contenders that can run, compare their logits, and then measure round by round."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from benchmarks.processes import ROOT, Failed, interleaved, measured, require, s
 from benchmarks.shapes import SHAPES
 
 RATES: Final = "the machine"
-"""A contender that measures what the machine can do, before and after the others: the better of both is the limit."""
+"""A contender that measures the rates of the machine, before and after the others. The better rate is the limit."""
 _AFTER: Final = "the machine, again"
 TOLERANCE: Final = {"float32": 1e-3, "bfloat16": 0.05}
-"""Of the largest logit: what a contender may differ by from transformers. The weights are random and the precisions
-differ within, but for another model, or one whose rotation or layout was mistaken, it is more. Without one norm or
-bias of GPT-2's layers 0, 6 and 11 it is 0.0016 or more; without all of a kind 0.04 or more there, and 0.07 or more for
-Qwen 2, but 0.019 without its biases of keys: those bfloat16's rounding hides, and the check in float32 sees."""
+"""The largest difference from transformers that is allowed, as a share of the largest logit. The weights are random,
+and contenders use different precisions internally. A wrong model, rotation or layout gives a larger difference. Without
+one norm or bias of GPT-2's layers 0, 6 and 11, the difference is 0.0016 or more. Without all norms or biases of a kind,
+it is 0.04 or more for GPT-2 and 0.07 or more for Qwen 2, but 0.019 without the key biases of Qwen 2. The rounding of
+bfloat16 hides these; the check in float32 finds them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measuring:
-    """How everything is measured."""
+    """The settings of all measurements."""
 
     workshop: Workshop
     threads: int
@@ -39,12 +40,12 @@ class Measuring:
     lock: str | None
 
     def of_models(self, case: sets.Case) -> dict[str, Any]:
-        """Measures a case that computes a model; gives what is written of it.
+        """Measure a case that computes a model. Return its document for the results.
 
         Raises:
-            Failed: the model can't be made here, or nobody is left.
-            Missing: what holds everybody's logits isn't installed.
-            KeyboardInterrupt: before one round was whole.
+            Failed: The model can't be made here, or no contender is left.
+            Missing: torch or transformers is not installed.
+            KeyboardInterrupt: The run was interrupted before one round was complete.
         """
         require("torch", "transformers")
         shape = SHAPES[case.model]
@@ -91,10 +92,10 @@ class Measuring:
         }
 
     def of_files(self, name: str, model: str) -> dict[str, Any]:
-        """Measures a set that computes no model.
+        """Measure a set that computes no model. Return its document for the results.
 
         Raises:
-            Failed, Missing, KeyboardInterrupt: as of ``of_models``.
+            Failed, Missing, KeyboardInterrupt: As for ``of_models``.
         """
         if model and (why := self.workshop.why_not(model, "float32")):
             raise Failed(why)
@@ -108,7 +109,7 @@ class Measuring:
         return document | {"machine": found, "figures": figures, "left out": left_out, "differences": {}}
 
     def _without_paths(self, reasons: dict[str, str]) -> dict[str, str]:
-        """Reasons that can be published: where the models and this checkout lie is nobody's business."""
+        """Remove the paths of the models and of this checkout from reasons, so that the reasons can be published."""
         places = {str(self.workshop.directory): "DIRECTORY", str(ROOT): "CHECKOUT"}
         return {
             name: functools.reduce(lambda text, place: text.replace(*place), places.items(), why)
@@ -118,7 +119,12 @@ class Measuring:
     def _rounds(
         self, contenders: dict[str, Callable[[], dict[str, Any]]], own: int
     ) -> tuple[list[dict[str, dict[str, Any]]], dict[str, str]]:
-        """Every round that came; somebody is in them beside the machine."""
+        """Run the rounds. At least one contender besides the machine must succeed.
+
+        Raises:
+            Failed: All contenders failed.
+            KeyboardInterrupt: The run was interrupted before a contender succeeded.
+        """
         rounds = self.rounds or own
         runs, failed = interleaved(contenders, rounds, self.lock)
         if not runs[0].keys() - {RATES, _AFTER}:
@@ -169,8 +175,11 @@ class Measuring:
     def _check(
         self, case: sets.Case, tasks: dict[str, dict[str, Any]], checkpoint: Path, left_out: dict[str, str]
     ) -> dict[str, float]:
-        """Holds everybody's logits against transformers', eager, and takes out who differs. Peers are asked once for a
-        version and a checkpoint; what comes from here is asked each time, as its code may have changed."""
+        """Compare each contender's logits with those of eager transformers, and remove contenders that differ.
+
+        The result of another project is remembered for its version and the checkpoint. splitbundle is compared each
+        time, because its code may have changed.
+        """
         record = self.workshop.directory / "checked.json"
         known = _remembered(record)
         stamp = f"{case.model} {case.dtype} {CHECKED} {checkpoint.stat().st_mtime_ns}"
@@ -207,7 +216,7 @@ class Measuring:
 
 
 def _remembered(record: Path) -> dict[str, float]:
-    """Differences of earlier runs; none where another run left the file half-written."""
+    """Return the differences of earlier runs, or none if the file is absent or incomplete."""
     try:
         known: dict[str, float] = json.loads(record.read_text("utf-8"))
     except (FileNotFoundError, ValueError):
@@ -216,7 +225,7 @@ def _remembered(record: Path) -> dict[str, float]:
 
 
 def difference(got: list[float], wanted: list[float]) -> float:
-    """The greatest difference, of the largest logit; infinite for another number of them, or what isn't a number."""
+    """Return the greatest difference as a share of the largest logit. Return infinity for another length or NaN."""
     if len(got) != len(wanted) or not all(map(math.isfinite, (*got, *wanted))):
         return float("inf")
     largest = max(map(abs, wanted))

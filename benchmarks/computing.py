@@ -1,4 +1,4 @@
-"""One contender computes a model, in a process of its own, and says how long it took. Little is imported before it."""
+"""Measure one contender that computes a model, in a separate process. Few modules are imported before the contender."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from importlib import import_module
 from typing import Any, Final
 
 WARM: Final = 3
-"""Tokens that are decoded before any is timed."""
+"""The number of tokens that are decoded before the timing begins."""
 CHECKED: Final = 256
-"""Tokens of the prompt after which logits are compared: those after it and one more token."""
+"""The length of the prompt before a comparison. The logits after the prompt and one more token are compared."""
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """A contender's figures: of importing, loading, the first token, and of each point that the task has."""
+    """Return the figures of a contender: importing, loading, the first token, and each point of the task.
+
+    Times are in seconds; memory is in bytes.
+    """
     clock = time.perf_counter
     figures: dict[str, Any] = {}
     begun = clock()
@@ -47,7 +50,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _point(model: Any, point: dict[str, Any], vocabulary: int, figures: dict[str, Any]) -> None:
-    """Seconds a token of the prompt, the least of some; seconds a token after it, the median of some."""
+    """Measure the seconds for a token of the prompt (the minimum) and for a token after the prompt (the median)."""
     clock = time.perf_counter
     context, batch = point["context"], point["batch"]
     rows = tokens(context, batch, vocabulary)
@@ -69,17 +72,17 @@ def _point(model: Any, point: dict[str, Any], vocabulary: int, figures: dict[str
 
 
 def point_name(what: str, context: int, batch: int) -> str:
-    """The name of a figure."""
+    """Return the name of a figure."""
     return f"{what} {context}" if batch == 1 else f"{what} {context} in {batch} rows"
 
 
 def tokens(context: int, batch: int, vocabulary: int) -> list[list[int]]:
-    """Made-up tokens, the same in every process."""
+    """Return made-up tokens, which are the same in all processes. *Shape:* (batch, context)."""
     return [[(i * 7919 + row * 104729 + 13) % (vocabulary - 10) + 5 for i in range(context)] for row in range(batch)]
 
 
 def private() -> int | None:
-    """Bytes of this process that are in no file; None where the system doesn't say."""
+    """Return the bytes of this process's private memory, or None if the system does not say."""
     try:
         with open("/proc/self/status") as status:
             return next((int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:")), None)
@@ -88,13 +91,13 @@ def private() -> int | None:
 
 
 def _more(figures: dict[str, Any], name: str, found: int | None, before: int | None) -> None:
-    """A figure of bytes; it isn't there where the system doesn't say, so that no goal is reached by it."""
+    """Add a figure in bytes. It is absent if the system does not say, so that no goal is reached by mistake."""
     if found is not None and before is not None:
         figures[name] = found - before
 
 
 class Sampler:
-    """The most private memory that is seen from a thread of its own, every few milliseconds."""
+    """Measures the peak of private memory: a separate thread reads it every few milliseconds."""
 
     def __init__(self) -> None:
         import threading
@@ -113,7 +116,7 @@ class Sampler:
             self.most = max(self.most or 0, now)
 
     def stop(self) -> int | None:
-        """Bytes, at the most; None where the system doesn't say."""
+        """Stop, and return the peak in bytes, or None if the system does not say."""
         self._ended.set()
         self._thread.join()
         self._look()

@@ -1,4 +1,4 @@
-"""onnxruntime-genai, on what its own builder made or on our bundle, driven by the benchmark."""
+"""Drive onnxruntime-genai, with the files of its own builder or with our bundle."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import onnxruntime_genai
 
 
 class Driver:
-    """A model and the generator that holds its cache."""
+    """A model, and the generator that has its cache."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.capacity = task["capacity"]
         config = onnxruntime_genai.Config(task["path"])
-        # By default it takes half of the processors.
+        # By default it uses half of the processors.
         options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": task["threads"]}}}}
         config.overlay(json.dumps(options))
         self.model = onnxruntime_genai.Model(config)
@@ -23,16 +23,16 @@ class Driver:
         self.last: Any = None
 
     def feed(self, rows: list[list[int]], anew: bool) -> None:
-        """Computes the last position's logits of some tokens, after those before or anew."""
+        """Compute the logits of the last position. The tokens follow the earlier ones, or start ``anew``."""
         if anew:
             parameters = onnxruntime_genai.GeneratorParams(self.model)
-            # All of max_length is attended to where the bundle's graphs run: no more than is needed.
+            # With the bundle's graphs, attention covers all of max_length, so it is no longer than necessary.
             parameters.set_search_options(max_length=self.capacity, do_sample=False, batch_size=len(rows))
             self.generator = onnxruntime_genai.Generator(self.model, parameters)
         self.generator.append_tokens(numpy.array(rows, dtype=numpy.int32))
         self.last = self.generator.get_logits()
 
     def logits(self) -> list[float]:
-        """Of the first row."""
+        """Return the logits of the first row. *Length:* vocabulary."""
         found: list[float] = numpy.asarray(self.last)[0, -1].tolist()
         return found

@@ -1,6 +1,6 @@
-"""llama.cpp, by llama-cpp-python, driven by the benchmark: weights mapped, and a cache of the weights' precision.
+"""Drive llama.cpp with llama-cpp-python: the weights are mapped, and the cache has the dtype of the weights.
 
-As its binding has it by default; or with its fused attention, and prompts as a whole.
+It runs with the defaults of the binding, or with fused attention and whole prompts.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from typing import Any, Final
 
 import llama_cpp
 
-_LLAMA: Any = llama_cpp.Llama  # half of it is typed
+_LLAMA: Any = llama_cpp.Llama  # it is only partly typed
 _CACHE: Final = {"float32": 0, "bfloat16": 30}
-"""ggml's numbers for these types; llama-cpp-python has no name for the second."""
+"""The numbers of these dtypes in ggml. llama-cpp-python has no name for the second."""
 
 
 class Driver:
-    """A model and its one sequence."""
+    """A model and its single sequence."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.model: Any = _LLAMA(
@@ -34,13 +34,13 @@ class Driver:
         )
 
     def feed(self, rows: list[list[int]], anew: bool) -> None:
-        """Computes the last position's logits of some tokens, after those before or anew."""
+        """Compute the logits of the last position. The tokens follow the earlier ones, or start ``anew``."""
         (tokens,) = rows
         if anew:
             self.model.reset()
         self.model.eval(tokens)
-        self.model._ctx.get_logits()  # waits for them
+        self.model._ctx.get_logits()  # waits until the logits are computed
 
     def logits(self) -> list[float]:
-        """Of the last token."""
+        """Return the logits of the last token. *Length:* vocabulary."""
         return list(self.model._ctx.get_logits()[: self.model.n_vocab()])

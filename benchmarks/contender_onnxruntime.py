@@ -1,4 +1,4 @@
-"""splitbundle with onnxruntime, driven by the benchmark."""
+"""Drive splitbundle with onnxruntime."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import numpy
 
 import splitbundle
-from splitbundle.backends.onnxruntime import pipeline as _loaded_with_the_import  # noqa: F401  (as the peers' classes are)
+from splitbundle.backends.onnxruntime import pipeline as _loaded_with_the_import  # noqa: F401  (early, as for the peers' classes)
 
 
 class Driver:
-    """A pipeline and the session of what it computes."""
+    """A pipeline and its session."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.capacity = task["capacity"]
@@ -21,12 +21,12 @@ class Driver:
         self.last: Any = None
 
     def feed(self, rows: list[list[int]], anew: bool) -> None:
-        """Computes the last position's logits of some tokens, after those before or anew."""
+        """Compute the logits of the last position. The tokens follow the earlier ones, or start ``anew``."""
         if anew:
             self.session = self.pipeline.session(len(rows), self.capacity)
         self.last = self.pipeline(numpy.array(rows), session=self.session, logits="last")
 
     def logits(self) -> list[float]:
-        """Of the first row."""
+        """Return the logits of the first row. *Length:* vocabulary."""
         found: list[float] = self.last[0, -1].tolist()
         return found

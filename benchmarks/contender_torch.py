@@ -1,4 +1,4 @@
-"""splitbundle with torch, driven by the benchmark."""
+"""Drive splitbundle with torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from splitbundle.backends.torch import pipeline as _loaded_with_the_import  # no
 
 
 class Driver:
-    """A pipeline and the session of what it computes."""
+    """A pipeline and its session."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         torch.set_num_threads(task["threads"])
@@ -21,13 +21,13 @@ class Driver:
         self.last: Any = None
 
     def feed(self, rows: list[list[int]], anew: bool) -> None:
-        """Computes the last position's logits of some tokens, after those before or anew."""
+        """Compute the logits of the last position. The tokens follow the earlier ones, or start ``anew``."""
         if anew:
             self.session = self.pipeline.session(len(rows), self.capacity)
         with torch.no_grad():
             self.last = self.pipeline(torch.tensor(rows), session=self.session, logits="last")
 
     def logits(self) -> list[float]:
-        """Of the first row."""
+        """Return the logits of the first row. *Length:* vocabulary."""
         found: list[float] = self.last[0, -1].float().tolist()
         return found

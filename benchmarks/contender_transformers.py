@@ -1,4 +1,4 @@
-"""transformers, eager or compiled, driven by the benchmark: with a cache, and the last position's logits alone."""
+"""Drive transformers, eager or compiled, with a cache. It computes only the logits of the last position."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 
 class Driver:
-    """A model and its cache: the one that grows, or a static one where it is compiled, as its authors advise."""
+    """A model and its cache. The cache grows, or is static for a compiled model, as transformers' authors advise."""
 
     @staticmethod
     def imports(task: dict[str, Any]) -> None:
-        """The class of the checkpoint, which would otherwise be imported while it is loaded."""
+        """Import the class of the checkpoint. Otherwise loading the model would import it."""
         family = AutoConfig.from_pretrained(task["path"]).model_type
         importlib.import_module(f"transformers.models.{family}.modeling_{family}")
 
@@ -24,14 +24,14 @@ class Driver:
         dtype = getattr(torch, task["dtype"])
         self.model: Any = AutoModelForCausalLM.from_pretrained(task["path"], dtype=dtype)
         self.static = task["options"].get("compile", False)
-        # Every shape is compiled for itself: a graph for any length is slower.
+        # Each shape is compiled separately, because a graph for all lengths is slower.
         self.forward = torch.compile(self.model.forward, dynamic=False) if self.static else self.model.forward
         self.caches: dict[int, Any] = {}
         self.past: Any = None
         self.last: Any = None
 
     def feed(self, rows: list[list[int]], anew: bool) -> None:
-        """Computes the last position's logits of some tokens, after those before or anew."""
+        """Compute the logits of the last position. The tokens follow the earlier ones, or start ``anew``."""
         if anew:
             self.past = self._static(len(rows)) if self.static else None
         with torch.no_grad():
@@ -47,6 +47,6 @@ class Driver:
         return cache
 
     def logits(self) -> list[float]:
-        """Of the first row."""
+        """Return the logits of the first row. *Length:* vocabulary."""
         found: list[float] = self.last[0, -1].float().tolist()
         return found

@@ -1,4 +1,4 @@
-"""Who is measured: for each, the module that drives it, the libraries it needs, and what it can compute."""
+"""The contenders: for each, the module that drives it, the libraries it needs, and the models it can compute."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from benchmarks.shapes import Shape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """A way to compute a model. ``reads`` is which of the directory's files: see ``files.Workshop``."""
+    """A way to compute a model. ``reads`` names the files that it loads; see ``files.Workshop``."""
 
     module: str
     libraries: tuple[str, ...]
-    """What is imported before anything else, and timed; the first is what it is named for."""
+    """The libraries that are imported first, and timed. The first one gives the contender its name."""
     reads: str
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     families: tuple[str, ...] = ("gpt2", "llama", "qwen2")
@@ -25,7 +25,7 @@ class Contender:
     needs_compiler: bool = False
 
     def why_not(self, shape: Shape, dtype: str) -> str | None:
-        """Why it can't compute this here; None where it can."""
+        """Return the reason why it can't compute this model here, or None if it can."""
         for library in self.libraries:
             if importlib.util.find_spec(library) is None:
                 return f"{library} isn't installed"

@@ -1,10 +1,11 @@
-"""The private memory that converting takes, for sharded checkpoints of growing size: it stays flat.
+"""Measure the private memory of conversions, for sharded checkpoints of growing size: it does not grow.
 
     python -m benchmarks.conversion_memory --gigabytes 1,2,4
 
-makes a Llama-like checkpoint of random bfloat16 weights for each size, in several files with an index, converts it in
-another process, and samples what is in that process's memory and in no file (``RssAnon`` of ``/proc``, so on Linux
-alone). It needs twice the largest size on disk, and removes what it wrote. Times aren't measured.
+For each size, this makes a Llama-like checkpoint of random bfloat16 weights, in several files with an index. A child
+process converts the checkpoint. Meanwhile, this process samples the private memory of the child (``RssAnon`` of
+``/proc``, so only on Linux). It needs disk space of twice the largest size, and removes its files. It does not measure
+times.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ WIDTHS: Final[dict[str, Any]] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-"""Of a model of about one thousand million parameters; the size is reached by the number of layers."""
+"""The widths of a model with about one billion parameters. The number of layers sets the size of the checkpoint."""
 INTERVAL: Final = 0.01
-"""Seconds between two looks."""
+"""Seconds between two samples."""
 CHILD: Final = """
 import sys
 import jsonschema, transformers
@@ -50,12 +51,12 @@ conversion.convert(sys.argv[1], sys.argv[2], split=[1], dtype=sys.argv[3], check
 
 
 def main() -> int:
-    """Measures each size, and prints a table, or one JSON document."""
+    """Measure each size, and print a table or one JSON document."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion_memory", description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", default="1,2,4", help="sizes of checkpoints (default: %(default)s)")
     parser.add_argument("--files", type=int, default=5, help="files of each checkpoint (default: %(default)s)")
-    parser.add_argument("--dtype", default="keep", help="to convert to (default: %(default)s)")
-    parser.add_argument("--check", action="store_true", help="compute the original too, which takes all of its weights")
+    parser.add_argument("--dtype", default="keep", help="dtype to convert to (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="also run the original, which loads all of its weights")
     parser.add_argument("--directory", help="where to write (default: the system's temporary directory)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args()
@@ -80,7 +81,7 @@ def main() -> int:
 
 
 def measure(folder: Path, gigabytes: float, files: int, dtype: str, check: bool) -> dict[str, int]:
-    """Bytes of a checkpoint of about so many gigabytes, and of the memory that converting it takes."""
+    """Measure the conversion of a checkpoint of about this size. Return its sizes and the memory, in bytes."""
     source = folder / "source"
     found = write_checkpoint(source, gigabytes, files)
     imports, peak = convert(source, folder / "made.splitbundle", dtype, check)
@@ -88,7 +89,11 @@ def measure(folder: Path, gigabytes: float, files: int, dtype: str, check: bool)
 
 
 def write_checkpoint(directory: Path, gigabytes: float, files: int) -> dict[str, int]:
-    """A Llama of about so many gigabytes, in so many files or fewer: its bytes, files, layers and largest tensor."""
+    """Write a Llama checkpoint of about this size, in at most ``files`` files.
+
+    Returns:
+        Its size in bytes, its numbers of files and layers, and the size of its largest tensor in bytes.
+    """
     from transformers import LlamaConfig
 
     ends = sum(2 * rows * columns for rows, columns in (_embedding(), _embedding()))
@@ -146,14 +151,14 @@ def _tensors(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 class Random:
-    """Tensors as a trained model's might be, no two alike: rows of one random block, each time from another place."""
+    """Makes different tensors with realistic values. Each repeats a random block from another start."""
 
     def __init__(self) -> None:
         self.block = (0.02 * torch.randn(2**23 + 7, generator=torch.Generator().manual_seed(0))).bfloat16()
         self.start = 0
 
     def tensor(self, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of a shape."""
+        """Return a bfloat16 tensor of this shape."""
         size = torch.Size(shape).numel()
         self.start = (self.start + 1009) % len(self.block)
         turned = self.block.roll(-self.start)
@@ -161,7 +166,7 @@ class Random:
 
 
 def convert(source: Path, output: Path, dtype: str, check: bool) -> tuple[int, int]:
-    """Converts in another process. Gives its private bytes after its imports, and the most that was seen since."""
+    """Convert in another process. Return its private memory in bytes after the imports, and the peak since then."""
     command = [sys.executable, "-c", CHILD, str(source), str(output), dtype, str(check)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         if child.stdin is None or child.stdout is None or child.stdout.readline() != "ready\n":
@@ -179,7 +184,7 @@ def convert(source: Path, output: Path, dtype: str, check: bool) -> tuple[int, i
 
 
 def private(process: int) -> int:
-    """Bytes that a process holds and no file does; none when it has ended."""
+    """Return the bytes of a process's private memory, or 0 if it has ended."""
     with open(f"/proc/{process}/status") as status:
         return next((int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:")), 0)
 

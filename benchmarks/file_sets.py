@@ -1,4 +1,4 @@
-"""The sets of the benchmark that compute no model: importing, converting, verifying, and the sizes of files."""
+"""The sets of the benchmark that compute no model: importing, converting, verifying, and file sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.shapes import ITEM, SHAPES
 Measure = Callable[[], dict[str, Any]]
 NAMES: Final = ("import", "convert", "size", "verify")
 MODELS: Final = {"import": ("",), "convert": ("gpt2", "qwen2-0.5b"), "size": ("gpt2",), "verify": ("qwen2-0.5b",)}
-"""By default; importing reads no model."""
+"""The name of a set -> its default models. Importing reads no model."""
 ROUNDS: Final = {"import": 10, "convert": 5, "size": 1, "verify": 7}
 
 PASS: Final = "python -c pass"
@@ -33,7 +33,7 @@ BUNDLE: Final = "splitbundle"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Contenders, the figure that they have, and what is to be reached."""
+    """The contenders of a set, their figures, and the goals."""
 
     contenders: dict[str, Measure]
     reference: str
@@ -43,10 +43,11 @@ class Plan:
 
 
 def plan(name: str, model: str, workshop: Workshop) -> Plan:
-    """What a set measures.
+    """Return the plan of a set.
 
     Raises:
-        Failed: it can't be measured here.
+        Failed: The set can't be measured here.
+        Missing: A library is not installed.
     """
     return {"import": _import, "convert": _convert, "size": _size, "verify": _verify}[name](model, workshop)
 
@@ -62,7 +63,7 @@ def _import(model: str, workshop: Workshop) -> Plan:
     left_out = {}
     for name, code in list(codes.items()):
         try:
-            seconds([sys.executable, "-c", code])  # compiled files are written, and everything read once
+            seconds([sys.executable, "-c", code])  # this writes the .pyc files, and reads all files once
         except Failed as error:
             del codes[name]
             left_out[name] = str(error)
@@ -86,7 +87,7 @@ def _convert(model: str, workshop: Workshop) -> Plan:
     require("torch", "transformers")
     source = workshop.make("checkpoint", model, "float32")
     read = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(source)!r})"
-    output = workshop.directory / f"converting-{os.getpid()}.splitbundle"  # others may measure beside us
+    output = workshop.directory / f"converting-{os.getpid()}.splitbundle"  # another run may use the same directory
     copy = workshop.directory / f"copying-{os.getpid()}"
 
     def convert() -> dict[str, float]:
@@ -108,7 +109,7 @@ def _convert(model: str, workshop: Workshop) -> Plan:
             _remove(output)
 
     def by_hand() -> dict[str, float]:
-        """``sync`` is told the files, so that what others wrote isn't waited for."""
+        """Copy and hash. ``sync`` gets the names of the files, so it does not wait for files of other programs."""
         _remove(copy)
         command = 'cp -r "$0" "$1" && sync "$1"/* && openssl dgst -sha256 "$1"/*.safetensors'
         try:
@@ -126,7 +127,7 @@ def _convert(model: str, workshop: Workshop) -> Plan:
         at_most=1.5,
     )
     contenders = {COPY: by_hand, CONVERT: convert, CONFIGURATION: _timed("process", [sys.executable, "-c", read])}
-    goals = (goal,) if model == "qwen2-0.5b" else ()  # it is one for 2 GB: starting takes its time, too
+    goals = (goal,) if model == "qwen2-0.5b" else ()  # the goal is for 2 GB: for less, the start-up time dominates
     return Plan(contenders=contenders, reference=COPY, figures=("process",), goals=goals)
 
 
@@ -184,12 +185,12 @@ def _in_process(task: dict[str, Any]) -> Measure:
 
 
 def measure(task: dict[str, Any]) -> dict[str, float]:
-    """The time to hash a bundle's files on some cores, by ``verify`` or by openssl, in this process."""
+    """Return the seconds to hash a bundle's files on some cores, with ``verify`` in this process or with openssl."""
     import splitbundle
 
     os.sched_setaffinity(0, task["cores"])
     bundle, count = splitbundle.open(task["bundle"]), len(task["cores"])
-    # The largest first, each to who has the least: shares of one size.
+    # The largest file comes first, and each file goes to the smallest share. So the shares have about the same size.
     shares: list[list[str]] = [[] for _ in range(count)]
     loads = [0] * count
     for path, file in sorted(bundle.manifest.files.items(), key=lambda item: -item[1].size):
@@ -209,7 +210,7 @@ def measure(task: dict[str, Any]) -> dict[str, float]:
 
 
 def cases(name: str, models: tuple[str, ...] | None) -> Iterator[str]:
-    """The models of a set."""
+    """Return the models of a set."""
     yield from MODELS[name] if models is None or name == "import" else models
 
 

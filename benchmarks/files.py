@@ -1,4 +1,4 @@
-"""The files that are measured, made where they are missing: checkpoints of random weights, and what is made of them."""
+"""Make the files for the measurements if they are missing: checkpoints of random weights, and conversions of them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,24 @@ from benchmarks.processes import ROOT, Failed, Missing, require, say
 from benchmarks.shapes import ITEM, SHAPES, Shape
 
 _COPIES = 4
-"""Checkpoint, bundle, GGUF and the genai build: as many times the weights' bytes may be written."""
+"""The number of copies of the weights on disk: checkpoint, bundle, GGUF and the genai build."""
 _VERSION = 2
-"""In the names: what an earlier version made, with biases of 0 and norms of 1, isn't taken."""
+"""The version in the file names. Version 1 had biases of 0 and norms of 1, and must not be used."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Workshop:
-    """A directory of models. What is there from an earlier run is taken, where this version reads it."""
+    """A directory of models. Files of an earlier run are used again if this version can read them."""
 
     directory: Path
 
     def make(self, reads: str, model: str, dtype: str) -> Path:
-        """What a contender reads: a checkpoint, bundle, shards (a bundle of three), gguf or genai."""
+        """Return the path of a contender's files: a checkpoint, bundle, shards (a bundle of three), gguf or genai.
+
+        Raises:
+            Failed: The files can't be made, or the present files are not usable.
+            Missing: A library is not installed.
+        """
         makers: dict[str, tuple[str, Callable[[Path, str, str], None]]] = {
             "checkpoint": ("", _checkpoint),
             "bundle": (".splitbundle", self._bundle),
@@ -48,7 +53,7 @@ class Workshop:
             return path
         say(f"making {path}")
         self.directory.mkdir(parents=True, exist_ok=True)
-        # Another run may make the same: each under a name of its own, and who comes second drops what it made.
+        # Another run may make the same files. Each run uses its own temporary name, and the second one drops its files.
         temporary = path.with_name(f"making-{secrets.token_hex(4)}-{path.name}")
         try:
             maker(temporary, model, dtype)
@@ -56,7 +61,7 @@ class Workshop:
                 path.rmdir()
             if not _there(path):
                 os.rename(temporary, path)
-        except OSError as error:  # a disk that is full, or the other was here first
+        except OSError as error:  # the disk is full, or another run was first
             if not _there(path):
                 raise Failed(f"{path} can't be made: {error}") from None
         finally:
@@ -67,11 +72,11 @@ class Workshop:
         return self.directory / f"{model}-v{_VERSION}{'' if dtype == 'float32' else '-' + dtype}{ending}"
 
     def why_not(self, model: str, dtype: str) -> str | None:
-        """Why a model can't be made and measured here; None where it can."""
+        """Return the reason why a model can't be made and measured here, or None if it can."""
         weights = SHAPES[model].parameters() * ITEM[dtype]
         self.directory.mkdir(parents=True, exist_ok=True)
         free, disk = _free_memory(), shutil.disk_usage(self.directory).free
-        # Made in float32 by transformers, before it is rounded.
+        # transformers makes the weights in float32 before they are rounded.
         memory = SHAPES[model].parameters() * 4 * 5 // 4 + weights
         if free is not None and free < memory:
             return f"it needs {memory / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free"
@@ -80,7 +85,7 @@ class Workshop:
         return None
 
     def _bundle(self, path: Path, model: str, dtype: str) -> None:
-        # Graphs compute in float32 alone on a CPU, so those of 16 bits aren't measured.
+        # On a CPU, graphs compute only in float32, so graphs of 16 bits are not measured.
         source, graphs = self.make("checkpoint", model, dtype), dtype == "float32"
         _convert(source, path, genai=graphs)
 
@@ -100,7 +105,7 @@ class Workshop:
     def _genai(self, path: Path, model: str, dtype: str) -> None:
         source = self.make("checkpoint", model, dtype)
         command = ["-m", "onnxruntime_genai.models.builder", "-m", model, "-i", source, "-o", path]
-        # Of a prompt everybody computes the last position's logits alone.
+        # All contenders compute only the logits of a prompt's last position.
         command += ["-p", "fp32", "-e", "cpu", "-c", self.directory / "cache", "--extra_options", "prune_lm_head=true"]
         done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
         if done.returncode:
@@ -117,14 +122,14 @@ def _checkpoint(path: Path, model: str, dtype: str) -> None:
     models: Any = AutoModelForCausalLM
     made = models.from_config(AutoConfig.for_model(shape.family, **shape.config()))
     for name, parameter in made.named_parameters():
-        # It makes biases 0 and norms 1: who left them out would compute the same.
+        # By default, biases are 0 and norms are 1. Then a contender without them would have the same results.
         if name.endswith(".bias"):
             torch.nn.init.normal_(parameter, 0.0, 0.1)
         elif parameter.dim() == 1:
             torch.nn.init.normal_(parameter, 1.0, 0.1)
     made.to(getattr(torch, dtype)).save_pretrained(path)
     for tokenizer in (ROOT / "examples" / "license-gpt2").glob("tokenizer*.json"):
-        shutil.copy(tokenizer, path)  # onnxruntime-genai's builder wants one; no text is computed
+        shutil.copy(tokenizer, path)  # onnxruntime-genai's builder requires a tokenizer; no text is computed
 
 
 def _convert(source: Path, path: Path, **options: Any) -> None:
@@ -141,10 +146,10 @@ def _convert(source: Path, path: Path, **options: Any) -> None:
 
 
 def check_config(checkpoint: Path, shape: Shape) -> None:
-    """Whether a checkpoint that was there is of this shape.
+    """Check that a present checkpoint has this shape.
 
     Raises:
-        Failed: it is another's, or none.
+        Failed: It has another shape, or no configuration.
     """
     try:
         config = json.loads((checkpoint / "config.json").read_text("utf-8"))
@@ -158,10 +163,10 @@ def check_config(checkpoint: Path, shape: Shape) -> None:
 
 
 def check_checkpoint(checkpoint: Path, shape: Shape) -> None:
-    """Whether a checkpoint that was there is of this shape, and its weights are whole.
+    """Check that a present checkpoint has this shape, and that its weights are complete.
 
     Raises:
-        Failed: it isn't.
+        Failed: It has another shape, or parameters are missing.
     """
     require("safetensors")
     from safetensors import SafetensorError, safe_open
@@ -179,10 +184,10 @@ def check_checkpoint(checkpoint: Path, shape: Shape) -> None:
 
 
 def check_bundle(path: Path) -> None:
-    """Whether a bundle that was there has the layout that this version reads.
+    """Check that this version can read a present bundle.
 
     Raises:
-        Failed: it hasn't.
+        Failed: Another version made the bundle.
     """
     import splitbundle
 

@@ -1,4 +1,4 @@
-"""A checkpoint of the benchmark as GGUF, for llama.cpp: names, layouts, and a made-up vocabulary of the right size."""
+"""Write a checkpoint of the benchmark as GGUF for llama.cpp, with a made-up vocabulary of the right size."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _ENDS: Final = {
 
 
 def write(shape: Shape, checkpoint: Path, path: Path) -> None:
-    """Writes the whole model, matrices in the checkpoint's precision and everything else in float32."""
+    """Write the whole model. Matrices keep the dtype of the checkpoint; all other tensors are float32."""
     writer = gguf.GGUFWriter(path, shape.family)
     _facts(writer, shape)
     for name, tensor in tensors(shape, checkpoint):
@@ -57,20 +57,20 @@ def write(shape: Shape, checkpoint: Path, path: Path) -> None:
 
 
 def tensors(shape: Shape, checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors under llama.cpp's names and in its layouts, out × in."""
+    """Yield the tensors of the checkpoint with llama.cpp's names and layouts. *Shape:* matrices are (out, in)."""
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            for source in opened.keys():  # noqa: SIM118  (it is no dict)
+            for source in opened.keys():  # noqa: SIM118  (it is not a dict)
                 name, tensor = renamed(source), opened.get_tensor(source)
                 if shape.family == "gpt2" and tensor.dim() == 2 and name.startswith("blk."):
-                    tensor = tensor.t()  # its layers store in × out
+                    tensor = tensor.t()  # GPT-2's layers store [in, out]
                 if shape.family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
                     tensor = _interleaved(tensor, shape.head_size)
                 yield name, tensor
 
 
 def renamed(source: str) -> str:
-    """``model.layers.3.mlp.up_proj.weight`` -> ``blk.3.ffn_up.weight``."""
+    """Return llama.cpp's name: ``model.layers.3.mlp.up_proj.weight`` -> ``blk.3.ffn_up.weight``."""
     module, _, last = source.rpartition(".")
     if module in _ENDS:
         return f"{_ENDS[module]}.{last}"
@@ -79,7 +79,7 @@ def renamed(source: str) -> str:
 
 
 def _interleaved(tensor: Tensor, size: int) -> Tensor:
-    """Its Llama rotates neighbouring channels, where transformers rotates those that are half a head apart."""
+    """Reorder channels: llama.cpp rotates adjacent channels; transformers rotates channels half a head apart."""
     rows, columns = tensor.shape
     return tensor.view(rows // size, 2, size // 2, columns).transpose(1, 2).reshape(rows, columns)
 
@@ -98,7 +98,7 @@ def _facts(writer: Any, shape: Shape) -> None:
         writer.add_rope_freq_base(10000.0)
         writer.add_rope_dimension_count(shape.head_size)
         writer.add_vocab_size(shape.vocabulary)
-    # No text is computed, but it won't load without a tokenizer. Ċ is a new line, which it looks for.
+    # No text is computed, but llama.cpp loads no model without a tokenizer. Ċ is a new line, which it searches for.
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(["Ċ", *(f"t{i}" for i in range(1, shape.vocabulary))])

@@ -1,4 +1,4 @@
-"""What is to be reached, as data, and whether it was: ratios round by round, their median and their spread."""
+"""Goals as data, and their outcomes: ratios round by round, their median and their spread."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 Figures = Mapping[str, float]
-"""A figure's name -> seconds, bytes or rates. Of seconds and bytes, less is better."""
+"""The name of a figure -> seconds, bytes or a rate. For seconds and bytes, a smaller value is better."""
 Run = Mapping[str, Figures]
-"""A contender's name -> its figures in one round."""
+"""The name of a contender -> its figures in one round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Term:
     figure: str
 
     def of(self, run: Run) -> float | None:
-        """Its value in a round; None where it wasn't measured."""
+        """Return the value in a round, or None if it was not measured."""
         return run.get(self.contender, {}).get(self.figure)
 
     def __str__(self) -> str:
@@ -31,9 +31,9 @@ class Term:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """A bound of ``against`` ÷ ``own`` (times as fast), or, with ``share``, of ``own`` ÷ ``against``.
+    """A bound on ``against`` ÷ ``own`` (times as fast), or, with ``share``, on ``own`` ÷ ``against``.
 
-    What ``less`` names is taken from ``own`` first. Without ``against`` the bound is one of the amount itself.
+    First, the terms of ``less`` are subtracted from ``own``. Without ``against``, the bound is on the amount itself.
     """
 
     what: str
@@ -45,7 +45,7 @@ class Goal:
     at_most: float | None = None
 
     def value(self, run: Run) -> float | None:
-        """What came in one round; None where something of it wasn't measured."""
+        """Return the value in one round, or None if a term was not measured."""
         own, less = self.own.of(run), [term.of(run) for term in self.less]
         other = None if self.against is None else self.against.of(run)
         if own is None or None in less or (self.against is not None and other is None):
@@ -58,7 +58,7 @@ class Goal:
         return other / own if own > 0 else math.inf
 
     def outcome(self, runs: Sequence[Run]) -> dict[str, Any]:
-        """What came, for a report; ``median`` is None where it wasn't measured, and ``missing`` says what."""
+        """Return the outcome for a report. If a term was not measured, ``median`` is None, and ``missing`` names it."""
         bound = {"at_least": self.at_least} if self.at_most is None else {"at_most": self.at_most}
         outcome: dict[str, Any] = {"what": self.what, **bound, "unit": "s" if self.against is None else "×"}
         values = [self.value(run) for run in runs]
@@ -74,12 +74,12 @@ class Goal:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median, the least and the greatest."""
+    """Return the median, the least and the greatest value."""
     return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
 
 
 def times_as_fast(runs: Sequence[Run], figure: str, own: str, against: str) -> dict[str, float] | None:
-    """How many times as fast one contender was as another, in the rounds that both have."""
+    """Return the spread of how many times as fast ``own`` was as ``against``, in the rounds that have both."""
     goal = Goal(what="", own=Term(own, figure), against=Term(against, figure))
     ratios = [ratio for ratio in map(goal.value, runs) if ratio is not None]
     return spread(ratios) if ratios else None

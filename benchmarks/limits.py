@@ -1,6 +1,6 @@
-"""What the machine can do, measured in a process of its own: reading memory, and multiplying matrices, with N threads.
+"""Measure the rates of the machine in a separate process: reading memory, and multiplying matrices, with N threads.
 
-The best of several forms counts as the limit, whatever library it is of: one that is too low would flatter everybody.
+The limit is the best of several methods, from any library. A limit that is too low would flatter all contenders.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from torch import Tensor
 _REPETITIONS: Final = 5
 _LEAST: Final = 2**26
 _MOST: Final = 2**30
-"""Bytes that are read at once: as many as the weights have, and more than caches hold."""
+"""The minimum and maximum of bytes that are read at once. Between them, it is the size of the weights, which is larger
+than the processor's caches."""
 _SHAPES: Final = ((256, 896, 4864), (1024, 1024, 4096), (512, 2048, 2048))
-"""Tokens, and columns and rows of the weight."""
+"""The number of tokens, and the columns and rows of the weight."""
 
 
 def measure(task: dict[str, Any]) -> dict[str, float]:
-    """Bytes a second, and operations a second in float32 and bfloat16."""
+    """Return bytes per second, and operations per second in float32 and bfloat16."""
     torch.set_num_threads(task["threads"])
     size = min(max(os.path.getsize(task["file"]), _LEAST), _MOST) // 4096 * 4096  # rows of 1,024 numbers
     numbers = torch.ones(size // 4)
@@ -33,7 +34,7 @@ def measure(task: dict[str, Any]) -> dict[str, float]:
     if os.path.getsize(task["file"]) >= size:
         with open(task["file"], "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
             count = size // 4
-            # Mapped as weights are; the first pass brings the pages into this process and isn't the best.
+            # The file is mapped like weights. The first pass maps the pages, so it is not the fastest.
             mapped = torch.frombuffer(mapping, dtype=torch.int32, count=count)
             figures["read a mapped file"] = _reading(mapped)
             del mapped
@@ -59,7 +60,7 @@ def _multiplying(tokens: int, columns: int, rows: int, dtype: torch.dtype) -> fl
 
 
 def _products() -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """MKL's product, and oneDNN's where this build of torch has it under a name of its own."""
+    """Return the matrix products: MKL's, and oneDNN's if this build of torch has a separate operator for it."""
     forms: list[Callable[[Tensor, Tensor], Tensor]] = [torch.nn.functional.linear]
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         forms.append(lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
@@ -67,7 +68,7 @@ def _products() -> list[Callable[[Tensor, Tensor], Tensor]]:
 
 
 def _seconds(form: Callable[[], object]) -> float:
-    """The least of some, after one more."""
+    """Return the least of several times in seconds, after one run that is not timed."""
     least = math.inf
     form()
     for _ in range(_REPETITIONS):

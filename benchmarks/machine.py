@@ -1,4 +1,4 @@
-"""What the figures are of: processor, memory, system, and the versions of what was measured."""
+"""Describe the machine of the figures: processor, memory, system, and the versions of the libraries."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SETS: Final = (
 
 
 def facts() -> dict[str, Any]:
-    """As the system tells them; what it doesn't tell isn't there."""
+    """Return the facts that the system tells. A fact that it does not tell is absent."""
     found: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
@@ -60,11 +60,11 @@ def facts() -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """The same as a sentence."""
+    """Return the facts as a sentence."""
     libraries = ", ".join(f"{name} {version}" for name, version in found["libraries"].items())
     memory = f", {found['memory'] / 2**30:.0f} GiB" if "memory" in found else ""
     processor = f"{found.get('processor', 'unknown processor')} ({', '.join(found['instructions'])})"
-    own = found.get("splitbundle", {})  # an older version didn't tell
+    own = found.get("splitbundle", {})  # documents of older versions lack it
     commit = f" of {own['commit'][:12]}{', changed' if own['changed'] else ''}" if "commit" in own else ""
     libraries = f"splitbundle {own['version']}{commit}, {libraries}" if own else libraries
     llama = f"; llama.cpp: {found['llama.cpp']}" if "llama.cpp" in found else ""
@@ -74,22 +74,22 @@ def text(found: dict[str, Any]) -> str:
 
 @functools.cache
 def _splitbundle() -> dict[str, Any]:
-    """The version that is measured; of a checkout the commit, too, and whether its files differ from it."""
+    """Return the measured version. For a checkout, also return the commit, and whether its files differ from it."""
     import splitbundle
 
     found: dict[str, Any] = {"version": splitbundle.__version__}
-    # A copy in site-packages has no commit, wherever this is run.
+    # A copy in site-packages has no commit.
     if not Path(splitbundle.__file__).is_relative_to(ROOT / "runtime") or not (ROOT / ".git").exists():
         return found
     commit = _said("git", "rev-parse", "HEAD")
-    # What is written while measuring is no change of what is measured.
+    # The results of measurements are not a change of the measured code.
     changed = _said("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     return found if commit is None or changed is None else found | {"commit": commit, "changed": bool(changed)}
 
 
 @functools.cache
 def _llama() -> str | None:
-    """What llama.cpp says that it was built for, asked in a process of its own."""
+    """Return the build information of llama.cpp, read in a separate process, or None."""
     if _version("llama-cpp-python") is None:
         return None
     code = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
@@ -97,7 +97,7 @@ def _llama() -> str | None:
 
 
 def _said(*command: str) -> str | None:
-    """A command's output; None where it fails or isn't there."""
+    """Return the output of a command, or None if it fails or is not installed."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -112,7 +112,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _lines(path: str) -> dict[str, str]:
-    """``name: value`` by name, the first of each."""
+    """Return the lines ``name: value`` of a file by name. The first line of each name counts."""
     if not Path(path).exists():
         return {}
     pairs = (line.partition(":") for line in Path(path).read_text("utf-8", "replace").splitlines())

@@ -1,4 +1,4 @@
-"""A picture of a set: how many times as fast as the reference each contender was, with its spread."""
+"""Draw a set: how many times as fast as the reference each contender was, with its spread."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from benchmarks.goals import times_as_fast
 _OURS: Final = "#1b6ca8"
 _PEERS: Final = "#b0b7bd"
 _TIMES: Final = ("prefill", "decode", "load", "import", "first token", "process", "files")
-"""Figures that are times; others aren't drawn."""
+"""The beginnings of the names of times. Other figures are not drawn."""
 
 
 def draw(documents: list[dict[str, Any]], path: Path) -> bool:
-    """Writes an SVG, with a panel for each case and figure. Whether there was something to draw, and matplotlib."""
+    """Write an SVG with a panel for each case and figure. Return False without matplotlib or without figures."""
     panels = [panel for document in documents for panel in _panels(document)]
     try:
         from matplotlib import rc_context
@@ -44,7 +44,7 @@ def draw(documents: list[dict[str, Any]], path: Path) -> bool:
         axis.tick_params(labelsize=7)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    # Neither a date nor random ids: the same figures give the same file.
+    # The file has no date and no random ids, so the same figures give the same file.
     with rc_context({"svg.hashsalt": "splitbundle"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
     return True

@@ -1,4 +1,4 @@
-"""Processes that are measured: each run in a fresh one, contenders in turn, round by round."""
+"""Run measurements in fresh processes, with the contenders in turn, round by round."""
 
 from __future__ import annotations
 
@@ -19,25 +19,29 @@ _CHILD: Final = (
 
 
 class Failed(Exception):
-    """A contender ended with an error; the last line of what it said."""
+    """A contender, or a case, failed. The message is the reason, such as the last line of a contender's output."""
 
 
 class Missing(Exception):
-    """Libraries that aren't installed, without which nothing of what was asked for can be measured."""
+    """Required libraries are not installed, so no requested set can be measured."""
 
 
 def require(*libraries: str) -> None:
-    """Whether libraries can be imported.
+    """Check that libraries are installed.
 
     Raises:
-        Missing: some can't.
+        Missing: At least one is not installed.
     """
     if absent := [name for name in libraries if importlib.util.find_spec(name) is None]:
         raise Missing(f'{", ".join(absent)} not installed: pip install -e ".[bench]"')
 
 
 def measured(module: str, task: dict[str, Any]) -> dict[str, Any]:
-    """What ``measure`` of a module of this package gives, called in a fresh process."""
+    """Call ``measure`` of a module of this package in a fresh process, and return its result.
+
+    Raises:
+        Failed: The process ended with an error.
+    """
     command = [sys.executable, "-c", _CHILD.format(module=module), json.dumps(task | {"started": time.time()})]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -48,7 +52,11 @@ def measured(module: str, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def seconds(command: list[str], *, where: Path = ROOT) -> float:
-    """Of a command, from its start to its end."""
+    """Return the seconds from the start of a command to its end.
+
+    Raises:
+        Failed: The command ended with an error.
+    """
     start = time.perf_counter()
     done = subprocess.run(command, cwd=where, capture_output=True, text=True)
     taken = time.perf_counter() - start
@@ -62,9 +70,16 @@ def seconds(command: list[str], *, where: Path = ROOT) -> float:
 def interleaved(
     contenders: Mapping[str, Callable[[], dict[str, Any]]], rounds: int, lock: str | None
 ) -> tuple[list[dict[str, dict[str, Any]]], dict[str, str]]:
-    """A B B A …: each round's figures by contender; and which contenders failed, with the reason, and are left out.
+    """Measure the contenders in the order A B B A …
 
-    An interruption ends it with the rounds that are whole; with none it goes on to who called.
+    An interruption ends the measurement, and the complete rounds are returned.
+
+    Returns:
+        The figures of each round by contender, and the contenders that failed, with the reason. The rounds do not have
+        the contenders that failed.
+
+    Raises:
+        KeyboardInterrupt: The run was interrupted before one round was complete.
     """
     failed: dict[str, str] = {}
     runs: list[dict[str, dict[str, Any]]] = []
@@ -91,7 +106,7 @@ def interleaved(
 
 @contextlib.contextmanager
 def holding(lock: str | None) -> Iterator[None]:
-    """Waits for a file's lock, for machines that several measure on."""
+    """Hold the lock of a file during the block, so that several runs on one machine measure in turn."""
     if lock is None:
         yield
         return
@@ -103,7 +118,7 @@ def holding(lock: str | None) -> Iterator[None]:
 
 
 def warm(*paths: Path) -> None:
-    """Reads files, or all files of directories, so that they are in the page cache whoever comes first."""
+    """Read files, or all files of directories, so that they are in the page cache for all contenders."""
     for path in paths:
         for file in (path,) if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file()):
             with open(file, "rb", buffering=0) as opened:
@@ -112,5 +127,5 @@ def warm(*paths: Path) -> None:
 
 
 def say(text: str) -> None:
-    """Progress, or an error, on one line."""
+    """Print progress, or an error, on one line of stderr."""
     print(" ".join(text.split()), file=sys.stderr, flush=True)

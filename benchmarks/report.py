@@ -1,4 +1,4 @@
-"""What was measured, for people: a JSON file for each case, a page for each set, and one page of goals over all."""
+"""Write the results: a JSON file for each case, a page for each set, and one page with all goals."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _KEYS: Final = {"set", "model", "dtype", "threads", "rounds", "reference", "goal
     "left out",
     "differences",
 }
-"""What every document has, of older versions, too; what they lack isn't known."""
+"""The keys of all documents, including those of older versions, which lack the other keys."""
 
 
 def write(document: dict[str, Any], results: Path) -> None:
-    """Writes one case's JSON."""
+    """Write the JSON file of one case."""
     results.mkdir(parents=True, exist_ok=True)
     name = "-".join(part for part in (document["set"], document["model"], document["dtype"]) if part)
-    temporary = results / f"{name}.json.writing"  # an interruption leaves what was there
+    temporary = results / f"{name}.json.writing"  # an interruption does not damage the old file
     temporary.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     temporary.replace(results / f"{name}.json")
 
 
 def write_pages(results: Path) -> None:
-    """Writes the pages anew, and a plot for each set, of all JSON that is there."""
+    """Write all pages, and a plot for each set, from all JSON files in the directory."""
     if not results.is_dir():
         return
     by_set: dict[str, list[dict[str, Any]]] = {name: [] for name in _ABOUT}
@@ -69,7 +69,7 @@ def write_pages(results: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a run wrote; None, with a line, for another's file."""
+    """Return the document in a file. For a file of another kind, print a line on stderr and return None."""
     try:
         document = json.loads(path.read_text("utf-8"))
     except ValueError:
@@ -81,7 +81,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def markdown(documents: list[dict[str, Any]]) -> str:
-    """Tables of some cases, each with what was reached, and of what machine it is."""
+    """Return tables of some cases in Markdown, each with its goals and its machine."""
     return "\n".join(line for document in documents for line in _case(document))
 
 
@@ -116,7 +116,7 @@ def _case(document: dict[str, Any]) -> list[str]:
 def _figure(figure: str, runs: list[dict[str, Any]], reference: str) -> list[str]:
     names = [name for name, own in runs[0].items() if figure in own]
     if not names:
-        return []  # this system doesn't tell it
+        return []  # this system does not tell the figure
     values = {name: spread([run[name][figure] for run in runs]) for name in names}
     limited, compared, several = LIMIT in values, reference in values, len(runs) > 1
     unit, factor = unit_of(figure)
@@ -136,7 +136,7 @@ def _figure(figure: str, runs: list[dict[str, Any]], reference: str) -> list[str
 
 
 def unit_of(figure: str) -> tuple[str, float]:
-    """In which unit a figure is shown, and by what its value is multiplied for that."""
+    """Return the unit of a figure in tables, and the factor that converts its value to this unit."""
     if figure.startswith(("prefill", "decode")):
         return "ms a token", 1e3
     if figure.startswith("private"):
@@ -149,13 +149,13 @@ def _short(value: float) -> str:
 
 
 def _spread(found: dict[str, float], form: str, several: bool, unit: str = "") -> str:
-    """The median, and with several rounds how far they lie apart."""
+    """Return the median, and with several rounds also the least and the greatest value."""
     low, middle, high = (f"{found[key]:{form}}" for key in ("least", "median", "greatest"))
     return f"{middle}{unit} ({low} to {high})" if several else f"{middle}{unit}"
 
 
 def _rounds(document: dict[str, Any]) -> str:
-    """How many were run, of those that the set has, which an older version's document doesn't tell."""
+    """Return the number of rounds that ran and the number of the set. Documents of older versions lack the latter."""
     own = document.get("rounds of the set")
     return str(document["rounds"]) if own is None else f"{document['rounds']} of {own}"
 
@@ -166,7 +166,7 @@ def _rate(name: str, found: list[float]) -> str:
 
 
 def _missing(goal: dict[str, Any], document: dict[str, Any]) -> str:
-    """Why a goal wasn't measured: what is known of who is missing."""
+    """Return the reasons why a goal was not measured, as far as they are known."""
     reasons = []
     for term in goal["missing"].split(", "):
         name = term.partition(" of ")[2]
@@ -178,7 +178,7 @@ def _missing(goal: dict[str, Any], document: dict[str, Any]) -> str:
 
 
 def _goal(goal: dict[str, Any], document: dict[str, Any]) -> tuple[str, str, str]:
-    """A goal's bound, what came, and whether that is enough."""
+    """Return the bound of a goal, the measured value, and whether the goal was reached."""
     unit = goal["unit"]
     bound = f"≥ {goal['at_least']:g} {unit}" if "at_least" in goal else f"≤ {goal['at_most']:g} {unit}"
     if goal["median"] is None:

@@ -1,4 +1,4 @@
-"""The sets of the benchmark that compute models: which, at what contexts, by whom, and what is to be reached."""
+"""The sets of the benchmark that compute models: their models, contexts, contenders and goals."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from benchmarks.goals import Goal, Term
 from benchmarks.shapes import ITEM, SHAPES
 
 LIMIT: Final = "the machine's limit"
-"""A contender that needs no longer than what must be moved or multiplied."""
+"""A derived contender. Its time is the time to move the necessary bytes, or to do the necessary operations."""
 BYTES: Final = "as its bytes explain"
-"""A contender that at another context takes longer by what the bytes of the cache need at the machine's rate."""
+"""A derived contender. At a longer context, it is slower by the time to read the additional bytes of the cache."""
 FILES: Final = "the files"
-"""A contender whose figures are the bytes of the weights, and of the cache."""
+"""A derived contender. Its figures are the bytes of the weights and of the cache."""
 SHORT: Final = 256
 MIDDLE: Final = 2000
 LONG: Final = 4000
@@ -37,7 +37,10 @@ LONG: Final = 4000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A prompt of some tokens in each of some rows, computed some times; then some tokens, one at a time."""
+    """A measurement: prompts of ``context`` tokens in ``batch`` rows, and then ``tokens`` tokens, one at a time.
+
+    The prompts are computed ``prefills`` times.
+    """
 
     context: int
     batch: int = 1
@@ -45,7 +48,7 @@ class Point:
     tokens: int = 0
 
     def task(self) -> dict[str, int]:
-        """As a process takes it."""
+        """Return the point as JSON for the measured process."""
         return {name: getattr(self, name) for name in ("context", "batch", "prefills", "tokens")}
 
 
@@ -58,17 +61,17 @@ class Case:
     dtype: str
     contenders: tuple[str, ...]
     reference: str
-    """Against whom the table has ratios."""
+    """The contender that the ratios of the table compare with."""
     points: tuple[Point, ...] = ()
     rounds: int = 5
     figures: tuple[str, ...] = ()
-    """Those of the table, beside the points' own."""
+    """The figures of the table, in addition to those of the points."""
     goals: tuple[Goal, ...] = field(default=())
     sample_memory: bool = False
 
     @property
     def capacity(self) -> int:
-        """The slots that a cache needs."""
+        """The number of slots that a cache needs."""
         most = max((point.context + (point.tokens + 3 if point.tokens else 0) for point in self.points), default=64)
         return max(most, 64)
 
@@ -248,7 +251,7 @@ def _shards() -> Iterator[Case]:
             contenders=(TORCH, TORCH_SHARDS, ONNXRUNTIME, ONNXRUNTIME_SHARDS),
             reference=TORCH,
             points=(Point(context=SHORT, prefills=4, tokens=48),),
-            rounds=9,  # as what is looked for is small
+            rounds=9,  # many, because the expected difference is small
             goals=tuple(
                 Goal(
                     what=f"{figure}, {three.removeprefix('splitbundle ')}",
@@ -310,7 +313,7 @@ NAMES: Final = tuple(_SETS)
 
 
 def derive(case: Case, run: dict[str, dict[str, Any]], rates: dict[str, float] | None) -> dict[str, dict[str, Any]]:
-    """What follows from a round's figures: the limit's, the files', and what the bytes of a longer cache explain."""
+    """Return the figures of the derived contenders in a round: ``LIMIT``, ``FILES`` and ``BYTES``."""
     shape, dtype = SHAPES[case.model], case.dtype
     slots = case.capacity
     derived: dict[str, dict[str, Any]] = {
@@ -337,7 +340,10 @@ def derive(case: Case, run: dict[str, dict[str, Any]], rates: dict[str, float] |
 
 
 def chosen(name: str, models: tuple[str, ...] | None, dtype: str | None) -> Iterator[Case]:
-    """The tables of a set, for some models and one precision alone; a model that it hasn't, as its first."""
+    """Return the cases of a set, for some models and one dtype.
+
+    A model that the set does not have is measured like the first model of the set, without goals.
+    """
     own = list(_SETS[name]())
     for model in models or tuple(dict.fromkeys(case.model for case in own)):
         found = [case for case in own if case.model == model]

@@ -1,4 +1,4 @@
-"""The models that are measured: their sizes, their configurations, and what computing with them must at least do."""
+"""The measured models: their sizes, their configurations, and the minimum of bytes and operations of a call."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 ITEM: Final = {"float32": 4, "bfloat16": 2}
-"""Bytes of a number."""
+"""The name of a dtype -> the bytes of one number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A decoder whose head is its embedding: GPT-2 (``gpt2``), Llama (``llama``) or Qwen 2 (``qwen2``)."""
+    """A decoder with a tied head: GPT-2 (``gpt2``), Llama (``llama``) or Qwen 2 (``qwen2``)."""
 
     family: str
     vocabulary: int
@@ -29,7 +29,7 @@ class Shape:
         return self.hidden // self.heads
 
     def config(self) -> dict[str, Any]:
-        """The fields of its configuration, as transformers names them."""
+        """Return the fields of the configuration with their names in transformers."""
         common = {"vocab_size": self.vocabulary, "eos_token_id": self.end, "tie_word_embeddings": True}
         if self.family == "gpt2":
             sizes = {"n_embd": self.hidden, "n_layer": self.layers, "n_head": self.heads, "n_positions": self.positions}
@@ -44,13 +44,13 @@ class Shape:
         }
 
     def products(self) -> list[tuple[int, int]]:
-        """The matrices of a layer: what comes out of each, and what goes in."""
+        """Return the shapes of a layer's matrices. *Shape:* each (out, in)."""
         keys = self.key_heads * self.head_size
         mlp = [(self.inner, self.hidden)] * (1 if self.family == "gpt2" else 2) + [(self.hidden, self.inner)]
         return [(self.hidden, self.hidden), (keys, self.hidden), (keys, self.hidden), (self.hidden, self.hidden), *mlp]
 
     def layer_parameters(self) -> int:
-        """Of one layer: matrices, biases, and two norms."""
+        """Return the number of parameters in one layer: matrices, biases, and two norms."""
         matrices = sum(rows * columns for rows, columns in self.products())
         if self.family == "gpt2":
             return matrices + sum(rows for rows, _ in self.products()) + 4 * self.hidden
@@ -58,27 +58,30 @@ class Shape:
         return matrices + biases + 2 * self.hidden
 
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Return the number of parameters in the whole model."""
         gpt2 = self.family == "gpt2"
         tables = (self.vocabulary + (self.positions if gpt2 else 0)) * self.hidden
         return tables + self.layers * self.layer_parameters() + (2 if gpt2 else 1) * self.hidden
 
     def cache_bytes(self, slots: int, dtype: str) -> int:
-        """Of the keys and values of one row."""
+        """Return the bytes of the keys and values of one row."""
         return 2 * slots * self.layers * self.key_heads * self.head_size * ITEM[dtype]
 
     def moved(self, context: int, tokens: int, batch: int, dtype: str) -> int:
-        """Bytes that a call must read or write: each weight once (of the tables that aren't the head, the rows in use),
-        the cache that is there once, and what is new in it."""
+        """Return the bytes that a call must read or write.
+
+        These are each weight once, the present cache once, and the new keys and values. Of the tables that aren't the
+        head, only the used rows count.
+        """
         rows = batch * tokens * self.hidden * (2 if self.family == "gpt2" else 1)
         norm = (2 if self.family == "gpt2" else 1) * self.hidden
         weights = self.layers * self.layer_parameters() + self.vocabulary * self.hidden + norm + rows
         return weights * ITEM[dtype] + batch * self.cache_bytes(context + tokens, dtype)
 
     def operations(self, context: int, tokens: int, batch: int) -> int:
-        """Multiplications and additions that a call must do in its matrix products, with the last position's logits."""
+        """Return the number of multiplications and additions in a call's matrix products, with the last logits only."""
         layer = 2 * tokens * sum(rows * columns for rows, columns in self.products())
-        seen = tokens * context + tokens * (tokens + 1) // 2  # positions that the tokens attend to, all in all
+        seen = tokens * context + tokens * (tokens + 1) // 2  # the sum of all tokens' attended positions
         attention = 2 * 2 * seen * self.heads * self.head_size
         return batch * (self.layers * (layer + attention) + 2 * self.vocabulary * self.hidden)
 
@@ -140,4 +143,5 @@ SHAPES: Final[dict[str, Shape]] = {
         end=2,
     ),
 }
-"""Llama is there because onnxruntime-genai doesn't know GPT-2; ``tiny`` shows that everything runs, and no more."""
+"""The measured models by name. onnxruntime-genai does not support GPT-2, so there is also a Llama. ``tiny`` only tests
+that everything runs."""

@@ -1,9 +1,9 @@
-"""Generates from three chained shards, by hand, in a process that imports no model zoo.
+"""Generate text from three chained shards, by hand, in a process that imports no model zoo.
 
     python examples/chain_three_shards.py license.splitbundle "Licensed under the Apache License"
 
-Each shard could as well run on a machine of its own: what crosses from one to the next is the tensor ``hidden``, and
-two integers a row.
+Each shard could also run on a separate machine. A shard sends only the tensor ``hidden`` and two integers for each row
+to the next shard.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NEW_TOKENS = 60
 
 
 def main() -> int:
-    """Prints the text as it is generated, and what took part."""
+    """Print the text while it is generated, and the shards that took part. Return the exit status."""
     path, prompt = sys.argv[1], sys.argv[2]
     bundle = splitbundle.open(path)
     stages = [bundle.stage(shard.name) for shard in bundle.shards]

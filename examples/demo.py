@@ -1,6 +1,6 @@
-"""The whole path on a real model: convert at two cuts, inspect, verify, generate from three shards.
+"""Show all steps on a real model: convert with two cuts, inspect, verify, and generate from three shards.
 
-Run by ``make demo``. It prints each command before it runs it; everything is written to a temporary directory.
+``make demo`` runs this program. It prints each command before it runs it. It writes only to a temporary directory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PROMPT = "Licensed under the Apache License"
 
 
 def main() -> int:
-    """Gives the exit status of the first step that fails, or 0."""
+    """Run all steps. Return the exit status of the first step that fails, or 0."""
     with tempfile.TemporaryDirectory(prefix="splitbundle-demo-") as directory:
         bundle = str(Path(directory, "license.splitbundle"))
         steps = [
@@ -23,9 +23,9 @@ def main() -> int:
                 "Convert a GPT-2 checkpoint, cut before layers 2 and 4",
                 ["convert", str(HERE / "license-gpt2"), "--split", "2,4", "-o", bundle],
             ),
-            ("Look at it, without touching a weight", ["inspect", bundle]),
+            ("Inspect it, without reading any weights", ["inspect", bundle]),
             (
-                "Verify every file, and hold the shards against the original model's results",
+                "Verify every file, and compare the shards with the original model's results",
                 ["verify", "--run", bundle],
             ),
         ]
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def run(title: str, command: list[str]) -> int:
-    """Runs a command, with its name and itself printed first."""
+    """Print a title and a command, and run the command. Return its exit status."""
     shown = " ".join(f'"{part}"' if " " in part else part for part in command[1:])
     print(f"\n== {title}\n$ python {shown}", flush=True)
     return subprocess.run(command, check=False).returncode

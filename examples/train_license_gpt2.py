@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Train the example checkpoint: a small GPT-2 that knows the Apache License by heart.
 
-A checkpoint with random weights shows that a pipeline runs, not that it is right: its logits are nearly
-flat, so rounding alone can change the greedy token. This one is trained until its greedy continuation is a
-known text, which makes any error in packing, loading or decoding visible as a wrong word. It overfits on
-purpose and is of no other use.
+A checkpoint with random weights shows that a pipeline runs, but not that its results are right. Its logits
+are nearly flat, so rounding alone can change the greedy token. This checkpoint is trained until its greedy
+continuation is a known text. Then any error in conversion, loading or decoding shows as a wrong word. The
+model overfits on purpose and has no other use.
 
 The result is an ordinary Hugging Face folder: config.json, generation_config.json, model.safetensors
-(float32), tokenizer.json and tokenizer_config.json. The saved files are loaded again and checked; the exit
-status is 1 if the continuation is not the license's own.
+(float32), tokenizer.json and tokenizer_config.json. The saved files are loaded again and checked. The exit
+status is 1 if the continuation differs from the text of the license.
 
-Needs torch, transformers and tokenizers; takes a few minutes on two CPU cores.
+This program needs torch, transformers and tokenizers. It takes a few minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ TOKENS_PER_STEP = 2048
 def train_tokenizer(text: str) -> Tokenizer:
     """Train a byte-level BPE tokenizer on ``text``.
 
-    The whole byte alphabet is in the vocabulary, so any input can be encoded and no unknown token is needed.
+    The vocabulary has all bytes, so it can encode any input and needs no unknown token.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -70,7 +70,7 @@ def train_tokenizer(text: str) -> Tokenizer:
 
 
 def build_model(vocab_size: int, end_of_text: int) -> GPT2LMHeadModel:
-    """Build the untrained model; dropout is off because the text is to be memorised."""
+    """Build the untrained model. It has no dropout, because it must memorize the text."""
     config = GPT2Config(
         vocab_size=vocab_size,
         n_positions=CONTEXT,
@@ -85,17 +85,19 @@ def build_model(vocab_size: int, end_of_text: int) -> GPT2LMHeadModel:
         eos_token_id=end_of_text,
     )
     model = GPT2LMHeadModel(config)
-    # Generation has to pad finished rows with something; GPT-2 has no padding token of its own.
+    # Generation needs a token to pad finished rows, and GPT-2 has no padding token.
     model.generation_config.pad_token_id = end_of_text
     return model
 
 
 def training_windows(tokenizer: Tokenizer, text: str) -> torch.Tensor:
-    """Return one full-length window for every place where the text or a word of it starts.
+    """Return one full-length window for each position where the text or a word starts.
 
-    Each window is encoded from its own first character: at the start of a prompt a word has no space before
-    it, so it gets other tokens than it has inside the stream, and the model must have seen those as well. The
-    stream is closed by the end-of-text token and then begins anew, so every window can be full.
+    Each window is encoded separately from its first character. At the start of a prompt, a word has no space
+    before it and so gets other tokens than within the text. The model must learn these tokens too. After the
+    text come the end-of-text token and the text again, so every window is full.
+
+    *Shape:* (windows, CONTEXT), int64.
     """
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     whole = [*tokenizer.encode(text).ids, end_of_text]
@@ -110,10 +112,10 @@ def training_windows(tokenizer: Tokenizer, text: str) -> torch.Tensor:
 
 
 def train(model: GPT2LMHeadModel, windows: torch.Tensor, steps: int) -> None:
-    """Minimise the next-token loss on random windows, cut to a random length.
+    """Minimize the next-token loss on random windows, cut to a random length.
 
-    Shorter windows leave room for more of them in a step, so that the first positions, where a prompt gives
-    little context, are learnt from many places of the text.
+    A step has more windows if they are shorter. So the model learns the first positions, which have little
+    context, from many places of the text.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, steps)
@@ -138,9 +140,9 @@ def train(model: GPT2LMHeadModel, windows: torch.Tensor, steps: int) -> None:
 def save(model: GPT2LMHeadModel, tokenizer: Tokenizer, output: Path) -> None:
     """Write the model and the tokenizer as one Hugging Face folder.
 
-    The input names are given because transformers 4 would otherwise add token type ids, which GPT-2 takes for
-    tokens and adds to the embeddings. The class is named as transformers 4 and 5 both know it; 5 on its own
-    writes a name that 4 refuses.
+    The input names are set because transformers 4 would otherwise add token type ids. GPT-2 treats these as
+    tokens and adds their embeddings. The class name is one that transformers 4 and 5 both accept; version 5 by
+    default writes a name that version 4 refuses.
     """
     model.save_pretrained(output)
     PreTrainedTokenizerFast(
@@ -160,8 +162,9 @@ def save(model: GPT2LMHeadModel, tokenizer: Tokenizer, output: Path) -> None:
 def check(folder: Path, tokenizer: Tokenizer, text: str) -> str:
     """Load the saved files and return the greedy continuation of the prompt.
 
-    Raises ValueError unless the loaded tokenizer agrees with the trained one, and the continuation, with the
-    key-value cache and without it, follows ``text`` for at least ``MIN_NEW_TOKENS`` tokens.
+    Raises:
+        ValueError: The loaded tokenizer differs from the trained one, or the continuation, with or without
+            the key-value cache, does not follow ``text`` for at least ``MIN_NEW_TOKENS`` tokens.
     """
     loaded = AutoTokenizer.from_pretrained(folder)
     model = GPT2LMHeadModel.from_pretrained(folder).eval()
@@ -203,17 +206,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Train, save and check; return the exit status."""
+    """Train, save and check the model. Return the exit status."""
     arguments = parse_arguments()
     text = arguments.text.read_text(encoding="utf-8")
     if PROMPT not in text:
         print(f"error: {arguments.text} does not contain {PROMPT!r}", file=sys.stderr)
         return 1
 
-    # Progress lines of its own are enough; encoding the whole text at once, for one, brings a length warning.
+    # This program prints its own progress. Encoding the whole text would also cause a warning about its length.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # A fixed thread count as well as a seed: the order of floating-point sums depends on it.
+    # The number of threads is fixed too, because the order of floating-point sums depends on it.
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
     random.seed(arguments.seed)

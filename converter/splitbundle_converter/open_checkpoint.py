@@ -73,7 +73,9 @@ def open_checkpoint(
     if parts and whole:
         # A whole model beside trained parts is often the model before training: converting it would be a mistake.
         expected, got = "parts of a model, or a whole one", f"both: {whole.single} or its index, and {parts[0].weights}"
-        raise refusal("source.parts", directory.name, expected, got, "Move the ones that aren't meant elsewhere")
+        raise refusal(
+            "source.parts", directory.name, expected, got, "Move the files that you do not want to another directory"
+        )
     if whole is SAFETENSORS or not allow_pickle:
         yield _judge(Checkpoint(directory.path, name=directory.name, revision=directory.revision), part)
         return

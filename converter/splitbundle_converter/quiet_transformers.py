@@ -12,7 +12,7 @@ def quiet() -> Iterator[None]:
     """Turn off the progress bars and warnings of transformers in the block. The converter reports problems itself."""
     from transformers.utils import logging as transformers_logging
 
-    logging: Any = transformers_logging  # its functions are untyped
+    logging: Any = transformers_logging  # the functions of this module are untyped
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

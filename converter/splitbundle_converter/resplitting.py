@@ -123,8 +123,8 @@ def _identity(bundle: Bundle) -> tuple[int, int]:
 def _check_unchanged(old: Bundle, before: tuple[int, int]) -> None:
     """Raise ``file.changed`` if the bundle was replaced: the copied files could come from two bundles."""
     if _identity(old) != before or identity(read_file(old.path, document.FILE, strict_json.MAX_BYTES)) != old.id:
-        expected, hint = "the bundle that was opened, until it is copied", "Run this again"
-        got = "another one, which replaced it meanwhile"
+        expected, hint = "the bundle that was opened, unchanged during the copy", "Run this again"
+        got = "another bundle, which replaced it during the copy"
         raise BundleError(Problem(code="file.changed", file=str(old.path), expected=expected, got=got, hint=hint))
 
 

@@ -99,7 +99,7 @@ class CheckpointDirectory:
             got = "a directory" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
             raise refusal("source.unreadable", name, "a regular file", got)
         if not name.endswith(LINKABLE_SUFFIX) and not any(path.is_relative_to(own) for own in self._own()):
-            expected, hint = "a file of the checkpoint", "If it is meant, copy the file itself there"
+            expected, hint = "a file of the checkpoint", "To use this file, copy it into the checkpoint"
             raise refusal("source.unreadable", name, expected, "a link that leads out of it", hint)
         return path
 
@@ -125,8 +125,8 @@ class CheckpointDirectory:
     def _changed(self, name: str, status: os.stat_result | None) -> Problem | None:
         if name not in self.seen or (status is not None and _identity(status) == self.seen[name]):
             return None
-        expected, got = "one file from the first byte that was read of it to the last", "another, or other bytes in it"
-        return problem("source.changed", name, expected, got, "Convert it when nobody writes it any more")
+        expected, got = "a file that does not change during the conversion", "a file that was changed or replaced"
+        return problem("source.changed", name, expected, got, "Convert again when no program writes to it")
 
 
 def unreadable(name: str, error: OSError) -> BundleError:

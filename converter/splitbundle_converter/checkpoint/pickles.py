@@ -137,7 +137,7 @@ def rewrite(pickles: Mapping[str, Path], private: Path, progress: Progress | Non
         made = {file for file, target in targets.items() if target.exists() and stat.S_ISREG(target.lstat().st_mode)}
     for file in targets:
         if file not in made:
-            raise refusal("source.state-dict", file, "a state dict", "nothing that the process made of it", WHOLE)
+            raise refusal("source.state-dict", file, "a state dict", "no output of the process that reads it", WHOLE)
     return targets
 
 
@@ -158,7 +158,7 @@ def _child(request: Path, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]
     environment |= {name: str(request.parent) for name in ("HOME", "TMPDIR", "TEMP", "TMP")}
     # Threads need address space, which is limited. A library that searches for GPUs may hang.
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(  # noqa: S603  # this interpreter, and arguments of ours
+    process = subprocess.Popen(  # noqa: S603  # this interpreter, with arguments that this module builds
         [sys.executable, "-I", "-B", "-c", CHILD_CODE, str(request)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -239,7 +239,7 @@ def _listen(
         said = process.stdout.readline(MAX_MESSAGE) if process.stdout is not None else b""
         silence.heard.set()
         if silence.ended:
-            got = f"no word for {silence.seconds:.0f} s from the process that reads it"
+            got = f"no message for {silence.seconds:.0f} s from the process that reads it"
             raise refusal("source.state-dict", file, "a state dict that can be read", got, WHOLE)
         if not said:
             _raise_dead(process, file, errors)
@@ -253,7 +253,9 @@ def _listen(
             raise refusal("output.failed", file, "room for its tensors", _words(message["failed"]), hint)
         number, written = message.get("reading", 0), message.get("bytes", 0)
         if not message or not _within(number, len(files) - 1) or not _within(written, total * 8):
-            raise refusal("source.state-dict", file, "a state dict", "a process that says what it shouldn't", WHOLE)
+            raise refusal(
+                "source.state-dict", file, "a state dict", "an invalid message of the process that reads it", WHOLE
+            )
         if "reading" in message:
             file = files[number]
         done += written

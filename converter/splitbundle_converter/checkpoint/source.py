@@ -200,8 +200,8 @@ class Reader:
                 self._opened = self._open.enter_context(safe_open(found.path, framework="pt"))
                 self._path = found.path
             tensor: Tensor = self._opened.get_tensor(found.stored)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch, which maps the file, has errors of its own
-            hint = "Its header could be read before: see whether the disk is well, and try again"
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch maps the file and raises its own errors
+            hint = "Its header was readable before: check the disk, and try again"
             raise refusal("source.unreadable", found.file, "weights that can be read", line(error), hint) from error
         return tensor
 

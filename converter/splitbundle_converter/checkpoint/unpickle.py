@@ -17,7 +17,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pickle import UnpicklingError  # the error alone
+from pickle import UnpicklingError  # only the error class
 from typing import Any, Final
 
 import torch
@@ -154,7 +154,7 @@ def load(path: str) -> Any:
         what = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))
         raise Refused(expected, f"UnpicklingError: {what[1].strip()}" if what else "UnpicklingError") from None
     except MemoryError:
-        raise Refused(expected, "one that takes much more memory than its own size") from None
+        raise Refused(expected, "a file that needs much more memory than its size") from None
     except (
         RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError,
         EOFError, OSError, struct.error, zipfile.BadZipFile,

@@ -108,7 +108,7 @@ def read_headers(file: str, path: Path) -> Iterator[tuple[str, SourceTensor]]:
                 )
     except SafetensorError as error:
         raise refusal("source.safetensors", file, "a safetensors file", line(error)) from error
-    except (OSError, RuntimeError) as error:  # torch, which maps the file, has errors of its own
+    except (OSError, RuntimeError) as error:  # torch maps the file and raises its own errors
         raise refusal("source.unreadable", file, "a file that can be read", line(error)) from error
 
 

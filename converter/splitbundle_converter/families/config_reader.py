@@ -88,7 +88,9 @@ TRAINING: Final = frozenset(
 )
 """Fields for training, and for classification heads. They change no number of a language model in inference."""
 
-UNSUPPORTED: Final = "A model with this value can't be converted yet; with another value it would be another model"
+UNSUPPORTED: Final = (
+    "A model with this value can't be converted yet. Do not change the value: it would describe another model"
+)
 
 
 class ConfigReader:
@@ -200,7 +202,7 @@ class ConfigReader:
             if name not in self._defaults:
                 self.refuse(
                     name,
-                    "a field that this family is known to have",
+                    "a field that is known for this family",
                     value,
                     "Remove it if it changes nothing",
                 )

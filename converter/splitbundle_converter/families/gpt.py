@@ -130,7 +130,7 @@ CODEGEN_GROUPS: Final = 4
 def _gptj_rotary(sizes: Sizes) -> Rotary:
     dim = sizes.config.integer("rotary_dim", minimum=2, maximum=max(2, sizes.head_dim))
     if dim % 2:
-        sizes.config.refuse("rotary_dim", "an even number of channels, as rotary positions turn pairs")
+        sizes.config.refuse("rotary_dim", "an even number of channels, because rotary positions rotate pairs")
     return Rotary(base=10000.0, dim=dim, layout="interleaved", scaling=Unscaled())
 
 
@@ -230,7 +230,7 @@ def mpt(config: ConfigReader) -> Architecture:
     clip = inner.number("clip_qkv") if inner.raw("clip_qkv") else None
     scale = inner.optional_number("softmax_scale")
     for name in sorted(set(inner.unread()) - IGNORED):
-        inner.refuse(name, "a field that this family is known to have", inner.raw(name))
+        inner.refuse(name, "a field that is known for this family", inner.raw(name))
     config.problems += inner.problems
     return MPT.replace(clip=clip, scale=scale)(config)
 

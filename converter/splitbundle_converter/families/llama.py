@@ -116,7 +116,9 @@ def _smollm3_positions(sizes: Sizes) -> list[Position]:
     """Return the positions of each layer. A list says which layers use none; by default it is every fourth layer."""
     turning, position = sizes.config.raw("no_rope_layers"), rotary_positions()(sizes)
     if not isinstance(turning, list) or len(turning) != sizes.layers or any(turns not in (0, 1) for turns in turning):
-        sizes.config.refuse("no_rope_layers", f"0, or 1 for a layer that has positions, {sizes.layers} times")
+        sizes.config.refuse(
+            "no_rope_layers", f"{sizes.layers} numbers: 1 for a layer that has positions, 0 for another"
+        )
         turning = [1] * sizes.layers
     return [position if turns else None for turns in turning]
 
@@ -127,7 +129,7 @@ def _granite_swa_positions(sizes: Sizes) -> list[Position]:
     position = rotary_positions()(sizes)
     numbers = isinstance(bases, list) and all(type(base) in (int, float) and base >= 0 for base in bases)
     if not numbers or len(bases) != sizes.layers:
-        config.refuse("layer_rope_theta", f"numbers from 0, {sizes.layers} of them")
+        config.refuse("layer_rope_theta", f"{sizes.layers} numbers that are 0 or more")
         bases = [0] * sizes.layers
     return [replace(position, base=float(base)) if base else None for base in bases]
 
@@ -146,7 +148,7 @@ def llama4(config: ConfigReader) -> Architecture:
     layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     knowing, types = config.raw("no_rope_layers"), config.raw("layer_types")
     if not isinstance(knowing, list) or len(knowing) < layers or any(knows not in (0, 1) for knows in knowing):
-        config.refuse("no_rope_layers", f"0, or 1 for a layer that has positions, {layers} times")
+        config.refuse("no_rope_layers", f"{layers} numbers: 1 for a layer that has positions, 0 for another")
         knowing = [1] * layers
     if not isinstance(types, list) or len(types) != layers or not {*types} <= {"chunked_attention", "full_attention"}:
         config.refuse("layer_types", "chunked_attention or full_attention for each layer")
@@ -219,7 +221,7 @@ LLAMA_FAMILIES: Final = (
     row("qwen2", NAMES, PLAIN, ignored=QWEN, allowed={"use_mrope": False}, qkv_bias=True, window=layer_windows),
     # Qwen 3 (Qwen Team 2025, arXiv:2505.09388): normalized queries and keys in place of biases.
     row("qwen3", NAMES, BIASED, ignored=QWEN, query_key_norm="head", window=layer_windows),
-    # Seed-OSS (ByteDance 2025): as Qwen 2.
+    # Seed-OSS (ByteDance 2025): like Qwen 2.
     row("seed_oss", NAMES, PLAIN, ignored=["pretraining_tp", "residual_dropout"], qkv_bias="attention_bias",
         output_bias="attention_out_bias", mlp_bias="mlp_bias"),
     # OLMo 2 (OLMo Team 2024, arXiv:2501.00656): norms on the outputs of the blocks, and on all heads' queries and keys.

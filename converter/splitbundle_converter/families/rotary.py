@@ -49,7 +49,7 @@ def rotary(
     whole = kind == "proportional"  # it rotates a fraction of the pairs, not the pairs in a fraction of the channels
     dim = head_dim if whole else int(head_dim * fraction)
     if dim % 2 or not 2 <= dim <= head_dim:
-        config.refuse("head_dim", "an even number of channels to turn, as rotary positions turn pairs", dim)
+        config.refuse("head_dim", "an even number of channels to rotate, because rotary positions rotate pairs", dim)
         dim = max(2, dim - dim % 2)
     scaling = _SCALINGS[kind](config, inner, dim, fraction) if kind in _SCALINGS else Unscaled()
     base = inner.number("rope_theta")
@@ -79,7 +79,7 @@ def _llama3(config: ConfigReader, inner: ConfigReader, dim: int, fraction: float
 def _dynamic(config: ConfigReader, inner: ConfigReader, dim: int, fraction: float) -> Scaling:
     inner.ignored(["original_max_position_embeddings"])  # transformers uses max_position_embeddings
     if dim < 4:
-        config.refuse("head_dim", "at least 4 channels to turn, for rope_type dynamic", dim)
+        config.refuse("head_dim", "at least 4 channels to rotate, for rope_type dynamic", dim)
     return Dynamic(factor=inner.number("factor"), original_positions=config.integer("max_position_embeddings"))
 
 

@@ -116,7 +116,7 @@ def row(
         facts = facts.replace(**changes)
     elif changes:
         raise TypeError(
-            f"{model_type}: a function of the configuration takes no changes, but {', '.join(changes)} came"
+            f"{model_type}: expected no changes for a function of the configuration, got {', '.join(changes)}"
         )
     layers = layers_of(names)
     turned = frozenset(f"{layers}.{{layer}}.{module}.weight" for module in transposed)

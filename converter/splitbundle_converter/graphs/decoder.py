@@ -65,7 +65,7 @@ class _Decoder:
             graph.output(port)
         return graph.model(part.name)
 
-    # The ends.
+    # The embedding and the head.
 
     def embed(self, ids: str) -> str:
         """Add the embedding. *Shape:* (batch, sequence) -> (batch, sequence, hidden)."""

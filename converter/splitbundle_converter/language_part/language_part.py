@@ -161,11 +161,15 @@ def _composite(found: Configuration) -> Composite:
     model_type = raw.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
         expected = "a checkpoint that has other parts than a language model"
-        got = f"model_type {quoted(model_type)}, which is one as a whole"
+        got = f"model_type {quoted(model_type)}, which is a language model as a whole"
         raise refusal("usage.part", None, expected, got, "Convert it without --part", argument="part")
     if not isinstance(model_type, str) or model_type not in COMPOSITES:
         text = text_type(raw)
-        hint = None if text is None else f"Its language part is {quoted(text, 40)}, but where it is isn't known"
+        hint = (
+            None
+            if text is None
+            else f"Its language part is {quoted(text, 40)}, but its place in the checkpoint is unknown"
+        )
         expected = f"one of {', '.join(sorted(COMPOSITES))}, whose language part can be converted alone"
         raise refusal("source.family", file, expected, quoted(model_type), hint, "/model_type")
     composite, text = COMPOSITES[model_type], text_type(raw)
@@ -274,7 +278,7 @@ def _places(source: Checkpoint, family: Family, architecture: Architecture) -> t
 
 def _nowhere(source: Checkpoint, wanted: list[str], probe: str, candidates: list[str]) -> BundleError:
     if not candidates:
-        expected = f"a language part's tensor {quoted(probe)}, whatever stands before it"
+        expected = f"a language part's tensor {quoted(probe)}, with any prefix"
         return refusal("source.tensor", source.name, expected, "none")
     nearest = max(candidates, key=lambda base: sum(base + name in source.tensors for name in wanted))
     missing = [nearest + name for name in wanted if nearest + name not in source.tensors]

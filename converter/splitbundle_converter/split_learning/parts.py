@@ -120,7 +120,7 @@ def find_parts(directory: CheckpointDirectory) -> list[PartFiles]:
         found += [PartFiles(metadata=path.name, weights=name) for name in weights[:1]]
         alone += names[:1] if not weights else []
         if len(weights) > 1:
-            expected, hint = "one file of weights beside it", "Remove the one that isn't meant"
+            expected, hint = "one file of weights beside it", "Remove the one that you do not want"
             problems.append(problem("source.parts", path.name, expected, " and ".join(weights), hint))
     if found:
         problems += [
@@ -149,7 +149,7 @@ def read_parts(
         _check_same_model(other, first, family, architecture, "Save every part with the configuration of the whole")
     if directory.has(CONFIG):
         raw = strict_json.parse(directory.read(CONFIG), CONFIG)
-        hint = "Remove the one of them that isn't meant"
+        hint = "Remove the one that you do not want"
         _check_same_model(Configuration(raw=raw, file=CONFIG), first, family, architecture, hint)
     files = {part.files.weights: directory.weights(part.files.weights, part.files.metadata) for part in parts}
     rewritten = rewrite(files, private, progress)
@@ -271,14 +271,14 @@ def _check_tiling(held: list[LoadedPart], layers: int, ignored: list[str]) -> No
         found = ", ".join(other.part.component for other in held)
         hint = f"The parts are {found}, with {', '.join(str(other.count) for other in held)} layers"
         if ignored:
-            hint += f"; of {', '.join(ignored[:8])} no metadata says what it is"
+            hint += f"; no metadata describes {', '.join(ignored[:8])}"
         problems.append(problem("source.parts", one.part.files.metadata, expected, str(got), hint, pointer=f"/{field}"))
 
     stop = 0
     for one in held:
         part = one.part
         if part.start != stop:
-            add(one, "start_layer", f"{stop}, so that the parts tile the model", part.start)
+            add(one, "start_layer", f"{stop}, so that the parts cover the model", part.start)
         if part.component == "trunk" and one.count == 0:
             add(one, "component", "a trunk with layers", "one without")
         after, last = part.start + one.count, part.start + one.count - 1
@@ -288,7 +288,7 @@ def _check_tiling(held: list[LoadedPart], layers: int, ignored: list[str]) -> No
         stop += one.count
     if not problems and len({one.part.end - one.part.start - one.count for one in held}) > 1:
         got = ", ".join(f"{one.part.start} to {one.part.end}" for one in held)
-        add(held[-1], "end_layer", "in all parts the last layer, or in all the number after it", got)
+        add(held[-1], "end_layer", "the last layer in all parts, or the number after it in all parts", got)
     if not problems and stop != layers:
         add(held[-1], "end_layer", f"{layers} layers in all, as the configuration has them", f"{stop}")
     if problems:

@@ -120,7 +120,7 @@ def _check_constants(source: Checkpoint, family: Family, prefix: bool, layers: i
                 wrong = stored[~torch.isin(stored, _roundings(value))]
                 if len(wrong):
                     got = f"{wrong[0].item():g}"
-                    problems.append(_off(source.tensors[name], f"{value:g}, as the decoder has it", got, _FIXED))
+                    problems.append(_off(source.tensors[name], f"{value:g}, which the decoder uses", got, _FIXED))
     return problems
 
 

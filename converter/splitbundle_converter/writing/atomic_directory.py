@@ -1,4 +1,4 @@
-"""A bundle appears whole or not at all: written beside its destination, made durable, then renamed."""
+"""Write a directory atomically: write it beside its destination, flush it to disk, then rename it."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _AT_FDCWD: Final = -100
 _LOCK: Final = ".lock"
 _TEMPORARY: Final = re.compile(r"\.tmp-[0-9a-f]{16}(\.lock)?\Z")
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-"""How file systems say that they have no locks."""
+"""The error numbers of file systems that do not support locks."""
 
 
 @contextlib.contextmanager
 def atomic_directory(destination: str | os.PathLike[str], *, force: bool) -> Iterator[Path]:
-    """A directory to write into, which becomes ``destination`` when the block ends well and vanishes when it doesn't.
+    """Create a directory to write into. It becomes ``destination`` if the block succeeds, and is removed otherwise.
 
     Raises:
-        BundleError: ``output.exists`` without ``force``, or for what isn't a bundle; ``output.failed`` where the system
-            doesn't let it be written.
+        BundleError: ``output.exists`` if ``destination`` exists and ``force`` is false, or if it is not a bundle;
+            ``output.failed`` if the system refuses to write.
     """
     target = _destination(destination)
     made: os.stat_result | None = None
@@ -54,18 +54,19 @@ def atomic_directory(destination: str | os.PathLike[str], *, force: bool) -> Ite
         if made is not None and _is_there(made, target):
             raise _not_durable(target, error) from error
         if error.filename is not None and not _is_ours(Path(os.fsdecode(error.filename)), target):
-            raise  # something that was being read
+            raise  # an error about a file that was being read
         raise _unwritable(target, error) from error
 
 
 @contextlib.contextmanager
 def scratch_directory(destination: str | os.PathLike[str], *, force: bool) -> Iterator[Path]:
-    """A private directory beside ``destination`` for what is needed on the way; it vanishes however the block ends.
+    """Create a private directory beside ``destination`` for temporary files. It is removed at the end of the block.
 
-    It is called as half-written bundles are, so the next writer of this destination removes what a killed one left.
+    Its name has the form of an unfinished bundle's name. So the next writer of this destination removes it if this
+    process is killed.
 
     Raises:
-        BundleError: ``output.exists`` and ``output.failed``, as ``atomic_directory``: before the work, not after it.
+        BundleError: ``output.exists`` and ``output.failed``, as for ``atomic_directory``, but before the work begins.
     """
     target = _destination(destination)
     with contextlib.ExitStack() as stack:
@@ -79,7 +80,7 @@ def scratch_directory(destination: str | os.PathLike[str], *, force: bool) -> It
 
 
 def _is_ours(path: Path, target: Path) -> bool:
-    """Whether an error is of the target, of what stands beside it for a while, or of their directory."""
+    """Return whether a path of an error is the target, a temporary entry beside it, or their parent directory."""
     if not path.is_relative_to(target.parent):
         return False
     inside = path.relative_to(target.parent).parts
@@ -87,7 +88,7 @@ def _is_ours(path: Path, target: Path) -> bool:
 
 
 def _destination(destination: str | os.PathLike[str]) -> Path:
-    target = Path(os.path.abspath(destination))  # not resolved: a link is refused, not followed
+    target = Path(os.path.abspath(destination))  # not resolved, because a link must be refused, not followed
     if not target.name or "\0" in str(target):
         raise _unwritable(target, "no name for a directory")
     made = []
@@ -107,17 +108,21 @@ def _destination(destination: str | os.PathLike[str]) -> Path:
 
 
 def _prepare(target: Path, force: bool) -> None:
-    """Ends what was interrupted here, refuses what can't be replaced, and removes what killed writers left."""
+    """Recover from an interrupted replacement, check that the target may be written, and remove unfinished bundles.
+
+    Unfinished bundles come from writers that were killed.
+    """
     recover(target)
-    with directory_lock(target.parent):  # a bundle that is just being replaced isn't there for a moment
+    with directory_lock(target.parent):  # while another writer replaces a bundle, the target is absent for a moment
         _refuse_existing(target, force)
         old = backup_path(target)
-        if os.path.lexists(target) and is_backup(old):  # replaced, and then killed
-            # In one step out of the place from which old bundles are put back: half of one mustn't be.
+        if os.path.lexists(target) and is_backup(old):  # a writer replaced the bundle, and was killed then
+            # One rename moves the backup away. Removing it in place could leave half of it, and recovery would restore
+            # this half.
             old.rename(_new_place(target))
     for place in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
         if not _TEMPORARY.search(place.name):
-            continue  # somebody's own
+            continue  # another program's or the user's entry
         if place.name.endswith(_LOCK):
             if not _is_file(place):
                 continue
@@ -125,7 +130,7 @@ def _prepare(target: Path, force: bool) -> None:
                 if _lock(left, wait=False):
                     _remove(place.with_name(place.name.removesuffix(_LOCK)))
                     place.unlink()
-        elif not os.path.lexists(place.with_name(place.name + _LOCK)):  # which a living writer's has
+        elif not os.path.lexists(place.with_name(place.name + _LOCK)):  # a running writer has a lock file
             _remove(place)
 
 
@@ -133,7 +138,7 @@ def _is_file(place: Path) -> bool:
     try:
         return stat.S_ISREG(place.lstat().st_mode)
     except OSError:
-        return False  # gone by now
+        return False  # it was removed meanwhile
 
 
 def _new_place(target: Path) -> Path:
@@ -142,22 +147,21 @@ def _new_place(target: Path) -> Path:
 
 @contextlib.contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    """A new directory beside the target, and beside it a file that is locked for as long as its writer lives."""
+    """Create a new directory beside the target, and a lock file beside it. The lock lasts as long as the process."""
     claimed = False
     while not claimed:
         staging = _new_place(target)
         lock = staging.with_name(staging.name + _LOCK)
-        try:  # around all of it: an interruption may come between any two steps
+        try:  # it encloses all steps, because an interruption may come between any two
             with _closed_at_last(lock.open("xb")) as held:
                 _lock(held, wait=True)
-                claimed = os.path.lexists(
-                    lock
-                )  # before it was locked, another writer may have taken it for a dead one's
+                # Before the file was locked, another writer may have removed it as left by a killed process.
+                claimed = os.path.lexists(lock)
                 if claimed:
                     staging.mkdir()
                     yield staging
         finally:
-            # Gone already if all went well. What can't be removed must not hide the error that brought us here; the
+            # After success, the directory is already renamed. A failure to remove it must not hide the first error; the
             # next writer tries again.
             _remove(staging)
             with contextlib.suppress(OSError):
@@ -166,7 +170,7 @@ def _staging(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _closed_at_last(file: BinaryIO) -> Iterator[BinaryIO]:
-    """Nothing was written into it, so nothing is lost if closing it fails."""
+    """Close a file at the end of the block. An error of closing is ignored, because nothing was written to the file."""
     try:
         yield file
     finally:
@@ -175,10 +179,14 @@ def _closed_at_last(file: BinaryIO) -> Iterator[BinaryIO]:
 
 
 def _lock(file: BinaryIO, *, wait: bool) -> bool:
-    """Locks a file until it is closed, if only by its process's end; False where another has it, or nobody can tell.
+    """Lock a file until it is closed or the process ends.
+
+    Returns:
+        False if another process has the lock, or if the file system does not support locks.
 
     Raises:
-        OSError: of a kind that others needn't meet too. They would take a living writer for a dead one.
+        OSError: Another error, with ``wait``. Other processes may not have this error, and would then treat this
+            running writer as a killed one.
     """
     if sys.platform == "win32":
         return False
@@ -205,7 +213,7 @@ def _refuse_existing(target: Path, force: bool) -> None:
 
 
 def _is_bundle(target: Path) -> bool:
-    """Whether this is a bundle, whole or spoilt, or an empty directory: all that ``--force`` may remove."""
+    """Return whether this is a bundle, complete or damaged, or an empty directory. ``--force`` removes only these."""
     if target.is_symlink() or not target.is_dir():
         return False
     if not any(target.iterdir()):
@@ -219,7 +227,7 @@ def _is_bundle(target: Path) -> bool:
 
 def _make_durable(staging: Path) -> None:
     def fail(error: OSError) -> None:
-        raise error  # what isn't found isn't flushed
+        raise error  # without this, os.walk would skip a directory, and its files would not be flushed
 
     for directory, _, names in os.walk(staging, onerror=fail):
         for name in names:
@@ -229,7 +237,7 @@ def _make_durable(staging: Path) -> None:
 
 def _flush(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
-        return  # Windows has no handle of a directory to flush
+        return  # Windows can't flush a directory
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -238,7 +246,7 @@ def _flush(path: Path) -> None:
 
 
 def _replace(staging: Path, target: Path, force: bool) -> None:
-    # Converting takes minutes, in which something else may have come to stand there.
+    # A conversion takes minutes. Meanwhile, another process may have created the target.
     _refuse_existing(target, force)
     old, two_steps = backup_path(target), False
     try:
@@ -246,7 +254,7 @@ def _replace(staging: Path, target: Path, force: bool) -> None:
             if not _rename(staging, target, exchange=False):
                 staging.rename(target)
         elif not _rename(staging, target, exchange=True):
-            # Two renames; after an interruption between them, whoever opens the bundle or writes here mends it.
+            # Two renames. If an interruption comes between them, the next reader or writer of the bundle recovers it.
             two_steps = True
             target.rename(old)
             try:
@@ -263,13 +271,13 @@ def _replace(staging: Path, target: Path, force: bool) -> None:
         _flush(target.parent)
         if two_steps:
             old.rename(staging)
-        # Where they were exchanged, the old bundle stands there already. It is removed with everything of ours.
+        # After an exchange, the old bundle is already at the path of ``staging``, which is removed at the end.
     except OSError as error:
         raise _not_durable(target, error) from error
 
 
 def _is_there(made: os.stat_result, target: Path) -> bool:
-    """Whether what was made stands at its place, whatever the system said of the steps there."""
+    """Return whether the new directory is at its destination, even if a later step failed."""
     try:
         return os.path.samestat(made, target.lstat())
     except OSError:
@@ -277,10 +285,13 @@ def _is_there(made: os.stat_result, target: Path) -> bool:
 
 
 def _rename(source: Path, target: Path, *, exchange: bool) -> bool:
-    """Renames onto nothing, or exchanges two directories, in one step; False where the system can't.
+    """Rename to a free path, or exchange two directories, in one step. Return False if the system can't do this.
 
     Linux has renameat2 with RENAME_NOREPLACE (1) and RENAME_EXCHANGE (2), macOS renamex_np with RENAME_EXCL (4) and
     RENAME_SWAP (2).
+
+    Raises:
+        OSError: The rename failed.
     """
     if sys.platform not in ("linux", "darwin"):
         return False
@@ -301,16 +312,16 @@ def _rename(source: Path, target: Path, *, exchange: bool) -> bool:
 
 
 def _remove(directory: Path) -> None:
-    """Removes a directory of ours, read-only ones in it too, as far as the system lets us.
+    """Remove a temporary directory, including read-only directories in it, if the system allows it.
 
-    A link of such a name isn't ours, nor what it leads to.
+    A link with such a name comes from another program, so neither the link nor its target is removed.
     """
-    if os.path.islink(directory):  # an answer, whatever the system says
+    if os.path.islink(directory):  # islink raises no OSError
         return
     for place, _, _ in os.walk(directory):
         with contextlib.suppress(OSError):
             Path(place).chmod(0o700)
-    with contextlib.suppress(OSError):  # of closing what it walks through, which it doesn't ignore
+    with contextlib.suppress(OSError):  # ignore_errors does not cover errors of closing a directory
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -322,8 +333,8 @@ def _beaten(target: Path) -> BundleError:
 
 
 def _not_durable(target: Path, error: OSError) -> BundleError:
-    expected = "the new bundle, which is in its place, to be there after a power failure too"
-    hint = "splitbundle verify says whether it is whole; free or replace the disk, and run this again"
+    expected = "a new bundle that survives a power failure"
+    hint = "The bundle is in place. Check it with splitbundle verify; free or replace the disk, and run this again"
     return BundleError(Problem(code="output.failed", file=str(target), expected=expected, got=_line(error), hint=hint))
 
 

@@ -1,4 +1,4 @@
-"""The model card of a bundle."""
+"""Write the model card of a bundle."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from splitbundle.format.manifest.document import Manifest
 
 
 def model_card(draft: Manifest, architecture: Architecture) -> bytes:
-    """The bundle's README.md: a model card with front matter, made of nothing but the manifest's facts."""
+    """Return the bundle's README.md: a model card with front matter. It has only facts of the manifest."""
     model = draft.model
     front = ["---", "library_name: splitbundle", "tags:", "- splitbundle", f"- {model.family}"]
     if model.license:

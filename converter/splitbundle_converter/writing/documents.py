@@ -1,4 +1,4 @@
-"""Writing a bundle's files: weights tensor by tensor, then everything that says what they are."""
+"""Write the small files of a bundle: the model card, the manifest, and the checksums."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from splitbundle_converter.writing.card import model_card
 
 
 def write_file(root: Path, path: str, data: bytes) -> File:
-    """Writes a small file of the bundle, and says what the manifest lists of it."""
+    """Write a small file of the bundle, and return its entry in the manifest."""
     place = root / path
     place.parent.mkdir(exist_ok=True)
     place.write_bytes(data)
@@ -25,7 +25,11 @@ def write_file(root: Path, path: str, data: bytes) -> File:
 
 
 def write_documents(root: Path, draft: Manifest, architecture: Architecture) -> Manifest:
-    """Writes the model card, manifest.json and SHA256SUMS, after checking the manifest as a reader would."""
+    """Write the model card, manifest.json and SHA256SUMS. Check the manifest first, with the rules of the runtime.
+
+    Returns:
+        The manifest with all files listed.
+    """
     listed = {**draft.files, names.CARD: write_file(root, names.CARD, model_card(draft, architecture))}
     complete = replace(draft, files=dict(sorted(listed.items())))
     data = complete.to_bytes()
@@ -40,12 +44,16 @@ def write_documents(root: Path, draft: Manifest, architecture: Architecture) -> 
 
 
 def relocated(made: Bundle, target: Path) -> Bundle:
-    """A bundle that was read where it was written, at the place that it has now: nothing is left that could fail."""
+    """Return a bundle with its final path. Opening it again could fail after the bundle is in place, so it isn't."""
     return Bundle(target, made.manifest, made.architecture, made.id)
 
 
 def check_schemas(manifest_data: bytes, architecture_data: bytes) -> None:
-    """Holds both documents against the published schemas: what is written here, others must be able to read."""
+    """Validate both documents against the published schemas, so that other implementations can read them.
+
+    Raises:
+        jsonschema.ValidationError: A document does not match its schema.
+    """
     import jsonschema
 
     import splitbundle_schemas

@@ -1,4 +1,4 @@
-"""The shards that cuts make: their names, layer ranges and units."""
+"""Make shards from cuts: their names, layer ranges and units."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEFAULT_NAMES: Final = {1: ("model",), 2: ("bottom", "top"), 3: ("bottom", "trun
 
 
 def shard_names(cuts: tuple[int, ...], given: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The shards' names: those given, else bottom, trunk, top, with trunk-1 … when there are more.
+    """Return the names of the shards: ``given``, or by default bottom, trunk, top (trunk-1 … when there are more).
 
     Raises:
         BundleError: ``usage.names``.
@@ -37,7 +37,7 @@ def shard_names(cuts: tuple[int, ...], given: tuple[str, ...] | None) -> tuple[s
 
 
 def check_cuts(cuts: tuple[int, ...], layers: int) -> None:
-    """Whether a model of so many layers can be cut there.
+    """Check that the cuts are rising layer numbers from 0 to ``layers``.
 
     Raises:
         BundleError: ``usage.cut``.
@@ -50,7 +50,7 @@ def check_cuts(cuts: tuple[int, ...], layers: int) -> None:
                 argument="split",
                 expected=f"rising layer numbers from 0 to {layers}, the model's number of layers",
                 got=",".join(map(str, cuts)),
-                hint="A cut is the number of the layer that the shard after it begins with",
+                hint="A cut is the number of the first layer of the next shard",
             )
         )
 
@@ -62,7 +62,18 @@ def make_shards(
     units: dict[str, tuple[str, ...]],
     listed: dict[str, File],
 ) -> tuple[Shard, ...]:
-    """The shards that some cuts make."""
+    """Return the shards for these cuts.
+
+    Args:
+        architecture: The architecture of the model.
+        cuts: The cuts.
+        given: The names of the shards, or None for the default names.
+        units: The name of each unit -> its weight files.
+        listed: The path of each file -> its entry in the manifest.
+
+    Raises:
+        BundleError: ``usage.cut``, ``usage.names``.
+    """
     layers = len(architecture.layers)
     check_cuts(cuts, layers)
     tensors = architecture.unit_tensors()

@@ -1,4 +1,4 @@
-"""Writing weight files in the canonical layout, one tensor at a time."""
+"""Write weight files in the canonical layout, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ from splitbundle.format.weight_layout import Tensor as Stored
 from splitbundle.storage import files
 
 Produce = Callable[[str], Tensor]
-"""Gives a logical tensor by its name, in the dtype to store."""
+"""Returns a logical tensor by its name, in the dtype to store."""
 
 
 def write_weights(path: Path, tensors: dict[str, Stored], produce: Produce) -> Callable[[], File]:
-    """Writes one safetensors file in the canonical layout, holding one tensor at a time in memory.
+    """Write one safetensors file in the canonical layout. Only one tensor at a time is in memory.
 
-    *Shape:* ``tensors`` in order of use; ``produce`` must give each with just that dtype and shape.
+    Args:
+        path: The path of the new file.
+        tensors: The name of each tensor, in order of use -> its dtype and shape.
+        produce: Returns a tensor by name. It must have exactly this dtype and shape.
 
     Returns:
-        What says, from any thread, what the manifest lists of the file. The file's digest begins with the header, which
-        holds the data's: so this is a second pass, out of the page cache.
+        A function that returns the file's entry in the manifest. Any thread may call it. The file begins with the
+        header, and the header has the digest of the data. So the digest of the file needs a second pass, which reads
+        the page cache.
+
+    Raises:
+        ValueError: A tensor has another dtype or shape.
     """
     layout = weight_layout.lay_out(tensors)
-    space = len(weight_layout.header(layout, "0" * 64))  # a digest has one length, so the header has too
+    space = len(weight_layout.header(layout, "0" * 64))  # all digests have the same length, so the header's is known
     digest = hashlib.sha256()
     with path.open("wb") as file:
         file.seek(space)
@@ -52,7 +59,7 @@ def _second_pass(path: Path, size: int, header_sha256: str) -> File:
 
 def _bytes(tensor: Tensor, stored: Stored, name: str) -> Iterator[memoryview]:
     if tuple(tensor.shape) != stored.shape or str(tensor.dtype) != f"torch.{stored.dtype}":
-        raise ValueError(f"{name}: {stored} was to be written, {tensor.dtype} {list(tensor.shape)} came")
+        raise ValueError(f"{name}: expected {stored}, got {tensor.dtype} {list(tensor.shape)}")
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     for start in range(0, len(flat), files.CHUNK):
         yield flat[start : start + files.CHUNK].numpy().data
@@ -61,7 +68,10 @@ def _bytes(tensor: Tensor, stored: Stored, name: str) -> Iterator[memoryview]:
 def unit_files(
     architecture: Architecture, stored: Callable[[str], Stored], max_file_size: int | None
 ) -> dict[str, dict[str, dict[str, Stored]]]:
-    """Unit -> file -> its tensors. A unit above ``max_file_size`` has numbered parts; a tensor is never divided."""
+    """Return for each unit its files, and for each file its tensors.
+
+    A unit larger than ``max_file_size`` bytes has several numbered files. A tensor is never split.
+    """
     units: dict[str, dict[str, dict[str, Stored]]] = {}
     for unit, shapes in architecture.unit_tensors().items():
         parts: list[dict[str, Stored]] = [{}]

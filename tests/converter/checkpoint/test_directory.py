@@ -51,7 +51,9 @@ def test_a_file_may_be_a_link(source: Callable[[str], Path], output: Path) -> No
     accepted(path, output, check=False)
 
 
-LINK = "expected a file of the checkpoint, got a link that leads out of it. If it is meant, copy the file itself there"
+LINK = (
+    "expected a file of the checkpoint, got a link that leads out of it. To use this file, copy it into the checkpoint"
+)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +135,8 @@ def test_a_generation_config_that_is_no_object(source: Callable[[str], Path], ou
 
 def changed(name: str) -> str:
     return (
-        f"[source.changed] {name}: expected one file from the first byte that was read of it to the last, got another, "
-        "or other bytes in it. Convert it when nobody writes it any more"
+        f"[source.changed] {name}: expected a file that does not change during the conversion, "
+        "got a file that was changed or replaced. Convert again when no program writes to it"
     )
 
 

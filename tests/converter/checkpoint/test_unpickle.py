@@ -44,7 +44,7 @@ def bypassed(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
         ("sys.exit('farewell')", "the process that read it ended with status 1 (farewell)"),
         ("import ctypes; ctypes.string_at(8)", "the process that read it ended by SIGSEGV"),
         ("torch.empty(2**40)", "RuntimeError: "),
-        ("[bytearray(2**28) for _ in range(64)]", "one that takes much more memory than its own size"),
+        ("[bytearray(2**28) for _ in range(64)]", "a file that needs much more memory than its size"),
     ],
 )
 def test_a_child_that_dies(
@@ -62,18 +62,18 @@ def test_a_child_that_dies(
     [
         ("os.write(1, b'noise'); os.write(2, b'noise'); raise ValueError('x')", "ValueError: x"),
         # The channel is the first descriptor above those that everybody has.
-        ("os.write(3, b'hello\\n'); time.sleep(60)", "a process that says what it shouldn't"),
-        ("os.write(3, b'x' * 10**6); time.sleep(60)", "a process that says what it shouldn't"),
-        ("os.write(3, b'{\"bytes\": -1}\\n'); time.sleep(60)", "a process that says what it shouldn't"),
-        ("os.write(3, b'{\"bytes\": 1e9}\\n'); time.sleep(60)", "a process that says what it shouldn't"),
-        ("os.write(3, b'{\"done\": 1}\\n'); time.sleep(60)", "nothing that the process made of it"),
+        ("os.write(3, b'hello\\n'); time.sleep(60)", "an invalid message of the process that reads it"),
+        ("os.write(3, b'x' * 10**6); time.sleep(60)", "an invalid message of the process that reads it"),
+        ("os.write(3, b'{\"bytes\": -1}\\n'); time.sleep(60)", "an invalid message of the process that reads it"),
+        ("os.write(3, b'{\"bytes\": 1e9}\\n'); time.sleep(60)", "an invalid message of the process that reads it"),
+        ("os.write(3, b'{\"done\": 1}\\n'); time.sleep(60)", "no output of the process that reads it"),
         (
             "os.symlink('/etc/hostname', '00000.safetensors'); os.write(3, b'{\"done\": 1}\\n'); time.sleep(60)",
-            "nothing that the process made of it",
+            "no output of the process that reads it",
         ),
         (
             "os.mkfifo('00000.safetensors'); os.write(3, b'{\"done\": 1}\\n'); time.sleep(60)",
-            "nothing that the process made of it",
+            "no output of the process that reads it",
         ),
         (
             "open('00000.safetensors', 'wb').write(b'x' * 99); os.write(3, b'{\"done\": 1}\\n'); time.sleep(60)",
@@ -177,7 +177,7 @@ def test_a_child_that_says_nothing_is_ended(
     )
     assert str(refused(path, output)) == (
         f"[source.state-dict] {BIN}: expected a state dict that can be read, "
-        f"got no word for 8 s from the process that reads it. {WHOLE}"
+        f"got no message for 8 s from the process that reads it. {WHOLE}"
     )
     with held.open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # hangs for as long as a grandchild lives

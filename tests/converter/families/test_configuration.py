@@ -52,8 +52,10 @@ def test_why_a_family_is_not_in_the_table(
 
 
 ACTIVATIONS: Final = f"one of {', '.join(facts.ACTIVATIONS)}"
-KNOWN: Final = "a field that this family is known to have"
-UNSUPPORTED: Final = "A model with this value can't be converted yet; with another value it would be another model"
+KNOWN: Final = "a field that is known for this family"
+UNSUPPORTED: Final = (
+    "A model with this value can't be converted yet. Do not change the value: it would describe another model"
+)
 USELESS: Final = "Remove it if it changes nothing"
 ROPE: Final[dict[str, Any]] = {"rope_type": "default", "rope_theta": 10000.0}
 ROPE_TYPES: Final = "one of default, linear, dynamic, yarn, longrope, llama3, proportional"

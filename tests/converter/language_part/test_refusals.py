@@ -21,7 +21,9 @@ from tests.support.models import VOCAB, checkpoint
 from tests.support.models_composite import make_composite, make_config, save, stored_tensors, text_fields
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-UNSUPPORTED: Final = "A model with this value can't be converted yet; with another value it would be another model"
+UNSUPPORTED: Final = (
+    "A model with this value can't be converted yet. Do not change the value: it would describe another model"
+)
 ONLY: Final = "Other families can't be converted; splitbundle never guesses at one"
 LISTED: Final = "one of the families that splitbundle families lists"
 
@@ -55,7 +57,7 @@ def test_a_language_model_has_no_parts(tmp_path: Path) -> None:
         splitbundle_converter.convert(checkpoint("llama"), tmp_path / "x.splitbundle", part="language")
     assert str(caught.value) == (
         "[usage.part] part: expected a checkpoint that has other parts than a language model, got model_type 'llama', "
-        "which is one as a whole. Convert it without --part"
+        "which is a language model as a whole. Convert it without --part"
     )
 
 
@@ -96,7 +98,7 @@ def test_a_part_that_is_not_known(tmp_path: Path) -> None:
         ),
         (
             {"frobnicate": 1},
-            "[source.config] config.json /text_config/frobnicate: expected a field that this family is known to have, "
+            "[source.config] config.json /text_config/frobnicate: expected a field that is known for this family, "
             "got 1. Remove it if it changes nothing",
         ),
         (
@@ -116,7 +118,7 @@ def test_a_language_part_that_is_refused(fields: dict[str, Any], message: str, t
         (
             "llava",
             {"frobnicate": 1},
-            "[source.config] config.json /frobnicate: expected a field that this family is known to have, got 1. "
+            "[source.config] config.json /frobnicate: expected a field that is known for this family, got 1. "
             "Remove it if it changes nothing",
         ),
         (
@@ -254,8 +256,8 @@ BASE: Final = "language_model.model."
         ),
         (
             lambda tensors: {n: t for n, t in tensors.items() if "embed_tokens" not in n},
-            "[source.tensor] source: expected a language part's tensor 'embed_tokens.weight', whatever stands before "
-            "it, got none",
+            "[source.tensor] source: expected a language part's tensor 'embed_tokens.weight', with any prefix, "
+            "got none",
         ),
         (
             lambda tensors: tensors | {n.replace(BASE, "talker."): t.clone() for n, t in tensors.items() if BASE in n},

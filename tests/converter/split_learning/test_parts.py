@@ -221,7 +221,7 @@ COUNTS: Final = "The parts are bottom, trunk, top, with 1, 2, 1 layers"
     [
         (
             {"trunk": {"start_layer": 2, "end_layer": 4}},
-            f"trunk_metadata.json /start_layer: expected 1, so that the parts tile the model, got 2. {COUNTS}",
+            f"trunk_metadata.json /start_layer: expected 1, so that the parts cover the model, got 2. {COUNTS}",
         ),
         (
             {"trunk": {"end_layer": 4}},
@@ -230,7 +230,7 @@ COUNTS: Final = "The parts are bottom, trunk, top, with 1, 2, 1 layers"
         ),
         (
             {"trunk": {"end_layer": 2}},
-            "top_metadata.json /end_layer: expected in all parts the last layer, or in all the number after it, "
+            "top_metadata.json /end_layer: expected the last layer in all parts, or the number after it in all parts, "
             f"got 0 to 1, 1 to 2, 3 to 4. {COUNTS}",
         ),
     ],
@@ -279,7 +279,7 @@ def test_two_files_of_one_part(parts: Path, output: Path) -> None:
     shutil.copy(parts / "bottom.pt", parts / "bottom.pth")
     assert str(refused(parts, output)) == (
         "[source.parts] bottom_metadata.json: expected one file of weights beside it, got bottom.pt and bottom.pth. "
-        "Remove the one that isn't meant"
+        "Remove the one that you do not want"
     )
 
 
@@ -295,7 +295,7 @@ def test_a_configuration_beside_them_of_another_model(parts: Path, output: Path)
     shutil.copy(checkpoint("gpt2-one-head") / "config.json", parts)
     assert str(refused(parts, output)) == (
         "[source.parts] config.json: expected the model that bottom_metadata.json describes, got another. "
-        "Remove the one of them that isn't meant"
+        "Remove the one that you do not want"
     )
 
 
@@ -316,7 +316,7 @@ def test_a_configuration_that_cannot_be_converted(parts: Path, output: Path) -> 
         ("top", "parts: expected one bottom, one top, and what lies between them, got bottom (bottom_metadata.json), "),
         (
             "trunk",
-            "top_metadata.json /start_layer: expected 1, so that the parts tile the model, got 3. The parts are ",
+            "top_metadata.json /start_layer: expected 1, so that the parts cover the model, got 3. The parts are ",
         ),
     ],
 )
@@ -333,7 +333,7 @@ def test_a_part_that_is_missing(parts: Path, output: Path, part: str, text: str)
 def test_a_part_without_metadata_is_mentioned(parts: Path, output: Path) -> None:
     write(parts, "gpt2")
     (parts / "trunk_metadata.json").unlink()
-    assert str(refused(parts, output)).endswith("; of trunk.pt no metadata says what it is")
+    assert str(refused(parts, output)).endswith("; no metadata describes trunk.pt")
 
 
 @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ def test_parts_beside_a_whole_model(parts: Path, output: Path, file: str) -> Non
     shutil.copy(checkpoint("gpt2") / "model.safetensors", parts / file)
     assert str(refused(parts, output)) == (
         "[source.parts] parts: expected parts of a model, or a whole one, "
-        f"got both: {file} or its index, and bottom.pt. Move the ones that aren't meant elsewhere"
+        f"got both: {file} or its index, and bottom.pt. Move the files that you do not want to another directory"
     )
     if file == "model.safetensors":
         assert splitbundle_converter.convert(parts, output, check=False).fingerprint == bundle("gpt2").fingerprint

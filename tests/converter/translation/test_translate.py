@@ -173,7 +173,7 @@ def test_a_constant_of_another_value(source: Callable[[str], Path], output: Path
     path = source("apertus")
     change_tensors(path, replaced("model.layers.2.mlp.act_fn.beta", lambda x: x + 0.25))
     assert str(refused(path, output)) == (
-        f"[source.tensor] {WEIGHTS} /model.layers.2.mlp.act_fn.beta: expected 0.5, as the decoder has it, got 0.75. "
+        f"[source.tensor] {WEIGHTS} /model.layers.2.mlp.act_fn.beta: expected 0.5, which the decoder uses, got 0.75. "
         "A model with another value of this constant can't be converted yet"
     )
 
@@ -185,7 +185,7 @@ def test_a_constant_that_is_nearly_the_decoders(
     path = source("apertus")
     change_tensors(path, replaced("model.layers.2.mlp.act_fn.beta", lambda x: torch.full_like(x, value)))
     text = str(refused(path, output))
-    assert f"/model.layers.2.mlp.act_fn.beta: expected 0.5, as the decoder has it, got {got}. " in text
+    assert f"/model.layers.2.mlp.act_fn.beta: expected 0.5, which the decoder uses, got {got}. " in text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

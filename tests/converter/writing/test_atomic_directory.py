@@ -178,7 +178,7 @@ def test_a_bundle_that_is_replaced_while_it_is_copied_is_refused(bundle: Path, c
             bundle.rename(bundle.with_name("away"))
             other.path.rename(bundle)
 
-    with pytest.raises(BundleError, match=r"\[file.changed\] .*another one, which replaced it meanwhile"):
+    with pytest.raises(BundleError, match=r"\[file.changed\] .*another bundle, which replaced it during the copy"):
         getattr(splitbundle_converter, command)(bundle, target, progress=replace)
     assert names(bundle.parent) == ["away", bundle.name]
 

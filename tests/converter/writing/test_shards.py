@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_cuts(output: Path, cuts: tuple[int, ...]) -> None:
     assert str(refused(checkpoint("llama"), output, split=cuts)) == (
         "[usage.cut] split: expected rising layer numbers from 0 to 4, the model's number of layers, "
-        f"got {','.join(map(str, cuts))}. A cut is the number of the layer that the shard after it begins with"
+        f"got {','.join(map(str, cuts))}. A cut is the number of the first layer of the next shard"
     )
 
 
