@@ -60,7 +60,7 @@ def write(directory: Path) -> None:
 
 def commands() -> str:
     """Return the commands of the command line with their options."""
-    found = {entry.name: entry.load() for entry in entry_points(group="splitbundle.cli.main.commands")}
+    found = {entry.name: entry.load() for entry in entry_points(group="splitbundle.commands")}
     parser = build_parser([*(found[name] for name in sorted(found)), *COMMANDS])
     (subparsers,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     parts = [_command(name, each) for name, each in subparsers.choices.items()]

@@ -1,8 +1,8 @@
-"""splitbundle's converter: a Hugging Face checkpoint goes in, a bundle comes out.
+"""The converter of splitbundle: it converts a Hugging Face checkpoint into a bundle.
 
     splitbundle_converter.convert("gpt2", "gpt2.splitbundle", split=[2, 10])
 
-Importing this imports neither torch nor transformers; the functions do.
+Importing this package imports neither torch nor transformers. The functions import them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LATER = {
     "resplit": "splitbundle_converter.resplitting",
     "source_tensors": "splitbundle_converter.translation.restore",
 }
-"""A name -> the module that has it, which is imported when it is first asked for."""
+"""A public name -> the module that defines it. The module is imported at the first use of the name."""
 
 
 def __getattr__(name: str) -> Any:

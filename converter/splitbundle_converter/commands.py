@@ -1,4 +1,4 @@
-"""The converter's commands. The libraries that they need are imported when they run, not when help is asked for."""
+"""The converter's commands. A command imports the libraries that it needs when it runs, not when it prints help."""
 
 from __future__ import annotations
 
@@ -22,49 +22,56 @@ LIBRARIES: Final = ("torch", "transformers", "safetensors", "jsonschema", "huggi
 
 def _shard_arguments(parser: argparse.ArgumentParser, uncut: str) -> None:
     parser.add_argument(
-        "--split", type=integers, metavar="2,10", help=f"the layers to cut before; by default nothing is cut{uncut}"
+        "--split", type=integers, metavar="2,10", help=f"cut before these layers; by default there are no cuts{uncut}"
     )
     parser.add_argument(
         "--names",
         type=lambda text: tuple(text.split(",")),
         metavar="A,B,C",
-        help="by default bottom, trunk, top",
+        help="the names of the shards; by default bottom, trunk, top",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle once the new one is complete")
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a checkpoint directory, or a hub id")
-    parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default named after the model")
-    parser.add_argument("--revision", help="of a hub id: a branch, tag or commit")
     parser.add_argument(
-        "--part", metavar=LANGUAGE, help="of a checkpoint that is for images or sounds too: its language part alone"
+        "--output", "-o", metavar="NAME.splitbundle", help="the new bundle; by default the model's name"
     )
-    _shard_arguments(parser, ", or parts are where they were cut")
+    parser.add_argument("--revision", help="the branch, tag or commit of a hub id")
+    parser.add_argument("--part", metavar=LANGUAGE, help="convert only the language part of a multimodal checkpoint")
+    _shard_arguments(parser, ", or the cuts of the source, if it consists of parts")
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="take weights that are pickles (.bin, .pt): tensors alone, read in a process of its own",
+        help="accept weights in pickles (.bin, .pt); only tensors are read, in a separate process",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the stored weights; by default their own")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="keep",
+        help="the dtype of the stored weights; keep, the default, changes none",
+    )
     parser.add_argument(
         "--check",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="hold the shards against the original model, and keep its results as golden vectors",
+        help="compare the shards with the original model, and store its results as golden vectors",
     )
     parser.add_argument(
         "--max-file-size",
         type=positive,
         metavar="BYTES",
-        help="write larger units in parts; one tensor may be larger",
+        help="split units that are larger into several files; a file with a single tensor may still be larger",
     )
-    parser.add_argument("--onnx", action="store_true", help="add a graph to each shard, for onnxruntime")
+    parser.add_argument("--onnx", action="store_true", help="add a graph for onnxruntime to each shard")
     parser.add_argument(
-        "--variant", help="such graphs: standard, the default, compute in float32; float16 in the weights' float16"
+        "--variant", help="add graphs of this variant: standard computes in float32, float16 in the weights' float16"
     )
     parser.add_argument(
-        "--genai", action="store_true", help="add such graphs, and what onnxruntime-genai needs to run them"
+        "--genai",
+        action="store_true",
+        help="add graphs, and the configuration that onnxruntime-genai needs to run them",
     )
 
 
@@ -92,7 +99,9 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
 
 def _resplit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a whole .splitbundle directory")
-    parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default the bundle itself, with --force")
+    parser.add_argument(
+        "--output", "-o", metavar="NAME.splitbundle", help="the new bundle; by default the bundle itself, with --force"
+    )
     _shard_arguments(parser, "")
     _no_check_argument(parser)
 
@@ -102,7 +111,7 @@ def _no_check_argument(parser: argparse.ArgumentParser) -> None:
         "--no-check",
         dest="check",
         action="store_false",
-        help="hold neither copied files against their digests nor new graphs against the golden vectors",
+        help="do not verify the copied files, and do not compare new graphs with the golden vectors",
     )
 
 
@@ -123,14 +132,20 @@ def _resplit(args: argparse.Namespace, console: Console) -> int:
 
 def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a whole .splitbundle directory")
-    parser.add_argument("--output", "-o", metavar="NAME.splitbundle", help="by default the bundle itself")
     parser.add_argument(
-        "--variant", help="standard computes in float32, float16 in float16; by default what is there, or standard"
+        "--output", "-o", metavar="NAME.splitbundle", help="the new bundle; by default the bundle itself"
+    )
+    parser.add_argument(
+        "--variant",
+        help="standard computes in float32, float16 in float16; by default that of the present graphs, or standard",
     )
     _no_check_argument(parser)
-    parser.add_argument("--force", action="store_true", help="replace another bundle at --output")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle at --output")
     parser.add_argument(
-        "--genai", action="store_true", default=None, help="add what onnxruntime-genai needs to run them, too"
+        "--genai",
+        action="store_true",
+        default=None,
+        help="also add the configuration that onnxruntime-genai needs to run the graphs",
     )
 
 
@@ -149,7 +164,7 @@ def _add_onnx(args: argparse.Namespace, console: Console) -> int:
 
 
 def _families_arguments(parser: argparse.ArgumentParser) -> None:
-    """None of its own."""
+    """Add nothing: the command has no arguments of its own."""
 
 
 def _families(args: argparse.Namespace, console: Console) -> int:
@@ -165,7 +180,11 @@ def _families(args: argparse.Namespace, console: Console) -> int:
 def _example_arguments(parser: argparse.ArgumentParser) -> None:
     known = "; ".join(f"{name}: {what}" for name, what in EXAMPLES.items())
     parser.add_argument(
-        "name", nargs="?", metavar="NAME", default=DEFAULT, help=f"by default {DEFAULT}. The known names: {known}"
+        "name",
+        nargs="?",
+        metavar="NAME",
+        default=DEFAULT,
+        help=f"the example; by default {DEFAULT}. The known names: {known}",
     )
     parser.add_argument("--output", "-o", metavar="DIRECTORY", help="the new directory; by default NAME")
 
@@ -194,7 +213,7 @@ def _report(bundle: Bundle, output: str, console: Console, part: dict[str, Any] 
 
 
 def _report_part(part: dict[str, Any], console: Console) -> None:
-    """Says what of a checkpoint is no part of the bundle."""
+    """Print which parts of the checkpoint the bundle leaves out."""
     for item in part["left_out"]:
         many = "tensor" if item["tensors"] == 1 else "tensors"
         console.text(f"  left out    {item['module']}: {item['tensors']:,} {many}, {item['parameters']:,} parameters")
@@ -204,7 +223,7 @@ def _report_part(part: dict[str, Any], console: Console) -> None:
 
 @contextmanager
 def _libraries(extra: str = "convert", purpose: str = "convert checkpoints") -> Iterator[None]:
-    """Says how to get a library that turns out to be missing: some are imported only when they are needed."""
+    """Raise ``MissingExtra`` with the install command if a library is missing. Some are imported only when needed."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -214,11 +233,13 @@ def _libraries(extra: str = "convert", purpose: str = "convert checkpoints") -> 
 
 
 CONVERT: Final = Command(
-    name="convert", help="make a bundle of a checkpoint", configure=_convert_arguments, run=_convert
+    name="convert", help="convert a checkpoint into a bundle", configure=_convert_arguments, run=_convert
 )
-RESPLIT: Final = Command(name="resplit", help="cut a bundle elsewhere", configure=_resplit_arguments, run=_resplit)
+RESPLIT: Final = Command(
+    name="resplit", help="cut a bundle into other shards", configure=_resplit_arguments, run=_resplit
+)
 ADD_ONNX: Final = Command(
-    name="add-onnx", help="add a graph to each shard, for onnxruntime", configure=_add_onnx_arguments, run=_add_onnx
+    name="add-onnx", help="add a graph for onnxruntime to each shard", configure=_add_onnx_arguments, run=_add_onnx
 )
 FAMILIES: Final = Command(
     name="families", help="list the families that can be converted", configure=_families_arguments, run=_families

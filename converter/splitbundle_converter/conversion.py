@@ -1,4 +1,4 @@
-"""Conversion: a checkpoint goes in, a bundle comes out, whole and checked, or nothing at all."""
+"""Convert a checkpoint into a bundle. The bundle appears complete and checked, or not at all."""
 
 from __future__ import annotations
 
@@ -56,35 +56,35 @@ def convert(
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Converts a checkpoint into a bundle.
+    """Convert a checkpoint into a bundle.
 
-    The model is never built to be converted: tensors are read, translated and written one at a time.
+    The conversion never builds the model: it reads, translates and writes one tensor at a time.
 
     Args:
-        source: a checkpoint directory, or a hub id.
-        output: the bundle's directory, which appears whole or not at all.
-        split: the cuts, rising layer numbers from 0 to the number of layers; by default none, or where the source's
-            parts were cut.
-        names: the shards' names; by default bottom, trunk, top (trunk-1 … when there are more).
-        dtype: "float32", "float16", "bfloat16", or "keep" for each tensor's own.
-        revision: of a hub id.
-        part: "language" for the language part of a checkpoint that has others, for images or sounds. What is left out
-            is said in the bundle's ``manifest.extensions["part"]``.
-        check: whether to compute golden vectors with the original class, and to hold the chained shards against them.
-        force: whether to replace an existing bundle; the old one stays whole until the new one is complete.
-        max_file_size: bytes above which a unit is written in parts.
-        onnx: whether to add a graph to each shard, for onnxruntime: True or "standard" for one that computes in
-            float32, "float16" for one that computes in the float16 that the weights are stored in.
-        genai: whether to add what onnxruntime-genai needs to run the graphs; they are added then, too.
-        allow_pickle: whether to take weights that are pickles: names and tensors alone, read in a process of its own.
-        progress: called with what is being done, how much is done, and how much there is.
+        source: A checkpoint directory, or a hub id.
+        output: The directory of the bundle. It appears complete or not at all.
+        split: The cuts: rising layer numbers from 0 to the number of layers. By default there are none; a source that
+            consists of parts keeps its own cuts.
+        names: The names of the shards; by default bottom, trunk, top (trunk-1 … when there are more).
+        dtype: "float32", "float16", "bfloat16", or "keep" to keep the dtype of each tensor.
+        revision: The branch, tag or commit of a hub id.
+        part: "language" to convert only the language part of a checkpoint that has other parts, for images or sounds.
+            The bundle's ``manifest.extensions["part"]`` names the parts that are left out.
+        check: Whether to compute golden vectors with the original class and compare the chained shards with them.
+        force: Whether to replace an existing bundle. The old one stays in place until the new one is complete.
+        max_file_size: The size in bytes above which a unit is written as several files.
+        onnx: Whether to add a graph for onnxruntime to each shard. True or "standard" adds graphs that compute in
+            float32; "float16" adds graphs that compute in float16, the dtype of the stored weights.
+        genai: Whether to add the configuration that onnxruntime-genai needs to run the graphs. It adds the graphs too.
+        allow_pickle: Whether to accept weights in pickles. Only names and tensors are read, in a separate process.
+        progress: A function that is called with the current step, the amount done, and the total amount.
 
     Returns:
         The new bundle, opened.
 
     Raises:
         BundleError: ``source.*``, ``usage.*``, ``output.*``, ``memory``, ``network``.
-        ParityError: the chained shards don't compute what the original does; nothing is left behind.
+        ParityError: The chained shards do not compute the same results as the original model. No files remain.
     """
     if dtype not in DTYPES:
         raise refusal("usage.dtype", None, f"one of {', '.join(DTYPES)}", quoted(dtype), argument="dtype")
@@ -94,7 +94,8 @@ def convert(
         expected, got = "a number of bytes from 1", quoted(max_file_size)
         raise refusal("usage.size", None, expected, got, argument="max_file_size")
     graphs = request.graph_writer(onnx, genai=genai)
-    target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
+    # The path is made absolute first: replacing the current directory of this process would change its meaning.
+    target = Path(os.path.abspath(output))
     with open_checkpoint(
         source, revision, part=part, output=target, allow_pickle=allow_pickle, force=force, progress=progress
     ) as opened:
@@ -233,7 +234,8 @@ def _write_units(
             for path, tensors in files.items():
                 second_pass = write_weights(root / path, tensors, produce)
                 for before in list(started.values())[-1:]:
-                    before.result()  # what fails ends the conversion soon, and one file at most waits in the page cache
+                    # An error ends the conversion soon, and at most one written file waits in the page cache.
+                    before.result()
                 started[path] = pool.submit(second_pass)
     listed = {path: running.result() for path, running in started.items()}
     if progress is not None:

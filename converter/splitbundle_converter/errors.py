@@ -1,4 +1,4 @@
-"""How the converter says what it refuses: one problem, of one file of the source or of one argument."""
+"""Errors of the converter: a problem names one file of the source, or one argument."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def problem(
     *,
     argument: str | None = None,
 ) -> Problem:
-    """One thing that is wrong with a file of the source, or with an argument; with neither, it is the machine's."""
+    """Return a problem of a file of the source, or of an argument. With neither, it is a problem of the machine."""
     return Problem(code=code, file=file, pointer=pointer, argument=argument, expected=expected, got=got, hint=hint)
 
 
@@ -29,10 +29,10 @@ def refusal(
     *,
     argument: str | None = None,
 ) -> BundleError:
-    """An error that is one such thing."""
+    """Return an error with one such problem."""
     return BundleError(problem(code, file, expected, got, hint, pointer, argument=argument))
 
 
 def line(error: BaseException) -> str:
-    """An error of some library on one line."""
+    """Return the message of a library's error on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,4 +1,4 @@
-"""The example checkpoints that come with this package, and copying one to a directory."""
+"""The example checkpoints of this package, and a function that copies one to a directory."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ DEFAULT: Final = "license-gpt2"
 EXAMPLES: Final[Mapping[str, str]] = {
     DEFAULT: "a GPT-2 of 6 layers (3 MB) that knows the Apache License by heart",
 }
-"""A name -> what the checkpoint is, for the help."""
+"""The name of an example -> its description in the help."""
 
 _PACKAGED: Final = Path(__file__).parent / "examples"
 _CHECKOUT: Final = Path(__file__).parents[2] / "examples"
 
 
 def copy_example(name: str, output: str | os.PathLike[str]) -> Path:
-    """Copy an example checkpoint into a new directory, which appears whole or not at all.
+    """Copy an example checkpoint into a new directory. The directory appears complete or not at all.
 
     Args:
-        name: one of ``EXAMPLES``.
-        output: the new directory.
+        name: One of ``EXAMPLES``.
+        output: The new directory.
 
     Returns:
         The absolute path of the new directory.
 
     Raises:
-        BundleError: ``usage.arguments`` for an unknown name; ``output.exists`` where something is at ``output``;
-            ``output.failed`` where the system refuses to write there; ``source.missing`` where the installation lacks
-            the example's files.
+        BundleError: ``usage.arguments`` for an unknown name; ``output.exists`` if ``output`` exists already;
+            ``output.failed`` if the system refuses to write there; ``source.missing`` if the installation lacks the
+            example's files.
     """
     if name not in EXAMPLES:
         expected = f"one of {', '.join(EXAMPLES)}"

@@ -1,4 +1,4 @@
-"""Opening a checkpoint to convert it: it is found, read and judged once."""
+"""Open a checkpoint for conversion: find it, read it, and check its configuration once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from splitbundle_converter.writing.atomic_directory import scratch_directory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedCheckpoint:
-    """A checkpoint, or its language part, and what its configuration says."""
+    """A checkpoint, or its language part, with the facts of its configuration."""
 
     checkpoint: Checkpoint
     family: Family
@@ -37,7 +37,7 @@ class OpenedCheckpoint:
     values: dict[str, Any]
     """The fields of the configuration."""
     load_original: Callable[[], tuple[Any, str]]
-    """Loads the original model in float32, and says in which module list its layers are."""
+    """Loads the original model in float32. Returns it with the name of the module list that has its layers."""
     extensions: dict[str, Any] = field(default_factory=dict)
     """The entries for the manifest's ``extensions``."""
 
@@ -53,16 +53,16 @@ def open_checkpoint(
     force: bool,
     progress: Progress | None,
 ) -> Iterator[OpenedCheckpoint]:
-    """Open a checkpoint for as long as the block takes. Rewritten weights are removed at its end.
+    """Open a checkpoint for the duration of the block. Weights that were rewritten are removed at the end.
 
     Args:
-        source: a directory, or a hub id.
-        revision: of a hub id.
+        source: A directory, or a hub id.
+        revision: The branch, tag or commit of a hub id.
         part: "language" for the language part alone, or None.
-        output: the place of the bundle; rewritten weights lie beside it for a while.
-        allow_pickle: whether to read pickles where there are no safetensors.
-        force: whether something may stand at ``output``.
-        progress: as for ``convert``.
+        output: The directory of the bundle. Rewritten weights are stored beside it until the end of the block.
+        allow_pickle: Whether to read pickles if there are no safetensors.
+        force: Whether something may exist at ``output``.
+        progress: A function that is called as for ``convert``.
 
     Raises:
         BundleError: ``source.*``, ``usage.part``, ``output.*``, ``network``.
@@ -71,7 +71,7 @@ def open_checkpoint(
     parts = find_parts(directory) if allow_pickle else []
     whole = next((naming for naming in (SAFETENSORS, BIN) if has_weights(directory.path, naming)), None)
     if parts and whole:
-        # Whoever trained the parts would get a bundle of the model that they began with.
+        # A whole model beside trained parts is often the model before training: converting it would be a mistake.
         expected, got = "parts of a model, or a whole one", f"both: {whole.single} or its index, and {parts[0].weights}"
         raise refusal("source.parts", directory.name, expected, got, "Move the ones that aren't meant elsewhere")
     if whole is SAFETENSORS or not allow_pickle:
@@ -93,7 +93,7 @@ def _judge(checkpoint: Checkpoint, part: str | None) -> OpenedCheckpoint:
             load_original=partial(load_original_part, language),
             extensions={EXTENSION: language.extension()},
         )
-    if isinstance(checkpoint, PartsCheckpoint):  # which were judged to be put together
+    if isinstance(checkpoint, PartsCheckpoint):  # joining the parts has already checked their configuration
         family, architecture, values = checkpoint.judged
     else:
         family, architecture, values = read_configuration(checkpoint.configuration())

@@ -1,4 +1,4 @@
-"""Options of the converter that its functions and its commands share."""
+"""Option values that the converter's functions and its commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running transformers without its progress bars and warnings."""
+"""Run transformers without its progress bars and warnings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and warnings: what matters is said by an error of ours."""
+    """Turn off the progress bars and warnings of transformers in the block. The converter reports problems itself."""
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging  # its functions are untyped

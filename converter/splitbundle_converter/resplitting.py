@@ -1,4 +1,4 @@
-"""Cutting a bundle again: another manifest over the same units, copied as they are listed. The fingerprint stays."""
+"""Cut a bundle into other shards: write a new manifest and copy the listed files. The fingerprint does not change."""
 
 from __future__ import annotations
 
@@ -37,24 +37,27 @@ def resplit(
     genai: bool | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Writes a bundle with other cuts. Files are copied, sharing their blocks where the file system can.
+    """Write a bundle with other cuts. The files are copied; the copies share disk blocks if the file system can.
 
     Args:
-        bundle: a whole bundle.
-        output: the new bundle's directory; it may be the old one's, with ``force``.
-        split: the cuts.
-        names: the shards' names, as for ``convert``.
-        check: whether to hold each copied file against its digest, and what new graphs compute against the golden
-            vectors.
-        force: whether to replace an existing bundle.
-        onnx: whether to add a graph to each shard, for onnxruntime, as for ``convert``; by default of the variant that
-            the old shards' graphs have, if they have any.
-        genai: whether to add what onnxruntime-genai needs to run the graphs; by default if it was there.
-        progress: called with what is being done, how much is done, and how much there is.
+        bundle: A complete bundle.
+        output: The directory of the new bundle. With ``force``, it may be the directory of the old bundle.
+        split: The cuts, as for ``convert``.
+        names: The names of the shards, as for ``convert``.
+        check: Whether to verify each copied file, and to compare new graphs with the golden vectors.
+        force: Whether to replace an existing bundle.
+        onnx: Whether to add a graph for onnxruntime to each shard, as for ``convert``. By default the new shards get
+            graphs of the same variant as the old shards, if these have graphs.
+        genai: Whether to add the configuration that onnxruntime-genai needs to run the graphs. By default it is added
+            if the old bundle has it.
+        progress: A function that is called with the current step, the amount done, and the total amount.
+
+    Returns:
+        The new bundle, opened.
 
     Raises:
         BundleError: ``usage.*``, ``output.*``, ``file.*``.
-        ParityError: graphs that don't compute what the original model did.
+        ParityError: The graphs do not compute the same results as the original model.
     """
     old = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     old_graphs = {shard.graph.file: shard.graph.variant for shard in old.shards if shard.graph is not None}
@@ -63,7 +66,8 @@ def resplit(
     graphs = request.graph_writer(_variant(old_graphs.values()) if onnx is None else onnx, genai=genai)
     if graphs is not None:
         graphs.check(old.manifest.storage)
-    target = Path(os.path.abspath(output))  # now: replacing a directory moves whoever stands in it
+    # The path is made absolute first: replacing the current directory of this process would change its meaning.
+    target = Path(os.path.abspath(output))
     _check_outside(old, target)
     cuts = tuple(split)
     given = None if names is None else tuple(names)
@@ -101,14 +105,14 @@ def resplit(
 
 
 def _check_outside(old: Bundle, target: Path) -> None:
-    """Refuses to write into the bundle that is read; in its place is another matter."""
+    """Raise ``output.failed`` if the target is inside the old bundle. The target may replace the old bundle."""
     if Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(old.path)):
         got = f"a place inside of {old.path}"
         raise refusal("output.failed", str(target), "a place outside of the bundle that is read", got)
 
 
 def _identity(bundle: Bundle) -> tuple[int, int]:
-    """Which directory stands at a bundle's place: another one after the bundle was replaced."""
+    """Return the device and inode of the bundle's directory. They change when the bundle is replaced."""
     try:
         status = bundle.path.stat()
     except OSError:
@@ -117,7 +121,7 @@ def _identity(bundle: Bundle) -> tuple[int, int]:
 
 
 def _check_unchanged(old: Bundle, before: tuple[int, int]) -> None:
-    """Refuses to go on where some files may be of one bundle and some of another."""
+    """Raise ``file.changed`` if the bundle was replaced: the copied files could come from two bundles."""
     if _identity(old) != before or identity(read_file(old.path, document.FILE, strict_json.MAX_BYTES)) != old.id:
         expected, hint = "the bundle that was opened, until it is copied", "Run this again"
         got = "another one, which replaced it meanwhile"
@@ -163,23 +167,27 @@ def add_onnx(
     genai: bool | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Adds a graph to each shard of a bundle, for onnxruntime. The weights, the cuts and the fingerprint stay.
+    """Add a graph for onnxruntime to each shard of a bundle. The weights, the cuts and the fingerprint do not change.
 
     Args:
-        bundle: a whole bundle.
-        output: the new bundle's directory; by default the old one's, which stays whole until the new one is complete.
-        variant: of the graphs: "standard" computes in float32, "float16" in the float16 that weights are stored in; by
-            default that of the graphs that are there, or "standard".
-        check: whether to hold each copied file against its digest, and what the graphs compute against the golden
-            vectors.
-        force: whether to replace an existing bundle at ``output``.
-        genai: whether to add what onnxruntime-genai needs to run the graphs; by default if it was there.
-        progress: called with what is being done, how much is done, and how much there is.
+        bundle: A complete bundle.
+        output: The directory of the new bundle. By default it is the directory of the old bundle, which stays in place
+            until the new one is complete.
+        variant: The variant of the graphs: "standard" computes in float32, "float16" computes in float16, the dtype of
+            the stored weights. By default it is the variant of the present graphs, or "standard".
+        check: Whether to verify each copied file, and to compare the graphs with the golden vectors.
+        force: Whether to replace an existing bundle at ``output``.
+        genai: Whether to add the configuration that onnxruntime-genai needs to run the graphs. By default it is added
+            if the old bundle has it.
+        progress: A function that is called with the current step, the amount done, and the total amount.
+
+    Returns:
+        The new bundle, opened.
 
     Raises:
         BundleError: ``usage.onnx``, ``usage.genai``, ``output.*``, ``file.*``.
-        ParityError: graphs that don't compute what the original model did.
-        MissingExtra: without onnx and onnxruntime.
+        ParityError: The graphs do not compute the same results as the original model.
+        MissingExtra: onnx or onnxruntime is not installed.
     """
     old = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     names = [shard.name for shard in old.shards]

@@ -3,8 +3,8 @@
     bundle = splitbundle.open("gpt2.splitbundle")
     logits = bundle.pipeline()(token_ids)
 
-Importing this imports no backend, and of this package little more than its errors: whoever has it at hand for a bundle
-that may come waits for the rest when it comes. ``Bundle.stage`` and ``Bundle.pipeline`` import their backend.
+Importing splitbundle loads no backend, and little more than the errors of this package. The rest loads on first use.
+``Bundle.stage`` and ``Bundle.pipeline`` import their backend.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _LATER = {
     "Verification": ("splitbundle.verification.verify", "Verification"),
     "open": ("splitbundle.opening", "open_bundle"),
 }
-"""A name -> the module that is imported when it is first asked for, and what it is called there."""
+"""A public name -> the module that defines it, imported at first use, and its name there."""
 
 
-if not TYPE_CHECKING:  # or every name would be one, to a type checker
+if not TYPE_CHECKING:  # else a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
         if name not in _LATER:

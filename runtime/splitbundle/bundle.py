@@ -1,4 +1,4 @@
-"""A bundle on disk: what it says of itself, whether its files are what it says, and stages of it."""
+"""A bundle on disk: it is verified, and its stages and pipelines are loaded, from here."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Bundle(BundleReader):
     def verify(
         self, shard: str | None = None, *, exact: bool = False, progress: Progress | None = None
     ) -> Verification:
-        """Checks every file's size, digest and header; with ``shard``, those of that shard alone.
+        """Check the size, digest and header of every file, or of the files of one ``shard``.
 
-        With ``exact``, a file that the manifest doesn't list is a problem too. A listed file that is absent is a
-        problem; to check a partial bundle, name its shards.
+        With ``exact``, a file that the manifest doesn't list is a problem too. A listed file that is missing is always
+        a problem. To check a partial bundle, name its shards.
 
         Raises:
             BundleError: every problem of every file.
         """
-        # Imported here, as it brings all that judges graphs and tokenizers: computing needs none of it.
+        # Imported here, as it loads the rules for graphs and tokenizers, which computing doesn't need.
         from splitbundle.verification.verify import verify
 
         return verify(self, shard, exact=exact, progress=progress)
@@ -49,21 +49,23 @@ class Bundle(BundleReader):
     def run_vectors(
         self, shard: str | None = None, *, backend: str = "torch", progress: Progress | None = None
     ) -> list[Difference]:
-        """Computes the golden vectors through all shards, or through one from its golden input: in float32, or in what
-        the graphs compute in.
+        """Compute the golden vectors, and compare them with the original model.
+
+        The vectors run through all shards, or through one shard from its golden input. torch computes in float32, and
+        onnxruntime in the dtype of the graphs.
 
         Args:
-            shard: the one to run alone.
-            backend: ``"torch"``, ``"onnxruntime"``, or ``"all"`` for both, and then the one against the other.
-            progress: called with what is being done, how much is done, and how much there is.
+            shard: the only shard to run.
+            backend: ``"torch"``, ``"onnxruntime"``, or ``"all"`` to run both and compare them with each other, too.
+            progress: called with the name of the work, the amount that is done, and the total amount.
 
         Returns:
-            The largest difference to the original model at each boundary and at the logits.
+            The largest difference from the original model at each boundary and at the logits.
 
         Raises:
-            ParityError: a difference above 1e-5 of the largest magnitude there; above 0.01 where graphs compute in
+            ParityError: for a difference above 1e-5 of the largest magnitude there; above 0.01 if the graphs compute in
                 float16.
-            BundleError: ``vectors.none``; what loading refuses.
+            BundleError: ``vectors.none``; the errors of loading.
         """
         from splitbundle.stages import golden
 
@@ -118,30 +120,30 @@ class Bundle(BundleReader):
         backend: str = "torch",
         **options: Any,
     ) -> Any:
-        """A shard, or any range of global layers, loaded and ready to compute.
+        """Load a shard, or any range of global layers, ready to compute.
 
-        Weights are mapped, not copied, unless ``device`` or ``dtype`` ask for another one than is stored.
+        Weights are mapped and not copied, unless ``device`` or ``dtype`` differ from the stored ones.
 
         Args:
             name: a shard's name; or
-            layers: ``(start, stop)``: with torch whatever the cuts on disk, with onnxruntime one shard or several.
-            embeds: whether to begin with the embedding; by default when ``start`` is 0.
-            head: whether to end with the head; by default when ``stop`` is the number of layers.
-            backend: ``"torch"``, which computes with tensors, or ``"onnxruntime"``, with numpy arrays in float32 (and
-                in what the graphs compute in, by their variant in the manifest).
-            device: torch: as torch names it; by default the CPU.
-            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; by default the stored one, and under
-                onnxruntime the graphs', which know no other.
-            trainable: torch: whether the parameters take gradients. Training never changes the bundle: weights are
-                mapped copy-on-write. Stages that are opened apart have parameters of their own, even a tied
-                embedding; open a ``pipeline`` to have them tied.
-            providers: onnxruntime: its execution providers, by falling preference; by default the CPU's.
-            threads: onnxruntime: how many compute; by default one a core.
-            prepack: onnxruntime: whether to copy the weights into the layout in which many rows at once are faster; by
-                default they stay in their files, and no memory is taken for them.
+            layers: ``(start, stop)``. With torch, any range; with onnxruntime, the range of one or more shards.
+            embeds: whether to begin with the embedding; by default if ``start`` is 0.
+            head: whether to end with the head; by default if ``stop`` is the number of layers.
+            backend: ``"torch"`` takes and returns tensors. ``"onnxruntime"`` takes and returns numpy arrays in float32,
+                and computes in the dtype of the graphs' variant.
+            device: torch: the name of a device; by default the CPU.
+            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; by default the stored dtype. Under
+                onnxruntime it must be the dtype of the graphs.
+            trainable: torch: whether the parameters take gradients. Training never changes the bundle, as weights are
+                mapped copy-on-write. Stages that are loaded separately have their own parameters, even for a tied
+                embedding. In a ``pipeline`` they stay tied.
+            providers: onnxruntime: execution providers, the preferred first; by default the CPU's.
+            threads: onnxruntime: the number of threads; by default one for each core.
+            prepack: onnxruntime: whether to copy the weights into a layout that is faster for many rows at once. By
+                default the weights stay in their files and take no memory.
 
         Raises:
-            BundleError: no such part, a file that is absent or not the listed one, or no such backend.
+            BundleError: for an unknown part or backend, and for a file that is missing or differs from its entry.
         """
         selection = self.select(name, layers=layers, embeds=embeds, head=head)
         own = registry.own_options(backend, options, "stage")
@@ -161,10 +163,11 @@ class Bundle(BundleReader):
     def pipeline(self, *, backend: str | Mapping[str, str], **options: Unpack[AllOptions]) -> Any: ...
 
     def pipeline(self, *, backend: str | Mapping[str, str] = "torch", **options: Any) -> Any:
-        """All shards, as stages in order. Arguments and errors as for ``stage``; tied weights are one parameter.
+        """Load all shards as stages in order. Tied weights are one parameter.
 
-        ``backend`` may name one for each shard, ``{"bottom": "onnxruntime"}``; the others are computed with torch. A
-        pipeline of two backends takes and gives numpy arrays.
+        Arguments and errors are those of ``stage``. ``backend`` may also map shards to backends, as in
+        ``{"bottom": "onnxruntime"}``; torch computes the other shards. A pipeline of two backends takes and returns
+        numpy arrays.
         """
         if not isinstance(backend, Mapping):
             own = registry.own_options(backend, options, "pipeline")

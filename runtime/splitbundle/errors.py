@@ -1,4 +1,4 @@
-"""What goes wrong, said once and in one form, for people and for programs."""
+"""Problems and errors, in one form for people and for programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One thing that is wrong: where, what was expected, what came, what to do.
+    """One problem: its place, the expected value, the actual value, and the next step.
 
     ``code`` is one of the codes of ``spec/v1/bundle.md``, section "Error codes".
     """
@@ -20,15 +20,15 @@ class Problem:
     expected: str
     got: str
     file: str | None = None
-    """Path inside the bundle, or of the source file."""
+    """The path inside the bundle, or of the source file."""
     pointer: str | None = None
-    """RFC 6901 pointer into the file's JSON (for safetensors: into the header)."""
+    """The RFC 6901 pointer into the file's JSON (for safetensors: into the header)."""
     offset: int | None = None
-    """Byte offset in the file, where no pointer applies."""
+    """The byte offset in the file, if no pointer applies."""
     argument: str | None = None
-    """The argument of a call, where no file is at fault."""
+    """The argument of a call, if no file is at fault."""
     hint: str | None = None
-    """What to do next."""
+    """The next step for the user."""
 
     def __str__(self) -> str:
         where = [part for part in (self.file, self.argument) if part]
@@ -40,33 +40,33 @@ class Problem:
         return printable(f"{text}. {self.hint}" if self.hint else text)
 
     def as_json(self) -> dict[str, object]:
-        """The fields that say something, for ``--json``."""
+        """Return the fields that are set, for ``--json``."""
         return {key: value for key, value in members(self).items() if value is not None}
 
 
 class BundleError(Exception):
-    """Everything that this package refuses. All problems that were found, not the first alone."""
+    """The error of this package. It has all problems that were found, not only the first."""
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type[BundleError], tuple[tuple[Problem, ...]]]:
-        # Workers send their errors across processes; the default would call __init__ with the text.
+        # Workers send errors to other processes. The default would call __init__ with the text.
         return type(self), (self.problems,)
 
     @property
     def codes(self) -> tuple[str, ...]:
-        """The problems' codes, in order."""
+        """Return the codes of the problems, in order."""
         return tuple(problem.code for problem in self.problems)
 
 
 class MissingExtra(BundleError):
-    """A library that an optional feature needs isn't installed."""
+    """An optional feature needs a library that isn't installed."""
 
     @classmethod
     def of(cls, library: str, extra: str, purpose: str) -> MissingExtra:
-        """The error for ``library``, which ``pip install "splitbundle[extra]"`` brings."""
+        """Return the error for ``library``, which ``pip install "splitbundle[extra]"`` installs."""
         return cls(
             Problem(
                 code="backend.missing",
@@ -78,7 +78,7 @@ class MissingExtra(BundleError):
 
 
 class VerificationError(BundleError):
-    """A bundle isn't what it says that it is."""
+    """The files of a bundle differ from its manifest."""
 
 
 class ParityError(VerificationError):
@@ -86,12 +86,12 @@ class ParityError(VerificationError):
 
 
 def printable(text: str) -> str:
-    """A text from elsewhere as one line: what a terminal would obey, or a reader take for another line, is escaped."""
+    """Return a text from outside as one line. Control characters and line breaks are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def quoted(value: object, limit: int = 80) -> str:
-    """``value`` as it would stand in JSON or Python, cut to ``limit`` characters: values are hostile too."""
+    """Return ``value`` as ASCII in quotes, cut to ``limit`` characters, as values may be hostile too."""
     if isinstance(value, dict | list | tuple) and len(value) > 8:
         return f"a {type(value).__name__} of {len(value)} items"
     text = ascii(value)

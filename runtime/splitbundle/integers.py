@@ -1,4 +1,4 @@
-"""Whole numbers that callers give, of Python's types or of any library's."""
+"""Whole numbers from callers: Python's own, or those of any library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from splitbundle.errors import BundleError, Problem, quoted
 
 
 def as_integer(value: object) -> int | None:
-    """A whole number of Python's or of any library's; None for anything else, True and False too."""
+    """Return a whole number as an ``int``; None for any other value, True and False included."""
     if isinstance(value, bool):
         return None
     try:
@@ -19,7 +19,11 @@ def as_integer(value: object) -> int | None:
 
 
 def as_integers(values: Iterable[int], argument: str) -> list[int]:
-    """Values that are integers, be it numpy's or torch's, as integers."""
+    """Return whole numbers, of numpy or torch too, as a list of ``int``.
+
+    Raises:
+        BundleError: ``input.value`` for other values.
+    """
     try:
         return [operator.index(value) for value in values]
     except TypeError:

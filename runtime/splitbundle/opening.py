@@ -1,4 +1,4 @@
-"""Opening a bundle: its two documents, read and judged; no weights."""
+"""Open a bundle: read and judge its two documents, and no weights."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def open_bundle(
     verify: Literal["never", "always"] = "never",
     id: str | None = None,  # noqa: A002
 ) -> Bundle:
-    """Opens a bundle: reads its manifest and architecture, and no weights.
+    """Open a bundle: read its manifest and architecture, and no weights.
 
     Args:
         path: the bundle's directory.
-        verify: ``"never"`` maps weights when they are needed, once their sizes and headers are known to be those that
-            are listed; their digests are checked by ``Bundle.verify``. ``"always"`` reads each file that is needed into
-            private memory, once, hashes it there, and computes on just those bytes: whatever happens to the file
-            afterwards changes no number and ends no process. It takes memory for the weights, and time to hash them.
-        id: the bundle id that it must have, ``sha256:`` and 64 digits; checked before anything is parsed.
+        verify: ``"never"`` maps weights when they are needed, after a check of their sizes and headers;
+            ``Bundle.verify`` checks their digests. ``"always"`` reads each needed file into private memory, once,
+            hashes it there, and computes on these bytes. A later change of the file changes no number and ends no
+            process. This takes memory for the weights, and time to hash them.
+        id: the expected bundle id, ``sha256:`` and 64 digits. It is checked before anything is parsed.
 
     Raises:
-        BundleError: what is wrong with either file; ``file.missing`` where there is no bundle; ``file.digest`` where it
-            isn't the one with that id.
+        BundleError: every problem of either file; ``file.missing`` if there is no bundle; ``file.digest`` if the
+            bundle has another id.
     """
     if verify not in ("never", "always"):
         expected = "never or always"
         raise BundleError(Problem(code="input.value", argument="verify", expected=expected, got=quoted(verify)))
-    root = Path(os.path.abspath(path))  # so that it stays where it is when the process changes its directory
+    root = Path(os.path.abspath(path))  # so that the path stays right if the process changes its directory
     there = ""
     try:
         recover(root)

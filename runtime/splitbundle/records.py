@@ -1,8 +1,9 @@
-"""Records: classes of named fields that are given by keyword, compare by value and never change.
+"""Records: frozen classes of named fields, which are given by keyword and compare by value.
 
-``record`` makes what ``@dataclass(frozen=True, slots=True, kw_only=True)`` makes, and type checkers, and whoever asks
-``dataclasses``, take its classes for that. But ``dataclasses`` compiles six functions a class and imports ``inspect``
-for it: with forty records that was most of what ``import splitbundle`` took. Here all classes share their functions.
+``record`` makes the same classes as ``@dataclass(frozen=True, slots=True, kw_only=True)``. Type checkers and the
+functions of ``dataclasses`` accept them as such. But ``dataclasses`` imports ``inspect`` and compiles six functions for
+each class. With forty records, that was most of the time of ``import splitbundle``. Here all classes share their
+functions.
 """
 
 from __future__ import annotations
@@ -35,30 +36,30 @@ else:
         return _Made(default_factory)
 
     def record(*, frozen: bool, slots: bool, kw_only: bool) -> Callable[[type], type]:
-        """Makes a class with annotations a record: all three are asked for, as they are all there is."""
+        """Make a class with annotations a record. All three options are required, as no other kind exists."""
         if not (frozen and slots and kw_only):
             raise TypeError("a record is frozen, slotted and keyword-only")
         return _record
 
     def replace(of: Any, /, **changes: Any) -> Any:
-        """A record like another, but for some fields."""
+        """Return a copy of a record with some fields changed."""
         return of.__replace__(**changes)
 
 
 def members(of: Any) -> dict[str, Any]:
-    """The fields of a record with their values, in order."""
+    """Return the fields of a record with their values, in order."""
     names: tuple[str, ...] = of.__slots__
     return {name: getattr(of, name) for name in names}
 
 
 def types(of: Any) -> dict[str, str]:
-    """The fields of a record with their types as they are written, in order."""
+    """Return the fields of a record with their annotations as text, in order."""
     found: dict[str, str] = of.record_types
     return found
 
 
 def as_dict(value: Any) -> Any:
-    """A value with every record in it as a dict, however deep; lists, tuples and dicts are copied."""
+    """Return a copy of a value in which every record, at any depth, is a dict."""
     if isinstance(value, _Record):
         return {name: as_dict(each) for name, each in members(value).items()}
     if isinstance(value, dict):
@@ -67,10 +68,10 @@ def as_dict(value: Any) -> Any:
 
 
 class _DataclassFields:
-    """What ``dataclasses.replace``, ``asdict`` and ``fields`` ask a class for: made when they first ask."""
+    """The attribute that ``dataclasses.replace``, ``asdict`` and ``fields`` read. It is made at first use."""
 
     def __get__(self, instance: object, owner: type[_Record]) -> Any:
-        if owner is _Record:  # which has no fields; what is kept for it would be every record's
+        if owner is _Record:  # it has no fields, and a value kept here would be inherited by every record
             raise AttributeError("__dataclass_fields__")
         import dataclasses
 
@@ -88,7 +89,7 @@ class _DataclassFields:
 
 
 class _Record:
-    """What all records do."""
+    """The base of all records."""
 
     __slots__ = ()
     record_types: ClassVar[dict[str, str]] = {}
@@ -103,7 +104,7 @@ class _Record:
         self.__post_init__()
 
     def __post_init__(self) -> None:
-        """Where a record checks its fields."""
+        """Check the fields. A record may override this."""
 
     @classmethod
     def _completed(cls, given: dict[str, Any]) -> dict[str, Any]:

@@ -75,9 +75,9 @@ reveal_type(bundle.pipeline(backend="onnxruntime"))
     done = subprocess.run([*command, "consumer.py"], cwd=tmp_path, capture_output=True, text=True)
     revealed = re.findall(r'Revealed type is "splitbundle\.(\S+)"', done.stdout)
     expected = [
-        "torch_stage.Stage",
-        "torch_pipeline.Pipeline",
-        "onnxruntime_stage.Stage",
-        "onnxruntime_pipeline.Pipeline",
+        "backends.torch.stage.Stage",
+        "backends.torch.pipeline.Pipeline",
+        "backends.onnxruntime.stage.Stage",
+        "backends.onnxruntime.pipeline.Pipeline",
     ]
     assert revealed == expected, done.stdout

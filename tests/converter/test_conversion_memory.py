@@ -49,7 +49,7 @@ LOADING = """
 import sys
 import numpy, onnxruntime
 import splitbundle
-import splitbundle.onnxruntime_pipeline
+import splitbundle.backends.onnxruntime.pipeline
 
 def private():
     with open("/proc/self/status") as status:

@@ -33,7 +33,7 @@ def everything(path):
     if "run" in work:
         bundle.run_vectors(backend=backend)
     if "text" in work:
-        from splitbundle.text_tokenizer import TextTokenizer
+        from splitbundle.text.huggingface import TextTokenizer
         text = TextTokenizer(bundle)
         assert text.decode(text.encode("the cat sat")) == "the cat sat"
     if "generate" in work:

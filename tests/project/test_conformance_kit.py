@@ -94,7 +94,7 @@ import json, resource, sys, time
 sys.path[:0], times = json.loads(sys.argv[1]), float(sys.argv[2])
 from conformance.adapters import ADAPTERS
 from tests.support.yardsticks import parsing
-import splitbundle.cli
+import splitbundle.cli.main
 resource.setrlimit(resource.RLIMIT_AS, (256 * 2**20, 256 * 2**20))
 known = parsing(2**24)
 for line in sys.stdin:

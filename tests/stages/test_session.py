@@ -59,7 +59,7 @@ def test_a_refused_call_writes_nothing(call: Callable[..., Any]) -> None:
 
     def state() -> list[Any]:
         held = [tensor for kept in session.caches for tensor in (*kept.keys.values(), *kept.values.values())]
-        return [session.past, [kept.filled for kept in session.caches], [tensor.tolist() for tensor in held]]
+        return [session.past, [kept.lengths for kept in session.caches], [tensor.tolist() for tensor in held]]
 
     before = state()
     with pytest.raises(BundleError):
@@ -75,7 +75,7 @@ def test_a_stage_that_trains_refuses_before_the_first_has_written() -> None:
     session = parts.session(1, 8)
     with pytest.raises(BundleError):
         parts(torch.tensor(token_rows(3)), session=session)
-    assert [kept.filled for kept in session.caches] == [[0], [0]]
+    assert [kept.lengths for kept in session.caches] == [[0], [0]]
 
 
 @pytest.mark.rule("SB-B-006", "SB-B-007")

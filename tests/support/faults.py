@@ -508,7 +508,7 @@ def command(sources: Path) -> Callable[[Sequence[str]], int]:
     from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
 
     vars(main)["_commands"] = lambda arguments: [CONVERT, RESPLIT, ADD_ONNX]
-    vars(pickles)["BOOT"] = CHILD.replace("SOURCE", repr(str(sources / "source" / "model.safetensors")))
+    vars(pickles)["CHILD_CODE"] = CHILD.replace("SOURCE", repr(str(sources / "source" / "model.safetensors")))
     return main.main
 
 

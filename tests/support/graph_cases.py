@@ -64,7 +64,7 @@ def changed(code: str) -> Callable[[Change], Change]:
 
 
 def tensor(model: ModelProto, name: str = TABLE) -> TensorProto:
-    """An initialiser."""
+    """An initializer."""
     return next(each for each in model.graph.initializer if each.name == name)
 
 
@@ -271,7 +271,7 @@ def weights_missing(model: ModelProto) -> None:
 
 
 def remove(model: ModelProto, name: str) -> None:
-    """Takes an initialiser out."""
+    """Takes an initializer out."""
     kept = [each for each in model.graph.initializer if each.name != name]
     model.graph.ClearField("initializer")
     model.graph.initializer.extend(kept)
@@ -645,7 +645,7 @@ def nodes_too_many(model: ModelProto) -> None:
 
 
 @changed("graph.size")
-def initialisers_too_many(model: ModelProto) -> None:
+def initializers_too_many(model: ModelProto) -> None:
     one = helper.make_tensor("more", TensorProto.FLOAT, [1], bytes(4), raw=True)
     model.graph.initializer.extend([one] * onnx_reader.MAX_INITIALIZERS)
 

@@ -166,3 +166,10 @@ def test_a_tokenizer_of_another_model_is_not_converted(tmp_path: Path) -> None:
     ):
         splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_the_former_module_is_a_door_to_this_one() -> None:
+    from splitbundle import text_tokenizer
+
+    assert text_tokenizer.TextTokenizer is TextTokenizer
+    assert "splitbundle.text.huggingface" in (text_tokenizer.__doc__ or "")

@@ -39,10 +39,10 @@ def test_a_panic_that_is_no_error_of_the_bundle_is_a_finding(
     """What Rust panics with derives from BaseException alone."""
     monkeypatch.chdir(tmp_path)
     before = (
-        "from splitbundle import text_tokenizer\n"
+        "from splitbundle.text import huggingface\n"
         "class PanicException(BaseException): pass\n"
         "def encode(self, text): raise PanicException('index out of bounds')\n"
-        "text_tokenizer.TextTokenizer.encode = encode"
+        "huggingface.TextTokenizer.encode = encode"
     )
     with pytest.raises(RuntimeError, match=r"tokenizer: exit status [1-9]"):
         fuzzing.run("tokenizer", seconds=300, before=before)
@@ -53,5 +53,7 @@ def test_a_panic_that_is_no_error_of_the_bundle_is_a_finding(
 def test_a_finding_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError, match=r"graph: exit status [1-9]"):
-        fuzzing.run("graph", seconds=300, before="from splitbundle import graph_rules; del graph_rules.check")
+        fuzzing.run(
+            "graph", seconds=300, before="from splitbundle.verification import onnx_rules; del onnx_rules.check"
+        )
     assert list(tmp_path.glob("crash-*"))

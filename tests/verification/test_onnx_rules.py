@@ -283,7 +283,7 @@ def test_operators_are_those_of_the_specification() -> None:
             found[name.encode()] = (int(least), int(most or least), kinds)
     types = {"f": "FLOAT", "i": "INT", "s": "STRING", "ints": "INTS"}
     assert found == {
-        name: (one.least, one.most, {key: types[kind] for key, kind in one.attributes.items()})
+        name: (one.minimum, one.maximum, {key: types[kind] for key, kind in one.attributes.items()})
         for name, one in graph_operators.OPERATORS.items()
     }
 

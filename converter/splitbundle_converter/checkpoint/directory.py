@@ -1,4 +1,4 @@
-"""Where a checkpoint is, and reading its files: none from outside of it, and each as it was when it was first read."""
+"""Read the files of a checkpoint directory. Refuse links that lead out of it, and files that change meanwhile."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from splitbundle.format.fields import MAX_PROBLEMS
 from splitbundle_converter.errors import problem, refusal
 
 LINKABLE_SUFFIX: Final = ".safetensors"
-"""The suffix of files that may be links to anywhere: they are large, and every byte of them is judged to be weights."""
+"""The suffix of files that may link to any place. They are large, and the converter checks that they are weights."""
 
 _Identity = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointDirectory:
-    """Where a checkpoint is: its directory, what it is called, and the commit if it is the hub's."""
+    """The directory of a checkpoint, its name, and its commit if it comes from the hub."""
 
     path: Path
     name: str
     revision: str | None = None
     seen: dict[str, _Identity] = field(default_factory=dict, repr=False, compare=False)
-    """The files that were read, as they were then."""
+    """The name of each file that was read -> its identity at the first read."""
 
     def has(self, name: str) -> bool:
-        """Whether something is called so, be it no file, or a link to nothing."""
+        """Return whether an entry of this name exists, even if it is not a file or is a broken link."""
         return os.path.lexists(self.path / name)
 
     def read(self, name: str, most: int = strict_json.MAX_BYTES) -> bytes:
-        """A small file, of at most so many bytes.
+        """Return the content of a small file of at most ``most`` bytes.
 
-        It may be a link, as everything in the hub's cache is one, but not to a file of somebody else's; and what is
-        opened is a regular file, as a pipe would never end.
+        The file may be a link, because the hub's cache stores every file as a link. The link must not lead out of the
+        checkpoint, except for files with ``LINKABLE_SUFFIX``. Only regular files are opened: reading a pipe could
+        block forever.
 
         Raises:
             BundleError: ``source.missing``, ``source.unreadable``, ``source.changed``.
@@ -49,7 +50,7 @@ class CheckpointDirectory:
         return data
 
     def start(self, name: str, most: int, expected: str) -> bytes:
-        """What a file begins with.
+        """Return the first ``most`` bytes of a file. If it is missing, the error names ``expected`` as the expectation.
 
         Raises:
             BundleError: ``source.missing``, ``source.unreadable``, ``source.changed``.
@@ -63,7 +64,7 @@ class CheckpointDirectory:
             raise unreadable(name, error) from error
 
     def weights(self, file: str, named_by: str) -> Path:
-        """The path of a weight file that ``named_by`` names, which is there, and is no Git LFS pointer.
+        """Return the path of a weight file that ``named_by`` names. Check that it exists and is not a Git LFS pointer.
 
         Raises:
             BundleError: ``source.missing``, ``source.unreadable``, ``source.lfs-pointer``, ``source.changed``.
@@ -75,17 +76,17 @@ class CheckpointDirectory:
         return self.path / file
 
     def check_unchanged(self) -> None:
-        """Refuses what was read while somebody wrote it.
+        """Check that no file changed after it was first read.
 
         Raises:
-            BundleError: ``source.changed``.
+            BundleError: ``source.changed``, with one problem for each changed file.
         """
         problems = [found for name in self.seen if (found := self._changed(name, self._now(name))) is not None]
         if problems:
             raise BundleError(problems[:MAX_PROBLEMS])
 
     def _find(self, name: str, expected: str) -> Path:
-        """The file that a name leads to."""
+        """Return the real path of a file, after following links."""
         try:
             path = Path(os.path.realpath(self.path / name, strict=True))
             mode = path.stat().st_mode
@@ -103,7 +104,7 @@ class CheckpointDirectory:
         return path
 
     def _own(self) -> list[Path]:
-        """The directories in which the checkpoint's files are: its own, and that of a snapshot in the hub's cache."""
+        """Return the directories that may hold the checkpoint's files: its own, and ``blobs`` in the hub's cache."""
         directory = Path(os.path.realpath(self.path))
         above = directory.parent
         cached = above.name == "snapshots" and above.parent.name.startswith("models--")
@@ -129,11 +130,11 @@ class CheckpointDirectory:
 
 
 def unreadable(name: str, error: OSError) -> BundleError:
-    """The error of a file that the system doesn't let be read."""
+    """Return the error for a file that the operating system refuses to read."""
     hint = "Check the permissions of the file"
     return refusal("source.unreadable", name, "a file that can be read", f"{error.strerror}", hint)
 
 
 def _identity(status: os.stat_result) -> _Identity:
-    """What changes when a file is written, or replaced; and back, as the last of it can't be set."""
+    """Return values that change when a file is written or replaced. No program can set the last one, ctime, back."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -1,4 +1,4 @@
-"""Finding a checkpoint: a local directory, or an id of the Hugging Face hub."""
+"""Find a checkpoint: a local directory, or an id of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from splitbundle_converter.checkpoint.weight_files import (
 from splitbundle_converter.errors import line, refusal
 
 HUB_PICKLES: Final = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-"""What is fetched of a model that the hub has in pickles alone: not the state of an optimizer, nor arguments."""
+"""The files to fetch if the hub has a model only as pickles. They exclude optimizer states and training arguments."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def find_checkpoint(
     source: str | os.PathLike[str], revision: str | None, *, allow_pickle: bool = False
 ) -> CheckpointDirectory:
-    """A checkpoint directory, or a hub id, which is fetched (honouring HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
+    """Return the directory of a checkpoint. Fetch it first if ``source`` is a hub id.
+
+    Fetching honors HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
 
     Args:
-        source: the directory, or the id.
-        revision: of a hub id.
-        allow_pickle: whether to fetch pickles of a model that has no safetensors on the hub.
+        source: The directory, or the hub id.
+        revision: The branch, tag or commit of a hub id.
+        allow_pickle: Whether to fetch pickles if the model has no safetensors on the hub.
 
     Raises:
         BundleError: ``source.missing``, ``source.pickle``, ``network``.
@@ -76,7 +78,7 @@ def _fetch(identifier: str, revision: str | None, patterns: Sequence[str]) -> Pa
 
 
 def _refuse_hub_pickles(identifier: str, revision: str | None) -> None:
-    """Says of a model without safetensors that the hub has pickles of it, if the hub can be asked."""
+    """Raise ``source.pickle`` if the hub has pickles of a model without safetensors. Do nothing if it is offline."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

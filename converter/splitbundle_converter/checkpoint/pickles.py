@@ -1,8 +1,9 @@
-"""Weights in pickles: which files they are, and a child process that rewrites them as safetensors.
+"""Find weights in pickles, and start a child process that rewrites them as safetensors.
 
-Nothing is unpickled in this process. The child gets no secret of the environment, and limits of what it may take; what
-it leaves is read as any stranger's safetensors, and what it says as any stranger's words. It is no sandbox: code that
-got past ``weights_only`` would run with this user's rights, so a pickle is still a matter of trust.
+This process unpickles nothing. The child process gets no secrets from the environment, and its resources are limited.
+The parent does not trust the child: it checks the files and the messages of the child like any untrusted input. The
+child is not a sandbox: code that gets past ``weights_only`` runs with the rights of this user. Convert only pickles
+that you trust.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ CHILD_CODE: Final = (
     "import json, sys; request = json.load(open(sys.argv[1], encoding='utf-8')); sys.path[:] = request['path']; "
     "from splitbundle_converter.checkpoint.unpickle import main; main(request['files'])"
 )
-"""Isolated (-I), an interpreter ignores PYTHONPATH; yet it must find the libraries that this one has found."""
+"""The code of the child. An isolated interpreter (-I) ignores PYTHONPATH, so the child gets the parent's path."""
 KEPT_VARIABLES: Final = (
     *("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "LANG", "LC_ALL"),
     "KMP_DUPLICATE_LIB_OK",
 )
-"""The variables that loading torch may need. HF_TOKEN, and whatever else stands in the environment, stays here."""
+"""The environment variables that torch may need to load. The child gets no other variable, so it gets no HF_TOKEN."""
 MAX_MESSAGE: Final = 16384
 TIMEOUT = 120.0
-"""Seconds without a message, beside what the bytes take, after which the child is ended: it may wait for ever."""
+"""Seconds without a message after which the child is ended, because it may wait forever. The bytes add to them."""
 BYTES_A_SECOND: Final = 10e6
 STATE_DICT: Final = (
     "Where you trust the file, load it with the code that it names, and save its tensors alone: "
@@ -61,7 +62,7 @@ WHOLE: Final = "The file may be damaged, or no checkpoint of torch.save: fetch o
 
 
 class PickledCheckpoint(Checkpoint):
-    """A checkpoint whose tensors were rewritten: its directory has the pickles and everything else."""
+    """A checkpoint whose tensors were rewritten. Its directory has the pickles and all other files."""
 
     rewritten = True
 
@@ -72,10 +73,10 @@ class PickledCheckpoint(Checkpoint):
 
 
 def read_model(directory: CheckpointDirectory, private: Path, progress: Progress | None) -> PickledCheckpoint:
-    """A model in pickles, rewritten into the directory ``private``.
+    """Rewrite a model in pickles as safetensors in the directory ``private``, and return it.
 
     Raises:
-        BundleError: ``source.*``; ``output.failed`` where there is no room.
+        BundleError: ``source.*``; ``output.failed`` if there is not enough disk space.
     """
     weight_map, files = _find(directory)
     named_by = directory.name if weight_map is None else BIN.index
@@ -85,7 +86,7 @@ def read_model(directory: CheckpointDirectory, private: Path, progress: Progress
 
 
 def _find(directory: CheckpointDirectory) -> tuple[dict[str, str] | None, list[str]]:
-    """The index's map, if there is an index, and the files of a model in pickles."""
+    """Return the map of the index, or None without an index, and the names of the model's pickles."""
     weight_map, files = weight_files(directory, BIN)
     files = files or sorted(
         path.name for path in directory.path.iterdir() if path.suffix in SUFFIXES and path.is_file()
@@ -98,11 +99,20 @@ def _find(directory: CheckpointDirectory) -> tuple[dict[str, str] | None, list[s
 
 
 def rewrite(pickles: Mapping[str, Path], private: Path, progress: Progress | None) -> dict[str, Path]:
-    """Has a child process rewrite state dicts; gives the safetensors file of each, which nobody has looked at yet.
+    """Rewrite state dicts in a child process.
+
+    Args:
+        pickles: The name of each pickle -> its path.
+        private: A directory for the new files, which only this user can read.
+        progress: A function that is called with the current step, the amount done, and the total amount.
+
+    Returns:
+        The name of each pickle -> the path of its safetensors file. The files are not checked yet.
 
     Raises:
-        BundleError: ``source.pickle`` for what asks for code, ``source.state-dict`` for what isn't one or ends the
-            child or takes it too long, ``output.failed`` where there is no room.
+        BundleError: ``source.pickle`` for a pickle that asks for code; ``source.state-dict`` for a file that is not a
+            state dict, that makes the child end, or that takes too long; ``output.failed`` if there is not enough disk
+            space.
     """
     with _writing(private):
         total = sum(path.stat().st_size for path in pickles.values())
@@ -133,7 +143,7 @@ def rewrite(pickles: Mapping[str, Path], private: Path, progress: Progress | Non
 
 @contextlib.contextmanager
 def _writing(private: Path) -> Iterator[None]:
-    """What the system refuses while this process prepares the child's work, or looks for it."""
+    """Raise ``output.failed`` for an error of the system while this process prepares files or looks for results."""
     try:
         yield
     except OSError as error:
@@ -143,10 +153,10 @@ def _writing(private: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _child(request: Path, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """The running child. However the block ends, it ends too, and what it started."""
+    """Start the child process. When the block ends, end the child and all processes that it started."""
     environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     environment |= {name: str(request.parent) for name in ("HOME", "TMPDIR", "TEMP", "TMP")}
-    # Threads would need address space, and a library that looks for GPUs may hang.
+    # Threads need address space, which is limited. A library that searches for GPUs may hang.
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(  # noqa: S603  # this interpreter, and arguments of ours
         [sys.executable, "-I", "-B", "-c", CHILD_CODE, str(request)],
@@ -155,7 +165,7 @@ def _child(request: Path, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]
         stderr=errors,
         cwd=request.parent,
         env=environment,
-        start_new_session=True,  # a group of its own: an interruption comes to this process, which ends the group
+        start_new_session=True,  # a separate group: Ctrl-C reaches only this process, which then ends the group
     )
     try:
         yield process
@@ -172,7 +182,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends what wasn't waited for: until then, nobody else gets its number."""
+    """End a process group before waiting for it. Until the wait, the system gives its number to no other process."""
     if sys.platform == "win32":
         process.kill()
     else:
@@ -182,19 +192,19 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 @dataclass(slots=True)
 class _Silence:
-    """Whether the child says anything, as the two threads that ask and answer it know."""
+    """The state that the reading thread and the watching thread share about the messages of the child."""
 
     seconds: float
     heard: threading.Event = field(default_factory=threading.Event)
     over: bool = False
-    """Whether nobody listens any more."""
+    """Whether the reading thread has finished."""
     ended: bool = False
-    """Whether the child was ended for its silence."""
+    """Whether the watching thread ended the child because it sent no message."""
 
 
 @contextlib.contextmanager
 def _ended_if_silent(process: subprocess.Popen[bytes], seconds: float) -> Iterator[_Silence]:
-    """Ends the child when it has said nothing for so long; a pipe can't be asked with a time limit on every system."""
+    """End the child if it sends no message for ``seconds``. A thread watches: not every system can time out a pipe."""
     silence = _Silence(seconds)
 
     def watch() -> None:
@@ -223,7 +233,7 @@ def _listen(
     silence: _Silence,
     progress: Progress | None,
 ) -> None:
-    """Hears the child out: returns when it says that it is done, and raises whatever else comes."""
+    """Read the messages of the child. Return when the child reports that it is done; raise an error otherwise."""
     done, file = 0, files[0]
     while True:
         said = process.stdout.readline(MAX_MESSAGE) if process.stdout is not None else b""
@@ -279,7 +289,7 @@ def _raise_refused(message: dict[str, Any], file: str) -> NoReturn:
 
 
 def _raise_dead(process: subprocess.Popen[bytes], file: str, errors: IO[bytes]) -> NoReturn:
-    """It ended without a word, or with its last ones on stderr."""
+    """Raise ``source.state-dict`` for a child that ended without a result. Quote its last line on stderr."""
     status = _status(process)
     if status is None:
         got = "a process that closed its output and went on"
@@ -293,13 +303,13 @@ def _raise_dead(process: subprocess.Popen[bytes], file: str, errors: IO[bytes]) 
 
 
 def _status(process: subprocess.Popen[bytes]) -> int | None:
-    """The status of a child that has said its last; None if it goes on."""
+    """Return the exit status of a child that closed its output, or None if it still runs after 10 seconds."""
     end = time.monotonic() + 10
     while time.monotonic() < end:
         if not hasattr(os, "waitid"):
             if process.poll() is not None:
                 return process.returncode
-        # Looked at without taking its number from it, so that its group can still be ended by that number.
+        # WNOWAIT keeps the process number valid, so that the process group can still be ended by this number.
         elif found := os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
             return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
         time.sleep(0.01)
@@ -307,5 +317,5 @@ def _status(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def _words(text: object) -> str:
-    """What the child says, as harmless as it is short."""
+    """Return a text of the child as short ASCII, which is safe to print."""
     return ascii(text)[1:-1][:400] if isinstance(text, str) else "something"

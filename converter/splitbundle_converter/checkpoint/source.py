@@ -1,4 +1,4 @@
-"""A source checkpoint: where it is, what its configuration says, and its tensors, one at a time."""
+"""A source checkpoint: its directory, its configuration, and its tensors, which are read one at a time."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ _OTHERS: Final = {
     "tf_model*.h5": "Load it with a version of transformers that knows TensorFlow, and save it as safetensors",
     "flax_model*": "Load it with a version of transformers that knows Flax, and save it as safetensors",
 }
-"""Files that lie where the weights should be -> what to do."""
+"""A pattern of files that a user may have in place of weights -> the hint for this user."""
 _DTYPES: Final = {SAFETENSORS_CODES[dtype]: dtype for dtype in WEIGHTS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
-    """A configuration as it was parsed, and where it stands: the file, and the pointer in it."""
+    """A parsed configuration, with its file and its JSON pointer in this file."""
 
     raw: Any
     file: str
@@ -67,9 +67,9 @@ class Checkpoint:
     """A local checkpoint directory, with its weights as safetensors."""
 
     cuts: tuple[int, ...] = ()
-    """Where it is cut, if nobody says where."""
+    """The default cuts."""
     rewritten = False
-    """Whether the tensors stand elsewhere than transformers looks for them."""
+    """Whether the tensors are in other files than those that transformers loads."""
 
     def __init__(self, path: Path, *, name: str, revision: str | None = None) -> None:
         self.directory = CheckpointDirectory(path=path, name=name, revision=revision)
@@ -77,7 +77,7 @@ class Checkpoint:
         self.tensors = self._index()
 
     def configuration(self) -> Configuration:
-        """The configuration, parsed.
+        """Return the parsed configuration.
 
         Raises:
             BundleError: ``source.missing``, ``source.unreadable``, ``json.*``.
@@ -85,7 +85,7 @@ class Checkpoint:
         return Configuration(raw=strict_json.parse(self.read(CONFIG), CONFIG), file=CONFIG)
 
     def read(self, name: str) -> bytes:
-        """A small file of the checkpoint.
+        """Return the content of a small file of the checkpoint.
 
         Raises:
             BundleError: ``source.missing``, ``source.unreadable``, ``source.changed``.
@@ -94,15 +94,15 @@ class Checkpoint:
         return self.directory.read(name, most)
 
     def place_of(self, name: str) -> tuple[str, str]:
-        """The file in which a tensor that is missing should be, and its name there: for messages."""
+        """Return the file that should have a missing tensor, and the tensor's name there. Messages name both."""
         return self.name, name
 
     def text_files(self) -> tuple[str, ...]:
-        """The tokenizer's files, and what goes with them, that are there: what can't be read is no file that isn't."""
+        """Return the names of the tokenizer files that exist, readable or not. Reading an unreadable one must fail."""
         return tuple(name for name in TEXT_FILES if self.directory.has(name))
 
     def stop_ids(self, config: dict[str, Any]) -> tuple[int, ...]:
-        """The ids that end a text: of generation_config.json, else of the configuration.
+        """Return the ids that end a text, from generation_config.json or, without an entry there, from ``config``.
 
         Raises:
             BundleError: ``source.config``, ``source.unreadable``, ``source.changed``, ``json.*``.
@@ -117,7 +117,7 @@ class Checkpoint:
         return tuple(i for i in ids if type(i) is int and 0 <= i < config.get("vocab_size", 0))
 
     def license(self) -> str | None:
-        """The licence that the model card's front matter names."""
+        """Return the license that the front matter of the model card names, or None."""
         if not (self.directory.path / CARD).is_file():
             return None
         text = self.directory.start(CARD, 65536, "a model card").decode("utf-8", "replace").replace("\r\n", "\n")
@@ -127,7 +127,7 @@ class Checkpoint:
 
     @contextmanager
     def reader(self) -> Iterator[Reader]:
-        """Reads tensors, with at most one file open."""
+        """Open a reader of tensors for the duration of the block. It keeps at most one file open."""
         reader = Reader(self)
         try:
             yield reader
@@ -139,7 +139,7 @@ class Checkpoint:
         if not files:
             raise no_weights(self.directory.path, self.name)
         if self.directory.has(ADAPTER):
-            # Where peft is installed, transformers would apply it, and to the weights of a base that it names.
+            # If peft is installed, transformers applies the adapter, and loads the weights of the base that it names.
             expected, hint = "weights without an adapter beside them", "Merge it into the model, or remove it"
             raise refusal("source.config", ADAPTER, expected, "an adapter's configuration", hint)
 
@@ -151,12 +151,12 @@ class Checkpoint:
 
 
 def has_weights(directory: Path, naming: Naming) -> bool:
-    """Whether a checkpoint has its weights in files of these names."""
+    """Return whether a checkpoint has its weights in files with these names."""
     return any((directory / name).is_file() for name in (naming.index, naming.single))
 
 
 def no_weights(directory: Path, name: str) -> BundleError:
-    """The error for a directory without safetensors: what to do depends on whether there are pickles."""
+    """Return the error for a directory without safetensors. The hint depends on the files that are there."""
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         return pickled(pickles[0])
@@ -166,7 +166,7 @@ def no_weights(directory: Path, name: str) -> BundleError:
 
 
 def pickled(file: str) -> BundleError:
-    """The error for weights in a pickle that nobody allowed."""
+    """Return the error for weights in a pickle if pickles are not allowed."""
     return refusal(
         "source.pickle",
         file,
@@ -179,7 +179,7 @@ def pickled(file: str) -> BundleError:
 
 
 class Reader:
-    """Tensors of a checkpoint by name; they are views of a mapping."""
+    """Reads tensors of a checkpoint by name. The tensors are views of a memory map."""
 
     def __init__(self, source: Checkpoint) -> None:
         self._source = source
@@ -188,7 +188,11 @@ class Reader:
         self._open = ExitStack()
 
     def get(self, name: str) -> Tensor:
-        """A tensor, as it is stored."""
+        """Return a tensor with its stored shape and dtype.
+
+        Raises:
+            BundleError: ``source.unreadable``.
+        """
         found = self._source.tensors[name]
         try:
             if found.path != self._path:
@@ -202,11 +206,11 @@ class Reader:
         return tensor
 
     def close(self) -> None:
-        """Lets the file go."""
+        """Close the open file."""
         self._open.close()
         self._opened = self._path = None
 
 
 def dtype_of(tensor: SourceTensor) -> str | None:
-    """A dtype that can be converted, or None."""
+    """Return the name of the tensor's dtype, or None if the dtype can't be converted."""
     return _DTYPES.get(tensor.dtype)

@@ -1,8 +1,8 @@
-"""The child that reads pickles: state dicts in, safetensors out. Whoever started it believes nothing that it says.
+"""The child process that reads pickles: it rewrites state dicts as safetensors. Its parent does not trust it.
 
-It runs in an interpreter of its own, which ``pickles`` starts. Its stdout is a channel of JSON lines: ``reading`` which
-file, ``bytes`` that were written, then ``done``, ``refused`` with what was expected and what came, or ``failed`` where
-the system refused to write.
+``pickles`` starts it in a separate interpreter. It writes JSON lines to stdout: ``reading`` with the number of a file,
+``bytes`` with the count of bytes written, and at the end one of three. ``done`` means success, ``refused`` has the
+expected and the actual content, and ``failed`` means that the system refused to write.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ from splitbundle.format.dtypes import TABLE
 CHUNK: Final = 2**23
 MAX_NAME: Final = 1024
 MAX_WORDS: Final = 400
-"""Characters of each thing that is said of a file. In a message, one may take twelve bytes."""
+"""The maximum number of characters in each text of a message. In JSON, one character may take twelve bytes."""
 MAX_GROWTH: Final = 4
-"""A tied table is stored once and written twice. What grows by more is made to fill the disk."""
+"""The maximum growth of a file. A tied weight is stored once and written twice; larger growth may be an attack on the
+disk."""
 HEADROOM: Final = 2**30
-"""Bytes of address space beside the file itself: the objects that a pickle makes, and one tensor's copy."""
+"""Bytes of address space beside the file itself, for the objects of the pickle and the copy of one tensor."""
 SECONDS: Final = 60.0
-"""Of computing, beside what the bytes take: a small pickle may nest tuples so that hashing them never ends."""
+"""Seconds of computing time; the bytes add to them. A small pickle can nest tuples so that hashing never ends."""
 BYTES_A_SECOND: Final = 50e6
 WRAPPERS: Final = ("state_dict", "model_state_dict", "model")
-"""Where training loops keep the state dict, beside optimizers and counters."""
+"""The keys under which training loops save the state dict, beside optimizers and counters."""
 CODES: Final[dict[torch.dtype, str]] = {getattr(torch, dtype.name): dtype.safetensors for dtype in TABLE.values()}
-"""What a safetensors header can name. What a bundle can store is for the converter to say, tensor by tensor."""
+"""The dtypes that a safetensors header can name. The converter decides later which of them a bundle can store."""
 
 
 class Refused(Exception):
-    """What a file isn't."""
+    """A file, or a tensor in it, differs from the expected content."""
 
     def __init__(self, expected: str, got: str, name: str | None = None) -> None:
         super().__init__(expected)
@@ -51,13 +52,13 @@ class Refused(Exception):
 
 
 class AsksForCode(Refused):
-    """A pickle that names a function or a class: reading it would run it."""
+    """A pickle names a function or a class. Reading it without protection would run this code."""
 
 
 def main(files: Sequence[Sequence[str]]) -> None:
-    """Rewrites each (pickle, safetensors) of ``files``, and says so."""
+    """Rewrite each pickle of ``files`` as safetensors, and report this on stdout. An item is (pickle, safetensors)."""
     with os.fdopen(os.dup(1), "w", encoding="ascii") as channel:
-        os.dup2(2, 1)  # what a library prints is no message
+        os.dup2(2, 1)  # a library that prints must not write into the channel
 
         def say(**message: object) -> None:
             channel.write(json.dumps(message) + "\n")
@@ -71,29 +72,35 @@ def main(files: Sequence[Sequence[str]]) -> None:
                 rewrite(source, target, lambda done: say(bytes=done))
             except Refused as refused:
                 code = isinstance(refused, AsksForCode)
-                # A file chooses these words, and a message that is too long would be none.
+                # The file determines these words. The parent cannot read a message that is too long.
                 words = {"expected": refused.expected, "got": refused.got, "name": refused.name}
                 say(refused=True, code=code, **{key: word and word[:MAX_WORDS] for key, word in words.items()})
                 return
-            except OSError as error:  # of writing: reading has words of its own
+            except OSError as error:  # an error of writing: errors of reading are Refused
                 say(failed=_line(error))
                 return
         say(done=len(files))
 
 
 def limit(size: int, total: int, seconds: float = SECONDS) -> None:
-    """What reading files of at most ``size`` bytes may take of the system, where the system has limits."""
+    """Limit the resources of this process, if the system can.
+
+    Args:
+        size: The size of the largest file in bytes.
+        total: The size of all files in bytes.
+        seconds: The computing time in seconds, without the time for the bytes.
+    """
     torch.set_num_threads(1)
     if sys.platform == "win32":
         return
     import resource
 
     def at_most(kind: int, most: int, grace: int = 0) -> None:
-        with contextlib.suppress(ValueError, OSError):  # some systems have the name of a limit, and no limit
+        with contextlib.suppress(ValueError, OSError):  # some systems define the name of a limit but do not support it
             resource.setrlimit(kind, (most, most + grace))
 
     at_most(resource.RLIMIT_CORE, 0)
-    # A signal of its own comes first, by which the parent knows why it ended.
+    # The soft limit sends SIGXCPU before the hard limit kills, so the parent knows the reason.
     at_most(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds + total / BYTES_A_SECOND), grace=5)
     at_most(resource.RLIMIT_FSIZE, MAX_GROWTH * size + HEADROOM)
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as status:
@@ -102,7 +109,12 @@ def limit(size: int, total: int, seconds: float = SECONDS) -> None:
 
 
 def rewrite(source: str, target: str, wrote: Callable[[int], None]) -> None:
-    """Writes the tensors of one state dict, one at a time: shared ones once for each of their names."""
+    """Write the tensors of one state dict, one at a time. A shared tensor is written once for each of its names.
+
+    Raises:
+        Refused: The file is not a state dict that safetensors can store.
+        OSError: The system refuses to write.
+    """
     tensors = state_dict(load(source))
     for name, tensor in tensors.items():
         check(name, tensor)
@@ -110,7 +122,7 @@ def rewrite(source: str, target: str, wrote: Callable[[int], None]) -> None:
     most = MAX_GROWTH * os.path.getsize(source)
     if size > most:
         raise Refused(f"tensors of at most {MAX_GROWTH} times the file's bytes ({most})", f"{size} bytes of them")
-    # Wide items first: then each tensor's data is aligned to its items, as mapping it wants.
+    # Tensors with wide items come first. Then the data of each tensor is aligned to its items, as a memory map needs.
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     with open(target, "xb") as file:
         file.write(header({name: tensors[name] for name in order}))
@@ -121,7 +133,12 @@ def rewrite(source: str, target: str, wrote: Callable[[int], None]) -> None:
 
 
 def load(path: str) -> Any:
-    """What the file holds, if that is made of nothing but plain values and tensors. Nothing that it names is called."""
+    """Return the content of a file that has only plain values and tensors. No function that it names is called.
+
+    Raises:
+        AsksForCode: The file names a function or a class.
+        Refused: torch cannot read the file.
+    """
     expected = "a state dict, as torch.save writes it"
     try:
         with open(path, "rb") as file:
@@ -133,7 +150,7 @@ def load(path: str) -> Any:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named:
             raise AsksForCode("names and tensors alone", f"a pickle that asks for {named[1]}") from None
-        # The rest of torch's message says how to read the file without this protection.
+        # The rest of torch's message explains how to read the file without this protection, so it is left out.
         what = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))
         raise Refused(expected, f"UnpicklingError: {what[1].strip()}" if what else "UnpicklingError") from None
     except MemoryError:
@@ -141,12 +158,19 @@ def load(path: str) -> Any:
     except (
         RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError,
         EOFError, OSError, struct.error, zipfile.BadZipFile,
-    ) as error:  # fmt: skip  # a reader of pickles fails in as many ways as there are bytes to read
+    ) as error:  # fmt: skip  # damaged bytes make the reader of pickles raise any of these
         raise Refused(expected, _line(error)) from None
 
 
 def check_records(path: str) -> None:
-    """Refuses programs, and compressed records: these can't be mapped, and a small one may be huge."""
+    """Check that a file is no program and has no compressed records.
+
+    A compressed record can't be mapped, and a small one may expand to a huge size.
+
+    Raises:
+        AsksForCode: The file is a TorchScript archive.
+        Refused: A record is compressed.
+    """
     with zipfile.ZipFile(path) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise AsksForCode("names and tensors alone", "a TorchScript archive, which is a program")
@@ -156,7 +180,11 @@ def check_records(path: str) -> None:
 
 
 def state_dict(loaded: Any) -> dict[str, Tensor]:
-    """The names and tensors: the file's own object, or the one that a training loop wrapped."""
+    """Return the tensors by name. The loaded object has them itself, or under a key of ``WRAPPERS``.
+
+    Raises:
+        Refused: The loaded object is not a state dict.
+    """
     expected = "a state dict: an object of names and tensors"
     if not isinstance(loaded, Mapping):
         raise Refused(expected, _kind(loaded))
@@ -169,7 +197,11 @@ def state_dict(loaded: Any) -> dict[str, Tensor]:
 
 
 def check(name: Any, tensor: Any) -> None:
-    """Refuses what safetensors can't hold, and what isn't all there."""
+    """Check that safetensors can store a tensor and its name, and that all elements are in the file.
+
+    Raises:
+        Refused: safetensors cannot store it, or elements are missing.
+    """
     if type(name) is not str:
         raise Refused("names that are strings", _kind(name))
     if not 0 < len(name) <= MAX_NAME or name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in name):
@@ -185,7 +217,7 @@ def check(name: Any, tensor: Any) -> None:
 
 
 def header(tensors: Mapping[str, Tensor]) -> bytes:
-    """The safetensors header: the length, and the JSON, padded so that the data is aligned."""
+    """Return a safetensors header: its length in 8 bytes, and the JSON, padded so that the data is aligned to 64."""
     entries, start = {}, 0
     for name, tensor in tensors.items():
         stop = start + tensor.nbytes
@@ -197,7 +229,7 @@ def header(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """A tensor's bytes; a view with gaps or turned axes is copied, one tensor at a time."""
+    """Return the bytes of a tensor in pieces. A view that is not contiguous is copied first, one tensor at a time."""
     flat = tensor.detach().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     for start in range(0, len(flat), CHUNK):
         yield flat[start : start + CHUNK].numpy().data

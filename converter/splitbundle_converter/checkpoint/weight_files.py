@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint: what their headers say, and the index that says which tensor is in which."""
+"""The weight files of a checkpoint: read their headers, and the index that assigns each tensor to a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from splitbundle_converter.errors import line, problem, refusal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Naming:
-    """How a checkpoint's weight files are called: one file, or an index and the files that it names."""
+    """The names of a checkpoint's weight files: a single file, or an index with the suffix of the files in it."""
 
     single: str
     index: str
@@ -27,32 +27,32 @@ class Naming:
 
 
 WRAPPERS: Final = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
-"""What stands before the names of a wrapped model's tensors -> what wrapped it."""
+"""A prefix of all tensor names in a wrapped model -> the wrapper that adds it."""
 SAFETENSORS: Final = Naming(single="model.safetensors", index="model.safetensors.index.json", suffix=".safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceTensor:
-    """A tensor of the checkpoint, as its file's header describes it."""
+    """A tensor of the checkpoint, as the header of its file describes it."""
 
     file: str
-    """The checkpoint's own file, which messages name."""
+    """The name of the checkpoint's file, for messages."""
     stored: str
-    """The tensor's name in it."""
+    """The name of the tensor in this file."""
     path: Path
-    """Where its bytes are read: that file, or what it was rewritten to."""
+    """The path of the bytes: this file, or the safetensors file that a pickle was rewritten to."""
     dtype: str
     shape: tuple[int, ...]
 
 
 Headers = Callable[[str], Iterator[tuple[str, SourceTensor]]]
-"""A weight file's name -> its tensors by name."""
+"""The name of a weight file -> its tensors by name."""
 
 
 def weight_files(directory: CheckpointDirectory, naming: Naming) -> tuple[dict[str, str] | None, list[str]]:
-    """The index's map, if it is an index that counts, and the files with weights; none where there are no weights.
+    """Return the map of the index, or None without an index, and the weight files. The list is empty without weights.
 
-    The single file comes first, as it does for transformers: an index beside it isn't looked at.
+    The single file comes first, as it does for transformers: an index beside it is not read.
 
     Raises:
         BundleError: ``source.index``, ``source.unreadable``, ``source.changed``, ``json.*``.
@@ -68,10 +68,10 @@ def weight_files(directory: CheckpointDirectory, naming: Naming) -> tuple[dict[s
 def gather(
     weight_map: dict[str, str] | None, files: list[str], naming: Naming, headers: Headers
 ) -> dict[str, SourceTensor]:
-    """The tensors of all files by name. Each stands in one file, the one that the index names.
+    """Return the tensors of all files by name. Check that each is in exactly one file, the one that the index names.
 
     Raises:
-        BundleError: ``source.tensor``, and what ``headers`` raises.
+        BundleError: ``source.tensor``, and the errors of ``headers``.
     """
     tensors: dict[str, SourceTensor] = {}
     problems: list[Problem] = []
@@ -90,7 +90,7 @@ def gather(
 
 
 def read_headers(file: str, path: Path) -> Iterator[tuple[str, SourceTensor]]:
-    """The tensors of the safetensors file at ``path``, which messages call ``file``.
+    """Return the tensors of the safetensors file at ``path``. Messages call it ``file``.
 
     Raises:
         BundleError: ``source.safetensors``, ``source.unreadable``, ``json.*``.
@@ -98,7 +98,7 @@ def read_headers(file: str, path: Path) -> Iterator[tuple[str, SourceTensor]]:
     try:
         _check_header(file, path)
         with safe_open(path, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  # no mapping, though it has keys
+            for name in opened.keys():  # noqa: SIM118  # it has keys() but is not iterable
                 piece = opened.get_slice(name)
                 yield (
                     name,
@@ -113,12 +113,16 @@ def read_headers(file: str, path: Path) -> Iterator[tuple[str, SourceTensor]]:
 
 
 def _check_header(file: str, path: Path) -> None:
-    """Refuses a header that two readers could read in two ways: the library takes the last of two equal names."""
+    """Check that all readers read a header in the same way. The library keeps only the last of two equal names.
+
+    Raises:
+        BundleError: ``source.safetensors``, ``json.*``.
+    """
     with path.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = opened.read(min(size, strict_json.MAX_BYTES + 1))
     if not header or len(header) < min(size, strict_json.MAX_BYTES + 1):
-        return  # none, or cut off, which the library says
+        return  # empty or truncated: the library reports this
     if not header.startswith(b"{"):
         raise refusal("source.safetensors", file, "a header that begins with {", quoted(header[:8]))
     strict_json.parse(header, file)
@@ -139,7 +143,7 @@ def _weight_map(data: bytes, naming: Naming) -> dict[str, str]:
 
 
 def check_unwrapped(names: Iterable[str], file: str) -> None:
-    """Refuses names that are those of what the model was wrapped in while it was trained.
+    """Check that the tensor names have no prefix of a training wrapper.
 
     Raises:
         BundleError: ``source.tensor``.

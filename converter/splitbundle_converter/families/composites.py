@@ -1,7 +1,8 @@
-"""Checkpoints of several parts, one of which is a language model: what their own classes make of that part.
+"""The table of composite checkpoints: checkpoints of several parts, one of which is a language model.
 
-A row is what was read in the class's code and is tested: which class it is, whether it ties the head, and which facts
-of the head it applies. Nothing here imports transformers.
+A row describes how the class of the whole checkpoint uses its language part: the name of the class, whether the class
+ties the head, and which facts of the head it applies. These facts come from the code of the class and are tested. This
+module does not import transformers.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ LANGUAGE: Final = "language"
 PARTS: Final = (LANGUAGE,)
 """The parts of a checkpoint that can be converted alone."""
 EXTENSION: Final = "part"
-"""The name under which the manifest says what a bundle is a part of."""
+"""The key in the manifest's ``extensions`` that describes the part which was converted."""
 TEXT: Final = "text_config"
-"""Where every class of the table keeps the configuration of its language part."""
+"""The field in which every class of the table stores the configuration of its language part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,33 +28,33 @@ class Composite:
 
     model_type: str
     class_name: str
-    """The class of transformers that the checkpoint is of."""
+    """The name of the checkpoint's class in transformers."""
     text_type: str
-    """The type of the language part where its configuration doesn't say."""
+    """The default model type of the language part, if its configuration has none."""
     whole: bool = False
-    """Whether the class holds the language model with its own head. Others hold it without, and have a head themselves:
-    a bare projection, which applies nothing but what ``applies`` names."""
+    """Whether the class contains the language model with the model's own head. Other classes contain the language model
+    without its head and have a plain projection as the head. This head applies only the facts in ``applies``."""
     applies: frozenset[str] = frozenset()
-    """The fields of ``Head`` that a head of the class's own applies, as the language model's class does."""
+    """The fields of ``Head`` that the class's own head applies in the same way as the language model's class."""
     ties: bool = True
-    """Whether the class can tie a head of its own; one that can't doesn't, whatever ``tie_word_embeddings`` says."""
+    """Whether the class can tie its own head. If it can't, ``tie_word_embeddings`` has no effect."""
     texts: frozenset[str] = frozenset()
-    """The only types of language part that the rest holds for; empty where it holds for all."""
+    """The model types of language parts for which this row is valid. If empty, it is valid for all."""
     ignored: frozenset[str] = frozenset()
-    """Further fields that have no say in the language part."""
+    """More fields that change no number of the language part."""
     text_ignored: frozenset[str] = frozenset()
-    """Fields that the class adds to the language part's configuration, and that have no say in it."""
+    """Fields that the class adds to the configuration of the language part, and that change no number of it."""
     same: tuple[str, ...] = ()
-    """Fields that must be the language part's."""
+    """Fields that must have the same value as in the configuration of the language part."""
 
 
 IGNORED: Final = frozenset(
     [
-        # Ids that stand for what isn't text. Where none of it is given, their rows of the embedding are as any.
+        # Ids that mark images or sounds. In a text without them, their rows of the embedding are ordinary rows.
         *("audio_token_id", "audio_token_index", "audio_bos_token_id", "audio_eos_token_id", "timestamp_token_id"),
         *("image_token_id", "image_token_index", "boi_token_index", "eoi_token_index", "visual_indicator_token_ids"),
         *("video_token_id", "video_token_index", "image_seq_length", "video_seq_length", "mm_tokens_per_image"),
-        # How images and sounds are cut, encoded and projected.
+        # Fields about the cutting, encoding and projecting of images and sounds.
         *("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio", "vision_use_cls_token"),
         *("image_grid_pinpoints", "image_text_hidden_size", "image_size", "patch_size", "num_channels"),
         *("projector_hidden_act", "projector_bias", "projector_layernorm_eps", "projector_pooling_ratio"),
@@ -61,11 +62,11 @@ IGNORED: Final = frozenset(
         *("spatial_merge_size", "spatial_pool_mode", "spatial_pool_stride", "scale_factor", "num_query_tokens"),
         *("downsample_factor", "downsample_ratio", "downsample_rate", "window_size", "audio_merge_size"),
         *("audio_chunk_size", "acoustic_tokenizer_chunk_size", "token_classification_bias"),
-        # Of training, of fetching, and of older classes.
+        # Fields for training, for fetching, and for older classes.
         *("initializer_factor", "ignore_index", "use_image_newline_parameter", "_pad_token_id"),
     ]
 )
-"""Fields of composite configurations that have no say in what the language part computes of text."""
+"""Fields of composite configurations that change no number of the language part for text input."""
 
 
 def _row(model_type: str, class_name: str, text_type: str, **fields: Any) -> Composite:
@@ -95,7 +96,7 @@ COMPOSITES: Final[Mapping[str, Composite]] = {
         _generating("gemma3", "Gemma3", "gemma3_text"),
         _generating("glmasr", "GlmAsr", "llama"),
         _generating("got_ocr2", "GotOcr2", "qwen2"),
-        # The adapter of its language part, a file of its own, is on for sound alone.
+        # The language part has an adapter in a separate file. The class applies it only for sound input.
         _generating("granite_speech", "GraniteSpeech", "granite", ignored=frozenset(["has_lora_adapter"])),
         _generating("granite_speech_plus", "GraniteSpeechPlus", "granite", ignored=frozenset(["has_lora_adapter"])),
         _generating(
@@ -103,7 +104,9 @@ COMPOSITES: Final[Mapping[str, Composite]] = {
             "HyperCLOVAXVisionV2",
             "hyperclovax",
             applies=frozenset(["multiplier"]),
-            texts=frozenset(["hyperclovax"]),  # of another type, it would multiply by what that type divides by
+            texts=frozenset(
+                ["hyperclovax"]
+            ),  # another type divides the logits by the value that this class multiplies by
         ),
         _generating("idefics2", "Idefics2", "mistral"),
         _generating("idefics3", "Idefics3", "llama"),
@@ -123,7 +126,7 @@ COMPOSITES: Final[Mapping[str, Composite]] = {
             "MusicFlamingo",
             "qwen2",
             ties=False,
-            # Of the positions of sounds.
+            # Fields about the positions of sounds.
             ignored=frozenset(["audio_frame_step", "rope_parameters", "max_position_embeddings", "head_dim"]),
         ),
         _generating("ovis2", "Ovis2", "qwen2", same=("hidden_size", "vocab_size")),
@@ -154,7 +157,7 @@ COMPOSITES: Final[Mapping[str, Composite]] = {
 
 
 def text_type(raw: Mapping[str, Any]) -> str | None:
-    """The type of a configuration's language part, or None where it has none."""
+    """Return the model type of a configuration's language part, or None if it has no language part."""
     composite = COMPOSITES.get(raw["model_type"]) if isinstance(raw.get("model_type"), str) else None
     text = raw.get(TEXT)
     if isinstance(text, dict) and "model_type" in text:
@@ -163,7 +166,7 @@ def text_type(raw: Mapping[str, Any]) -> str | None:
 
 
 def family_hint(raw: Mapping[str, Any], families: Collection[str]) -> str:
-    """What to do about a model type that isn't in the table of families."""
+    """Return a hint for a model type that is not in the table of families."""
     text, model_type = text_type(raw), raw.get("model_type")
     only = reason(raw) or "Other families can't be converted; splitbundle never guesses at one"
     if text is None:

@@ -1,7 +1,7 @@
-"""Reading a configuration so that nothing in it goes unnoticed.
+"""Read a configuration, and refuse each field that could change a number but was not read.
 
-A row of the family table reads the fields that it knows. What it hasn't read must be known to be inert or stand at
-its default; anything else is refused, because it could change a number.
+A row of the family table reads the fields that it knows. Every other field must be an ignored field or have its default
+value. The reader refuses any other field, because it could change a number.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ IGNORED: Final = frozenset(
         "use_cache",
     ]
 )
-"""Fields of every configuration that change no number of a decoder in inference."""
+"""Fields of all configurations that change no number of a decoder in inference."""
 TRAINING: Final = frozenset(
     [
         "activation_dropout",
@@ -86,36 +86,40 @@ TRAINING: Final = frozenset(
         "summary_use_proj",
     ]
 )
-"""Fields of training, and of heads that classify: they change no number of a language model in inference."""
+"""Fields for training, and for classification heads. They change no number of a language model in inference."""
 
 UNSUPPORTED: Final = "A model with this value can't be converted yet; with another value it would be another model"
 
 
 class ConfigReader:
-    """The fields of a configuration, typed, with a record of which were read."""
+    """Reads the fields of a configuration with their types, and records which fields were read.
+
+    A method that finds a problem notes it in ``problems`` and returns a valid substitute, so that one call of
+    ``finish`` can report all problems.
+    """
 
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any], file: str, pointer: str = "") -> None:
         self._values, self._defaults, self._file, self._pointer = values, defaults, file, pointer
         self.read: set[str] = set()
-        """The fields that somebody knows."""
+        """The names of the fields that were read or are ignored."""
         self.problems: list[Problem] = []
 
     def inside(self, name: str) -> ConfigReader:
-        """A reader of an object that is a field's value; its problems are to be added to this one's."""
+        """Return a reader of the object in a field. The caller adds its problems to the problems of this reader."""
         value = self.raw(name)
         return ConfigReader(value if isinstance(value, dict) else {}, {}, self._file, f"{self._pointer}/{name}")
 
     def unread(self) -> list[str]:
-        """The fields that nobody has read."""
+        """Return the names of the fields that were not read."""
         return [name for name in self._values if name not in self.read]
 
     def raw(self, name: str) -> Any:
-        """A field as it is; None when it isn't there."""
+        """Return the unchecked value of a field, or None if it is absent."""
         self.read.add(name)
         return self._values.get(name)
 
     def refuse(self, name: str, expected: str, got: object = None, hint: str | None = None) -> None:
-        """Notes that a field can't be converted; once, though several facts may need it."""
+        """Note that a field can't be converted. An equal problem is noted only once."""
         got = self._values.get(name) if got is None else got
         problem = Problem(
             code="source.config",
@@ -129,7 +133,7 @@ class ConfigReader:
             self.problems.append(problem)
 
     def integer(self, name: str, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
-        """An integer field."""
+        """Return an integer field from ``minimum`` to ``maximum``."""
         value = self.raw(name)
         if type(value) is not int or not minimum <= value <= maximum:
             self.refuse(name, f"an integer from {minimum} to {maximum}")
@@ -137,7 +141,7 @@ class ConfigReader:
         return value
 
     def number(self, name: str) -> float:
-        """A number above zero."""
+        """Return a finite number above zero."""
         value = self.raw(name)
         if type(value) not in (int, float) or not 0 < value < float("inf"):
             self.refuse(name, "a number above 0")
@@ -145,11 +149,11 @@ class ConfigReader:
         return float(value)
 
     def optional_number(self, name: str) -> float | None:
-        """A number above zero, or None where there is none."""
+        """Return a finite number above zero, or None if the field is absent or null."""
         return None if self.raw(name) is None else self.number(name)
 
     def numbers(self, name: str, count: int) -> tuple[float, ...]:
-        """An array of so many numbers above zero."""
+        """Return an array of ``count`` finite numbers above zero."""
         values = self.raw(name)
         if not isinstance(values, list) or len(values) != count:
             self.refuse(name, f"{count} numbers")
@@ -160,7 +164,7 @@ class ConfigReader:
         return (1.0,) * count
 
     def boolean(self, name: str) -> bool:
-        """A boolean field."""
+        """Return a boolean field."""
         value = self.raw(name)
         if type(value) is not bool:
             self.refuse(name, "true or false")
@@ -168,7 +172,7 @@ class ConfigReader:
         return value
 
     def choice(self, name: str, choices: Mapping[str, str]) -> str:
-        """What a string field's value is called here."""
+        """Return the item of ``choices`` for the value of a string field."""
         value = self.raw(name)
         if not isinstance(value, str) or value not in choices:
             self.refuse(name, f"one of {', '.join(choices)}")
@@ -176,16 +180,20 @@ class ConfigReader:
         return choices[value]
 
     def allowed(self, name: str, *values: object) -> None:
-        """A field that may be there, with one of a few values that change nothing."""
+        """Check that a field is absent or has one of ``values``, which change no number."""
         if name in self._values and self.raw(name) not in values:
             self.refuse(name, " or ".join(quoted(value) for value in values))
 
     def ignored(self, names: Collection[str]) -> None:
-        """Fields that are known to change nothing."""
+        """Mark fields as ignored: they change no number."""
         self.read.update(names)
 
     def finish(self) -> None:
-        """Refuses what was noted, and every field that nobody read and that isn't at its default."""
+        """Check that no problem was noted, and that each field was read, is ignored, or has its default value.
+
+        Raises:
+            BundleError: ``source.config``, with all problems.
+        """
         for name, value in self._values.items():
             if name in self.read or name in IGNORED:
                 continue

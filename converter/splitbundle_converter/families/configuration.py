@@ -1,4 +1,4 @@
-"""A checkpoint's configuration: what is refused before transformers sees it, what it makes of it, and the facts."""
+"""Check a checkpoint's configuration, let transformers parse it, and read the facts of the architecture."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from splitbundle_converter.families.unsupported import EXPECTED
 from splitbundle_converter.quiet_transformers import quiet
 
 _MAX_LABELS: Final = 100_000
-"""Of a classifier's classes: several times those of the largest data sets."""
+"""The maximum number of classes of a classifier: several times as many as the largest data sets have."""
 _COUNTS: Final = {
     "num_hidden_layers": (1, MAX_LAYERS),
     "n_layer": (1, MAX_LAYERS),
     "num_labels": (0, _MAX_LABELS),
     "_num_labels": (0, _MAX_LABELS),
 }
-"""Numbers of items that transformers makes, whatever else it is told, and which of them are let through."""
+"""A field for which transformers builds a list -> the minimum and maximum length that is accepted."""
 _IMPLEMENTATION: Final = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
-"""Fields that choose the code that computes. transformers takes some names for code of the hub, which it fetches and
-runs."""
+"""Fields that select the code of attention or experts. For some values, transformers fetches code from the hub and
+runs it."""
 
 
 def read_configuration(found: Configuration) -> tuple[Family, Architecture, dict[str, Any]]:
-    """The family, the facts and all fields of a configuration.
+    """Return the family, the architecture and all fields of a configuration.
 
     Raises:
         BundleError: ``source.family``, ``source.remote-code``, ``source.quantised``, ``source.config``.
@@ -44,18 +44,18 @@ def read_configuration(found: Configuration) -> tuple[Family, Architecture, dict
     reader = ConfigReader(values, type(config)().to_dict(), found.file, found.pointer)
     architecture = family.facts(reader)
     reader.finish()
-    # What is written must be what a reader takes: the same rules, before a byte is written.
+    # The runtime's parser must accept the architecture. The same rules apply here, before any byte is written.
     return family, parse_architecture(architecture.to_bytes()), values
 
 
 def resolve(found: Configuration) -> Any:
-    """The configuration of a language model as transformers reads it. Remote code never runs.
+    """Return the configuration of a language model as transformers parses it. Remote code never runs.
 
     Raises:
         BundleError: ``source.family``, ``source.remote-code``, ``source.quantised``, ``source.config``.
     """
     raw = readable(found)
-    # Other classes than those of the table aren't even built: some make a list of as many items as a field says.
+    # Only classes of the table are built: some others build a list whose length a field of the file determines.
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise _field_refusal("source.family", found, "model_type", EXPECTED, family_hint(raw, FAMILIES))
@@ -64,7 +64,7 @@ def resolve(found: Configuration) -> Any:
 
 
 def readable(found: Configuration) -> dict[str, Any]:
-    """The fields, of a configuration or a part of one that asks for no code of its own and no quantised weights.
+    """Return the fields of a configuration, or of a part of one. Refuse remote code and quantized weights.
 
     Raises:
         BundleError: ``source.remote-code``, ``source.quantised``, ``source.config``.
@@ -78,13 +78,13 @@ def readable(found: Configuration) -> dict[str, Any]:
             hint += f". transformers computes {model_type} itself: if these are its weights, remove auto_map"
         raise _field_refusal("source.remote-code", found, "auto_map", "no auto_map", hint)
     if raw.get("quantization_config") is not None:
-        hint = "Convert the checkpoint that was quantised"
-        raise _field_refusal("source.quantised", found, "quantization_config", "weights that aren't quantised", hint)
+        hint = "Convert the checkpoint that was quantized"
+        raise _field_refusal("source.quantised", found, "quantization_config", "weights that aren't quantized", hint)
     return raw
 
 
 def check_counts(found: Configuration) -> None:
-    """Refuses numbers of layers and labels that nothing has: some classes make as many items as such a field says.
+    """Check that the numbers of layers and labels are plausible: some classes build a list of this length.
 
     Raises:
         BundleError: ``source.config``.
@@ -99,9 +99,9 @@ def check_counts(found: Configuration) -> None:
 
 
 def _repeated(types: object) -> int:
-    """How many layers GPT-Neo's pairs of a list and a number of repetitions make; what is no pair, it refuses."""
+    """Return the number of layers in GPT-Neo's pairs of a list and a repetition count. Skip items that are no pair."""
     pairs = [item for item in types if isinstance(item, list) and len(item) > 1] if isinstance(types, list) else []
-    # An empty list, too, is repeated as often as it says.
+    # An empty list counts as one item: transformers also repeats it as often as its pair requires.
     return sum(
         max(1, len(kinds) if isinstance(kinds, list | str | dict) else 0) * times
         for kinds, times, *_ in pairs
@@ -110,9 +110,9 @@ def _repeated(types: object) -> int:
 
 
 def build(found: Configuration) -> Any:
-    """The configuration as transformers reads it. Only for types that are known to be safe to build.
+    """Return the configuration as transformers parses it. Call this only for types that are known to be safe.
 
-    No field says by which code it is to be computed, at any depth.
+    At any depth, the fields that select code are removed first.
 
     Raises:
         BundleError: ``source.config``.
@@ -132,7 +132,7 @@ def build(found: Configuration) -> Any:
 
 
 def _without_implementations(value: Any) -> Any:
-    """A copy, as what reads it may change it."""
+    """Return a copy without the fields that select code. transformers may change the copy."""
     if isinstance(value, dict):
         return {
             name: _without_implementations(inner)

@@ -1,4 +1,4 @@
-"""Where in a configuration each fact of a decoder stands: what a row of the family table says, and how it is read."""
+"""The facts of a family: where a configuration has each fact of a decoder, and how to read it."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ ACTIVATIONS: Final = {
     "relu2": "relu_squared",
     "xielu": "xielu",
 }
-"""transformers' names of activations -> ours; several are one function computed in different ways."""
+"""A transformers name of an activation -> our name. Some names are one function that is computed in several ways."""
 LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 TORCH_EPS: Final = 1e-5
-"""What ``torch.nn.LayerNorm`` adds to the variance where a family doesn't say."""
+"""The default value that ``torch.nn.LayerNorm`` adds to the variance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What is known of a model when its other facts are read."""
+    """The configuration and the sizes of a model. They are read before the other facts."""
 
     config: ConfigReader
     hidden: int
@@ -50,11 +50,11 @@ T = TypeVar("T")
 Fact: TypeAlias = T | Callable[[Sizes], T]
 PerLayer: TypeAlias = Fact[T | list[T]]
 Position: TypeAlias = Rotary | Alibi | None
-"""None: no position enters here."""
+"""A position of attention. None means that attention uses no position."""
 
 
 def rms_norm(eps: str, *, weight_offset: float = 0.0) -> Callable[[ConfigReader], Norm]:
-    """RMSNorm with a weight; ``eps`` is a field."""
+    """Return a reader of an RMSNorm with a weight. ``eps`` is the name of a field."""
     return lambda config: Norm(
         kind="rms_norm", eps=config.number(eps), affine=True, weight_offset=weight_offset, bias=False
     )
@@ -63,7 +63,7 @@ def rms_norm(eps: str, *, weight_offset: float = 0.0) -> Callable[[ConfigReader]
 def layer_norm(
     eps: str | float, *, affine: bool | str = True, bias: bool = True, weight_offset: float = 0.0
 ) -> Callable[[ConfigReader], Norm]:
-    """LayerNorm, by default with weight and bias; ``eps`` and ``affine`` are values or fields."""
+    """Return a reader of a LayerNorm, by default with weight and bias. ``eps`` and ``affine`` are values or fields."""
 
     def read(config: ConfigReader) -> Norm:
         weight = config.boolean(affine) if isinstance(affine, str) else affine
@@ -74,56 +74,56 @@ def layer_norm(
 
 
 def rotary_positions(layout: str = "half", *, partial: bool = False) -> Callable[[Sizes], Rotary]:
-    """Rotary positions; the arguments are those of ``rotary``."""
+    """Return a reader of rotary positions. The arguments are those of ``rotary``."""
     return lambda sizes: rotary(sizes.config, sizes.head_dim, layout=layout, partial=partial)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """The facts of a decoder, each a value, or the name of the configuration's field that has it, or a function.
+    """The facts of a decoder. A fact is a value, the name of a configuration field, or a function.
 
-    A string is a field, but where a fact is a word itself (``placement``, ``query_key_norm``). A function is given the
-    sizes, and with them the configuration. A fact of attention may be a list, with a value for each layer. By default,
-    fields have Llama's names.
+    A string is the name of a field. But for the facts ``placement`` and ``query_key_norm``, a string is the value. A
+    function gets the sizes, which include the configuration. A fact of attention may be a list with a value for each
+    layer. By default, the fields have Llama's names.
     """
 
     ignored: frozenset[str] = frozenset()
-    """Fields that change no number."""
+    """Names of fields that change no number."""
     allowed: Mapping[str, object] = field(default_factory=dict)
-    """Fields that may be there with one value alone, or with one of a tuple of values."""
+    """The name of a field -> the only value that it may have, or a tuple of such values. The field may be absent."""
     required: tuple[str, ...] = ()
-    """Fields without which transformers fails, though they have a meaning here."""
+    """Fields that transformers needs. The converter could read a configuration without them, but transformers fails."""
 
-    # The sizes are fields always, as messages name them.
+    # The sizes are always names of fields, because messages quote these names.
     hidden: str = "hidden_size"
     heads: str = "num_attention_heads"
     layers: str = "num_hidden_layers"
     head_dim: str | None = "head_dim"
-    """Where there is no such field, or null, the heads share the hidden size."""
+    """Without this field, or if it is null, the hidden size is divided among the heads."""
 
     norm: Callable[[ConfigReader], Norm]
-    """Every norm of the model."""
+    """Reads the norm that the model uses in all places."""
     placement: Fact[str] = "pre"
     residual_multiplier: Fact[float] | str = 1.0
     bias: PerLayer[bool] | str = False
-    """Of every projection of a layer; ``qkv_bias``, ``output_bias`` and ``mlp_bias`` overrule it."""
+    """Whether the projections of a layer have a bias. ``qkv_bias``, ``output_bias`` and ``mlp_bias`` override it."""
 
     # Attention.
     kv_heads: Fact[int] | str | None = "num_key_value_heads"
-    """None: as many as heads."""
+    """None means as many key heads as query heads."""
     scale: PerLayer[float | None] | str = None
-    """Of the scores; None: 1/√head_dim."""
+    """The scale of the scores. None means 1/√head_dim."""
     qkv_bias: PerLayer[bool] | str | None = None
     output_bias: PerLayer[bool] | str | None = None
     clip: Fact[float | None] | str = None
     query_key_norm: PerLayer[str | None] = None
-    """The width of the norm of queries and keys, if they have one."""
+    """The width of the norm of queries and keys, or None if they have no norm."""
     query_key_affine: bool = True
-    """Whether that norm has weights, if the model's norms have."""
+    """Whether the norm of queries and keys has weights, if the model's norms have weights."""
     query_key_bias: bool = True
-    """Whether it has biases, if the model's norms have."""
+    """Whether the norm of queries and keys has biases, if the model's norms have biases."""
     after_rotation: bool = False
-    """Whether that norm comes after the rotation."""
+    """Whether the norm of queries and keys is applied after the rotation."""
     query_temperature: PerLayer[QueryTemperature | None] = None
     logit_cap: Fact[float | None] | str = None
     window: PerLayer[int | None] = None
@@ -139,7 +139,7 @@ class Facts:
 
     # The embedding and the head.
     embedding_size: str | None = None
-    """The width of the token table, if it isn't the hidden size."""
+    """The field with the width of the token table, if this is not the hidden size."""
     embedding_multiplier: Fact[float] | str = 1.0
     embedding_position: Fact[Learned | Sinusoidal | None] = None
     embedding_norm: bool = False
@@ -149,12 +149,12 @@ class Facts:
     head_logit_cap: Fact[float | None] | str = None
 
     def replace(self, **changes: Any) -> Facts:
-        """The same facts but for ``changes``; those of ``ignored`` and ``allowed`` are added."""
+        """Return the facts with ``changes``. Items of ``ignored`` and ``allowed`` are added to the present ones."""
         ignored, allowed = frozenset(changes.pop("ignored", ())), changes.pop("allowed", {})
         return replace(self, ignored=self.ignored | ignored, allowed={**self.allowed, **allowed}, **changes)
 
     def __call__(self, config: ConfigReader) -> Architecture:
-        """The architecture that a configuration describes; what can't be converted, its reader notes."""
+        """Return the architecture that a configuration describes. The reader notes the problems."""
         config.ignored(self.ignored)
         for name, values in self.allowed.items():
             config.allowed(name, *(values if isinstance(values, tuple) else (values,)))
@@ -212,11 +212,11 @@ class Facts:
             head_dim = max(1, hidden // heads)
             if hidden % heads:
                 config.refuse(self.hidden, f"a multiple of {self.heads} ({heads})")
-        layers = config.integer(self.layers, maximum=MAX_LAYERS)  # which bounds what is made of it
+        layers = config.integer(self.layers, maximum=MAX_LAYERS)  # the limit bounds the lists that have this length
         return Sizes(config=config, hidden=hidden, heads=heads, head_dim=head_dim, layers=layers)
 
     def _attention(self, sizes: Sizes, norm: Norm) -> dict[str, Any]:
-        """The fields of ``Attention`` that aren't sizes; of a list, each layer has an item."""
+        """Return the fields of ``Attention`` that are not sizes. A list has one item for each layer."""
         config = sizes.config
         kv_heads = _read(self.kv_heads, sizes, config.integer)
         if isinstance(self.kv_heads, str) and sizes.heads % kv_heads:
@@ -250,14 +250,17 @@ class Facts:
 
 
 def _read(fact: Any, sizes: Sizes, of_field: Callable[[str], Any] = str) -> Any:
-    """The value of a fact; where the fact is no word itself, ``of_field`` reads the field that a string names."""
+    """Return the value of a fact. ``of_field`` reads the field that a string names, or returns the string itself."""
     if callable(fact):
         return fact(sizes)
     return of_field(fact) if isinstance(fact, str) else fact
 
 
 def _name(layers: list[LayerKind]) -> tuple[dict[str, LayerKind], tuple[str, ...]]:
-    """Layers that are alike are one kind, named after what it attends to: the kinds, and each layer's name."""
+    """Return the different kinds of layers by name, and the name of each layer's kind. Equal layers share a kind.
+
+    A kind is named after its attention: full or sliding, with or without positions.
+    """
     turned = any(not isinstance(kind.attention.position, Unpositioned) for kind in layers)
     kinds: dict[str, LayerKind] = {}
     order: list[str] = []
@@ -273,38 +276,38 @@ def _name(layers: list[LayerKind]) -> tuple[dict[str, LayerKind], tuple[str, ...
     return kinds, tuple(order)
 
 
-# Facts that several families say in the same way.
+# Readers of facts that several families share.
 
 
 def either(name: str, yes: T, no: T) -> Callable[[Sizes], T]:
-    """One of two values, as a boolean field says."""
+    """Return a reader that selects one of two values by a boolean field."""
     return lambda sizes: yes if sizes.config.boolean(name) else no
 
 
 def four_times_hidden(name: str | None = None) -> Callable[[Sizes], int]:
-    """The width of a feed-forward block: that of a field, if there is one and it isn't null."""
+    """Return a reader of the width of a feed-forward block: a field, or 4 × hidden if it is absent or null."""
     return lambda sizes: (
         4 * sizes.hidden if name is None or sizes.config.raw(name) is None else sizes.config.integer(name)
     )
 
 
 def root_of_hidden(sizes: Sizes) -> float:
-    """What some embeddings are multiplied by."""
+    """Return √hidden, the multiplier of some embeddings."""
     return float(sizes.hidden**0.5)
 
 
 def learned(count: str, *, offset: int = 0) -> Callable[[Sizes], Learned]:
-    """A table of positions; ``count`` is a field."""
+    """Return a reader of a learned table of positions. ``count`` is the name of a field."""
     return lambda sizes: Learned(count=sizes.config.integer(count), offset=offset)
 
 
 def one_window(sizes: Sizes) -> int | None:
-    """The window of all layers, if they have one."""
+    """Return the window of all layers, or None if they have no window."""
     return None if sizes.config.raw("sliding_window") is None else sizes.config.integer("sliding_window")
 
 
 def layer_types(sizes: Sizes) -> list[str]:
-    """What each layer attends to."""
+    """Return the attention type of each layer."""
     config, types = sizes.config, sizes.config.raw("layer_types")
     if not isinstance(types, list) or not all(kind in LAYER_TYPES for kind in types):
         config.refuse("layer_types", "full_attention or sliding_attention for each layer")
@@ -316,7 +319,7 @@ def layer_types(sizes: Sizes) -> list[str]:
 
 
 def layer_windows(sizes: Sizes) -> list[int | None]:
-    """The window of each layer: that of the configuration where ``layer_types`` says so."""
+    """Return the window of each layer: ``sliding_window`` for sliding layers, None for the others."""
     types, window = layer_types(sizes), one_window(sizes)
     if window is None and "sliding_attention" in types:
         sizes.config.refuse("sliding_window", "a window, as some layer_types are sliding_attention", "none")
@@ -324,7 +327,7 @@ def layer_windows(sizes: Sizes) -> list[int | None]:
 
 
 def rotary_on_windowed_layers(layout: str = "half") -> Callable[[Sizes], list[Position]]:
-    """Rotary positions of the layers that have a window; the others know no position."""
+    """Return a reader of rotary positions for layers with a window. The other layers use no positions."""
 
     def read(sizes: Sizes) -> list[Position]:
         position = rotary_positions(layout)(sizes)
@@ -334,12 +337,12 @@ def rotary_on_windowed_layers(layout: str = "half") -> Callable[[Sizes], list[Po
 
 
 def rotary_by_layer_type(sizes: Sizes) -> list[Position]:
-    """Rotary positions of each layer, where ``rope_parameters`` has an object for each layer type."""
+    """Return the rotary positions of each layer, if ``rope_parameters`` has an object for each layer type."""
     types, inner = layer_types(sizes), sizes.config.inside("rope_parameters")
     of_type: dict[str, Rotary] = {}
     for kind in dict.fromkeys(types):
         parameters = inner.inside(kind)
-        parameters.allowed("truncate", True)  # transformers looks for it outside of this object, and takes true
+        parameters.allowed("truncate", True)  # transformers looks for it outside this object, and so uses true
         of_type[kind] = rotary(sizes.config, sizes.head_dim, parameters=parameters)
     inner.ignored(LAYER_TYPES)
     for name in inner.unread():

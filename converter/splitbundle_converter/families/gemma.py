@@ -1,4 +1,4 @@
-"""Gemma and its successors: norm weights stored as differences from one, embeddings multiplied by √hidden."""
+"""Gemma and its successors: norm weights are stored as differences from one; embeddings are multiplied by √hidden."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ GEMMA: Final = BIASED.replace(
     norm=rms_norm("rms_norm_eps", weight_offset=1.0),
     embedding_multiplier=root_of_hidden,
 )
-# From Gemma 2 on: a window on some layers, a scale of the queries' own, a cap on the logits.
+# Gemma 2 and later: a window on some layers, a separate scale of the queries, a cap on the logits.
 WINDOWED: Final = GEMMA.replace(
-    allowed={"hidden_act": "gelu_pytorch_tanh"},  # in some releases, unused by the model
+    allowed={"hidden_act": "gelu_pytorch_tanh"},  # some releases have it; the model does not use it
     activation="hidden_activation",
     window=layer_windows,
     scale=lambda sizes: sizes.config.number("query_pre_attn_scalar") ** -0.5,
@@ -31,18 +31,18 @@ SANDWICH: Final = renamed(
     },
 )
 
-# A family is a few lines here; with one field a line, nobody would see the table.
+# A family has a few lines here. With one field on each line, the table would be hard to see.
 # fmt: off
 GEMMA_FAMILIES: Final = (
-    # Gemma (Gemma Team 2024, arXiv:2403.08295). The field is the first releases', unused by the model.
+    # Gemma (Gemma Team 2024, arXiv:2403.08295). The first releases have the allowed field; the model does not use it.
     row("gemma", NAMES, GEMMA, allowed={"hidden_activation": (None, "gelu_pytorch_tanh")}),
-    # Gemma 2 (Gemma Team 2024, arXiv:2408.00118): norms before and after each block, capped scores. The inert field is
-    # the first releases', unused by the model.
+    # Gemma 2 (Gemma Team 2024, arXiv:2408.00118): norms before and after each block, capped scores. The first releases
+    # have the ignored field; the model does not use it.
     row("gemma2", SANDWICH, WINDOWED, ignored=["sliding_window_size"], placement="sandwich",
         logit_cap="attn_logit_softcapping"),
-    # Gemma 3 (Gemma Team 2025, arXiv:2503.19786): normalised queries and keys in place of capped scores, and rotary
-    # positions that differ between windowed and full layers. transformers has made layer_types and rope_parameters of
-    # the inert fields; the other it reads and doesn't use.
+    # Gemma 3 (Gemma Team 2025, arXiv:2503.19786): normalized queries and keys in place of capped scores, and rotary
+    # positions that differ between windowed and full layers. transformers converts the ignored fields into layer_types
+    # and rope_parameters. It reads the allowed field and does not use it.
     row("gemma3_text", SANDWICH, WINDOWED,
         ignored=["_sliding_window_pattern", "rope_local_base_freq", "sliding_window_pattern"],
         allowed={"attn_logit_softcapping": None}, placement="sandwich", query_key_norm="head",

@@ -1,4 +1,4 @@
-"""Families whose tensors bear names of their own: GPT, OPT, BLOOM, GPT-NeoX and theirs; all have LayerNorm."""
+"""Families with LayerNorm and the tensor names of GPT, OPT or MPT."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ GPT: Final = Facts(
     inner=four_times_hidden("intermediate_size"),
     bias=True,
 )
-"""Everything has a bias, and positions are no part of attention."""
+"""The common facts: every projection has a bias, and attention uses no positions."""
 ALIBI: Final = Alibi(max_bias=8.0, multiplier=1.0)
 
 
-# GPT-2 and what shares its names.
+# GPT-2, and families with the same names.
 
 GPT2: Final = GPT.replace(
     hidden="n_embd",
@@ -68,12 +68,12 @@ OPENAI_GPT_NAMES: Final[Names] = {
 }
 BIGCODE_IGNORED: Final = (
     *("attention_softmax_in_fp32", "num_key_value_heads", "scale_attention_softmax_in_fp32"),
-    # What inference servers of its time left in published configurations.
+    # Inference servers of its time left these fields in published configurations.
     *("inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length"),
     *("pre_allocate_kv_cache", "validate_runner_input"),
 )
 CONV1D: Final = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-"""Kept as [in, out] (transformers' class Conv1D)."""
+"""Modules whose weight is stored as [in, out] (class Conv1D of transformers)."""
 GPT_NEO_NAMES: Final[Names] = {
     "transformer.wte": "embedding.token",
     "transformer.wpe": "embedding.position",
@@ -107,7 +107,7 @@ def _gpt2_scale(sizes: Sizes) -> list[float]:
 
 
 def _openai_activation(sizes: Sizes) -> str:
-    """Its "gelu" is GPT-2's "gelu_new"."""
+    """Return the activation. The "gelu" of this family is the "gelu_new" of GPT-2."""
     return sizes.config.choice("afn", {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"})
 
 
@@ -124,7 +124,7 @@ def _gpt_neo_windows(sizes: Sizes) -> list[int | None]:
 
 
 CODEGEN_GROUPS: Final = 4
-"""CodeGen was trained on four cores, and keeps each one's queries, values and keys together."""
+"""The number of row groups: CodeGen was trained on four cores, and stores queries, values and keys for each core."""
 
 
 def _gptj_rotary(sizes: Sizes) -> Rotary:
@@ -146,14 +146,17 @@ GPTJ: Final = GPT2.replace(
 
 
 def codegen(config: ConfigReader) -> Architecture:
-    """CodeGen (Nijkamp et al. 2022, arXiv:2203.13474): GPT-J with queries, keys and values in one tensor."""
+    """Return the architecture of CodeGen (Nijkamp et al. 2022, arXiv:2203.13474): GPT-J with fused projections.
+
+    One tensor has the queries, keys and values.
+    """
     heads = config.integer("n_head")
     if heads % CODEGEN_GROUPS:
         config.refuse("n_head", f"a multiple of {CODEGEN_GROUPS}, as CodeGen keeps its heads in so many groups")
     return GPTJ(config)
 
 
-# OPT and what shares its names, which are fairseq's.
+# OPT, and families with the same names, which come from fairseq.
 
 
 def _opt_names(base: str, projection: str, norm: str) -> Names:
@@ -181,11 +184,11 @@ def _opt_last_norm(sizes: Sizes) -> bool:
     return config.boolean("do_layer_norm_before") and not config.boolean("_remove_final_layer_norm")
 
 
-# ALiBi, as BLOOM has it.
+# MPT, with the ALiBi of BLOOM.
 
 MPT_IGNORED: Final = (
     *("emb_pdrop", "embedding_fraction", "init_config", "init_device", "tokenizer_name", "verbose"),
-    *("learned_pos_emb", "max_seq_len"),  # ALiBi takes the place of the first, and has no end
+    *("learned_pos_emb", "max_seq_len"),  # ALiBi replaces learned positions, and has no maximum length
 )
 MPT_NAMES: Final[Names] = {
     "transformer.wte": "embedding.token",
@@ -213,7 +216,10 @@ MPT: Final = GPT.replace(
 
 
 def mpt(config: ConfigReader) -> Architecture:
-    """MPT (MosaicML 2023): ALiBi, no biases. Of the options that transformers' class ignores, only what it computes."""
+    """Return the architecture of MPT (MosaicML 2023): ALiBi, no biases.
+
+    The transformers class ignores some options. Only the values that match its computation are allowed.
+    """
     inner = config.inside("attn_config")
     inner.ignored(["attn_impl", "attn_pdrop", "chunk_size_feed_forward"])
     inner.allowed("alibi", True)
@@ -229,46 +235,47 @@ def mpt(config: ConfigReader) -> Architecture:
     return MPT.replace(clip=clip, scale=scale)(config)
 
 
-# A family is a few lines here; with one field a line, nobody would see the table.
+# A family has a few lines here. With one field on each line, the table would be hard to see.
 # fmt: off
 GPT_FAMILIES: Final = (
     # GPT-2 (Radford et al. 2019).
     row("gpt2", GPT2_NAMES, GPT2, transposed=CONV1D, ignored=["n_ctx", "reorder_and_upcast_attn"],
         allowed={"add_cross_attention": False}, scale=_gpt2_scale, embedding_position=learned("n_positions")),
-    # GPT (Radford et al. 2018): norms after the sums, none at the end.
+    # GPT (Radford et al. 2018): norms after the residual sums, no norm at the end.
     row("openai-gpt", OPENAI_GPT_NAMES, GPT2, transposed=CONV1D, ignored=["n_ctx", "predict_special_tokens"],
         allowed={"n_special": 0}, inner=four_times_hidden(),
         activation=_openai_activation,
         placement="post", embedding_position=learned("n_positions"), head_norm=False),
-    # SantaCoder and StarCoder (Li et al. 2023, arXiv:2305.06161): GPT-2 with one key head, or as many as queries.
+    # SantaCoder and StarCoder (Li et al. 2023, arXiv:2305.06161): GPT-2 with one key head, or one for each query head.
     row("gpt_bigcode", {**GPT2_NAMES, "transformer.bias": None}, GPT2, fused_by_key_head=True, ignored=BIGCODE_IGNORED,
         allowed={"add_cross_attention": False},
         kv_heads=lambda sizes: 1 if sizes.config.boolean("multi_query") else sizes.heads,
         scale=either("scale_attn_weights", None, 1.0), embedding_position=learned("n_positions")),
-    # GPT-Neo (Black et al. 2021): scores aren't scaled; every second layer sees a window. attention_layers has
-    # been made of attention_types.
+    # GPT-Neo (Black et al. 2021): scores aren't scaled; every second layer has a window. transformers converts
+    # attention_types into attention_layers.
     row("gpt_neo", GPT_NEO_NAMES, GPT2, ignored=["attention_types"], hidden="hidden_size", heads="num_heads",
         layers="num_layers", inner=four_times_hidden("intermediate_size"), scale=1.0, qkv_bias=False,
         window=_gpt_neo_windows, embedding_position=learned("max_position_embeddings")),
-    # GPT-J (Wang & Komatsuzaki 2021): one norm before both blocks; of some channels, neighbouring pairs are turned.
+    # GPT-J (Wang & Komatsuzaki 2021): one norm before both blocks; some channels are rotated in adjacent pairs.
     row("gptj", renamed(GPTJ_NAMES, {"attn.bias": None}), GPTJ),
     row("codegen",
         renamed(GPTJ_NAMES, {"attn.causal_mask": None,
                              "attn.qkv_proj": ("attention.query", "attention.value", "attention.key")}),
         codegen, fused_groups=CODEGEN_GROUPS),
-    # OPT (Zhang et al. 2022, arXiv:2205.01068) and Galactica. OPT-350M has norms after the sums, and narrow tokens.
+    # OPT (Zhang et al. 2022, arXiv:2205.01068) and Galactica. OPT-350M has norms after the residual sums, and a token
+    # table that is narrower than the hidden size.
     row("opt", _opt_names("model.decoder", "lm_head", "final_layer_norm"), GPT,
         allowed={"learned_embeddings": True, "scale_embeddings": False}, inner=four_times_hidden("ffn_dim"),
         activation="activation_function", norm=layer_norm(TORCH_EPS, affine="layer_norm_elementwise_affine"),
         placement=either("do_layer_norm_before", "pre", "post"), bias="enable_bias",
         embedding_size="word_embed_proj_dim", embedding_position=learned("max_position_embeddings", offset=2),
         head_norm=_opt_last_norm),
-    # BioGPT (Luo et al. 2022, arXiv:2210.10341). Its norms don't take the configuration's layer_norm_eps.
+    # BioGPT (Luo et al. 2022, arXiv:2210.10341). Its norms do not use the configuration's layer_norm_eps.
     row("biogpt", _opt_names("biogpt", "output_projection", "layer_norm"), GPT, ignored=["layer_norm_eps"],
         norm=layer_norm(TORCH_EPS), embedding_multiplier=_scaled_embedding,
         embedding_position=learned("max_position_embeddings", offset=2)),
-    # XGLM (Lin et al. 2021, arXiv:2112.10668): sinusoidal positions. From a pad_token_id of two on, transformers takes
-    # the waves of one position for zeros.
+    # XGLM (Lin et al. 2021, arXiv:2112.10668): sinusoidal positions. If pad_token_id is two or more, transformers
+    # replaces the values of one position with zeros.
     row("xglm", {**_opt_names("model", "lm_head", "layer_norm"), "model.embed_positions.weights": None}, GPT,
         ignored=["decoder_start_token_id", "max_position_embeddings"],
         allowed={"add_cross_attention": False, "pad_token_id": (None, 0, 1)}, hidden="d_model", heads="attention_heads",

@@ -1,4 +1,4 @@
-"""Families whose tensors bear Llama's names, or nearly: most have RMSNorm, rotary positions and a gated MLP."""
+"""Families with Llama's tensor names, or similar ones. Most have RMSNorm, rotary positions and a gated MLP."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ PHI_NAMES: Final[Names] = {
     "model.final_layernorm": "head.norm",
     "lm_head": "head.projection",
 }
-QWEN: Final = ("max_window_layers", "use_sliding_window")  # layer_types has been made of them
+QWEN: Final = ("max_window_layers", "use_sliding_window")  # transformers converts them into layer_types
 HUNYUAN: Final = (
     *("cla_share_factor", "eod_token_id", "im_end_id", "im_newline_id", "im_start_id", "image_token_id"),
     *("mask_init_id", "org_vocab_size", "pad_id", "pretraining_tp", "text_end_id", "text_start_id"),
 )
 
-# Llama (Touvron et al. 2023, arXiv:2302.13971) without an option.
+# Llama (Touvron et al. 2023, arXiv:2302.13971) without any option.
 PLAIN: Final = Facts(
     ignored=frozenset({"attention_dropout", "max_position_embeddings"}),
     norm=rms_norm("rms_norm_eps"),
@@ -70,11 +70,12 @@ PLAIN: Final = Facts(
 )
 BIASED: Final = PLAIN.replace(qkv_bias="attention_bias", output_bias="attention_bias")
 BIASED_BOTH: Final = BIASED.replace(mlp_bias="mlp_bias")
-# What is inert only splits the same products; the other field is SmolLM's, of another framework.
+# The ignored field only splits the same matrix products. SmolLM's configuration has the allowed field, from another
+# framework.
 LLAMA: Final = BIASED_BOTH.replace(ignored=["pretraining_tp"], allowed={"rope_interleaved": False})
 OLMO2: Final = BIASED.replace(placement="output", query_key_norm="full")
 GLM: Final = PLAIN.replace(position=rotary_positions("interleaved", partial=True), qkv_bias="attention_bias")
-# A multiplier at every place (Yang et al. 2022, arXiv:2203.03466).
+# A multiplier in each place (Yang et al. 2022, arXiv:2203.03466).
 SCALED: Final = BIASED_BOTH.replace(
     embedding_multiplier="embedding_multiplier", residual_multiplier="residual_multiplier", scale="attention_multiplier"
 )
@@ -84,7 +85,7 @@ COHERE: Final = BIASED.replace(
 
 
 def ministral3(config: ConfigReader) -> Architecture:
-    """Ministral 3 (Mistral AI 2025): queries of far positions made larger, as in Llama 4."""
+    """Return the architecture of Ministral 3 (Mistral AI 2025): queries grow with the position, as in Llama 4."""
     inner = config.inside("rope_parameters")
     inner.ignored(["max_position_embeddings"])
     return PLAIN.replace(
@@ -99,7 +100,7 @@ def ministral3(config: ConfigReader) -> Architecture:
 
 
 def _exaone4_positions(sizes: Sizes) -> Rotary | list[Position]:
-    """Full layers know no position where others are windowed."""
+    """Return the positions. If some layers have a window, the layers without one use no positions."""
     return rotary_positions()(sizes) if one_window(sizes) is None else rotary_on_windowed_layers()(sizes)
 
 
@@ -112,7 +113,7 @@ def _smollm3_windows(sizes: Sizes) -> list[int | None]:
 
 
 def _smollm3_positions(sizes: Sizes) -> list[Position]:
-    """Every fourth layer knows no position, or those that a list says."""
+    """Return the positions of each layer. A list says which layers use none; by default it is every fourth layer."""
     turning, position = sizes.config.raw("no_rope_layers"), rotary_positions()(sizes)
     if not isinstance(turning, list) or len(turning) != sizes.layers or any(turns not in (0, 1) for turns in turning):
         sizes.config.refuse("no_rope_layers", f"0, or 1 for a layer that has positions, {sizes.layers} times")
@@ -121,7 +122,7 @@ def _smollm3_positions(sizes: Sizes) -> list[Position]:
 
 
 def _granite_swa_positions(sizes: Sizes) -> list[Position]:
-    """A base for each layer; 0 where it knows no position."""
+    """Return the positions of each layer. Each layer has its own base; a base of 0 means no positions."""
     config, bases = sizes.config, sizes.config.raw("layer_rope_theta")
     position = rotary_positions()(sizes)
     numbers = isinstance(bases, list) and all(type(base) in (int, float) and base >= 0 for base in bases)
@@ -132,10 +133,12 @@ def _granite_swa_positions(sizes: Sizes) -> list[Position]:
 
 
 def llama4(config: ConfigReader) -> Architecture:
-    """Llama 4 (Meta 2025) without experts: layers that know positions see one chunk, and normalise queries and keys
-    after turning them; on the others, queries of far positions are larger.
+    """Return the architecture of Llama 4 (Meta 2025) without experts.
+
+    Layers with positions attend within one chunk, and normalize queries and keys after the rotation. On layers without
+    positions, the queries grow with the position.
     """
-    # The first three have become the others of their kind; the rest is of experts, of which there are none.
+    # transformers converts the first three fields into other fields. The rest is about experts, and there are none.
     config.ignored(["interleave_moe_layer_step", "no_rope_layer_interval", "layer_types", "intermediate_size"])
     config.ignored(["num_experts_per_tok", "num_local_experts", "output_router_logits", "router_aux_loss_coef"])
     config.ignored(["router_jitter_noise"])
@@ -172,7 +175,10 @@ def llama4(config: ConfigReader) -> Architecture:
 
 
 def _hunyuan_rotary(sizes: Sizes) -> Rotary:
-    """Where ``alpha`` is given, "dynamic" means another base, the same for all lengths, and nothing else counts."""
+    """Return the rotary positions. With ``alpha``, "dynamic" means another base, which is the same for all lengths.
+
+    In this case, the other parameters have no effect.
+    """
     config, head_dim = sizes.config, sizes.head_dim
     config.allowed("attention_head_dim", head_dim)
     inner = config.inside("rope_parameters")
@@ -190,12 +196,13 @@ def _hunyuan_rotary(sizes: Sizes) -> Rotary:
     return Rotary(base=base, dim=head_dim, layout="half", scaling=Unscaled())
 
 
-# A family is a few lines here; with one field a line, nobody would see the table.
+# A family has a few lines here. With one field on each line, the table would be hard to see.
 # fmt: off
 LLAMA_FAMILIES: Final = (
     # Llama 1 to 3 (Touvron et al. 2023, arXiv:2302.13971).
     row("llama", NAMES, LLAMA),
-    # InternLM3 (Shanghai AI Laboratory 2025), computed by Llama's classes; other names of mlp_bias and attention_bias.
+    # InternLM3 (Shanghai AI Laboratory 2025), computed by Llama's classes. The ignored fields are other names of
+    # mlp_bias and attention_bias.
     row("internlm3", NAMES, LLAMA, ignored=["bias", "qkv_bias"]),
     # IQuest-Coder (2025), computed by Llama's classes.
     row("iquestcoder", NAMES, LLAMA, allowed={"clip_qkv": None, "use_sliding_window": False}),
@@ -203,37 +210,37 @@ LLAMA_FAMILIES: Final = (
     row("arcee", NAMES, LLAMA, gated=False),
     # Code World Model (Meta FAIR 2025, arXiv:2510.02387): Llama with a window on three layers of four.
     row("cwm", NAMES, PLAIN, ignored=["pretraining_tp"], mlp_bias="mlp_bias", window=layer_windows),
-    # Mistral 7B (Jiang et al. 2023, arXiv:2310.06825): a window on every layer, or on none.
+    # Mistral 7B (Jiang et al. 2023, arXiv:2310.06825): a window on all layers, or on none.
     row("mistral", NAMES, PLAIN, window=one_window),
     # Ministral 8B (Mistral AI 2024): a window on the layers that layer_types names.
     row("ministral", NAMES, PLAIN, required=["head_dim"], window=layer_windows),
     row("ministral3", NAMES, ministral3),
     # Qwen 2 and 2.5 (Qwen Team 2024, arXiv:2407.10671): biases on queries, keys and values; a window on some layers.
     row("qwen2", NAMES, PLAIN, ignored=QWEN, allowed={"use_mrope": False}, qkv_bias=True, window=layer_windows),
-    # Qwen 3 (Qwen Team 2025, arXiv:2505.09388): normalised queries and keys in place of biases.
+    # Qwen 3 (Qwen Team 2025, arXiv:2505.09388): normalized queries and keys in place of biases.
     row("qwen3", NAMES, BIASED, ignored=QWEN, query_key_norm="head", window=layer_windows),
     # Seed-OSS (ByteDance 2025): as Qwen 2.
     row("seed_oss", NAMES, PLAIN, ignored=["pretraining_tp", "residual_dropout"], qkv_bias="attention_bias",
         output_bias="attention_out_bias", mlp_bias="mlp_bias"),
-    # OLMo 2 (OLMo Team 2024, arXiv:2501.00656): norms on what the blocks give, and on all heads' queries and keys.
+    # OLMo 2 (OLMo Team 2024, arXiv:2501.00656): norms on the outputs of the blocks, and on all heads' queries and keys.
     row("olmo2", OUTPUT_NORMS, OLMO2),
-    # OLMo 3 (OLMo Team 2025, arXiv:2512.13961): windows on three layers of four, whose rotations aren't scaled.
+    # OLMo 3 (OLMo Team 2025, arXiv:2512.13961): three layers of four have a window, and their rotation isn't scaled.
     row("olmo3", OUTPUT_NORMS, OLMO2, window=layer_windows, position=rotary_by_layer_type),
-    # EXAONE 4.0 (LG AI Research 2025, arXiv:2507.11407): norms on what the blocks give. The inert field has become
-    # layer_types.
+    # EXAONE 4.0 (LG AI Research 2025, arXiv:2507.11407): norms on the outputs of the blocks. transformers converts the
+    # ignored field into layer_types.
     row("exaone4", OUTPUT_NORMS, PLAIN, ignored=["sliding_window_pattern"], placement="output", query_key_norm="head",
         window=layer_windows, position=_exaone4_positions),
-    # SmolLM3 (Hugging Face 2025): every fourth layer knows no position. The first two inert fields have become
-    # layer_types and no_rope_layers.
+    # SmolLM3 (Hugging Face 2025): every fourth layer uses no positions. transformers converts the first two ignored
+    # fields into layer_types and no_rope_layers.
     row("smollm3", NAMES, BIASED_BOTH, ignored=["max_window_layers", "no_rope_layer_interval", "pretraining_tp"],
         window=_smollm3_windows, position=_smollm3_positions),
-    # GLM-4 (Team GLM 2024, arXiv:2406.12793): the first half of a head's channels turned in neighbouring pairs.
+    # GLM-4 (Team GLM 2024, arXiv:2406.12793): the first half of a head's channels is rotated in adjacent pairs.
     row("glm", FUSED_GATE, GLM),
-    # GLM-4-0414 (Z.ai 2025): norms after each block too.
+    # GLM-4-0414 (Z.ai 2025): also norms after each block.
     row("glm4", renamed(FUSED_GATE, {"post_self_attn_layernorm": "attention_output_norm",
                                      "post_attention_layernorm": "mlp_norm", "post_mlp_layernorm": "mlp_output_norm"}),
         GLM, placement="sandwich"),
-    # Granite 3 (IBM 2024). Logits are divided.
+    # Granite 3 (IBM 2024). The logits are divided.
     row("granite", NAMES, SCALED, head_multiplier=lambda sizes: 1 / sizes.config.number("logits_scaling")),
     # Granite with attention sinks (IBM 2026), a window on three layers of four, and a base for each layer.
     row("granite_swa", renamed(NAMES, {"self_attn.sinks": OneTensor("attention.sinks")}), SCALED, sinks=True,
@@ -241,28 +248,28 @@ LLAMA_FAMILIES: Final = (
         position=_granite_swa_positions),
     row("llama4_text", renamed(NAMES, {f"feed_forward.{part}_proj": f"mlp.{part}" for part in ("gate", "up", "down")}),
         llama4),
-    # HyperCLOVA X SEED (NAVER 2025): norms after each block too. Logits are multiplied.
+    # HyperCLOVA X SEED (NAVER 2025): also norms after each block. The logits are multiplied.
     row("hyperclovax", renamed(NAMES, {"post_norm1": "attention_output_norm", "post_norm2": "mlp_output_norm"}), SCALED,
         head_multiplier="logits_scaling", placement=either("use_post_norm", "sandwich", "pre")),
     # Phi-3 and Phi-4 (Microsoft 2024, arXiv:2404.14219): Mistral with fused projections and LongRoPE.
-    # transformers has put the last two inert fields into rope_parameters.
+    # transformers moves the last two ignored fields into rope_parameters.
     row("phi3", renamed(FUSED_GATE, {"self_attn.qkv_proj": QUERY_KEY_VALUE}),
         PLAIN, ignored=["embd_pdrop", "resid_pdrop", "original_max_position_embeddings", "partial_rotary_factor"],
         allowed={"attention_bias": False, "lm_head_bias": False, "mlp_bias": False,
               "full_attn_mod": 1, "interpolate_factor": 1},
         window=one_window, position=rotary_positions(partial=True)),
-    # ERNIE 4.5 (Baidu 2025): Llama turned in neighbouring pairs.
+    # ERNIE 4.5 (Baidu 2025): Llama with rotation in adjacent pairs.
     row("ernie4_5", NAMES, PLAIN, bias="use_bias", position=rotary_positions("interleaved")),
-    # Helium (Kyutai 2025): Llama turned in neighbouring pairs.
+    # Helium (Kyutai 2025): Llama with rotation in adjacent pairs.
     row("helium", NAMES, PLAIN, qkv_bias="attention_bias", mlp_bias="mlp_bias",
         position=rotary_positions("interleaved")),
-    # Hunyuan (Tencent 2025): queries and keys normalised after the rotation.
+    # Hunyuan (Tencent 2025): queries and keys are normalized after the rotation.
     row("hunyuan_v1_dense",
         renamed(NAMES, {f"self_attn.{part}_layernorm": f"attention.{part}_norm" for part in ("query", "key")}),
         BIASED, ignored=HUNYUAN,
         allowed={"add_classification_head": False, "mlp_bias": False, "use_cla": False, "use_qk_norm": True},
         required=["head_dim"], query_key_norm="head", after_rotation=True, position=_hunyuan_rotary),
-    # Apertus (Swiss AI Initiative 2025, arXiv:2509.14233): no gates, and an activation that learns.
+    # Apertus (Swiss AI Initiative 2025, arXiv:2509.14233): no gates, and an activation with learned parameters.
     row("apertus",
         renamed(NAMES, {"attention_layernorm": "attention_norm", "feedforward_layernorm": "mlp_norm",
                         "mlp.act_fn.alpha_p": OneTensor("mlp.activation.alpha_p"),
@@ -270,35 +277,36 @@ LLAMA_FAMILIES: Final = (
                         "mlp.act_fn.beta": 0.5, "mlp.act_fn.eps": -1e-6}),
         BIASED, ignored=["hidden_dropout"],
         allowed={"mlp_bias": False, "post_norm": False, "qk_norm": True}, gated=False, query_key_norm="head"),
-    # From here on with LayerNorm. Phi 1 to 2 (Li et al. 2023, arXiv:2309.05463): one norm before both blocks.
+    # The families from here on have LayerNorm.
+    # Phi 1 to 2 (Li et al. 2023, arXiv:2309.05463): one norm before both blocks.
     row("phi", PHI_NAMES, PLAIN, ignored=TRAINING, norm=layer_norm("layer_norm_eps"), placement="parallel", bias=True,
         query_key_norm=either("qk_layernorm", "head", None), position=rotary_positions(partial=True), gated=False,
         head_bias=True),
-    # StableLM (Bellagente et al. 2024, arXiv:2402.17834); the 12B one has a norm for each head, without a bias.
+    # StableLM (Bellagente et al. 2024, arXiv:2402.17834). The 12B model has a norm for each head, without a bias.
     row("stablelm", renamed(NAMES, {"self_attn.q_layernorm.norms.{row}": "attention.query_norm",
                                     "self_attn.k_layernorm.norms.{row}": "attention.key_norm"}),
         PLAIN, ignored=TRAINING, allowed={"head_dim": None}, norm=layer_norm("layer_norm_eps"),
         query_key_norm=either("qk_layernorm", "heads", None), query_key_bias=False, qkv_bias="use_qkv_bias",
         placement=either("use_parallel_residual", "parallel", "pre"), position=rotary_positions(partial=True)),
-    # StarCoder 2 (Lozhkov et al. 2024, arXiv:2402.19173): a window on every layer, or on none. The last two
-    # inert fields are published beside hidden_act and norm_epsilon.
+    # StarCoder 2 (Lozhkov et al. 2024, arXiv:2402.19173): a window on all layers, or on none. Published configurations
+    # have the last two ignored fields in addition to hidden_act and norm_epsilon.
     row("starcoder2", renamed(NAMES, {"mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}), PLAIN,
         ignored=[*TRAINING, "activation_function", "layer_norm_epsilon"],
         allowed={"mlp_type": "default", "norm_type": "layer_norm"}, norm=layer_norm("norm_epsilon"), bias="use_bias",
         window=one_window, gated=False),
-    # Nemotron-4 and Minitron (Parmar et al. 2024, arXiv:2402.16819): norm weights as differences from one.
+    # Nemotron-4 and Minitron (Parmar et al. 2024, arXiv:2402.16819): norm weights are stored as differences from one.
     row("nemotron", NAMES, BIASED_BOTH, norm=layer_norm("norm_eps", weight_offset=1.0),
         position=rotary_positions(partial=True),
         gated=False),
     # Jais 2 (Inception and MBZUAI 2025).
     row("jais2", NAMES, BIASED_BOTH, norm=layer_norm("layer_norm_eps"), gated=False),
-    # OLMo 1 (Groeneveld et al. 2024, arXiv:2402.00838): norms that have no parameters.
+    # OLMo 1 (Groeneveld et al. 2024, arXiv:2402.00838): norms without parameters.
     row("olmo", NAMES, BIASED, ignored=["pretraining_tp"], norm=layer_norm(TORCH_EPS, affine=False), clip="clip_qkv"),
-    # Command R and Aya (Cohere 2024): norms without a bias; each head may have its own for queries and keys.
+    # Command R and Aya (Cohere 2024): norms without a bias; each head may have its own norm for queries and keys.
     row("cohere", NAMES, COHERE, ignored=["model_max_length", "pretraining_tp"],
         query_key_norm=either("use_qk_norm", "heads", None), position=rotary_positions("interleaved")),
-    # Command R7B and A (Cohere 2025, arXiv:2504.00698): layers with a window are turned, layers without one aren't.
-    # The first two inert fields have become layer_types; the others are of generation and of several devices.
+    # Command R7B and A (Cohere 2025, arXiv:2504.00698): only layers with a window have rotary positions. transformers
+    # converts the first two ignored fields into layer_types; the others are for generation and for several devices.
     row("cohere2", NAMES, COHERE,
         ignored=["layer_switch", "sliding_window_pattern", "cache_implementation", "use_parallel_embedding"],
         allowed={"order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj",

@@ -1,4 +1,4 @@
-"""Families whose layers' parts have the names that Megatron-LM gave them: BLOOM, GPT-NeoX, Falcon and theirs."""
+"""Families with the tensor names of Megatron-LM: BLOOM, GPT-NeoX, Persimmon and Falcon."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _names(base: str, *, table: str, layers: str, attention: str, norm: str, pro
 
 BLOOM_NAMES: Final = _names("transformer", table="word_embeddings", layers="h", attention="self_attention", norm="ln_f")
 BLOOM_IGNORED: Final = (
-    *("pretraining_tp", "slow_but_exact"),  # they only split the same products
-    # Megatron's, in published configurations.
+    *("pretraining_tp", "slow_but_exact"),  # they only split the same matrix products
+    # Fields of Megatron in published configurations.
     *("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "n_inner", "offset_alibi"),
     *("seq_length", "skip_bias_add", "skip_bias_add_qkv", "unk_token_id"),
 )
@@ -36,7 +36,7 @@ PERSIMMON_NAMES: Final = renamed(
     {"self_attn.q_layernorm": "attention.query_norm", "self_attn.k_layernorm": "attention.key_norm"},
 )
 NEOX: Final = {"table": "embed_in", "layers": "layers", "attention": "attention", "norm": "final_layer_norm"}
-# The projection has the name that is published; transformers calls it lm_head, and turns it back when it saves.
+# Published checkpoints name the projection embed_out. transformers loads it as lm_head, and saves it as embed_out.
 NEOX_NAMES: Final = renamed(
     _names("gpt_neox", **NEOX, projection="embed_out"),
     {"attention.bias": None, "attention.masked_bias": None, "attention.rotary_emb.inv_freq": None},
@@ -61,7 +61,7 @@ def _falcon_placement(sizes: Sizes) -> str:
     new, parallel = config.boolean("new_decoder_architecture"), config.boolean("parallel_attn")
     if new and not parallel:
         config.refuse("parallel_attn", "true, as new_decoder_architecture is", parallel)
-    # The new architecture has two norms unless this says one; the old one has no choice.
+    # The new architecture has two norms, unless this field is 1. The old architecture always has one norm.
     norms = config.raw("num_ln_in_parallel_attn")
     if norms not in ((None, 1, 2) if new else (None, 1)):
         config.refuse("num_ln_in_parallel_attn", "1, or with new_decoder_architecture 2")
@@ -84,7 +84,7 @@ def _persimmon_kv_heads(sizes: Sizes) -> int:
     return sizes.heads
 
 
-# A family is a few lines here; with one field a line, nobody would see the table.
+# A family has a few lines here. With one field on each line, the table would be hard to see.
 # fmt: off
 MEGATRON_FAMILIES: Final = (
     # BLOOM (Le Scao et al. 2022, arXiv:2211.05100): ALiBi, and a norm after the embedding.
@@ -96,19 +96,19 @@ MEGATRON_FAMILIES: Final = (
     row("gpt_neox", NEOX_NAMES, GPT, fused_by_key_head=True, ignored=["is_decoder", "max_position_embeddings"],
         placement=either("use_parallel_residual", "parallel_two", "pre"), qkv_bias="attention_bias",
         output_bias="attention_bias", position=rotary_positions(partial=True)),
-    # GPT-NeoX-Japanese (ABEJA 2022): no biases but one, of the last layer's attention.
+    # GPT-NeoX-Japanese (ABEJA 2022): the only bias is in the last layer's attention.
     row("gpt_neox_japanese", NEOX_JAPANESE_NAMES, GPT, fused_by_key_head=True,
         ignored=["is_decoder", "max_position_embeddings"],
         inner=lambda sizes: sizes.hidden * sizes.config.integer("intermediate_multiple_size"), bias=False,
         output_bias=lambda sizes: [layer == sizes.layers - 1 for layer in range(sizes.layers)],
         position=rotary_positions(partial=True)),
-    # Persimmon (Elsen et al. 2023): each head's queries and keys are normalised.
+    # Persimmon (Elsen et al. 2023): each head's queries and keys are normalized.
     row("persimmon", PERSIMMON_NAMES, GPT, fused_by_key_head=True, ignored=["max_position_embeddings"],
         kv_heads=_persimmon_kv_heads, query_key_norm=either("qk_layernorm", "head", None),
         position=rotary_positions(partial=True)),
     # Falcon (Almazrouei et al. 2023, arXiv:2311.16867): one key head and one norm; later, groups of heads, two norms.
-    # With ALiBi there is no one answer: transformers adds biases that are rounded to bfloat16, and adds them twice
-    # where attention isn't fused. Of ff_factor and ffn_hidden_size, the latter is what counts.
+    # ALiBi has no single correct result: transformers adds biases that are rounded to bfloat16, and adds them twice
+    # if attention isn't fused. Only ffn_hidden_size has an effect; ff_factor has none.
     row("falcon", FALCON_NAMES, GPT, fused_by_key_head=True, names_of=_falcon_names,
         ignored=["ff_factor", "max_position_embeddings"],
         allowed={"alibi": False, "apply_residual_connection_post_layernorm": False},

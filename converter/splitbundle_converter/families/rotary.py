@@ -1,4 +1,4 @@
-"""Rotary positions from ``rope_parameters``: the base, the channels that are turned, what scales the frequencies."""
+"""Read rotary positions from ``rope_parameters``: the base, the rotated channels, and the scaling of frequencies."""
 
 from __future__ import annotations
 
@@ -28,31 +28,32 @@ def rotary(
     layout: str = "half",
     partial: bool = False,
 ) -> Rotary:
-    """Rotary positions from ``rope_parameters``, or from the object of a layer type inside of it.
+    """Return the rotary positions in ``rope_parameters``, or in the object of a layer type within it.
 
     Args:
-        config: of the model; its ``max_position_embeddings`` is what scalings fall back to.
-        head_dim: channels of a head.
-        parameters: the object, if it isn't ``rope_parameters`` itself.
-        layout: which channels are a pair.
-        partial: whether the model can turn a part of the channels; others ignore ``partial_rotary_factor``, or fail.
+        config: The configuration of the model. Some scalings use its ``max_position_embeddings`` as a default.
+        head_dim: The number of channels of a head.
+        parameters: The object with the parameters, if it is not ``rope_parameters`` itself.
+        layout: Which channels form a pair: "half" or "interleaved".
+        partial: Whether the model can rotate only some of the channels. Other models ignore ``partial_rotary_factor``,
+            or fail.
     """
     inner = config.inside("rope_parameters") if parameters is None else parameters
-    inner.ignored(["type"])  # an old name of rope_type, which transformers keeps beside it
+    inner.ignored(["type"])  # an old name of rope_type, which transformers keeps in addition
     kind = inner.choice("rope_type", {name: name for name in ("default", *_SCALINGS)})
     known, fraction = not inner.problems, 1.0
     if not partial and kind != "proportional":
         inner.allowed("partial_rotary_factor", 1.0, None)
     elif inner.raw("partial_rotary_factor") is not None:
         fraction = inner.number("partial_rotary_factor")
-    whole = kind == "proportional"  # which turns a fraction of the pairs, not pairs of a fraction of the channels
+    whole = kind == "proportional"  # it rotates a fraction of the pairs, not the pairs in a fraction of the channels
     dim = head_dim if whole else int(head_dim * fraction)
     if dim % 2 or not 2 <= dim <= head_dim:
         config.refuse("head_dim", "an even number of channels to turn, as rotary positions turn pairs", dim)
         dim = max(2, dim - dim % 2)
     scaling = _SCALINGS[kind](config, inner, dim, fraction) if kind in _SCALINGS else Unscaled()
     base = inner.number("rope_theta")
-    if known:  # what another rope_type means by its parameters isn't known here
+    if known:  # the parameters of an unknown rope_type have an unknown meaning
         for name in inner.unread():
             inner.refuse(name, f"no such parameter with rope_type {kind}")
     config.problems += inner.problems
@@ -76,7 +77,7 @@ def _llama3(config: ConfigReader, inner: ConfigReader, dim: int, fraction: float
 
 
 def _dynamic(config: ConfigReader, inner: ConfigReader, dim: int, fraction: float) -> Scaling:
-    inner.ignored(["original_max_position_embeddings"])  # transformers takes max_position_embeddings
+    inner.ignored(["original_max_position_embeddings"])  # transformers uses max_position_embeddings
     if dim < 4:
         config.refuse("head_dim", "at least 4 channels to turn, for rope_type dynamic", dim)
     return Dynamic(factor=inner.number("factor"), original_positions=config.integer("max_position_embeddings"))
@@ -106,7 +107,7 @@ def _yarn(config: ConfigReader, inner: ConfigReader, dim: int, fraction: float) 
 
 
 def _mscale(factor: float, multiplier: float) -> float:
-    """YaRN's growth of the scores with the length (Peng et al. 2023, arXiv:2309.00071, equation 22)."""
+    """Return YaRN's growth of the scores with the length (Peng et al. 2023, arXiv:2309.00071, equation 22)."""
     return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
 
 
@@ -141,4 +142,4 @@ _SCALINGS: Final[dict[str, Callable[[ConfigReader, ConfigReader, int, float], Sc
     "llama3": _llama3,
     "proportional": _proportional,
 }
-"""transformers' rope_type -> what it says of the frequencies."""
+"""A ``rope_type`` of transformers -> the function that reads its scaling of frequencies."""

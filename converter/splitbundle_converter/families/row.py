@@ -1,4 +1,4 @@
-"""What a row of the family table is, and how its tensors' names are written."""
+"""A row of the family table, and the notation for its tensor names."""
 
 from __future__ import annotations
 
@@ -14,62 +14,62 @@ from splitbundle_converter.families.facts import Facts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """A row of the table."""
+    """A row of the family table."""
 
     model_type: str
     facts: Callable[[ConfigReader], Architecture]
     names: Callable[[Architecture], tuple[SourceName, ...]]
-    """Every tensor that some configuration has; those that an architecture doesn't imply don't apply to it."""
+    """Returns the names of all tensors that a configuration may have. An architecture may lack some of them."""
     prefix: str
-    """What stands before the names of the base model, and is missing where the base model was saved alone."""
+    """The prefix of the base model's tensor names. It is absent if the base model was saved alone."""
     layers: str
-    """The module list of the layers, as ``names`` has it."""
+    """The name of the module list that has the layers, as in ``names``."""
     dropped: tuple[str, ...]
-    """Tensors of old checkpoints that hold nothing that was learned."""
+    """Names of tensors in old checkpoints that have no learned values."""
     constants: Mapping[str, float]
-    """Tensors that hold one number, which the decoder takes for granted: dropped, if it is that one."""
+    """The name of a tensor with one number -> the number that the decoder uses. An equal tensor is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class OneTensor:
-    """A single canonical tensor, whose name in the source isn't that of its module's weight or bias."""
+    """A single canonical tensor. Its name in the source does not end in ``weight`` or ``bias`` as a module's does."""
 
     name: str
 
 
 Target = str | tuple[str, ...] | OneTensor | float | None
-"""What a name of the source stands for:
+"""The canonical meaning of a source name:
 
-- ``"head.norm"``: a module, that is a weight and a bias;
+- ``"head.norm"``: a module, with a weight and a bias;
 - ``("mlp.gate", "mlp.up")``: several modules, fused in this order;
-- ``OneTensor("attention.output.bias")``: a tensor;
-- ``0.5``: a tensor that holds this number, which the decoder takes for granted;
-- ``None``: a tensor that holds nothing that was learned.
+- ``OneTensor("attention.output.bias")``: a single tensor;
+- ``0.5``: a tensor with this number, which the decoder uses as a constant;
+- ``None``: a tensor without learned values.
 """
 Names = Mapping[str, Target]
-"""A family's names, with ``{layer}`` for the number of each layer, and what they stand for."""
+"""A source name of the family, with ``{layer}`` in place of a layer's number -> its canonical meaning."""
 QUERY_KEY_VALUE: Final = ("attention.query", "attention.key", "attention.value")
 
 
 def in_layers(modules: str, *parts: Names) -> Names:
-    """The names inside of the layers, whose list is ``modules``; ``parts`` have them as they are inside of a layer."""
+    """Return the names of the layers' modules: ``parts`` have the names within a layer of the list ``modules``."""
     return {f"{modules}.{{layer}}.{source}": _in_layer(target) for part in parts for source, target in part.items()}
 
 
 def q_k_v(module: str) -> Names:
-    """Queries, keys and values under the names that most families have for them."""
+    """Return the names of the query, key and value projections that most families use."""
     return {f"{module}.{part}_proj": name for part, name in zip("qkv", QUERY_KEY_VALUE, strict=True)}
 
 
 def renamed(names: Names, modules: Names) -> Names:
-    """The same names but for ``modules`` inside of a layer: what these stand for has no other name."""
+    """Return the names with ``modules`` changed within a layer. The old names of the same targets are removed."""
     new = in_layers(layers_of(names), modules)
     gone = {part for target in new.values() for part in _parts(target)}
     return {source: target for source, target in names.items() if gone.isdisjoint(_parts(target))} | {**new}
 
 
 def layers_of(names: Names) -> str:
-    """The module list of the layers."""
+    """Return the name of the module list that has the layers."""
     return next(source.partition(".{layer}")[0] for source in names if "{layer}" in source)
 
 
@@ -82,7 +82,7 @@ def _in_layer(target: Target) -> Target:
 
 
 def _parts(target: Target) -> tuple[str, ...]:
-    """The canonical modules that a name of the source stands for."""
+    """Return the canonical modules of a source name's meaning."""
     return (target,) if isinstance(target, str) else target if isinstance(target, tuple) else ()
 
 
@@ -97,17 +97,20 @@ def row(
     names_of: Callable[[Architecture], Names] | None = None,
     **changes: Any,
 ) -> Family:
-    """A row of the table.
+    """Return a row of the family table.
 
     Args:
-        model_type: of the configuration.
-        names: of the tensors.
-        facts: of the configuration, or a function of it where they aren't enough.
-        fused_by_key_head: whether fused modules keep each key head's queries, keys and values together.
-        fused_groups: in how many groups fused modules keep their rows otherwise; see ``SourceName``.
-        transposed: the modules of a layer whose weight is kept as [in, out].
-        names_of: the names that an architecture has, where they vary; ``names`` are then those of one of them.
-        changes: to the facts, as ``Facts.replace`` takes them.
+        model_type: The ``model_type`` of the configuration.
+        names: The names of the tensors.
+        facts: The facts of the configuration, or a function that reads a configuration that facts can't describe.
+        fused_by_key_head: Whether fused modules store the queries, keys and values of each key head together.
+        fused_groups: The number of row groups in fused modules otherwise; see ``SourceName``.
+        transposed: The modules of a layer whose weight is stored as [in, out].
+        names_of: Returns the names for an architecture, if they vary. ``names`` are then those of one architecture.
+        changes: Changes to the facts, as for ``Facts.replace``.
+
+    Raises:
+        TypeError: ``facts`` is a function, and there are changes.
     """
     if isinstance(facts, Facts):
         facts = facts.replace(**changes)

@@ -1,4 +1,4 @@
-"""The table of families for people: what is supported, and what each family's own default configuration is made of."""
+"""A readable table of the supported families, made from the default configuration of each family."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _GIVEN: Final[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {
     "moe_layers": lambda values: [],
     "num_key_value_heads": lambda values: values["num_attention_heads"],
 }
-"""Fields without which a default configuration is refused, and what a plain model of the family has there."""
+"""A required field that a default configuration may lack -> a function that returns the value of a plain model."""
 
 
 def rows() -> Iterator[dict[str, str]]:
-    """A row for each family, in order of name, from the facts of its default configuration."""
+    """Return a row for each family, sorted by name, from the facts of its default configuration."""
     for name in sorted(FAMILIES):
         config, needs = default(name)
         row = {"model_type": name} | summary(FAMILIES[name].facts(config))
-        if needs:  # the default is a model of another kind, of which this family converts what it can
+        if needs:  # the default configuration has values that this family can't convert
             row["extras"] = ", ".join(filter(None, [row["extras"], f"only with {' and '.join(needs)}"]))
         yield row
 
 
 def details() -> Iterator[dict[str, Any]]:
-    """The same for programs: each family's default architecture, and the fields of a configuration that it knows."""
+    """Return the rows with more details for programs: the default architecture and the known fields of each family."""
     for name, row in zip(sorted(FAMILIES), rows(), strict=True):
         config, needs = default(name)
         facts = FAMILIES[name].facts(config)
@@ -43,7 +43,7 @@ def details() -> Iterator[dict[str, Any]]:
 
 
 def default(name: str) -> tuple[ConfigReader, list[str]]:
-    """A family's default configuration, with what is missing filled in, and what that is in words."""
+    """Return a family's default configuration with missing fields filled in, and a description of these fields."""
     from transformers import AutoConfig
 
     with quiet():  # some default configurations name ids that their own vocabulary lacks
@@ -57,7 +57,7 @@ def default(name: str) -> tuple[ConfigReader, list[str]]:
 
 
 def summary(facts: Architecture) -> dict[str, str]:
-    """What an architecture is made of, in a few words a column."""
+    """Return a few words for each column about an architecture."""
     kinds = list(facts.layer_kinds.values())
     return {
         "norm": _norm(facts, kinds[0]),
@@ -69,7 +69,7 @@ def summary(facts: Architecture) -> dict[str, str]:
 
 
 def markdown() -> str:
-    """The table as the README has it."""
+    """Return the table in Markdown."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(row[column] for column in COLUMNS) + " |" for row in rows()]
     return "\n".join(lines)

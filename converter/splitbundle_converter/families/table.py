@@ -1,7 +1,7 @@
-"""The families: for each, how its configuration becomes facts, and its tensors' names canonical ones.
+"""The table of families. A row maps the fields of a configuration to facts, and tensor names to canonical names.
 
-A row is data and one function of the configuration. Nothing else in the converter, and nothing in the runtime, asks
-what a model is called.
+A row is data and one function of the configuration. No other code of the converter, and no code of the runtime, depends
+on the name of a model.
 """
 
 from __future__ import annotations

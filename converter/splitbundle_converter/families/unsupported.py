@@ -1,4 +1,4 @@
-"""Why a model type isn't in the table of families, as far as its configuration says it."""
+"""Find the reason why a model type is not in the table of families, if its configuration shows one."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _REASONS: Final = {
     ),
     "encoders": ("is_encoder_decoder", "encoder_layers"),
 }
-"""What the decoder has no facts for -> the fields that speak of it."""
+"""A feature that the decoder lacks -> the configuration fields that show this feature."""
 
 
 def reason(raw: Mapping[str, Any]) -> str | None:
-    """What a configuration has that can't be converted, and the field that says so; None where no field does."""
+    """Return a sentence with a field of a configuration and the feature that can't be converted, or None."""
     for what, fields in _REASONS.items():
         for field in fields:
             if raw.get(field):

@@ -1,4 +1,4 @@
-"""Adding graphs to a bundle that is being written: one a shard, over the weight files that are there."""
+"""Add graphs to a bundle that is being written: one graph for each shard, which refers to the bundle's weight files."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from splitbundle_converter.graphs.genai import write_genai
 from splitbundle_converter.writing import documents
 
 UNREAD: Final = re.compile("Unable to (open|read|parse) proto|filesystem error|could not be canonicalized")
-"""How ``onnx.checker``, which reads the files itself, says that the system doesn't let it."""
+"""Messages of ``onnx.checker`` for errors of the operating system. The checker reads the files itself."""
 
 
 def add_graphs(root: Path, variant: str, *, genai: bool = False) -> None:
-    """Writes a graph for each shard of the bundle in ``root``, which nobody else sees yet, and lists them.
+    """Write a graph for each shard of the bundle in ``root``, and list the graphs in the manifest.
 
-    Each is held against what readers ask of it, checked by ``onnx.checker`` in full, and its shapes are inferred
-    strictly.
+    Each graph must pass the rules of the runtime, the full check of ``onnx.checker``, and strict shape inference.
 
     Args:
-        root: the bundle's directory.
-        variant: of the graphs.
-        genai: whether to write what onnxruntime-genai needs, too.
+        root: The directory of the bundle. It is not at its destination yet, so no other process uses it.
+        variant: The variant of the graphs.
+        genai: Whether to write the configuration and the graphs for onnxruntime-genai too.
 
     Raises:
         BundleError: ``usage.genai``.
+        OSError: ``onnx.checker`` can't read a file.
     """
     bundle = open_bundle(root)
     listed = {path: file for path, file in bundle.manifest.files.items() if path != CARD}

@@ -1,6 +1,7 @@
-"""Causal self-attention as nodes of a graph. The equations are in ``spec/v1/decoder.md``.
+"""Add causal self-attention to a graph. The equations are in ``spec/v1/decoder.md``.
 
-Shapes in comments: B rows, S positions of this call, T slots of keys, K key heads, G query heads to each, D channels.
+Shapes in comments: B rows, S positions of this call, T slots of keys, K key heads, G query heads for each key head, D
+channels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from splitbundle_converter.graphs.rotary import add_rotation
 
 
 def add_attention(operations: Operations, layer: int, x: str, kind: Attention) -> str:
-    """*Shape:* (batch · sequence, hidden) -> the same."""
+    """Add the attention of a layer, and return the name of its output.
+
+    *Shape:* (batch · sequence, hidden) -> the same.
+    """
     graph, positions, name = operations.graph, operations.positions, f"layers.{layer}.attention"
     heads, kv_heads, head_dim = kind.heads, kind.kv_heads, kind.head_dim
     query = _add_heads(operations, name, "query", x, kind, heads)
@@ -31,7 +35,7 @@ def add_attention(operations: Operations, layer: int, x: str, kind: Attention) -
         query = graph.op("Mul", f"{name}.query.warmed", query, scale)
     keys = graph.op("TensorScatter", f"layers.{layer}.key.next", f"layers.{layer}.key", key, "past", axis=2)
     values = graph.op("TensorScatter", f"layers.{layer}.value.next", f"layers.{layer}.value", value, "past", axis=2)
-    # The heads of a group see the same keys, so they stand as positions, and no key is repeated in memory.
+    # The query heads of a group use the same keys. They become positions, so that no key is repeated in memory.
     query = operations.times(f"{name}.query.scaled", query, kind.scale)
     grouped = graph.op("Reshape", f"{name}.query.grouped", query, graph.integers(0, kv_heads, -1, head_dim))
     turned = graph.op("Transpose", f"{name}.key.transposed", keys, perm=[0, 1, 3, 2])
@@ -55,7 +59,10 @@ def add_attention(operations: Operations, layer: int, x: str, kind: Attention) -
 
 
 def _add_softmax(graph: GraphBuilder, name: str, scores: str, kind: Attention) -> str:
-    """*Shape:* (batch, kv_heads, heads / kv_heads, sequence, slots) -> the same."""
+    """Add the softmax of the scores, with sinks if the layer has them.
+
+    *Shape:* (batch, kv_heads, heads / kv_heads, sequence, slots) -> the same.
+    """
     if not kind.sinks:
         return graph.op("Softmax", f"{name}.weights", scores, axis=-1)
     groups = graph.integers(1, kind.kv_heads, kind.heads // kind.kv_heads, 1, 1)
@@ -75,7 +82,10 @@ def _add_softmax(graph: GraphBuilder, name: str, scores: str, kind: Attention) -
 
 
 def _add_heads(operations: Operations, name: str, part: str, x: str, kind: Attention, heads: int) -> str:
-    """Queries or keys: clipped, normalised, turned. *Shape:* (…, hidden) -> (batch, heads, sequence, head_dim)."""
+    """Add the queries or the keys: clipped, normalized and rotated.
+
+    *Shape:* (…, hidden) -> (batch, heads, sequence, head_dim).
+    """
     graph, own, full = operations.graph, kind.query_key_norm, f"{name}.{part}"
     x = operations.clip(full, operations.linear(full, x, bias=kind.qkv_bias), kind.clip)
     if own is not None and own.width == "full":
@@ -91,6 +101,9 @@ def _add_heads(operations: Operations, name: str, part: str, x: str, kind: Atten
 
 
 def _split_heads(operations: Operations, name: str, x: str, head_dim: int) -> str:
-    """*Shape:* (batch · sequence, heads · head_dim) -> (batch, heads, sequence, head_dim)."""
+    """Split the channels into heads.
+
+    *Shape:* (batch · sequence, heads · head_dim) -> (batch, heads, sequence, head_dim).
+    """
     by_head = operations.graph.op("Reshape", f"{name}.by_head", x, operations.split_shape(head_dim))
     return operations.graph.op("Transpose", f"{name}.heads", by_head, perm=[0, 2, 1, 3])

@@ -1,4 +1,4 @@
-"""Building an ONNX graph node by node: readable names, constants that are shared, weights that stay in their files."""
+"""Build an ONNX graph node by node, with readable names, shared constants, and weights that stay in their files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from splitbundle.format.weight_layout import Stored
 
 
 class GraphBuilder:
-    """Nodes in order. A value has the name of the node that gives it, or that name and a suffix."""
+    """Collects nodes in order. A value has the name of its node, or this name and a suffix."""
 
     def __init__(self, stored: dict[str, Stored], dtype: str = "float32") -> None:
-        """Takes where weights lie, and what the graph computes in."""
+        """Start an empty graph.
+
+        Args:
+            stored: The name of each tensor -> its place in a weight file.
+            dtype: The dtype that the graph computes in: "float32" or "float16".
+        """
         self._stored = stored
         self.dtype = dtype
         self._nodes: list[NodeProto] = []
@@ -27,7 +32,11 @@ class GraphBuilder:
         self.outputs: list[ValueInfoProto] = []
 
     def op(self, kind: str, name: str, *inputs: str, **attributes: Any) -> str:
-        """A node of one output, which is called what the node is called."""
+        """Add a node with one output, and return the name of the node, which is also the name of the output.
+
+        Raises:
+            ValueError: Another value has this name.
+        """
         if name in self._names or name in self._initializers or name in self._stored:
             raise ValueError(f"two values are called {name}")
         self._names.add(name)
@@ -35,27 +44,27 @@ class GraphBuilder:
         return name
 
     def input(self, port: Port) -> None:
-        """An input of the graph."""
+        """Add an input to the graph."""
         self.inputs.append(helper.make_tensor_value_info(port.name, ONNX_CODES[port.dtype], list(port.shape)))
 
     def output(self, port: Port) -> None:
-        """Makes a value an output of the graph."""
+        """Make a value an output of the graph."""
         self.outputs.append(helper.make_tensor_value_info(port.name, ONNX_CODES[port.dtype], list(port.shape)))
 
     def number(self, value: float, dtype: str = "float32") -> str:
-        """A scalar."""
+        """Return the name of a constant scalar."""
         return self.floats(value, dtype)
 
     def floats(self, values: Any, dtype: str = "float32") -> str:
-        """Floats that are known now. *Shape:* that of the values."""
+        """Return the name of constant floats. *Shape:* the shape of ``values``."""
         return self._constant(numpy.asarray(values, dtype=dtype), "number")
 
     def integers(self, *values: int) -> str:
-        """Integers that are known now. *Shape:* (how many)."""
+        """Return the name of constant int64 values. *Shape:* (count of values)."""
         return self._constant(numpy.asarray(values, dtype=numpy.int64), "integers")
 
     def integer(self, value: int) -> str:
-        """An int64 scalar."""
+        """Return the name of a constant int64 scalar."""
         return self._constant(numpy.asarray(value, dtype=numpy.int64), "integer")
 
     def _constant(self, values: Any, what: str) -> str:
@@ -70,7 +79,7 @@ class GraphBuilder:
         return self._constants[key]
 
     def stored(self, name: str) -> str:
-        """A tensor of a weight file, in the dtype that it is stored in."""
+        """Return the name of a tensor of a weight file, in its stored dtype."""
         if name not in self._initializers:
             where = self._stored[name]
             tensor = TensorProto(name=name, data_type=ONNX_CODES[where.tensor.dtype], dims=where.tensor.shape)
@@ -81,31 +90,31 @@ class GraphBuilder:
         return name
 
     def weight(self, name: str, dtype: str | None = None) -> str:
-        """A tensor of a weight file in what the graph computes in, or in another dtype.
+        """Return the name of a tensor of a weight file, in the dtype of the graph or in ``dtype``.
 
-        Where that isn't the stored one it is cast, which a runtime does once, as it loads.
+        If this is not the stored dtype, the tensor is cast. onnxruntime casts it once, when it loads the graph.
         """
         return self.cast(self.stored(name), self.stored_dtype(name), dtype or self.dtype)
 
     def float32(self, name: str, value: str) -> str:
-        """A value cast to float32."""
+        """Cast a value to float32, and return the name of the result."""
         return self.op("Cast", name, value, to=TensorProto.FLOAT)
 
     def cast(self, value: str, old: str, new: str) -> str:
-        """A value of one dtype in another, cast once."""
+        """Cast a value from one dtype to another, and return the name of the result. Each value is cast only once."""
         name = f"{value}.{new}"
         return value if old == new else name if self.has(name) else self.op("Cast", name, value, to=ONNX_CODES[new])
 
     def to_float32(self, value: str) -> str:
-        """A value of the dtype that the graph computes in, in float32, for what 16 bits would spoil."""
+        """Cast a value from the dtype of the graph to float32, for a step that is not accurate in 16 bits."""
         return self.cast(value, self.dtype, "float32")
 
     def to_compute_dtype(self, value: str) -> str:
-        """A float32 value in the dtype that the graph computes in."""
+        """Cast a float32 value to the dtype of the graph."""
         return self.cast(value, "float32", self.dtype)
 
     def model(self, name: str) -> ModelProto:
-        """The whole."""
+        """Return the complete ONNX model."""
         graph = helper.make_graph(
             self._nodes, name, self.inputs, self.outputs, initializer=list(self._initializers.values())
         )
@@ -113,9 +122,9 @@ class GraphBuilder:
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="splitbundle")
 
     def stored_dtype(self, name: str) -> str:
-        """The dtype that a tensor of a weight file is stored in."""
+        """Return the stored dtype of a tensor of a weight file."""
         return self._stored[name].tensor.dtype
 
     def has(self, name: str) -> bool:
-        """Whether there is a node of this name."""
+        """Return whether a node has this name."""
         return name in self._names

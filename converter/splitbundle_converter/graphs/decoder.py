@@ -1,9 +1,10 @@
-"""The ONNX graph of a shard, built from ``architecture.json`` brick by brick, as the torch decoder is.
+"""Build the ONNX graph of a shard from ``architecture.json``, in the same steps as the torch decoder.
 
-Only standard operators. The residual stream is (batch · sequence, hidden), so that every projection is a ``Gemm`` that
-reads the stored weight, [out, in], where it lies. A graph that computes in float16 computes in float32 what the torch
-decoder does (positions, masks, softmax, norms whose weight has an offset), caps and the GELU. The equations are in
-``spec/v1/decoder.md``, the inputs and outputs in ``spec/v1/bundle.md``, section "Graphs".
+The graph has only standard operators. The residual stream has the shape (batch · sequence, hidden), so that each
+projection is a ``Gemm`` that reads the stored weight, [out, in], in place. A float16 graph computes some steps in
+float32: the steps that the torch decoder also computes in float32 (positions, masks, softmax, norms whose weight has an
+offset), and also caps and the GELU. The equations are in ``spec/v1/decoder.md``; the inputs and outputs are in
+``spec/v1/bundle.md``, section "Graphs".
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from splitbundle_converter.graphs.positions import GraphPositions
 def build(
     architecture: Architecture, part: Shard | Selection, stored: dict[str, Stored], dtype: str = "float32"
 ) -> ModelProto:
-    """The graph of a part of the model.
+    """Return the graph of a part of the model.
 
     Args:
-        architecture: of the model.
-        part: what the graph computes.
-        stored: where each tensor of the part lies.
-        dtype: what it computes in: float32, or float16.
+        architecture: The architecture of the model.
+        part: The shard or the selection that the graph computes.
+        stored: The name of each tensor of the part -> its place in a weight file.
+        dtype: The dtype that the graph computes in: "float32" or "float16".
     """
     return _Decoder(architecture, part, GraphBuilder(stored, dtype)).build()
 
@@ -67,7 +68,7 @@ class _Decoder:
     # The ends.
 
     def embed(self, ids: str) -> str:
-        """*Shape:* (batch, sequence) -> (batch, sequence, hidden)."""
+        """Add the embedding. *Shape:* (batch, sequence) -> (batch, sequence, hidden)."""
         graph, embedding, hidden = self.graph, self.architecture.embedding, self.architecture.hidden_size
         x = self.operations.rows("embedding.token", ids)
         x = self.operations.times("embedding.scaled", x, embedding.multiplier)
@@ -87,7 +88,7 @@ class _Decoder:
         return add_norm(graph, "embedding.norm", x, embedding.norm, hidden)
 
     def head(self, x: str) -> str:
-        """*Shape:* (batch · sequence, hidden) -> (selected, vocab)."""
+        """Add the head. *Shape:* (batch · sequence, hidden) -> (selected, vocab)."""
         graph, head, architecture = self.graph, self.architecture.head, self.architecture
         x = graph.op("Gather", "head.selected", x, "selected")
         x = add_norm(graph, "head.norm", x, head.norm, architecture.hidden_size)
@@ -108,7 +109,7 @@ class _Decoder:
     # A layer.
 
     def layer(self, i: int, x: str) -> str:
-        """*Shape:* (batch · sequence, hidden) -> the same."""
+        """Add a layer. *Shape:* (batch · sequence, hidden) -> the same."""
         kind, name, graph = self.architecture.kind_of(i), f"layers.{i}", self.graph
         names, hidden = norm_names(kind.placement), self.architecture.hidden_size
 

@@ -1,4 +1,4 @@
-"""The feed-forward block as nodes of a graph. The equations are in ``spec/v1/decoder.md``."""
+"""Add the feed-forward block to a graph. The equations are in ``spec/v1/decoder.md``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from splitbundle_converter.graphs.operations import Operations
 
 
 def add_mlp(operations: Operations, name: str, x: str, mlp: Mlp) -> str:
-    """*Shape:* (batch · sequence, hidden) -> the same."""
+    """Add a feed-forward block, and return the name of its output. *Shape:* (batch · sequence, hidden) -> the same."""
     linear, graph = operations.linear, operations.graph
     up = linear(f"{name}.up", x, bias=mlp.bias)
     if not mlp.gated:
@@ -18,12 +18,13 @@ def add_mlp(operations: Operations, name: str, x: str, mlp: Mlp) -> str:
 
 
 def add_activation(graph: GraphBuilder, name: str, x: str, kind: str) -> str:
-    """*Shape:* any -> the same."""
+    """Add an activation, and return the name of its output. *Shape:* any -> the same."""
     name = f"{name}.activation"
     if kind == "silu":
         return graph.op("Mul", name, x, graph.op("Sigmoid", f"{name}.sigmoid", x))
     if kind in ("gelu", "gelu_tanh"):
-        # A function, which a runtime without a kernel expands: eight roundings to 16 bits in place of one.
+        # Gelu is an ONNX function. A runtime without a kernel for it expands it, and then rounds to 16 bits eight
+        # times instead of once.
         form = "tanh" if kind == "gelu_tanh" else "none"
         return graph.to_compute_dtype(graph.op("Gelu", name, graph.to_float32(x), approximate=form))
     if kind in ("relu", "relu_squared"):
@@ -33,7 +34,7 @@ def add_activation(graph: GraphBuilder, name: str, x: str, kind: str) -> str:
 
 
 def _add_xielu(graph: GraphBuilder, name: str, x: str) -> str:
-    x = graph.to_float32(x)  # exp(x) - 1 would lose a small x in 16 bits
+    x = graph.to_float32(x)  # in 16 bits, exp(x) - 1 would lose a small x
     slopes = [
         graph.op("Softplus", f"{name}.{part}.softplus", graph.weight(f"{name}.{part}", "float32"))
         for part in ("alpha_p", "alpha_n")

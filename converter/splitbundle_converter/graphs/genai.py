@@ -1,8 +1,8 @@
-"""What onnxruntime-genai needs to run a bundle's graphs as a decoder pipeline: a configuration, and two small graphs.
+"""Write a configuration and two small graphs, so that onnxruntime-genai can run a bundle's graphs as a pipeline.
 
-The graphs stand before and after the shards' own: the first says of each row what it has behind it and what it brings,
-which genai knows as a mask; the other gives logits the shape that genai wants. Weights and caches stay where they are.
-``spec/decisions/0010-genai-runs-the-directory.md`` has what was tried.
+The two graphs run before and after the graphs of the shards. The first converts genai's attention mask into the number
+of past tokens and the number of new tokens of each row. The second gives the logits the shape that genai expects.
+Weights and caches stay in place. ``spec/decisions/0010-genai-runs-the-directory.md`` describes the experiments.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from splitbundle_converter.writing import documents
 
 
 def write_genai(manifest: Manifest, architecture: Architecture, root: Path) -> dict[str, File]:
-    """Writes the three files for a bundle whose shards have graphs.
+    """Write the three files for a bundle whose shards have graphs. Return the manifest entry of each file by path.
 
     Raises:
-        BundleError: ``usage.genai`` where no id is known that ends a text: genai would end at any other.
+        BundleError: ``usage.genai`` if the bundle has no stop ids. genai would then stop at a wrong id.
     """
     if not manifest.text.stop_ids:
         expected, hint = "an id that ends a text", "The source's generation_config.json or config.json has eos_token_id"
@@ -42,10 +42,12 @@ def write_genai(manifest: Manifest, architecture: Architecture, root: Path) -> d
 
 
 def inputs_graph(shape: Graph) -> bytes:
-    """From genai's mask to what shards take: *Shape:* (batch, sequence), (batch, total) -> three of (batch).
+    """Return the graph that converts genai's mask into the inputs of the shards.
 
-    The mask is of all tokens so far, the newest last. genai pads on the right, and keeps the padding in the mask as
-    zeros: what a row has behind it, and what it brings, are counts of ones.
+    The mask covers all tokens so far, the newest last. genai pads on the right, and keeps the padding in the mask as
+    zeros. So the number of past tokens and the number of new tokens are counts of ones.
+
+    *Shape:* (batch, sequence), (batch, total) -> three of (batch).
     """
     graph = GraphBuilder({})
     for port in shape.inputs:
@@ -68,7 +70,10 @@ def inputs_graph(shape: Graph) -> bytes:
 
 
 def logits_graph(shape: Graph) -> bytes:
-    """*Shape:* (batch, vocab) -> (batch, 1, vocab): by the 1, genai knows that the last tokens' alone are computed."""
+    """Return the graph that reshapes the logits. The 1 tells genai that only the last token of each row has logits.
+
+    *Shape:* (batch, vocab) -> (batch, 1, vocab).
+    """
     graph = GraphBuilder({})
     graph.input(shape.inputs[0])
     graph.op("Unsqueeze", LOGITS, "logits", graph.integers(1))

@@ -1,4 +1,4 @@
-"""Norms as nodes of a graph. The equations are in ``spec/v1/decoder.md``."""
+"""Add norms to a graph. The equations are in ``spec/v1/decoder.md``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from splitbundle_converter.graphs.builder import GraphBuilder
 
 
 def add_norm(graph: GraphBuilder, name: str, x: str, norm: Norm | None, size: int) -> str:
-    """*Shape:* (…, size) -> the same."""
+    """Add a norm, and return the name of its output. Without a norm, return ``x``. *Shape:* (…, size) -> the same."""
     if norm is None:
         return x
-    # Statistics are of float32 in any case, by the operators' definition. In 16 bits, 1 + w would lose what w says.
+    # The operators compute the statistics in float32 by definition. In 16 bits, 1 + w would lose the digits of w.
     dtype = "float32" if norm.weight_offset else graph.dtype
     weight = graph.weight(f"{name}.weight", dtype) if norm.affine else graph.floats([1.0] * size, dtype)
     if norm.weight_offset:
@@ -23,7 +23,10 @@ def add_norm(graph: GraphBuilder, name: str, x: str, norm: Norm | None, size: in
 
 
 def add_head_norm(graph: GraphBuilder, name: str, x: str, own: QueryKeyNorm, heads: int, head_dim: int) -> str:
-    """*Shape:* (batch, heads, sequence, head_dim) -> the same."""
+    """Add a norm of queries or keys in each head, and return the name of its output.
+
+    *Shape:* (batch, heads, sequence, head_dim) -> the same.
+    """
     if own.width == "head":
         return add_norm(graph, name, x, own.norm, head_dim)
     by_head = graph.integers(heads, 1, head_dim)

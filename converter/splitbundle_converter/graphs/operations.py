@@ -1,4 +1,4 @@
-"""Small steps that the graphs of all parts are made of: products, factors, caps and shapes."""
+"""Add small steps that all parts of a graph use: products, factors, caps and shapes."""
 
 from __future__ import annotations
 
@@ -9,41 +9,45 @@ from splitbundle_converter.graphs.positions import GraphPositions
 
 
 class Operations:
-    """Adds nodes to a graph. Each method gives the name of the value that it adds."""
+    """Adds nodes to a graph. Each method returns the name of the value that it adds."""
 
     def __init__(self, graph: GraphBuilder, positions: GraphPositions) -> None:
         self.graph, self.positions = graph, positions
 
     def rows(self, table: str, index: str) -> str:
-        """Rows of a table: of one of another dtype, only what is taken is cast."""
+        """Gather rows of a table. If the table has another dtype than the graph, only the gathered rows are cast.
+
+        *Shape:* (…) -> (…, width).
+        """
         name = self.graph.stored(f"{table}.weight")
         taken = self.graph.op("Gather", table, name, index)
         return self.graph.cast(taken, self.graph.stored_dtype(name), self.graph.dtype)
 
     def linear(self, name: str, x: str, *, bias: bool) -> str:
-        """*Shape:* (rows, in) -> (rows, out)."""
+        """Multiply by the stored weight ``name`` and add its bias. *Shape:* (rows, in) -> (rows, out)."""
         biases = [self.graph.weight(f"{name}.bias")] if bias else []
         return self.graph.op("Gemm", name, x, self.graph.weight(f"{name}.weight"), *biases, transB=1)
 
     def cap(self, name: str, x: str, cap: float) -> str:
-        """cap · tanh(x / cap), in float32. *Shape:* any -> the same."""
+        """Compute cap · tanh(x / cap), in float32. *Shape:* any -> the same."""
         graph = self.graph
         bent = graph.op("Tanh", f"{name}.tanh", graph.op("Div", f"{name}.small", x, graph.number(cap)))
         return graph.op("Mul", name, bent, graph.number(cap))
 
     def clip(self, name: str, x: str, clip: float | None) -> str:
-        """*Shape:* any -> the same."""
+        """Clip to ±``clip``. If it is None, return ``x``. *Shape:* any -> the same."""
         if clip is None:
             return x
         ends = (self.graph.number(end, self.graph.dtype) for end in (-clip, clip))
         return self.graph.op("Clip", f"{name}.clipped", x, *ends)
 
     def times(self, name: str, x: str, factor: float) -> str:
-        """*Shape:* any -> the same."""
+        """Multiply by a factor. If it is 1, return ``x``. *Shape:* any -> the same."""
         if factor == 1.0:
             return x
         graph = self.graph
-        # A factor that 16 bits don't hold would err the same way everywhere: the product is taken in float32.
+        # A factor that is not exact in 16 bits would shift all values in the same direction. Then the product is in
+        # float32.
         dtype = graph.dtype if float(numpy.asarray(factor, graph.dtype)) == factor else "float32"
         x = graph.op("Mul", name, graph.cast(x, graph.dtype, dtype), graph.number(factor, dtype))
         return graph.cast(x, dtype, graph.dtype)
@@ -51,19 +55,19 @@ class Operations:
     # Shapes, each computed once.
 
     def split_shape(self, head_dim: int) -> str:
-        """(batch, sequence, -1, head_dim)."""
+        """Return the shape (batch, sequence, -1, head_dim)."""
         return self.shape(f"shapes.split_{head_dim}", 0, 2, -1, head_dim)
 
     def mixed_shape(self, heads: int, head_dim: int) -> str:
-        """(batch, heads, sequence, head_dim)."""
+        """Return the shape (batch, heads, sequence, head_dim)."""
         return self.shape(f"shapes.mixed_{heads}_{head_dim}", 0, 1, heads, None, head_dim)
 
     def grouped_shape(self, kv_heads: int, group: int) -> str:
-        """(batch, kv_heads, group, sequence, -1)."""
+        """Return the shape (batch, kv_heads, group, sequence, -1)."""
         return self.shape(f"shapes.grouped_{kv_heads}_{group}", 0, 1, kv_heads, group, None, -1)
 
     def shape(self, name: str, start: int, end: int, *sizes: int | None) -> str:
-        """Dimensions start to end of (batch, sequence), then sizes; None stands for the sequence."""
+        """Return dimensions ``start`` to ``end`` of (batch, sequence), then ``sizes``. None means the sequence."""
         if self.graph.has(name):
             return name
         graph, both = self.graph, self.positions.both

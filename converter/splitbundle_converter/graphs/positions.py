@@ -1,4 +1,4 @@
-"""The part of a graph that depends on positions alone, computed once for all layers: slots, rotations, masks.
+"""Add the part of a graph that depends only on positions: slots, rotations, masks. All layers share it.
 
 The equations are those of ``spec/v1/decoder.md``. B rows, S positions of this call, T slots of a cache, H heads.
 """
@@ -19,10 +19,16 @@ CPU = torch.device("cpu")
 
 
 class GraphPositions:
-    """Values of a graph, each built when it is first needed."""
+    """Values of a graph that depend only on positions. Each is added when it is first needed."""
 
     def __init__(self, graph: GraphBuilder, tokens: str, cache: str) -> None:
-        """Takes the graph's first input, of shape (batch, sequence, …), and the name of its first cache."""
+        """Add the positions of the call.
+
+        Args:
+            graph: The builder of the graph.
+            tokens: The first input of the graph, of shape (batch, sequence, …).
+            cache: The name of the graph's first cache.
+        """
         self.graph, self._cache = graph, cache
         self._built: dict[object, str] = {}
         shape = graph.op("Shape", "positions.shape", tokens, start=0, end=2)
@@ -35,21 +41,21 @@ class GraphPositions:
         stop = graph.op("Add", "positions.stop", past, count)
         last = graph.op("Sub", "positions.last", stop, graph.integer(1))
         last = graph.op("Max", "positions.last_or_first", last, graph.integer(0))
-        # Padding repeats its row's last position, so that every table has it.
+        # Padding gets the last position of its row, so that every table has a row for it.
         self.stop = stop
         unbounded = graph.op("Add", "positions.unbounded", past, offsets)
         self.slots = graph.op("Min", "positions", unbounded, last)
-        """*Shape:* (batch, sequence), int64."""
+        """The positions. *Shape:* (batch, sequence), int64."""
 
     def real(self) -> str:
-        """The positions in float32. *Shape:* (batch, sequence, 1)."""
+        """Return the positions in float32. *Shape:* (batch, sequence, 1)."""
         if "real" not in self._built:
             wide = self.graph.op("Unsqueeze", "positions.column", self.slots, self.graph.integers(2))
             self._built["real"] = self.graph.float32("positions.float32", wide)
         return self._built["real"]
 
     def rotation(self, rotary: Rotary) -> tuple[str, str]:
-        """Cosines and sines. *Shape:* twice (batch, sequence, dim / 2)."""
+        """Return the cosines and sines of a rotation. *Shape:* twice (batch, sequence, dim / 2)."""
         if (rotary, "cos") not in self._built:
             graph = self.graph
             name = f"rotation.{sum(isinstance(key, tuple) and key[1:] == ('cos',) for key in self._built)}"
@@ -63,7 +69,7 @@ class GraphPositions:
         return self._built[rotary, "cos"], self._built[rotary, "sin"]
 
     def sinusoids(self, offset: int, size: int) -> str:
-        """*Shape:* (batch, sequence, size)."""
+        """Return sinusoidal positions. *Shape:* (batch, sequence, size)."""
         graph, half = self.graph, size // 2
         rates = torch.exp(torch.arange(half).float() * -(math.log(10000.0) / (half - 1))).tolist()
         moved = graph.op("Add", "embedding.position.moved", self.real(), graph.number(float(offset)))
@@ -74,7 +80,7 @@ class GraphPositions:
         return graph.op("Concat", "embedding.position", *waves, axis=-1)
 
     def temperature(self, temperature: QueryTemperature) -> str:
-        """*Shape:* (batch, 1, sequence, 1)."""
+        """Return the factor of the queries at each position. *Shape:* (batch, 1, sequence, 1)."""
         if temperature not in self._built:
             graph = self.graph
             name = f"temperature.{sum(isinstance(key, QueryTemperature) for key in self._built)}"
@@ -89,7 +95,7 @@ class GraphPositions:
         return self._built[temperature]
 
     def bias(self, span: AttentionSpan, alibi: Alibi | None, heads: int, kv_heads: int) -> str:
-        """What is added to scores: 0 or ALiBi's distances where a query sees a key, and -∞ elsewhere.
+        """Return the bias of the scores: 0 or the ALiBi term where a query may attend to a key, and -∞ elsewhere.
 
         *Shape:* (batch, 1, 1, sequence, slots), or (batch, kv_heads, heads / kv_heads, sequence, slots) with ALiBi.
         """

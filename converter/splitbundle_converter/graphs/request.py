@@ -1,4 +1,4 @@
-"""The graphs that a caller asks for, checked before the work begins."""
+"""Check the request for graphs before the work begins."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from splitbundle_converter.errors import refusal
 
 @dataclass(frozen=True, slots=True)
 class GraphWriter:
-    """What adds graphs to a bundle that is being written, and what onnxruntime-genai needs to run them."""
+    """Adds graphs to a bundle that is being written, and the configuration for onnxruntime-genai if requested."""
 
     variant: str
     genai: bool
 
     def check(self, storage: Storage) -> None:
-        """Whether weights that are stored so can have such graphs.
+        """Check that graphs of this variant can use weights with these stored dtypes.
 
         Raises:
             BundleError: ``usage.onnx``.
@@ -33,18 +33,18 @@ class GraphWriter:
             raise refusal("usage.onnx", None, expected, f"some in {others[0]}", argument="onnx", hint=hint)
 
     def __call__(self, root: Path) -> None:
-        """Adds a graph to each shard of the bundle in ``root``."""
+        """Add a graph to each shard of the bundle in ``root``."""
         from splitbundle_converter.graphs.add_graphs import add_graphs
 
         add_graphs(root, self.variant, genai=self.genai)
 
 
 def graph_writer(onnx: bool | str, *, genai: bool = False) -> GraphWriter | None:
-    """What adds the graphs that were asked for; None where none were.
+    """Return a writer of the requested graphs, or None if no graphs are requested.
 
     Raises:
-        BundleError: ``usage.onnx`` for a variant that isn't known.
-        MissingExtra: without the libraries that make graphs and check them.
+        BundleError: ``usage.onnx`` for an unknown variant.
+        MissingExtra: onnx or onnxruntime is not installed.
     """
     if not onnx and not genai:
         return None
@@ -53,7 +53,7 @@ def graph_writer(onnx: bool | str, *, genai: bool = False) -> GraphWriter | None
         hint = "Weights in bfloat16 are widened to float32 by the standard graphs: onnxruntime can't multiply bfloat16"
         told = hint if variant == "bfloat16" else None
         raise refusal("usage.onnx", None, " or ".join(graph.VARIANTS), quoted(variant), argument="onnx", hint=told)
-    for library in ("onnx", "onnxruntime"):  # the second checks what the graphs compute
+    for library in ("onnx", "onnxruntime"):  # onnxruntime checks the results of the graphs
         if importlib.util.find_spec(library) is None:
             raise MissingExtra.of(library, "onnx", "make graphs")
     return GraphWriter(variant, genai)

@@ -1,4 +1,4 @@
-"""Rotary positions as nodes of a graph: the frequencies, how they are scaled, and the rotation itself."""
+"""Add rotary positions to a graph: the frequencies, their scaling, and the rotation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def add_rotation(graph: GraphBuilder, name: str, x: str, waves: tuple[str, str], rotary: Rotary, head_dim: int) -> str:
-    """Turn the pairs of channels by ``waves``, the cosines and sines.
+    """Rotate the pairs of channels by ``waves``, the cosines and sines.
 
     *Shape:* (batch, heads, sequence, head_dim) -> the same.
     """
@@ -26,7 +26,7 @@ def add_rotation(graph: GraphBuilder, name: str, x: str, waves: tuple[str, str],
 def add_frequencies(graph: GraphBuilder, rotary: Rotary, name: str, stop: str) -> str:
     """Add the frequencies. ``stop`` names the number of tokens of each row, (batch, 1).
 
-    *Shape:* (dim / 2), or (batch, 1, dim / 2) where it depends on the length of the row.
+    *Shape:* (dim / 2), or (batch, 1, dim / 2) if the frequencies depend on the length of the row.
     """
     scaling = rotary.scaling
     if isinstance(scaling, LongRope):

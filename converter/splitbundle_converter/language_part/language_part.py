@@ -1,4 +1,4 @@
-"""The language part of a checkpoint that has others: its configuration, its tensors, and what is left out."""
+"""Read the language part of a composite checkpoint: its configuration, its tensors, and the list of left-out parts."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.translation.translate import MISSING, PROJECTION
 
 _HEAD: Final = "lm_head.weight"
-"""What every class with a head of its own calls it."""
+"""The name of the head's weight in all classes that have their own head."""
 _HEAD_DEFAULTS: Final[dict[str, Any]] = {"multiplier": 1.0, "logit_cap": None}
-"""The fields of ``Head`` that are applied to logits, and their values where nothing is."""
+"""A field of ``Head`` that changes the logits -> the value that changes nothing."""
 _GENERATION: Final[dict[str, Any]] = {
     "add_cross_attention": False,
     "bad_words_ids": None,
@@ -55,12 +55,12 @@ _GENERATION: Final[dict[str, Any]] = {
     "tie_encoder_decoder": False,
     "typical_p": 1.0,
 }
-"""What earlier versions of transformers wrote into every nested configuration, with the value that says nothing."""
+"""A field that earlier versions of transformers wrote into every nested configuration -> the value that is ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """A module of the checkpoint that is no part of the bundle."""
+    """A module of the checkpoint that the bundle does not contain, with its numbers of tensors and parameters."""
 
     module: str
     tensors: int
@@ -73,20 +73,20 @@ class LanguagePart:
 
     composite: Composite
     source: Checkpoint
-    """The checkpoint, with the part's tensors alone."""
+    """The checkpoint with only the tensors of the language part."""
     family: Family
-    """The row of the part's type, with its names as the checkpoint has them."""
+    """The row of the part's model type, with the tensor names of the checkpoint."""
     own_names: dict[str, str]
-    """The tensors' names in the checkpoint -> those that the part's own class gives them."""
+    """A tensor's name in the checkpoint -> its name in the language model's own class."""
     architecture: Architecture
     values: dict[str, Any]
-    """The part's configuration."""
+    """The fields of the part's configuration."""
     left_out: tuple[LeftOut, ...]
     not_applied: dict[str, Any]
-    """Facts of the head that the part's own class applies, and the checkpoint's class doesn't."""
+    """Facts of the head that the language model's own class applies and the checkpoint's class does not apply."""
 
     def extension(self) -> dict[str, Any]:
-        """What the manifest says about the part; see ``spec/v1/bundle.md``, section "Versions and extensions"."""
+        """Return the manifest's entry about the part; see ``spec/v1/bundle.md``, section "Versions and extensions"."""
         return {
             "name": LANGUAGE,
             "of": self.composite.model_type,
@@ -100,11 +100,11 @@ class LanguagePart:
 
 
 def read_language_part(source: Checkpoint) -> LanguagePart:
-    """The language part of a checkpoint, found by its configuration and its tensors' names.
+    """Find the language part of a checkpoint by its configuration and its tensor names.
 
     Raises:
-        BundleError: ``usage.part`` where the checkpoint is a language model as a whole; ``source.family``,
-            ``source.config``, ``source.quantised``, ``source.remote-code``, ``source.tensor``.
+        BundleError: ``usage.part`` if the whole checkpoint is a language model; ``source.family``, ``source.config``,
+            ``source.quantised``, ``source.remote-code``, ``source.tensor``.
     """
     found = source.configuration()
     raw = readable(found)
@@ -129,15 +129,15 @@ def read_language_part(source: Checkpoint) -> LanguagePart:
         del values[name]
     config = ConfigReader(values, type(nested)().to_dict(), found.file, f"/{TEXT}")
     if tied is not None:
-        values["tie_word_embeddings"] = tied  # the checkpoint's class has the head, so it is its field that counts
+        values["tie_word_embeddings"] = tied  # the checkpoint's class has the head, so its own field is valid
     architecture = _architecture(family, config, composite)
     top.finish()
     base, head = _places(source, family, architecture)
     if composite.ties and not composite.whole and stated is None and head is not None and tied:
-        # Where the configuration doesn't say, transformers ties what is equal.
+        # Without the field in the configuration, transformers ties the head and the embedding if they are equal.
         architecture = _with_head(architecture, tied=_equal(source, family, architecture, base, head))
     architecture, not_applied = _applied(architecture, composite)
-    # What is written must be what a reader takes: the same rules, before a byte is written.
+    # The runtime's parser must accept the architecture. The same rules apply here, before any byte is written.
     architecture = parse_architecture(architecture.to_bytes())
     outer = base.removesuffix(family.prefix) if base.endswith(f".{family.prefix}") else ""
     renamed, own_names = _renamed(family, architecture, base, outer, head)
@@ -201,7 +201,7 @@ def _architecture(family: Family, config: ConfigReader, composite: Composite) ->
 
 
 def _applied(architecture: Architecture, composite: Composite) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture as the checkpoint's class computes it, and the facts that its head doesn't apply."""
+    """Return the architecture that the checkpoint's class computes, and the facts that its head does not apply."""
     if composite.whole:
         return architecture, {}
     dropped = {
@@ -217,11 +217,11 @@ def _with_head(architecture: Architecture, **fields: Any) -> Architecture:
     return replace(architecture, head=head)
 
 
-# Where the tensors are.
+# The places of the tensors.
 
 
 def _implied(family: Family, architecture: Architecture) -> Iterator[SourceName]:
-    """Every entry of the row's table that the architecture implies."""
+    """Return the entries of the family's table whose tensors the architecture implies."""
     shapes, layers = architecture.tensors(), len(architecture.layers)
     for row in family.names(architecture):
         for entry in expand(row, layers):
@@ -230,9 +230,9 @@ def _implied(family: Family, architecture: Architecture) -> Iterator[SourceName]
 
 
 def _places(source: Checkpoint, family: Family, architecture: Architecture) -> tuple[str, str | None]:
-    """What stands before the names of the base model, and the name of the head's projection, if it is stored.
+    """Return the prefix of the base model's names, and the name of the head's projection, or None if it isn't stored.
 
-    A prefix is right if every tensor that the architecture implies is found below it, and nothing else counts.
+    A prefix is right if every tensor that the architecture implies exists under it. No other rule applies.
     """
     shapes = architecture.tensors()
     wanted = [
@@ -256,7 +256,7 @@ def _places(source: Checkpoint, family: Family, architecture: Architecture) -> t
         for entry in _implied(family, _with_head(architecture, tied=False))
         if entry.tensors == (PROJECTION,)
     }
-    # The head is the language model's, or that of one of the modules that hold it.
+    # The head belongs to the language model, or to one of the modules that contain the language model.
     above = ["", *(base[: i + 1] for i, character in enumerate(base) if character == ".")]
     heads = sorted({above + name for above in above for name in (*own, _HEAD)} & source.tensors.keys())
     if len(heads) > 1:
@@ -286,9 +286,10 @@ def _nowhere(source: Checkpoint, wanted: list[str], probe: str, candidates: list
 def _renamed(
     family: Family, architecture: Architecture, base: str, outer: str, head: str | None
 ) -> tuple[Family, dict[str, str]]:
-    """The row with the checkpoint's names, and those names -> the row's own.
+    """Return the row with the names of the checkpoint, and a map from these names to the names of the row.
 
-    ``outer`` is the module that holds a whole language model, if there is one: its base stands there under its prefix.
+    ``outer`` is the prefix of the module that contains a complete language model, or empty. Within this module, the
+    base model has the family's prefix.
     """
 
     def stored(name: str, tensors: tuple[str, ...] = ()) -> str:
@@ -326,7 +327,7 @@ def _left_out(source: Checkpoint, names: Iterable[str]) -> Iterator[LeftOut]:
     modules: dict[str, list[int]] = {}
     for name in sorted(names):
         path = name.split(".")
-        # Newer classes hold everything in one module, which would say nothing.
+        # Newer classes have all parts in one module "model". Its submodules are more informative.
         module = ".".join(path[:2] if path[0] == "model" else path[:1])
         modules.setdefault(module, []).append(math.prod(source.tensors[name].shape))
     for module, sizes in modules.items():

@@ -1,4 +1,4 @@
-"""The original of a language part: the checkpoint's own class, around the language part's weights and nothing else."""
+"""Load the original model of a language part: the checkpoint's own class with only the weights of the language part."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from splitbundle_converter.reference.golden_vectors import UNCHECKED, checked, f
 
 
 def load_original_part(part: LanguagePart) -> tuple[Any, str]:
-    """The original model in float32, and where its layers are.
+    """Return the original model in float32, and the name of the module list that has its layers.
 
-    The checkpoint's class is built without memory for its weights; then its language model, and its head, are replaced
-    by loaded ones. So it is that class that decides what is computed of text, at the cost of the language part alone.
-    All other weights are not-a-numbers: where they have a say, it is seen.
+    The checkpoint's class is built without memory for its weights. Then its language model and its head are replaced by
+    loaded ones. So the code of this class computes the reference results, but only the language part uses memory. All
+    other weights are NaN: if one of them changes the result, the result is NaN too.
 
     Raises:
-        BundleError: ``source.tensor``, ``source.config``, and ``backend.missing`` where the class needs a library that
-            isn't installed.
+        BundleError: ``source.tensor``, ``source.config``, and ``backend.missing`` if the class needs a library that is
+            not installed.
     """
     import transformers
 
@@ -55,7 +55,7 @@ def load_original_part(part: LanguagePart) -> tuple[Any, str]:
 
 
 def _spoil(whole: Any) -> None:
-    """Gives what has no memory yet one number for all of it, as some classes look at where their weights are."""
+    """Replace each meta tensor by one number for all its elements, because some classes ask for a weight's device."""
     for module in whole.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Golden vectors: what the original class computes with the weights as they are stored, in float32, row by row."""
+"""Compute golden vectors: the results of the original class with the stored weights, in float32, row by row."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from splitbundle_converter.reference.memory import available_memory
 
 UNCHECKED = "--no-check converts without the original model, and without golden vectors"
 LENGTHS = (1, 7, 24)
-"""Tokens of the cases: one alone, a few, and enough to pass a small window."""
+"""The number of tokens in each case: one, a few, and more than a small window."""
 
 
 def case_lengths(architecture: Architecture) -> tuple[int, ...]:
-    """The lengths of the cases, within the positions that the model has."""
+    """Return the lengths of the cases. They are limited to the number of positions that the model has."""
     limit = architecture.position_limit or max(LENGTHS)
     return tuple(dict.fromkeys(min(length, limit) for length in LENGTHS))
 
@@ -34,15 +34,18 @@ def case_lengths(architecture: Architecture) -> tuple[int, ...]:
 def reference_vectors(
     load: Callable[[], tuple[Any, str]], architecture: Architecture, dtype: str
 ) -> tuple[tuple[int, ...], dict[str, Tensor]]:
-    """The cases' lengths, and their tensors under the names of ``spec/v1/bundle.md``, section "Golden vectors".
+    """Run the original model, and return the lengths of the cases and their tensors by name.
+
+    The names and shapes are those of ``spec/v1/bundle.md``, section "Golden vectors". Ids are int64; hidden states and
+    logits are float32.
 
     Args:
-        load: gives the original model in float32, and the module list of its layers.
-        architecture: of the model.
-        dtype: what the weights were rounded to, or "keep".
+        load: Returns the original model in float32, and the name of the module list that has its layers.
+        architecture: The architecture of the model.
+        dtype: The dtype that the weights were rounded to, or "keep".
 
     Raises:
-        BundleError: ``memory`` where the model in float32 doesn't fit.
+        BundleError: ``memory`` if there is not enough memory for the model in float32.
     """
     _check_memory(count(architecture.tensors()) * 4)
     model, layers = load()
@@ -64,9 +67,9 @@ def reference_vectors(
 
 
 def run_original(model: Any, place: str, ids: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The hidden states before the first and after every layer, and all logits, of one row.
+    """Return the hidden states of one row, before the first layer and after each layer, and all its logits.
 
-    ``place`` is the module list of the layers.
+    ``place`` is the name of the module list that has the layers.
 
     *Shape:* (sequence) -> each (sequence, hidden), and (sequence, vocab), float32.
     """
@@ -91,7 +94,11 @@ def run_original(model: Any, place: str, ids: Tensor) -> tuple[list[Tensor], Ten
 
 
 def load_original(source: Checkpoint, family: Family) -> tuple[Any, str]:
-    """The model as transformers itself loads the checkpoint, and where its layers are."""
+    """Load the checkpoint with transformers in float32. Return the model and the name of its list of layers.
+
+    Raises:
+        BundleError: ``source.unreadable``, ``source.changed``, ``source.tensor``.
+    """
     try:
         with quiet():
             loaded = _load_tensors(source) if source.rewritten else _load_directory(source)
@@ -105,7 +112,7 @@ def load_original(source: Checkpoint, family: Family) -> tuple[Any, str]:
 
 
 def checked(loaded: tuple[Any, dict[str, Any]], source: Checkpoint, expected: str, keys: tuple[str, ...]) -> Any:
-    """The model that transformers loaded, where what it says of the tensors' names has nothing under ``keys``.
+    """Return the loaded model in evaluation mode. Refuse it if transformers reports tensors under one of ``keys``.
 
     Raises:
         BundleError: ``source.tensor``.
@@ -118,10 +125,10 @@ def checked(loaded: tuple[Any, dict[str, Any]], source: Checkpoint, expected: st
 
 
 def from_tensors(config: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
-    """A configuration's causal language model in float32 with these tensors, and what transformers says of them."""
+    """Return the causal language model of a configuration in float32 with these tensors, and the loading report."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    original: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # a class for each type that is in the table
+    original: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # it has a class for each model type of the table
     loaded: tuple[Any, dict[str, Any]] = original.from_pretrained(
         None,
         config=config,
@@ -137,12 +144,12 @@ def _load_directory(source: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     generation: Any = GenerationConfig  # it is untyped
-    config = resolve(source.configuration())  # not the file's own, which may choose the code that computes
+    config = resolve(source.configuration())  # transformers must not read the file: it may select the code
     config._attn_implementation = "eager"
     return AutoModelForCausalLM.from_pretrained(
         str(source.directory.path),
         config=config,
-        generation_config=generation(),  # nor the file of that, which has no say in what is computed
+        generation_config=generation(),  # nor generation_config.json, which changes no result
         dtype=torch.float32,
         attn_implementation="eager",
         trust_remote_code=False,
@@ -153,16 +160,16 @@ def _load_directory(source: Checkpoint) -> Any:
 
 
 def _load_tensors(source: Checkpoint) -> Any:
-    """From the tensors that ``source`` reads: transformers itself would unpickle, and knows no parts."""
+    """Load the tensors that ``source`` reads. transformers itself would unpickle files, and can't load parts."""
     config = resolve(source.configuration())
     with source.reader() as reader:
-        tensors = {name: reader.get(name) for name in source.tensors}  # views of mappings, which they keep
+        tensors = {name: reader.get(name) for name in source.tensors}  # the tensors keep their memory maps open
     return from_tensors(config, tensors)
 
 
 def _check_memory(need: int) -> None:
     available = available_memory()
-    # A fifth more than the weights: activations, and what loading holds for a moment.
+    # A fifth more than the weights: activations, and temporary memory while loading.
     if available is not None and need * 1.2 > available:
         expected = f"{need * 1.2 / 2**30:.1f} GiB of free memory to check against the original model in float32"
         raise refusal("memory", None, expected, f"{available / 2**30:.1f} GiB", UNCHECKED)

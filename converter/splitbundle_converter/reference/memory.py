@@ -1,4 +1,4 @@
-"""The memory that this process may still take."""
+"""Measure the memory that this process can still allocate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still take: of the machine, and of its control group. None where nobody says."""
+    """Return the bytes that this process can still allocate, or None if the system does not say.
+
+    It is the smaller of the machine's available memory and the rest of the control group's limit.
+    """
     known = [value for value in (_of_machine(), _of_group()) if value is not None]
     return min(known, default=None)
 

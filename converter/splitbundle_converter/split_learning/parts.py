@@ -1,12 +1,12 @@
-"""Parts of a model that split learning left on disk: state dicts, and beside each what it is a part of.
+"""Read the parts of a model that split learning saved: state dicts, and a metadata file beside each.
 
     bottom.pt  bottom_metadata.json     {"component": "bottom", "start_layer": 0, "end_layer": 2, "config": {...}}
     trunk.pt   trunk_metadata.json
     top.pt     top_metadata.json
 
-They are put together under the names of the whole model, and then converted as any checkpoint. Nothing is guessed:
-``end_layer`` is taken as the last layer or as the number after it, whichever fits the layers that each file holds, and
-what doesn't tile the model is refused.
+The parts are joined under the tensor names of the whole model, and then converted like any checkpoint. The converter
+does not guess. ``end_layer`` may be the last layer or the number after it; the number of layers in each file decides.
+Parts that do not cover the model exactly once are refused.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PartFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What a part says of itself."""
+    """The metadata of a part."""
 
     files: PartFiles
     component: str
@@ -56,19 +56,19 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedPart:
-    """What a part's file holds: its tensors under the names of the whole model, with ``{layer}`` filled in later."""
+    """The tensors of a part, under the names of the whole model. ``{layer}`` in a name is replaced later."""
 
     part: Part
     tensors: tuple[tuple[str, int | None, SourceTensor], ...]
-    """Name, number of the layer in the part, tensor."""
+    """For each tensor: its name, the number of its layer in the part or None, and the tensor."""
     layers: str
-    """What it calls the list of its layers."""
+    """The name of the part's list of layers."""
     count: int
-    """Of its layers."""
+    """The number of layers in the part."""
 
 
 class PartsCheckpoint(PickledCheckpoint):
-    """A model that was put together from its parts."""
+    """A model that was joined from its parts."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class PartsCheckpoint(PickledCheckpoint):
     ) -> None:
         super().__init__(directory, tensors)
         self.judged = judged
-        """The family, the facts and the fields of the configuration that all parts have."""
+        """The family, the architecture and the configuration fields that all parts share."""
         self._held, self._layers = held, judged[0].layers
         self._starts = [sum(other.count for other in held[:i]) for i in range(len(held))]
         self.cuts = tuple(self._starts[1:])
@@ -87,11 +87,11 @@ class PartsCheckpoint(PickledCheckpoint):
         self._configuration = Configuration(raw=first.config, file=first.files.metadata, pointer="/config")
 
     def configuration(self) -> Configuration:
-        """The one that all parts have."""
+        """Return the configuration that all parts share."""
         return self._configuration
 
     def place_of(self, name: str) -> tuple[str, str]:
-        """The part that should hold a layer's tensor, and what it would be called there."""
+        """Return the file of the part that should have a missing tensor, and the tensor's name there."""
         number, _, inner = name.removeprefix(f"{self._layers}.").partition(".")
         if name.startswith(f"{self._layers}.") and number.isdecimal():
             for start, held in zip(self._starts, self._held, strict=True):
@@ -101,11 +101,14 @@ class PartsCheckpoint(PickledCheckpoint):
 
 
 def find_parts(directory: CheckpointDirectory) -> list[PartFiles]:
-    """The parts in a directory: each ``X_metadata.json`` goes with ``X.pt``. None, where no metadata has weights.
+    """Find the parts in a directory: each ``X_metadata.json`` belongs to ``X.pt``.
+
+    Returns:
+        The parts, or an empty list if no metadata file has weights.
 
     Raises:
-        BundleError: ``source.missing`` for the weights of some metadata, where others have theirs; ``source.parts``
-            where some could be of two files.
+        BundleError: ``source.missing`` if some metadata files have weights and others have none; ``source.parts`` if a
+            metadata file could belong to two weight files.
     """
     found: list[PartFiles] = []
     alone: list[str] = []
@@ -131,11 +134,12 @@ def find_parts(directory: CheckpointDirectory) -> list[PartFiles]:
 def read_parts(
     directory: CheckpointDirectory, found: list[PartFiles], private: Path, progress: Progress | None
 ) -> PartsCheckpoint:
-    """The model that some parts make, their pickles rewritten into the directory ``private``.
+    """Join parts into one model. Their pickles are rewritten as safetensors in the directory ``private``.
 
     Raises:
-        BundleError: ``source.parts`` where they don't fit each other, ``source.tensor`` for names that the family
-            hasn't, ``field.*`` and ``json.*`` of metadata; and what configurations and pickles can be refused for.
+        BundleError: ``source.parts`` if the parts do not fit each other; ``source.tensor`` for names that the family
+            does not have; ``field.*`` and ``json.*`` for metadata; and the errors of ``read_configuration`` and
+            ``rewrite``.
     """
     parts = _in_order([_metadata(directory, files) for files in found], directory)
     _check_configs(parts)
@@ -166,7 +170,7 @@ def _metadata(directory: CheckpointDirectory, files: PartFiles) -> Part:
         files=files,
         component=members["component"].choice(COMPONENTS),
         start=members["start_layer"].integer(),
-        end=members["end_layer"].integer(-1),  # the last layer of a bottom that only embeds
+        end=members["end_layer"].integer(-1),  # -1 is the last layer of a bottom that has only the embedding
         config=config.value,
     )
     problems.raise_if_any()
@@ -174,7 +178,7 @@ def _metadata(directory: CheckpointDirectory, files: PartFiles) -> Part:
 
 
 def _in_order(parts: list[Part], directory: CheckpointDirectory) -> list[Part]:
-    """Bottom, trunks, top. There may be no trunk, and several."""
+    """Sort parts: bottom, trunks, top. There may be any number of trunks."""
     components = sorted((part.component for part in parts), key=COMPONENTS.index)
     if components.count("bottom") != 1 or components.count("top") != 1:
         got = ", ".join(f"{part.component} ({part.files.metadata})" for part in parts[:8])
@@ -183,7 +187,7 @@ def _in_order(parts: list[Part], directory: CheckpointDirectory) -> list[Part]:
 
 
 def _check_configs(parts: list[Part]) -> None:
-    """Whether all have one configuration, but for what changes no number."""
+    """Check that all parts have the same configuration, except for ignored fields."""
     first = parts[0]
     problems = []
     for part in parts[1:]:
@@ -199,7 +203,7 @@ def _check_configs(parts: list[Part]) -> None:
 def _check_same_model(
     other: Configuration, first: Configuration, family: Family, architecture: Architecture, hint: str
 ) -> None:
-    """Whether a configuration is that of the model that the first one describes, whatever fields say so."""
+    """Check that a configuration describes the same model as the first one. Its fields may be different."""
     its_family, its_architecture, _ = read_configuration(other)
     expected = f"the model that {first.file} describes"
     if its_family.model_type != family.model_type:
@@ -216,7 +220,7 @@ def _same(one: object, other: object) -> bool:
 
 
 def _load_part(part: Part, path: Path, names: PartNames, family: Family) -> LoadedPart:
-    """What a part's file holds, each name recognised, its layers numbered from 0 without gaps."""
+    """Read the tensors of a part. Check that each name is known, and that layers are numbered from 0 without gaps."""
     problems: list[Problem] = []
     tensors, lists, numbers = [], set(), set()
     headers = list(read_headers(part.files.weights, path))
@@ -254,13 +258,13 @@ def _load_part(part: Part, path: Path, names: PartNames, family: Family) -> Load
 
 
 def _without_metadata(directory: CheckpointDirectory, found: list[PartFiles]) -> list[str]:
-    """Files that could be parts, if anything said so."""
+    """Return the names of pickles that have no metadata file. A message names them, as they may be missing parts."""
     known = {part.weights for part in found}
     return sorted(path.name for path in directory.path.iterdir() if path.suffix in SUFFIXES and path.name not in known)
 
 
 def _check_tiling(held: list[LoadedPart], layers: int, ignored: list[str]) -> None:
-    """Whether the ranges that the metadata give are those of the layers that are there, one after the other."""
+    """Check that the layer ranges in the metadata match the layers in the files and cover the model in order."""
     problems: list[Problem] = []
 
     def add(one: LoadedPart, field: str, expected: str, got: object) -> None:

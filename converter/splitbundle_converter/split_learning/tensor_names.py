@@ -1,9 +1,9 @@
-"""The names that tensors have in one part of a model: the family's own, with the layers counted from the part's first.
+"""Recognize tensor names in one part of a model: the family's names, with layers counted from the part's first layer.
 
-Whoever cuts a model writes modules of their own, so the names may lack what stood around them: GPT-2's
-``transformer.h.3.ln_1.weight`` is ``h.1.ln_1.weight`` in a part that begins with layer 2. What remains must be the
-family's name to the letter. Only the list of the layers may be called as such lists are (``layers``, ``h``,
-``blocks``). Tensors of which a model keeps each row apart aren't known here, and so are refused.
+Users write their own modules for a part, so the names may lack an outer prefix. For example, GPT-2's
+``transformer.h.3.ln_1.weight`` is ``h.1.ln_1.weight`` in a part that begins with layer 2. The rest must be exactly the
+family's name. Only the list of layers may have a common other name (``layers``, ``h``, ``blocks``). Tensors whose rows
+are stored separately are unknown here, and so are refused.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ HEAD: Final = "head"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A tensor of a part, recognised."""
+    """A recognized tensor of a part."""
 
     source: str
-    """Its name in the whole model, with ``{layer}`` for the layer's number."""
+    """The name in the whole model, with ``{layer}`` in place of the layer's number."""
     unit: str | None
-    """``embedding`` or ``head``, where it belongs to one of them."""
+    """``embedding`` or ``head``, if the tensor belongs to one of them."""
     layers: str | None = None
-    """What the part calls the list of its layers, for a layer's tensor."""
+    """The name of the part's list of layers, if the tensor belongs to a layer."""
     layer: int | None = None
-    """The layer's number in the part."""
+    """The number of the layer in the part."""
 
 
 class PartNames:
@@ -46,7 +46,7 @@ class PartNames:
         self._units = {name: unit if unit in (EMBEDDING, HEAD) else None for name, unit in units.items()}
         self._of_layers = {name.removeprefix(inside) for name in units if name.startswith(inside)}
         self._lists = {family.layers, *(family.layers.removeprefix(outer) for outer in around), *LISTS}
-        # A name's full form comes last, and so wins over what another name is without its surroundings.
+        # The full form of each name comes last, so it overrides an equal short form of another name.
         self._others = {
             form: name
             for outer in (*around, "")
@@ -58,7 +58,7 @@ class PartNames:
         self.example = f"{family.layers.rpartition('.')[2]}.0.{inner}"
 
     def find(self, name: str) -> Found | None:
-        """The tensor that a part calls ``name``; None where the family has none."""
+        """Return the tensor with this name in a part, or None if the family has no such tensor."""
         if name in self._others:
             source = self._others[name]
             return Found(source=source, unit=self._units[source])
@@ -69,7 +69,7 @@ class PartNames:
         return None
 
     def is_dropped(self, source: str, family: Family) -> bool:
-        """Whether a tensor holds nothing that was learned, and so may stand in several parts."""
+        """Return whether a tensor has no learned values. Such a tensor may be in several parts."""
         return source in family.dropped or source in family.constants
 
 

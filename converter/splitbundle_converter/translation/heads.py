@@ -1,4 +1,4 @@
-"""Which head a checkpoint has: that of a causal language model, none, or that of another task."""
+"""Check the head of a checkpoint: it may be a causal language model's head, another task's head, or missing."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from splitbundle_converter.checkpoint.source import Checkpoint
 from splitbundle_converter.errors import problem
 
 _OTHER_TASKS: Final = ("score", "classifier", "qa_outputs")
-"""The modules of the heads with which transformers classifies texts and tokens, and answers questions."""
+"""The modules of transformers' heads for classifying texts and tokens, and for answering questions."""
 _HINT: Final = "Only causal language models can be converted: "
 
 
 def wrong_head(source: Checkpoint, head: Mapping[str, bool], *, base_alone: bool) -> Problem | None:
-    """Why a checkpoint can't predict tokens, if that is so; of one that can, nothing.
+    """Return the problem of a checkpoint without a causal language model's head, or None if it has one.
 
     Args:
-        source: the checkpoint.
-        head: the names under which the family stores its head's tensors, and whether this model needs each.
-        base_alone: whether the base model was saved alone, its names without a prefix.
+        source: The checkpoint.
+        head: The name of each tensor of the family's head -> whether this model needs it.
+        base_alone: Whether the base model was saved alone, without a prefix in its names.
     """
     if any(name in source.tensors for name in head):
-        return None  # what is missing or extra besides is said of each tensor
+        return None  # other problems are reported for each tensor
     for module in _OTHER_TASKS:
         other = sorted(name for name in source.tensors if name.startswith(f"{module}."))
         if other:
@@ -41,7 +41,7 @@ def wrong_head(source: Checkpoint, head: Mapping[str, bool], *, base_alone: bool
 
 
 def _of(source: Checkpoint) -> str:
-    """The class that the configuration names, in words to be put at an end."""
+    """Return the class that the configuration names, as the end of a sentence, or an empty string."""
     config = source.configuration().raw
     classes = config.get("architectures") if isinstance(config, dict) else None
     named = isinstance(classes, list) and len(classes) == 1 and isinstance(classes[0], str)

@@ -1,4 +1,4 @@
-"""From a bundle back to its source's tensors, by the table that the manifest carries. No model zoo is asked."""
+"""Restore the source's tensors from a bundle with the table in its manifest. This needs no model zoo."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from splitbundle_converter.translation.translate import join
 
 
 def source_tensors(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the source checkpoint under its own name and in its own layout, one at a time.
+    """Yield each tensor of the source checkpoint with its original name and layout, one at a time.
 
-    Exact to the bit, but for the rounding of ``--dtype``.
+    The tensors have the stored dtype. They are exact to the bit, except for the rounding of ``--dtype``.
 
     Raises:
-        BundleError: a unit that isn't there, or isn't what the manifest lists.
+        BundleError: A unit is absent, or differs from the manifest.
     """
     units = {name: unit for unit, tensors in bundle.architecture.unit_tensors().items() for name in tensors}
-    mapped: dict[str, dict[str, torch.Tensor]] = {}  # mapped, not read: keeping them costs no memory
+    mapped: dict[str, dict[str, torch.Tensor]] = {}  # the tensors are mapped, not read, so keeping them is free
 
     def tensor(name: str) -> torch.Tensor:
         unit = units[name]

@@ -1,4 +1,4 @@
-"""From the source's tensors to the logical ones and back: names matched, layouts taken apart and put together."""
+"""Translate source tensors into logical tensors and back: match names, split and join layouts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from splitbundle_converter.translation.heads import wrong_head
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where a logical tensor comes from: rows ``start`` to ``stop`` of each of the ``groups`` of a source tensor."""
+    """The origin of a logical tensor: rows ``start`` to ``stop`` in each of the ``groups`` of a source tensor."""
 
     source: str
     start: int
@@ -30,10 +30,10 @@ class Origin:
     groups: int
     transposed: bool
     rows: tuple[str, ...] = ()
-    """The source tensors that are a row each, where ``source`` is but the first of them."""
+    """The names of the source tensors, if each row is a separate tensor. ``source`` is then the first of them."""
 
     def extract(self, reader: Reader) -> Tensor:
-        """The logical tensor, in the source's dtype, contiguous."""
+        """Return the logical tensor, contiguous, in the dtype of the source."""
         if self.rows:
             return torch.stack([reader.get(name) for name in self.rows])
         whole = reader.get(self.source)
@@ -50,24 +50,25 @@ def join(entry: SourceName, tensors: Callable[[str], Tensor]) -> dict[str, Tenso
 
 
 def _grouped(rows: Tensor, groups: int) -> Tensor:
-    """*Shape:* (rows, …) -> (groups, rows / groups, …)."""
+    """Split the rows into groups. *Shape:* (rows, …) -> (groups, rows / groups, …)."""
     return rows.reshape(groups, rows.shape[0] // groups, *rows.shape[1:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Translation:
-    """Every logical tensor's origin, and the table back, with ``{layer}`` where layers are alike."""
+    """The origin of each logical tensor, and the table for the way back, with ``{layer}`` if all layers are alike."""
 
     origins: dict[str, Origin]
     source_names: tuple[SourceName, ...]
 
 
 def translate(source: Checkpoint, family: Family, architecture: Architecture) -> Translation:
-    """Matches the checkpoint's tensors with those that the architecture implies, exactly.
+    """Match the tensors of the checkpoint with those that the architecture implies. The match must be exact.
 
     Raises:
-        BundleError: ``source.tensor`` for a head that is no causal language model's; else for each tensor that is
-            missing, extra, of another shape or dtype, and for a stored copy of a tied embedding that differs from it.
+        BundleError: ``source.tensor`` if the head is not a causal language model's head. Otherwise ``source.tensor``
+            for each tensor that is missing, is extra, or has another shape or dtype, and for a stored copy of a tied
+            embedding that differs from the embedding.
     """
     check_unwrapped(source.tensors, source.name)
     shapes = architecture.tensors()
@@ -90,7 +91,7 @@ def translate(source: Checkpoint, family: Family, architecture: Architecture) ->
             match = partial(_match_rows, names=names) if ROW in entry.source else _match
             problems += match(source, entry, shapes=shapes, origins=origins)
         everywhere = len(entries) == ("{layer}" not in named.source or layers)
-        kept += [named] if everywhere else entries  # where layers differ, the template says too much
+        kept += [named] if everywhere else entries  # if layers differ, the template would name absent tensors
     kept += _tied_copy(source, table, architecture, origins, claimed, problems)
     dropped = {
         _stored_name(pattern, family, prefix).replace("{layer}", str(i))
@@ -101,12 +102,12 @@ def translate(source: Checkpoint, family: Family, architecture: Architecture) ->
     for name in sorted(source.tensors.keys() - claimed - dropped):
         problems.append(_extra(source, name, layers))
     if problems:
-        raise BundleError(problems[:MAX_PROBLEMS])  # of a checkpoint of another depth, every tensor would be one
+        raise BundleError(problems[:MAX_PROBLEMS])  # a checkpoint with another number of layers has very many
     return Translation(origins=origins, source_names=tuple(kept))
 
 
 def _check_constants(source: Checkpoint, family: Family, prefix: bool, layers: int, dropped: set[str]) -> list[Problem]:
-    """Adds the constants to what is dropped, where they have the value that the decoder takes for granted."""
+    """Add the constants to ``dropped``, and return a problem for each that differs from the decoder's value."""
     problems: list[Problem] = []
     with source.reader() as reader:
         for pattern, value in family.constants.items():
@@ -127,7 +128,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _roundings(value: float) -> Tensor:
-    """The number as each dtype of a checkpoint keeps it: a constant that was stored in 16 bits is still that one."""
+    """Return the number rounded to each dtype of a checkpoint: a constant may be stored in 16 bits. *Shape:* (3)."""
     return torch.stack([torch.tensor(value).to(dtype).float() for dtype in _FLOATS])
 
 
@@ -135,7 +136,7 @@ _FIXED = "A model with another value of this constant can't be converted yet"
 
 
 def _prefix(source: Checkpoint, family: Family) -> bool:
-    """Whether the names of the base model bear its prefix: they don't where the base model was saved alone."""
+    """Return whether the names of the base model have its prefix. They lack it if the base model was saved alone."""
     return any(name.startswith(family.prefix) for name in source.tensors)
 
 
@@ -151,7 +152,7 @@ def _match_rows(
     *,
     names: tuple[str, ...],
 ) -> list[Problem]:
-    """A tensor whose rows are tensors of their own: each must be there, and all of one dtype."""
+    """Match a tensor whose rows are separate tensors. Each row must exist, and all must have the same dtype."""
     (name,) = entry.tensors
     own: dict[str, Origin] = {}
     problems = [
@@ -205,7 +206,10 @@ def _tied_copy(
     claimed: set[str],
     problems: list[Problem],
 ) -> list[SourceName]:
-    """The head's projection where it is tied and yet stored: it must be the embedding, and isn't stored again."""
+    """Return the entry of a tied head's projection, if the source stores it. It must be equal to the embedding.
+
+    The bundle does not store it again.
+    """
     if not architecture.head.tied:
         return []
     name = next(row.source for row in table if row.tensors == (PROJECTION,))

@@ -1,4 +1,4 @@
-"""The backends that compute: what each can be told, and their modules, imported when one is first needed."""
+"""The backends: the options of each, and their modules, which are imported on first use."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class OnnxRuntimeOptions(TypedDict, total=False):
 
 
 class AllOptions(TypedDict, total=False):
-    """The options of every backend, for a call that names its backend by a variable."""
+    """The options of all backends, for a call that takes the backend from a variable."""
 
     device: str | None
     dtype: str | None
@@ -52,21 +52,21 @@ OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "torch": tuple(TorchOptions.__annotations__),
     "onnxruntime": tuple(OnnxRuntimeOptions.__annotations__),
 }
-"""The options of each backend. One that is left at None, or at false, counts as not given."""
+"""The options of each backend. An option that is None or False counts as not given."""
 LIBRARIES: Final = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "numpy")}
 
 
 def own_options(backend: str, given: Mapping[str, Any], call: str, others: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the options for one backend, out of those that a caller gave.
+    """Return the options for one backend from the options of a call.
 
     Args:
         backend: the backend.
         given: every option of the call.
-        call: the name of the method that was called, for errors.
-        others: the other backends of a mixed pipeline, whose options may be given too.
+        call: the name of the called method, for errors.
+        others: the other backends of a mixed pipeline. Their options are allowed too.
 
     Raises:
-        BundleError: ``stage.backend`` for an unknown backend, or an option of another one.
+        BundleError: ``stage.backend`` for an unknown backend, or for an option of another backend.
         TypeError: for an option that no backend has.
     """
     for name in given:
@@ -80,7 +80,7 @@ def own_options(backend: str, given: Mapping[str, Any], call: str, others: Itera
     known = {name for used in (backend, *others) for name in OPTIONS.get(used, ())}
     chosen = {name: given[name] for names in OPTIONS.values() for name in names if not _unset(given.get(name))}
     if backend == "onnxruntime" and "torch" in others:
-        chosen.pop("dtype", None)  # beside torch it is torch's: graphs compute in what they were written for
+        chosen.pop("dtype", None)  # in a mixed pipeline it is for torch: a graph has its own dtype
     for name, value in chosen.items():
         if name not in known:
             hint = f"It is an option of another backend; {backend} has {', '.join(OPTIONS[backend])}"
@@ -91,17 +91,17 @@ def own_options(backend: str, given: Mapping[str, Any], call: str, others: Itera
 
 
 def _unset(value: object) -> bool:
-    return value is None or value is False  # a device may be 0
+    return value is None or value is False  # not a truth test: a device may be 0
 
 
 def module(backend: str, name: str) -> ModuleType:
-    """A leaf, imported when it is first needed."""
+    """Return a module of a backend, and import it on first use."""
     full = f"splitbundle.backends.{backend}.{name}"
     if full in sys.modules:
         return sys.modules[full]
     try:
         with warnings.catch_warnings():
-            # torch says so where there is no numpy, which is how it comes when it is installed alone.
+            # torch warns about this if numpy is missing, which is normal when torch is installed alone.
             warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
             return importlib.import_module(full)
     except ModuleNotFoundError as error:
@@ -111,10 +111,12 @@ def module(backend: str, name: str) -> ModuleType:
 
 
 def mixed_pipeline(bundle: BundleReader, own: Mapping[str, str], given: Mapping[str, Any]) -> Any:
-    """A pipeline of stages of several backends: ``own`` names that of a shard, and torch computes the others.
+    """Return a pipeline with stages of several backends.
+
+    ``own`` maps the name of a shard to its backend. torch computes the other shards.
 
     Raises:
-        BundleError: as ``Bundle.pipeline``.
+        BundleError: as for ``Bundle.pipeline``.
     """
     for shard in own:
         bundle.shard(shard)
@@ -133,10 +135,12 @@ def mixed_pipeline(bundle: BundleReader, own: Mapping[str, str], given: Mapping[
 def run_golden(
     bundle: BundleReader, shard: str | None, backend: str, progress: Progress | None
 ) -> list[golden.Difference]:
-    """Compute the golden vectors with one backend, or with all and compare those too. See ``Bundle.run_vectors``.
+    """Compute the golden vectors and compare the results with the original model. See ``Bundle.run_vectors``.
+
+    The backend "all" means every backend. Their results are also compared with each other.
 
     Raises:
-        BundleError: ``stage.backend``, ``vectors.none``; what loading refuses.
+        BundleError: ``stage.backend``, ``vectors.none``; the errors of loading.
     """
     if backend != "all":
         own_options(backend, {}, "run_vectors")
@@ -146,8 +150,8 @@ def run_golden(
 
 
 def _run_both(bundle: BundleReader, shard: str | None, progress: Progress | None) -> list[golden.Difference]:
-    """Compare each backend with the original model, and then the two with each other."""
-    from splitbundle.stages import golden  # opening a bundle doesn't need it
+    """Compare each backend with the original model, and then the two backends with each other."""
+    from splitbundle.stages import golden  # imported here because opening a bundle doesn't need it
 
     torch, onnxruntime = (module(backend, "stage").load_stages for backend in BACKENDS)
     arrays = module("onnxruntime", "golden")
@@ -165,5 +169,5 @@ def _run_both(bundle: BundleReader, shard: str | None, progress: Progress | None
 
 
 def installed_backend() -> str:
-    """Return the first backend whose library is installed; the first of all if none is."""
+    """Return the first backend whose library is installed, or the first backend if none is."""
     return next((backend for backend in BACKENDS if importlib.util.find_spec(backend) is not None), BACKENDS[0])

@@ -1,4 +1,4 @@
-"""Types of arguments, and arguments that several commands have."""
+"""Types of arguments for argparse, and arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from splitbundle.format import names
 
 
 def add_strict_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--strict``."""
     parser.add_argument(
-        "--strict", action="store_true", help="compute only on bytes read into memory, once, and hashed there"
+        "--strict",
+        action="store_true",
+        help="read every needed file into memory once, hash it there, and compute only on these bytes",
     )
 
 
 def verify_when(args: argparse.Namespace) -> Literal["never", "always"]:
+    """Return the argument ``verify`` of ``splitbundle.open`` for ``--strict``."""
     return "always" if args.strict else "never"
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """``1,2,3``, for argparse."""
+    """Parse ``1,2,3`` for argparse."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -27,14 +31,14 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def bundle_id(text: str) -> str:
-    """``sha256:`` and 64 digits, for argparse."""
+    """Parse ``sha256:`` and 64 digits for argparse."""
     if not text.startswith("sha256:") or not names.SHA256.fullmatch(text.removeprefix("sha256:")):
         raise argparse.ArgumentTypeError(f"expected sha256: and 64 digits of 0-9a-f, got {text!r}")
     return text
 
 
 def positive(text: str) -> int:
-    """A number from 1, for argparse."""
+    """Parse a number from 1 for argparse."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
     return int(text)

@@ -1,4 +1,4 @@
-"""What commands say: data on stdout, progress and trouble on stderr. And what a command is."""
+"""The output of commands: data on stdout, progress and errors on stderr. And the type of a command."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from splitbundle.errors import printable
 from splitbundle.records import record
 
 QUIET_SECONDS: Final = 1.0
-"""What is over sooner needs no progress."""
+"""Work that ends sooner needs no progress."""
 
 
 class Console:
-    """Where a command writes. Colours aren't used, so NO_COLOR has nothing to switch off."""
+    """The streams that a command writes to. It uses no colors, so NO_COLOR has nothing to switch off."""
 
     def __init__(self, *, as_json: bool, quiet: bool, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.as_json = as_json
-        # A process may have been started without either.
+        # A process may run without stdout or stderr.
         self.out = out or sys.stdout or io.StringIO()
         self.err = err or sys.stderr or io.StringIO()
         self._quiet = quiet
@@ -33,23 +33,23 @@ class Console:
         self._width = 0
 
     def text(self, text: str) -> None:
-        """Writes a line of data for people, which ``--json`` leaves out."""
+        """Write a line of data for people. ``--json`` leaves it out."""
         self.stream(printable(text) + "\n")
 
     def stream(self, text: str) -> None:
-        """Writes what a model says, as it is; ``--json`` leaves it out."""
+        """Write the text of a model unchanged. ``--json`` leaves it out."""
         if not self.as_json:
             self.out.write(text)
             self.out.flush()
 
     def json(self, value: object) -> None:
-        """Writes data for machines, one document a line, with ``--json`` alone."""
+        """Write data for programs, one document a line, only with ``--json``."""
         if self.as_json:
             self.out.write(json.dumps(value) + "\n")
             self.out.flush()
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Writes aligned columns: text to the left, numbers (with thousands separated) to the right."""
+        """Write aligned columns: text to the left, numbers (with separated thousands) to the right."""
         texts = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
         numeric = [bool(rows) and all(isinstance(row[i], int) for row in rows) for i in range(len(head))]
         widths = [max(len(head[i]), *(len(row[i]) for row in texts), 0) for i in range(len(head))]
@@ -58,9 +58,7 @@ class Console:
             self.text("  " + "  ".join(cells).rstrip())
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Shows how far something is: one line that changes on a terminal; elsewhere a line for each step, and then
-        one every ten seconds.
-        """
+        """Show progress: a changing line on a terminal; elsewhere a line a step, then one every ten seconds."""
         now = time.monotonic()
         if self._quiet or (what == self._what and now - self._shown < (0.1 if self._terminal else 10.0)):
             return
@@ -76,27 +74,27 @@ class Console:
         self.err.flush()
 
     def end_progress(self) -> None:
-        """Takes the changing line away."""
+        """Remove the changing line."""
         if self._width:
             self.err.write("\r" + " " * self._width + "\r")
             self._width = 0
             self.err.flush()
 
     def note(self, text: str) -> None:
-        """Says something to people on stderr."""
+        """Write a note for people to stderr."""
         self.end_progress()
         if not self._quiet:
             self.err.write(printable(text) + "\n")
 
     def error(self, text: str) -> None:
-        """Says what went wrong on stderr."""
+        """Write an error to stderr."""
         self.end_progress()
         self.err.write(f"splitbundle: {text}\n")
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A subcommand. Entry points of the group ``splitbundle.commands`` are of this type."""
+    """A subcommand. Entry points of the group ``splitbundle.commands`` have this type."""
 
     name: str
     help: str

@@ -21,20 +21,33 @@ if TYPE_CHECKING:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a .splitbundle directory")
-    parser.add_argument("prompt", nargs="?", help="the text to go on from; by default, or for -, standard input")
-    parser.add_argument("--ids", metavar="1,2,3", type=integers, help="the prompt as token ids; ids come out")
+    parser.add_argument("prompt", nargs="?", help="the text to continue; by default, or for -, standard input")
     parser.add_argument(
-        "--max-new-tokens", "-n", type=positive, metavar="N", help="by default 64, or what the model has positions for"
+        "--ids", metavar="1,2,3", type=integers, help="the prompt as token ids; the output is token ids, too"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument(
+        "--max-new-tokens",
+        "-n",
+        type=positive,
+        metavar="N",
+        help="the number of tokens; by default 64, or fewer if the model has fewer positions",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="the divisor of the logits; 0, the default, takes the likeliest token",
+    )
     parser.add_argument("--top-k", type=positive, metavar="K")
     parser.add_argument("--top-p", type=float, metavar="P")
     parser.add_argument("--seed", type=int)
     parser.add_argument(
-        "--backend", choices=BACKENDS, help="by default torch, or onnxruntime if that alone is installed"
+        "--backend", choices=BACKENDS, help="the backend; by default torch, or onnxruntime if torch isn't installed"
     )
-    parser.add_argument("--device", help="as torch names it")
-    parser.add_argument("--dtype", help="to compute in: float32, float16 or bfloat16; by default the stored one")
+    parser.add_argument("--device", help="the device, by its name in torch")
+    parser.add_argument(
+        "--dtype", help="the dtype to compute in: float32, float16 or bfloat16; by default the stored one"
+    )
     add_strict_argument(parser)
 
 
@@ -72,7 +85,7 @@ def _usage(expected: str, got: str) -> BundleError:
 
 
 def _prompt(text: str | None) -> str:
-    """The prompt, be it an argument or standard input: UTF-8, whatever the locale says."""
+    """Return the prompt, from the argument or from standard input, as UTF-8 in every locale."""
     try:
         if text is not None and text != "-":
             return os.fsencode(text).decode("utf-8")

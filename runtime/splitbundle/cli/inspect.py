@@ -77,7 +77,7 @@ def _parts(embeds: bool, head: bool) -> str:
 
 
 def describe(bundle: Bundle) -> dict[str, object]:
-    """What ``inspect --json`` says: names are those of the manifest."""
+    """Return the output of ``inspect --json``. Its names are those of the manifest."""
     manifest = bundle.manifest
     model = manifest.model
     shapes = (["batch", "sequence", bundle.architecture.hidden_size], ["batch"], ["batch"])

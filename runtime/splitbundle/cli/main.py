@@ -1,4 +1,4 @@
-"""The command ``splitbundle``: arguments in, exit status out. Nothing else knows that it is a command."""
+"""The command ``splitbundle``: it takes arguments and returns an exit status."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ INTERRUPTED: Final = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; gives its exit status (CONTRIBUTING.md has the list)."""
+    """Run the command, and return its exit status (docs/contributing/command-line.md has the list)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal or pipe can't show mustn't end the command
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a character that a terminal or pipe can't show mustn't end the command
             stream.reconfigure(errors="backslashreplace")
     _Parser.as_json = "--json" in arguments
     parser = build_parser(_commands(arguments))
@@ -49,18 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BundleError as error:
             caught, problems, status = error, error.problems, exit_status(error)
         except BrokenPipeError:
-            # Whoever read our output has had enough. Python would complain once more when it flushes at its end.
+            # The reader of the output has closed it. Python would complain again when it flushes at its end.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILURE
         except (OSError, MemoryError) as error:
             caught, got = error, f"{type(error).__name__}: {error}"
             problems, status = (Problem(code="system", expected="the system to do its part", got=got),), FAILURE
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # people get a line, and --debug the rest
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # users get one line, and the rest with --debug
             caught, got = error, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             hint = "This shouldn't happen: --debug shows where it did"
             problems, status = (Problem(code="internal", expected="no error here", got=got, hint=hint),), FAILURE
-    if interruption.came or isinstance(caught, KeyboardInterrupt):  # which some libraries turn into errors of their own
+    if interruption.came or isinstance(
+        caught, KeyboardInterrupt
+    ):  # some libraries turn an interruption into an error of their own
         problems, status = (Problem(code="interrupted", expected="to finish", got="an interruption"),), INTERRUPTED
     console.end_progress()
     console.json({"ok": False, "problems": [problem.as_json() for problem in problems]})
@@ -74,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Interruption:
-    """Makes Ctrl-C and SIGTERM end the block in order, so that what it was writing is removed, and remembers them."""
+    """Raise KeyboardInterrupt on Ctrl-C and SIGTERM, so that half-written files are removed, and remember it."""
 
     def __init__(self) -> None:
         self.came = False
@@ -86,7 +90,7 @@ class _Interruption:
 
     def __enter__(self) -> _Interruption:
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread: the app that called us minds its signals
+            with contextlib.suppress(ValueError):  # not in the main thread: the calling program handles its signals
                 self._before[number] = signal.signal(number, self._interrupt)
         return self
 
@@ -96,7 +100,7 @@ class _Interruption:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments as JSON too, where JSON is asked for."""
+    """An argument parser that reports errors as JSON too, with ``--json``."""
 
     as_json = False
 
@@ -108,7 +112,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def exit_status(error: BundleError) -> int:
-    """The exit status that an error stands for."""
+    """Return the exit status for an error."""
     if isinstance(error, MissingExtra):
         return MISSING_EXTRA
     if isinstance(error, VerificationError):
@@ -121,7 +125,7 @@ def exit_status(error: BundleError) -> int:
 
 
 def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
-    """The argument parser of some commands."""
+    """Return the argument parser of some commands."""
     common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="write JSON to stdout")
     common.add_argument("--quiet", "-q", action="store_true", help="no progress on stderr")
@@ -139,9 +143,9 @@ def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
 
 
 def _commands(arguments: Sequence[str]) -> list[Command]:
-    """The commands: the runtime's own, and where they may be needed those that other packages bring."""
+    """Return the runtime's own commands and, if they may be needed, those of other packages."""
     if any(argument == command.name for argument in arguments[:1] for command in COMMANDS):
-        return list(COMMANDS)  # looking for entry points reads the metadata of every installed package
+        return list(COMMANDS)  # a search for entry points reads the metadata of every installed package
     from importlib.metadata import entry_points
 
     found = {entry.name: entry for entry in entry_points(group="splitbundle.commands")}

@@ -14,16 +14,16 @@ from splitbundle.opening import open_bundle
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a .splitbundle directory")
-    parser.add_argument("--shard", metavar="NAME", help="only what this shard needs; the rest may be absent")
-    parser.add_argument("--exact", action="store_true", help="refuse files that the manifest doesn't list")
     parser.add_argument(
-        "--id", metavar="sha256:…", type=bundle_id, help="the bundle id that it must have, as inspect shows it"
+        "--shard", metavar="NAME", help="check only the files that this shard needs; the others may be missing"
     )
+    parser.add_argument("--exact", action="store_true", help="refuse a file that the manifest doesn't list")
+    parser.add_argument("--id", metavar="sha256:…", type=bundle_id, help="the expected bundle id, as inspect shows it")
     parser.add_argument("--run", action="store_true", help="also compute the golden vectors of the original model")
     parser.add_argument(
         "--backend",
         choices=(*BACKENDS, "all"),
-        help="--run with this one, by default what is installed; all: each, compared",
+        help="the backend for --run, by default an installed one; all runs and compares both",
     )
     add_strict_argument(parser)
 
@@ -34,7 +34,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         found = bundle.verify(args.shard, exact=args.exact, progress=console.progress)
     except BundleError as error:
         if error.codes == ("stage.name",) or error.problems[0].file == str(args.bundle):
-            raise  # nothing was verified: there is no such bundle or shard
+            raise  # nothing was verified, as the bundle or the shard doesn't exist
         raise VerificationError(error.problems) from error
     differences = []
     if args.run or args.backend is not None:

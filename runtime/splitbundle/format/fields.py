@@ -1,4 +1,4 @@
-"""Reading typed fields out of parsed JSON, with a pointer for each problem and all problems of a document."""
+"""Read typed fields of parsed JSON, and note all problems of a document, each with its pointer."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.strict_json import MAX_INTEGER
 
 MAX_PROBLEMS: Final = 100
-"""A hostile document could have millions, and nobody reads more."""
+"""The largest number of problems in one error. A hostile document could have millions."""
 MIN_NUMBER: Final = 1e-37
 MAX_NUMBER: Final = 1e37
-"""A number above zero and its inverse are numbers in float32; what is made of a few of them is one in float64."""
+"""The range of positive numbers. Each and its inverse fit float32, and products of a few of them fit float64."""
 MAX_ITEMS: Final = 2**18
-"""More than the tensors of the deepest model that ``architecture.MAX_LAYERS`` allows."""
+"""The longest array: more than the tensors of the deepest model that ``MAX_LAYERS`` allows."""
 
 
 class Problems:
-    """The problems of one file, gathered while it is read."""
+    """The problems of one file, collected while it is read."""
 
     def __init__(self, file: str) -> None:
         self.file = file
         self.found: list[Problem] = []
 
     def add(self, code: str, pointer: str, expected: str, got: str, hint: str | None = None) -> None:
-        """Notes a problem; reading goes on, so that one run names them all (BundleError at the hundredth)."""
+        """Note a problem. Reading continues, so that one error has all problems; the hundredth raises BundleError."""
         self.found.append(Problem(code=code, file=self.file, pointer=pointer, expected=expected, got=got, hint=hint))
         if len(self.found) >= MAX_PROBLEMS:
             self.raise_if_any()
 
     def raise_if_any(self) -> None:
-        """Raises BundleError with everything noted so far."""
+        """Raise BundleError with all problems so far."""
         if self.found:
             raise BundleError(self.found)
 
 
 class Field:
-    """A JSON value and where it stands.
+    """A JSON value and its pointer.
 
-    A method that doesn't find what it expects notes a problem and gives a harmless value of the right type; whoever
-    reads a document calls ``Problems.raise_if_any`` before using what was read.
+    If a value isn't as expected, a method notes a problem and returns a harmless value of the right type. So a parser
+    must call ``Problems.raise_if_any`` before it uses the values.
     """
 
     __slots__ = ("pointer", "problems", "value")
@@ -50,11 +50,11 @@ class Field:
         self.value, self.problems, self.pointer = value, problems, pointer
 
     def refuse(self, expected: str, *, code: str = "field.value", hint: str | None = None) -> None:
-        """Notes that this value isn't ``expected``."""
+        """Note that this value isn't ``expected``."""
         self.problems.add(code, self.pointer, expected, quoted(self.value), hint)
 
     def members(self, required: Collection[str], *, open: bool = False) -> Members:  # noqa: A002
-        """The members of an object that has all of ``required`` and, unless ``open``, nothing that isn't named."""
+        """Return the members of an object. It must have all of ``required`` and, unless ``open``, no others."""
         if not isinstance(self.value, dict):
             self.refuse("an object", code="field.type")
             return Members({}, self)
@@ -73,7 +73,7 @@ class Field:
         return Members(self.value, self)
 
     def mapping(self) -> Iterator[tuple[str, Field]]:
-        """The entries of an object whose keys are data, in order."""
+        """Yield the entries of an object whose keys are data, in order."""
         if not isinstance(self.value, dict):
             self.refuse("an object", code="field.type")
             return
@@ -81,7 +81,7 @@ class Field:
             yield key, Field(value, self.problems, f"{self.pointer}/{escape(key)}")
 
     def items(self, *, minimum: int = 0, maximum: int = MAX_ITEMS) -> list[Field]:
-        """The items of an array; none of one that is too long."""
+        """Return the items of an array; no items if it is too long."""
         if not isinstance(self.value, list):
             self.refuse("an array", code="field.type")
             return []
@@ -92,7 +92,7 @@ class Field:
         return [Field(item, self.problems, f"{self.pointer}/{i}") for i, item in enumerate(self.value)]
 
     def integer(self, minimum: int = 0, maximum: int = MAX_INTEGER) -> int:
-        """An integer in a closed range. A number with a fraction or exponent, even ``1.0``, isn't one."""
+        """Return an integer in a closed range. A number with a fraction or an exponent, even ``1.0``, is refused."""
         if type(self.value) is not int:
             self.refuse("an integer", code="field.type")
             return minimum
@@ -102,7 +102,7 @@ class Field:
         return self.value
 
     def positive_number(self) -> float:
-        """A number above zero."""
+        """Return a number above zero."""
         if type(self.value) not in (int, float):
             self.refuse("a number", code="field.type")
             return 1.0
@@ -112,15 +112,15 @@ class Field:
         return float(self.value)
 
     def optional_positive_number(self) -> float | None:
-        """A number above zero, or null."""
+        """Return a number above zero, or None for null."""
         return None if self.is_null else self.positive_number()
 
     def optional_integer(self, minimum: int = 0, maximum: int = MAX_INTEGER) -> int | None:
-        """An integer in a closed range, or null."""
+        """Return an integer in a closed range, or None for null."""
         return None if self.is_null else self.integer(minimum, maximum)
 
     def number(self, choices: Collection[float]) -> float:
-        """One of a few numbers."""
+        """Return one of a few numbers."""
         if type(self.value) not in (int, float):
             self.refuse("a number", code="field.type")
         elif float(self.value) not in choices:
@@ -130,14 +130,14 @@ class Field:
         return next(iter(choices))
 
     def boolean(self) -> bool:
-        """``true`` or ``false``."""
+        """Return ``true`` or ``false``."""
         if not isinstance(self.value, bool):
             self.refuse("a boolean", code="field.type")
             return False
         return self.value
 
     def string(self, pattern: re.Pattern[str] | None = None, expected: str = "", maximum: int = 1024) -> str:
-        """A string, whole as ``pattern`` says."""
+        """Return a string that ``pattern`` matches as a whole."""
         if not isinstance(self.value, str):
             self.refuse("a string", code="field.type")
             return ""
@@ -148,7 +148,7 @@ class Field:
         return self.value
 
     def choice(self, choices: Collection[str]) -> str:
-        """One of a few strings."""
+        """Return one of a few strings."""
         if not isinstance(self.value, str):
             self.refuse("a string", code="field.type")
         elif self.value not in choices:
@@ -165,12 +165,12 @@ class Field:
 
     @property
     def is_null(self) -> bool:
-        """Whether the value is ``null``."""
+        """Return whether the value is ``null``."""
         return self.value is None
 
 
 class Members:
-    """The members of an object, by name. One that is missing (and was noted) reads as a value of no type."""
+    """The members of an object by name. A missing member, which was noted, reads as a value of no type."""
 
     __slots__ = ("_owner", "_values")
 
@@ -181,7 +181,7 @@ class Members:
         owner = self._owner
         if name in self._values:
             return Field(self._values[name], owner.problems, f"{owner.pointer}/{escape(name)}")
-        # The absence was noted once, by whoever asked for the members: what is read from here on goes nowhere.
+        # ``Field.members`` has noted the absence once. Further problems of this member are dropped.
         return Field(_ABSENT, Problems(owner.problems.file), f"{owner.pointer}/{escape(name)}")
 
     def __contains__(self, name: str) -> bool:
@@ -192,5 +192,5 @@ _ABSENT = object()
 
 
 def escape(token: str) -> str:
-    """A reference token of a JSON pointer (RFC 6901, section 3)."""
+    """Return a reference token of a JSON pointer (RFC 6901, section 3)."""
     return token.replace("~", "~0").replace("/", "~1")

@@ -1,7 +1,8 @@
-"""What onnxruntime-genai is told of a bundle: its configuration, and what the two graphs beside the shards' own take.
+"""The configuration of onnxruntime-genai for a bundle, and the ports of the two graphs beside those of the shards.
 
-genai loads whatever its configuration names, libraries too. So verifying holds it against what the bundle itself says:
-``spec/v1/bundle.md``, section "Graphs". ``spec/decisions/0010-genai-runs-the-directory.md`` has the reasons.
+onnxruntime-genai loads every file that its configuration names, libraries too. So ``verify`` compares the configuration
+with the manifest: ``spec/v1/bundle.md``, section "Graphs". ``spec/decisions/0010-genai-runs-the-directory.md`` has the
+reasons.
 """
 
 from __future__ import annotations
@@ -13,27 +14,27 @@ from splitbundle.format.graph import OPSET, Graph, Port, next_name
 from splitbundle.format.manifest.document import Manifest, Shard
 
 GENAI: Final = ("genai_config.json", "genai.inputs.onnx", "genai.logits.onnx")
-"""What onnxruntime-genai needs besides the shards' graphs; its own name first. A shard's name has no dot."""
+"""The files that onnxruntime-genai needs beside the shards' graphs. A shard's name has no dot."""
 INPUTS: Final = "genai.inputs"
 LOGITS: Final = "genai.logits"
 ROWS: Final = ("past", "count", "selected")
-"""What a shard takes besides tokens and caches."""
+"""The inputs of a shard besides tokens and caches."""
 
 SESSION_OPTIONS: Final = {
-    # Or every weight would be copied into a layout of onnxruntime's own.
+    # Else onnxruntime would copy every weight into a layout of its own.
     "session.disable_prepacking": "1",
-    # Each shard has threads of its own: those of one that waits would take the processor from the one that works.
+    # Each shard has its own threads. Those of a waiting shard would take the processor from the working one.
     "session.intra_op.allow_spinning": "0",
     "provider_options": [],
 }
 MAX_LENGTH: Final = 2048
-"""Slots by default: genai makes a cache of all of them at once, and graphs attend to them all."""
+"""The default number of slots. onnxruntime-genai makes a cache of all of them, and graphs attend to them all."""
 UNBOUNDED: Final = 2**20
-"""Positions, where neither the architecture nor the source bounds them: genai wants a number."""
+"""The number of positions if neither the architecture nor the source bounds it: genai requires a number."""
 
 
 def graphs(architecture: Architecture) -> tuple[Graph, Graph]:
-    """What the graphs before and after the shards' take and give."""
+    """Return the ports of the graphs before and after those of the shards."""
     rows = tuple(Port(name=name, dtype="int64", shape=("batch",)) for name in ROWS)
     tokens = Port(name="token_ids", dtype="int64", shape=("batch", "sequence"))
     mask = Port(name="attention_mask", dtype="int64", shape=("batch", "total"))
@@ -47,9 +48,9 @@ def graphs(architecture: Architecture) -> tuple[Graph, Graph]:
 
 
 def configuration(manifest: Manifest, architecture: Architecture) -> dict[str, Any]:
-    """``genai_config.json``."""
+    """Return the content of ``genai_config.json``."""
     text = manifest.text
-    attention = architecture.kind_of(0).attention  # genai reads other layers' sizes off the graphs
+    attention = architecture.kind_of(0).attention  # genai reads the sizes of other layers from the graphs
     context = architecture.position_limit or manifest.model.context_length or UNBOUNDED
     _, before, after = GENAI
     stages = [
@@ -57,7 +58,7 @@ def configuration(manifest: Manifest, architecture: Architecture) -> dict[str, A
         *(_stage(shard) for shard in manifest.shards),
         {LOGITS: {"filename": after, "inputs": ["logits"], "outputs": [LOGITS]}},
     ]
-    # genai finds its own names in a tokenizer's directory. Where there is none, it takes and gives ids.
+    # genai looks for files of its own names in the tokenizer's directory. Without one, it works with ids.
     tokenizer = {} if text.tokenizer is None else {"tokenizer_dir": text.tokenizer.rpartition("/")[0]}
     return {
         "model": {
@@ -88,7 +89,7 @@ def configuration(manifest: Manifest, architecture: Architecture) -> dict[str, A
                 "pipeline": stages,
             },
         },
-        # Shared: TensorScatter then writes into the cache that it reads.
+        # The buffer is shared, so TensorScatter writes into the cache that it reads.
         "search": {"do_sample": False, "max_length": min(context, MAX_LENGTH), "past_present_share_buffer": True},
     }
 

@@ -1,4 +1,4 @@
-"""What the graph of a part of the model takes and gives: ``spec/v1/bundle.md``, section "Graphs"."""
+"""The inputs and outputs of the graph of a part of the model: ``spec/v1/bundle.md``, section "Graphs"."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from splitbundle.records import record
 OPSET = 24
 """The ONNX operator set that graphs are written in."""
 IR_VERSION = 12
-"""What ONNX released that operator set with."""
+"""The IR version of the ONNX release that has this operator set."""
 VARIANTS: Final = {"standard": "float32", "float16": "float16"}
-"""Of graphs, and what each computes in."""
+"""A variant of graphs -> the dtype that it computes in."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class Port:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
-    """Of each dimension its size, or what it is called where each call chooses it."""
+    """The size of each dimension, or its name if each call chooses the size."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype} [{', '.join(map(str, self.shape))}]"
@@ -40,17 +40,17 @@ class Graph:
 
 
 def next_name(name: str) -> str:
-    """The output that an input becomes in the next call."""
+    """Return the name of the output that becomes an input of the next call."""
     return f"{name}.next"
 
 
 def cache_names(layers: tuple[int, int]) -> list[str]:
-    """The KV caches of some layers, as a graph calls them."""
+    """Return the names of the KV caches of some layers in a graph."""
     return [f"layers.{layer}.{which}" for layer in range(*layers) for which in ("key", "value")]
 
 
 def cache_sizes(architecture: Architecture, name: str) -> tuple[int, int]:
-    """The heads and the channels of a KV cache."""
+    """Return the number of heads and of channels of a KV cache."""
     attention = architecture.kind_of(int(name.split(".")[1])).attention
     return attention.kv_heads, attention.head_dim
 
@@ -58,7 +58,7 @@ def cache_sizes(architecture: Architecture, name: str) -> tuple[int, int]:
 def ports(
     architecture: Architecture, layers: tuple[int, int], *, embeds: bool, head: bool, dtype: str
 ) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
-    """The inputs and the outputs of a part's graph, in order; ``dtype`` is what it computes in."""
+    """Return the inputs and the outputs of a part's graph, in order. It computes in ``dtype``."""
     hidden = ("batch", "sequence", architecture.hidden_size)
     first = Port(name="token_ids", dtype="int64", shape=hidden[:2])
     inputs = [first if embeds else Port(name="hidden", dtype="float32", shape=hidden)]

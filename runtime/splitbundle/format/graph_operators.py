@@ -1,4 +1,4 @@
-"""The operators that a graph of a bundle may be made of, all of ONNX's own domain: a closed list."""
+"""The closed list of operators that a graph of a bundle may have, all of ONNX's own domain."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ VALUES: Final[dict[tuple[bytes, bytes], frozenset[object]]] = {
     (b"Cast", b"to"): frozenset(ONNX_CODES.values()),
     (b"Gelu", b"approximate"): frozenset((b"none", b"tanh")),
 }
-"""(operator, attribute) -> what the attribute may be, where that isn't left to the runtime that computes it."""
+"""(operator, attribute) -> the allowed values, if the rules don't leave them to the runtime."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Operator:
-    """How many inputs an operator takes, and its attributes: each by the field that holds its value."""
+    """The number of inputs of an operator, and its attributes with the fields that hold their values."""
 
     minimum: int
     maximum: int

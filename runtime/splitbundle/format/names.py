@@ -1,7 +1,7 @@
-"""The grammar of names: of files in a bundle, of shards, of digests.
+"""The grammar of the names of files and shards, and of digests.
 
 A name must mean the same file on every file system, so it is lower-case ASCII and avoids what Windows reserves.
-Tokenizer files keep the names that other tools look for, which the grammar allows.
+Tokenizer files keep the names that other tools expect. The grammar allows these names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_DEPTH: Final = 4
 
 
 def is_path(path: str) -> bool:
-    """Whether ``path`` may stand in a manifest: relative, ``/``-separated, every part within the grammar."""
+    """Return whether a manifest may list ``path``: relative, with ``/``, each part within the grammar."""
     if path == CARD:
         return True
     parts = path.split("/")
@@ -31,17 +31,17 @@ def is_path(path: str) -> bool:
 
 
 def is_own(path: str) -> bool:
-    """Whether ``path``, or the directory that it begins with, would meet a file that every bundle has unlisted."""
+    """Return whether ``path`` or its first directory would clash with a file that every bundle has unlisted."""
     return path.partition("/")[0].lower() in (MANIFEST, SUMS.lower())
 
 
 def is_shard(name: str) -> bool:
-    """Whether ``name`` may be a shard's: files are named after shards, too."""
+    """Return whether ``name`` may name a shard. Files are named after shards, too."""
     return bool(_SHARD.fullmatch(name)) and not _RESERVED.fullmatch(name)
 
 
 def is_part(part: str) -> bool:
-    """Whether ``part`` may name a file or a directory."""
+    """Return whether ``part`` may name a file or a directory."""
     return bool(_PART.fullmatch(part)) and not part.endswith(".") and not _RESERVED.fullmatch(part)
 
 

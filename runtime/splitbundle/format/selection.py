@@ -1,4 +1,4 @@
-"""Which part of a model a shard's name, or a range of layers, means."""
+"""The part of a model that a shard, or a range of layers, means."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from splitbundle.records import record
 
 @record(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """A part of the model: what a stage computes, and the units that it needs."""
+    """A part of the model: the layers and ends of a stage, and the units that it needs."""
 
     name: str
     layers: tuple[int, int]
@@ -27,7 +27,7 @@ def select(
     embeds: bool | None,
     head: bool | None,
 ) -> Selection:
-    """The part that a shard, or a range of layers, means: see ``BundleReader.select``."""
+    """Return the part that a shard, or a range of layers, means. See ``BundleReader.select``."""
     if (shard is None) == (layers is None):
         raise BundleError(
             Problem(

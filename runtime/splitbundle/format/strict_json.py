@@ -1,7 +1,7 @@
-"""JSON, read strictly and written canonically.
+"""Read JSON strictly, and write it canonically.
 
-The standard parser takes more than RFC 8259 allows and keeps the last of two equal keys. Two readers that disagree
-about one file are a hole, so whatever could be read in two ways is refused before any field is looked at.
+The standard parser accepts more than RFC 8259 allows, and keeps the last of two equal keys. If two readers disagree
+about one file, that is a security hole. So a document that can be read in two ways is refused before any field is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from splitbundle.errors import BundleError, Problem, quoted
 
 MAX_BYTES: Final = 16 * 2**20
 MAX_MARKS: Final = 2**20
-"""Of the characters that begin or part values: what a parser builds takes a hundred times the bytes of the text."""
+"""The largest number of the characters ``[``, ``{`` and ``,``. The parsed values take a hundred times the bytes."""
 MAX_DEPTH: Final = 64
 MAX_INTEGER: Final = 2**53 - 1
 """The largest integer that every JSON implementation reads exactly (RFC 8259, section 6)."""
@@ -27,7 +27,7 @@ class _Refused(ValueError):
 
 
 def parse(data: bytes, file: str, *, max_bytes: int = MAX_BYTES, max_marks: int = MAX_MARKS) -> Any:
-    """The value of a JSON document.
+    """Return the value of a JSON document.
 
     Raises:
         BundleError: one problem, with a ``json.*`` code, that names ``file``.
@@ -66,12 +66,12 @@ def parse(data: bytes, file: str, *, max_bytes: int = MAX_BYTES, max_marks: int 
 
 
 def dump(value: object) -> bytes:
-    """``value`` in the one form in which splitbundle writes JSON: key order kept, two spaces, ASCII, a newline."""
+    """Return ``value`` in the form in which splitbundle writes JSON: keys in order, two spaces, ASCII, a newline."""
     return (json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
 
 
 def dump_compact(value: object) -> bytes:
-    """``value`` on one line without spaces: the form of safetensors headers."""
+    """Return ``value`` on one line without spaces: the form of safetensors headers."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
 
 
@@ -87,7 +87,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    # The length comes first: converting a million digits takes quadratic time.
+    # Check the length first: the conversion of a million digits takes quadratic time.
     if len(digits) > 17 or abs(int(digits)) > MAX_INTEGER:
         raise _Refused("json.number", f"integers from -{MAX_INTEGER} to {MAX_INTEGER}", f"{len(digits)} digits")
     return int(digits)

@@ -1,4 +1,4 @@
-"""The header of a weight file: safetensors, in the one layout of ``spec/v1/bundle.md``, section "Weight files"."""
+"""The header of a weight file: safetensors in the canonical layout (``spec/v1/bundle.md``, "Weight files")."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from splitbundle.format.fields import Field, Problems
 from splitbundle.records import record
 
 ALIGNMENT: Final = 4096
-"""The data begins at a multiple of this: a page, so that a mapping of the data can start there."""
+"""The data begins at a multiple of this, a page, so that a mapping of the data can start there."""
 TENSOR_ALIGNMENT: Final = 64
 MAX_HEADER: Final = 16 * 2**20
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Tensor:
-    """A tensor that a file holds, or must hold: dtype and shape."""
+    """The dtype and the shape of a stored tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -30,17 +30,17 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Return the number of bytes."""
         return ITEM_SIZES[self.dtype] * math.prod(self.shape)
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """Where a tensor lies."""
+    """The place of a tensor in a file."""
 
     file: str
     offset: int
-    """Of its first byte in the file."""
+    """The offset of its first byte in the file."""
     tensor: Tensor
 
 
@@ -49,10 +49,11 @@ Layout = dict[str, tuple[Tensor, int]]
 
 
 def lay_out(tensors: dict[str, Tensor]) -> Layout:
-    """Where each tensor goes: first what has a multiple of 64 bytes, matrices before the rest; others by item size.
+    """Return the layout of some tensors.
 
-    So the first are aligned to 64 and the others to their item, with no holes and no padding tensors, and matrices that
-    multiply the same input lie one after another. Within each group the order is the given one, the order of use.
+    Tensors with a multiple of 64 bytes come first, matrices before the rest. The others follow by falling item size.
+    So the former are aligned to 64 bytes and the latter to their items, without holes and padding. Matrices that
+    multiply the same input lie side by side. Within each group the order is the given one, the order of use.
     """
 
     def place(name: str) -> tuple[bool, int]:
@@ -70,7 +71,7 @@ def lay_out(tensors: dict[str, Tensor]) -> Layout:
 
 
 def header(layout: Layout, data_sha256: str) -> bytes:
-    """Everything before the data: the length, and the JSON padded with spaces up to the alignment."""
+    """Return the bytes before the data: the length, and the JSON, padded with spaces up to the alignment."""
     entries: dict[str, Any] = {"__metadata__": {"sha256": data_sha256}}
     for name, (tensor, start) in layout.items():
         entries[name] = {
@@ -85,7 +86,7 @@ def header(layout: Layout, data_sha256: str) -> bytes:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """What the header of one file says."""
+    """The content of the header of one file."""
 
     start: int
     """The offset of the data in the file."""
@@ -96,8 +97,8 @@ class Weights:
 def parse(
     raw: bytes, path: str, size: int, expected: dict[str, Tensor], *, part: bool = False, more: bool = False
 ) -> Weights:
-    """Judges the header ``raw`` of a file of ``size`` bytes. See ``read``."""
-    last = not more and (bool(expected) or not part)  # what the header holds is known before it is read
+    """Judge the header ``raw`` of a file of ``size`` bytes. See ``storage.weight_headers.read_header``."""
+    last = not more and (bool(expected) or not part)  # then the tensors of the header are known before it is read
     if last and (as_expected := _as_expected(raw, size, expected)) is not None:
         return as_expected
     problems = Problems(path)
@@ -155,7 +156,7 @@ def parse(
 
 
 def _as_expected(raw: bytes, size: int, expected: dict[str, Tensor]) -> Weights | None:
-    """What a header says that is, byte for byte, the one that it has to be. Another is parsed, to say what is wrong."""
+    """Return the content of a header that equals the canonical one. Otherwise None: the caller parses it to explain."""
     text = raw[len(_BEGINNING) + 8 :][:64].decode("latin-1")
     if not names.SHA256.fullmatch(text):
         return None

@@ -1,8 +1,8 @@
-"""One call of a stage: which positions its tokens have, and whether a cache can take them. The same in every backend.
+"""One call of a stage: the positions of its tokens, and the bookkeeping of caches. The same in every backend.
 
-In a stage, row b's tokens come first: its positions past[b] … past[b]+count[b]−1 stand at 0 … count[b]−1 of the
-sequence, and what follows is padding. So slot = position, and a causal mask keeps padding out by itself wherever all
-rows have the same past.
+In a stage, the tokens of a row come first. Positions past[b] … past[b]+count[b]−1 of row b stand at 0 … count[b]−1 of
+the sequence, and padding follows. So slot = position, and a causal mask keeps padding out by itself if all rows have
+the same past.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from splitbundle.format.architecture.rotary import Dynamic, LongRope
 
 
 class Call:
-    """What each row has behind it, and what it brings now."""
+    """The number of past positions of each row, and the number of tokens that it brings now."""
 
     def __init__(self, past: Sequence[int], count: Sequence[int], length: int) -> None:
         self.past, self.count, self.length = tuple(past), tuple(count), length
         self.uniform = self.past[0] if len(set(self.past)) == 1 else None
-        """The past that all rows share, or None."""
+        """The past of all rows if it is the same, or None."""
         self.padded = any(n != length for n in self.count)
         self.stop = max(p + n for p, n in zip(self.past, self.count, strict=True)) if self.past else 0
-        """One above the last position."""
+        """The last position plus one."""
 
     def pieces(self, size: int) -> Iterator[tuple[int, Call]]:
-        """This call as calls of at most ``size`` tokens a row, one after another, each with the offset it begins at."""
+        """Yield this call in calls of at most ``size`` tokens a row, each with the offset of its first token."""
         for start in range(0, self.length, size):
             length = min(size, self.length - start)
             past = [p + min(n, start) for p, n in zip(self.past, self.count, strict=True)]
@@ -35,23 +35,23 @@ class Call:
 
 
 class CacheState:
-    """What a KV cache knows of its rows: ``capacity`` slots each, of which the first ``lengths`` hold a token.
+    """The bookkeeping of a KV cache. Each row has ``capacity`` slots, of which the first ``lengths`` hold a token.
 
-    What lies at or above a row's past + count has no meaning: a call with a lower past forgets what lay above it.
+    Slots at or above a row's past + count have no meaning. A call with a lower past discards the slots above it.
     """
 
     def __init__(self, architecture: Architecture, layers: tuple[int, int], batch_size: int, capacity: int) -> None:
         self.layers, self.batch_size, self.capacity = layers, batch_size, capacity
         self.lengths = [0] * batch_size
         self.thresholds: set[int] = set()
-        """The lengths at which some layer's rotation changes."""
+        """The lengths at which the rotation of some layer changes."""
         for layer in range(*layers):
             scaling = getattr(architecture.kind_of(layer).attention.position, "scaling", None)
             if isinstance(scaling, Dynamic | LongRope):
                 self.thresholds.add(scaling.original_positions)
 
     def check(self, call: Call) -> None:
-        """Whether this call fits.
+        """Check that this call fits.
 
         Raises:
             BundleError: ``session.capacity``; ``input.position`` for a past above what the cache holds.
@@ -89,14 +89,14 @@ class CacheState:
             self.check_rollback(row, past)
 
     def rescales(self, call: Call) -> bool:
-        """Whether rotations in this call depend on its length, so that it isn't the same as its pieces."""
+        """Return whether rotations depend on the length of this call, so that it can't be divided."""
         return any(call.stop > threshold for threshold in self.thresholds)
 
     def check_rollback(self, row: int, past: int) -> None:
-        """Whether a row may go back to so many positions.
+        """Check that a row may go back to ``past`` positions.
 
         Raises:
-            BundleError: ``session.rollback`` where keys would stay that were turned for a longer row.
+            BundleError: ``session.rollback`` if cached keys would stay that were rotated for a longer row.
         """
         for threshold in self.thresholds:
             if 0 < past <= threshold < self.lengths[row]:
@@ -111,9 +111,9 @@ class CacheState:
                 )
 
     def advance(self, call: Call) -> None:
-        """Takes this call's tokens as stored."""
+        """Record that this call's tokens are stored."""
         self.lengths = [past + count for past, count in zip(call.past, call.count, strict=True)]
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Row i becomes what row ``rows[i]`` was."""
+        """Give row i the state of the former row ``rows[i]``."""
         self.lengths = [self.lengths[row] for row in rows]

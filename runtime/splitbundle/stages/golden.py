@@ -1,4 +1,4 @@
-"""Running the golden vectors: does what is stored compute what the original model computed?"""
+"""Run the golden vectors, and compare the results with those of the original model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
 
 TOLERANCE: Final = 1e-5
-"""Of the largest magnitude: ten times what the original model itself differs by between two ways to compute it."""
+"""A share of the largest magnitude: ten times the difference between two ways to compute the original model."""
 FLOAT16_TOLERANCE: Final = TOLERANCE * 2**10
-"""1.7 times what float16 needs: the largest difference known, of 175 configurations, is 0.006 of the largest value.
-What changes a number by less can't be told from rounding."""
+"""1.7 times the need of float16: the largest known difference, of 175 configurations, is 0.006 of the largest value.
+A smaller change of a number can't be told from rounding."""
 Outputs = dict[tuple[str, int], Any]
-"""``hidden.N`` or ``logits``, and the case -> what came out there."""
+"""``hidden.N`` or ``logits``, and the case -> the result at that place."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -31,15 +31,15 @@ class Difference:
     """``hidden.N``: before layer N; ``logits``."""
     largest: float
     scale: float
-    """The largest magnitude there."""
+    """The largest magnitude at that place."""
     between: tuple[str, str]
-    """What computed the one, and what the other: a backend, or the "original"."""
+    """The two sides of the comparison: a backend, and a backend or the "original"."""
     tolerance: float = TOLERANCE
     """The largest relative difference that rounding explains."""
 
     @property
     def relative(self) -> float:
-        """The difference as a fraction of the scale."""
+        """Return the difference as a fraction of the scale."""
         return self.largest / self.scale if self.scale else self.largest
 
 
@@ -50,14 +50,14 @@ def compute(
     load: Callable[[Selection], Callable[..., Any]],
     progress: Progress | None,
 ) -> Outputs:
-    """What chained shards compute of the golden vectors, or one shard of its golden input. One is loaded at a time.
+    """Compute the golden vectors through chained shards, or one shard from its golden input. Load one at a time.
 
     Args:
-        bundle: whose vectors they are.
-        shard: the one to run alone, or None for all.
-        golden: the tensors of the vectors, as arrays of a backend.
-        load: gives the stage of a selection, computing in float32.
-        progress: called with what is being done, how much is done, and how much there is.
+        bundle: the bundle that has the vectors.
+        shard: the only shard to run, or None for all.
+        golden: the tensors of the golden vectors, as arrays of a backend.
+        load: loads the stage of a selection, which computes in float32.
+        progress: called with the name of the work, the amount that is done, and the total amount.
 
     Raises:
         BundleError: ``vectors.none`` for a bundle without vectors.
@@ -89,24 +89,24 @@ def compute(
 def compare(
     got: Outputs, expected: Mapping[tuple[str, int], Any], between: tuple[str, str], tolerance: float = TOLERANCE
 ) -> list[Difference]:
-    """The largest difference at each place."""
+    """Return the largest difference at each place."""
     found: dict[str, Difference] = {}
     for (where, case), value in got.items():
         other = expected[where, case]
         largest, scale = float(abs(value - other).max()), float(abs(other).max())
         difference = Difference(where=where, largest=largest, scale=scale, between=between, tolerance=tolerance)
         before = found.get(where)
-        # A NaN must win and stay, and compares as larger than nothing.
+        # A NaN must win and stay, but no comparison with it is true.
         if before is None or math.isnan(difference.relative) or difference.relative > before.relative:
             found[where] = difference
     return list(found.values())
 
 
 def check(differences: list[Difference], file: str) -> None:
-    """Whether all are small.
+    """Check that all differences are small.
 
     Raises:
-        ParityError: ``parity`` where they differ by more than the tolerance, or aren't numbers.
+        ParityError: ``parity`` for a difference above the tolerance, or for NaN.
     """
     wrong = [difference for difference in differences if not difference.relative <= difference.tolerance]
     if wrong:
@@ -129,5 +129,5 @@ def _problem(difference: Difference, file: str) -> Problem:
 
 
 def original_outputs(golden: Mapping[str, Any], outputs: Outputs) -> Outputs:
-    """What the original model computed at the same places."""
+    """Return the results of the original model at the same places."""
     return {(where, case): golden[f"case.{case}.{where}"] for where, case in outputs}

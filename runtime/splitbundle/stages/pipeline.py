@@ -1,4 +1,4 @@
-"""Stages in order, whatever computes them: calls, sessions and generation."""
+"""The base of the pipelines of every backend: stages in order, sessions and generation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from splitbundle.stages.session import Session
 from splitbundle.stages.stage import Array, LogitsWanted, StageBase
 
 STOPPED = -1
-"""What ``generate`` gives for a row that has stopped."""
+"""The value that ``generate`` yields for a row that has stopped."""
 
 
 def check_tiling(stages: Sequence[StageBase], *, same_weights: bool) -> None:
-    """Whether stages, in order, are one model.
+    """Check that stages, in order, make one model.
 
     Raises:
         BundleError: ``pipeline.tiling``, ``pipeline.fingerprint``.
@@ -46,52 +46,52 @@ def check_tiling(stages: Sequence[StageBase], *, same_weights: bool) -> None:
 class PipelineBase:
     """Stages whose layer ranges tile the model, called as one model."""
 
-    # What a backend says for itself.
+    # Each backend defines these.
 
     def _in_order(self) -> Sequence[Any]:
-        """The stages."""
+        """Return the stages in order."""
         raise NotImplementedError
 
     def token_ids(self, rows: Sequence[Sequence[int]]) -> Array:
-        """Rows of equal length as this pipeline takes them. *Shape:* (batch, sequence), int64."""
+        """Return rows of equal length as an array for this pipeline. *Shape:* (batch, sequence), int64."""
         raise NotImplementedError
 
     def _enter(self, x: Array, stage: Any) -> Array:
-        """What crosses a boundary, as the stage wants it."""
+        """Return the input of a stage in its dtype and on its device."""
         return x
 
     def _nested(self, array: object) -> list[list[Any]] | None:
-        """A two-dimensional array as lists; None for anything else."""
+        """Return a two-dimensional array as lists; None for any other object."""
         raise NotImplementedError
 
     def _shift(self, x: Array, starts: Sequence[int]) -> Array:
-        """Moves row b left by starts[b], around the end. *Shape:* (batch, sequence, …) -> the same."""
+        """Rotate row b to the left by starts[b]. *Shape:* (batch, sequence, …) -> the same."""
         raise NotImplementedError
 
     def _lengthen(self, x: Array, more: int) -> Array:
-        """Zeros after the end of the sequence. *Shape:* (batch, sequence, …) -> (batch, sequence + more, …)."""
+        """Append zeros to the sequence. *Shape:* (batch, sequence, …) -> (batch, sequence + more, …)."""
         raise NotImplementedError
 
     def _draw(self, logits: Array, sampling: Sampling, generator: random.Random) -> Array:
-        """The next token of each row. *Shape:* (batch, vocab) -> (batch), int64."""
+        """Draw the next token of each row. *Shape:* (batch, vocab) -> (batch), int64."""
         raise NotImplementedError
 
     def _row(self, values: list[int], like: Array) -> Array:
-        """*Shape:* (how many), int64, beside another array."""
+        """Return values as an array on the device of another. *Shape:* (number of values), int64."""
         raise NotImplementedError
 
     def _without_gradients(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    # What is the same everywhere.
+    # Every backend shares these.
 
     @property
     def first(self) -> Any:
-        """The stage that takes token ids."""
+        """Return the stage that takes token ids."""
         return self._in_order()[0]
 
     def session(self, batch_size: int = 1, capacity: int | None = None) -> Session:
-        """An empty session of ``capacity`` slots a row; by default 512, or as many as the model has positions for.
+        """Return an empty session of ``capacity`` slots a row; by default 512, or the positions of a smaller model.
 
         Raises:
             BundleError: ``session.capacity`` for more positions than the model has.
@@ -109,16 +109,16 @@ class PipelineBase:
         session: Session | None = None,
         logits: LogitsWanted = "all",
     ) -> Array:
-        """Logits for some tokens of each row, after those that the session has.
+        """Compute logits for some tokens of each row, after the tokens of the session.
 
         *Shape:* (batch, sequence) -> (batch, sequence, vocab), or (batch, k, vocab) for ``logits="last"`` or k.
 
         Args:
             token_ids: of an integer dtype.
-            attention_mask: (batch, sequence), 1 for a token of this call, 0 for padding: one run of ones a row,
-                possibly empty, padded left, right or on both sides. Padding enters no cache; its logits are zero.
-            session: what ``session()`` gave; it goes on from where it is.
-            logits: "all" positions, each row's "last", or its last k.
+            attention_mask: (batch, sequence), 1 for a token of this call, 0 for padding. Each row has one run of ones,
+                possibly empty, padded left, right or on both sides. Padding enters no cache, and its logits are zero.
+            session: a session from ``session()``, which this call extends.
+            logits: "all" positions, each row's "last" one, or its last k.
 
         Raises:
             BundleError: ``input.*``, ``session.*``.
@@ -137,7 +137,7 @@ class PipelineBase:
             starts, counts = self._runs(attention_mask, shape)
             token_ids = self._shift(token_ids, starts)
         past = None if session is None else session.past
-        # Every stage is asked before any cache is written, so that a refusal leaves the session as it was.
+        # Every stage checks the call before any cache is written, so that a refusal changes nothing.
         call = stages[0].check(token_ids, past=past, count=counts, cache=caches[0], logits=logits)
         for stage, cache in zip(stages[1:], caches[1:], strict=True):
             stage.check_call(token_ids, stage.convert_call(call), cache, logits)
@@ -151,7 +151,7 @@ class PipelineBase:
         return x
 
     def _runs(self, mask: object, shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
-        """Where each row's tokens begin, and how many they are.
+        """Return where the tokens of each row begin, and their number.
 
         Raises:
             BundleError: ``input.shape``, ``input.mask``.
@@ -186,22 +186,22 @@ class PipelineBase:
         stop_ids: Sequence[int] = (),
         session: Session | None = None,
     ) -> Iterator[Array]:
-        """Goes on from a prompt, one token of every row at a time.
+        """Continue a prompt, one token of every row at a time.
 
         *Shape:* (batch, sequence) -> up to ``max_new_tokens`` times (batch), int64.
 
-        A row ends with the first of ``stop_ids`` that it draws, which is still given; from then on it gives -1.
+        A row ends with the first of ``stop_ids`` that it draws. That token is still yielded; then the row yields -1.
 
         Args:
             token_ids: the prompt.
-            max_new_tokens: how many tokens to give at most.
+            max_new_tokens: the largest number of tokens to yield.
             attention_mask: as for a call.
-            temperature: 0 for the likeliest token, else what the logits are divided by.
+            temperature: 0 for the likeliest token, else the divisor of the logits.
             top_k: draw among the k likeliest.
-            top_p: draw among the likeliest that together reach this probability.
-            seed: of the draws; None for another each time.
+            top_p: draw among the likeliest tokens that together reach this probability.
+            seed: the seed of the draws; None for a different one each time.
             stop_ids: tokens that end a row.
-            session: one to go on with; by default a new one that is large enough.
+            session: a session to continue; by default a new one that is large enough.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         most = as_integer(max_new_tokens)
@@ -223,7 +223,7 @@ class PipelineBase:
                 Problem(code="input.position", argument="max_new_tokens", expected=expected, got=f"{most}")
             )
         if session is None:
-            # The last token is given and not fed again, so it needs no slot.
+            # The last token is yielded and not fed again, so it needs no slot.
             session = self.session(shape[0], max(1, longest + most - 1))
         stops = frozenset(as_integers(stop_ids, "stop_ids"))
         return self._generate(token_ids, attention_mask, most, sampling, stops, session)
@@ -240,7 +240,7 @@ class PipelineBase:
         generator = random.Random(sampling.seed)
         running = [True] * token_ids.shape[0]
         for _ in range(max_new_tokens):
-            with self._without_gradients():  # not around the loop: the caller's code between two tokens isn't ours
+            with self._without_gradients():  # not around the loop, as the caller's code runs between two tokens
                 last = self.forward(token_ids, attention_mask=attention_mask, session=session, logits="last")[:, -1]
                 drawn = self._draw(last, sampling, generator)
             tokens = drawn.tolist()

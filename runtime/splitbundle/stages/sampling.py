@@ -1,4 +1,4 @@
-"""How the next token is chosen, the same in every backend: one uniform a row, and the inverse of the distribution."""
+"""How a token is drawn, the same in every backend: one uniform number a row, and the inverse distribution."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NOT_FINITE: Final = Problem(
 
 @record(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. ``temperature`` 0 takes the likeliest, the lowest id among equals."""
+    """How tokens are drawn. ``temperature`` 0 takes the likeliest token, and the lowest id among equals."""
 
     temperature: float = 0.0
     top_k: int | None = None
-    """Only the k likeliest."""
+    """Draw only among the k likeliest tokens."""
     top_p: float | None = None
-    """Only the likeliest that together reach this probability (Holtzman et al. 2020, arXiv:1904.09751)."""
+    """Draw only among the likeliest tokens that reach this probability (Holtzman et al. 2020, arXiv:1904.09751)."""
     seed: int | None = None
 
     def __post_init__(self) -> None:

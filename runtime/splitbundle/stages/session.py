@@ -1,4 +1,4 @@
-"""The state of a running batch: each stage's cache, and the positions behind each row."""
+"""The state of a running batch: the cache of each stage, and the past positions of each row."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from splitbundle.stages.call import CacheState
 
 
 class Session:
-    """The state of one running sequence batch: each stage's KV cache, and how many positions each row has behind it."""
+    """The state of one running batch: the KV cache of each stage, and the number of past positions of each row."""
 
     def __init__(self, caches: Sequence[CacheState], batch_size: int, capacity: int) -> None:
         self.caches, self.batch_size, self.capacity = caches, batch_size, capacity
         self.past = [0] * batch_size
 
     def rollback(self, tokens: int | Sequence[int]) -> None:
-        """Forgets the last tokens of every row, or of each row as many as are given for it.
+        """Discard the last tokens: the same number in every row, or a number for each row.
 
         Raises:
-            BundleError: ``session.rollback`` for more than a row has, or another number of rows.
+            BundleError: ``session.rollback`` for more tokens than a row has, or another number of rows.
         """
         one = as_integer(tokens)
         back = [one] * self.batch_size if one is not None else as_integers(tokens, "tokens")  # type: ignore[arg-type]
@@ -39,7 +39,7 @@ class Session:
         self.past = left
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Row i goes on from what row ``rows[i]`` was; a row may be taken several times, as beam search does.
+        """Continue row i from the former row ``rows[i]``. A row may be taken several times, as in beam search.
 
         Raises:
             BundleError: ``input.value`` for rows that don't exist, or another number of them.

@@ -1,4 +1,4 @@
-"""What a stage is in every backend: its part of the model, and the checks of what crosses a boundary."""
+"""The base of the stages of every backend: its part of the model, and the checks at its boundaries."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 MAX_LOGITS = 2**20
 LogitsWanted = Literal["all", "last"] | int
 Array = Any
-"""A tensor of the backend."""
+"""A tensor or array of the backend."""
 
 
 class ArrayInfo(NamedTuple):
-    """An array that a caller gave, in the words of its backend."""
+    """The shape, dtype and device of an array from a caller, as its backend names them."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -29,16 +29,16 @@ class ArrayInfo(NamedTuple):
 
 
 class StageBase:
-    """A part of the model. The first stage takes token ids, the others ``hidden``; the last one gives logits."""
+    """A part of the model. The first stage takes token ids, the others ``hidden``; the last one returns logits."""
 
     backend: ClassVar[str]
     array: ClassVar[str]
-    """What arrays are called."""
+    """The name of an array, for messages."""
     integer_dtypes: ClassVar[frozenset[str]]
 
     name: str
     fingerprint: str
-    """Of the model that the weights came from; training doesn't change it."""
+    """The fingerprint of the model that the weights came from. Training doesn't change it."""
     layer_range: tuple[int, int]
     architecture: Architecture
     embeds: bool
@@ -51,39 +51,39 @@ class StageBase:
         self.architecture = bundle.architecture
         self.embeds, self.has_head = selection.embeds, selection.head
 
-    # What a backend says for itself.
+    # Each backend defines these.
 
     def _info(self, array: object) -> ArrayInfo | None:
-        """An array of this backend; None for anything else."""
+        """Return the shape, dtype and device of an array of this backend; None for any other object."""
         raise NotImplementedError
 
     def _min_max(self, array: Array) -> tuple[int, int]:
-        """The least and the largest of some integers."""
+        """Return the smallest and the largest of some integers."""
         raise NotImplementedError
 
     def _expected(self) -> ArrayInfo:
-        """What this stage computes in, and where; without a shape."""
+        """Return the dtype and the device of this stage; the shape is empty."""
         raise NotImplementedError
 
     def _call(self, past: Sequence[int], count: Sequence[int], length: int) -> Call:
-        """A call, as this backend wants it."""
+        """Return a call in the form of this backend."""
         return Call(past, count, length)
 
     def _make_cache(self, batch_size: int, capacity: int) -> CacheState:
         raise NotImplementedError
 
     def convert_call(self, call: Call) -> Call:
-        """A call of another stage, as this one wants it."""
+        """Return a call of another stage in the form of this one."""
         return call
 
     def over_numpy(self) -> StageBase:
-        """Return a stage that computes the same and takes and gives numpy arrays: itself, where it does that."""
+        """Return a stage that computes the same over numpy arrays; this stage itself if it does so already."""
         return self
 
-    # What is the same everywhere.
+    # Every backend shares these.
 
     def cache(self, batch_size: int, capacity: int) -> Any:
-        """An empty KV cache for this stage's layers.
+        """Return an empty KV cache for this stage's layers.
 
         Raises:
             BundleError: ``session.capacity`` for more positions than the model has, or than memory can hold.
@@ -100,7 +100,7 @@ class StageBase:
             )
         try:
             return self._make_cache(rows, slots)
-        # Allocators raise one or another of these, and nothing more precise.
+        # Allocators raise any of these, and nothing more precise.
         except (RuntimeError, MemoryError, ValueError, OverflowError) as error:
             expected, got = "slots that memory can hold", f"{capacity} in {batch_size} rows: {str(error)[:100]}"
             raise BundleError(
@@ -116,9 +116,9 @@ class StageBase:
         cache: Any = None,
         logits: LogitsWanted = "all",
     ) -> Any:
-        """Whether a call can be computed, and its positions. Nothing is written, so no refusal changes a cache.
+        """Check that a call can be computed, and return its positions.
 
-        Arguments and errors are those of a call.
+        Nothing is written, so a refusal never changes a cache. Arguments and errors are those of a call.
         """
         self._check_inputs(inputs)
         batch, length = inputs.shape[:2]
@@ -135,7 +135,7 @@ class StageBase:
         return call
 
     def check_call(self, inputs: Array, call: Call, cache: Any, logits: LogitsWanted = "all") -> None:
-        """The part of ``check`` that every stage of a pipeline has to see for itself."""
+        """Do the part of ``check`` that every stage of a pipeline must do itself."""
         if cache is not None:
             self._check_cache(cache)
             cache.check(call)
@@ -183,7 +183,7 @@ class StageBase:
                 self._refuse("input.shape", name, f"(batch, sequence, {width})", str(given.shape), hint)
 
     def _other_dtype(self) -> str:
-        """What to do about hidden states in another dtype."""
+        """Return the hint for hidden states in another dtype."""
         raise NotImplementedError
 
     def _rows(self, name: str, given: Any, batch: int, default: int, low: int, high: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The two documents of a bundle, read and judged together."""
+"""Read the two documents of a bundle, and judge them together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_REPLACEMENTS: Final = 8
 
 
 class Documents(NamedTuple):
-    """What a bundle says of itself."""
+    """The manifest, the architecture and the id of a bundle."""
 
     manifest: Manifest
     architecture: Architecture

@@ -1,4 +1,4 @@
-"""Opening and hashing a bundle's files: regular files of the stated size, reached through no link."""
+"""Open, map and hash a bundle's files. Only regular files of the listed size are read, and no links."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from splitbundle.format.manifest.document import File
 
 CHUNK: Final = 2**20
 HASHED_AT_ONCE: Final = 2**17
-"""Bytes: they stay in the core's cache between reading and hashing."""
+"""Bytes that are read and hashed at once. They stay in the core's cache between the two."""
 MAX_TEXT_BYTES: Final = 256 * 2**20
-"""Of a tokenizer's file: vocabularies of a million tokens take some 100 MB."""
+"""The largest tokenizer file, in bytes. A vocabulary of a million tokens takes some 100 MB."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, and how much there is."""
+"""A function that is called with the name of the work, the amount that is done, and the total amount."""
 
 
 def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
-    """Opens ``root/path`` for reading.
+    """Open ``root/path`` for reading.
 
     Raises:
         BundleError: ``file.missing``, ``file.kind`` (a link, a directory …), ``file.unreadable``, ``file.size``.
@@ -50,7 +50,7 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
                     hint="Put the file itself there: cp -rL copies what links point to",
                 )
             )
-    # Between the look and the open the file may have been exchanged: the flags refuse a link and don't wait on a pipe.
+    # The file may be exchanged between lstat and open. The flags refuse a link, and don't wait for a pipe.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         handle = os.open(place, flags | getattr(os, "O_CLOEXEC", 0))
@@ -83,7 +83,7 @@ FETCH: Final = "The file isn't the one that the manifest lists: fetch or convert
 
 
 def unreadable(path: str, error: OSError) -> Problem:
-    """The problem of a file that the system doesn't let be read."""
+    """Return the problem of a file that the system refuses to read."""
     hint = "Check the permissions of the file and of the directories above it"
     return Problem(
         code="file.unreadable", file=path, expected="a file that can be read", got=f"{error.strerror}", hint=hint
@@ -91,27 +91,27 @@ def unreadable(path: str, error: OSError) -> Problem:
 
 
 def missing(path: str) -> Problem:
-    """The problem of a file that isn't there."""
+    """Return the problem of a file that is missing."""
     hint = "Copy it from a whole bundle with the same fingerprint"
     return Problem(code="file.missing", file=path, expected="a file that the manifest lists", got="none", hint=hint)
 
 
 def map_private(file: BinaryIO, path: str, listed: File) -> mmap.mmap:
-    """An open file's bytes, copy-on-write, over a mapping that lives as long as what refers to it.
+    """Map an open file copy-on-write. The mapping lives as long as an object refers to it.
 
     Raises:
         BundleError: ``file.unreadable``.
     """
     try:
         return mmap.mmap(file.fileno(), listed.size, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:  # no more mappings to give; a file that has just been shortened
+    except (OSError, ValueError) as error:  # the system has no more mappings, or the file was just shortened
         got = getattr(error, "strerror", None) or str(error)
         problem = Problem(code="file.unreadable", file=path, expected="a file that can be mapped", got=got)
         raise BundleError(problem) from error
 
 
 def read_private(file: BinaryIO, path: str, listed: File) -> mmap.mmap:
-    """An open file's bytes, read once into memory of this process alone, and hashed there.
+    """Read an open file once into private memory of this process, and hash the bytes there.
 
     Raises:
         BundleError: ``file.digest``, ``file.size``, ``file.unreadable``.
@@ -140,14 +140,14 @@ def read_private(file: BinaryIO, path: str, listed: File) -> mmap.mmap:
 
 
 def _private_memory(size: int) -> mmap.mmap:
-    """Pages of this process, and after a fork of each of the two: Python's default would share them."""
+    """Return private memory. After a fork each process has its own copy; Python's default would share it."""
     if hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS"):
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return mmap.mmap(-1, size)
 
 
 def check_digest(path: str, listed: File, digest: str) -> None:
-    """Whether a file's digest is the listed one.
+    """Check that a file's digest is the listed one.
 
     Raises:
         BundleError: ``file.digest``.
@@ -159,7 +159,7 @@ def check_digest(path: str, listed: File, digest: str) -> None:
 
 
 def read_listed(root: Path, path: str, expected: File, limit: int) -> bytes:
-    """The whole of a small file, once its digest is known to be the listed one.
+    """Read a small file, and check that its digest is the listed one.
 
     Raises:
         BundleError: as for ``read_file``, and ``file.digest``.
@@ -170,14 +170,14 @@ def read_listed(root: Path, path: str, expected: File, limit: int) -> bytes:
 
 
 def read_file(root: Path, path: str, limit: int, expected: File | None = None) -> bytes:
-    """The whole of a small file.
+    """Read a small file.
 
     Raises:
         BundleError: as for ``open_file``, and ``json.size`` (or ``file.size``) above ``limit`` bytes.
     """
     try:
         with open_file(root, path, expected) as file:
-            # As much as there is, and no more: what is asked for is allocated first.
+            # Never more than the file has: Python allocates the requested number of bytes first.
             data = read_fully(file, min(limit, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise BundleError(unreadable(path, error)) from error
@@ -189,7 +189,7 @@ def read_file(root: Path, path: str, limit: int, expected: File | None = None) -
 
 
 def read_fully(file: BinaryIO, size: int) -> bytes:
-    """The next ``size`` bytes of a file, or what there is before its end: one read may give less than there is."""
+    """Read the next ``size`` bytes, or all bytes before the end. A single read may return fewer."""
     pieces = []
     while size and (piece := file.read(size)):
         pieces.append(piece)
@@ -198,7 +198,7 @@ def read_fully(file: BinaryIO, size: int) -> bytes:
 
 
 def sha256(file: BinaryIO, advance: Callable[[int], None] | None = None) -> str:
-    """The digest of a file from its present position to its end."""
+    """Return the SHA-256 digest of a file from its present position to its end."""
     digest = hashlib.sha256()
     buffer = bytearray(HASHED_AT_ONCE)
     view = memoryview(buffer)
@@ -210,15 +210,15 @@ def sha256(file: BinaryIO, advance: Callable[[int], None] | None = None) -> str:
 
 
 def unlisted(root: Path, listed: set[str]) -> list[str]:
-    """The files (and links) under ``root`` that aren't in ``listed``, sorted.
+    """Return the files and links under ``root`` that aren't in ``listed``, sorted.
 
     Raises:
-        BundleError: ``file.unreadable`` for a directory that can't be looked into.
+        BundleError: ``file.unreadable`` for a directory that can't be listed.
     """
     found: list[str] = []
 
     def fail(error: OSError) -> None:
-        raise error  # what can't be looked into may hold anything
+        raise error  # a directory that can't be listed may hold anything
 
     try:
         for directory, directories, files in os.walk(root, onerror=fail):

@@ -1,4 +1,4 @@
-"""A bundle as it is read: its two documents, and the bytes of the files that they list. Nothing is computed here."""
+"""Read a bundle: its two documents, and the bytes of the files that they list. Nothing is computed here."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from splitbundle.format.weight_layout import Stored
 from splitbundle.storage import files, weight_headers
 
 VECTORS: Final = "vectors"
-"""Names the golden vectors where units are named."""
+"""The name of the golden vectors among the units."""
 
 
 class BundleReader:
-    """The documents of a bundle and its weight files, opened and checked. It imports no backend."""
+    """The documents of a bundle, and access to its checked weight files. It imports no backend."""
 
     def __init__(
         self,
@@ -35,9 +35,9 @@ class BundleReader:
         self.manifest = manifest
         self.architecture = architecture
         self.id = id
-        """``sha256:`` of manifest.json: pins everything, cuts included."""
+        """``sha256:`` of manifest.json. It pins every file, and the cuts."""
         self.strict = strict
-        """Whether only bytes are computed on that were hashed: ``open(..., verify="always")``."""
+        """Whether stages compute only on bytes that were hashed: ``open(..., verify="always")``."""
 
     def __repr__(self) -> str:
         shards = [shard.name for shard in self.shards]
@@ -45,21 +45,21 @@ class BundleReader:
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """The shards in order."""
+        """Return the shards in order."""
         return self.manifest.shards
 
     @property
     def fingerprint(self) -> str:
-        """``sha256:`` of the model, the same however it is cut."""
+        """Return ``sha256:`` of the model. It doesn't depend on the cuts."""
         return self.manifest.model.fingerprint
 
     @property
     def architecture_id(self) -> str:
-        """``sha256:`` of architecture.json."""
+        """Return ``sha256:`` of architecture.json."""
         return self.manifest.model.architecture
 
     def shard(self, name: str) -> Shard:
-        """A shard by its name.
+        """Return the shard of a name.
 
         Raises:
             BundleError: ``stage.name``.
@@ -85,9 +85,9 @@ class BundleReader:
         embeds: bool | None = None,
         head: bool | None = None,
     ) -> Selection:
-        """The part of the model that a shard's name or a range of global layers means.
+        """Return the part of the model that a shard's name or a range of global layers means.
 
-        A range that begins at 0 embeds, and one that ends at the last layer has the head, unless told otherwise.
+        By default a range that begins at 0 has the embedding, and a range that ends at the last layer has the head.
 
         Raises:
             BundleError: ``stage.name``, ``stage.range``.
@@ -96,16 +96,16 @@ class BundleReader:
         return selection.select(self.architecture, shard, layers, embeds, head)
 
     def absent(self) -> tuple[str, ...]:
-        """The listed files that aren't there: none in a whole bundle, some in a partial one."""
+        """Return the listed files that are missing: none in a whole bundle, some in a partial one."""
         return tuple(path for path in self.manifest.files if not (self.path / path).exists())
 
     def weight_groups(self) -> dict[str, tuple[str, ...]]:
-        """Everything that is stored as tensors: each unit, and the golden vectors, with its files in order."""
+        """Return the weight files of each unit, and of the golden vectors, in order."""
         vectors = self.manifest.vectors
         return self.manifest.units | ({} if vectors is None else {VECTORS: (vectors.file,)})
 
     def stored(self, group: str) -> dict[str, weight_layout.Tensor]:
-        """The tensors that the files of a unit (or of the vectors) hold, in order of use."""
+        """Return the tensors in the files of a unit (or of the golden vectors), in order of use."""
         if group == VECTORS:
             return self._stored_vectors()
         storage = self.manifest.storage
@@ -123,7 +123,7 @@ class BundleReader:
         return tensors
 
     def open_weights(self, group: str) -> Iterator[tuple[BinaryIO, weight_layout.Weights]]:
-        """The files of a unit (or of the vectors), opened in order, with their headers read and checked.
+        """Open the files of a unit (or of the golden vectors) in order. Read and check their headers.
 
         Raises:
             BundleError: ``file.*`` and ``weights.*``.
@@ -140,21 +140,21 @@ class BundleReader:
             left = {name: tensor for name, tensor in left.items() if name not in found.layout}
 
     def weight_bytes(self, group: str) -> Iterator[tuple[mmap.mmap, weight_layout.Weights]]:
-        """The bytes of a unit's files (or of the vectors'), in order, with their headers read and checked.
+        """Map the files of a unit (or of the golden vectors) in order. Read and check their headers.
 
-        They are mapped copy-on-write: what is only read shares the memory of the file, and what is written changes this
-        process's copy of a page and never the file (``spec/decisions/0005``). In a bundle that was opened strictly they
-        are read into private memory, once, and hashed there.
+        The files are mapped copy-on-write. A page that is only read shares the memory of the file. A write changes this
+        process's copy of the page and never the file (``spec/decisions/0005``). In a bundle that was opened strictly,
+        the files are read into private memory, once, and hashed there.
 
         Raises:
-            BundleError: as for ``open_weights``; ``file.digest`` in a strict bundle; ``file.unreadable`` where the
-                system has no memory, or no more mappings, to give.
+            BundleError: as for ``open_weights``; ``file.digest`` in a strict bundle; ``file.unreadable`` if the system
+                has no more memory, or no more mappings.
         """
         for path, (file, found) in zip(self.weight_groups()[group], self.open_weights(group), strict=True):
             listed = self.manifest.files[path]
             if self.strict:
                 memory = files.read_private(file, path, listed)
-                weight_headers.check_header(memory[: found.start], path, listed)  # that of these bytes, too
+                weight_headers.check_header(memory[: found.start], path, listed)  # the header of these bytes, too
                 yield memory, found
             else:
                 yield files.map_private(file, path, listed), found

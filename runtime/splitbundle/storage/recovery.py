@@ -1,4 +1,4 @@
-"""Where a bundle stands while it is replaced in two steps, and how whoever comes next ends what was interrupted."""
+"""Recover a bundle whose replacement in two steps was interrupted, and lock its directory meanwhile."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ if sys.platform != "win32":
     import fcntl
 
 LOCK_TIMEOUT: Final = 5.0
-"""Seconds to wait for whoever else writes here. Whoever may read a directory can lock it, and mustn't stop others."""
+"""Seconds to wait for the lock. Any process that can read a directory can lock it, and mustn't stop the others."""
 
 
 def backup_path(target: Path) -> Path:
-    """Where the old bundle stands between the two renames that replace it. There is one such place, so never a choice
-    between several old bundles, which nothing but their clocks would tell apart.
+    """Return the path of the old bundle between the two renames that replace it.
+
+    Each bundle has one such path. So there is never a choice between several old bundles, which only their clocks
+    could tell apart.
     """
     return target.with_name(f".{target.name}.old")
 
 
 def is_backup(place: Path) -> bool:
-    """Whether what stands there looks like a bundle, or is empty, which may be replaced too.
+    """Return whether a directory looks like a bundle or is empty. An empty directory may be replaced too.
 
-    Others may keep something else under that name: it stays theirs.
+    Other programs may keep their own files under that name. These are left alone.
     """
     try:
         if not stat.S_ISDIR(os.lstat(place).st_mode):
@@ -39,26 +41,26 @@ def is_backup(place: Path) -> bool:
 
 
 def recover(target: Path) -> None:
-    """Puts the old bundle back where its replacement was interrupted; where nothing was, nothing happens.
+    """Put the old bundle back if its replacement was interrupted. Otherwise do nothing.
 
-    It never fails: where the system refuses it, on a read-only mount, there is no bundle, as the caller will find.
+    This never fails. If the system refuses the rename (on a read-only mount), the caller finds no bundle.
     """
-    if not target.name or os.path.lexists(target):  # the root of a file system has no name, and isn't replaced
+    if not target.name or os.path.lexists(target):  # the root of a file system has no name, and is never replaced
         return
     old = backup_path(target)
     if not is_backup(old):
         return
     with contextlib.suppress(OSError), directory_lock(target.parent):
-        if not os.path.lexists(target):  # or a living writer has just come to its end
+        if not os.path.lexists(target):  # a running writer may have finished in the meantime
             old.rename(target)
 
 
 @contextlib.contextmanager
 def directory_lock(directory: Path) -> Iterator[None]:
-    """Keeps others out who change which bundles stand in a directory, for the few steps that belong together.
+    """Lock a directory against other processes that replace bundles in it, for a few steps that belong together.
 
-    The directory itself is locked, so nothing is left behind by whoever dies; where the system has no such locks, or
-    somebody holds one for long, the block runs without it.
+    The lock is on the directory itself, so a process that dies leaves nothing behind. If the system has no such
+    locks, or another process holds the lock for ``LOCK_TIMEOUT`` seconds, the block runs without the lock.
     """
     if sys.platform == "win32":
         yield

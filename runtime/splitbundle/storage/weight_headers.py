@@ -14,11 +14,12 @@ from splitbundle.storage import files
 def read_header(
     file: BinaryIO, path: str, listed: File, expected: dict[str, Tensor], *, part: bool = False, more: bool = False
 ) -> Weights:
-    """Reads and judges the header of an open weight file.
+    """Read and judge the header of an open weight file.
 
-    The header's digest is checked before its JSON is parsed; then it must be, byte for byte, the canonical header
-    of exactly the ``expected`` tensors (in order of use), which the architecture implies. A ``part``, one of several
-    files of a unit, holds at least one; with ``more``, others follow, and it holds only the first so many.
+    The header's digest is checked before its JSON is parsed. Then the header must be, byte for byte, the canonical
+    header of the ``expected`` tensors (in order of use), which the architecture implies. A ``part`` is one of several
+    files of a unit, and holds at least one tensor. With ``more``, other files follow, and this file holds only the
+    first of the tensors.
 
     Raises:
         BundleError: ``weights.header``, ``file.header-digest``, ``weights.tensors``, ``weights.layout``;
@@ -33,7 +34,7 @@ def read_header(
 
 
 def check_header(raw: bytes, path: str, listed: File) -> None:
-    """Whether a header is the listed one.
+    """Check that a header is the listed one.
 
     Raises:
         BundleError: ``file.header-digest``.

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the library ``tokenizers`` and the bundle's tokenizer.json."""
+"""Convert text to token ids and back, with the library ``tokenizers`` and the bundle's tokenizer.json."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def library(path: str) -> Iterator[None]:
-    """What the library refuses, or panics of, as an error of the file.
+    """Raise the library's errors and panics as ``text.tokenizer`` errors that name the file.
 
-    It raises Exception itself, and where Rust panics what derives from BaseException alone.
+    The library raises ``Exception`` itself, not a subclass. A panic in Rust raises a direct subclass of
+    ``BaseException``.
     """
     try:
         yield
@@ -33,11 +34,11 @@ def library(path: str) -> Iterator[None]:
 
 
 class TextTokenizer:
-    """A bundle's tokenizer. Text stays text: a control token that is spelled in a prompt isn't one.
+    """A bundle's tokenizer. If a text spells a control token, the tokenizer encodes it as ordinary text.
 
     Raises:
-        BundleError: ``file.*`` where the file isn't the listed one; ``json.*`` and ``text.tokenizer`` where it isn't
-            one of this model, or the library refuses it.
+        BundleError: ``file.*`` if the file isn't the listed one; ``json.*`` and ``text.tokenizer`` if it doesn't fit
+            this model, or if the library refuses it.
     """
 
     def __init__(self, bundle: BundleReader) -> None:
@@ -51,27 +52,30 @@ class TextTokenizer:
         with library(path):
             self._tokenizer = Tokenizer.from_str(data.decode("utf-8"))
         self._tokenizer.encode_special_tokens = True
-        # A file may ask for every text to be cut or filled up: that is of the batches that a model was trained with.
+        # The file may ask the library to truncate or pad every text. That was for training batches, so turn it off.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with what the tokenizer puts before and after a text."""
+        """Return the token ids of a text, with the tokens that the tokenizer adds before and after it."""
         with library(self._path):
             return list(self._tokenizer.encode(text).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without control tokens."""
+        """Return the text of token ids, without control tokens."""
         with library(self._path):
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
-        """Turns tokens into text as they come, after a prompt."""
+        """Return a stream that turns the tokens after a prompt into text, one token at a time."""
         return TextStream(self, self._tokenizer, prompt)
 
 
 class TextStream:
-    """The text that follows a prompt. What a token means depends on those before it: a space, half of a character."""
+    """The text that follows a prompt.
+
+    The text of a token depends on the tokens before it: it may start with a space, or be half of a character.
+    """
 
     def __init__(self, tokenizer: TextTokenizer, library: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer, self._library = tokenizer, library
@@ -80,7 +84,7 @@ class TextStream:
         self._stream = DecodeStream(ids=self._ids, skip_special_tokens=True)
 
     def piece(self, token: int) -> str:
-        """The text that this token completes; often none, where a character takes several."""
+        """Return the text that this token completes. It is often empty, because a character may take several tokens."""
         self._ids.append(token)
         with library(self._tokenizer._path):
             piece = self._stream.step(self._library, token) or ""
@@ -88,6 +92,6 @@ class TextStream:
         return piece
 
     def rest(self) -> str:
-        """What the tokens so far have left incomplete, as far as it is text."""
+        """Return the text of the tokens that ``piece`` has not returned yet, or "" if there is none."""
         whole = self._tokenizer.decode(self._ids)
         return whole[len(self._given) :] if whole.startswith(self._given) else ""

@@ -1,4 +1,4 @@
-"""What onnxruntime-genai is told of a bundle, compared with what the bundle itself says."""
+"""Compare a bundle's files for onnxruntime-genai with the manifest and the architecture of the bundle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from splitbundle.format.genai import GENAI, configuration, graphs
 
 
 def check(bundle: BundleReader) -> None:
-    """Judges the three files of a bundle that lists any of them.
+    """Check the three files for onnxruntime-genai, if the manifest lists any of them.
 
     Raises:
         BundleError: ``genai.config``, ``graph.*``, ``file.*``, ``json.*``.
@@ -36,7 +36,7 @@ def check(bundle: BundleReader) -> None:
 
 
 def _compare(found: Any, expected: Any, pointer: str) -> None:
-    """Whether a value is what is expected; of how to search, any numbers and booleans."""
+    """Raise unless a value equals the expected one. Under ``/search``, allow any numbers and booleans."""
     if pointer == "/search" and isinstance(found, dict):
         bad = next((name for name, value in found.items() if not isinstance(value, int | float)), None)
         if bad is not None:

@@ -1,8 +1,9 @@
-"""A strict and bounded reader of the parts of ONNX's ``ModelProto`` that a graph of a bundle may consist of.
+"""A strict and bounded reader for the parts of ONNX's ``ModelProto`` that a bundle's graph may use.
 
-A message is read by its schema: a field that isn't there, of another wire type, or twice where it may stand once is
-refused, and so is a number in more bytes than it needs. So a graph is read in one way only, whatever parser follows.
-Nothing is called recursively: whoever reads a message asks for those in it by their place.
+The reader reads each message by a schema. It refuses a field that the schema lacks, a field of another wire type, and
+a second value for a field that may occur once. It also refuses a number in more bytes than necessary. So a graph has
+only one meaning, whichever parser reads it later. The reader is not recursive: the caller reads each nested message by
+its offsets.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any, Final, NoReturn
 from splitbundle.errors import BundleError, Problem
 
 INTEGER: Final = 0
-"""A varint, as the int64 that it stands for."""
+"""A varint, as an int64."""
 FLOAT: Final = 1
-"""Four bytes, as a number."""
+"""Four bytes, as a float."""
 TEXT: Final = 2
 """Bytes."""
 PLACE: Final = 3
-"""A message, or bytes that aren't looked into: the offsets of its first byte and of the one after its last."""
+"""A message, or bytes that are not parsed: the offset of its first byte, and the offset after its last byte."""
 _WIRE: Final = {INTEGER: 0, FLOAT: 5, TEXT: 2, PLACE: 2}
 
 MAX_NODES: Final = 2**15
@@ -29,20 +30,21 @@ MAX_NODE_INPUTS: Final = 16
 MAX_OPERATOR_SETS: Final = 8
 MAX_ATTRIBUTES: Final = 8
 MAX_DIMENSIONS: Final = 8
-"""Also of the items of an attribute."""
+"""The most dimensions of a tensor, and also the most items in an attribute."""
 
 Place = tuple[int, int]
 Message = dict[str, Any]
-"""What a message holds: a value by the name of its field, a list where it may be repeated."""
+"""The fields of a message: field name -> value, or a list of values if the field may be repeated."""
 
 
 class Schema:
-    """What a message may consist of."""
+    """The fields that a message may have."""
 
     def __init__(self, name: str, refused: str, /, **fields: tuple[int, int, int] | tuple[int, int, int, bool]) -> None:
-        """Takes a field as its number, its kind, how often it may stand (0: once), and whether it may be absent.
+        """Define a message.
 
-        ``refused`` names, as ``number:name``, the fields that ONNX knows and a bundle doesn't allow.
+        A field is a tuple: its number, its kind, its largest number of values (0: a single value), and whether it may
+        be absent. ``refused`` names, as ``number:name``, the fields that ONNX defines but a bundle doesn't allow.
         """
         self.name = name
         self.by_tag = {field[0] << 3 | _WIRE[field[1]]: (key, field[1], field[2]) for key, field in fields.items()}
@@ -117,20 +119,20 @@ DIMENSION: Final = Schema(
 
 
 class Reader:
-    """Reads messages out of the bytes of a graph."""
+    """Read messages from the bytes of a graph."""
 
     def __init__(self, data: bytes, file: str) -> None:
         self.data, self.file = data, file
 
     def refuse(self, code: str, offset: int, expected: str, got: str) -> NoReturn:
-        """Raises BundleError about the byte at ``offset``."""
+        """Raise BundleError about the byte at ``offset``."""
         raise BundleError(Problem(code=code, file=self.file, offset=offset, expected=expected, got=got))
 
     def message(self, schema: Schema, place: Place) -> Message:
-        """The fields of the message at ``place``.
+        """Return the fields of the message at ``place``.
 
         Raises:
-            BundleError: ``graph.syntax``; ``graph.size`` where a field is repeated too often.
+            BundleError: ``graph.syntax``; ``graph.size`` if a field is repeated too often.
         """
         data, by_tag = self.data, schema.by_tag
         at, stop = place
@@ -186,7 +188,7 @@ class Reader:
         return found
 
     def _varint(self, start: int, stop: int) -> tuple[int, int]:
-        """The signed number at ``start``, and the offset after it."""
+        """Return the signed number at ``start``, and the offset after it."""
         value, shift, at = 0, 0, start
         while at < stop and shift < 70 and self.data[at] > 127:
             value |= (self.data[at] & 127) << shift

@@ -1,7 +1,7 @@
-"""What a graph must be to its manifest and to the weight files: ``spec/v1/bundle.md``, section "Graphs".
+"""Check a graph against the manifest and the weight files: ``spec/v1/bundle.md``, section "Graphs".
 
-Graphs come from strangers, and what runs them follows whatever external data they name. So each is judged here first,
-wherever it is used or verified, with nothing but the standard library.
+A graph may come from an untrusted source, and a runtime opens any external data that the graph names. So this module
+checks each graph before it is used or verified. It needs only the standard library.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
 
 MAX_GRAPH: Final = 16 * 2**20
-"""Bytes: a graph holds no weights."""
+"""In bytes. A graph holds no weights, so it is small."""
 MAX_CONSTANTS: Final = 2**20
-"""Bytes of all numbers that stand in the graph itself."""
+"""In bytes, for all numbers inside the graph itself."""
 CONSTANTS: Final = ("float32", "float16", "int64")
 _NAME: Final = re.compile(rb"[!-~]{1,256}")
 _TEXT: Final = re.compile(rb"[ -~]{0,256}")
 _DTYPES: Final = {code: dtype for dtype, code in ONNX_CODES.items()}
-_DEFAULT, _EXTERNAL = 0, 1  # of ONNX's TensorProto.DataLocation
+_DEFAULT, _EXTERNAL = 0, 1  # values of ONNX's TensorProto.DataLocation
 
 
 def read(bundle: BundleReader, shard: Shard, graph: Graph) -> bytes:
-    """The bytes of a shard's graph, once all rules hold; and so do those of the shard's weight files' headers.
+    """Check a shard's graph and the headers of its weight files, and return the bytes of the graph.
 
     Raises:
         BundleError: ``graph.*``, ``file.*``, ``weights.*``.
@@ -49,22 +49,26 @@ def read(bundle: BundleReader, shard: Shard, graph: Graph) -> bytes:
 
 
 def used(shard: Shard, places: dict[str, Stored]) -> dict[str, Stored]:
-    """Those that its graph has: all of its units', but of an embedding that it has for a tied head only the table."""
+    """Return the tensors that a shard's graph uses.
+
+    These are all tensors of its units, with one exception. If the shard needs the embedding only for a tied head, its
+    graph uses only the token table of the embedding.
+    """
     if shard.embeds or "embedding" not in shard.units:
         return places
     return {name: place for name, place in places.items() if name == EMBEDDING or not name.startswith("embedding.")}
 
 
 def check(data: bytes, graph: Graph, weights: Mapping[str, Stored]) -> None:
-    """Judges the bytes of a graph.
+    """Check the bytes of a graph.
 
     Args:
         data: any bytes.
-        graph: what the manifest says of it.
-        weights: the tensors that it must have as external data, and where they lie.
+        graph: the graph's entry in the manifest.
+        weights: the tensors that the graph must have as external data, and their locations.
 
     Raises:
-        BundleError: ``graph.*``, for the first rule that doesn't hold, with the offset of the message that breaks it.
+        BundleError: ``graph.*``, for the first broken rule, with the offset of the message that breaks it.
     """
     _check_size(len(data), graph.file)
     _Check(data, graph, weights).model()
@@ -114,7 +118,7 @@ class _Check:
         self.ports("input", graph.get("input", []), self.graph.inputs, place)
         initializers = {self.initializer(at) for at in graph.get("initializer", ())}
         if left := self.weights.keys() - initializers:
-            expected = "an initialiser for every weight that the shard computes with"
+            expected = "an initializer for every weight that the shard computes with"
             refuse("graph.weights", place[0], expected, f"none called {_shown(min(left))}")
         results = {self.node(at) for at in graph.get("node", ())}
         self.ports("output", graph.get("output", []), self.graph.outputs, place)
@@ -122,16 +126,16 @@ class _Check:
             if port.name.encode("utf-8") not in results:
                 refuse("graph.values", place[0], f"a node that gives {quoted(port.name)}", "none")
         if unused := initializers - self.taken:
-            refuse("graph.values", place[0], "initialisers that nodes take", f"{_shown(min(unused))}, which none does")
+            refuse("graph.values", place[0], "initializers that nodes take", f"{_shown(min(unused))}, which none does")
 
     def text(self, text: bytes, offset: int) -> None:
-        """Judges text that only describes."""
+        """Check text that only describes."""
         if not _TEXT.fullmatch(text):
             expected = "at most 256 printable characters of ASCII"
             self.reader.refuse("graph.values", offset, expected, _shown(text))
 
     def define(self, name: bytes, offset: int) -> None:
-        """Notes the name of a value, which no other may have."""
+        """Record the name of a value, which must be unique."""
         if not _NAME.fullmatch(name):
             self.reader.refuse("graph.values", offset, "a name of 1 to 256 of the characters ! to ~", _shown(name))
         if name in self.values:
@@ -139,7 +143,7 @@ class _Check:
         self.values.add(name)
 
     def ports(self, which: str, found: list[Place], ports: tuple[Port, ...], place: Place) -> None:
-        """Judges the inputs or the outputs; inputs are values from then on."""
+        """Check the inputs or the outputs. Inputs are then values that nodes can take."""
         for at, port in zip(found, ports, strict=False):
             value = self.reader.message(reader.VALUE, at)
             kind = self.reader.message(reader.TYPE, value["type"])
@@ -159,7 +163,7 @@ class _Check:
             self.reader.refuse("graph.ports", place[0], f"{len(ports)} {which}s", str(len(found)))
 
     def size_of(self, at: Place) -> int | bytes:
-        """A dimension: its size, or its name."""
+        """Return the size of a dimension, or its name."""
         found = self.reader.message(reader.DIMENSION, at)
         if len(found) != 1:
             self.reader.refuse("graph.ports", at[0], "a dimension that has a size or a name", f"{len(found)} of them")
@@ -167,7 +171,7 @@ class _Check:
         return value
 
     def initializer(self, at: Place) -> bytes:
-        """Judges an initialiser: a weight, or numbers that stand here. Gives its name."""
+        """Check an initializer, either a weight or numbers inside the graph, and return its name."""
         tensor = self.reader.message(reader.TENSOR, at)
         name: bytes = tensor["name"]
         self.define(name, at[0])
@@ -220,7 +224,7 @@ class _Check:
             self.reader.refuse("graph.size", offset, f"at most {MAX_CONSTANTS} bytes of numbers", "more")
 
     def node(self, at: Place) -> bytes:
-        """Judges a node. Gives the name of its value."""
+        """Check a node, and return the name of its value."""
         node = self.reader.message(reader.NODE, at)
         operator = OPERATORS.get(node["op_type"])
         if operator is None or node.get("domain"):
@@ -240,7 +244,7 @@ class _Check:
             self.reader.refuse("graph.values", at[0], expected, f"{got}, which doesn't")
         self.taken.update(inputs)
         self.define(node["output"], at[0])
-        return node["output"]  # type: ignore[no-any-return]  # the schema says that it is bytes
+        return node["output"]  # type: ignore[no-any-return]  # bytes, by the schema
 
     def attributes_of(self, kind: bytes, operator: Operator, places: list[Place]) -> None:
         names = {self.attribute(kind, operator, at) for at in places}
@@ -248,10 +252,10 @@ class _Check:
             self.reader.refuse("graph.operator", places[0][0], f"each attribute of {_shown(kind)} once", "one again")
 
     def attribute(self, kind: bytes, operator: Operator, at: Place) -> bytes:
-        """Judges an attribute. Gives its name."""
+        """Check an attribute, and return its name."""
         data = self.reader.data[at[0] : at[1]]
         if (known := self.attributes.get((kind, data))) is not None:
-            return known  # most nodes of an operator have the same ones
+            return known  # most nodes of an operator have the same attributes
         found = self.reader.message(reader.ATTRIBUTE, at)
         name: bytes = found["name"]
         holder = operator.attributes.get(name)

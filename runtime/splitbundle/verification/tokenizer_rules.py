@@ -1,4 +1,4 @@
-"""What a tokenizer.json must be before the library that runs it sees it: ``spec/v1/bundle.md``, section "text"."""
+"""Check a tokenizer.json before the library ``tokenizers`` loads it: ``spec/v1/bundle.md``, section "text"."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
 
 MAX_MARKS: Final = 2**23
-"""See ``strict_json.MAX_MARKS``: half a million merges of two tokens each have some two million."""
+"""See ``strict_json.MAX_MARKS``. Half a million merges of two tokens each have some two million marks."""
 MAX_INSERTED: Final = 1024
 MAX_GROWTH: Final = 1024
 MODELS: Final = ("BPE", "Unigram", "WordLevel", "WordPiece")
@@ -22,10 +22,10 @@ HINT: Final = "The model can't be given such a token: its tokenizer is another m
 
 
 def read(bundle: BundleReader, path: str) -> bytes:
-    """A bundle's tokenizer.json, hashed and judged.
+    """Return the bytes of a bundle's tokenizer.json after checking its digest and its contents.
 
     Raises:
-        BundleError: ``file.*`` where it isn't the listed file; as for ``check``.
+        BundleError: ``file.*`` if it isn't the listed file; as for ``check``.
     """
     data = files.read_listed(bundle.path, path, bundle.manifest.files[path], files.MAX_TEXT_BYTES)
     check(data, path, bundle.architecture.vocab_size)
@@ -33,10 +33,10 @@ def read(bundle: BundleReader, path: str) -> bytes:
 
 
 def check(data: bytes, path: str, vocab_size: int) -> None:
-    """Judges a tokenizer.json for a model that has ``vocab_size`` token ids.
+    """Check a tokenizer.json for a model that has ``vocab_size`` token ids.
 
     Raises:
-        BundleError: ``json.*``; ``text.tokenizer`` for an id that the model hasn't or that two tokens have, or where
+        BundleError: ``json.*``; ``text.tokenizer`` for an id that the model lacks or that two tokens share, or if
             there is no vocabulary.
     """
     document = strict_json.parse(data, path, max_bytes=files.MAX_TEXT_BYTES, max_marks=MAX_MARKS)
@@ -61,13 +61,13 @@ def _check_id(number: object, pointer: str, path: str, vocab_size: int) -> None:
 
 
 def _tokens(document: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-    """Every token with its pointer and its id: the vocabulary's, then those that were added to it."""
+    """Yield the JSON pointer, the text and the id of every token: first the vocabulary, then the added tokens."""
     model = _member(document, path, "", "model", dict)
     kind = model.get("type")
     if kind not in MODELS:
         raise _problem(path, "/model/type", f"one of {', '.join(MODELS)}", quoted(kind))
     known: dict[str, Any] = {}
-    if kind == "Unigram":  # (token, score); the place in the list is the id
+    if kind == "Unigram":  # (token, score); the index in the list is the id
         for number, entry in enumerate(_member(model, path, "/model", "vocab", list)):
             if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
                 raise _problem(path, f"/model/vocab/{number}", "a token and its score", quoted(entry))
@@ -90,7 +90,10 @@ def _tokens(document: Any, path: str) -> Iterator[tuple[str, str, Any]]:
 
 
 def _inserted(document: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Ids that are put in by number: those before, after and between texts, and those of padding."""
+    """Yield the JSON pointer and the id of each token that is inserted by id.
+
+    These tokens go before, after and between texts, or are padding.
+    """
     padding = document.get("padding")
     if isinstance(padding, dict):
         yield "/padding/pad_id", padding.get("pad_id")
@@ -108,7 +111,7 @@ def _inserted(document: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parts(value: object, at: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every object in a value, however deep, with its pointer: parts of sequences of sequences."""
+    """Yield every object in a value, at any depth, with its JSON pointer. Sequences may contain sequences."""
     if isinstance(value, dict):
         yield at, value
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -118,7 +121,10 @@ def _parts(value: object, at: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check_growth(document: Any, path: str) -> None:
-    """A few replacements, each of what the one before it put there, could make gigabytes of a word."""
+    """Refuse replacements that could make a text too long.
+
+    If each one replaces the output of the one before, a few replacements can turn a word into gigabytes.
+    """
     for place in ("normalizer", "decoder", "pre_tokenizer"):
         growth = 1
         for at, each in _parts(document.get(place), f"/{place}"):

@@ -1,4 +1,4 @@
-"""Verifying a bundle: is every file what the manifest and SHA256SUMS say?"""
+"""Verify a bundle: check that every file is as the manifest and SHA256SUMS say."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 THREAD_BYTES: Final = 2**20
-"""Files of fewer are hashed by the thread that asked."""
+"""The calling thread hashes any file with fewer bytes itself."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """What was verified, and what lies in the directory without being listed."""
+    """The verified files and their total size, and the files in the directory that the manifest doesn't list."""
 
     files: tuple[str, ...]
     bytes: int
@@ -43,7 +43,7 @@ def verify(bundle: BundleReader, shard: str | None, *, exact: bool, progress: Pr
     listed = _listed(bundle, shard)
     total = sum(bundle.manifest.files[path].size for path in listed)
     count = _counter("verifying", total, progress)
-    # A shard can be judged by the manifest and its own files: a partial bundle may come without the sums.
+    # The manifest and a shard's own files are enough to verify the shard: a partial bundle may lack SHA256SUMS.
     whole = shard is None or (bundle.path / names.SUMS).exists()
     problems = _check_sums(bundle) if whole else []
     for found in _each(listed, bundle, lambda path: _check_digest(bundle, path, count)):
@@ -72,7 +72,10 @@ def verify(bundle: BundleReader, shard: str | None, *, exact: bool, progress: Pr
 
 
 def _judges(bundle: BundleReader, shard: str | None) -> Iterator[tuple[Sequence[str], Callable[[], object]]]:
-    """What looks into files whose digests are as listed: in each step some files, and what judges them."""
+    """Yield groups of files, each with a function that checks their contents.
+
+    Call the function only if the digests of all files in the group are correct.
+    """
     for group, paths in bundle.weight_groups().items():
         yield paths, partial(deque, bundle.open_weights(group), 0)
     for each in bundle.shards if shard is None else (bundle.shard(shard),):
@@ -85,9 +88,10 @@ def _judges(bundle: BundleReader, shard: str | None) -> Iterator[tuple[Sequence[
 
 
 def _each(paths: list[str], bundle: BundleReader, check: Callable[[str], list[Problem]]) -> Iterator[list[Problem]]:
-    """What a check finds of each file, in order: of large files on all cores, as hashing lets go of the interpreter.
+    """Yield the problems that ``check`` finds in each file, in order.
 
-    Starting a thread takes as long as hashing some hundred KB.
+    Large files are checked on all cores, because hashing releases the GIL. Small files are not, because starting a
+    thread takes as long as hashing some hundred KB.
     """
     large = [path for path in paths if bundle.manifest.files[path].size >= THREAD_BYTES]
     workers = min(_cores(), len(large))
@@ -95,7 +99,7 @@ def _each(paths: list[str], bundle: BundleReader, check: Callable[[str], list[Pr
         yield from map(check, paths)
         return
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        # The largest first: else the last one could be hashed alone, long after the others.
+        # Start with the largest file. Otherwise it could start last, and run alone long after the others.
         large.sort(key=lambda path: -bundle.manifest.files[path].size)
         running = {path: pool.submit(check, path) for path in large}
         for path in paths:
@@ -103,7 +107,7 @@ def _each(paths: list[str], bundle: BundleReader, check: Callable[[str], list[Pr
 
 
 def _cores() -> int:
-    """How many this process may use: fewer than there are, in a container or under taskset."""
+    """Return the number of cores that this process may use. A container or taskset can lower it."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -114,7 +118,7 @@ def _listed(bundle: BundleReader, shard: str | None) -> list[str]:
 
 
 def _files(bundle: BundleReader, shard: Shard) -> list[str]:
-    """A shard's weight files and its graph."""
+    """Return the paths of a shard's weight files and of its graph."""
     graphs = [] if shard.graph is None else [shard.graph.file]
     return [*(path for unit in shard.units for path in bundle.manifest.units[unit]), *graphs]
 
@@ -156,7 +160,7 @@ def _check_digest(bundle: BundleReader, path: str, count: Callable[[int], None])
 
 
 def _counter(what: str, total: int, progress: Progress | None) -> Callable[[int], None]:
-    """A function that adds to what is done, from any thread, and reports it."""
+    """Return a function that counts the bytes that are done, and reports them. Any thread may call it."""
     done = 0
     lock = threading.Lock()
 

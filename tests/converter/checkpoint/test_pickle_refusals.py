@@ -240,7 +240,7 @@ def test_a_git_lfs_pointer(pickled: Callable[..., Path], output: Path) -> None:
 def test_what_stands_there_is_refused_before_the_work(
     pickled: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pickles, "BOOT", "raise SystemExit('started')")
+    monkeypatch.setattr(pickles, "CHILD_CODE", "raise SystemExit('started')")
     output.mkdir()
     with pytest.raises(BundleError) as caught:
         splitbundle_converter.convert(pickled("llama"), output, allow_pickle=True)

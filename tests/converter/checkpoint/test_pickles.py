@@ -47,7 +47,7 @@ def test_the_original_class_takes_the_tensors_of_every_family(name: str) -> None
     from splitbundle_converter.reference.golden_vectors import load_original
 
     source = Checkpoint(checkpoint(name), name=name)
-    again = pickles.PickledCheckpoint(CheckpointDirectory(directory=source.directory, name=name), source.tensors)
+    again = pickles.PickledCheckpoint(CheckpointDirectory(path=source.directory.path, name=name), source.tensors)
     family = FAMILIES[CONFIGURATIONS[name][0]]
     one, other = (load_original(each, family)[0].state_dict() for each in (source, again))
     assert one.keys() == other.keys()
@@ -235,7 +235,7 @@ def test_reading_streams(tmp_path: Path) -> None:
     """The child holds no copy of the file: one of 512 MiB takes no more than a small one, and some."""
     probe = """
 import os, sys
-from splitbundle_converter import unpickle
+from splitbundle_converter.checkpoint import unpickle
 def private():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) // 1024 for line in status if line.startswith("RssAnon"))

@@ -31,7 +31,7 @@ def bypassed(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     boot = pickles.CHILD_CODE.replace("import main; main(", "import main\nSTART\nmain(")
     patch = f"import torch\ndef load(path, **named):\n    import os, signal, sys, time\n{lines}\ntorch.load = load"
     assert boot != pickles.CHILD_CODE
-    monkeypatch.setattr(pickles, "BOOT", boot.replace("START", patch))
+    monkeypatch.setattr(pickles, "CHILD_CODE", boot.replace("START", patch))
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,10 @@ def test_a_pickle_that_takes_for_ever(
 ) -> None:
     path = pickled("llama")
     hashed_for_ever(path / BIN)
-    short = "import main; from splitbundle_converter import unpickle as u; u.limit.__defaults__ = (0.5,); main("
-    monkeypatch.setattr(pickles, "BOOT", pickles.CHILD_CODE.replace("import main; main(", short))
+    short = (
+        "import main; from splitbundle_converter.checkpoint import unpickle as u; u.limit.__defaults__ = (0.5,); main("
+    )
+    monkeypatch.setattr(pickles, "CHILD_CODE", pickles.CHILD_CODE.replace("import main; main(", short))
     assert str(refused(path, output)) == (
         f"[source.state-dict] {BIN}: expected a state dict that can be read, got the process that read it ended by "
         f"SIGXCPU. {WHOLE}"
@@ -168,7 +170,7 @@ def test_a_child_that_says_nothing_is_ended(
     """With what it started: computing isn't all that takes time."""
     path, held = pickled("llama"), output.parent.parent / "held"
     held.touch()
-    monkeypatch.setattr(pickles, "PATIENCE", 8.0)
+    monkeypatch.setattr(pickles, "TIMEOUT", 8.0)
     bypassed(
         monkeypatch,
         f"import fcntl\nfile = open({str(held)!r}, 'w')\nfcntl.flock(file, fcntl.LOCK_EX)\nos.fork()\ntime.sleep(600)",
@@ -237,8 +239,8 @@ def test_an_interruption_ends_the_child_and_leaves_nothing(
     mark = output.parent.parent / "reading"
     boot = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     code = (
-        "import sys\nfrom splitbundle_converter import pickles\nfrom splitbundle.cli.main import main\n"
-        f"pickles.BOOT = {boot!r}\n"
+        "import sys\nfrom splitbundle_converter.checkpoint import pickles\nfrom splitbundle.cli.main import main\n"
+        f"pickles.CHILD_CODE = {boot!r}\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen(

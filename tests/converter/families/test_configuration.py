@@ -272,8 +272,8 @@ def test_a_quantised_checkpoint(source: Callable[[str], Path], output: Path) -> 
     path = source("llama")
     change_config(path, quantization_config={"quant_method": "gptq"})
     assert str(refused(path, output)) == (
-        "[source.quantised] config.json /quantization_config: expected weights that aren't quantised, "
-        "got {'quant_method': 'gptq'}. Convert the checkpoint that was quantised"
+        "[source.quantised] config.json /quantization_config: expected weights that aren't quantized, "
+        "got {'quant_method': 'gptq'}. Convert the checkpoint that was quantized"
     )
 
 

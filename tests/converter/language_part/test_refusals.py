@@ -86,8 +86,8 @@ def test_a_part_that_is_not_known(tmp_path: Path) -> None:
         ),
         (
             {"quantization_config": {"bits": 4}},
-            "[source.quantised] config.json /text_config/quantization_config: expected weights that aren't quantised, "
-            "got {'bits': 4}. Convert the checkpoint that was quantised",
+            "[source.quantised] config.json /text_config/quantization_config: expected weights that aren't quantized, "
+            "got {'bits': 4}. Convert the checkpoint that was quantized",
         ),
         (
             {"num_hidden_layers": 10**9},
@@ -143,8 +143,8 @@ def test_a_language_part_that_is_refused(fields: dict[str, Any], message: str, t
         (
             "llava",
             {"quantization_config": {"bits": 4}},
-            "[source.quantised] config.json /quantization_config: expected weights that aren't quantised, "
-            "got {'bits': 4}. Convert the checkpoint that was quantised",
+            "[source.quantised] config.json /quantization_config: expected weights that aren't quantized, "
+            "got {'bits': 4}. Convert the checkpoint that was quantized",
         ),
     ],
 )

@@ -185,7 +185,7 @@ def test_names_map_there_and_back(name: str) -> None:
         sources: list[str] = []
         with source.reader() as reader:
             for entry in entries:
-                tensors = {tensor: table.origins[tensor].take(reader) for tensor in entry.tensors}
+                tensors = {tensor: table.origins[tensor].extract(reader) for tensor in entry.tensors}
                 assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == {
                     key: architecture.tensors()[key] for key in tensors
                 }

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import splitbundle_converter
+from splitbundle.format.manifest.document import SourceName
+from splitbundle_converter.translation.translate import join
 from tests.support.checkpoints import (
     MISSING,
     QUERY,
@@ -191,3 +193,23 @@ def test_a_constant_as_each_dtype_keeps_it(source: Callable[[str], Path], output
     path = source("apertus")
     change_tensors(path, replaced("model.layers.2.mlp.act_fn.eps", lambda x: torch.full_like(x, -1e-6).to(dtype)))
     accepted(path, output, check=False)
+
+
+@pytest.mark.rule("SB-M-087", "SB-M-080")
+def test_a_source_tensor_is_put_together_by_groups() -> None:
+    query, key, value = torch.arange(8), torch.arange(100, 104), torch.arange(200, 204)
+    entry = SourceName(source="s", tensors=("q", "k", "v"), groups=2, transposed=False)
+    tensors = {name: rows.reshape(-1, 1).expand(-1, 3) for name, rows in zip("qkv", (query, key, value), strict=True)}
+    got = join(entry, tensors.__getitem__)["s"]
+    assert got[:, 1].tolist() == [0, 1, 2, 3, 100, 101, 200, 201, 4, 5, 6, 7, 102, 103, 202, 203]
+
+
+@pytest.mark.rule("SB-M-088")
+def test_source_tensors_that_are_rows() -> None:
+    entry = SourceName(source="s.{row}.weight", tensors=("q",), groups=1, transposed=False)
+    got = join(entry, {"q": torch.arange(6).reshape(3, 2)}.__getitem__)
+    assert {name: row.tolist() for name, row in got.items()} == {
+        "s.0.weight": [0, 1],
+        "s.1.weight": [2, 3],
+        "s.2.weight": [4, 5],
+    }

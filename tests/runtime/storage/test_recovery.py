@@ -68,7 +68,7 @@ class _Locked:
 
 
 def test_a_lock_that_is_never_given_back_stops_nobody(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recovery, "PATIENCE", 0.05)
+    monkeypatch.setattr(recovery, "LOCK_TIMEOUT", 0.05)
     copy.rename(recovery.backup_path(copy))
     held = _Locked(copy.parent)
     assert splitbundle.open(copy).verify()

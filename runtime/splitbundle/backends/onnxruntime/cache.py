@@ -1,4 +1,4 @@
-"""The KV cache of a stage under onnxruntime: arrays that graphs extend where they lie."""
+"""The KV cache of a stage under onnxruntime: arrays that graphs extend in place."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from splitbundle.format.graph import cache_names, cache_sizes, next_name
 from splitbundle.stages.call import CacheState, Call
 
 BLOCK: Final = 64
-"""CacheState are added in multiples of this."""
+"""The number of slots is a multiple of this, except at the full capacity."""
 
 
 class KVCache(CacheState):
-    """The keys and values of a stage's layers; slot = position.
+    """The keys and values of a stage's layers. The slot of a token is its position.
 
-    A graph attends to every slot that there is, so slots are added as they are needed: a quarter more each time. A
-    copy of the cache every few hundred tokens costs less than scores of slots that nobody has filled.
+    A graph attends to every slot of its cache. So the cache starts without slots and adds a quarter more each time it
+    is full. A copy of the cache every few hundred tokens costs less than attention scores for empty slots.
     """
 
     def __init__(
@@ -32,22 +32,23 @@ class KVCache(CacheState):
         capacity: int,
         dtypes: Mapping[str, str],
     ) -> None:
-        """Takes the dtype of each cache too, as the graphs' inputs have it."""
+        """Make a cache without slots. ``dtypes`` gives the dtype of each cache input of the graphs."""
         super().__init__(architecture, layers, batch_size, capacity)
         self.dtypes = dict(dtypes)
         self.slots = 0
-        """How many there are now."""
+        """The current number of slots."""
         self.arrays: dict[str, numpy.ndarray] = {}
         self.values: dict[str, Any] = {}
-        """The same memory as onnxruntime takes it: bound as an input and as the next output, it is written in place."""
+        """The same memory for onnxruntime. It is bound as an input and as an output, so that graphs write in place."""
         self._sizes = {name: cache_sizes(architecture, name) for name in cache_names(layers)}
         self._bindings: dict[Any, Any] = {}
-        # What can't be had is said now and not in the middle of a text: this asks for the memory, and doesn't touch it.
+        # Fail now, not in the middle of a text, if there is too little memory: this allocates all of it and doesn't
+        # touch it.
         each = sum(math.prod(size) * numpy.dtype(self.dtypes[name]).itemsize for name, size in self._sizes.items())
         numpy.empty([batch_size, capacity, each], numpy.uint8)
 
     def make_room(self, call: Call) -> None:
-        """Adds slots until this call's tokens and their padding have theirs."""
+        """Add slots until this call's tokens and their padding fit."""
         needed = max(call.past) + call.length
         if needed <= self.slots:
             return
@@ -56,7 +57,8 @@ class KVCache(CacheState):
 
     def _resize(self, slots: int) -> None:
         for name, (heads, width) in self._sizes.items():
-            # Zeros, not whatever memory held: a masked slot still takes part in a product, and 0 · NaN is NaN.
+            # Memory must start as zeros: a masked slot is still multiplied by 0, and uninitialized memory may hold
+            # NaN. 0 · NaN is NaN.
             array = numpy.zeros((self.batch_size, heads, slots, width), self.dtypes[name])
             if name in self.arrays:
                 array[:, :, : self.slots] = self.arrays[name]
@@ -69,7 +71,7 @@ class KVCache(CacheState):
         self._bindings.clear()
 
     def binding(self, session: Any, names: Sequence[str]) -> Any:
-        """What binds a graph's caches to this one's, kept from call to call."""
+        """Return an IO binding that binds the cache ports of a graph to these arrays. Calls reuse it."""
         if session not in self._bindings:
             binding = session.io_binding()
             for name in names:
@@ -79,7 +81,7 @@ class KVCache(CacheState):
         return self._bindings[session]
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Row i becomes what row ``rows[i]`` was."""
+        """Replace each row i with the former row ``rows[i]``."""
         for name, array in list(self.arrays.items()):
             self._put(name, numpy.ascontiguousarray(array[list(rows)]))
         super().reorder(rows)

@@ -1,4 +1,4 @@
-"""Running the golden vectors with onnxruntime."""
+"""Compute the golden vectors with onnxruntime."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run_vectors(bundle: BundleReader, shard: str | None, progress: Progress | No
 
 
 def tolerance(bundle: BundleReader) -> float:
-    """Return the largest relative difference that rounding explains, in what the graphs compute in."""
+    """Return the largest relative difference that rounding explains in the dtype of the graphs."""
     narrow = any(shard.graph is not None and VARIANTS[shard.graph.variant] == "float16" for shard in bundle.shards)
     return golden.FLOAT16_TOLERANCE if narrow else golden.TOLERANCE
 

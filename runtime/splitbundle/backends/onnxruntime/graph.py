@@ -32,7 +32,7 @@ class LoadedGraph:
         if graph is None:
             raise no_graph(bundle, f"shard {shard.name}")
         data = onnx_rules.read(bundle, shard, graph)
-        if bundle.strict:  # onnxruntime copies what it needs of them, and opens no file
+        if bundle.strict:  # onnxruntime copies the data that it needs and opens no file
             read: dict[str, Any] = {}
             for unit in shard.units:
                 paths = bundle.manifest.units[unit]
@@ -41,9 +41,9 @@ class LoadedGraph:
             options.add_external_initializers_from_files_in_memory(list(read), list(read.values()), sizes)
         else:
             options.add_session_config_entry(FOLDER, _utf8(bundle.path))
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # which is what was judged
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # the format that was checked
         with _refusals(graph.file):
-            # Its fallback would print to stdout, and compute on another provider than was asked for.
+            # onnxruntime's fallback would print to stdout, and would compute with a provider that was not requested.
             self.session = onnxruntime.InferenceSession(data, options, providers=list(providers), enable_fallback=0)
         asked = [provider[0] if isinstance(provider, tuple) else provider for provider in providers]
         if missing := [name for name in asked if name not in self.session.get_providers()]:
@@ -51,17 +51,20 @@ class LoadedGraph:
             got = f"{', '.join(self.session.get_providers())} alone: it couldn't be started here"
             raise BundleError(Problem(code="input.device", argument="providers", expected=expected, got=got))
         if not bundle.strict:
-            bundle.locate_tensors(shard)  # the files that it opened are still the bundle's, not a new one's
+            bundle.locate_tensors(shard)  # check that onnxruntime opened this bundle's files, not newer ones
         self.file = graph.file
         self.input = graph.inputs[0].name
         self.output = graph.outputs[0]
         self.head = shard.head
         names = cache_names(shard.layers)
         self.caches = {port.name: port.dtype for port in graph.inputs if port.name in names}
-        """Each with its dtype."""
+        """The names of the cache inputs -> their dtypes."""
 
     def run(self, x: numpy.ndarray, call: Call, cache: KVCache, selected: numpy.ndarray | None) -> numpy.ndarray:
-        """*Shape:* token ids (batch, sequence) or hidden -> hidden (batch, sequence, hidden), or (selected, vocab)."""
+        """Run the graph for one call, and extend the cache.
+
+        *Shape:* token ids (batch, sequence) or hidden -> hidden (batch, sequence, hidden), or (selected, vocab).
+        """
         binding = cache.binding(self.session, tuple(self.caches))
         given = {self.input: x, "past": call.past, "count": call.count}
         sizes = {"batch": len(x), "sequence": x.shape[1]}
@@ -83,10 +86,10 @@ class LoadedGraph:
 
 @contextlib.contextmanager
 def _refusals(file: str) -> Iterator[None]:
-    """What onnxruntime refuses, as an error of the graph."""
+    """Raise the errors of onnxruntime as ``stage.graph`` errors that name the file."""
     try:
         yield
-    except Exception as error:  # its own errors derive from Exception alone
+    except Exception as error:  # onnxruntime's own errors derive directly from Exception
         if not type(error).__module__.startswith("onnxruntime") and not isinstance(error, (RuntimeError, ValueError)):
             raise
         got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -100,7 +103,7 @@ def _refusals(file: str) -> Iterator[None]:
 
 
 def _utf8(path: Path) -> str:
-    """A path as onnxruntime takes it."""
+    """Return a path as a string for onnxruntime, which needs UTF-8."""
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Stages in order, over numpy arrays: all under onnxruntime, or some of them under torch."""
+"""Stages in order, over numpy arrays. All of them use onnxruntime, or some of them use torch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ __all__ = ["Pipeline", "Session", "load_pipeline", "load_stages"]
 
 
 class Pipeline(PipelineBase):
-    """Stages whose layer ranges tile the model, called as one model. It takes and gives numpy arrays."""
+    """A model made of stages, over numpy arrays. Their layer ranges leave no gap and don't overlap."""
 
     def __init__(self, stages: Sequence[Any], *, same_weights: bool = True) -> None:
-        """Takes stages in order, of this backend or of torch.
+        """Check the stages and join them.
 
         Args:
-            stages: their layer ranges tile the model; the first embeds, the last has the head.
-            same_weights: whether they must come from one model, by the fingerprint.
+            stages: the stages in order, each of this backend or of torch. Their layer ranges tile the model; the first
+                embeds, the last has the head.
+            same_weights: whether the fingerprints must show that all stages come from one model.
 
         Raises:
             BundleError: ``pipeline.tiling``, ``pipeline.fingerprint``.
@@ -42,7 +43,7 @@ class Pipeline(PipelineBase):
         return self.stages
 
     def token_ids(self, rows: Sequence[Sequence[int]]) -> numpy.ndarray:
-        """Rows of equal length as this pipeline takes them. *Shape:* (batch, sequence), int64."""
+        """Return rows of equal length as an array for this pipeline. *Shape:* (batch, sequence), int64."""
         return numpy.array(rows, dtype=numpy.int64)
 
     def _nested(self, array: object) -> list[list[Any]] | None:
@@ -64,5 +65,5 @@ class Pipeline(PipelineBase):
 
 
 def load_pipeline(bundle: BundleReader, **options: Any) -> Pipeline:
-    """All shards of a bundle. See ``Bundle.pipeline``."""
+    """Load all shards of a bundle as one pipeline. See ``Bundle.pipeline``."""
     return Pipeline(load_stages(bundle, [bundle.select(shard.name) for shard in bundle.shards], **options))

@@ -1,4 +1,4 @@
-"""From logits to the next token with numpy, as ``torch_sampling`` does it."""
+"""Choose the next token from logits with numpy, by the same rules as ``backends.torch.sampling``."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from splitbundle.stages.sampling import NOT_FINITE, Sampling
 
 
 def draw(logits: numpy.ndarray, sampling: Sampling, generator: random.Random) -> numpy.ndarray:
-    """The next token of each row.
+    """Draw the next token of each row.
 
-    Tokens stand in falling order of probability, equal ones in rising order of id; with u uniform in [0, 1), the one
-    drawn is the first whose cumulated probability exceeds u of what top_k and top_p leave.
+    Sort the tokens by falling probability, and equal ones by rising id. Keep the tokens that top_k and top_p allow.
+    With u uniform in [0, 1), draw the first token whose cumulative probability exceeds u times the total that is kept.
 
     *Shape:* (batch, vocab) -> (batch), int64. Every row takes one number from ``generator``.
 
     Raises:
-        BundleError: ``input.value`` for logits that aren't numbers.
+        BundleError: ``input.value`` if a row's largest logit is NaN or infinite.
     """
     largest = logits.max(axis=-1)
-    if not numpy.isfinite(largest).all():  # the largest is NaN where any is: a draw would hide it
+    if not numpy.isfinite(largest).all():  # the largest is NaN if any logit is; a draw would hide it
         raise BundleError(NOT_FINITE)
     if sampling.temperature == 0:
         likeliest: numpy.ndarray = logits.argmax(axis=-1)
         return likeliest
-    # Less the largest before the division: a small temperature would make infinities of both, and NaN of the rest.
+    # Subtract the largest before the division. Otherwise a small temperature could make logits infinite, and their
+    # differences NaN.
     with numpy.errstate(under="ignore", over="ignore"):
         powers = numpy.exp((logits - largest[:, None]).astype(numpy.float64) / sampling.temperature)
     probabilities = powers / powers.sum(axis=-1, keepdims=True)
@@ -37,7 +38,7 @@ def draw(logits: numpy.ndarray, sampling: Sampling, generator: random.Random) ->
         ranked = ranked[:, : sampling.top_k]
     total = ranked.cumsum(axis=-1)
     if sampling.top_p is not None:
-        # The token that crosses top_p is still in: what came before it hadn't reached it.
+        # Keep the token that crosses top_p, because the tokens before it do not reach top_p.
         ranked = numpy.where(total - ranked >= sampling.top_p * total[:, -1:], 0.0, ranked)
         total = ranked.cumsum(axis=-1)
     rank = [

@@ -1,4 +1,4 @@
-"""A stage: a shard, or several in a row, loaded and ready to compute with onnxruntime."""
+"""A stage that computes with onnxruntime: one loaded shard, or several consecutive ones."""
 
 from __future__ import annotations
 
@@ -22,15 +22,19 @@ if TYPE_CHECKING:
 
 MAX_THREADS: Final = 1024
 PIECE: int = 512
-"""Tokens, of all rows, that a graph computes at once: scores of a long prompt as a whole would fill the memory, and
-half of them are of slots that a token doesn't see (``spec/decisions/0009``)."""
+"""The number of tokens, over all rows, that a graph computes at once.
+
+The attention scores of a whole long prompt would fill the memory, and half of them are for slots that a token doesn't
+see (``spec/decisions/0009``)."""
 _Pieces = Sequence[tuple[int, Call]]
 
 
 class Stage(StageBase):
-    """A part of the model. The first stage takes token ids, the others ``hidden``; the last one gives logits.
+    """A part of the model.
 
-    It takes and gives numpy arrays in float32, and computes in what its graphs compute in.
+    The first stage takes token ids, and the others take ``hidden``. The last stage returns logits, and the others
+    return ``hidden``. Hidden states and logits are numpy arrays in float32. The graphs decide the dtype of the
+    computation.
     """
 
     backend = "onnxruntime"
@@ -80,24 +84,25 @@ class Stage(StageBase):
         logits: LogitsWanted = "all",
         positions: Call | None = None,
     ) -> numpy.ndarray:
-        """Computes this stage for some tokens of each row.
+        """Compute this stage for some tokens of each row.
 
-        Row b's tokens are its first ``count[b]``; what follows is padding, and comes out as zeros.
+        The tokens of row b are its first ``count[b]``. The rest is padding, and its results are zeros.
 
         *Shape:* token ids (batch, sequence) of an integer dtype, or hidden (batch, sequence, hidden) in float32 ->
         hidden (batch, sequence, hidden), or logits (batch, k, vocab), in float32.
 
         Args:
-            inputs: token ids for a stage that embeds, else the hidden states of the stage before.
-            past: (batch) the positions that each row has behind it; by default 0. Needs a cache where it isn't 0.
-            count: (batch) the tokens that each row brings; by default all of the sequence.
-            cache: what ``cache()`` gave, to be extended by this call's tokens.
-            logits: of which positions the last stage computes logits: "all", "last" (k = 1) or each row's last k,
-                standing at the end; what a row lacks is zero.
-            positions: what ``check`` gave for this call, in place of ``past`` and ``count``: checks nothing again.
+            inputs: token ids for a stage that embeds, else the hidden states from the stage before.
+            past: (batch) the number of earlier positions of each row; by default 0. Any other value needs a cache.
+            count: (batch) the number of tokens of each row in this call; by default the whole sequence.
+            cache: a cache from ``cache()``. This call adds its tokens to the cache.
+            logits: the positions for which the last stage computes logits: "all", "last" (k = 1), or an integer k for
+                the last k of each row. A row with fewer tokens starts with zeros.
+            positions: the result of ``check`` for this call. It replaces ``past`` and ``count``, and the call is not
+                checked again.
 
         Raises:
-            BundleError: ``input.*`` with the boundary's name, what was expected and what came.
+            BundleError: ``input.*`` with the name of the boundary, the expected value and the given one.
         """
         call = (
             self.check(inputs, past=past, count=count, cache=cache, logits=logits) if positions is None else positions
@@ -109,7 +114,7 @@ class Stage(StageBase):
 
     def _compute(self, x: numpy.ndarray, call: Call, cache: KVCache | None, wanted: int | None) -> numpy.ndarray:
         batch = len(x)
-        if not any(call.count):  # no row brings a token: there is nothing to compute, and nothing to attend to
+        if not any(call.count):  # no row has a token: there is nothing to compute or to attend to
             width = self.architecture.vocab_size if self.has_head else self.architecture.hidden_size
             return numpy.zeros((batch, wanted or call.length, width), numpy.float32)
         own = cache if cache is not None else self._make_cache(batch, call.stop)
@@ -120,7 +125,7 @@ class Stage(StageBase):
         return result
 
     def _hidden(self, x: numpy.ndarray, pieces: _Pieces, cache: KVCache, call: Call) -> numpy.ndarray:
-        """*Shape:* (batch, sequence) or hidden -> hidden (batch, sequence, hidden), zero at padding."""
+        """Compute hidden states. *Shape:* (batch, sequence) or hidden -> (batch, sequence, hidden), zero at padding."""
         parts = [self._run(x[:, start : start + piece.length], piece, cache) for start, piece in pieces]
         hidden = parts[0] if len(parts) == 1 else numpy.concatenate(parts, axis=1)
         if call.padded:
@@ -130,7 +135,7 @@ class Stage(StageBase):
     def _logits(
         self, x: numpy.ndarray, pieces: _Pieces, cache: KVCache, call: Call, wanted: int | None
     ) -> numpy.ndarray:
-        """*Shape:* (batch, sequence) or hidden -> logits (batch, k, vocab), zero where a row has no token."""
+        """Compute logits. *Shape:* (batch, sequence) or hidden -> (batch, k, vocab), zero where a row has no token."""
         count = numpy.array(call.count)[:, None]
         offsets = numpy.arange(call.length)[None] if wanted is None else count + numpy.arange(-wanted, 0)[None]
         valid = (offsets >= 0) & (offsets < count)  # (batch, k)
@@ -140,7 +145,7 @@ class Stage(StageBase):
             rows, places = numpy.nonzero(here)
             selected = rows * piece.length + numpy.broadcast_to(offsets, here.shape)[rows, places] - start
             part = self._run(x[:, start : start + piece.length], piece, cache, selected)
-            if here.all():  # in order, too: no copy of what may be large
+            if here.all():  # all in one piece and in order: the logits may be large, so don't copy them
                 logits = part.reshape(logits.shape)
             else:
                 logits[rows, places] = part
@@ -168,11 +173,11 @@ def load_stages(
     threads: int | None = None,
     prepack: bool = False,
 ) -> list[Stage]:
-    """Stages over graphs, and the weight files that those read where they lie. See ``Bundle.stage``.
+    """Load stages over graphs, which read the weight files in place. See ``Bundle.stage``.
 
     Raises:
-        BundleError: ``stage.graph`` for a range that isn't that of one shard's graph, or of several in a row;
-            ``input.dtype`` for another dtype than the graphs were written for.
+        BundleError: ``stage.graph`` if the graphs of one shard, or of several consecutive shards, don't cover exactly
+            the range; ``input.dtype`` for any dtype except that of the graphs.
     """
     if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
         expected = f"1 to {MAX_THREADS}"
@@ -195,8 +200,8 @@ def load_stages(
             _check_dtype(shard, dtype)
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
-            # Each session has threads of its own. Those of one that has done its work would spin on for a while, and
-            # take the processor from the next: three shards would take three times as long as one.
+            # Each session has its own threads. After its work they would keep spinning for a while, and would take CPU
+            # time from the next session: three shards would take three times as long as one.
             options.add_session_config_entry("session.force_spinning_stop", "1")
             if threads is not None:
                 options.intra_op_num_threads = threads
@@ -218,10 +223,10 @@ def _check_dtype(shard: Shard, wanted: str | None) -> None:
 
 
 def _shards_of(bundle: BundleReader, selection: Selection) -> list[Shard]:
-    """The shards that make up a selection."""
+    """Return the shards that make up a selection."""
     start, stop = selection.layers
     inside = [shard for shard in bundle.shards if start <= shard.layers[0] and shard.layers[1] <= stop]
-    # An empty shard at an end belongs to the selection only if that has the end too.
+    # A shard without layers belongs to the selection only if the selection also has its end: embedding or head.
     inside = [
         s for s in inside if s.layers[0] < s.layers[1] or (s.embeds and selection.embeds) or (s.head and selection.head)
     ]

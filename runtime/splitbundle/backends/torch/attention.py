@@ -1,6 +1,6 @@
 """Causal self-attention. The equations are in ``spec/v1/decoder.md``.
 
-Shapes in comments: B rows, S positions of this call, T slots of keys, H heads, D channels of a head.
+Shapes in comments: B rows, S positions of this call, T key slots, H heads, D channels per head.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from splitbundle.format.architecture.rotary import Rotary
 
 
 class Attention(nn.Module):
-    """Causal self-attention over what came before in the cache and what comes now."""
+    """Causal self-attention over the cached positions and the positions of this call."""
 
     def __init__(self, attention: facts.Attention, hidden: int, layer: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         return None if norm is None else Norm(norm.norm, *facts.query_key_shape(norm, heads, attention.head_dim))
 
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
-        """*Shape:* (batch, sequence, hidden) -> the same."""
+        """Attend from each position to the positions it may see. *Shape:* (batch, sequence, hidden) -> the same."""
         facts_ = self.facts
         queries = self._heads(self.query(x), self.query_norm, positions)  # [B, S, H, D]
         keys = self._heads(self.key(x), self.key_norm, positions)
@@ -67,7 +67,10 @@ class Attention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _heads(self, x: Tensor, norm: Norm | None, positions: Positions) -> Tensor:
-        """Clipped, normalised and turned. *Shape:* (batch, sequence, heads · head_dim) -> (…, heads, head_dim)."""
+        """Clip, normalize and rotate the heads.
+
+        *Shape:* (batch, sequence, heads · head_dim) -> (…, heads, head_dim).
+        """
         position, kind = self.facts.position, self.facts.query_key_norm
         x = self._clip(x)
         if norm is not None and kind is not None and kind.width == "full":
@@ -84,23 +87,28 @@ class Attention(nn.Module):
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """*Shape:* (batch, sequence, heads · head_dim) -> (batch, sequence, heads, head_dim)."""
+    """Give each head a dimension of its own.
+
+    *Shape:* (batch, sequence, heads · head_dim) -> (batch, sequence, heads, head_dim).
+    """
     return x.view(*x.shape[:2], x.shape[2] // head_dim, head_dim)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """softmax(scale · Q Kᵀ + mask) V, each key head serving ``heads / kv_heads`` query heads in a row.
+    """Return softmax(scale · Q Kᵀ + mask) V.
+
+    Each key head serves ``heads / kv_heads`` consecutive query heads.
 
     *Shape:* (batch, heads, S, head_dim), twice (batch, kv_heads, T, head_dim) -> (batch, heads, S, head_dim).
     """
     batch, heads, length, width = queries.shape
     kv_heads = keys.shape[1]
     if heads != kv_heads and length == 1 and (mask is None or mask.shape[1] == 1):
-        # The heads of a group see the same keys, so they can stand as positions, and no key is repeated in memory.
+        # The query heads of a group see the same keys. Treat them as positions, so that memory holds each key once.
         grouped = queries.reshape(batch, kv_heads, heads // kv_heads, width)
         mixed = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
         return mixed.reshape(batch, heads, 1, width)
-    # torch.jit.trace makes tensors of sizes, and of what is found by comparing them.
+    # Under torch.jit.trace, sizes are tensors, and a comparison of sizes is one too: hence bool().
     return functional.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=bool(heads != kv_heads)
     )
@@ -116,10 +124,12 @@ def attend_unfused(
     cap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """``attend`` with what no fused kernel does: every score s made cap · tanh(s / cap) before the mask, and one score
-    more a head, of nothing.
+    """Do the same as ``attend``, with score capping and attention sinks, which no fused kernel supports.
 
-    *Shape:* as for ``attend``; mask True where attention goes; sinks (heads).
+    With ``cap``, each score s becomes cap · tanh(s / cap) before the mask. With ``sinks``, each head has one extra
+    score in the softmax that belongs to no key.
+
+    *Shape:* as for ``attend``; mask is True where a query may attend; sinks (heads).
     """
     kv_heads = keys.shape[1]
     batch, heads, length, width = queries.shape

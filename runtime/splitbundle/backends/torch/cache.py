@@ -1,4 +1,4 @@
-"""The KV cache of a stage: tensors that hold the keys and values of past positions."""
+"""The KV cache of a stage: the tensors that hold the keys and values of past positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from splitbundle.stages.call import CacheState
 
 
 class KVCache(CacheState):
-    """The keys and values of a stage's layers; slot = position."""
+    """The keys and values of a stage's layers. The slot of a token is its position."""
 
     def __init__(
         self,
@@ -31,12 +31,13 @@ class KVCache(CacheState):
         for layer in range(*layers):
             attention = architecture.kind_of(layer).attention
             shape = (batch_size, attention.kv_heads, capacity, attention.head_dim)
-            # Zeros, not whatever memory held: a masked slot still takes part in a product, and 0 · NaN is NaN.
+            # Memory must start as zeros: a masked slot is still multiplied by 0, and uninitialized memory may hold
+            # NaN. 0 · NaN is NaN.
             self.keys[layer] = torch.zeros(shape, device=device, dtype=dtype)
             self.values[layer] = torch.zeros(shape, device=device, dtype=dtype)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Stores this call's keys and values; gives those of all slots up to the last position.
+        """Store this call's keys and values, and return those of all slots up to the last position.
 
         *Shape:* twice (batch, kv_heads, sequence, head_dim) -> twice (batch, kv_heads, slots, head_dim).
         """
@@ -50,11 +51,11 @@ class KVCache(CacheState):
 
     @property
     def kind(self) -> tuple[tuple[int, int], torch.dtype, torch.device]:
-        """The layers whose keys these are, and what and where they are."""
+        """Return the layer range, the dtype and the device."""
         return self.layers, self.dtype, self.device
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Row i becomes what row ``rows[i]`` was."""
+        """Replace each row i with the former row ``rows[i]``."""
         for stored in (self.keys, self.values):
             for layer, tensor in stored.items():
                 stored[layer] = tensor.index_select(0, torch.tensor(rows, device=tensor.device))

@@ -1,4 +1,4 @@
-"""The decoder, assembled from the facts of ``architecture.json``. Each equation is in ``spec/v1/decoder.md``."""
+"""The decoder, assembled from the facts in ``architecture.json``. The equations are in ``spec/v1/decoder.md``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from splitbundle.format.architecture.positions import Learned, Sinusoidal
 
 
 class Layer(nn.Module):
-    """Attention and the feed-forward block, added to the stream; the placement says where norms stand."""
+    """Add attention and the feed-forward block to the residual stream. The placement says where the norms are."""
 
     def __init__(self, kind: facts.LayerKind, hidden: int, layer: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Layer(nn.Module):
         self.mlp = Mlp(kind.mlp, hidden)
 
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
-        """*Shape:* (batch, sequence, hidden) -> the same."""
+        """Apply the layer. *Shape:* (batch, sequence, hidden) -> the same."""
 
         def attend(x: Tensor) -> Tensor:
             return self.attention(x, positions, cache)  # type: ignore[no-any-return]
@@ -58,7 +58,10 @@ class Layer(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token ids to the first hidden state. A head that is tied to it, in a stage of its own, has its table alone."""
+    """Map token ids to the first hidden state.
+
+    A stage with a tied head that does not embed holds only the token table (``embeds`` is False).
+    """
 
     def __init__(self, architecture: facts.Architecture, *, embeds: bool) -> None:
         super().__init__()
@@ -72,9 +75,9 @@ class Embedding(nn.Module):
         self.norm = Norm(embedding.norm, hidden) if embeds and embedding.norm is not None else None
 
     def forward(self, ids: Tensor, positions: Positions) -> Tensor:
-        """*Shape:* (batch, sequence) -> (batch, sequence, hidden)."""
+        """Embed token ids. *Shape:* (batch, sequence) -> (batch, sequence, hidden)."""
         position = self.facts.position
-        x: Tensor = self.token(ids.long())  # torch looks up by 32 and 64 bits alone
+        x: Tensor = self.token(ids.long())  # torch accepts only int32 and int64 indices
         if self.facts.multiplier != 1.0:
             x = x * self.facts.multiplier
         x = through(self.projection, x)
@@ -86,7 +89,7 @@ class Embedding(nn.Module):
 
 
 class Projection(nn.Module):
-    """The last product, whose weight may be the token table."""
+    """The final linear layer. Its weight may be the token table."""
 
     def __init__(self, rows: int, columns: int, *, weight: bool, bias: bool) -> None:
         super().__init__()
@@ -94,7 +97,7 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.empty(rows, device="meta")) if bias else None
 
     def forward(self, x: Tensor, tied: Tensor | None) -> Tensor:
-        """*Shape:* (…, columns) -> (…, rows)."""
+        """Multiply by the weight, or by ``tied`` if it is given. *Shape:* (…, columns) -> (…, rows)."""
         weight = self.weight if tied is None else tied
         if weight is None:
             raise ValueError("a tied head needs the token table")
@@ -102,7 +105,7 @@ class Projection(nn.Module):
 
 
 class Head(nn.Module):
-    """The last hidden state to logits."""
+    """Map the last hidden state to logits."""
 
     def __init__(self, architecture: facts.Architecture) -> None:
         super().__init__()
@@ -113,7 +116,10 @@ class Head(nn.Module):
         self.projection = Projection(architecture.vocab_size, size, weight=not head.tied, bias=head.bias)
 
     def forward(self, x: Tensor, tied: Tensor | None) -> Tensor:
-        """*Shape:* (batch, k, hidden) -> (batch, k, vocab). ``tied`` is the token table of a tied head."""
+        """Compute logits. ``tied`` is the token table of a tied head.
+
+        *Shape:* (batch, k, hidden) -> (batch, k, vocab).
+        """
         x = self.projection(through(self.narrowing, through(self.norm, x)), tied if self.facts.tied else None)
         if self.facts.multiplier != 1.0:
             x = x * self.facts.multiplier

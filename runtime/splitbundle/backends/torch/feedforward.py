@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Xielu(nn.Module):
-    """xIELU (Huang & Schlag 2024, arXiv:2411.13010), whose two slopes are learned."""
+    """xIELU (Huang & Schlag 2024, arXiv:2411.13010). Its two slopes are learned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,14 +31,14 @@ class Xielu(nn.Module):
         self.alpha_n = nn.Parameter(torch.empty(1, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """*Shape:* any -> the same."""
+        """Apply the activation. *Shape:* any -> the same."""
         above = functional.softplus(self.alpha_p) * x * x
         below = (torch.expm1(x.clamp(max=-1e-6)) - x) * (0.5 + functional.softplus(self.alpha_n))
         return torch.where(x > 0, above, below) + 0.5 * x
 
 
 class Mlp(nn.Module):
-    """The feed-forward block, gated (Shazeer 2020, arXiv:2002.05202) or not."""
+    """The feed-forward block, with a gate (Shazeer 2020, arXiv:2002.05202) or without one."""
 
     def __init__(self, mlp: facts.Mlp, hidden: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Mlp(nn.Module):
         self.activation = Xielu() if mlp.activation == "xielu" else ACTIVATIONS[mlp.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """*Shape:* (batch, sequence, hidden) -> the same."""
+        """Apply the block. *Shape:* (batch, sequence, hidden) -> the same."""
         if self.gate is None:
             return self.down(self._activated(x, self.up))  # type: ignore[no-any-return]
         gate, up = self._activated(x, self.gate), self.up
@@ -57,7 +57,7 @@ class Mlp(nn.Module):
         return self.down(gate * up(x) if both is None else both)  # type: ignore[no-any-return]
 
     def _activated(self, x: Tensor, layer: Linear) -> Tensor:
-        own = self.activation is ACTIVATIONS.get(self.name)  # and none that somebody put in its place
+        own = self.activation is ACTIVATIONS.get(self.name)  # False if the user replaced it
         both = (
             linear_activation(x, layer.weight, layer.bias, self.name)
             if own and can_fuse(x) and is_plain(layer)

@@ -1,4 +1,4 @@
-"""Running the golden vectors with torch."""
+"""Compute the golden vectors with torch."""
 
 from __future__ import annotations
 

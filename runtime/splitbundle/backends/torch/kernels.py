@@ -1,9 +1,11 @@
-"""Products with weights that stay where they lie, by whichever of torch's kernels reads them fastest.
+"""Multiply by mapped weights with the torch kernel that reads them fastest, without copying them.
 
-``spec/decisions/0012`` has the measurements. torch sends float32 to MKL, which computes one row on one thread and the
-other sizes slowly too where the processor isn't Intel's, though oneDNN, which every x86 build of torch has, does both
-well; and it sends one row in bfloat16 to oneDNN, which rearranges the whole weight first, though torch has a kernel of
-its own that just reads it.
+``spec/decisions/0012`` has the measurements. torch's own choice is slow in two cases:
+
+- float32: torch calls MKL. MKL computes one row on one thread, and on processors other than Intel's it is slow for
+  more rows too. oneDNN, which every x86 build of torch contains, is fast for both.
+- One row in bfloat16: torch calls oneDNN, which first rearranges the whole weight. torch also has a kernel of its own
+  that only reads the weight.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 SMALL: Final = 2**17
-"""Products of two numbers below which oneDNN's preparations (some 15 µs) take longer than all of them."""
+"""Below this number of scalar multiplications, oneDNN's preparation (some 15 µs) takes longer than all of them."""
 _FUSED: Final = {"silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
-"""Activations that oneDNN applies while it has the product at hand, as it calls them."""
+"""Activations that oneDNN fuses with a linear layer, and its names for them."""
 
 
 class _OneDnn:
-    """oneDNN's product as torch's compiler calls it."""
+    """oneDNN's linear layer, through the operator that torch's compiler calls."""
 
     def __init__(self) -> None:
         self.operator = torch.ops.mkldnn._linear_pointwise
@@ -35,16 +37,16 @@ class _OneDnn:
     def product(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", how: str = ""
     ) -> Tensor:
-        """An activation of x Wᵀ + b."""
+        """Return an activation of x Wᵀ + b."""
         return self.operator.default(x, weight, bias, activation, [], how)  # type: ignore[no-any-return]
 
     def times(self, x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
-        """(x Wᵀ + b) · factor."""
+        """Return (x Wᵀ + b) · factor."""
         return self.operator.binary(x, factor, weight, bias, "mul")  # type: ignore[no-any-return]
 
 
 def _onednn() -> _OneDnn | None:
-    """None where this torch hasn't got it as it is known here."""
+    """Return oneDNN, or None if this torch lacks the operator or if the operator gives other results than expected."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     one, row = (torch.ones(shape, dtype=torch.float32, device="cpu") for shape in ((1,), (1, 2)))
@@ -61,15 +63,15 @@ def _onednn() -> _OneDnn | None:
 
 _ONEDNN: Final = _onednn()
 _SWITCHES: Final = _ONEDNN is not None and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-"""Whether torch would give one row of bfloat16 to oneDNN: where it wouldn't, there is nothing to switch."""
+"""Whether torch would compute one row in bfloat16 with oneDNN. If it wouldn't, the switch isn't needed."""
 
 
 class _Switch:
-    """``torch.backends.mkldnn.enabled``, off while one row is computed in bfloat16, and on for whoever has more rows.
+    """Turn ``torch.backends.mkldnn.enabled`` off for calls with one row in bfloat16, and on for calls with more rows.
 
-    It is the process's, not a thread's, and torch's own kernel takes ten times as long for many rows. So a call with
-    more rows waits until the calls with one row have ended, each a token of some thread, or for a second; what has one
-    row and comes meanwhile leaves the switch alone.
+    The setting belongs to the process, not to a thread, and torch's own kernel takes ten times as long for many rows.
+    So a call with more rows waits until the running calls with one row have ended, for a second at most. Each of those
+    calls computes one token. A call with one row that starts during the wait does not change the setting.
     """
 
     def __init__(self) -> None:
@@ -80,9 +82,9 @@ class _Switch:
         self.single, self.several = set[object](), set[object]()
 
     def allows_onednn(self) -> bool:
-        """Whether oneDNN is on, but for this switch."""
+        """Return whether oneDNN would be on without this switch."""
         on = torch._C._get_mkldnn_enabled
-        return bool(on() or (self.single and self.before) or on())  # the last call may end between two of these
+        return bool(on() or (self.single and self.before) or on())  # asked twice: the last call may end in between
 
     def enter(self, call: object, rows: int) -> None:
         with self.lock:
@@ -93,14 +95,14 @@ class _Switch:
                     self.before = torch._C._get_mkldnn_enabled()
                 self.single.add(call)
                 torch._C._set_mkldnn_enabled(False)
-        # Asleep, as an interrupt may break a Condition's lock; and no longer than a second, as a hook of a call with
-        # one row may be what makes this one.
+        # Sleep instead of waiting on a Condition, because an interrupt may break its lock. Stop after a second, because
+        # this call may come from a hook inside a call with one row.
         until = time.monotonic() + 1.0
         while rows > 1 and self.single and time.monotonic() < until:
             time.sleep(0.0005)
 
     def leave(self, call: object) -> None:
-        """Ends a call, as far as it had begun; once more does no harm."""
+        """End a call, even if ``enter`` did not finish. A second ``leave`` does no harm."""
         with self.lock:
             if self.single == {call}:
                 torch._C._set_mkldnn_enabled(self.before)
@@ -112,7 +114,7 @@ _switch: Final = _Switch()
 
 
 def _after_fork() -> None:
-    """A thread of the parent may have been computing: here it never ends."""
+    """Reset the switch in a forked child: a call that another thread of the parent was running never ends here."""
     if _switch.single:
         torch._C._set_mkldnn_enabled(_switch.before)
     _switch.reset()
@@ -123,7 +125,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def with_kernels_for(x: Tensor, dtype: torch.dtype, compute: Callable[..., Tensor], *args: object) -> Tensor:
-    """``compute(x, *args)``, where products with weights of a dtype are computed by the kernels that suit x's rows.
+    """Return ``compute(x, *args)``, with the kernels that suit the number of rows of x and weights of ``dtype``.
 
     *Shape:* of x, (batch, sequence, …).
     """
@@ -137,35 +139,38 @@ def with_kernels_for(x: Tensor, dtype: torch.dtype, compute: Callable[..., Tenso
         finally:
             _switch.leave(call)
     finally:
-        _switch.leave(call)  # an interrupt may have come into the first one
+        _switch.leave(call)  # an interrupt may have stopped the first one
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b. *Shape:* (…, columns), (rows, columns), (rows) -> (…, rows)."""
+    """Return x Wᵀ + b. *Shape:* (…, columns), (rows, columns), (rows) -> (…, rows)."""
     onednn = _onednn_for(x, weight, bias)
     return functional.linear(x, weight, bias) if onednn is None else onednn.product(x, weight, bias)
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether it is worth calling ``linear_activation`` and ``linear_times``."""
+    """Return whether it is worth calling ``linear_activation`` and ``linear_times``."""
     return _ONEDNN is not None and x.dtype == torch.float32
 
 
 def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
-    """An activation of x Wᵀ + b, if one kernel does both. *Shape:* as of ``linear``."""
+    """Return an activation of x Wᵀ + b if one kernel computes both, else None. *Shape:* as for ``linear``."""
     onednn = _onednn_for(x, weight, bias) if activation in _FUSED else None
     return None if onednn is None else onednn.product(x, weight, bias, *_FUSED[activation])
 
 
 def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor | None:
-    """(x Wᵀ + b) · factor, if one kernel does both. *Shape:* as of ``linear``, and of the factor (…, rows)."""
+    """Return (x Wᵀ + b) · factor if one kernel computes both, else None.
+
+    *Shape:* as for ``linear``; factor (…, rows).
+    """
     onednn = _onednn_for(x, weight, bias, factor)
     return None if onednn is None else onednn.times(x, weight, bias, factor)
 
 
 def _onednn_for(x: Tensor, weight: Tensor, *others: Tensor | None) -> _OneDnn | None:
-    """oneDNN, where it is the one to compute this."""
-    # A compiler follows all of this, and has to stop where it can't: it is asked for before anything else.
+    """Return oneDNN if it should compute this product, else None."""
+    # Ask for a compiler before anything else: it traces this function, and the checks below would stop the trace.
     if _ONEDNN is None or torch.compiler.is_compiling():
         return None
     if weight.dtype != torch.float32 or not _switch.allows_onednn():
@@ -176,9 +181,9 @@ def _onednn_for(x: Tensor, weight: Tensor, *others: Tensor | None) -> _OneDnn | 
 
 
 def _is_plain(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether this is nothing but a product on the processor.
+    """Return whether this is a plain product on the CPU.
 
-    Gradients, transforms, compilers, modes and tensors of other kinds have to see an operator that they know.
+    Gradients, transforms, compilers, modes and other tensor classes must see an operator that they know.
     """
     if type(x) is not Tensor or not x.is_cpu:
         return False
@@ -200,7 +205,7 @@ def _is_plain(x: Tensor, *others: Tensor | None) -> bool:
             continue
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or not tensor.is_cpu:
             return False
-        # oneDNN takes a bias as if its numbers were side by side.
+        # oneDNN reads a bias as if it were contiguous.
         if tensor.dtype != x.dtype or (tensor.ndim == 1 and not tensor.is_contiguous()):
             return False
         if tracked and tensor.requires_grad:

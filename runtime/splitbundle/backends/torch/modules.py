@@ -1,4 +1,4 @@
-"""Small modules that the others are made of: linear layers and tables without weights of their own."""
+"""The small modules that the others consist of: linear layers and tables that start without weights."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from splitbundle.backends.torch.kernels import linear
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` that is born without weights: a stage maps them in."""
+    """An ``nn.Linear`` that starts without weights. A stage maps them in."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
         super().__init__(inputs, outputs, bias=bias, device="meta")
 
     def reset_parameters(self) -> None:
-        """Nothing: there is nothing to initialise on the meta device, and no reason to spend the time."""
+        """Do nothing: the meta device holds no values to initialize."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """*Shape:* (…, inputs) -> (…, outputs)."""
+        """Return x Wᵀ + b. *Shape:* (…, inputs) -> (…, outputs)."""
         return linear(x, self.weight, self.bias)
 
 
@@ -33,17 +33,17 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 class Table(nn.Module):
-    """Rows by index."""
+    """A table of vectors, one row for each index."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, width, device="meta"))
 
     def forward(self, index: Tensor) -> Tensor:
-        """*Shape:* any -> (any, width)."""
+        """Look up rows. *Shape:* any -> (any, width)."""
         return functional.embedding(index, self.weight)
 
 
 def through(step: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
-    """Return the step of x, or x itself where there is no step."""
+    """Return ``step(x)``, or x if there is no step."""
     return x if step is None else step(x)

@@ -10,8 +10,9 @@ from splitbundle.format.architecture import norms as facts
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016, arXiv:1607.06450) or RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) over the last
-    dimension; the weight may have a dimension more, of heads.
+    """Normalize the last dimension. The weight may have one more dimension, for heads.
+
+    LayerNorm: Ba et al. 2016, arXiv:1607.06450. RMSNorm: Zhang & Sennrich 2019, arXiv:1910.07467.
     """
 
     def __init__(self, norm: facts.Norm, *shape: int) -> None:
@@ -21,10 +22,10 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(shape, device="meta")) if norm.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """*Shape:* (..., size) -> (..., size)."""
+        """Normalize x. *Shape:* (..., size) -> (..., size)."""
         weight, bias = self.weight, self.bias
         if weight is not None and self.facts.weight_offset:
-            # In 16 bits, 1 + w would lose what little w says: the sum and the product are taken in float32.
+            # In 16 bits, 1 + w would round away a small w. So the sum and the product are computed in float32.
             bias_32 = None if bias is None else bias.float()
             return self._normalize(x.float(), weight.float() + self.facts.weight_offset, bias_32).to(x.dtype)
         return self._normalize(x, weight, bias)

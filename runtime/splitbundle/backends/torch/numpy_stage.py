@@ -1,4 +1,4 @@
-"""A torch stage among stages that take and give numpy arrays. numpy itself isn't imported: torch knows it."""
+"""A torch stage for a pipeline of numpy arrays. This module does not import numpy: torch converts the arrays."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from splitbundle.stages.stage import LogitsWanted, StageBase
 
 
 class NumpyStage(StageBase):
-    """Takes and gives arrays in float32, whatever the torch stage inside computes in, and wherever."""
+    """Take and return float32 arrays, whatever the dtype and the device of the torch stage inside."""
 
     backend = "torch"
 
     inner: Any
-    """The torch stage. Its class offers this one (``over_numpy``), so this module can't name it."""
+    """The torch stage. Its module imports this one, for ``over_numpy``, so this one can't import its class."""
 
     def __init__(self, stage: StageBase) -> None:
         self.inner = stage
@@ -30,29 +30,29 @@ class NumpyStage(StageBase):
             name = "token ids" if self.embeds else f"hidden at layer {self.layer_range[0]}"
             got = str(getattr(array, "dtype", type(array).__name__))
             raise BundleError(Problem(code="input.type", argument=name, expected="a numpy.ndarray of numbers", got=got))
-        # torch takes no negative strides and no foreign byte order, and warns of memory that isn't to be written.
+        # torch refuses negative strides and a foreign byte order, and warns about read-only memory.
         if not (array.flags.writeable and array.flags.c_contiguous and array.dtype.isnative):
             array = array.astype(array.dtype.newbyteorder("="), order="C", copy=True)
         tensor = torch.from_numpy(array).to(self.inner.device)
         return tensor if self.embeds else tensor.to(self.inner.dtype)
 
     def cache(self, batch_size: int, capacity: int) -> Any:
-        """The torch stage's cache."""
+        """Return a cache for the torch stage."""
         return self.inner.cache(batch_size, capacity)
 
     def check(self, inputs: Any, **given: Any) -> Any:
-        """As the torch stage does."""
+        """Check a call as the torch stage does."""
         return self.inner.check(self._tensor(inputs), **given)
 
     def check_call(self, inputs: Any, call: Call, cache: Any, logits: LogitsWanted = "all") -> None:
-        """As the torch stage does."""
+        """Check what each stage of a pipeline must check itself, as the torch stage does."""
         with torch.no_grad():
             self.inner.check_call(self._tensor(inputs), self.inner.convert_call(call), cache, logits)
 
     def __call__(
         self, inputs: Any, *, positions: Call | None = None, logits: LogitsWanted = "all", **given: Any
     ) -> Any:
-        """*Shape:* as the torch stage's, in float32."""
+        """Compute the torch stage without gradients. *Shape:* as for the torch stage, in float32."""
         call = None if positions is None else self.inner.convert_call(positions)
         with torch.no_grad():
             result = self.inner(self._tensor(inputs), positions=call, logits=logits, **given)

@@ -24,15 +24,15 @@ __all__ = ["Pipeline", "Session", "load_pipeline", "load_stages"]
 
 
 class Pipeline(PipelineBase, nn.Module):
-    """Stages whose layer ranges tile the model, called as one model."""
+    """A model made of stages. Their layer ranges tile the model: they leave no gap and don't overlap."""
 
     def __init__(self, stages: Sequence[Stage], *, same_weights: bool = True) -> None:
-        """Takes stages in order.
+        """Check the stages and join them.
 
         Args:
-            stages: their layer ranges tile the model; the first embeds, the last has the head.
-            same_weights: whether they must come from one model, by the fingerprint. Stages whose weights were trained
-                apart, and saved since, have different ones.
+            stages: the stages in order. Their layer ranges tile the model; the first embeds, the last has the head.
+            same_weights: whether the fingerprints must show that all stages come from one model. Stages that were
+                trained and saved separately have different fingerprints.
 
         Raises:
             BundleError: ``pipeline.tiling``, ``pipeline.fingerprint``.
@@ -42,10 +42,10 @@ class Pipeline(PipelineBase, nn.Module):
         self.stages = nn.ModuleList(stages)
 
     def _in_order(self) -> list[Stage]:
-        return list(self.stages)  # type: ignore[arg-type]  # or what wraps them, and has their attributes
+        return list(self.stages)  # type: ignore[arg-type]  # or wrappers that have the attributes of a stage
 
     def token_ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Rows of equal length as this pipeline takes them. *Shape:* (batch, sequence), int64."""
+        """Return rows of equal length as a tensor for this pipeline. *Shape:* (batch, sequence), int64."""
         return torch.tensor(rows, dtype=torch.int64, device=self.first.device)
 
     def _enter(self, x: Tensor, stage: Stage) -> Tensor:
@@ -79,6 +79,6 @@ def load_pipeline(
     dtype: str | torch.dtype | None = None,
     trainable: bool = False,
 ) -> Pipeline:
-    """All shards of a bundle. See ``Bundle.pipeline``."""
+    """Load all shards of a bundle as one pipeline. See ``Bundle.pipeline``."""
     selections = [bundle.select(shard.name) for shard in bundle.shards]
     return Pipeline(load_stages(bundle, selections, device=device, dtype=dtype, trainable=trainable))

@@ -1,4 +1,4 @@
-"""Where the tokens of a call stand, and what the tokens before them left, in torch: masks, rotations, the KV cache."""
+"""The positions of a call's tokens, and the tensors that follow from them: slots, masks, rotations and biases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from splitbundle.stages.call import Call
 
 
 class Positions(Call):
-    """The positions of one call: computed once, used by every layer."""
+    """The positions of one call. They are computed once, and every layer uses them."""
 
     def __init__(
         self, past: Sequence[int], count: Sequence[int], length: int, device: torch.device, dtype: torch.dtype
@@ -30,9 +30,9 @@ class Positions(Call):
 
     @property
     def slots(self) -> Tensor:
-        """Each position, as int64. Padding repeats its row's last one, so that every table has it.
+        """Return each position, as int64. Padding repeats its row's last position, which every table contains.
 
-        *Shape:* (batch, sequence), or (1, sequence) when all rows are alike.
+        *Shape:* (batch, sequence), or (1, sequence) when all rows have the same positions.
         """
         if self._slots is None:
             offsets = torch.arange(self.length, device=self.device)
@@ -40,14 +40,14 @@ class Positions(Call):
                 self._slots = (offsets + self.uniform)[None]
             else:
                 past = torch.tensor(self.past, device=self.device)[:, None]
-                # A row without tokens repeats the one before them: its next position may be beyond every table.
+                # A row without tokens repeats its last past position, because its next one may be beyond every table.
                 last = (past + torch.tensor(self.count, device=self.device)[:, None] - 1).clamp(min=0)
                 self._slots = torch.minimum(past + offsets[None], last)
         return self._slots
 
     @property
     def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The row, the place in the sequence and the slot of every token. *Shape:* each (tokens)."""
+        """Return the row, the index in the sequence and the slot of every token. *Shape:* each (tokens)."""
         if self._tokens is None:
             rows, places = self.valid.nonzero(as_tuple=True)
             self._tokens = rows, places, self.slots.expand(len(self.past), -1)[rows, places]
@@ -55,24 +55,24 @@ class Positions(Call):
 
     @property
     def valid(self) -> Tensor:
-        """True for tokens, False for padding. *Shape:* (batch, sequence)."""
+        """Return True for tokens, False for padding. *Shape:* (batch, sequence)."""
         return (
             torch.arange(self.length, device=self.device)[None] < torch.tensor(self.count, device=self.device)[:, None]
         )
 
     def rotary(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """For each channel that turns, the cosine of its pair's angle, and what its partner's share is: ± the sine.
+        """Return the factors of ``rotation`` for the positions of this call.
 
-        *Shape:* (batch or 1, sequence, 1, dim), in the order of the layout.
+        *Shape:* twice (batch or 1, sequence, 1, dim), in the channel order of the layout.
         """
-        # Every layer asks, and hashing all of its fields would take longer.
+        # The key is the id because every layer looks this up, and hashing all fields of ``rotary`` would take longer.
         if id(rotary) not in self._rotations or self._rotations[id(rotary)][0] is not rotary:
             lengths = [past + count for past, count in zip(self.past, self.count, strict=True)]
             self._rotations[id(rotary)] = rotary, rotation(rotary, self.slots, lengths, self.dtype)
         return self._rotations[id(rotary)][1]
 
     def sinusoids(self, offset: int, size: int) -> Tensor:
-        """Sines, then cosines, of each position. *Shape:* (batch or 1, sequence, size)."""
+        """Return the sines, then the cosines, of each position. *Shape:* (batch or 1, sequence, size)."""
         half = size // 2
         rates = torch.exp(torch.arange(half, device=self.device).float() * -(math.log(10000.0) / (half - 1)))
         angles = (self.slots + offset)[:, :, None].float() * rates
@@ -80,14 +80,14 @@ class Positions(Call):
         return waves.to(self.dtype)
 
     def temperature(self, temperature: QueryTemperature) -> Tensor:
-        """What each position's queries are multiplied by. *Shape:* (batch or 1, sequence, 1, 1)."""
+        """Return the factor for each position's queries. *Shape:* (batch or 1, sequence, 1, 1)."""
         whole = (self.slots + temperature.offset) // temperature.original_positions
         return (1 + temperature.beta * torch.log1p(whole.float())).to(self.dtype)[:, :, None, None]
 
     def biased_mask(self, alibi: Alibi, heads: int, span: AttentionSpan) -> tuple[int, Tensor, bool]:
-        """``mask``, with what ALiBi adds to each score in place of True, and -∞ in place of False.
+        """Return the result of ``mask`` with numbers: ALiBi's bias for each score in place of True, -∞ for False.
 
-        *Shape:* of the mask, (batch or 1, heads, sequence, slots from the first on).
+        *Shape:* mask (batch or 1, heads, sequence, slots from the first on).
         """
         key = (alibi, heads, span)
         if key not in self._biases:
@@ -101,13 +101,18 @@ class Positions(Call):
         return *self._biases[key], False
 
     def causal_mask(self) -> Tensor:
-        """The mask itself where ``mask`` says that causal attention will do. *Shape:* (1, 1, sequence, sequence)."""
+        """Return the mask for a call where ``mask`` returns only the flag for causal attention.
+
+        *Shape:* (1, 1, sequence, sequence).
+        """
         return torch.ones(self.length, self.length, dtype=torch.bool, device=self.device).tril()[None, None]
 
     def mask(self, span: AttentionSpan) -> tuple[int, Tensor | None, bool]:
-        """What the queries may see: (first slot that any of them sees, mask or None, whether causal attention will do).
+        """Return the slots that the queries may see: (first slot, mask or None, whether to use causal attention).
 
-        *Shape:* of the mask, (batch or 1, 1, sequence, slots from the first on), True where attention goes.
+        No query sees a slot before the first. Causal attention needs no mask.
+
+        *Shape:* mask (batch or 1, 1, sequence, slots from the first on), True where a query may attend.
         """
         if span not in self._masks:
             self._masks[span] = self._mask(span)
@@ -133,7 +138,11 @@ class Positions(Call):
 
 
 def slopes(alibi: Alibi, heads: int, device: torch.device) -> Tensor:
-    """Each head's slope: powers of 2^(-max_bias / n) for n the power of two from ``heads`` up, every second first."""
+    """Return the ALiBi slope of each head: powers of 2^(-max_bias / n).
+
+    n is the smallest power of two that is at least ``heads``. If it is more than ``heads``, every second power comes
+    first.
+    """
     whole = 2 ** math.ceil(math.log2(heads))
     powers: Tensor = 2.0 ** (-torch.arange(1, whole + 1, device=device).float() * alibi.max_bias / whole)
     if whole != heads:

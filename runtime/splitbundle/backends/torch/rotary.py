@@ -1,4 +1,4 @@
-"""Rotary positions: the frequencies, how they are scaled, and the rotation itself."""
+"""Rotary positions: the frequencies, their scaling, and the rotation."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from splitbundle.format.architecture.rotary import (
 
 
 def rotation(rotary: Rotary, slots: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """For each channel that turns, the cosine of its pair's angle, and what its partner's share is: ± the sine.
+    """Return the cosine and ± the sine of the angle of each rotated channel's pair.
 
-    *Shape:* slots (batch or 1, sequence), int64 -> twice (batch or 1, sequence, 1, dim), in the order of the layout.
+    The cosine multiplies the channel itself, and ± the sine multiplies the other channel of the pair.
+
+    *Shape:* slots (batch or 1, sequence), int64 -> twice (batch or 1, sequence, 1, dim), in the channel order of the
+    layout.
     """
-    # Angles are taken in float32, as everyone takes them: in float64 they would differ from the model's own.
+    # Angles are computed in float32, as in the original models. In float64 they would differ from the model's angles.
     angles = slots[:, :, None, None].float() * row_frequencies(rotary, lengths, slots.device)
     factor = getattr(rotary.scaling, "attention_factor", 1.0)
     cos, sin = (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
@@ -34,11 +37,13 @@ def rotation(rotary: Rotary, slots: Tensor, lengths: Sequence[int], dtype: torch
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
-    """Turns each pair of channels by the angle of its position: of the first ``dim``, the pairs (i, i + dim/2) in the
-    layout "half", and (2i, 2i + 1) in "interleaved".
+    """Rotate each pair of channels by the angle of its position.
 
-    *Shape:* x (batch, sequence, heads, head_dim); cos, sin (batch or 1, sequence, 1, dim), as ``Positions.rotary``
-    gives them.
+    Only the first ``dim`` channels are rotated. The pairs are (i, i + dim/2) in the layout "half", and (2i, 2i + 1) in
+    "interleaved".
+
+    *Shape:* x (batch, sequence, heads, head_dim); cos, sin (batch or 1, sequence, 1, dim), as from
+    ``Positions.rotary``.
     """
     dim = cos.shape[-1]
     turned, rest = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
@@ -51,7 +56,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
 
 
 def row_frequencies(rotary: Rotary, lengths: Sequence[int], device: torch.device) -> Tensor:
-    """The frequencies of rows of some lengths. *Shape:* (dim / 2), or (batch, 1, 1, dim / 2) where rows differ."""
+    """Return the frequencies for rows of the given lengths.
+
+    *Shape:* (dim / 2), or (batch, 1, 1, dim / 2) if rows differ.
+    """
     scaling = rotary.scaling
     if not isinstance(scaling, Dynamic | LongRope):
         return frequencies(rotary, 0, device)
@@ -63,7 +71,10 @@ def row_frequencies(rotary: Rotary, lengths: Sequence[int], device: torch.device
 
 
 def frequencies(rotary: Rotary, length: int, device: torch.device) -> Tensor:
-    """Radians per position of each pair of channels, in float32, in rows of some length. *Shape:* (dim / 2)."""
+    """Return the frequency of each pair of channels for a row of ``length``, in radians per position, float32.
+
+    *Shape:* (dim / 2).
+    """
     scaling, dim, base = rotary.scaling, rotary.dim, rotary.base
     exponents = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
     if isinstance(scaling, Dynamic):
@@ -98,7 +109,7 @@ def _llama3(base: Tensor, scaling: Llama3) -> Tensor:
 
 def _yarn(base: Tensor, rotary: Rotary, scaling: Yarn) -> Tensor:
     def pair(rotations: float) -> float:
-        """The pair (as a real number) that turns so many times over the original positions."""
+        """Return the pair, as a real number, that makes this many rotations over the original positions."""
         turns = scaling.original_positions / (rotations * 2 * math.pi)
         return rotary.dim * math.log(turns) / (2 * math.log(rotary.base))
 

@@ -1,4 +1,4 @@
-"""From logits to the next token with torch."""
+"""Choose the next token from logits with torch."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from splitbundle.stages.sampling import NOT_FINITE, Sampling
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: random.Random) -> Tensor:
-    """The next token of each row.
+    """Draw the next token of each row.
 
-    Tokens stand in falling order of probability, equal ones in rising order of id; with u uniform in [0, 1), the one
-    drawn is the first whose cumulated probability exceeds u of what top_k and top_p leave.
+    Sort the tokens by falling probability, and equal ones by rising id. Keep the tokens that top_k and top_p allow.
+    With u uniform in [0, 1), draw the first token whose cumulative probability exceeds u times the total that is kept.
 
     *Shape:* (batch, vocab) -> (batch), int64. Every row takes one number from ``generator``.
 
     Raises:
-        BundleError: ``input.value`` for logits that aren't numbers.
+        BundleError: ``input.value`` if a row's largest logit is NaN or infinite.
     """
     largest, likeliest = logits.max(dim=-1)
-    if not bool(largest.isfinite().all()):  # the largest is NaN where any is: a draw would hide it
+    if not bool(largest.isfinite().all()):  # the largest is NaN if any logit is; a draw would hide it
         raise BundleError(NOT_FINITE)
     if sampling.temperature == 0:
         return likeliest
-    # Less the largest before the division: a small temperature would make infinities of both, and NaN of the rest.
+    # Subtract the largest before the division. Otherwise a small temperature could make logits infinite, and their
+    # differences NaN.
     probabilities = torch.softmax((logits - largest[:, None]).double() / sampling.temperature, dim=-1)
     ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k is not None:
         ranked = ranked[:, : sampling.top_k]
     total = ranked.cumsum(dim=-1)
     if sampling.top_p is not None:
-        # The token that crosses top_p is still in: what came before it hadn't reached it.
+        # Keep the token that crosses top_p, because the tokens before it do not reach top_p.
         ranked = ranked.masked_fill(total - ranked >= sampling.top_p * total[:, -1:], 0.0)
         total = ranked.cumsum(dim=-1)
     uniform = torch.tensor([generator.random() for _ in range(len(logits))], dtype=total.dtype, device=total.device)

@@ -1,4 +1,4 @@
-"""A stage: a shard, or any layer range, loaded and ready to compute with torch."""
+"""A stage that computes with torch: a loaded shard, or any loaded layer range."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
 
 Rows = Sequence[int] | Tensor
-"""An integer for each row."""
+"""One integer for each row."""
 
 
 class Stage(StageBase, nn.Module):
-    """A part of the model. Its parameters bear the canonical names, with global layer numbers.
+    """A part of the model. Its parameters have the canonical names, with global layer numbers.
 
-    The first stage takes token ids, the others ``hidden``; the last one gives logits, the others ``hidden``.
+    The first stage takes token ids, and the others take ``hidden``. The last stage returns logits, and the others
+    return ``hidden``.
     """
 
     backend = "torch"
@@ -49,17 +50,17 @@ class Stage(StageBase, nn.Module):
         self.head = Head(architecture) if selection.head else None
 
     def extra_repr(self) -> str:
-        """Shown by ``repr``."""
+        """Return the name and the layer range for ``repr``."""
         return f"{self.name}, layers [{self.layer_range[0]}, {self.layer_range[1]})"
 
     @property
     def dtype(self) -> torch.dtype:
-        """What this stage computes in."""
+        """Return the dtype in which this stage computes."""
         return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Where this stage computes."""
+        """Return the device on which this stage computes."""
         return next(self.parameters()).device
 
     def _make_cache(self, batch_size: int, capacity: int) -> KVCache:
@@ -84,24 +85,24 @@ class Stage(StageBase, nn.Module):
         return Positions(past, count, length, self.device, self.dtype)
 
     def convert_call(self, call: Call) -> Positions:
-        """A call of another stage, as this one wants it."""
+        """Return a call of another stage with the device and the dtype of this one."""
         if isinstance(call, Positions) and call.device == self.device and call.dtype == self.dtype:
             return call
         return self._call(call.past, call.count, call.length)
 
     def over_numpy(self) -> NumpyStage:
-        """Return a stage over this one that takes and gives numpy arrays in float32."""
+        """Return a stage that wraps this one, and that takes and returns numpy arrays in float32."""
         return NumpyStage(self)
 
     def _check_cache(self, cache: KVCache) -> None:
         if not isinstance(cache, KVCache) or cache.kind != (self.layer_range, self.dtype, self.device):
             expected = f"a cache of layers {self.layer_range} in {self.dtype} on {self.device}"
-            own = isinstance(cache, KVCache)  # and not that of another backend
+            own = isinstance(cache, KVCache)  # False for a cache of another backend
             got = "one of layers {} in {} on {}".format(*cache.kind) if own else type(cache).__name__
             self._refuse("input.cache", "cache", expected, got)
 
     def check_call(self, inputs: Tensor, call: Call, cache: KVCache | None, logits: LogitsWanted = "all") -> None:
-        """The part of ``check`` that every stage of a pipeline has to see for itself."""
+        """Check what each stage of a pipeline must check itself. ``check`` does this too."""
         super().check_call(inputs, call, cache, logits)
         tracked = cache is not None and torch.is_grad_enabled()
         if tracked and (inputs.requires_grad or any(p.requires_grad for p in self.parameters())):
@@ -117,35 +118,36 @@ class Stage(StageBase, nn.Module):
         logits: LogitsWanted = "all",
         positions: Positions | None = None,
     ) -> Tensor:
-        """Computes this stage for some tokens of each row.
+        """Compute this stage for some tokens of each row.
 
-        Row b's tokens are its first ``count[b]``; what follows is padding, and comes out as zeros.
+        The tokens of row b are its first ``count[b]``. The rest is padding, and its results are zeros.
 
         *Shape:* token ids (batch, sequence) of an integer dtype, or hidden (batch, sequence, hidden) of the
         stage's dtype -> hidden (batch, sequence, hidden), or logits (batch, k, vocab).
 
         Args:
-            inputs: token ids for a stage that embeds, else the hidden states of the stage before.
-            past: (batch) the positions that each row has behind it; by default 0. Needs a cache where it isn't 0.
-            count: (batch) the tokens that each row brings; by default all of the sequence.
-            cache: what ``cache()`` gave, to be extended by this call's tokens.
-            logits: of which positions the last stage computes logits: "all", "last" (k = 1) or each row's last k,
-                standing at the end; what a row lacks is zero.
-            positions: what ``check`` gave for this call, in place of ``past`` and ``count``: checks nothing again.
+            inputs: token ids for a stage that embeds, else the hidden states from the stage before.
+            past: (batch) the number of earlier positions of each row; by default 0. Any other value needs a cache.
+            count: (batch) the number of tokens of each row in this call; by default the whole sequence.
+            cache: a cache from ``cache()``. This call adds its tokens to the cache.
+            logits: the positions for which the last stage computes logits: "all", "last" (k = 1), or an integer k for
+                the last k of each row. A row with fewer tokens starts with zeros.
+            positions: the result of ``check`` for this call. It replaces ``past`` and ``count``, and the call is not
+                checked again.
 
         Raises:
-            BundleError: ``input.*`` with the boundary's name, what was expected and what came.
+            BundleError: ``input.*`` with the name of the boundary, the expected value and the given one.
         """
         length = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim > 1 else 0
         if positions is None:
             positions = self.check(inputs, past=past, count=count, cache=cache, logits=logits)
-        # What is padding in every row isn't computed, and needs no room in a cache.
+        # Positions that are padding in every row are not computed, and need no slots in a cache.
         x = self._compute(inputs[:, : positions.length], positions, cache, logits)
         short = length - positions.length if self.head is None or logits == "all" else 0
         return functional.pad(x, (0, 0, 0, short)) if short else x
 
     def _compute(self, x: Tensor, positions: Positions, cache: KVCache | None, logits: LogitsWanted) -> Tensor:
-        if not any(positions.count):  # no row brings a token: there is nothing to compute, and nothing to attend to
+        if not any(positions.count):  # no row has a token: there is nothing to compute or to attend to
             width = self.architecture.hidden_size if self.head is None else self.architecture.vocab_size
             kept = None if self.head is None else self._logits_wanted(logits)
             return torch.zeros(len(x), kept or x.shape[1], width, device=self.device, dtype=self.dtype)
@@ -169,7 +171,7 @@ class Stage(StageBase, nn.Module):
 
 
 def _keep(x: Tensor, positions: Positions, wanted: int | None) -> tuple[Tensor, Tensor | None]:
-    """The hidden states that logits are wanted of, and which of them are tokens (None: all).
+    """Return the hidden states that need logits, and a mask that is True for tokens (None: all are tokens).
 
     *Shape:* (batch, sequence, hidden) -> (batch, k, hidden), (batch, k).
     """
@@ -190,7 +192,7 @@ def load_stages(
     dtype: str | torch.dtype | None = None,
     trainable: bool = False,
 ) -> list[Stage]:
-    """Stages over mapped weights; a tensor that several of them need is one parameter. See ``Bundle.stage``."""
+    """Load stages over mapped weights. Stages share one parameter for a common tensor. See ``Bundle.stage``."""
     target = compute_dtype(bundle, dtype)
     _check_device(device)
     mapped: dict[str, nn.Parameter] = {}
@@ -209,7 +211,10 @@ def load_stages(
 
 
 def _assign(stage: Stage, mapped: Mapping[str, nn.Parameter]) -> None:
-    """``stage.load_state_dict(mapped, assign=True)``, whose detours would take a quarter of loading's time."""
+    """Do the same as ``stage.load_state_dict(mapped, assign=True)``.
+
+    The extra work in ``load_state_dict`` would take a quarter of the loading time.
+    """
     for prefix, module in stage.named_modules():
         for name, empty in module._parameters.items():
             if empty is not None:
@@ -223,8 +228,8 @@ def _assign(stage: Stage, mapped: Mapping[str, nn.Parameter]) -> None:
 
 def _check_device(device: str | torch.device | None) -> None:
     try:
-        torch.empty(0, device=device).sum().item()  # "meta" makes tensors and can't compute
-    except (RuntimeError, AssertionError) as error:  # an unknown name, no driver, or a build without it
+        torch.empty(0, device=device).sum().item()  # "meta" can make tensors, but can't compute
+    except (RuntimeError, AssertionError) as error:  # an unknown name, no driver, or a torch build without this device
         got = f"{quoted(str(device))}: {str(error).splitlines()[0]}"
         raise BundleError(
             Problem(code="input.device", argument="device", expected="a device that torch has here", got=got)

@@ -1,4 +1,4 @@
-"""Weights as tensors over a mapping of their file: no copy, and no numpy."""
+"""Map weight files as tensors, without a copy and without numpy."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
 
 DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in dtypes.TENSORS}
-"""Name of a stored dtype -> the dtype."""
+"""Names of the stored dtypes -> the dtypes of torch."""
 
 
 def _after_fork() -> None:
     torch.set_num_threads(1)
 
 
-# GNU's OpenMP waits for ever in a forked child for threads that only the parent has; spec/decisions/0002 has the whole
-# story. It's a setting of a process that this package changes, and only in a child that would hang without.
+# In a forked child, GNU's OpenMP waits forever for threads that only the parent has. spec/decisions/0002 explains this.
+# The number of threads is a setting of the whole process. This package changes it only in a forked child, which would
+# hang otherwise.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
 def map_tensors(bundle: BundleReader, group: str) -> dict[str, Tensor]:
-    """The tensors of a unit (or of the golden vectors), over bytes that live as long as they do.
+    """Return the tensors of a unit, or of the golden vectors. Each keeps its mapped bytes alive.
 
     Raises:
         BundleError: as for ``Bundle.weight_bytes``.
@@ -54,10 +55,10 @@ def map_tensors(bundle: BundleReader, group: str) -> dict[str, Tensor]:
 
 
 def compute_dtype(bundle: BundleReader, dtype: str | torch.dtype | None) -> torch.dtype:
-    """The dtype to compute in: the asked one, or the stored one.
+    """Return the dtype to compute in: the given one, or the stored one if none is given.
 
     Raises:
-        BundleError: ``input.dtype`` for what weights can't be computed in.
+        BundleError: ``input.dtype`` if the weights can't be used in this dtype.
     """
     floats = {name: value for name, value in DTYPES.items() if value.is_floating_point}
     if dtype is None:
@@ -70,10 +71,10 @@ def compute_dtype(bundle: BundleReader, dtype: str | torch.dtype | None) -> torc
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype, name: str, file: str | None = None) -> Tensor:
-    """A weight in another dtype, or itself.
+    """Return a weight in ``dtype``, or the weight itself if it has this dtype.
 
     Raises:
-        BundleError: ``input.overflow`` where a finite value would become infinite: float16 ends at 65,504.
+        BundleError: ``input.overflow`` if a finite value would become infinite. float16 ends at 65,504.
     """
     result = tensor.to(dtype)
     if dtype == torch.float16 != tensor.dtype and bool((result.isinf() & ~tensor.isinf()).any()):

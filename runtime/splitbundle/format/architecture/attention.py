@@ -23,8 +23,10 @@ QUERY_KEY_WIDTHS: Final = ("head", "heads", "full")
 
 @record(frozen=True, slots=True, kw_only=True)
 class QueryKeyNorm:
-    """Normalisation of queries and keys: of each head by one weight ("head") or by its own ("heads"), or of all heads
-    together ("full"); before the rotation, or after it.
+    """Normalization of queries and keys, before or after the rotation.
+
+    ``width`` is "head" for one weight for each head, "heads" for a weight of its own for every head, and "full" for all
+    heads together.
     """
 
     norm: Norm
@@ -43,22 +45,22 @@ class Attention:
     qkv_bias: bool
     output_bias: bool
     clip: float | None
-    """Queries, keys and values are held within ± this."""
+    """Queries, keys and values are clipped to ± this value."""
     query_key_norm: QueryKeyNorm | None
     query_temperature: QueryTemperature | None
     logit_cap: float | None
     """Scores s become cap · tanh(s / cap)."""
     window: int | None
-    """A token sees itself and the ``window - 1`` before it; ``None``: all before it."""
+    """A token sees itself and the ``window - 1`` tokens before it; ``None``: all tokens before it."""
     chunk: int | None
-    """A token sees only what is in its own chunk of so many positions; ``None``: there are no chunks."""
+    """A token sees only the tokens of its own chunk of ``chunk`` positions; ``None``: there are no chunks."""
     sinks: bool
-    """Whether each head has a learned score of nothing, which takes part in the softmax and gives no value."""
+    """Whether each head has a learned extra score, which takes part in the softmax and has no value."""
     position: Unpositioned | Rotary | Alibi
 
 
 def query_key_shape(norm: QueryKeyNorm, heads: int, head_dim: int) -> tuple[int, ...]:
-    """The shape of a query or key norm's weight."""
+    """Return the shape of the weight of a query or key norm."""
     return {"head": (head_dim,), "heads": (heads, head_dim), "full": (heads * head_dim,)}[norm.width]
 
 

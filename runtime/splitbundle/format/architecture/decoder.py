@@ -1,7 +1,7 @@
-"""``architecture.json``: what a decoder is, as facts. The equations are in ``spec/v1/decoder.md``.
+"""``architecture.json``: a decoder, as facts. The equations are in ``spec/v1/decoder.md``.
 
-The records below are the file's fields under the file's names. They are closed: a field that isn't known here would
-change numbers without anyone noticing, so it is refused.
+The records below have the fields of the file under their names. They are closed: an unknown field is refused, as it
+could change numbers unnoticed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ FILE: Final = "architecture.json"
 
 @record(frozen=True, slots=True, kw_only=True)
 class LayerKind:
-    """Everything that layers of one kind have in common."""
+    """The facts that all layers of one kind share."""
 
     placement: str
     norm: Norm
     residual_multiplier: float
-    """What attention and the feed-forward block give is multiplied by, before it is added."""
+    """The factor of the outputs of attention and the feed-forward block, before they are added."""
     attention: Attention
     mlp: Mlp
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Embedding:
-    """How token ids become the first hidden state."""
+    """The step from token ids to the first hidden state."""
 
     token_size: int
     """The width of the token table. If it isn't the hidden size, a projection follows, and one precedes the logits."""
@@ -45,14 +45,14 @@ class Embedding:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Head:
-    """How the last hidden state becomes logits."""
+    """The step from the last hidden state to logits."""
 
     norm: Norm | None
     tied: bool
     """Whether the projection is the token embedding."""
     bias: bool
     multiplier: float
-    """What logits are multiplied by."""
+    """The factor of the logits."""
     logit_cap: float | None
     """Logits z become cap · tanh(z / cap), after the multiplier."""
 
@@ -69,27 +69,27 @@ class Architecture:
     head: Head
 
     def kind_of(self, layer: int) -> LayerKind:
-        """The kind of a global layer."""
+        """Return the kind of a global layer."""
         return self.layer_kinds[self.layers[layer]]
 
     @property
     def position_limit(self) -> int | None:
-        """How many positions there are, where the embedding bounds them."""
+        """Return the number of positions if the embedding bounds it, or None."""
         position = self.embedding.position
         return position.count if isinstance(position, Learned) else None
 
     def as_json(self) -> dict[str, Any]:
-        """The document, every field written."""
+        """Return the document with every field."""
         return {"kind": "decoder", "version": ARCHITECTURE_VERSION, **as_dict(self)}
 
     def to_bytes(self) -> bytes:
-        """The file, in its canonical form."""
+        """Return the bytes of the file in its canonical form."""
         return strict_json.dump(self.as_json())
 
-    # Logical tensors: what the facts imply must be stored, name -> shape, in order of use.
+    # Logical tensors that the facts imply: name -> shape, in order of use.
 
     def embedding_tensors(self) -> dict[str, tuple[int, ...]]:
-        """The tensors of the embedding unit."""
+        """Return the tensors of the embedding unit."""
         embedding, hidden = self.embedding, self.hidden_size
         tensors: Shapes = {"embedding.token.weight": (self.vocab_size, embedding.token_size)}
         if embedding.token_size != hidden:
@@ -99,7 +99,7 @@ class Architecture:
         return tensors | norm_tensors("embedding.norm", embedding.norm, hidden)
 
     def layer_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """The tensors of one layer, under their global names."""
+        """Return the tensors of one layer, under their global names."""
         kind, hidden, name = self.kind_of(layer), self.hidden_size, f"layers.{layer}"
         norms = NORMS[kind.placement]
 
@@ -117,7 +117,7 @@ class Architecture:
         }
 
     def head_tensors(self) -> dict[str, tuple[int, ...]]:
-        """The tensors of the head unit. A tied projection belongs to the embedding unit."""
+        """Return the tensors of the head unit. A tied projection belongs to the embedding unit."""
         size, hidden = self.embedding.token_size, self.hidden_size
         tensors = norm_tensors("head.norm", self.head.norm, hidden)
         if size != hidden:
@@ -127,31 +127,31 @@ class Architecture:
         return tensors | ({"head.projection.bias": (self.vocab_size,)} if self.head.bias else {})
 
     def units(self) -> tuple[str, ...]:
-        """The names of all units, in order of use."""
+        """Return the names of all units, in order of use."""
         return ("embedding", *(self.layer_unit(i) for i in range(len(self.layers))), "head")
 
     def layer_unit(self, layer: int) -> str:
-        """The unit that holds a global layer; the number has as many digits as the last one needs, at least three."""
+        """Return the unit of a global layer. Its number has as many digits as the last one needs, at least three."""
         return f"layer-{layer:0{max(3, len(str(len(self.layers) - 1)))}d}"
 
     def tensors_of(self, unit: str) -> dict[str, tuple[int, ...]]:
-        """The tensors of a unit."""
+        """Return the tensors of a unit."""
         if unit == "embedding":
             return self.embedding_tensors()
         return self.head_tensors() if unit == "head" else self.layer_tensors(int(unit.removeprefix("layer-")))
 
     def unit_tensors(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """All logical tensors, unit by unit."""
+        """Return all logical tensors, unit by unit."""
         return {unit: self.tensors_of(unit) for unit in self.units()}
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """All logical tensors."""
+        """Return all logical tensors."""
         return {name: shape for tensors in self.unit_tensors().values() for name, shape in tensors.items()}
 
     def units_of(self, layers: tuple[int, int], *, embeds: bool, head: bool) -> tuple[str, ...]:
-        """The units that a layer range needs, with the embedding and the head where it has them.
+        """Return the units that a range of layers needs, and those of the embedding and the head if it has them.
 
-        A tied head needs the embedding's unit too: nothing is stored twice.
+        A tied head needs the unit of the embedding too, as no tensor is stored twice.
         """
         first = ("embedding",) if embeds or (head and self.head.tied) else ()
         return (*first, *(self.layer_unit(i) for i in range(*layers)), *(("head",) if head else ()))

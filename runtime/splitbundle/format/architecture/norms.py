@@ -1,4 +1,4 @@
-"""Norms of a decoder, and where they stand in a layer."""
+"""The norms of a decoder, and their places in a layer."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ PLACEMENTS: Final = ("pre", "output", "sandwich", "post", "parallel", "parallel_
 
 @record(frozen=True, slots=True, kw_only=True)
 class Norm:
-    """Normalisation over the last dimension."""
+    """Normalization over the last dimension."""
 
     kind: str
     eps: float
     affine: bool
     """Whether there is a weight."""
     weight_offset: float
-    """Added to the stored weight: 0, or 1 where the weight is stored as a difference from one."""
+    """The number that is added to the stored weight: 0, or 1 if the weight is stored as a difference from one."""
     bias: bool
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Norms:
-    """The norms of a layer of some placement, in order of use."""
+    """The norms of a layer of one placement, in order of use."""
 
     before_attention: tuple[str, ...] = ()
     before_mlp: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ NORMS: Final = {
 
 
 def norm_names(placement: str) -> tuple[str, ...]:
-    """The names of a placement's norms."""
+    """Return the names of the norms of a placement."""
     norms = NORMS[placement]
     return (*norms.before_attention, *norms.before_mlp, *norms.after_mlp)
 

@@ -1,4 +1,4 @@
-"""Reading ``architecture.json`` strictly: types, closed sets of fields, and how fields fit each other."""
+"""Read ``architecture.json`` strictly: types, closed sets of fields, and rules between fields."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KIND_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 def parse_architecture(data: bytes) -> Architecture:
-    """Reads ``architecture.json``.
+    """Read ``architecture.json``.
 
     Raises:
         BundleError: every problem of the file.
@@ -100,7 +100,7 @@ def _head(field: Field) -> Head:
 
 
 def _check_rules(architecture: Architecture, problems: Problems) -> None:
-    """What a schema can't say: how fields fit each other."""
+    """Check the rules between fields, which a schema can't express."""
 
     def add(pointer: str, expected: str, got: object) -> None:
         problems.add("architecture.rule", pointer, expected, quoted(got))

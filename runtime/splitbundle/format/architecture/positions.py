@@ -1,4 +1,4 @@
-"""How positions enter a decoder: in the embedding, in attention, and in how far a query sees."""
+"""Positions in the embedding and in attention, and the span of positions that a query sees."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Alibi:
 
 @record(frozen=True, slots=True, kw_only=True)
 class QueryTemperature:
-    """Queries of far positions are made larger: 1 + beta · ln(1 + ⌊(p + offset) / original_positions⌋)."""
+    """Queries of position p are multiplied by 1 + beta · ln(1 + ⌊(p + offset) / original_positions⌋)."""
 
     beta: float
     original_positions: int
@@ -55,13 +55,13 @@ class QueryTemperature:
 
 
 class AttentionSpan(NamedTuple):
-    """How far back the queries of a layer see."""
+    """The window or the chunk of positions that the queries of a layer see."""
 
     window: int | None
     chunk: int | None
 
     def first(self, position: int) -> int:
-        """The first position that one sees."""
+        """Return the first position that a query at ``position`` sees."""
         if self.chunk is not None:
             return position // self.chunk * self.chunk
         return 0 if self.window is None else max(0, position + 1 - self.window)

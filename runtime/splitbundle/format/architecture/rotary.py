@@ -40,7 +40,7 @@ class Llama3:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Dynamic:
-    """The base grows with the length of the row, once that is above ``original_positions`` (NTK-aware scaling)."""
+    """The base grows with the length of the row above ``original_positions`` (NTK-aware scaling)."""
 
     kind: Literal["dynamic"] = "dynamic"
     factor: float
@@ -78,7 +78,7 @@ class LongRope:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Proportional:
-    """Only the first ``pairs`` are turned, by frequencies divided by ``factor``."""
+    """Only the first ``pairs`` are rotated, by frequencies divided by ``factor``."""
 
     kind: Literal["proportional"] = "proportional"
     factor: float
@@ -120,7 +120,7 @@ def parse_rotary(field: Field) -> Rotary:
 
 
 def _scaling(field: Field) -> Scaling:
-    """The members of a scaling have the types of its record's fields."""
+    """Read a scaling. Its members have the types of its record's fields."""
     kind = field.kind(tuple(SCALINGS))
     if kind is None:
         return Unscaled()

@@ -6,9 +6,9 @@ import math
 from typing import Final
 
 MAX_SIZE: Final = 2**31 - 1
-"""The largest vocabulary, width or count of heads: a product of two still fits 63 bits."""
+"""The largest vocabulary, width or number of heads. A product of two still fits 63 bits."""
 MAX_LAYERS: Final = 10_000
-"""A hundred times the deepest models; ten times more would take a reader seconds and hundreds of MB to describe."""
+"""A hundred times the deepest models. With ten times more, a reader would take seconds and hundreds of MB."""
 Shapes = dict[str, tuple[int, ...]]
 """Name of a tensor -> its shape."""
 
@@ -19,5 +19,5 @@ def linear_tensors(name: str, rows: int, columns: int, bias: bool) -> Shapes:
 
 
 def count(shapes: Shapes) -> int:
-    """The number of parameters of some logical tensors."""
+    """Return the number of parameters of some logical tensors."""
     return sum(math.prod(shape) for shape in shapes.values())

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a bundle consists of. Field by field in ``spec/v1/bundle.md``."""
+"""``manifest.json``: the content of a bundle. ``spec/v1/bundle.md`` explains each field."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ EXTENSIONS: Final[frozenset[str]] = frozenset()
 """The named extensions that this reader understands."""
 BOUNDARY_TENSORS: Final = ("hidden", "past", "count")
 EMBEDDING: Final = "embedding.token.weight"
-"""The one logical tensor that a source may hold twice: once more as a tied head's projection."""
+"""The one logical tensor that a source may have twice: also as the projection of a tied head."""
 ROW: Final = "{row}"
-"""Stands in the name of a source tensor for the number of a row, where each row is a tensor."""
+"""Stands for the number of a row in the name of a source tensor, if each row is a tensor."""
 MAX_CASES: Final = 64
-"""The most golden vectors: each case has a tensor a layer, and a reader names them all."""
+"""The largest number of cases of golden vectors. Each case has a tensor a layer, and a reader names them all."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What the model is called and where it comes from: descriptive, but for the two ids."""
+    """The name and the origin of the model. All fields describe, except for the two ids."""
 
     name: str
     family: str
@@ -36,14 +36,14 @@ class Model:
     license: str | None
     parameters: int
     context_length: int | None
-    """The positions that the model was made for, where its configuration says."""
+    """The number of positions that the model was made for, if its configuration has it."""
     architecture: str
     fingerprint: str
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Storage:
-    """How logical tensors are stored: all alike, but for some exceptions."""
+    """The dtype and encoding of stored tensors, with exceptions by name."""
 
     encoding: str
     dtype: str
@@ -51,18 +51,18 @@ class Storage:
     """Logical name -> its dtype."""
 
     def dtype_of(self, name: str) -> str:
-        """The stored dtype of a logical tensor."""
+        """Return the stored dtype of a logical tensor."""
         return self.exceptions.get(name, self.dtype)
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Every dtype that tensors are stored in."""
+        """Return every dtype of the stored tensors."""
         return tuple(dict.fromkeys((self.dtype, *self.exceptions.values())))
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """A name for a range of layers, and what it needs on disk."""
+    """A name for a range of layers, and the units that it needs."""
 
     name: str
     layers: tuple[int, int]
@@ -76,17 +76,17 @@ class Shard:
 
 @record(frozen=True, slots=True, kw_only=True)
 class File:
-    """What a file must be."""
+    """The size and the digests of a file."""
 
     size: int
     sha256: str
     header_sha256: str | None = None
-    """For safetensors: of everything before the data."""
+    """For safetensors: the digest of all bytes before the data."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Text:
-    """What turns text into ids and ends generation."""
+    """The tokenizer, and the ids that end generation."""
 
     tokenizer: str | None
     stop_ids: tuple[int, ...]
@@ -94,7 +94,7 @@ class Text:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Vectors:
-    """Golden vectors: one case a sequence length."""
+    """Golden vectors: one case for each sequence length."""
 
     file: str
     lengths: tuple[int, ...]
@@ -102,12 +102,12 @@ class Vectors:
 
 @record(frozen=True, slots=True, kw_only=True)
 class SourceName:
-    """One source tensor; one a layer where the names hold ``{layer}``, and one a row where ``source`` holds ``{row}``.
+    """One source tensor; one a layer if the names have ``{layer}``, and one a row if ``source`` has ``{row}``.
 
-    The source tensor is ``tensors`` concatenated along their first dimension, then transposed if ``transposed``. With
-    more ``groups`` than one, each tensor's rows are in so many equal groups, and the first group of every tensor comes
-    before the second of any: so some families keep queries, keys and values of a head together. Where ``source`` holds
-    ``{row}``, each source tensor is one row of the only tensor.
+    The source tensor is the concatenation of ``tensors`` along their first dimension, transposed if ``transposed``.
+    With several ``groups``, the rows of each tensor are in that many equal groups, and the first group of every tensor
+    comes before the second group of any. Some families keep queries, keys and values of a head together in this way. If
+    ``source`` has ``{row}``, each source tensor is one row of the only tensor.
     """
 
     source: str
@@ -118,13 +118,13 @@ class SourceName:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The manifest's fields under the manifest's names."""
+    """The fields of the manifest under their names."""
 
     model: Model
     storage: Storage
     shards: tuple[Shard, ...]
     hidden_size: int | None
-    """The width of ``hidden`` at every boundary; None where nothing is cut."""
+    """The width of ``hidden`` at every boundary; None for a bundle without cuts."""
     units: dict[str, tuple[str, ...]]
     """Unit -> its files, in order."""
     files: dict[str, File]
@@ -136,15 +136,15 @@ class Manifest:
 
     @property
     def cuts(self) -> tuple[int, ...]:
-        """The global layer indices at which the shards meet."""
+        """Return the numbers of the global layers at which shards meet."""
         return tuple(shard.layers[0] for shard in self.shards[1:])
 
     def weight_files(self) -> tuple[str, ...]:
-        """The paths of all weight files, unit by unit."""
+        """Return the paths of all weight files, unit by unit."""
         return tuple(path for paths in self.units.values() for path in paths)
 
     def to_bytes(self) -> bytes:
-        """The file, in its canonical form."""
+        """Return the bytes of the file in its canonical form."""
         hidden = {"dtype": "compute", "shape": ["batch", "sequence", self.hidden_size]}
         row = {"dtype": "int64", "shape": ["batch"]}
         document = {
@@ -170,28 +170,28 @@ class Manifest:
 
 
 def version_text(version: tuple[int, int]) -> str:
-    """``MAJOR.MINOR``."""
+    """Return ``MAJOR.MINOR``."""
     return f"{version[0]}.{version[1]}"
 
 
 def identity(data: bytes) -> str:
-    """The id of some bytes: ``sha256:`` and 64 digits."""
+    """Return the id of some bytes: ``sha256:`` and 64 digits."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def fingerprint(files: dict[str, File], weight_files: tuple[str, ...]) -> str:
-    """The model's digest, however it is cut: of the SHA256SUMS lines of the architecture and the weights."""
+    """Return the model's digest, the same for all cuts: of the lines of SHA256SUMS for architecture and weights."""
     paths = sorted((ARCHITECTURE_FILE, *weight_files))
     return identity("".join(sums_line(files[path].sha256, path) for path in paths).encode("ascii"))
 
 
 def sums_line(sha256: str, path: str) -> str:
-    """A line of SHA256SUMS, as ``sha256sum`` writes and checks it."""
+    """Return a line of SHA256SUMS, as ``sha256sum`` writes and checks it."""
     return f"{sha256}  {path}\n"
 
 
 def expand(entry: SourceName, layers: int) -> Iterator[SourceName]:
-    """The entries that a template stands for, one by one: one a layer, or itself."""
+    """Yield the entries that a template stands for: one for each layer, or itself."""
     if "{layer}" not in entry.source:
         yield entry
         return
@@ -204,5 +204,5 @@ def expand(entry: SourceName, layers: int) -> Iterator[SourceName]:
 
 
 def row_sources(source: str, rows: int) -> tuple[str, ...]:
-    """The source tensors that a name stands for: one a row of its logical tensor, or itself."""
+    """Return the source tensors that a name stands for: one for each row of the logical tensor, or itself."""
     return tuple(source.replace(ROW, str(i)) for i in range(rows)) if ROW in source else (source,)

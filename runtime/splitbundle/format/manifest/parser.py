@@ -1,4 +1,4 @@
-"""Reading ``manifest.json`` strictly: types, closed sets of fields, grammars."""
+"""Read ``manifest.json`` strictly: types, closed sets of fields, grammars."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from splitbundle.version import FORMAT_VERSION
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Reads ``manifest.json``, as far as it can be judged without the architecture.
+    """Read ``manifest.json``, and check every rule that doesn't need the architecture.
 
     Raises:
-        BundleError: every problem of the file; for a format that is too new, that alone.
+        BundleError: every problem of the file; only one problem for a format that is too new.
     """
     problems = Problems(FILE)
     document = Field(strict_json.parse(data, FILE), problems)
@@ -81,7 +81,7 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def _check_version(document: Field) -> None:
-    """Refuses another format, or a newer one, before any field is judged by this one's rules."""
+    """Refuse another format, or a newer version, before any field is judged."""
     if not isinstance(document.value, dict):
         document.members([])
         document.problems.raise_if_any()
@@ -171,7 +171,7 @@ def _port(field: Field) -> Port:
 
 
 def _boundary(field: Field) -> tuple[int, int]:
-    """The cut, and the width of ``hidden``."""
+    """Return the cut, and the width of ``hidden``."""
     members = field.members(["at", "tensors"])
     tensors = members["tensors"].members(BOUNDARY_TENSORS)
     hidden = tensors["hidden"].members(["dtype", "shape"])

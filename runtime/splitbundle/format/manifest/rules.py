@@ -1,4 +1,4 @@
-"""What a manifest's fields must be to each other and to the architecture: the rules that a schema can't say."""
+"""The rules between fields of the manifest and the architecture, which a schema can't express."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from splitbundle.format.graph import OPSET, VARIANTS, Graph, ports
 from splitbundle.format.manifest.document import EMBEDDING, FILE, ROW, Manifest, Shard, expand, fingerprint
 
 MAX_BESIDE_DATA: Final = 2**25
-"""Bytes of a weight file: its header has at most half of them, which its reader checks."""
+"""The largest number of bytes of a weight file beside its data. The header has at most half of them."""
 MAX_OTHER_FILE: Final = 2**28
 _ROW_NAME = re.compile(r"([^{}]+\.)?\{row\}(\.[^{}]+)?")
 
 
 def check_files(manifest: Manifest, problems: Problems) -> None:
-    """Every file that is named is listed, and no two paths meet on any file system."""
+    """Check that every named file is listed, and that no two paths clash on any file system."""
     if ARCHITECTURE_FILE not in manifest.files:
         problems.add("manifest.files", "/files", f"an entry {quoted(ARCHITECTURE_FILE)}", "none")
     folded: dict[str, str] = {}
@@ -64,7 +64,7 @@ def check_files(manifest: Manifest, problems: Problems) -> None:
 
 
 def check_shards(manifest: Manifest, boundaries: list[tuple[int, int]], problems: Problems) -> None:
-    """Shards tile the model in order, and there is a boundary wherever two of them meet."""
+    """Check that shards tile the model in order, with a boundary between each two."""
     seen: set[str] = set()
     start = 0
     for i, shard in enumerate(manifest.shards):
@@ -80,7 +80,7 @@ def check_shards(manifest: Manifest, boundaries: list[tuple[int, int]], problems
                 f"{start}, where the shard before ends",
                 str(shard.layers[0]),
             )
-        # Only the ends may be empty: a bottom that only embeds, a top that is only the head.
+        # Only the ends may have no layers: a bottom that only embeds, a top that is only the head.
         if shard.layers[1] < shard.layers[0] + (0 if first or last else 1):
             problems.add("manifest.layers", f"{at}/layers/1", f"more than {shard.layers[0]}", str(shard.layers[1]))
         start = shard.layers[1]
@@ -98,7 +98,7 @@ def check_shards(manifest: Manifest, boundaries: list[tuple[int, int]], problems
 
 
 def check_against(manifest: Manifest, architecture: Architecture) -> None:
-    """The rules that need both files.
+    """Check the rules that need both documents.
 
     Raises:
         BundleError: every rule of ``manifest.json`` that the architecture breaks.
@@ -172,7 +172,7 @@ def _check_shard_totals(
 def _check_sizes(
     manifest: Manifest, architecture: Architecture, units: dict[str, dict[str, tuple[int, ...]]], problems: Problems
 ) -> None:
-    """What there is to read is bounded by the architecture: files can be sparse, and cost their maker nothing."""
+    """Bound the bytes to read by the architecture. A sparse file is huge, and costs its maker nothing."""
     groups = [
         (paths, sum(ITEM_SIZES[manifest.storage.dtype_of(name)] * prod(shape) for name, shape in units[unit].items()))
         for unit, paths in manifest.units.items()
@@ -216,7 +216,7 @@ def _check_graph(
 def _check_source_names(
     manifest: Manifest, shapes: dict[str, tuple[int, ...]], layers: int, problems: Problems
 ) -> None:
-    """The table back to the source names every logical tensor, and no source tensor twice, and can be followed."""
+    """Check that the table of source names has every logical tensor, no source tensor twice, and can be applied."""
     sources: set[str] = set()
     covered: set[str] = set()
     for i, entry in enumerate(manifest.source_names):
