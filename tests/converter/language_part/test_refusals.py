@@ -234,8 +234,8 @@ def test_configurations_of_earlier_versions(tmp_path: Path) -> None:
     source = change_text(make(tmp_path, "llava", **fields), **EARLIER)
     assert convert(source).manifest.vectors is not None
     assert str(refused(change_text(source, add_cross_attention=True))) == (
-        "[source.config] config.json /text_config/add_cross_attention: expected a field that this family is known "
-        "to have, got True. Remove it if it changes nothing"
+        "[source.config] config.json /text_config/add_cross_attention: expected a field that is known for "
+        "this family, got True. Remove it if it changes nothing"
     )
 
 
