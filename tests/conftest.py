@@ -1,4 +1,7 @@
-"""What modules of tests share, and what a run says at its end. Loading it needs pytest alone: all suites do."""
+"""Fixtures that test modules share, and the summary at the end of a run.
+
+It needs only pytest, because all suites load it.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,21 @@ _TALLIED: Final = "tally"
 
 @pytest.fixture
 def count_as(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Says what became of the one model type that a test is about; the run's last lines have the counts."""
+    """Record the outcome of the one model type that a test is about; the run's last lines have the counts."""
     return lambda what: record_property(_COUNTED, what)
 
 
 @pytest.fixture
 def tally(record_property: Callable[[str, object], None]) -> Callable[[str, int], None]:
-    """Adds to a count that the run's last lines have."""
+    """Add to a count in the run's last lines."""
     return lambda what, number: record_property(_TALLIED, (what, number))
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Models this small only lose by threads; and what a test sees mustn't depend on the machine.
+    """Compute on one thread: models this small only lose by threads, and no result may depend on the machine.
 
-    Modules ask for it by a mark, as not all suites are to have it.
+    Modules ask for it by a mark, because not all suites use it.
     """
     import torch  # here, so that loading this file needs no backend
 
@@ -39,7 +42,7 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Shows the counts. It is the reports that bring them, also from the processes of pytest-xdist."""
+    """Show the counts. The reports carry them, also from the processes of pytest-xdist."""
     properties = [each for report in terminalreporter.stats.get("passed", ()) for each in report.user_properties]
     counted = Counter(what for name, what in properties if name == _COUNTED)
     if counted:

@@ -1,4 +1,4 @@
-"""Whole bundles made from the conformance kit's documents: their weights are zeros."""
+"""Whole bundles made from the documents of the conformance kit. Their weights are zeros."""
 
 from __future__ import annotations
 

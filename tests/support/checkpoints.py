@@ -1,4 +1,4 @@
-"""Checkpoints that tests change before they convert them, and what a conversion of them gives."""
+"""Checkpoints that tests change before they convert them, and the results of converting them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Tensors = dict[str, Tensor]
 
 
 def refused(path: str | Path, output: Path, **named: Any) -> BundleError:
-    """The error that a conversion ends with. It leaves nothing behind, under whichever name."""
+    """Return the error that a conversion ends with. It leaves no file behind, under any name."""
     before = sorted(output.parent.iterdir())
     with pytest.raises(BundleError) as caught:
         splitbundle_converter.convert(path, output, **({"check": False} | named))
@@ -34,19 +34,19 @@ def refused(path: str | Path, output: Path, **named: Any) -> BundleError:
 
 
 def accepted(path: Path, output: Path, **named: Any) -> Bundle:
-    """The bundle, which has been held against the original."""
+    """Return the bundle, which has been compared with the original model."""
     return splitbundle_converter.convert(path, output, **named)
 
 
 def change_config(path: Path, **fields: Any) -> None:
-    """Sets fields of config.json; ``...`` removes one."""
+    """Set fields of config.json; ``...`` removes one."""
     config = json.loads((path / "config.json").read_text())
     config = {key: value for key, value in (config | fields).items() if value is not ...}
     (path / "config.json").write_text(json.dumps(config))
 
 
 def change_tensors(path: Path, change: Callable[[Tensors], Tensors | None]) -> None:
-    """Writes what ``change`` makes of the tensors (or returns of them)."""
+    """Write the tensors that ``change`` changes or returns."""
     tensors = load_file(path / WEIGHTS)
     changed = change(tensors)
     tensors = tensors if changed is None else changed
@@ -54,7 +54,7 @@ def change_tensors(path: Path, change: Callable[[Tensors], Tensors | None]) -> N
 
 
 def replaced(name: str, value: Callable[[Tensor], Tensor]) -> Callable[[Tensors], None]:
-    """A change of one tensor."""
+    """Return a change of one tensor."""
 
     def change(tensors: Tensors) -> None:
         tensors[name] = value(tensors[name])
@@ -63,7 +63,7 @@ def replaced(name: str, value: Callable[[Tensor], Tensor]) -> Callable[[Tensors]
 
 
 def without(*names: str) -> Callable[[Tensors], None]:
-    """A change that drops tensors."""
+    """Return a change that drops tensors."""
 
     def change(tensors: Tensors) -> None:
         for name in names:
@@ -73,6 +73,6 @@ def without(*names: str) -> Callable[[Tensors], None]:
 
 
 def digests(root: Path) -> dict[str, str]:
-    """Path -> sha256, of every file."""
+    """Return the sha256 of every file by its path."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

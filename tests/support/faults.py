@@ -1,11 +1,12 @@
-"""Every system call of the commands that write, made to fail, to be interrupted and to end the process.
+"""Test the commands that write: each system call fails, is interrupted, or ends the process.
 
     python -m tests.support.faults [--all | --every N] [--directory DIR] [SCENARIO ...]
 
-A worker, which has imported everything, runs a command again and again; ``syscalls`` puts a fault in place of one call
-at a time, of those that touch the directory of the bundle. After each, what must hold is looked at (``Judge``). What
-was found comes as one JSON document. ``tests/converter/writing/test_faults.py`` runs it; with ``--all``, every error
-takes its turn at every call, where by default they take turns; with ``--every N``, one fault of N is tried.
+A worker has imported everything, and runs a command again and again. ``syscalls`` puts a fault in place of one call at
+a time, out of those that touch the directory of the bundle. After each fault, ``Judge`` checks the conditions that must
+hold. The findings are printed as one JSON document. ``tests/converter/writing/test_faults.py`` runs this module. By
+default, the errors take turns over the calls. With ``--all``, every error is tried at every call. With ``--every N``,
+one fault of N is tried.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ from tests.support import syscalls
 from tests.support.syscalls import Call, Fault, Tracee
 
 SECONDS: Final = 300
-"""After which a command that ends neither well nor badly is a finding."""
+"""The seconds after which a command that hasn't ended is a finding."""
 WRITE_FLAGS: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES: Final = frozenset(
     {"open", "openat", "write", "pwrite64", "writev", "copy_file_range", "sendfile", "fallocate", "truncate"}
     | {"ftruncate", "mkdir", "mkdirat", "rename", "renameat", "renameat2", "rmdir", "unlink", "unlinkat", "chmod"}
     | {"fchmod", "fchmodat"}
 )
-"""Calls that change what stands on the disk: to be killed before another is to be killed before the next of these."""
+"""Calls that change files on the disk. A kill before another call is like a kill before the next of these."""
 MOVES: Final = frozenset({"rename", "renameat", "renameat2", "copy_file_range", "sendfile"})
 TRANSFERS: Final = frozenset({"read", "write", "pread64", "pwrite64", "copy_file_range", "sendfile"})
 ROOM: Final = CHANGES - {"rmdir", "unlink", "unlinkat", "chmod", "fchmod", "fchmodat"} | {"fsync", "fdatasync", "close"}
 
 
 def changes(call: Call) -> bool:
-    """Whether a call changes what stands on the disk, if it succeeds."""
+    """Whether a call changes files on the disk, if it succeeds."""
     if call.name in ("open", "openat"):
         return bool(call.arguments[1 if call.name == "open" else 2] & WRITE_FLAGS)
     return call.name in CHANGES
@@ -82,15 +83,15 @@ class Point:
     what: str
     fault: Fault
     onward: Callable[[Call], bool] | None = None
-    """Which calls after it fail too: a disk that is full stays so."""
+    """The later calls that fail too: a full disk stays full."""
 
 
 def points(calls: Sequence[Call], thorough: bool) -> Iterator[Point]:
-    """What is done to each call."""
+    """The fault of each call."""
     for i, call in enumerate(calls):
         errors = errors_of(call)
         for error in errors if thorough else [errors[i % len(errors)]]:
-            # Linux closes a handle whatever it says of it.
+            # Linux closes a handle even if close reports an error.
             yield Point(call=call, what=errno.errorcode[error], fault=Fault(error=error, late=call.name == "close"))
         if call.name in TRANSFERS:
             yield Point(call=call, what="short", fault=Fault(short=True))
@@ -116,7 +117,7 @@ def points(calls: Sequence[Call], thorough: bool) -> Iterator[Point]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A command, and what stands there before it."""
+    """A command, and the files that it finds."""
 
     name: str
     arguments: tuple[str, ...]
@@ -124,13 +125,13 @@ class Scenario:
     """The name of the bundle that it makes or replaces."""
     prepare: Callable[[Path], None]
     same: Callable[[Sequence[Call]], Sequence[Call]] = lambda calls: ()
-    """Calls that another scenario has too, in the same state."""
+    """Calls that another scenario makes too, in the same state."""
     always: Callable[[Call], Fault | None] = lambda call: None
-    """What is so of the file system, whatever the fault."""
+    """The properties of the file system, whatever the fault."""
 
 
 class Worker:
-    """A process that runs commands, one at a time, when it is told to."""
+    """A process that runs commands, one at a time, on request."""
 
     def __init__(self, run: Callable[[Sequence[str]], int]) -> None:
         orders, self._order = os.pipe()
@@ -143,13 +144,13 @@ class Worker:
             _work(orders, replies, run)
         os.close(orders)
         os.close(replies)
-        os.read(self._reply, 1)  # now it has the handles that it keeps, and no other
+        os.read(self._reply, 1)  # by now it has the handles that it keeps, and no others
         self._handles = self._count()
 
     def run(
         self, arguments: Sequence[str], root: Path, decide: Callable[[Call], Fault | None]
     ) -> dict[str, Any] | None:
-        """The exit status of a command and what it said; None if its process was ended."""
+        """Return the exit status of a command and its output; None if its process was ended."""
         tracee = Tracee(self.pid)
         os.write(self._order, json.dumps(arguments).encode() + b"\n")
         tracee.run(str(root), self.until, decide)
@@ -181,11 +182,11 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether it can take another command."""
+        """Whether it can run another command."""
         return self.pid > 0
 
     def end(self) -> None:
-        """Ends the process."""
+        """End the process."""
         if self.alive:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
@@ -218,7 +219,10 @@ TEMPORARY: Final = re.compile(r"\.tmp-[0-9a-f]{16}")
 
 
 def state(root: Path) -> dict[str, str]:
-    """What stands in a directory: of each path its mode, and a file's digest. Random names are made equal."""
+    """Return the contents of a directory: the mode of each path, and the digest of each file.
+
+    Random names are made equal.
+    """
     found = {}
     for place, directories, files in os.walk(root):
         for name in (*directories, *files):
@@ -230,7 +234,7 @@ def state(root: Path) -> dict[str, str]:
 
 
 def put_back(template: Path, root: Path) -> None:
-    """Makes a directory hold what another one does, with its times."""
+    """Make a directory hold the same files as another one, with their times."""
     for path in root.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -241,7 +245,7 @@ def put_back(template: Path, root: Path) -> None:
 
 @dataclass(slots=True)
 class Judge:
-    """Whether what must hold after a fault holds."""
+    """Checks the conditions that must hold after a fault."""
 
     scenario: Scenario
     root: Path
@@ -252,14 +256,14 @@ class Judge:
     _next: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
 
     def old(self) -> str | None:
-        """The id of the bundle that stood there before."""
+        """The id of the bundle that was there before."""
         place = self.template / self.scenario.target
         mended = self.template / f".{self.scenario.target}.old"
         there = next((path for path in (place, mended) if path.is_dir()), None)
         return None if there is None else _id(there)
 
     def problems(self, point: Point, answer: Mapping[str, Any] | None) -> tuple[str, list[str]]:
-        """Which bundle stands there now (old, new, none), and what is wrong."""
+        """Return which bundle is there now (old, new, none), and a list of what is wrong."""
         wrong = []
         key = json.dumps(state(self.root), sort_keys=True)
         if key not in self._next:
@@ -271,7 +275,7 @@ class Judge:
         return now, wrong
 
     def _then(self) -> tuple[str, list[str]]:
-        """What opening finds, and what the next run leaves."""
+        """Check the result of opening, and the files that the next run leaves."""
         import splitbundle
         from splitbundle import BundleError
 
@@ -334,7 +338,7 @@ def _id(path: Path) -> str:
 def run_scenario(
     scenario: Scenario, directory: Path, run: Callable[[Sequence[str]], int], thorough: bool, every: int = 1
 ) -> dict[str, Any]:
-    """All points of a scenario, or one in ``every``: how many, what became of them, what is wrong."""
+    """Run all points of a scenario, or one in ``every``. Return their number, their outcomes, and the findings."""
     root, template = directory / "root", directory / "template"
     for path in (root, template):
         shutil.rmtree(path, ignore_errors=True)
@@ -344,7 +348,7 @@ def run_scenario(
     before = state(root)
     judge = Judge(scenario, root, template, run)
     worker = Worker(run)
-    for _ in range(2):  # the first one may import, and fill caches
+    for _ in range(2):  # the first run may import, and fill caches
         put_back(template, root)
         calls: list[Call] = []
 
@@ -404,17 +408,17 @@ def run_scenario(
 
 
 def before_replacing(calls: Sequence[Call]) -> Sequence[Call]:
-    """Those that come before the old bundle is touched."""
+    """The calls before the old bundle is touched."""
     return calls[: next(i for i, call in enumerate(calls) if call.name == "renameat2")]
 
 
 def after_beginning(calls: Sequence[Call]) -> Sequence[Call]:
-    """Those that come after the new bundle's directory was made."""
+    """The calls after the new bundle's directory was made."""
     return calls[next(i for i, call in enumerate(calls) if call.name == "mkdir" and ".tmp-" in call.paths[0]) + 1 :]
 
 
 def around_graphs(calls: Sequence[Call]) -> Sequence[Call]:
-    """Those that come before the first graph, and those that come after the last one."""
+    """The calls before the first graph, and those after the last one."""
     graphs = [i for i, call in enumerate(calls) if call.name == "openat" and ".onnx" in call.paths[0]]
     flushed = next(i for i, call in enumerate(calls) if call.name == "fsync")
     return [*calls[: graphs[0]], *calls[flushed:]]
@@ -432,7 +436,7 @@ def scenarios(sources: Path, root: Path) -> list[Scenario]:
     place = str(root / target)
 
     def nothing(template: Path) -> None:
-        """Nothing stands there."""
+        """No bundle is there."""
 
     def bundle(template: Path) -> None:
         shutil.copytree(made / "old", template / target)
@@ -445,7 +449,7 @@ def scenarios(sources: Path, root: Path) -> list[Scenario]:
         for name in ("old", "tmp-0123456789abcdef", "tmp-fedcba9876543210"):
             (template / f".{target}.{name}").mkdir()
             (template / f".{target}.{name}" / "manifest.json").write_text("{}")
-        (template / f".{target}.tmp-0123456789abcdef.lock").touch()  # the other one's was removed first
+        (template / f".{target}.tmp-0123456789abcdef.lock").touch()  # the other scenario's bundle was removed first
 
     convert = ("convert", str(sources / "source"), "-o", place, "--no-check", "--quiet")
     resplit = ("resplit", place, "--split", "1", "--quiet")
@@ -472,7 +476,7 @@ def scenarios(sources: Path, root: Path) -> list[Scenario]:
 
 
 def make_sources(directory: Path) -> None:
-    """A checkpoint of one layer, the same in a pickle, and bundles of it."""
+    """Make a checkpoint of one layer, the same checkpoint as a pickle, and bundles of it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -498,11 +502,11 @@ for number, (_, target) in enumerate(request["files"]):
     shutil.copyfile(SOURCE, target)
 print(json.dumps({"done": len(request["files"])}), flush=True)
 """
-"""In place of the child that reads pickles: what it would make lies there. Importing torch takes seconds each time."""
+"""Stands in for the child that reads pickles: its result is ready. Importing torch would take seconds each time."""
 
 
 def command(sources: Path) -> Callable[[Sequence[str]], int]:
-    """The command line, with everything imported that a command needs. The metadata that names commands isn't read."""
+    """The command line, with every import that a command needs. The metadata that names commands isn't read."""
     from splitbundle.cli import main
     from splitbundle_converter.checkpoint import pickles
     from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
@@ -513,7 +517,7 @@ def command(sources: Path) -> Callable[[Sequence[str]], int]:
 
 
 def wait_for_children(root: Path) -> None:
-    """Until no process stands in a directory: a child may live a little longer than who was killed."""
+    """Wait until no process has its working directory here: a child may outlive its killed parent a little."""
     while any(_stands_in(process, root) for process in Path("/proc").iterdir() if process.name.isdecimal()):
         time.sleep(0.001)
 
@@ -526,7 +530,7 @@ def _stands_in(process: Path, root: Path) -> bool:
 
 
 def main() -> int:
-    """Runs the scenarios, and prints what was found as JSON."""
+    """Run the scenarios, and print the findings as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("scenario", nargs="*", help="its name; by default all")
     parser.add_argument("--all", action="store_true", help="every error at every call")

@@ -1,11 +1,11 @@
-"""Fuzzing what reads bytes from strangers: the documents, the headers of weight files, graphs, tokenizers.
+"""Fuzz the readers of bytes from strangers: documents, headers of weight files, graphs, tokenizers.
 
     python -m tests.support.fuzzing TARGET --seconds 600 [--corpus DIRECTORY]
 
-Coverage-guided, with atheris (libFuzzer). Whatever the bytes, a reader takes them or raises BundleError, whose text is
-short, within a minute and a gigabyte; anything else ends the run, and leaves the bytes in a file. What is found
-becomes a case: a vector, or a line in ``tests/conformance/cases.py`` or ``tests/support/graph_cases.py``. Statistics go
-to stderr, and the number of executions to stdout.
+The fuzzing is coverage-guided, with atheris (libFuzzer). A reader must accept any bytes or raise a BundleError with a
+short text, within a minute and a gigabyte. Anything else ends the run, and leaves the bytes in a file. Each finding
+becomes a case: a vector, or a line in ``tests/conformance/cases.py`` or ``tests/support/graph_cases.py``. Statistics
+go to stderr, and the number of executions to stdout.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from tests.support.paths import ROOT, TESTS
 
 BUNDLE: Final = TESTS / "conformance" / "bundles" / "tiny.splitbundle"
 SECONDS_EACH: Final = 60
-"""By the clock, on machines that others may share: what these inputs need is milliseconds."""
+"""Wall-clock seconds, on machines that others may share. These inputs need milliseconds."""
 MEBIBYTES: Final = 1024
-"""Of data. libFuzzer's own limit is of the peak of what is resident, which has that of whoever started it, too."""
+"""A limit of data memory. libFuzzer's own limit is on the peak of resident memory, which includes its parent's."""
 LENGTH: Final = 65536
 TEXT: Final = "the cat\n s\u00e4t \U0001f642"
 Target = Callable[[bytes], object]
 
 
 def manifest_target() -> Target:
-    """Beside the architecture of its base."""
+    """Read a manifest beside the architecture of its base."""
     from splitbundle.format.architecture.parser import parse_architecture
     from splitbundle.format.manifest import rules
     from splitbundle.format.manifest.parser import parse_manifest
@@ -56,7 +56,7 @@ def architecture_target() -> Target:
 
 
 def weights_target() -> Target:
-    """With the digest that the bytes have, so that what is behind it is reached."""
+    """Read a header whose listed digest is right, so that the code behind the digest check is reached."""
     import hashlib
 
     import splitbundle
@@ -73,7 +73,7 @@ def weights_target() -> Target:
 
 
 def graph_target() -> Target:
-    """As the graph of each shard: of an embedding alone, and of a layer with the head."""
+    """Read a graph as the graph of each shard: an embedding alone, and a layer with the head."""
     import splitbundle
     from splitbundle import BundleError
     from splitbundle.verification import onnx_rules
@@ -99,7 +99,10 @@ def graph_target() -> Target:
 
 
 def tokenizer_target() -> Target:
-    """As a bundle's: a text to ids and back, at once and in pieces. The library's panics are to be BundleError, too."""
+    """Read a tokenizer as a bundle's: text to ids and back, at once and in pieces.
+
+    The library's panics must become BundleError.
+    """
     from unittest import mock
 
     import splitbundle
@@ -130,11 +133,11 @@ TARGETS: Final[dict[str, tuple[Callable[[], Target], str]]] = {
     "graph": (graph_target, "*.onnx"),
     "tokenizer": (tokenizer_target, "tokenizer/tokenizer.json"),
 }
-"""Name -> what makes its reader, and the files of the small bundle that it begins with."""
+"""Name -> the function that makes the reader, and the files of the small bundle that fuzzing begins with."""
 
 
 def seeds(name: str, directory: Path) -> None:
-    """Writes what the fuzzer begins with: the small bundle's own files, and the conformance vectors of the kind."""
+    """Write the first inputs: the small bundle's own files, and the conformance vectors of the kind."""
     for path in BUNDLE.glob(TARGETS[name][1]):
         (directory / path.name).write_bytes(path.read_bytes()[:LENGTH])
     for path in (TESTS / "conformance").glob("*/*.json"):
@@ -145,7 +148,7 @@ def seeds(name: str, directory: Path) -> None:
 
 
 def fuzz(name: str, arguments: list[str]) -> None:
-    """Runs until libFuzzer ends this process."""
+    """Run until libFuzzer ends this process."""
     import resource
 
     import atheris
@@ -167,7 +170,7 @@ def fuzz(name: str, arguments: list[str]) -> None:
 
 
 def run(name: str, seconds: int, corpus: str | None = None, before: str = "") -> int:
-    """Fuzzes in a process of its own, which runs the program ``before`` first. Gives the number of executions.
+    """Fuzz in a separate process, which runs the program ``before`` first. Return the number of executions.
 
     Raises:
         RuntimeError: a finding, with libFuzzer's last words.
@@ -194,7 +197,7 @@ def run(name: str, seconds: int, corpus: str | None = None, before: str = "") ->
 
 
 def main() -> int:
-    """Fuzzes one target, or each in turn."""
+    """Fuzz one target, or each in turn."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.support.fuzzing", description=(__doc__ or "").splitlines()[0]
     )

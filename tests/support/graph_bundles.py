@@ -12,7 +12,10 @@ from tests.support.models import LAYERS, checkpoint, scratch
 def bundle(
     name: str, split: tuple[int, ...] = tuple(range(LAYERS + 1)), dtype: str = "float32", variant: str = "standard"
 ) -> Bundle:
-    """The named model with a graph a shard; by default each layer is a shard, and so are the embedding and the head."""
+    """Return the named model with one graph a shard.
+
+    By default, each layer is a shard, and so are the embedding and the head.
+    """
     return _bundle(name, split, dtype, variant)
 
 

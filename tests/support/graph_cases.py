@@ -1,8 +1,8 @@
-"""Graphs that a reader must refuse, each made of a good one by a small change, with the code that it is refused by.
+"""Graphs that a reader must refuse. Each is a good graph with a small change, and has the code of its refusal.
 
-``python -m tests.support.graph_cases DIRECTORY`` writes each as a whole bundle, ``DIRECTORY/NAME.splitbundle``, whose
-manifest and ``SHA256SUMS`` list the changed graph, beside ``NAME.json`` with the shard and the code: for readers in
-any language.
+``python -m tests.support.graph_cases DIRECTORY`` writes each graph as a whole bundle, ``DIRECTORY/NAME.splitbundle``,
+for readers in any language. The bundle's manifest and ``SHA256SUMS`` list the changed graph. ``NAME.json`` beside the
+bundle has the shard and the code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from splitbundle_converter.writing.documents import write_file
 from tests.support.bundles import write_llama3
 
 SHARD: Final = "bottom"
-"""Whose graph is changed: an embedding and a layer, in bfloat16."""
+"""The shard whose graph is changed: an embedding and a layer, in bfloat16."""
 TABLE: Final = "embedding.token.weight"
 FILE: Final = "embedding.safetensors"
 Change = Callable[[ModelProto], bytes | None]
@@ -35,7 +35,10 @@ Change = Callable[[ModelProto], bytes | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What is odd, how it comes about, and the code. A change works on the model, or gives bytes in its place."""
+    """A case: its fault in words, its change, and its code.
+
+    The change edits the model, or returns bytes in its place.
+    """
 
     name: str
     code: str
@@ -46,12 +49,12 @@ CASES: Final[list[Case]] = []
 
 
 def case(code: str, name: str, change: Change) -> None:
-    """Adds to ``CASES``."""
+    """Add a case to ``CASES``."""
     CASES.append(Case(name=name, code=code, change=change))
 
 
 def changed(code: str) -> Callable[[Change], Change]:
-    """Adds a function that is called as its case is."""
+    """Add a function that is named after its case."""
 
     def add(change: Change) -> Change:
         case(code, change.__name__.replace("_", "-"), change)
@@ -69,7 +72,7 @@ def tensor(model: ModelProto, name: str = TABLE) -> TensorProto:
 
 
 def entry(key: str, value: str | Callable[[str], str]) -> Change:
-    """What one entry of the token table's external data says."""
+    """Change one entry of the token table's external data."""
 
     def change(model: ModelProto) -> None:
         (found,) = (each for each in tensor(model).external_data if each.key == key)
@@ -154,7 +157,7 @@ for _name, _length in {
 
 
 def without(key: str) -> Change:
-    """The token table without one entry."""
+    """Remove one entry of the token table's external data."""
 
     def change(model: ModelProto) -> None:
         kept = [each for each in tensor(model).external_data if each.key != key]
@@ -271,7 +274,7 @@ def weights_missing(model: ModelProto) -> None:
 
 
 def remove(model: ModelProto, name: str) -> None:
-    """Takes an initializer out."""
+    """Remove an initializer."""
     kept = [each for each in model.graph.initializer if each.name != name]
     model.graph.ClearField("initializer")
     model.graph.initializer.extend(kept)
@@ -281,7 +284,7 @@ def remove(model: ModelProto, name: str) -> None:
 
 
 def added(code: str, name: str, kind: str, *inputs: str, domain: str | None = None, **attributes: object) -> None:
-    """A case of one more node, first of all."""
+    """A case with one more node, before all others."""
 
     def change(model: ModelProto) -> None:
         node = helper.make_node(kind, list(inputs), ["more"], **attributes)
@@ -293,14 +296,14 @@ def added(code: str, name: str, kind: str, *inputs: str, domain: str | None = No
 
 
 def outside() -> TensorProto:
-    """External data where none may be."""
+    """Put external data where none may be."""
     value = TensorProto(name="passwd", data_type=TensorProto.UINT8, dims=[64], data_location=TensorProto.EXTERNAL)
     value.external_data.add(key="location", value="/etc/passwd")
     return value
 
 
 def inner() -> GraphProto:
-    """A graph inside a graph, with external data."""
+    """Make a graph inside a graph, with external data."""
     output = helper.make_tensor_value_info("passwd", TensorProto.UINT8, [64])
     return helper.make_graph([], "inner", [], [output], initializer=[outside()])
 
@@ -533,11 +536,11 @@ def constant_unused(model: ModelProto) -> None:
     model.graph.initializer.append(helper.make_tensor("more", TensorProto.FLOAT, [1], bytes(4), raw=True))
 
 
-# Numbers that stand in the graph.
+# Numbers in the graph.
 
 
 def constant(code: str, name: str, dtype: int, dims: list[int], raw: bytes | None) -> None:
-    """A case of one more constant, which a node takes."""
+    """A case with one more constant, which a node takes."""
 
     def change(model: ModelProto) -> None:
         more = model.graph.initializer.add(name="more", data_type=dtype, dims=dims)
@@ -583,7 +586,7 @@ def constant_from_elsewhere(model: ModelProto) -> None:
 
 
 def written(model: ModelProto) -> bytes:
-    """As the writer writes it."""
+    """The bytes as the writer writes them."""
     return model.SerializeToString(deterministic=True)
 
 
@@ -622,7 +625,7 @@ bytes_case("graph.size", "16-MiB-and-one", lambda data: data + bytes(onnx_rules.
 
 @changed("graph.syntax")
 def bytes_packed(model: ModelProto) -> bytes:
-    """Sizes packed into one field, as writers of protobuf 3 do it."""
+    """Pack sizes into one field, as writers of protobuf 3 do."""
     more = b"\x42\x04more" + b"\x10\x01" + b"\x0a\x02\x01\x01" + b"\x4a\x04" + bytes(4)
     graph = model.graph.SerializeToString(deterministic=True) + b"\x2a" + bytes([len(more)]) + more
     model.ClearField("graph")
@@ -630,7 +633,7 @@ def bytes_packed(model: ModelProto) -> bytes:
 
 
 def helper_varint(value: int) -> bytes:
-    """A number as protobuf writes it."""
+    """A number in protobuf's encoding."""
     found = bytearray()
     while value > 127:
         found.append(value & 127 | 128)
@@ -650,11 +653,11 @@ def initializers_too_many(model: ModelProto) -> None:
     model.graph.initializer.extend([one] * onnx_reader.MAX_INITIALIZERS)
 
 
-# Bundles of them.
+# Bundles of the cases.
 
 
 def good_bundle(root: Path) -> Path:
-    """A small bundle whose graphs are as they should be."""
+    """Make a small bundle with good graphs."""
     write_llama3(root)
     add_graphs(root, "standard")
     return root
@@ -668,7 +671,7 @@ def changed_graph(root: Path, each: Case) -> bytes:
 
 
 def relist(root: Path, path: str, data: bytes) -> None:
-    """Writes a file that no id depends on, and everything that says what it must be."""
+    """Write a file that no id depends on, and update every entry that lists it."""
     bundle = splitbundle.open(root)
     listed = {**bundle.manifest.files, path: write_file(root, path, data)}
     changed = replace(bundle.manifest, files=listed).to_bytes()
@@ -679,7 +682,7 @@ def relist(root: Path, path: str, data: bytes) -> None:
 
 
 def write_all(directory: Path) -> None:
-    """Every case as a bundle of its own."""
+    """Write every case as a separate bundle."""
     directory.mkdir(parents=True, exist_ok=True)
     good = good_bundle(directory / "good.splitbundle")
     for each in CASES:

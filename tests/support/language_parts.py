@@ -17,13 +17,13 @@ Tensors = dict[str, Tensor]
 
 
 def convert(source: Path, name: str = "b", **named: Any) -> Bundle:
-    """The bundle of a checkpoint's language part, held against the original."""
+    """Convert a checkpoint's language part, and compare it with the original model."""
     output = source.parent / f"{name}.splitbundle"
     return splitbundle_converter.convert(source, output, **({"part": "language"} | named))
 
 
 def refused(source: Path, **named: Any) -> BundleError:
-    """The error that a conversion ends with. It leaves nothing behind."""
+    """Return the error that a conversion ends with. It leaves no file behind."""
     before = sorted(source.parent.iterdir())
     with pytest.raises(BundleError) as caught:
         convert(source, **({"check": False} | named))
@@ -32,7 +32,7 @@ def refused(source: Path, **named: Any) -> BundleError:
 
 
 def make(tmp_path: Path, model_type: str, change: Callable[[Tensors], Tensors] | None = None, **changes: Any) -> Path:
-    """A checkpoint of the type, with changes to its tensors and its config.json."""
+    """Write a checkpoint of the type, with changes to its tensors and its config.json."""
     config = make_config(model_type)
     tensors = stored_tensors(make_composite(config))
     return save(tmp_path / "source", config, tensors if change is None else change(tensors), **changes)

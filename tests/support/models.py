@@ -1,7 +1,7 @@
-"""Small random models of every family, on disk and converted, and what transformers computes with them.
+"""Small random models of every family, on disk and converted, and the results that transformers computes with them.
 
-The weights are far larger than an initialisation's: norms away from one, biases away from zero, attention that prefers
-some tokens. So whatever is left out, swapped or scaled twice moves the logits by much more than the tolerance.
+The weights are far larger than usual initial weights: norms away from one, biases away from zero, attention that
+prefers some tokens. So if a step is left out, swapped or scaled twice, the logits move by much more than the tolerance.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support import models_layer_norm, models_rms_norm
 LAYERS: Final = 4
 VOCAB: Final = 61
 TOLERANCE: Final = 1e-5
-"""Of the largest magnitude of the original's logits."""
+"""The tolerance, relative to the largest magnitude of the original's logits."""
 
 _ROTARY: Final[dict[str, Any]] = {
     "vocab_size": VOCAB,
@@ -49,7 +49,7 @@ _LLAMA3: Final[dict[str, Any]] = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    # So small that of the five frequencies some are kept, some divided, and some on the ramp between.
+    # So small that some of the five frequencies are kept, some divided, and some lie on the ramp in between.
     "original_max_position_embeddings": 16,
 }
 _LINEAR: Final[dict[str, Any]] = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.5}
@@ -115,7 +115,7 @@ _FIRST: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     ),
 }
 CONFIGURATIONS: Final = _FIRST | models_rms_norm.CONFIGURATIONS | models_layer_norm.CONFIGURATIONS
-"""Name -> the family, and the fields of its configuration that aren't at their defaults."""
+"""Name -> the family, and the fields of its configuration that differ from their defaults."""
 ONE_PER_FAMILY: Final = (
     *("gpt2-by-layer", "qwen2-mixed", "gemma-one-kv-biased", "llama-llama3", "mistral-window"),
     *models_rms_norm.ONE_PER_FAMILY,
@@ -123,7 +123,10 @@ ONE_PER_FAMILY: Final = (
 )
 """The configuration of each family that has the most ways to go wrong."""
 BY_PIECES: Final = frozenset(models_rms_norm.BY_PIECES)
-"""Those whose rows outgrow a threshold of their rotary scaling: how they are driven matters, in transformers too."""
+"""Models whose rows become longer than a threshold of their rotary scaling.
+
+In transformers too, the pieces matter.
+"""
 WITHOUT_CACHE: Final = frozenset(models_layer_norm.WITHOUT_CACHE)
 """Families for which transformers has no cache."""
 WEIGHT_OFFSET_FAMILIES: Final = models_rms_norm.WEIGHT_OFFSET_FAMILIES | models_layer_norm.WEIGHT_OFFSET_FAMILIES
@@ -132,16 +135,19 @@ WEIGHT_OFFSET_FAMILIES: Final = models_rms_norm.WEIGHT_OFFSET_FAMILIES | models_
 
 @cache
 def scratch() -> Path:
-    """A directory that goes when the process does."""
+    """A directory that is removed when the process ends."""
     path = tempfile.mkdtemp(prefix="splitbundle-models-")
     owner = os.getpid()
-    # A forked worker has the registration too, and must not take the directory from its parent.
+    # A forked worker has this registration too, and must not remove its parent's directory.
     atexit.register(lambda: shutil.rmtree(path, ignore_errors=True) if os.getpid() == owner else None)
     return Path(path)
 
 
 def make_model(name: str, **changes: Any) -> Any:
-    """The named configuration's model, with weights that depend on nothing but its name; ``changes`` to its fields."""
+    """Return the model of the named configuration.
+
+    Its weights depend only on the name; ``changes`` are to its fields.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -164,7 +170,7 @@ def make_model(name: str, **changes: Any) -> Any:
 
 @cache
 def checkpoint(name: str, dtype: str = "float32") -> Path:
-    """The named model's checkpoint directory, its weights in ``dtype``."""
+    """Return the checkpoint directory of the named model, with weights in ``dtype``."""
     path = scratch() / f"{name}-{dtype}"
     make_model(name).to(getattr(torch, dtype)).save_pretrained(path)
     return path
@@ -172,9 +178,9 @@ def checkpoint(name: str, dtype: str = "float32") -> Path:
 
 @cache
 def bundle(name: str) -> splitbundle.Bundle:
-    """The named model, cut at every layer: what the tests run is every range of it.
+    """Convert the named model, cut at every layer, so tests can run every range of it.
 
-    Nothing is checked in the making, so that it is these tests that find what is wrong.
+    The conversion checks nothing: these tests are to find the faults.
     """
     output = scratch() / f"{name}.splitbundle"
     return splitbundle_converter.convert(checkpoint(name), output, split=range(LAYERS + 1), check=False)
@@ -182,19 +188,19 @@ def bundle(name: str) -> splitbundle.Bundle:
 
 @cache
 def original(name: str) -> Any:
-    """The named model as transformers loads it, in float32."""
+    """Load the named model in float32 with transformers."""
     return load_original(checkpoint(name))
 
 
 def load_original(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A checkpoint as transformers loads it."""
+    """Load a checkpoint with transformers."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
 
 
 def original_of(path: Path, stored: torch.dtype, computed: torch.dtype = torch.float32) -> Any:
-    """transformers holding the weights as they are stored."""
+    """Load the model in transformers with the weights as they are stored."""
     model = load_original(path)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -203,14 +209,14 @@ def original_of(path: Path, stored: torch.dtype, computed: torch.dtype = torch.f
 
 
 def original_logits(model: Any, ids: Sequence[int], pieces: Sequence[int] | None = None) -> Tensor:
-    """What transformers computes for one row alone.
+    """Return the logits that transformers computes for one row alone.
 
     *Shape:* (sequence) -> (sequence, vocab).
 
     Args:
-        model: of transformers.
+        model: a model of transformers.
         ids: the row's tokens.
-        pieces: the lengths of the pieces in which the model is driven, with its own cache; by default one.
+        pieces: the lengths of the pieces that the model gets, with its own cache; by default one piece.
     """
     if not len(ids):
         return torch.zeros(0, model.config.vocab_size)
@@ -231,7 +237,7 @@ def expected_logits(name: str, ids: tuple[int, ...]) -> Tensor:
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
-    """The largest difference as a fraction of the largest expected magnitude; infinite where something isn't a number.
+    """Return the largest difference relative to the largest expected magnitude; infinite if a value isn't a number.
 
     *Shape:* (…) twice the same.
     """
@@ -242,13 +248,15 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 def token_rows(*lengths: int, seed: int = 0) -> list[list[int]]:
-    """Random tokens: a row of each length."""
+    """Return random tokens: one row of each length."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths]
 
 
 def deviations(got: Tensor, expected: Tensor) -> Tensor:
-    """The root of the mean square of each row's differences: steadier than the largest, one unlucky rounding.
+    """Return the root mean square of each row's differences.
+
+    One rounding can decide the largest difference, so that would be less steady.
 
     *Shape:* (rows, sequence, vocab) twice -> (rows).
     """

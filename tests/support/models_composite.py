@@ -1,4 +1,4 @@
-"""Small models of many parts, with language parts whose weights make every mistake show."""
+"""Small multimodal models. The weights of their language parts make every mistake visible."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT: Final[dict[str, Any]] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""Of every language part, as far as its class has the field."""
+"""Fields of every language part, if its class has them."""
 _TEXT_OF: Final[dict[str, dict[str, Any]]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gemma": {"use_bidirectional_attention": False},
@@ -42,7 +42,7 @@ _ABSENT_OF: Final[dict[str, tuple[str, ...]]] = {
     "persimmon": ("num_key_value_heads", "head_dim"),
 }
 _FIELDS: Final[dict[str, dict[str, Any]]] = {
-    # Their default towers need a library that isn't among the tests'.
+    # Their default towers need a library that the tests don't install.
     "fast_vlm": {"vision_config": {"model_type": "clip_vision_model"}},
     "perception_lm": {"vision_config": {"model_type": "timm_wrapper", "model_args": {"embed_dim": 16}}},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 32, "intermediate_size": 8, "num_attention_heads": 4}},
@@ -60,9 +60,9 @@ def text_fields(text_type: str) -> dict[str, Any]:
 
 
 def make_config(model_type: str, text: dict[str, Any] | None = None, **fields: Any) -> Any:
-    """A configuration of the type, with a small language part and, of all else, one layer.
+    """Return a configuration of the type, with a small language part and one layer of every other part.
 
-    ``text`` are the fields of the language part, ``fields`` those beside it.
+    ``text`` has fields of the language part, and ``fields`` the other fields.
     """
     from transformers import AutoConfig
 
@@ -79,7 +79,7 @@ def make_config(model_type: str, text: dict[str, Any] | None = None, **fields: A
 
 
 def make_composite(config: Any, seed: int = 0) -> Any:
-    """A model whose language part has weights that matter; the other parts' memory isn't even touched."""
+    """Make a model whose language part has significant weights. The other parts' memory isn't even touched."""
     import transformers
     from transformers.initialization import no_init_weights
 
@@ -96,7 +96,7 @@ def make_composite(config: Any, seed: int = 0) -> Any:
 
 
 def language_parameters(model: Any) -> dict[str, Tensor]:
-    """The parameters of the language part, by their names in memory."""
+    """Return the parameters of the language part, by their names in memory."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -105,7 +105,10 @@ def language_parameters(model: Any) -> dict[str, Tensor]:
 
 
 def stored_tensors(model: Any) -> dict[str, Tensor]:
-    """What transformers would save, under the names that it would give; of other parts' tensors, only one number."""
+    """Return the tensors that transformers would save, under its names.
+
+    Tensors of other parts have only one number.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     kept = {id(parameter) for parameter in language_parameters(model).values()}
@@ -116,7 +119,7 @@ def stored_tensors(model: Any) -> dict[str, Tensor]:
 
 
 def save(path: Path, config: Any, tensors: dict[str, Tensor], **changes: Any) -> Path:
-    """Writes a checkpoint; ``changes`` are fields of config.json, where ``...`` removes one."""
+    """Write a checkpoint. ``changes`` are fields of config.json; ``...`` removes one."""
     path.mkdir()
     config.save_pretrained(path)
     fields = json.loads((path / "config.json").read_text()) | changes

@@ -256,7 +256,7 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         | {"rope_parameters": _LINEAR, "head_dim": 10, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
     ),
 }
-"""Name -> the family, and the fields of its configuration that aren't at their defaults."""
+"""Name -> the family, and the fields of its configuration that differ from their defaults."""
 ONE_PER_FAMILY: Final = (
     "openai-gpt-silu-untied",
     "gpt_bigcode-many-keys",

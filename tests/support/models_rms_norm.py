@@ -20,7 +20,7 @@ _LLAMA3: Final[dict[str, Any]] = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    # So small that of five frequencies some are kept, some divided, and some on the ramp between.
+    # So small that some of the five frequencies are kept, some divided, and some lie on the ramp in between.
     "original_max_position_embeddings": 16,
 }
 _YARN: Final[dict[str, Any]] = {
@@ -378,7 +378,7 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         | {"num_key_value_heads": 1, "head_dim": 14, "tie_word_embeddings": False, "sliding_window": 3}
         | {"layer_types": _ALTERNATING[::-1]},
     ),
-    # No window is as wide as the tokens that are run; full layers turn by another base than windowed ones, or not.
+    # No window is as wide as the tokens that are run. Full layers rotate by another base, or not at all.
     "granite_swa": (
         "granite_swa",
         _ROTARY | {"num_key_value_heads": 2, "sliding_window": 5, "tie_word_embeddings": False},
@@ -427,7 +427,7 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         | {"num_key_value_heads": 6, "head_dim": 14, "layer_types": _ALTERNATING},
     ),
 }
-"""Name -> the family, and the fields of its configuration that aren't at their defaults."""
+"""Name -> the family, and the fields of its configuration that differ from their defaults."""
 
 ONE_PER_FAMILY: Final = (
     "internlm3-biased",
@@ -460,7 +460,8 @@ ONE_PER_FAMILY: Final = (
 """The configuration of each family that has the most ways to go wrong."""
 
 BY_PIECES: Final = frozenset({"llama-longrope", "llama-longrope-factor", "llama-dynamic", "phi3-longrope"})
-"""Those whose rows outgrow the scaling's threshold: the reference is a fresh model driven with the same pieces."""
+"""Models whose rows become longer than the scaling's threshold: the reference is a new model driven with the
+same pieces."""
 
 WEIGHT_OFFSET_FAMILIES: Final = frozenset({"gemma", "gemma2", "gemma3_text", "vaultgemma"})
-"""Families that store what they add to one as a norm's weight."""
+"""Families that store a norm's weight as a difference from one."""

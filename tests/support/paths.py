@@ -1,4 +1,4 @@
-"""Where the files that tests read lie. Standard library alone: every suite imports it."""
+"""Paths of the files that tests read. It uses only the standard library, because every suite imports it."""
 
 from __future__ import annotations
 

@@ -21,14 +21,14 @@ Tensors = dict[str, Tensor]
 
 
 def convert(path: Path, output: Path, **named: Any) -> Any:
-    """Converts, and leaves nothing but the bundle."""
+    """Convert a checkpoint, and leave only the bundle."""
     made = splitbundle_converter.convert(path, output, allow_pickle=True, **named)
     assert [entry.name for entry in output.parent.iterdir()] == [output.name]
     return made
 
 
 def refused(path: Path, output: Path, *, allow_pickle: bool = True, **named: Any) -> BundleError:
-    """The error that a conversion ends with. It leaves nothing."""
+    """Return the error that a conversion ends with. It leaves no file."""
     with pytest.raises(BundleError) as caught:
         splitbundle_converter.convert(path, output, allow_pickle=allow_pickle, **({"check": False} | named))
     assert not list(output.parent.iterdir())
@@ -36,7 +36,7 @@ def refused(path: Path, output: Path, *, allow_pickle: bool = True, **named: Any
 
 
 class Call:
-    """What an attacker pickles: reading it calls a function."""
+    """An attacker's pickle: reading it calls a function."""
 
     def __init__(self, *call: Any) -> None:
         self.call = call

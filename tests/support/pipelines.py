@@ -1,4 +1,4 @@
-"""Pipelines of the small models, padded batches, and what they generate."""
+"""Pipelines of the small models, padded batches, and their generated tokens."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tests.support.models import bundle
 
 @cache
 def pipeline(name: str) -> Pipeline:
-    """The named model, a stage a layer."""
+    """Load the named model with one stage a layer."""
     return bundle(name).pipeline()
 
 
 def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and mask."""
+    """Return ids and mask."""
     width = max(map(len, rows))
     ids = torch.tensor([[7] * (width - len(row)) + list(row) for row in rows])
     return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
 
 
 def generated(name: str, rows: Sequence[Sequence[int]], **arguments: Any) -> list[list[int]]:
-    """What the pipeline generates, row by row."""
+    """Return the generated tokens of the pipeline, row by row."""
     ids, mask = left_padded(rows)
     given = pipeline(name).generate(ids, attention_mask=mask, **arguments)
     return torch.stack(list(given), dim=1).tolist()

@@ -1,4 +1,4 @@
-"""What is said to a pipeline, call by call: each row's history is kept here, and computed by the original alone."""
+"""Sequences of calls to a pipeline. Each row's history is kept here, and the original model computes it alone."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Worst:
                 self.value, self.where = difference, where
 
     def check(self) -> None:
-        """Fails above the tolerance, and where nothing was compared."""
+        """Fail above the tolerance, and if nothing was compared."""
         text = f"{self.name}: worst relative difference {self.value:.3g} of {self.compared} tokens, at {self.where}"
-        print(text)  # pytest -rP shows what was seen where nothing failed
+        print(text)  # pytest -rP shows the largest difference of a test that passes
         assert self.compared, text
         assert self.value <= TOLERANCE, text
 
@@ -45,7 +45,7 @@ Side = Literal["left", "right", "both"]
 
 @dataclass
 class Conversation:
-    """A session, and what each row has said: every logit is held against the original's on that history alone."""
+    """A session and each row's history. Every logit is compared with the original's on that history alone."""
 
     pipeline: Any
     rows: int
@@ -62,7 +62,7 @@ class Conversation:
     def say(
         self, tokens: Sequence[Sequence[int]], side: Side | None = None, logits: Literal["all", "last"] | int = "all"
     ) -> None:
-        """Brings each row's tokens in one call, padded on ``side``; None for tokens that need no padding."""
+        """Give each row's tokens in one call, padded on ``side``; None for tokens that need no padding."""
         ids, mask, starts = pad(tokens, side)
         got = self.pipeline(ids, attention_mask=mask, session=self.session, logits=logits)
         where = f"{self.where}, after {[len(h) for h in self.histories]}, lengths {[len(t) for t in tokens]}, {side}"
@@ -83,18 +83,21 @@ class Conversation:
         assert self.session.past == [len(history) for history in self.histories]
 
     def forget(self, numbers: Sequence[int]) -> None:
-        """Rolls each row back."""
+        """Roll each row back."""
         self.session.rollback(numbers)
         self.histories = [h[: len(h) - n] for h, n in zip(self.histories, numbers, strict=True)]
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Row i goes on from row ``rows[i]``."""
+        """Let row i go on from row ``rows[i]``."""
         self.session.reorder(rows)
         self.histories = [list(self.histories[row]) for row in rows]
 
 
 def pad(tokens: Sequence[Sequence[int]], side: Side | None) -> tuple[Tensor, Tensor | None, list[int]]:
-    """Ids, mask, and where each row's tokens begin. Padding is noise, not one id: whoever reads it must be seen."""
+    """Return ids, mask, and the first token's place in each row.
+
+    Padding is random ids, so reading it shows in the result.
+    """
     longest = max(1, *map(len, tokens))
     if side is None:
         return torch.tensor(tokens), None, [0] * len(tokens)
@@ -123,14 +126,14 @@ def padded(talk: Conversation, side: Side) -> None:
     talk.say(token_rows(5, 9, 0, 12, seed=2), side)
     for seed in (3, 4, 5):
         talk.say(token_rows(1, 1, 1, 1, seed=seed))
-    # Rows that pause, as those do that have stopped; and pieces that pass a window from different pasts.
+    # Some rows pause, as stopped rows do, and pieces pass a window from different pasts.
     talk.say(token_rows(0, 1, 1, 0, seed=6), side)
     talk.say(token_rows(3, 0, 7, 2, seed=7), side)
     talk.say(token_rows(6, 6, 6, 6, seed=8))
 
 
 def rolled_back(talk: Conversation) -> None:
-    """What was forgotten must leave nothing behind, in whichever row, and below a window too."""
+    """Forgotten positions must have no effect, in any row, and below a window too."""
     talk.say(token_rows(11, 11, 11, seed=9))
     talk.forget([0, 3, 8])
     talk.say(token_rows(2, 2, 2, seed=10))
@@ -143,7 +146,7 @@ def rolled_back(talk: Conversation) -> None:
 
 
 def reordered(talk: Conversation) -> None:
-    """As beam search does: some rows go on twice, others not at all; with equal pasts and with different ones."""
+    """Reorder as beam search does: some rows go on twice, others not at all, with equal and with different pasts."""
     talk.say(token_rows(6, 6, 6, seed=14))
     talk.reorder([2, 0, 0])
     talk.say(token_rows(1, 1, 1, seed=15))
@@ -155,7 +158,7 @@ def reordered(talk: Conversation) -> None:
 
 
 def last_logits(talk: Conversation) -> None:
-    """Of the last position, and of the last k: fewer, as many, and more than a row has."""
+    """Ask for logits of the last position, and of the last k: fewer, as many, and more than a row has."""
     talk.say(token_rows(6, 6, 6, seed=19), logits="last")
     talk.say(token_rows(4, 4, 4, seed=20), logits=3)
     talk.say(token_rows(2, 2, 2, seed=21), logits=5)
@@ -175,17 +178,17 @@ SCENARIOS: Final[dict[str, tuple[int, Callable[[Conversation], None]]]] = {
     "reorder": (3, reordered),
     "last": (3, last_logits),
 }
-"""Name -> the rows, and what is said."""
+"""Name -> the rows, and the calls."""
 
 
 def run(pipeline: Any, worst: Worst, where: str) -> None:
-    """All scenarios with one pipeline, which takes and gives tensors."""
+    """Run all scenarios with one pipeline, which takes and gives tensors."""
     for rows, scenario in SCENARIOS.values():
         scenario(Conversation(pipeline, rows, worst, where))
 
 
 def chat(pipeline: Any, worst: Worst, where: str, chance: random.Random) -> None:
-    """Calls, rollbacks and reorderings in an order that nobody thought of."""
+    """Make calls, rollbacks and reorderings in a random order."""
     talk = Conversation(pipeline, 3, worst, where)
     for _ in range(14):
         longest = talk.capacity - max(map(len, talk.histories))

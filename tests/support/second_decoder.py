@@ -1,4 +1,4 @@
-"""A second decoder, written from ``spec/v1/decoder.md`` in Python's own floats, to compare the runtime with."""
+"""A second decoder, written from ``spec/v1/decoder.md`` with Python's own floats, to compare with the runtime."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def dot(x: Vector, y: Vector) -> float:
 
 
 class Reference:
-    """A row of tokens through decoder.md, number by number: a call at a time, with what came before."""
+    """Computes a row of tokens by decoder.md, number by number: one call at a time, with the earlier calls'
+    results."""
 
     def __init__(self, architecture: architectures.Architecture, tensors: dict[str, torch.Tensor]) -> None:
         self.document = json.loads(architecture.to_bytes())
@@ -66,7 +67,7 @@ class Reference:
         return scaled if bias is None else added(scaled, bias)
 
     def rotate(self, x: Vector, p: int, n: int, position: dict[str, Any]) -> Vector:
-        """SB-C-011 and SB-C-030, in a row of length n."""
+        """SB-C-011 and SB-C-030, for a row of length n."""
         if position["kind"] != "rotary":
             return x
         result, half = list(x), position["dim"] // 2
@@ -211,7 +212,7 @@ class Reference:
         return x if head["logit_cap"] is None else [head["logit_cap"] * math.tanh(a / head["logit_cap"]) for a in x]
 
     def run(self, ids: list[int]) -> list[list[Vector]]:
-        """A call: the hidden states before and after each layer, and the logits."""
+        """Compute a call. Return the hidden states before and after each layer, and the logits."""
         rows = [self.embed(token, p) for p, token in enumerate(ids, self.past)]
         states = [rows]
         for layer, name in enumerate(self.document["layers"]):
@@ -233,7 +234,7 @@ def slope(h: int, heads: int, max_bias: float) -> float:
 
 
 def frequency(position: dict[str, Any], i: int, n: int = 0) -> float:
-    """SB-C-012 to SB-C-014 and SB-C-026 to SB-C-029, in a row of length n."""
+    """SB-C-012 to SB-C-014 and SB-C-026 to SB-C-029, for a row of length n."""
     base, dim, scaling = position["base"], position["dim"], position["scaling"]
     s, c = scaling.get("factor", 1.0), scaling.get("original_positions", 1)
     if scaling["kind"] == "dynamic":
@@ -288,7 +289,7 @@ def activate(name: str, x: float, alpha_p: float = 0.0, alpha_n: float = 0.0) ->
 
 
 class Runtime:
-    """The runtime's embedding, layers and head over some tensors, a call at a time as a stage makes it."""
+    """The runtime's embedding, layers and head over some tensors. It computes one call at a time, as a stage does."""
 
     def __init__(self, architecture: architectures.Architecture, tensors: dict[str, torch.Tensor]) -> None:
         def load(module: torch.nn.Module, prefix: str) -> Any:
@@ -332,7 +333,7 @@ def made(architecture: architectures.Architecture) -> tuple[dict[str, torch.Tens
     """Tensors, and two rows of token ids."""
     generator = torch.Generator().manual_seed(11)
     shapes = {tensor: shape for unit in architecture.unit_tensors().values() for tensor, shape in unit.items()}
-    # Large enough that whatever is left out, swapped or taken twice moves the result.
+    # Large enough that the result moves if a step is left out, swapped or done twice.
     tensors = {
         tensor: torch.randn(shape, generator=generator)
         * (0.5 if "norm" in tensor or len(shape) == 1 else 1)

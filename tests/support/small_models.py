@@ -1,7 +1,7 @@
 """Every causal language model of the installed transformers, made small by the names of its configuration's fields.
 
-Nothing here knows which families can be converted: a default configuration is taken as transformers' own class has it,
-and its widths, depths and counts are cut down, so that whatever else is at its default stays so.
+This file doesn't know which families can be converted. It takes the default configuration of transformers' own class,
+and reduces only widths, depths and counts. All other fields stay at their defaults.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 LAYERS: Final = 4
 VOCAB: Final = 67
 LARGEST: Final = 20_000_000
-"""Parameters; a model above would cost more time than it is worth."""
+"""The largest number of parameters. A larger model would cost more time than it is worth."""
 
 _NAMES: Final[dict[int, str]] = {
     VOCAB: "vocab_size decoder_vocab_size vocab_size_per_layer_input audio_vocab_size unpadded_vocab_size "
@@ -37,39 +37,39 @@ _NAMES: Final[dict[int, str]] = {
     1: "topk_group n_group",
 }
 SMALL: Final = {name: value for value, names in _NAMES.items() for name in names.split()}
-"""A field's name -> what it is at most, in a small model."""
+"""A field's name -> its largest value in a small model."""
 _MORE: Final[dict[str, dict[str, Any]]] = {
-    "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},  # one entry a layer, by another name
+    "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},  # one entry a layer, under another name
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
-    "mamba2": {"num_heads": 8},  # what the other widths make it
-    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},  # of which its class says nothing
+    "mamba2": {"num_heads": 8},  # follows from the other widths
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},  # its class doesn't say it
     # These classes leave the width of a head to the configuration, and compute nothing without it.
     **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
 }
-"""What has to be said besides, of a few."""
+"""Further fields that a few models need."""
 
 
 def small_config(model_type: str) -> Any:
-    """The default configuration of a model type, cut down."""
+    """Return the default configuration of a model type, made small."""
     fields = _shrunk(AutoConfig.for_model(model_type)) | _MORE.get(model_type, {})
     return AutoConfig.for_model(model_type, **fields)
 
 
 def small_model(model_type: str) -> Any:
-    """A model of that configuration, in float32, no weight of which is left as it was initialised.
+    """Return a model of that configuration, in float32, with every initial weight replaced.
 
     Raises:
-        Exception: of whatever kind, where transformers makes no model of the configuration.
-        ValueError: where it would be a large one.
+        Exception: of any kind, if transformers makes no model of the configuration.
+        ValueError: if the model would be large.
     """
     config = small_config(model_type)
-    with torch.device("meta"):  # the sizes first, which cost nothing
+    with torch.device("meta"):  # check the sizes first, which costs nothing
         size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{size:,} parameters: more of its fields have to be cut down")
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # or a model would depend on what the process has drawn before
+        torch.manual_seed(0)  # without a seed, a model would depend on the process's earlier random numbers
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -90,6 +90,6 @@ def _shrunk(config: Any) -> dict[str, Any]:
         elif name.endswith("_token_id") and value >= VOCAB:
             given[name] = 3
     heads, kv_heads = vars(config).get("num_attention_heads"), vars(config).get("num_key_value_heads")
-    if type(kv_heads) is int and kv_heads > 1:  # as many as queries, one, or fewer: as it was
+    if type(kv_heads) is int and kv_heads > 1:  # as many as queries, one, or fewer: as before
         given["num_key_value_heads"] = given["num_attention_heads"] // (1 if kv_heads == heads else 2)
     return given

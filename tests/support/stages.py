@@ -1,4 +1,4 @@
-"""The message of a call that is refused."""
+"""The messages of refused calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from splitbundle import BundleError
 
 
 def refusal(call: Any, *arguments: Any, **named: Any) -> str:
-    """The text of the error that a call ends with."""
+    """Return the text of the error that a call ends with."""
     with pytest.raises(BundleError) as caught:
         call(*arguments, **named)
     return str(caught.value)

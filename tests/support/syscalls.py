@@ -1,6 +1,6 @@
-"""The system calls of a process, one after the other, and a fault in place of any: ptrace, by way of ctypes.
+"""Trace the system calls of a process one after another, and put a fault in place of any: ptrace, with ctypes.
 
-Linux on x86-64 alone, where numbers and registers are known here. It needs nothing installed.
+It works only on Linux on x86-64, whose numbers and registers this file knows. It needs no installed library.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class _Info(ctypes.Structure):
     ]
 
 
-# Of each call that takes a path or a handle of one: its number, and which arguments these are: "p" a path, "a" a
-# directory's handle and the path after it, "f" a handle, "-" something else.
+# For each call that takes a path or a handle of one: its number and the kinds of its arguments. "p" is a
+# path, "a" a directory's handle and the path after it, "f" a handle, "-" something else.
 _CALLS: Final[dict[int, tuple[str, str]]] = {
     0: ("read", "f"), 1: ("write", "f"), 2: ("open", "p"), 3: ("close", "f"), 4: ("stat", "p"), 5: ("fstat", "f"),
     6: ("lstat", "p"), 8: ("lseek", "f"), 9: ("mmap", "----f"), 16: ("ioctl", "f"), 17: ("pread64", "f"),
@@ -58,10 +58,10 @@ _CALLS: Final[dict[int, tuple[str, str]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """A system call that touches the watched directory, as its process is about to make it."""
+    """A system call that touches the watched directory. Its process is about to make it."""
 
     number: int
-    """Which of those calls it is, counted from 0."""
+    """The number of this call among those calls, counted from 0."""
     name: str
     arguments: tuple[int, ...]
     paths: tuple[str, ...]
@@ -69,21 +69,21 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """What is to become of a call."""
+    """The fault of a call."""
 
     error: int = 0
-    """An errno: the call isn't made, and fails; or with ``late``, it is made and is said to have failed."""
+    """An errno. The call isn't made, and fails; with ``late``, it is made and reported as failed."""
     late: bool = False
     short: bool = False
-    """The call is asked for half of its bytes."""
+    """The call asks for half of its bytes."""
     signal: int = 0
-    """Sent before the call is made. SIGKILL ends the process there."""
+    """A signal that is sent before the call is made. SIGKILL ends the process there."""
     last: bool = True
-    """Nothing comes after it: the process goes on at its own speed."""
+    """This is the last fault: the process goes on at its own speed."""
 
 
 def unavailable() -> str | None:
-    """Why calls can't be traced here; None if they can."""
+    """Return why calls can't be traced here; None if they can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"system calls are traced on Linux and x86-64 alone, not {sys.platform} and {platform.machine()}"
     receive, send = os.pipe()
@@ -124,12 +124,12 @@ _LIBC: ctypes.CDLL | None = None
 
 
 class Tracee:
-    """A child of ours, with one thread, that waits in a system call: stopped when this is made."""
+    """A child of this process, with one thread, that waits in a system call. Creating this object stops it."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.ended: int | None = None
-        """How it ended, as ``waitpid`` says it."""
+        """How it ended, in the form of ``waitpid``."""
         self._memory = -1
         self._inside: bool | None = None
         _ptrace(_SEIZE, pid, 0, ctypes.c_void_p(_SYSGOOD | _EXITKILL))
@@ -137,12 +137,12 @@ class Tracee:
         os.waitpid(pid, _ALL)
 
     def run(self, root: str, until: int, decide: Callable[[Call], Fault | None]) -> None:
-        """Goes on until the process ends, writes to the handle ``until``, or met its last fault; then lets it go.
+        """Go on until the process ends, writes to the handle ``until``, or meets its last fault. Then let it go.
 
         Args:
-            root: the directory that is watched, without links in its path.
+            root: the watched directory, without links in its path.
             until: a handle of the process.
-            decide: what is to become of each call that touches the directory.
+            decide: returns the fault of each call that touches the directory.
         """
         count = 0
         for entry in self._entries():
@@ -161,7 +161,7 @@ class Tracee:
         self.detach()
 
     def detach(self) -> None:
-        """Lets the process go."""
+        """Let the process go."""
         if self._memory >= 0:
             os.close(self._memory)
             self._memory = -1
@@ -169,17 +169,17 @@ class Tracee:
             _ptrace(_DETACH, self.pid)
 
     def _entries(self) -> Iterator[_Info]:
-        """Every call, when it is about to be made."""
+        """Yield every call when it is about to be made."""
         info = _Info()
         while self._go():
-            if self._inside is not False:  # beginnings and ends take turns, once it is known which the first one was
+            if self._inside is not False:  # begins and ends alternate, once the first one is known
                 _ptrace(_SYSCALL_INFO, self.pid, ctypes.sizeof(info), ctypes.byref(info))
                 self._inside = info.op == _ENTRY
                 if self._inside:
                     yield info
 
     def _go(self) -> bool:
-        """To the next beginning or end of a call; False if the process ended before."""
+        """Go to the next begin or end of a call. Return False if the process ended before."""
         passed = 0
         while True:
             _ptrace(_SYSCALL, self.pid, 0, ctypes.c_void_p(passed))
@@ -251,5 +251,5 @@ class Tracee:
             while b"\0" not in text and len(text) < 4096:  # a page may be the last one that is mapped
                 text += os.pread(self._memory, 4096 - (address + len(text)) % 4096, address + len(text))
         except OSError:
-            return ""  # no address: some libraries make such calls to see what the system says
+            return ""  # no address: some libraries make such calls to see the system's answer
         return os.fsdecode(text.partition(b"\0")[0])

@@ -13,7 +13,7 @@ from tests.support.paths import TESTS
 
 BASES = TESTS / "conformance" / "bases"
 Change = Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], None]
-"""Makes a variant of a document: given the whole, and its layer kinds ``full`` and ``sliding``."""
+"""Change a document into a variant. The arguments are the whole, and its layer kinds ``full`` and ``sliding``."""
 
 
 def norm(kind: str = "rms_norm", *, affine: bool = True, offset: float = 0.0, bias: bool = False) -> dict[str, Any]:
@@ -23,11 +23,11 @@ def norm(kind: str = "rms_norm", *, affine: bool = True, offset: float = 0.0, bi
 LAYER_NORM = norm("layer_norm", bias=True)
 LENGTH = 12
 THRESHOLD = 8
-"""Where a variant's scaling begins: within the tokens that are run."""
+"""The position at which a variant's scaling begins. It lies within the tokens that are run."""
 
 
 def offsets(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str, Any]) -> None:
-    """What neither base has: linear scaling, an offset, biases of a gated MLP, a window without rotation."""
+    """Fields that neither base uses: linear scaling, an offset, biases of a gated MLP, a window without rotation."""
     full["norm"] = norm("layer_norm", offset=1.0, bias=True)
     full["attention"] |= {"kv_heads": 1, "output_bias": True, "qkv_bias": False, "scale": 0.2}
     full["attention"]["position"] |= {"base": 10000.0, "dim": 8, "scaling": {"kind": "linear", "factor": 4.0}}
@@ -56,7 +56,7 @@ def query_key_norm(width: str, after: bool) -> Change:
     def change(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str, Any]) -> None:
         for kind, its in ((full, LAYER_NORM), (sliding, norm(offset=1.0))):
             kind["attention"]["query_key_norm"] = {"norm": its, "width": width, "after_rotation": after}
-            kind["attention"]["position"] |= {"base": 50.0, "dim": 8}  # turned far enough to tell before from after
+            kind["attention"]["position"] |= {"base": 50.0, "dim": 8}  # rotated far enough to tell before from after
 
     return change
 
@@ -124,7 +124,7 @@ def ungated_xielu(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str
 
 
 def scaling(layout: str, **of_full: Any) -> Change:
-    """Layers of both kinds turn channels by one scaling; those of the kind ``full`` turn all of them."""
+    """Layers of both kinds rotate channels by one scaling; layers of the kind ``full`` rotate all of them."""
 
     def change(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str, Any]) -> None:
         longer = {key: [*value, 7.5] if isinstance(value, list) else value for key, value in of_full.items()}
@@ -181,7 +181,7 @@ VARIANTS: dict[str, Change] = {
 
 
 def facts(name: str) -> architectures.Architecture:
-    """A base or a variant."""
+    """Return a base or a variant."""
     base = "llama3" if name in VARIANTS else name
     value = json.loads((BASES / f"{base}.architecture.json").read_text("utf-8"))
     if name in VARIANTS:
