@@ -1,4 +1,4 @@
-"""Records are what ``@dataclass(frozen=True, slots=True, kw_only=True)`` makes, to whoever asks."""
+"""Records behave like those of ``@dataclass(frozen=True, slots=True, kw_only=True)`` to all callers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Path:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What Point is measured by."""
+    """The dataclass that Point is compared with."""
 
     x: int
     y: int = 2
@@ -113,7 +113,7 @@ def test_there_is_one_kind() -> None:
 
 
 def test_asking_what_they_share_for_fields_spoils_none() -> None:
-    """``help`` and ``inspect`` ask every class that a class derives from."""
+    """``help`` and ``inspect`` ask every base of a class."""
     shared = next(each for each in Point.__mro__ if each.__name__ == "_Record")
     assert not dataclasses.is_dataclass(shared)
     assert [own.name for own in dataclasses.fields(File)] == ["size", "sha256", "header_sha256"]

@@ -44,7 +44,7 @@ def test_a_device_that_is_not_here(whole: Bundle) -> None:
 
 
 def test_a_backend_that_is_not_installed(whole: Bundle) -> None:
-    """The error says what to type, in a process where torch can't be imported."""
+    """The error gives the command to type, in a process where torch can't be imported."""
     program = f"""
 import sys
 sys.modules["torch"] = None

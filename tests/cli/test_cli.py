@@ -1,4 +1,4 @@
-"""The command: what goes to stdout, what to stderr, and with which exit status."""
+"""The command line: its stdout, its stderr, and its exit status."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ IDS = "44,308,68,455,270,618,325"
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The licence model as three shards, with golden vectors."""
+    """The license model as three shards, with golden vectors."""
     output = tmp_path_factory.mktemp("cli") / "license.splitbundle"
     return splitbundle_converter.convert(CHECKPOINT, output, split=[2, 4]).path
 
 
 def call(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a process of its own."""
+    """Run the command in a separate process."""
     return subprocess.run(
         [sys.executable, "-m", "splitbundle", *map(str, arguments)],
         capture_output=True,
@@ -79,7 +79,7 @@ def test_inspect(bundle: Path) -> None:
 
 
 def test_what_a_terminal_would_obey_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Names of files, and what a manifest says, come from elsewhere."""
+    """Names of files, and texts of a manifest, come from strangers."""
     bundle = splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle", check=False)
     (bundle.path / "a\rforged\x1b[K").write_text("")
     assert main.main(["verify", str(bundle.path)]) == 0
@@ -148,7 +148,7 @@ def test_verify(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_golden_vectors_that_differ_fail(bundle: Path, tmp_path: Path) -> None:
-    """A bundle whose files are all as listed, but whose weights aren't the original's."""
+    """A bundle whose files are all as listed, but whose weights differ from the original's."""
     import shutil
 
     copy = Path(shutil.copytree(bundle, tmp_path / "copy.splitbundle"))
@@ -166,7 +166,7 @@ def test_golden_vectors_that_differ_fail(bundle: Path, tmp_path: Path) -> None:
 
 
 def relist(root: Path, path: str, data: bytes, bundle: splitbundle.Bundle) -> None:
-    """Changes a file, and everything that says what it must be."""
+    """Change a file, and every entry that lists it."""
     from dataclasses import replace
 
     from splitbundle.format import names
@@ -260,7 +260,7 @@ def test_a_control_token_in_a_prompt_stays_text(bundle: Path) -> None:
 def test_generation_stops_at_a_stop_id(bundle: Path) -> None:
     assert splitbundle.open(bundle).manifest.text.stop_ids == (0,)
     document = json.loads(call("generate", bundle, "limitations under the License.", "-n", 60, "--json").stdout)
-    assert document["text"] == "\n"  # the licence's last line ends, and with it the text
+    assert document["text"] == "\n"  # the license's last line ends, and the text ends with it
 
 
 def test_convert_and_its_refusals(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""This project's readers behind the kit's protocol: ``python adapters.py NAME STEP BUNDLE``. See README.md."""
+"""Adapters of this project's readers for the kit: ``python adapters.py NAME STEP BUNDLE``.
+
+README.md has the protocol.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def _command(step: str, path: str) -> Verdict:
 
 
 def _schemas(step: str, path: str) -> Verdict:
-    """The JSON Schemas, which speak of the two documents alone, and have no codes."""
+    """The JSON Schemas. They check only the two documents, and have no codes."""
     import jsonschema
 
     import splitbundle_schemas
@@ -67,7 +70,7 @@ def _schemas(step: str, path: str) -> Verdict:
     problems = []
     for kind in ("manifest", "architecture"):
         place = Path(path, f"{kind}.json")
-        if not place.is_file():  # a pipe would be waited for
+        if not place.is_file():  # reading a pipe would wait
             return {"verdict": "unable", "reason": f"{kind}.json is no file"}
         try:
             value = json.loads(place.read_bytes())
@@ -87,7 +90,7 @@ ADAPTERS: dict[str, Callable[[str, str], Verdict]] = {
 
 
 def main() -> int:
-    """Prints one verdict."""
+    """Print one verdict."""
     parser = argparse.ArgumentParser(prog="adapters.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", choices=ADAPTERS)
     parser.add_argument("step", choices=COMMANDS)

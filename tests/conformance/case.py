@@ -1,4 +1,4 @@
-"""What a case is, and the small bundle that most are changes of."""
+"""The record of a case, and the small bundle that most cases change."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ LAYER, VECTORS, TOKENIZER = "layer-000.safetensors", "vectors.safetensors", "tok
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A directory, and what a reader must say of it."""
+    """A directory, and the verdict that a reader must give."""
 
     name: str
     about: str
     steps: tuple[str, ...]
-    """At which the reader is asked, each by itself: it must say the same at all of them."""
+    """The steps at which the reader is asked, each by itself. It must give the same verdict at all of them."""
     make: Callable[[Path], None]
-    """Writes the bundle to a directory that isn't there yet. OSError and the like: this system can't have it."""
+    """Writes the bundle to a directory that doesn't exist yet.
+
+    OSError and similar errors mean that this system can't have it.
+    """
     code: str | None = None
-    """Of the first problem; None: the reader takes it."""
+    """The code of the first problem; None if the reader must accept the bundle."""
     file: str | None = None
     pointer: str | None = None
-    """Of the first problem, where ``points``."""
+    """The pointer of the first problem, if ``points`` is true."""
     points: bool = False
     schema: str = "silent"
-    """What a JSON Schema validator says of the two documents: accept, reject, silent (either)."""
+    """A JSON Schema validator's verdict on the two documents: accept, reject, silent (either)."""
     about_file: str | None = None
-    """Where only what is said of one file counts, that file."""
+    """If only problems of one file count, that file."""
     limited: bool = False
-    """To be judged soon, and within 256 MiB."""
+    """Whether a reader must judge it soon, and within 256 MiB."""
 
 
 def dump(value: object) -> bytes:
@@ -44,7 +47,7 @@ def dump(value: object) -> bytes:
 
 
 class Draft:
-    """The small bundle, to be changed. ``seal`` lists what is there, so that just the change itself is wrong."""
+    """The small bundle, to be changed. ``seal`` lists the changed files, so that only the change itself is wrong."""
 
     def __init__(self) -> None:
         places = sorted(path for path in TINY.rglob("*") if path.is_file())
@@ -53,7 +56,7 @@ class Draft:
         self.manifest = json.loads(self.files.pop("manifest.json"))
 
     def seal(self) -> Draft:
-        """Lists each file's size and digests, and what follows from them."""
+        """List each file's size and digests, and the values that depend on them."""
         for path, data in self.files.items():
             self.manifest["files"][path] = listed(path, data)
         for shard in self.manifest["shards"]:
@@ -63,7 +66,7 @@ class Draft:
         return self
 
     def write(self, root: Path) -> None:
-        """Everything, and SHA256SUMS of what the manifest lists."""
+        """Write all files, and SHA256SUMS for the manifest's list."""
         manifest = dump(self.manifest)
         for path, data in {**self.files, "manifest.json": manifest, "SHA256SUMS": self.sums(manifest)}.items():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +87,7 @@ def listed(path: str, data: bytes) -> dict[str, object]:
 
 
 def identify(manifest: dict[str, Any]) -> None:
-    """The architecture id and the fingerprint, by the listed digests (SB-I-002, SB-I-003)."""
+    """Set the architecture id and the fingerprint by the listed digests (SB-I-002, SB-I-003)."""
     files = manifest["files"]
     manifest["model"]["architecture"] = f"sha256:{files['architecture.json']['sha256']}"
     model = sorted(["architecture.json", *(path for unit in manifest["units"].values() for path in unit["files"])])

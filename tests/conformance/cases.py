@@ -1,6 +1,7 @@
-"""All cases of the kit: vectors as bundles, and whole directories that are spoilt.
+"""All cases of the kit: vectors as bundles, and whole directories with faults.
 
-Standard library only, and nothing of splitbundle: what is expected is said here, not asked of an implementation.
+This file uses only the standard library, and nothing of splitbundle. It states the expected results itself and asks no
+implementation.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from conformance.text import tokenizer_cases
 
 
 def cases() -> Iterator[Case]:
-    """Every case; names are unique."""
+    """Yield every case. Names are unique."""
     yield from vector_cases()
     yield from large_cases()
     yield from directory_cases()

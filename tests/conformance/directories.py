@@ -1,4 +1,4 @@
-"""Whole directories: the small bundle with files that are missing, too many, no files, or other ones."""
+"""Whole directories: the small bundle with missing files, extra files, other things than files, or other files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _spoilt(name: str, about: str, steps: tuple[str, ...], spoil: Spoil, code: s
 
 
 def directory_cases() -> Iterator[Case]:
-    """Files that are missing, too many, no files, or other ones."""
+    """Cases with missing files, extra files, other things than files, or other files."""
     yield _spoilt("whole", "nothing is wrong", (*EVERY, "exact"), lambda root: None, None, None)
     sealed = Case(
         name="directory/sealed",
@@ -144,7 +144,7 @@ def _other_content_cases() -> Iterator[Case]:
     yield _spoilt("architecture-longer", "a byte more", EVERY, spoil, "file.size", "architecture.json")
 
     def of_another_model(root: Path) -> None:
-        """The same names and shapes, and other numbers: only digests can tell."""
+        """The same names and shapes with other numbers: only digests can tell."""
         data = (root / LAYER).read_bytes()
         end = 8 + int.from_bytes(data[:8], "little")
         numbers = bytes(len(data) - end)
@@ -191,7 +191,7 @@ def _limited(case: Case) -> Case:
 
 
 def _listed_sparse(path: str) -> Case:
-    """8 TiB that the manifest lists: hashing them would take hours, so their size must be refused (SB-M-053)."""
+    """The manifest lists 8 TiB. Hashing them would take hours, so a reader must refuse the size (SB-M-053)."""
 
     def make(root: Path) -> None:
         draft = Draft()

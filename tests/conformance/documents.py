@@ -15,12 +15,12 @@ ONLY_ARCHITECTURE = "architecture.json"
 
 
 def base(name: str, kind: str) -> bytes:
-    """A document of a base."""
+    """Read a document of a base."""
     return (HERE / "bases" / f"{name}.{kind}.json").read_bytes()
 
 
 def document(vector: dict[str, Any]) -> bytes:
-    """The bytes that a vector stands for."""
+    """Return the bytes that a vector stands for."""
     if "hex" in vector:
         return bytes.fromhex(vector["hex"])
     if "text" in vector:
@@ -32,7 +32,7 @@ def document(vector: dict[str, Any]) -> bytes:
 
 
 def patch(value: Any, operation: dict[str, Any]) -> None:
-    """One operation of RFC 6902, which never means the whole document here."""
+    """Apply one operation of RFC 6902. It never replaces the whole document here."""
     tokens = [token.replace("~1", "/").replace("~0", "~") for token in operation["path"].split("/")[1:]]
     for token in tokens[:-1]:
         value = value[int(token)] if isinstance(value, list) else value[token]
@@ -41,7 +41,7 @@ def patch(value: Any, operation: dict[str, Any]) -> None:
         key = len(value) if key == "-" else int(key)
     op = operation["op"]
     if op != "add":
-        value[key]  # what is replaced or removed must be there
+        value[key]  # the value to replace or remove must be there
     if op == "remove":
         del value[key]
     elif op == "add" and isinstance(value, list):
@@ -51,7 +51,7 @@ def patch(value: Any, operation: dict[str, Any]) -> None:
 
 
 def vector_cases() -> Iterator[Case]:
-    """The vectors: bundles of which just the documents are there, so that only opening is asked for."""
+    """Make bundles from the vectors. They have only the documents, so only opening is tested."""
     for verdict in ("accept", "reject"):
         for path in sorted((HERE / verdict).glob("*.json")):
             vector = json.loads(path.read_text("utf-8"))
@@ -89,7 +89,7 @@ def _document_case(
         pointer=pointer,
         points=code is not None,
         schema=schema,
-        # An architecture that is right needn't be the one that the base's manifest was made for.
+        # A correct architecture may not be the one that the base's manifest was made for.
         about_file=ONLY_ARCHITECTURE if kind == "architecture" and code is None else None,
         limited=limited,
     )
@@ -97,7 +97,7 @@ def _document_case(
 
 def _write_documents(root: Path, of: str, kind: str, data: bytes) -> None:
     documents = {each: base(of, each) for each in DOCUMENTS} | {kind: data}
-    mixed = data == base("llama3" if of == "gpt2" else "gpt2", kind)  # a right document, beside another model's
+    mixed = data == base("llama3" if of == "gpt2" else "gpt2", kind)  # a correct document, beside another model's
     if kind == "architecture" or mixed:
         manifest = json.loads(documents["manifest"])
         manifest["files"]["architecture.json"] = listed("architecture.json", documents["architecture"])
@@ -130,7 +130,7 @@ MAX_DOCUMENT = 2**24
 
 
 def large_cases() -> Iterator[Case]:
-    """Documents that are too large for a file of vectors: each judged soon, and within 256 MiB."""
+    """Documents that are too large for a vector file. A reader must judge each soon, and within 256 MiB."""
     rows: list[tuple[str, str, Callable[[], bytes], str, str | None]] = [
         ("arrays-100000", "manifest", lambda: b"[" * 100_000 + b"]" * 100_000, "json.depth", None),
         ("objects-100000", "manifest", lambda: b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "json.depth", None),

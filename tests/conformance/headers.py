@@ -1,4 +1,4 @@
-"""Weight files with one fault each: the manifest lists the wrong file, so that only its header is wrong."""
+"""Weight files with one fault each. The manifest lists the faulty file, so that only its header is wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _header_case(name: str, about: str, edit: Callable[[bytes], bytes], code: st
 
 
 def header_cases() -> Iterator[Case]:
-    """Each way in which a weight file can be wrong."""
+    """One case for each way in which a weight file can be wrong."""
 
     def entries(edit: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
         def change(data: bytes) -> bytes:
@@ -129,7 +129,7 @@ def _text(data: bytes) -> bytes:
 
 
 def _pack(text: bytes, data: bytes) -> bytes:
-    """A file of this header, padded as it has to be, and the data of another."""
+    """Make a file of this header, with the right padding, and another file's data."""
     length = -(-(8 + len(text)) // 4096) * 4096 - 8
     return length.to_bytes(8, "little") + text.ljust(length) + data[8 + int.from_bytes(data[:8], "little") :]
 

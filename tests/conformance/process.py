@@ -1,9 +1,9 @@
-"""Runs an adapter once, with all that it starts, and measures what it takes.
+"""Run an adapter once, with all processes that it starts, and measure its time and memory.
 
     python process.py DESCRIPTOR COMMAND …
 
-runs the command in a process of its own and small size, for ``ask``: the peak memory that a system says of a program
-is at least that of the process that started it.
+runs the command for ``ask`` in a small process of its own. A system reports a program's peak memory as at least the
+peak memory of the process that started it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 MEASURES = hasattr(os, "wait4") and hasattr(os, "posix_spawnp")
-"""Whether this system says what a process took, and can end all that it started."""
+"""Whether this system reports a process's time and memory, and can end all processes that it started."""
 LONGEST = 2**20
-"""Bytes of a verdict."""
+"""The largest verdict in bytes."""
 
 
 class Trouble(Exception):
@@ -31,7 +31,7 @@ class Trouble(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A JSON document, the processor's seconds and the bytes of memory that it took: None where nobody can say."""
+    """A JSON document, the processor's seconds and the bytes of memory: None if the system doesn't report them."""
 
     document: Any
     seconds: float | None = None
@@ -39,7 +39,7 @@ class Answer:
 
 
 def ask(command: Sequence[str], timeout: float) -> Answer:
-    """One JSON document on stdout, exit status 0. Whatever the adapter started ends with it.
+    """Return one JSON document from stdout, with exit status 0. All processes that the adapter started end with it.
 
     Raises:
         Trouble: no such program, no such document, another exit status, no end.
@@ -64,7 +64,7 @@ def ask(command: Sequence[str], timeout: float) -> Answer:
 
 
 def shown(value: object) -> str:
-    """At most 200 printable characters, whatever an adapter said."""
+    """Return at most 200 printable characters of an adapter's output."""
     try:
         text = str(value)[:200]
     except RecursionError:
@@ -112,7 +112,7 @@ def _measured(command: Sequence[str], timeout: float, out: int, err: int) -> tup
 
 
 def main() -> None:
-    """Runs the command, writes what it took to the descriptor, and ends all that is left, itself included."""
+    """Run the command, write its time and memory to the descriptor, and end all processes that are left."""
     descriptor, command = int(sys.argv[1]), sys.argv[2:]
     os.set_inheritable(descriptor, False)
     try:

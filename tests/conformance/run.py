@@ -1,8 +1,9 @@
-"""Runs the conformance kit: makes each case's directory, asks an adapter, and says where it isn't as expected.
+"""Run the conformance kit: make each case's directory, ask an adapter, and report unexpected results.
 
     python tests/conformance/run.py [options] COMMAND …
 
-COMMAND is the adapter: any program, with its first arguments. README.md has the protocol. Standard library only.
+COMMAND is the adapter: any program, with its first arguments. README.md has the protocol. This file uses only the
+standard library.
 """
 
 from __future__ import annotations
@@ -32,14 +33,17 @@ Ask = Callable[[str, Path, bool], Any]
 """Step, directory, whether the case is limited -> the verdict."""
 OK, USAGE, FAILED = 0, 2, 3
 SECONDS, MEMORY = 10, 256 * 2**20
-"""What a reader may take for a limited case, more than for the small bundle. The seconds are generous, for slow
-machines: they find a reader that takes the square of its input, or that doesn't end."""
+"""The limits of a reader for a limited case, beyond its figures for the small bundle.
+
+The seconds are generous, for slow machines. They catch a reader whose time grows with the square of its input, or that
+doesn't end.
+"""
 TRIES = 3
 LONGEST_TIMEOUT = 86400
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; 0 if every verdict is as expected, 3 if not."""
+    """Run the command. Return 0 if every verdict is as expected, 3 if not."""
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__.splitlines()[0])
     parser.add_argument("--schema", action="store_true", help="the adapter is a JSON Schema: no codes, documents only")
     parser.add_argument("--only", metavar="TEXT", action="append", help="cases whose name has this (repeatable)")
@@ -70,13 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def described(case: Case) -> dict[str, object]:
-    """What ``--list`` says of a case."""
+    """Return the line of ``--list`` for a case."""
     said = {key: getattr(case, key) for key in ("name", "about", "steps", "code", "file", "schema", "limited")}
     return said | ({"pointer": case.pointer} if case.points else {})
 
 
 class Adapter:
-    """Asks a program: ``COMMAND … STEP DIRECTORY``. Of limited cases it measures what the program takes."""
+    """Asks a program: ``COMMAND … STEP DIRECTORY``. For limited cases, it measures the program's time and memory."""
 
     def __init__(self, command: Sequence[str], timeout: float, parent: Path, limit: float = SECONDS) -> None:
         self.command, self.timeout, self.parent, self.limit = command, timeout, parent, limit
@@ -88,7 +92,7 @@ class Adapter:
         if not limited or answer.seconds is None or answer.memory is None:
             return answer.document
         usual_seconds, usual_memory = self.usual(step)
-        for _ in range(TRIES - 1):  # on a machine that others share, a short answer may take long
+        for _ in range(TRIES - 1):  # on a shared machine, a short answer may take long
             if seconds > usual_seconds + self.limit:
                 seconds = min(seconds, self.ask(step, directory)[1])
         if seconds > usual_seconds + self.limit:
@@ -98,13 +102,13 @@ class Adapter:
         return answer.document
 
     def ask(self, step: str, directory: Path) -> tuple[Answer, float]:
-        """The answer, and its seconds: by the clock or, if they are more, of the processors."""
+        """Return the answer and its seconds: wall-clock time or, if it is more, processor time."""
         start = time.monotonic()
         answer = process.ask([*self.command, step, str(directory)], self.timeout)
         return answer, max(time.monotonic() - start, answer.seconds or 0)
 
     def usual(self, step: str) -> tuple[float, int]:
-        """Seconds and bytes that the program takes for the small bundle, its own start included."""
+        """Return the program's seconds and bytes for the small bundle, including its own start."""
         with self.lock:
             if step not in self.small:
                 with tempfile.TemporaryDirectory(dir=self.parent, ignore_cleanup_errors=True) as fresh:
@@ -118,7 +122,7 @@ class Adapter:
 
 
 def make(case: Case, parent: Path) -> Path | None:
-    """The case's directory; None where this system can't have it."""
+    """Make the case's directory; None if this system can't have it."""
     place = parent / case.name.replace("/", "-")
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -131,9 +135,9 @@ def make(case: Case, parent: Path) -> Path | None:
 
 
 def judge(case: Case, parent: Path, ask: Ask, *, schema: bool = False, clock: bool = False) -> list[dict[str, Any]]:
-    """One result for each step of a case: its name, the step, ``wrong`` (what isn't as expected, or None), seconds.
+    """Return one result for each step of a case: its name, the step, ``wrong`` (the fault, or None), seconds.
 
-    Each step has a directory of its own: what an adapter does to one is no other's concern.
+    Each step has its own directory, so an adapter that changes it changes no other result.
     """
     results = []
     for step in case.steps:
@@ -155,7 +159,7 @@ def judge(case: Case, parent: Path, ask: Ask, *, schema: bool = False, clock: bo
 
 
 def wrong(case: Case, verdict: Any) -> str | None:
-    """What isn't as expected of a reader's verdict."""
+    """Return why a reader's verdict is unexpected."""
     kind = verdict.get("verdict") if isinstance(verdict, dict) else None
     problems = verdict.get("problems") if kind == "refused" else []
     listed = isinstance(problems, list) and all(isinstance(problem, dict) for problem in problems)
@@ -181,7 +185,7 @@ def _schema_wrong(case: Case, verdict: Any) -> str | None:
     said = verdict.get("verdict") if isinstance(verdict, dict) else None
     wanted = {"accept": {"accepted"}, "reject": {"refused"}, "silent": {"accepted", "unable"}}[case.schema]
     if case.limited or (case.code or "").startswith("json.") or not case.name.startswith(("accept/", "reject/")):
-        wanted = {"accepted", "refused", "unable"}  # of what isn't strict JSON, parsers make what they like
+        wanted = {"accepted", "refused", "unable"}  # parsers may make anything of a document that isn't strict JSON
     good = isinstance(said, str) and said in wanted
     return None if good else f"expected {' or '.join(sorted(wanted))}, got {shown(said)}"
 
@@ -205,7 +209,7 @@ def _duration(text: str) -> float:
 
 
 def report(results: list[dict[str, Any]], *, as_json: bool) -> int:
-    """Prints what came out, and gives the exit status."""
+    """Print the results, and return the exit status."""
     failed = [result for result in results if result["wrong"]]
     skipped = [result for result in results if result["skipped"]]
     if as_json:

@@ -11,7 +11,7 @@ from conformance.case import TOKENIZER, Case, Draft
 
 
 def tokenizer_cases() -> Iterator[Case]:
-    """What the rules SB-T-003 to SB-T-007 refuse and take. The small model has 24 token ids."""
+    """Cases that the rules SB-T-003 to SB-T-007 refuse and accept. The small model has 24 token ids."""
 
     def edited(edit: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
         def change(data: bytes) -> bytes:

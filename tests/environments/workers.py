@@ -1,10 +1,10 @@
-"""Generates in a worker of each sort, by splitbundle or, as the contrast, by the usual way.
+"""Generate in a worker of each kind, with splitbundle or, for contrast, in the usual way.
 
     python tests/environments/workers.py splitbundle fork BUNDLE
     python tests/environments/workers.py transformers fork CHECKPOINT
 
-The parent imports and generates first, as a notebook does; then a worker does the same. The worker's time is bounded:
-what hasn't finished by then is ended, and the exit status is 1. With --intel-openmp, Intel's OpenMP (PyPI:
+The parent imports and generates first, as a notebook does. Then a worker does the same. The worker's time is limited:
+a worker that hasn't finished by then is ended, and the exit status is 1. With --intel-openmp, Intel's OpenMP (PyPI:
 intel-openmp) is loaded before torch brings GNU's, as in Anaconda.
 """
 
@@ -25,17 +25,17 @@ TOKENS = 8
 
 
 def by_splitbundle(path: str, backend: str = "torch") -> list[int]:
-    """Tokens from three chained shards."""
+    """Generate tokens from three chained shards."""
     import splitbundle
 
     pipeline = splitbundle.open(path).pipeline(backend=backend)
     prompt = pipeline.token_ids([PROMPT])
-    pipeline(pipeline.token_ids([PROMPT * 16] * 4))  # enough work for every thread that there is
+    pipeline(pipeline.token_ids([PROMPT * 16] * 4))  # enough work for every thread
     return [int(token[0]) for token in pipeline.generate(prompt, max_new_tokens=TOKENS)]
 
 
 def by_transformers(path: str) -> list[int]:
-    """Tokens from the whole model, built by the model zoo."""
+    """Generate tokens from the whole model, built by the model zoo."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -54,13 +54,13 @@ WAYS: dict[str, Callable[[str], list[int]]] = {
 
 
 def work(way: str, path: str) -> None:
-    """What a worker does: prints the tokens, as one piece, at once."""
+    """Run in a worker: print the tokens, in one piece, at once."""
     sys.stdout.write(f"worker {WAYS[way](path)}\n")
     sys.stdout.flush()
 
 
 def main() -> int:
-    """Gives 0 when the worker finished in time and well."""
+    """Return 0 if the worker finished in time and well."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("way", choices=WAYS)
     parser.add_argument("worker", choices=["thread", "fork", "spawn", "forkserver"])

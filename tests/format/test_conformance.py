@@ -1,4 +1,4 @@
-"""The conformance vectors: documents that a reader takes, those that it refuses, and the codes."""
+"""The conformance vectors: documents that a reader accepts, documents that it refuses, and the codes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def vectors(verdict: str) -> list[Any]:
 
 
 def problems(vector: dict[str, Any], data: bytes) -> list[Problem]:
-    """What the reader says of a document, beside the other one of its base."""
+    """Judge a document beside the other document of its base."""
     try:
         if vector["document"] == "architecture":
             parse_architecture(data)
@@ -45,7 +45,7 @@ def problems(vector: dict[str, Any], data: bytes) -> list[Problem]:
 
 
 def pointers(errors: Any) -> Iterator[str]:
-    """Where a schema found something."""
+    """Return the places of a schema's errors."""
     for error in errors:
         yield "".join(f"/{str(token).replace('~', '~0').replace('/', '~1')}" for token in error.absolute_path)
         yield from pointers(error.context or ())
@@ -160,7 +160,7 @@ def test_patterns_mean_the_same_in_python_and_ecmascript(kind: str) -> None:
 
 
 def every(schema: Any, key: str) -> Iterator[Any]:
-    """The values of a keyword, wherever it stands in a schema."""
+    """Yield the values of a keyword, anywhere in a schema."""
     if isinstance(schema, dict):
         if isinstance(schema.get(key), str):
             yield schema[key]

@@ -71,7 +71,7 @@ def test_a_name_and_a_range_at_once(whole: Bundle) -> None:
 
 
 def test_the_ends_alone(whole: Bundle) -> None:
-    """A stage may be the embedding alone, or the head alone, and the rest another one."""
+    """A stage may be only the embedding, or only the head, and another stage the rest."""
     embedding, layers, head = (
         whole.stage(layers=(0, 0)),
         whole.stage(layers=(0, 4), embeds=False, head=False),
@@ -83,7 +83,7 @@ def test_the_ends_alone(whole: Bundle) -> None:
 
 
 def test_a_tied_head_alone_has_its_table() -> None:
-    """Its shard lists the embedding's unit, and the stage embeds nothing."""
+    """The head's shard lists the embedding's unit, but the stage embeds nothing."""
     whole = bundle("gpt2")
     top = whole.stage(layers=(2, 4))
     assert "embedding" in whole.select(layers=(2, 4)).units

@@ -1,4 +1,4 @@
-"""Makes the golden bundles of a format version that is still a draft. See README.md."""
+"""Make the golden bundles of a format version that is still a draft. See README.md."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ CONFIGS: dict[str, tuple[PreTrainedConfig, list[int], str]] = {
 
 
 def main() -> None:
-    """Writes every golden bundle under the directory of a version."""
+    """Write every golden bundle under the directory of a version."""
     from transformers import AutoModelForCausalLM
 
     for name, (config, cuts, dtype) in CONFIGS.items():
@@ -64,7 +64,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.2)  # so that no bias is zero and no norm is one
+                parameter.add_(torch.randn_like(parameter) * 0.2)  # so no bias is zero and no norm is one
         with tempfile.TemporaryDirectory() as directory:
             source = Path(directory, f"golden-{name}")
             model.save_pretrained(source)

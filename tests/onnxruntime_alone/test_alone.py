@@ -1,4 +1,4 @@
-"""The onnxruntime backend's own suite: it needs onnxruntime, its numpy, pytest and the golden bundles, nothing else."""
+"""The onnxruntime backend's own suite. It needs only onnxruntime, its numpy, pytest and the golden bundles."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_generating_imports_nothing_else() -> None:
 )
 def test_commands_take_the_backend_that_is_there(command: list[str]) -> None:
     arguments = [command[0], str(GOLDEN / "gpt2.splitbundle"), *command[1:], "--json"]
-    # What is barred has no specification either, as if it weren't installed.
+    # A barred module has no spec either, as if it weren't installed.
     find = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'torch' else f(n, *a)"
     run = f"{BAR}; {find}; from splitbundle.cli.main import main; sys.exit(main({arguments!r}))"
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, timeout=600)

@@ -1,4 +1,4 @@
-"""No code from a bundle runs, and nothing outside of it is read: what Python's audit hooks see of it all."""
+"""No code from a bundle runs, and nothing outside the bundle is read, as Python's audit hooks see it."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ listening = False
 print(json.dumps(events))
 """
 HARMLESS = {
-    "open",  # judged by its path, below
-    "os.listdir",  # likewise
+    "open",  # the path is checked below
+    "os.listdir",  # the path is checked below
     "os.scandir",
     "os.walk",
     "mmap.__new__",  # weights
@@ -65,11 +65,11 @@ HARMLESS = {
     "pathlib.Path.glob",
     "time.sleep",
 }
-"""Of CPython's audit events, those that neither run code nor reach out of the process."""
+"""The audit events of CPython that neither run code nor reach outside the process."""
 
 
 def events(backend: str, work: list[str], tmp_path: Path) -> tuple[Path, list[tuple[str, list[str]]]]:
-    """What a child process is seen to do with a bundle, once it has done the same with another."""
+    """Record what a child process does with a bundle, once it has done the same with another."""
     warm, path = (Path(shutil.copytree(TINY, tmp_path / name / "x.splitbundle")) for name in ("warm", "cold"))
     done = subprocess.run(
         [sys.executable, "-c", CHILD, backend, warm, path],
@@ -90,7 +90,7 @@ def test_nothing_runs_and_nothing_outside_is_read(backend: str, tmp_path: Path) 
     opened = {arguments[0] for event, arguments in seen if event == "open"}
     inside = {str(place) for place in path.rglob("*") if place.is_file()}
     assert opened <= inside
-    assert opened  # the hook hears
+    assert opened  # the hook works
     assert {arguments[0] for event, arguments in seen if event in {"os.listdir", "os.scandir"}} <= {
         str(path),
         str(path / "tokenizer"),

@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic, what it writes, and one run of it on a tiny model. No time is asserted."""
+"""The benchmark's own arithmetic, its output, and one run of it on a tiny model. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_parameters_and_bytes_are_those_of_the_real_model(family: str) -> None:
     model = model_of(shape)
     numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
     assert shape.parameters() == sum(numbers.values())
-    tables = sum(n for name, n in numbers.items() if "wpe" in name)  # of which a token needs one row
+    tables = sum(n for name, n in numbers.items() if "wpe" in name)  # a token needs one row of it
     rows = 32 * (2 if family == "gpt2" else 1)
     cache = model(torch.zeros(1, 7, dtype=torch.int64), use_cache=True).past_key_values
     slots = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
@@ -68,10 +68,10 @@ def test_operations_are_those_that_torch_counts(family: str) -> None:
 
     shape, length = SMALL[family], 16
     model = model_of(shape)
-    model.set_attn_implementation("eager")  # whose products are seen one by one
+    model.set_attn_implementation("eager")  # their products are seen one by one
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(2, length, dtype=torch.int64), logits_to_keep=1)
-    # torch counts the products with the positions that a token doesn't attend to, and the rotation's angles.
+    # torch also counts the products with positions that a token doesn't attend to, and the rotation's angles
     unseen = 2 * 2 * 4 * shape.layers * shape.head_size * (length * length - length * (length + 1) // 2)
     angles = 0 if family == "gpt2" else shape.head_size * length
     assert counter.get_total_flops() - shape.operations(0, length, 2) - 2 * unseen in (0, angles, 2 * angles)
@@ -123,7 +123,7 @@ def test_every_set_names_what_there_is(name: str) -> None:
         for point in case.points:
             assert point.context + point.tokens <= SHAPES[case.model].positions
             measured |= {cases.point_name(what, point.context, point.batch) for what in ("prefill", "decode")}
-        # Everybody present, each goal has what it compares.
+        # If every contender is present, each goal has its comparison.
         run: dict[str, Any] = {contender: dict.fromkeys(measured, 1.0) for contender in case.contenders}
         rates = {"read": 1e9, "multiply float32": 1e9, "multiply bfloat16": 1e9}
         run |= sets.derive(case, run, rates if case.points else None)
@@ -188,7 +188,7 @@ def test_gguf_has_every_tensor_of_the_family(tmp_path: Path, family: str) -> Non
     types = {tensor.tensor_type.name for tensor in names.values() if tensor.name.startswith("blk.")}
     assert types == {"BF16", "F32"}
     up = names["blk.1.ffn_up.weight"]
-    assert [int(size) for size in up.shape] == [shape.hidden, shape.inner]  # its order is the other way round
+    assert [int(size) for size in up.shape] == [shape.hidden, shape.inner]  # its order is reversed
 
 
 def run_of(*arguments: object, where: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -206,7 +206,7 @@ def run_of(*arguments: object, where: Path = ROOT, **environment: str) -> subpro
 def test_a_run(tmp_path: Path) -> None:
     """Decoding on a tiny model, one round: a checkpoint, a bundle, a check against transformers, and the pages."""
     options = ["--model", "tiny", "--rounds", 1, "--threads", 1, "--only", "splitbundle torch", "--json"]
-    # What is relative is so to where it was called, not to where the processes that are measured run.
+    # Relative paths are relative to the caller's directory, not to the directory of the measured processes.
     places = ["--directory", "models", "--results", "results", "--lock", "lock"]
     done = run_of("decode", *options, *places, where=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -251,7 +251,7 @@ def test_what_computes_something_else_is_left_out(tmp_path: Path, monkeypatch: p
         why = "its logits differ from transformers' by 0.0025 of the largest logit, and may by 0.001"
         assert left_out == {"onnxruntime-genai": why}
         assert (differences["splitbundle torch"], differences["llama.cpp"]) == (0.0, 0.0)
-        peers = [] if again else ["contender_genai", "contender_llama_cpp"]  # they are remembered
+        peers = [] if again else ["contender_genai", "contender_llama_cpp"]  # the results are remembered
         assert asked == ["contender_transformers", "contender_torch", *peers]
         asked.clear()
     assert cases.difference([1.0], [1.0, 2.0]) == float("inf")
@@ -266,21 +266,21 @@ def test_sizes_and_what_a_report_says_of_them(tmp_path: Path) -> None:
     bundle = tmp_path / "tiny-v2.splitbundle"
     stored = sum(path.stat().st_size for path in bundle.glob("*.safetensors"))
     assert sizes[file_sets.BUNDLE]["bytes"] == stored
-    # What another version wrote isn't taken.
+    # Another version's results aren't used.
     layer = bundle / "layer-001.safetensors"
     content = bytearray(layer.read_bytes())
     content[8:40] = bytes(32)
     layer.write_bytes(content)
     with pytest.raises(Failed, match=r"made by another version .*Remove it"):
         measuring.workshop.make("bundle", "tiny", "float32")
-    # A tiny model's headers weigh more than they may for GPT-2.
+    # A tiny model's headers weigh more than the limit for GPT-2.
     text = report.markdown([document])
     assert "goal ≤ 1.001 ×, came 1." in text
     assert ": **missed**" in text
 
 
 def document(**fields: Any) -> dict[str, Any]:
-    """As a version wrote it that told less."""
+    """A document of an older version, which recorded less."""
     found = {"set": "decode", "model": "tiny", "dtype": "float32", "threads": 1, "reference": "a", "goals": []}
     found |= {"figures": ["decode 256"], "left out": {}, "differences": {}, "machine": machine.facts()}
     runs = [{"a": {"decode 256": 1.0}}, {"a": {"decode 256": 3.0}}]
@@ -304,10 +304,10 @@ def test_a_page_tells_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixtur
     )
     assert ": 1 thread, medians of 2 of 5 rounds\n" in text
     assert "It was interrupted after these rounds." in text
-    assert "| a | 2e+03 | " not in text  # its least and greatest are told
+    assert "| a | 2e+03 | " not in text  # it gives its least and greatest values
     assert f"- one: goal ≥ 1 ×, not measured: decode 256 of a, {why} ({LLAMA_FLASH})\n" in text
     assert "- two: goal ≥ 1 ×, not measured: decode 256 of a, transformers wasn't run\n" in text
-    # Older documents don't tell it, and others' files are no documents.
+    # Older documents lack it, and other programs' files are no documents.
     report.write(document(), tmp_path)
     (tmp_path / "foreign.json").write_text('{"set": "decode"}', "utf-8")
     (tmp_path / "broken.json").write_text("[", "utf-8")
@@ -406,7 +406,7 @@ CHECKOUT = [str(ROOT / name) for name in (".", "runtime", "converter", "schemas"
 
 @pytest.fixture
 def nothing_else(tmp_path: Path) -> dict[str, str]:
-    """An environment in which this checkout can be imported, and no library that is measured."""
+    """An environment that can import this checkout, but none of the measured libraries."""
     for name in ("torch", "onnxruntime", "transformers"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')", "utf-8")
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *CHECKOUT])}

@@ -1,4 +1,4 @@
-"""The conformance kit over this project's own readers: all say the same, soon and in little memory."""
+"""The conformance kit over this project's own readers: all give the same verdict, soon and in little memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ READERS = ("torch", "onnxruntime", "command")
 CASES = {case.name: case for case in cases()}
 GROUPS = sorted({name.partition("/")[0] for name in CASES})
 NOT_EVERYWHERE = re.compile(r"directory/.*(device|socket|pipe|link|sparse).*")
-"""What a file system, or a user without privileges, may not be able to make."""
+"""Cases that a file system, or a user without privileges, may not be able to make."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,7 +80,7 @@ def test_every_reader_says_what_the_kit_expects(group: str, tmp_path: Path, tall
 
 
 def judged(case: Case, parent: Path) -> list[dict[str, Any]]:
-    """What each reader, and the schemas where they can speak, say of a case; nobody changes it."""
+    """The verdicts of each reader, and of the schemas where they apply, on each case. No test changes them."""
     results = []
     for name in (*READERS, "schemas"):
         results += run.judge(case, parent, asked(name), schema=name == "schemas")
@@ -88,7 +88,7 @@ def judged(case: Case, parent: Path) -> list[dict[str, Any]]:
 
 
 TIMES = 20
-"""What judging a limited case may take, as a multiple of parsing the largest document."""
+"""The limit for judging a limited case, as a multiple of parsing the largest document."""
 CHILD = """
 import json, resource, sys, time
 sys.path[:0], times = json.loads(sys.argv[1]), float(sys.argv[2])
@@ -111,7 +111,7 @@ for line in sys.stdin:
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux")
 @pytest.mark.rule("SB-J-005", "SB-J-006", "SB-J-010", "SB-A-006", "SB-M-004", "SB-M-085", "SB-M-053")
 def test_large_cases_are_refused_soon_and_in_little_memory(tmp_path: Path, tally: Callable[[str, int], None]) -> None:
-    """In a child that has 256 MiB of address space for all, Python and the reader's code included."""
+    """The child has 256 MiB of address space for everything, including Python and the reader's code."""
     limited = [case for case in CASES.values() if case.limited]
     assert len(limited) > 20
     child = subprocess.Popen(
@@ -128,7 +128,7 @@ def test_large_cases_are_refused_soon_and_in_little_memory(tmp_path: Path, tally
         if root is None:
             assert NOT_EVERYWHERE.fullmatch(case.name)
             continue
-        for step in set(case.steps) - {"stage"}:  # loading brings a backend, which takes more than that to import
+        for step in set(case.steps) - {"stage"}:  # loading imports a backend, which needs more memory than that
             for reader in ("torch", "command"):
                 child.stdin.write(json.dumps([reader, step, str(root)]) + "\n")
                 child.stdin.flush()
@@ -221,7 +221,7 @@ TAKES = {
 def test_limited_cases_are_limited(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An outside adapter that takes more for them than for the small bundle."""
+    """An outside adapter that takes more for limited cases than for the small bundle."""
     monkeypatch.setattr(run, "TRIES", 2)
     doing, unit = TAKES[name]
     if unit == "s":  # at least 0.8 s, against none for the small bundle: the same on any machine
@@ -242,7 +242,7 @@ def test_limited_cases_are_limited(
 @pytest.mark.skipif(not process.MEASURES, reason="needs groups of processes")
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_an_adapter_started_ends_with_it(ends: bool, tmp_path: Path) -> None:
-    """Whether the adapter ends by itself or is killed. The child would hold stdout open, too."""
+    """Whether the adapter ends by itself or is killed. The child would also hold stdout open."""
     child = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'id')!r}).write_text(str(os.getpid())); "
     code = (
         "import pathlib, subprocess, sys, time\n"
@@ -273,7 +273,7 @@ def test_what_an_adapter_started_ends_with_it(ends: bool, tmp_path: Path) -> Non
 
 
 def test_each_step_has_a_directory_of_its_own(tmp_path: Path) -> None:
-    """An adapter that changes what it was asked of changes no other verdict."""
+    """An adapter that changes its directory changes no other verdict."""
     case = next(case for case in CASES.values() if case.name == "header/overlap")
     assert len(case.steps) > 1
     seen = []
@@ -291,7 +291,7 @@ def test_each_step_has_a_directory_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", adapters.ADAPTERS)
 def test_the_kit_is_one_command(name: str) -> None:
-    """As another implementation would run it: a process a verdict."""
+    """Run it as another implementation would: one process a verdict."""
     chosen = ["--only", "manifest-json-bom", "--only", "directory/pipe-layer"]
     options = ["--schema"] if name == "schemas" else []
     command = [sys.executable, HERE / "run.py", *chosen, *options, sys.executable, HERE / "adapters.py", name]
@@ -301,7 +301,7 @@ def test_the_kit_is_one_command(name: str) -> None:
 
 
 def test_the_readme_names_what_there_is() -> None:
-    """Its table of hostile inputs: each case that it names is there."""
+    """The README's table of hostile inputs names only cases that exist."""
     text = (HERE / "README.md").read_text("utf-8")
     table = text.partition("\n## Hostile inputs\n")[2]
     named = set(re.findall(r"`((?:accept|reject|large|directory|header|tokenizer)/[a-z0-9.*-]+)`", table))

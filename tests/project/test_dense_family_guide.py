@@ -41,7 +41,7 @@ def test_the_row_of_the_guide_adds_the_family(tmp_path: Path, monkeypatch: pytes
     factory: Any = AutoModelForCausalLM
     model = factory.from_config(config)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # which are zero in a new model, and would hide a row without them
+        if name.endswith("bias"):  # they are zero in a new model, which would hide a row that lacks them
             torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path / "source")
 
@@ -53,6 +53,6 @@ def test_the_row_of_the_guide_adds_the_family(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(FAMILIES, row.model_type, row)
     bundle = splitbundle_converter.convert(tmp_path / "source", tmp_path / "x.splitbundle", split=[1])
     assert bundle.manifest.model.family == row.model_type
-    assert bundle.manifest.vectors is not None  # it was held against the original model
+    assert bundle.manifest.vectors is not None  # it was compared with the original model
     kind = next(iter(bundle.architecture.layer_kinds.values()))
     assert (kind.attention.qkv_bias, kind.attention.output_bias, kind.mlp.bias) == (True, True, True)

@@ -1,4 +1,7 @@
-"""Where people meet deadlocks: torch alone, no model zoo, threads, forks, two OpenMP libraries. All in bounded time."""
+"""Places where users meet deadlocks: torch alone, no model zoo, threads, forks, two OpenMP libraries.
+
+Each test has a time limit.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ SECONDS = 600
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The licence model as three shards."""
+    """The license model as three shards."""
     output = tmp_path_factory.mktemp("environments") / "license.splitbundle"
     return splitbundle_converter.convert(CHECKPOINT, output, split=[2, 4], check=False, onnx=True).path
 
 
 def run(*command: str | Path, timeout: float = SECONDS, **variables: str) -> str:
-    """A command's standard output; it must end well, and in time."""
+    """Return a command's standard output; it must end well, and in time."""
     done = subprocess.run(
         [str(part) for part in command],
         capture_output=True,
@@ -50,7 +53,7 @@ def run(*command: str | Path, timeout: float = SECONDS, **variables: str) -> str
 def test_a_backends_suite_passes_with_it_alone(
     tmp_path: Path, library: str, folder: str, absent: tuple[str, ...]
 ) -> None:
-    """In an environment of its own, with the backend and pytest and what they bring."""
+    """Run in a separate environment, with only the backend, pytest and their dependencies."""
     environment = tmp_path / "alone"
     venv.create(environment, with_pip=True)
     python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -67,7 +70,7 @@ def test_a_backends_suite_passes_with_it_alone(
 
 
 def test_the_runtime_suite_passes_with_model_zoos_barred(tmp_path: Path) -> None:
-    """In this environment, where they are installed, but can't be imported."""
+    """Run in this environment, where the libraries are installed but can't be imported."""
     plugin = tmp_path / "barred.py"
     plugin.write_text(
         "import sys\n"
@@ -87,7 +90,7 @@ WORKER_KINDS = ["thread", "spawn"] + ([] if os.name == "nt" else ["fork", "forks
 @pytest.mark.parametrize(
     ("way", "worker", "options"),
     [
-        # A fork is where others hang, and a warm parent is the common case: all of these are short.
+        # Other programs hang after a fork, and a parent that has computed is the common case: all of these are short.
         pytest.param(
             *(way, worker, () if how == "warm" else (f"--{how}",)),
             marks=() if how == "warm" or worker == "fork" else pytest.mark.long,
@@ -109,6 +112,9 @@ def test_generating_works_in_every_worker(bundle: Path, way: str, worker: str, o
 
 
 def test_the_contrast_runs_the_same_script() -> None:
-    """The usual way gives the same tokens where it works; after a fork it is known to hang, and isn't waited for."""
+    """The usual way gives the same tokens where it works.
+
+    After a fork it is known to hang, so the test doesn't wait for it.
+    """
     out = run(sys.executable, WORKERS, "transformers", "thread", CHECKPOINT)
     assert "worker [12, 221, 54, 268, 419, 593, 14, 16]" in out

@@ -1,4 +1,4 @@
-"""The import arrows: tests -> converter -> {runtime, schemas} -> standard library, and inside of each to the left.
+"""The import arrows: tests -> converter -> {runtime, schemas} -> standard library, and to the left inside each package.
 
 Every import counts: lazy ones, annotations under ``TYPE_CHECKING``, and module names in strings.
 """
@@ -55,13 +55,13 @@ FLOORS = {
     ),
     "splitbundle_schemas": (("__init__",),),
 }
-"""Rooms from left to right. A room is a file or a folder. It may import the rooms left of it, and itself."""
+"""Rooms from left to right. A room is a file or a folder. It may import itself and the rooms to its left."""
 LIBRARIES = {
     "splitbundle": {
         "backends/torch/*.py": {"torch"},
         "backends/onnxruntime/*.py": {"onnxruntime", "numpy"},
         "text/huggingface.py": {"tokenizers"},
-        "bundle.py": {"typing_extensions"},  # for annotations, which type checkers bring themselves
+        "bundle.py": {"typing_extensions"},  # only for annotations; type checkers bring it themselves
     },
     "splitbundle_converter": {
         "*": {
@@ -71,7 +71,7 @@ LIBRARIES = {
     },
     "splitbundle_schemas": {},
 }
-"""Files of a package -> the libraries beside the standard one that they may import."""
+"""Files of a package -> the libraries that they may import beside the standard one."""
 PARTS_OF_A_MODEL = {"norms", "rotary", "positions", "attention", "feedforward", "decoder"}
 """The files that ``format/architecture``, ``backends/torch`` and ``graphs`` have in common."""
 
@@ -85,7 +85,7 @@ class Import(NamedTuple):
 
 
 def modules(root: Path, package: str) -> dict[str, Path]:
-    """The modules of a package by their dotted names."""
+    """Return the modules of a package by their dotted names."""
     found: dict[str, Path] = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -94,7 +94,7 @@ def modules(root: Path, package: str) -> dict[str, Path]:
 
 
 def imports(path: Path, known: Mapping[str, Path]) -> Iterator[Import]:
-    """Every import of a file. Of the ``known`` modules, those that are named in strings count too."""
+    """Yield every import of a file. Names of ``known`` modules in strings count too."""
     tree = ast.parse(path.read_text("utf-8"))
     deferred = {
         inner
@@ -122,7 +122,7 @@ def imports(path: Path, known: Mapping[str, Path]) -> Iterator[Import]:
 
 
 def room(module: str, package: str) -> tuple[int, str]:
-    """The floor and the room of a module."""
+    """Return the floor and the room of a module."""
     inside = module.removeprefix(package).removeprefix(".") or "__init__"
     for floor, rooms in enumerate(FLOORS[package]):
         for each in rooms:
@@ -132,7 +132,7 @@ def room(module: str, package: str) -> tuple[int, str]:
 
 
 def wrong_imports(root: Path, package: str) -> list[str]:
-    """What the arrows forbid in a package at ``root``, one line for each."""
+    """Return the forbidden imports of a package at ``root``, one line for each."""
     known = modules(root, package)
     found: list[str] = []
     graph: dict[str, set[str]] = {}
@@ -219,12 +219,12 @@ def test_each_part_of_a_model_has_a_file_on_each_floor() -> None:
 
 
 def lines(*paths: Path) -> int:
-    """Of all these files."""
+    """Count the lines of all these files."""
     return sum(len(path.read_text("utf-8").splitlines()) for path in paths)
 
 
 def test_sizes() -> None:
-    """One decoder and one table, each on a few pages: spec/decisions/0008 says what is counted, and why."""
+    """The decoder and the table have a few pages each. spec/decisions/0008 says what is counted, and why."""
     torch, families = PACKAGES["splitbundle"] / "backends" / "torch", PACKAGES["splitbundle_converter"] / "families"
     model = PARTS_OF_A_MODEL | {"modules", "cache"}
     assert lines(*(torch / f"{name}.py" for name in model)) <= 900
@@ -256,7 +256,7 @@ print(*new(before))
 
 
 def test_what_starting_imports() -> None:
-    """Importing this package, and opening a bundle, load what that needs and nothing else."""
+    """Importing this package, and opening a bundle, load only the modules that they need."""
     bundle = ROOT / "tests" / "golden" / "v1.0" / "gpt2.splitbundle"
     command = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(PACKAGES['splitbundle'].parent)!r})"]
     command[-1] += LOADED

@@ -107,12 +107,12 @@ def blocks(page: str) -> Iterator[tuple[Block, str]]:
 
 
 Runner = Callable[[Path, list[Block]], list[str]]
-"""Runs blocks in a directory, and gives what each printed on stdout."""
+"""Run blocks in a directory, and return each block's stdout."""
 
 
 @pytest.fixture(scope="session")
 def run() -> Iterator[Runner]:
-    """What runs blocks, in one process for all pages."""
+    """Runs blocks, in one process for all pages."""
     command = [os.environ.get("SPLITBUNDLE_DOCS_PYTHON", sys.executable), "-c", _RUNNER]
     settings = os.environ | {"OMP_NUM_THREADS": "1"}  # models this small only lose by threads
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings) as process:
@@ -134,7 +134,7 @@ def run() -> Iterator[Runner]:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, run: Runner) -> Callable[[str], Path]:
-    """Makes what a page starts with, once, after what comes before it in ``PREPARED``."""
+    """Make what a page starts with, once, after the earlier entries of ``PREPARED``."""
     directory = tmp_path_factory.mktemp("prepared")
 
     def make(wanted: str) -> Path:
@@ -162,7 +162,7 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path, run: Runner, prepare
 
 
 def is_like(said: str, printed: str) -> bool:
-    """Whether a page's lines are what was printed, where ``…`` is any text; a page may say nothing of it."""
+    """Whether a page's lines match the output, where ``…`` is any text. A page may leave out the output."""
     pattern = "".join(
         r"(?:.*\n)*" if line == "…" else ".*".join(map(re.escape, line.split("…"))) + r"\n"
         for line in said.splitlines()
@@ -177,7 +177,7 @@ def test_a_page_that_is_wrong_is_seen() -> None:
 
 
 def test_the_pages_have_code() -> None:
-    """So that a change of their form doesn't leave it out unseen."""
+    """A change of the blocks' form must not leave one out silently."""
     kinds = [block[0] for page in PAGES for block, _ in blocks(page)]
     assert kinds.count("python") > 15
     assert kinds.count("command") > 25
@@ -192,7 +192,7 @@ def test_the_readme_fits_on_a_few_screens() -> None:
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_no_row_is_made_of_what_is_refused(name: str) -> None:
-    """Where a default configuration is, the row is of one that isn't, and says what it needs."""
+    """If the default configuration is refused, the row comes from one that isn't, and says what it needs."""
     config, _ = summary.default(name)
     FAMILIES[name].facts(config)
     assert not config.problems
@@ -221,7 +221,7 @@ def test_every_page_is_in_the_table_of_contents() -> None:
 
 
 def test_every_door_is_named_with_what_guards_it() -> None:
-    """Each command that reads what strangers wrote has a row in SECURITY.md, and the modules in the rows are there."""
+    """Each command that reads files from strangers has a row in SECURITY.md, and the modules in the rows exist."""
     doors = (ROOT / "SECURITY.md").read_text("utf-8").partition("\n## The doors\n")[2].partition("\n## ")[0]
     commands = {command.name for command in (*COMMANDS, CONVERT, RESPLIT, ADD_ONNX)}
     named = {

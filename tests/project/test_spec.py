@@ -1,4 +1,4 @@
-"""The specification as a product: every rule has an id and is held, and prose, schemas and code say the same."""
+"""Every rule of the specification has an id and a test, and prose, schemas and code agree."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = ("manifest", "architecture")
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Paragraphs, and rows of tables and items of lists each for itself, without code blocks."""
+    """Yield the paragraphs without code blocks. Rows of tables and items of lists are separate."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     for block in re.split(r"\n\s*\n", text):
         if block.lstrip().startswith(("|", "- ")):
@@ -43,7 +43,7 @@ def defined() -> list[str]:
 
 
 def held() -> dict[str, set[str]]:
-    """Rule -> who holds it: schemas, vectors and tests."""
+    """Return the schemas, vectors and tests that hold each rule."""
     holders: dict[str, set[str]] = {}
     for name in KINDS:
         for comment in comments(splitbundle_schemas.load(name)):
@@ -70,7 +70,7 @@ def comments(schema: Any) -> Iterator[str]:
             yield from comments(value)
 
 
-# Rules and who holds them.
+# Rules, and the files that hold them.
 
 
 @pytest.mark.parametrize("name", SPEC)
@@ -110,7 +110,7 @@ def test_every_rule_is_held() -> None:
 
 
 def raised() -> set[str]:
-    """Every code that the code base gives to a problem."""
+    """Return every code that the code base gives to a problem."""
     found: set[str] = set()
     for folder in ("runtime/splitbundle", "converter/splitbundle_converter"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -121,7 +121,7 @@ def raised() -> set[str]:
 
 
 def _code_arguments(call: ast.Call) -> Iterator[ast.expr]:
-    """What a call gives as a code: ``code=``, or first to a function that notes or raises a problem."""
+    """Yield the arguments that give a code: ``code=``, or the first of a function that notes or raises a problem."""
     yield from (keyword.value for keyword in call.keywords if keyword.arg == "code")
     function = call.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
@@ -153,11 +153,11 @@ def test_every_code_of_the_documents_has_a_vector() -> None:
     assert {json.loads(path.read_text("utf-8"))["expect"]["code"] for path in paths} == documents
 
 
-# Fields: what the prose, the schemas and the parser call them.
+# Fields: their names in the prose, the schemas and the parser.
 
 
 def tables() -> dict[tuple[str, str, str], list[str]]:
-    """(file, path of the heading, kind in the heading) -> the fields of the table below it."""
+    """Return (file, path of the heading, kind in the heading) -> the fields of the table below it."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for name, text in SPEC.items():
         for heading, body in re.findall(r"^### (`.*?)$(.*?)(?=^#|\Z)", text, flags=re.MULTILINE | re.DOTALL):
@@ -210,7 +210,7 @@ WHERE = {
 
 
 def example(table: tuple[str, str, str]) -> tuple[str, Any]:
-    """A document that has what a table describes: a base, or a vector that is accepted."""
+    """Return a document that has the object of a table: a base, or an accepted vector."""
     file, path, kind = table
     if file == "bundle.md":
         vector = json.loads((TESTS / "conformance" / "accept" / "manifest-graph.json").read_text("utf-8"))
@@ -234,7 +234,7 @@ def example(table: tuple[str, str, str]) -> tuple[str, Any]:
 
 
 def put(value: Any, pointer: str, new: object) -> None:
-    """Replaces what a pointer points at."""
+    """Replace the value at a pointer."""
     *tokens, last = pointer.split("/")[1:]
     for token in tokens:
         value = value[int(token)] if isinstance(value, list) else value[token]
@@ -254,10 +254,10 @@ def test_prose_schema_and_parser_have_the_same_fields(table: tuple[str, str, str
     found = value
     for token in pointer.split("/")[1:]:
         found = found[int(token)] if isinstance(found, list) else found[token]
-    # In canonical form, the prose has the order of the members.
+    # The prose has the members in canonical order.
     assert list(found) == fields
     assert schema_fields(document, value, pointer) == set(fields)
-    # The parser names every field of an object that has none (of a union, none but its kind).
+    # The parser names every missing field of an empty object (of a union, only its kind).
     bare = {"kind": kind} if kind else {}
     if pointer:
         put(value, pointer, bare)
@@ -266,7 +266,7 @@ def test_prose_schema_and_parser_have_the_same_fields(table: tuple[str, str, str
     problems = parser_problems(document, value)
     missing = {p.expected for p in problems if p.code == "field.missing" and p.pointer == pointer}
     asked = {re.sub(r"a field '(.*)'", r"\1", text) for text in missing}
-    # format, format_version and requires are asked for first, and alone.
+    # format, format_version and requires are checked first, without the others.
     assert asked | bare.keys() == (
         {"format", "format_version", "requires"} if document == "manifest" and not pointer else set(fields)
     )
@@ -332,7 +332,7 @@ def test_the_worked_example_can_be_recomputed(tmp_path: Path) -> None:
     manifest = parse_manifest((BASES / "gpt2.manifest.json").read_bytes())
     listed = {path: file.sha256 for path, file in manifest.files.items()}
     assert digests == listed | {"manifest.json": digests["manifest.json"]}
-    # By the text, without the code: the lines of the architecture and of the units' files.
+    # Computed from the text, without the code: the lines of the architecture and of the units' files.
     model = {"architecture.json", *(path for paths in manifest.units.values() for path in paths)}
     lines = "".join(f"{digests[path]}  {path}\n" for path in sorted(model))
     fingerprint = hashlib.sha256(lines.encode("ascii")).hexdigest()

@@ -1,4 +1,4 @@
-"""Bounds on time: they are ratios to known work, and no test compares a clock with a constant."""
+"""Limits on time are ratios to known work, and no test compares a clock with a constant."""
 
 from __future__ import annotations
 

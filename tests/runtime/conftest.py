@@ -1,4 +1,4 @@
-"""The runtime's own suite: it needs torch, pytest and the golden bundles, and nothing else at all."""
+"""The runtime's own suite. It needs only torch, pytest and the golden bundles."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def gpt2() -> splitbundle.Bundle:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the golden GPT-2, to be spoilt."""
+    """A copy of the golden GPT-2, to be damaged."""
     return Path(shutil.copytree(GOLDEN / "gpt2.splitbundle", tmp_path / "gpt2.splitbundle"))

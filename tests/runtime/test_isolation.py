@@ -1,4 +1,4 @@
-"""What importing and generating brings into a process: torch when it is needed, and never a model zoo."""
+"""The modules that importing and generating load: torch when it is needed, and never a model zoo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ZOOS = {"transformers", "safetensors", "jsonschema", "onnx", "onnxruntime", "hug
 
 
 def modules_after(code: str) -> set[str]:
-    """The top-level modules that a fresh process has after some code, run with warnings as errors."""
+    """Return the top-level modules of a fresh process after some code, run with warnings as errors."""
     script = f"{code}\nimport sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ GREEDY: Final = ("gpt2", "gpt2-by-layer", "llama", "llama-llama3")
 
 
 def original_greedy(name: str, row: Sequence[int], number: int, stop_ids: Sequence[int] = ()) -> list[int]:
-    """What transformers generates for one row alone: its new tokens."""
+    """Return the new tokens that transformers generates for one row alone."""
     ids = torch.tensor([list(row)])
     stop = {"eos_token_id": list(stop_ids)} if stop_ids else {"eos_token_id": -1}
     made = original(name).generate(
@@ -39,13 +39,13 @@ def test_greedy_generation_is_that_of_transformers(name: str) -> None:
 
 
 def cut_at(row: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
-    """A row up to its first stop id, that one included."""
+    """Return a row up to its first stop id, including it."""
     return list(row[: next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row))])
 
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_a_row_ends_with_its_stop_id(name: str) -> None:
-    """The stop id is still given; then -1 while others go on; and when all have ended, nothing more."""
+    """The stop id is still given, then -1 while other rows go on. When all rows have ended, nothing more comes."""
     rows = token_rows(6, 1, 11)
     free = [original_greedy(name, row, 20) for row in rows]
     stop_ids, known = next(
@@ -62,7 +62,7 @@ def test_a_row_ends_with_its_stop_id(name: str) -> None:
 
 
 def test_generation_goes_on_from_a_session() -> None:
-    """A prompt in a session, whose last token comes with the call, is the prompt at once."""
+    """A session's prompt whose last token comes with the call equals the prompt at once."""
     name = "llama"
     rows = token_rows(7, 7)
     parts = pipeline(name)
@@ -86,7 +86,7 @@ def test_generation_stops_at_the_capacity_with_an_error() -> None:
 
 
 def test_generation_leaves_gradients_as_they_are() -> None:
-    """The caller's code runs between two tokens, and its gradient mode is its own."""
+    """The caller's code runs between two tokens, in its own gradient mode."""
     for _ in pipeline("llama").generate(torch.tensor(token_rows(3)), max_new_tokens=2):
         assert torch.is_grad_enabled()
 

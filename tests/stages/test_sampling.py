@@ -34,7 +34,7 @@ def test_the_likeliest_of_one_is_the_greedy_one() -> None:
 
 
 def exact(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The probabilities, written down another way: what is left out is found by comparing with the last one kept.
+    """The probabilities, computed in another way: each token is compared with the last one that is kept.
 
     *Shape:* (vocab) -> (vocab), float64.
     """
@@ -63,7 +63,7 @@ def exact(logits: Tensor, sampling: Sampling) -> Tensor:
     ids=str,
 )
 def test_tokens_are_drawn_with_their_probabilities(sampling: Sampling) -> None:
-    """Pearson's chi-squared over 40,000 draws with a fixed seed; and none of what has no probability."""
+    """Test Pearson's chi-squared over 40,000 draws with a fixed seed. Tokens without probability are never drawn."""
     logits = torch.tensor([1.5, -0.3, 2.2, 0.0, 1.1, -2.0, 0.9, 2.0])
     number = 40_000
     expected = exact(logits, sampling) * number
@@ -74,15 +74,15 @@ def test_tokens_are_drawn_with_their_probabilities(sampling: Sampling) -> None:
     assert int(possible.sum()) > 1
     squared = ((counts - expected)[possible] ** 2 / expected[possible]).sum().item()
     freedom = int(possible.sum()) - 1
-    # The mean and four standard deviations: a right sampler passes 999 seeds in 1,000.
+    # The mean and four standard deviations: a correct sampler passes with 999 of 1,000 seeds.
     assert squared < freedom + 4 * math.sqrt(2 * freedom)
-    # A temperature a tenth off wouldn't pass, so the test can fail.
+    # A temperature that is a tenth off wouldn't pass, so the test can fail.
     other = exact(logits, Sampling(temperature=sampling.temperature * 1.1, top_k=sampling.top_k)) * number
     assert ((counts - other)[possible] ** 2 / other[possible]).sum().item() > freedom + 4 * math.sqrt(2 * freedom)
 
 
 def test_a_draw_takes_one_number_a_row() -> None:
-    """And every row its own, in order: so a row's text doesn't hang on how the numbers were fetched."""
+    """Every row has its own numbers, in order, so a row's text doesn't depend on how they were fetched."""
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(5, -1)
     generator, twin = random.Random(3), random.Random(3)
     drawn = draw(logits, Sampling(temperature=1.0), generator)
@@ -91,10 +91,11 @@ def test_a_draw_takes_one_number_a_row() -> None:
 
 
 def test_the_inverse_of_the_distribution_is_one_function() -> None:
-    """The first token whose cumulated probability exceeds u, also where u meets it: another backend draws alike."""
+    """The first token whose cumulated probability exceeds u, also where u meets it: another backend draws the
+    same."""
 
     class ArrayInfo(random.Random):
-        """Gives one number."""
+        """Give one number."""
 
         def __init__(self, number: float) -> None:
             super().__init__()

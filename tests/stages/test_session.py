@@ -52,7 +52,7 @@ def test_a_call_that_does_not_fit_leaves_the_session_as_it_was() -> None:
     ids=["logits", "rows", "ids", "capacity", "mask"],
 )
 def test_a_refused_call_writes_nothing(call: Callable[..., Any]) -> None:
-    """Into no stage's cache, whichever stage it was that refused."""
+    """No stage's cache changes, whichever stage refused."""
     parts = pipeline("llama")
     session = parts.session(1, 8)
     parts(torch.tensor(token_rows(4)), session=session)
@@ -69,7 +69,7 @@ def test_a_refused_call_writes_nothing(call: Callable[..., Any]) -> None:
 
 @pytest.mark.rule("SB-B-011")
 def test_a_stage_that_trains_refuses_before_the_first_has_written() -> None:
-    """The stages before it don't train, and would have gone ahead."""
+    """The stages before it don't train, and would have computed first."""
     whole = bundle("llama")
     parts = Pipeline([whole.stage(layers=(0, 2)), whole.stage(layers=(2, 4), trainable=True)])
     session = parts.session(1, 8)
@@ -80,7 +80,7 @@ def test_a_stage_that_trains_refuses_before_the_first_has_written() -> None:
 
 @pytest.mark.rule("SB-B-006", "SB-B-007")
 def test_capacity_counts_tokens_and_not_padding() -> None:
-    """Rows of 5 and 3 tokens in a sequence of 12 need 5 slots, as padding enters no cache."""
+    """Rows of 5 and 3 tokens in a sequence of 12 need 5 slots, because padding enters no cache."""
     name = "llama-llama3"
     rows = token_rows(5, 3)
     ids, mask = left_padded(rows)
@@ -96,7 +96,7 @@ def test_capacity_counts_tokens_and_not_padding() -> None:
 
 @pytest.mark.rule("SB-B-006", "SB-B-010")
 def test_capacity_counts_each_row_s_own_tokens() -> None:
-    """Of rows with different pasts too: the fuller one's padding has no slot to go to."""
+    """Rows may have different pasts: the padding of the fuller row has no slot."""
     name = "qwen2-mixed"
     rows, more = token_rows(7, 2), token_rows(1, 5, seed=1)
     parts = pipeline(name)
@@ -112,7 +112,7 @@ def test_capacity_counts_each_row_s_own_tokens() -> None:
 
 
 def test_a_full_row_waits_while_another_goes_on() -> None:
-    """The row is at the last position that the model has: what is computed in its place must look nothing up beyond."""
+    """The row is at the model's last position. Computing in its place must look up nothing beyond it."""
     parts = pipeline("gpt2")
     limit = bundle("gpt2").architecture.position_limit
     assert limit == 48
@@ -197,7 +197,7 @@ def test_stages_that_do_not_tile_the_model_are_refused() -> None:
 
 
 def test_gradients_and_a_cache_do_not_go_together() -> None:
-    """What the cache holds would be without a gradient, silently."""
+    """The cached keys and values would silently have no gradient."""
     parts = bundle("llama").pipeline(trainable=True)
     with pytest.raises(BundleError) as caught:
         parts(torch.zeros(1, 2, dtype=torch.int64), session=parts.session(1, 8))

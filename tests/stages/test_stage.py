@@ -1,4 +1,4 @@
-"""Calls that a stage refuses, and the messages: the place, the expected value, the value that came."""
+"""Calls that a stage refuses, and the messages: the place, the expected value, and the given value."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_past_and_count(trunk: Stage, named: dict[str, Any], text: str) -> None:
 
 @pytest.mark.rule("SB-B-009")
 def test_a_past_that_the_cache_does_not_hold(trunk: Stage) -> None:
-    """A stage that was restarted, or missed a call, must not go on over a hole."""
+    """A stage that was restarted, or missed a call, must not go on after a gap."""
     cache = trunk.cache(2, 16)
     trunk(torch.ones(2, 3, HIDDEN), cache=cache, count=[3, 2])
     text = refusal(trunk, torch.ones(2, 1, HIDDEN), past=[3, 3], cache=cache)
@@ -238,7 +238,7 @@ def test_a_mask_of_any_dtype_will_do(whole: Bundle, dtype: torch.dtype) -> None:
 
 @pytest.mark.rule("SB-B-002", "SB-B-003")
 def test_padding_crosses_a_boundary_as_zeros(bottom: Stage, trunk: Stage) -> None:
-    """Whatever stood there: another runtime may be at the other end, and nothing of it may leak or matter."""
+    """Any values may be at padding: another runtime may be at the other end, and nothing of it may leak or matter."""
     ids = torch.tensor(token_rows(5, 5, 5))
     count = [5, 2, 0]
     hidden = bottom(ids, count=count)

@@ -1,4 +1,4 @@
-"""Weight files that are missing, or other than the manifest lists."""
+"""Weight files that are missing, or that differ from the manifest's list."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_partial_bundle_runs_the_part_that_is_there(whole: Bundle, copy: Path)
 
 
 def test_a_truncated_file(copy: Path) -> None:
-    """Found before anything is mapped: a mapping beyond the end of a file kills the process."""
+    """The fault is found before anything is mapped: a mapping beyond the end of a file kills the process."""
     path = copy / "layer-001.safetensors"
     data = path.read_bytes()
     opened = splitbundle.open(copy)
@@ -60,7 +60,7 @@ def test_a_truncated_file(copy: Path) -> None:
 
 
 def test_a_file_with_another_header(copy: Path) -> None:
-    """Another model's file of the same size: the layer after it, under its name."""
+    """Another model's file of the same size: the next layer, under this layer's name."""
     other = (copy / "layer-002.safetensors").read_bytes()
     listed = json.loads((copy / "manifest.json").read_text())["files"]["layer-001.safetensors"]
     (copy / "layer-001.safetensors").write_bytes(other)

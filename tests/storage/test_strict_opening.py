@@ -1,4 +1,4 @@
-"""What strict opening promises, and what a mapped one does and doesn't: files that change after they were opened."""
+"""The promises of strict opening and of mapped opening, when files change after they were opened."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ for how in hows:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the golden GPT-2 with graphs, to be spoilt."""
+    """A copy of the golden GPT-2 with graphs, to be damaged."""
     return Path(shutil.copytree(GOLDEN, tmp_path / "gpt2.splitbundle"))
 
 
@@ -93,7 +93,7 @@ def test_what_is_said_of_mapped_stages(tmp_path: Path, backend: str) -> None:
 
 
 def spoil(path: Path) -> None:
-    """Changes the last byte of a file, where no digest of a header sees it."""
+    """Change the last byte of a file, where no digest of a header sees it."""
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)
@@ -105,7 +105,7 @@ def spoil(path: Path) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strict_stages_refuse_what_is_not_the_listed_file(copy: Path, backend: str) -> None:
     spoil(copy / "layer-001.safetensors")
-    splitbundle.open(copy).pipeline(backend=backend)  # a mapped one can't know
+    splitbundle.open(copy).pipeline(backend=backend)  # a mapped opening can't know
     strict = splitbundle.open(copy, verify="always")
     strict.stage("bottom", backend=backend)
     with pytest.raises(BundleError) as caught:
@@ -122,7 +122,7 @@ def test_strict_stages_refuse_what_is_not_the_listed_file(copy: Path, backend: s
 def test_onnxruntime_opens_no_weight_file_of_a_strict_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    """Their bytes are gone when it begins, those that are widened as it loads too."""
+    """Their bytes are gone when it begins. Weights that are widened are freed as it loads, too."""
     source = checkpoint("llama", dtype)
     whole = splitbundle_converter.convert(source, tmp_path / "x.splitbundle", split=[2], check=False, onnx=True)
     expected = whole.pipeline(backend="onnxruntime", threads=1)(IDS)
@@ -144,7 +144,7 @@ def test_onnxruntime_opens_no_weight_file_of_a_strict_bundle(
 def test_a_bundle_that_is_replaced_as_onnxruntime_opens_its_weights(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It opens them by their paths, after their headers were checked."""
+    """onnxruntime opens them by their paths, after their headers were checked."""
     other = Path(shutil.copytree(copy, tmp_path / "other"))
     changed = other / "layer-001.safetensors"
     digest = hashlib.sha256(b"of other data").hexdigest().encode()
@@ -165,13 +165,13 @@ def test_a_bundle_that_is_replaced_as_onnxruntime_opens_its_weights(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork there")
 def test_training_and_forking_strict_stages(copy: Path) -> None:
-    """What a child writes into weights is its own, as over a mapping, and the file stays."""
+    """A child's writes to weights are its own, as over a mapping, and the file stays."""
     strict = splitbundle.open(copy, verify="always")
     stage = strict.stage("bottom", trainable=True)
     ids = torch.from_numpy(IDS)
     before = stage(ids).detach()
     child = os.fork()
-    if child == 0:  # no assertion, no test runner's cleaning up: only the writing
+    if child == 0:  # no assertion, no cleaning up by a test runner: only the write
         with torch.no_grad():
             for parameter in stage.parameters():
                 parameter.zero_()

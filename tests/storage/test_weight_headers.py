@@ -1,4 +1,4 @@
-"""Weight files: the one form that the reader takes, and each way to be wrong."""
+"""Weight files: the one form that the reader accepts, and each way to be wrong."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def entries() -> dict[str, Any]:
 
 
 def pack(header: str | bytes | dict[str, Any], data: bytes = DATA, length: int | None = None) -> bytes:
-    """A file from its header, padded as it should be unless ``length`` says otherwise."""
+    """Make a file from its header, with the right padding unless ``length`` says otherwise."""
     text = json.dumps(header, separators=(",", ":")) if isinstance(header, dict) else header
     raw = text.encode("ascii") if isinstance(text, str) else text
     if length is None:
@@ -61,7 +61,7 @@ def pack(header: str | bytes | dict[str, Any], data: bytes = DATA, length: int |
 
 
 def listed(file: bytes) -> File:
-    """What a manifest would list of a file, whatever is in it: so that only the header's own faults count."""
+    """List a file in the manifest's form, whatever its contents, so that only the header's own faults count."""
     length = int.from_bytes(file[:8], "little")
     return File(
         size=len(file),
@@ -79,7 +79,7 @@ def read(
 
 
 def refused(file: bytes, expected: dict[str, Tensor] | None = None, *, more: bool = False) -> list[tuple[str, Any]]:
-    """The codes, each with its pointer or offset."""
+    """Return the codes, each with its pointer or offset."""
     with pytest.raises(BundleError) as raised:
         read(file, expected, more=more)
     assert {problem.file for problem in raised.value.problems} == {PATH}
@@ -322,7 +322,7 @@ def test_the_digest_comes_before_the_parser() -> None:
     with pytest.raises(BundleError) as raised:
         read(broken, of=File(size=len(broken), sha256="0" * 64, header_sha256=listed(whole).header_sha256))
     assert raised.value.codes == ("file.header-digest",)
-    # The length is part of what is hashed, and so is the padding.
+    # The digest covers the length and the padding, too.
     other = bytearray(whole)
     other[4000] = ord("\t")
     with pytest.raises(BundleError) as raised:
@@ -340,7 +340,7 @@ def part(names: tuple[str, ...]) -> bytes:
 def test_parts_hold_the_first_and_then_the_rest() -> None:
     first, second = part(("odd", "even", "tiny")), part(("wide", "last"))
     found = read(first, more=True)
-    # Each part is laid out by itself: here "even" comes first.
+    # Each part has its own layout: here "even" comes first.
     assert list(found.layout) == ["even", "odd", "tiny"]
     left = {name: tensor for name, tensor in TENSORS.items() if name not in found.layout}
     assert list(read(second, left).layout) == ["wide", "last"]

@@ -1,4 +1,4 @@
-"""Text to ids and back: by the bundle's own tokenizer, after its digest was checked."""
+"""Text to ids and back with the bundle's own tokenizer, after its digest was checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHECKPOINT = ROOT / "examples" / "license-gpt2"
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> splitbundle.Bundle:
-    """The licence model in one shard."""
+    """The license model in one shard."""
     return splitbundle_converter.convert(CHECKPOINT, tmp_path / "license.splitbundle", check=False)
 
 
@@ -34,13 +34,13 @@ def test_pieces_make_the_text_that_was_encoded(bundle: splitbundle.Bundle) -> No
     stream = tokenizer.stream([])
     pieces = [stream.piece(token) for token in ids]
     assert "".join(pieces) == text
-    assert "" in pieces  # a character of several tokens comes with its last one, whole
+    assert "" in pieces  # a character of several tokens comes as a whole, with its last token
     stream = tokenizer.stream(ids[:3])
     assert tokenizer.decode(ids[:3]) + "".join(stream.piece(token) for token in ids[3:]) + stream.rest() == text
 
 
 def test_a_space_between_prompt_and_answer_is_kept(tmp_path: Path) -> None:
-    """Tokenizers of the SentencePiece kind strip the first space of a text: of the prompt, not of what follows."""
+    """SentencePiece tokenizers strip the first space of a text: the prompt's, but not the continuation's."""
     import json
     import shutil
 
@@ -59,7 +59,7 @@ def test_a_space_between_prompt_and_answer_is_kept(tmp_path: Path) -> None:
     stream = tokenizer.stream([1])
     assert [stream.piece(2), stream.piece(1)] == [" two", " one"]
     assert stream.piece(3) == ""
-    assert stream.rest() == "\ufffd"  # half of a character at the end isn't lost without a sign
+    assert stream.rest() == "\ufffd"  # half a character at the end isn't lost silently
 
 
 @pytest.mark.rule("SB-T-002")
@@ -75,7 +75,7 @@ def test_text_that_spells_a_control_token_stays_text(bundle: splitbundle.Bundle)
 def test_a_changed_tokenizer_is_refused_before_it_is_parsed(bundle: splitbundle.Bundle) -> None:
     path = bundle.path / "tokenizer" / "tokenizer.json"
     data = path.read_bytes()
-    path.write_bytes(b"[" + data[1:])  # no JSON any more: a parser would say so first
+    path.write_bytes(b"[" + data[1:])  # not JSON any more: a parser would report this first
     with pytest.raises(BundleError) as caught:
         TextTokenizer(bundle)
     assert caught.value.codes == ("file.digest",)
@@ -105,7 +105,7 @@ def test_a_bundle_without_a_tokenizer_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.rule("SB-T-002")
 def test_a_text_is_neither_cut_nor_filled_up(tmp_path: Path) -> None:
-    """What a file asks for is of the batches that the model was trained with."""
+    """These settings of the file are for the batches of training."""
     import shutil
 
     source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
@@ -142,7 +142,7 @@ def test_a_library_that_panics_is_an_error_of_the_file(
 
 @pytest.mark.rule("SB-T-007")
 def test_ordinary_replacements_are_taken() -> None:
-    """Those of SentencePiece's models, and some more."""
+    """The replacements of SentencePiece's models, and some more."""
     steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     document = {
         "model": {"type": "BPE", "vocab": {"a": 0}},

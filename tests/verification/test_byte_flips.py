@@ -1,4 +1,4 @@
-"""Every byte of a small bundle changed, every length that a file can be cut to: verification names the file."""
+"""Each byte of a small bundle is changed, and each file cut to each length: verification names the file."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from tests.support.paths import TESTS
 TINY = TESTS / "conformance" / "bundles" / "tiny.splitbundle"
 FILES = sorted(path.relative_to(TINY).as_posix() for path in TINY.rglob("*") if path.is_file())
 HALVES = (FILES[::2], FILES[1::2])
-"""So that two workers share them."""
+"""Two parameters, so that two workers share the work."""
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> splitbundle.Bundle:
-    """A copy, to be spoilt. It has a file of every kind: documents, weights, vectors, graphs, a tokenizer, a card."""
+    """A copy, to be damaged.
+
+    It has a file of every kind: documents, weights, vectors, graphs, a tokenizer, a card.
+    """
     assert sum((TINY / path).stat().st_size for path in FILES) <= 64 * 1024
     return splitbundle.open(shutil.copytree(TINY, tmp_path / "tiny.splitbundle"))
 
 
 def named(bundle: splitbundle.Bundle, reopen: bool) -> set[str | None]:
-    """The files that opening and verifying find wrong."""
+    """Return the files that opening and verifying report."""
     try:
         (splitbundle.open(bundle.path) if reopen else bundle).verify()
     except BundleError as error:
@@ -40,7 +43,7 @@ def flip(tiny: splitbundle.Bundle, paths: list[str], step: int) -> int:
     for path in paths:
         place = tiny.path / path
         data = place.read_bytes()
-        # What an open bundle has read already is read again, in a new one.
+        # Files that an open bundle has read already are read again, in a new one.
         reopen = path in {"manifest.json", "architecture.json"}
         with place.open("r+b", buffering=0) as file:
             for i in range(0, len(data), step):
@@ -48,7 +51,7 @@ def flip(tiny: splitbundle.Bundle, paths: list[str], step: int) -> int:
                 file.seek(i)
                 file.write(bytes([byte ^ (1 << i % 8)]))
                 found = named(tiny, reopen)
-                if path == "manifest.json":  # what it lists wrongly is named too
+                if path == "manifest.json":  # the files that it lists wrongly are named too
                     assert path in found, i
                 else:
                     assert found == {path}, (path, i)
@@ -85,7 +88,7 @@ def cut(tiny: splitbundle.Bundle, step: int) -> int:
 
 @pytest.mark.rule("SB-D-007", "SB-D-010")
 def test_one_flipped_byte_in_23_is_found(tiny: splitbundle.Bundle) -> None:
-    """An odd step, so that every bit of a byte has its turn."""
+    """The step is odd, so that every bit of a byte is flipped."""
     assert flip(tiny, FILES, 23) > 1000
 
 

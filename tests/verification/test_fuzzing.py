@@ -1,4 +1,4 @@
-"""The fuzzers run: for a moment here, and by hand for as long as one likes (see CONTRIBUTING.md)."""
+"""The fuzzers run: for a moment here, and by hand for any time (see CONTRIBUTING.md)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_readers_take_or_refuse_whatever_comes(name: str, tally: Callable[[str, 
 
 @pytest.mark.parametrize("name", fuzzing.TARGETS)
 def test_what_fuzzers_begin_with_reaches_the_reader(name: str) -> None:
-    """The small bundle's own files are taken, every shard's graph too, and each is refused where its end is missing."""
+    """The small bundle's files and graphs are accepted, and each is refused if its end is missing."""
     target = fuzzing.TARGETS[name][0]()
     paths = sorted(fuzzing.BUNDLE.glob(fuzzing.TARGETS[name][1]))
     assert len(paths) == {"graph": 2, "weights": 4}.get(name, 1)
@@ -36,7 +36,7 @@ def test_what_fuzzers_begin_with_reaches_the_reader(name: str) -> None:
 def test_a_panic_that_is_no_error_of_the_bundle_is_a_finding(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What Rust panics with derives from BaseException alone."""
+    """A panic of Rust derives only from BaseException."""
     monkeypatch.chdir(tmp_path)
     before = (
         "from splitbundle.text import huggingface\n"

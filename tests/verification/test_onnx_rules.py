@@ -1,4 +1,4 @@
-"""Graphs from strangers: each hostile one is refused alike by every reader, and any bytes are taken or refused."""
+"""Graphs from strangers: all readers refuse a hostile graph with one code, and accept or refuse any bytes."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ GRAPH = f"{SHARD}.onnx"
 
 @cache
 def good() -> Path:
-    """The bundle that cases change, as it should be."""
+    """The bundle that cases change, without faults."""
     return good_bundle(scratch() / "good.splitbundle")
 
 
 @cache
 def copied() -> Path:
-    """A copy of it, whose graph each case exchanges."""
+    """A copy of the bundle. Each case exchanges its graph."""
     return Path(shutil.copytree(good(), good().parent / "changed.splitbundle"))
 
 
 def judge(data: bytes, shard: str = SHARD) -> str:
-    """The code that the rules refuse a graph's bytes by; none for a good one."""
+    """Return the code of the rules' refusal of a graph's bytes; none for a good graph."""
     bundle = splitbundle.open(good())
     own = bundle.shard(shard)
     assert own.graph is not None
@@ -105,7 +105,7 @@ def test_every_reader_refuses_alike(case: Case, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.rule("SB-O-013")
 def test_a_unit_of_two_files() -> None:
-    """Each tensor's data is in its own part, at its own place."""
+    """Each tensor's data is in its own part, at its own offset."""
     model = ModelProto.FromString((good() / "trunk.onnx").read_bytes())
     files = {entry.value for each in model.graph.initializer for entry in each.external_data if entry.key == "location"}
     one, other = sorted(path for path in files if path.startswith("layer-003"))
@@ -115,7 +115,7 @@ def test_a_unit_of_two_files() -> None:
 
 
 def test_the_kits_readme_names_what_there_is() -> None:
-    """Its table of hostile inputs has every case of a graph, and no other."""
+    """The README's table of hostile inputs has every case of a graph, and no other."""
     text = (TESTS / "conformance" / "README.md").read_text("utf-8")
     named = set(re.findall(r"`graph/([a-zA-Z0-9*-]+)`", text.partition("\n| **ONNX** | |\n")[2]))
     assert len(named) > 10
@@ -125,7 +125,7 @@ def test_the_kits_readme_names_what_there_is() -> None:
 
 
 def test_names_of_cases_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What other readers are given: bundles that differ from the good one by the graph and what lists it."""
+    """The bundles for other readers differ from the good one by the graph and the entries that list it."""
     assert len({case.name for case in CASES}) == len(CASES)
     assert {case.code for case in CASES} == set(re.findall(r"^\| `(graph\.[a-z]+)` \|", SPEC, flags=re.MULTILINE))
     monkeypatch.setattr("tests.support.graph_cases.CASES", CASES[::100])
@@ -142,7 +142,7 @@ def test_every_truncation_is_refused() -> None:
     data = (good() / "top.onnx").read_bytes()
     found = [judge_top(data[:length]) for length in range(len(data))]
     assert set(found) == {"graph.syntax", "graph.version"}
-    assert found.index("graph.version") > len(data) - 20  # where just the version of the operators is gone
+    assert found.index("graph.version") > len(data) - 20  # only the version of the operators is removed there
     assert judge_top(data) == ""
 
 
@@ -156,7 +156,7 @@ def top() -> tuple[Graph, dict[str, Stored]]:
 
 
 def judge_top(data: bytes) -> str:
-    """As ``judge``, of the smallest graph."""
+    """Judge the smallest graph."""
     try:
         onnx_rules.check(data, *top())
     except BundleError as error:
@@ -166,7 +166,7 @@ def judge_top(data: bytes) -> str:
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """The smallest graph with some bytes changed, taken out, put in or repeated; or any bytes."""
+    """Change, remove, insert or repeat bytes of the smallest graph, or make any bytes."""
     data = bytearray((good() / "top.onnx").read_bytes())
     if draw(st.integers(0, 9)) == 0:
         return draw(st.binary(max_size=200))
@@ -185,7 +185,7 @@ def test_any_bytes_are_taken_or_refused(data: bytes) -> None:
 
 
 def test_every_flipped_bit_is_taken_or_refused() -> None:
-    """Whatever passes differs from the writer's graph in nothing that has a place in memory or in a file."""
+    """A graph that passes differs from the writer's graph only in parts without a place in memory or in a file."""
     data = (good() / "top.onnx").read_bytes()
     model = ModelProto.FromString(data)
     weights = [each for each in model.graph.initializer if each.external_data]
@@ -201,7 +201,7 @@ def test_every_flipped_bit_is_taken_or_refused() -> None:
 @pytest.mark.parametrize("place", ["embedding.safetensors", GRAPH])
 @pytest.mark.parametrize("kind", ["link", "missing", "larger"])
 def test_files_that_a_graph_needs(tmp_path: Path, place: str, kind: str) -> None:
-    """Symbolic links are never followed, be they to the very bytes."""
+    """Symbolic links are never followed, even to the same bytes."""
     root = Path(shutil.copytree(good(), tmp_path / "copy.splitbundle"))
     data = (root / place).read_bytes()
     (root / place).unlink()
@@ -236,7 +236,7 @@ def test_verifying_a_shard_checks_its_graph(tmp_path: Path) -> None:
 
 @pytest.mark.rule("SB-O-008")
 def test_the_largest_graph_is_judged_soon() -> None:
-    """As many nodes as may be, each with all that it may have; and an eighth of it, in an eighth of the memory."""
+    """The fullest graph with as many nodes as allowed, and an eighth of it, in an eighth of the memory."""
     data = with_nodes(onnx_reader.MAX_NODES)
     assert len(data) > onnx_rules.MAX_GRAPH // 2
     with at_most(20, parsing, len(data)):  # it takes about twice as long as parsing as many bytes of JSON
@@ -251,7 +251,7 @@ def test_the_largest_graph_is_judged_soon() -> None:
 
 
 def with_nodes(count: int) -> bytes:
-    """The good graph with more nodes."""
+    """Make the good graph with more nodes."""
     model = ModelProto.FromString((good() / GRAPH).read_bytes())
     last = "layers.0.key"
     for i in range(count - len(model.graph.node)):
@@ -262,11 +262,11 @@ def with_nodes(count: int) -> bytes:
     return written(model)
 
 
-# The specification's tables are the code's.
+# The tables of the specification equal the code's.
 
 
 def rows(heading: str) -> Iterator[list[str]]:
-    """The cells of the table that begins with ``heading``."""
+    """Return the cells of the table that begins with ``heading``."""
     for line in SPEC.partition(f"{heading}\n")[2].splitlines()[1:]:
         if not line.startswith("|"):
             return

@@ -1,4 +1,4 @@
-"""Whole bundles: verification of all files, of one shard, and of those that are not listed."""
+"""Whole bundles: verification of all files, of one shard, and of unlisted files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def codes(path: Path, *, exact: bool = False, shard: str | None = None) -> list[tuple[str, str | None]]:
-    """What opening and verifying a bundle finds."""
+    """Return the problems that opening and verifying a bundle find."""
     try:
         splitbundle.open(path).verify(shard, exact=exact)
     except BundleError as error:
@@ -64,7 +64,7 @@ def test_unlisted_files_are_reported_and_never_opened(bundle: Path) -> None:
     (bundle / "more").mkdir()
     (bundle / "more" / "evil.json").symlink_to(bundle / "nowhere")  # opening it would fail
     if hasattr(os, "mkfifo"):
-        os.mkfifo(bundle / "pipe")  # opening it would wait for ever
+        os.mkfifo(bundle / "pipe")  # opening it would wait forever
     unlisted = ["more/evil.json", "notes.txt", *(["pipe"] if hasattr(os, "mkfifo") else [])]
     assert list(splitbundle.open(bundle).verify().unlisted) == unlisted
     assert codes(bundle, exact=True) == [("file.unlisted", path) for path in unlisted]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_golden_vectors_in_float16(tmp_path: Path) -> None:
-    """What onnxruntime computes is held at what float16 can, torch at what float32 can."""
+    """onnxruntime's results have the tolerance of float16, and torch's the tolerance of float32."""
     path = tmp_path / "b"
     whole = splitbundle_converter.convert(checkpoint("llama", "float16"), path, split=[1], onnx="float16")
     for difference in whole.run_vectors(backend="all"):
@@ -29,7 +29,7 @@ def test_golden_vectors_in_float16(tmp_path: Path) -> None:
 
 
 def test_new_graphs_are_held_against_the_golden_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By add-onnx and resplit too, unless told otherwise; and both keep the variant that is there."""
+    """add-onnx and resplit do so too, unless told otherwise. Both keep the existing variant."""
     plain = splitbundle_converter.convert(checkpoint("llama", "float16"), tmp_path / "plain", onnx="float16")
     added = splitbundle_converter.add_onnx(plain, tmp_path / "added")
     assert [shard.graph and shard.graph.variant for shard in added.shards] == ["float16"]

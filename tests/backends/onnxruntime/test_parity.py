@@ -47,7 +47,7 @@ ONE_EACH: Final = tuple(name for name in ONE_PER_FAMILY if name not in BY_PIECES
 
 
 class OverTensors:
-    """A pipeline over numpy arrays that takes and gives tensors, so that it can be told what torch's is told."""
+    """A pipeline over numpy arrays that takes and gives tensors, so that tests can call it like torch's."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.inner = pipeline
@@ -61,7 +61,7 @@ class OverTensors:
 
 
 def stages(whole: Bundle, *cuts: int) -> list[Any]:
-    """Stages that meet at some cuts, each of several graphs in a row."""
+    """Load stages that meet at some cuts. Each has several graphs in a row."""
     edges = (0, *cuts, LAYERS)
     selections = [
         whole.select(layers=(start, stop), embeds=i == 0, head=i == len(cuts))
@@ -73,7 +73,7 @@ def stages(whole: Bundle, *cuts: int) -> list[Any]:
 @pytest.mark.rule("SB-O-004", "SB-O-005", "SB-C-001")
 @pytest.mark.parametrize("name", thinned(STEADY, ONE_EACH))
 def test_scenarios_cut_everywhere(name: str) -> None:
-    """Pieces, padding, rollback, reordering, last logits: as the original, with a graph a layer."""
+    """Pieces, padding, rollback, reordering, last logits: results equal the original's, with a graph a layer."""
     worst = Worst(name)
     run(OverTensors(Pipeline(stages(bundle(name), 2))), worst, "cut everywhere")
     worst.check()
@@ -82,7 +82,7 @@ def test_scenarios_cut_everywhere(name: str) -> None:
 @pytest.mark.rule("SB-O-004", "SB-O-005")
 @pytest.mark.parametrize("name", thinned(ONE_EACH, FEW))
 def test_scenarios_in_one_graph_and_mixed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole model in one graph, prompts computed in pieces of a token or two; and every second shard with torch."""
+    """The model is one graph, and computes prompts in pieces of a token or two; every second shard is on torch."""
     monkeypatch.setattr(stage, "PIECE", 5)
     worst = Worst(name)
     run(OverTensors(bundle(name, ()).pipeline(backend="onnxruntime", threads=1)), worst, "uncut")
@@ -95,7 +95,7 @@ def test_scenarios_in_one_graph_and_mixed(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", sorted(BY_PIECES))
 @pytest.mark.parametrize("split", [(), (1, 3)])
 def test_rows_that_outgrow_a_threshold(name: str, split: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Held against torch, whose own test holds it against the original driven alike. Their calls stay whole."""
+    """Compare with torch, whose own test compares it with the original on the same calls. These calls stay whole."""
     monkeypatch.setattr(stage, "PIECE", 5)
     whole = bundle(name, split)
     torch_pipeline, pipeline = whole.pipeline(), whole.pipeline(backend="onnxruntime", threads=1)
@@ -113,7 +113,7 @@ def test_rows_that_outgrow_a_threshold(name: str, split: tuple[int, ...], monkey
 @pytest.mark.parametrize("name", ["llama", "gpt2-by-layer", "gemma2-capped-biased", "apertus-biased"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_of_16_bits_are_widened(name: str, dtype: str) -> None:
-    """Float32 arithmetic on the stored weights: what torch computes when it is asked for float32."""
+    """The graph computes in float32 on the stored weights, as torch does when it is asked for float32."""
     whole = bundle(name, (2,), dtype)
     assert whole.manifest.storage.dtype == dtype
     ids = torch.tensor(token_rows(12, 12, seed=6))
@@ -126,7 +126,7 @@ def test_weights_of_16_bits_are_widened(name: str, dtype: str) -> None:
 @pytest.mark.rule("SB-O-004", "SB-O-005")
 @pytest.mark.parametrize("name", FLOAT16)
 def test_computing_in_float16(name: str) -> None:
-    """As far from the float32 answer as transformers is in float16: in one call, in pieces, and padded."""
+    """The deviation from the float32 answer is like transformers' in float16: in one call, in pieces, and padded."""
     pipeline = bundle(name, (2,), "float16", "float16").pipeline(backend="onnxruntime", threads=1)
     rows = token_rows(*[13] * 6, seed=1)
     ids, session = numpy.array(rows), pipeline.session(len(rows), 13)
@@ -150,7 +150,7 @@ def test_computing_in_float16(name: str) -> None:
     for what, got in computed.items():
         assert got.dtype == numpy.float32
         ratio = float((deviations(torch.from_numpy(got), known) / allowed).log().mean().exp())
-        assert 0.1 < ratio <= 1.25, what  # one far below would be of a graph that doesn't compute in float16
+        assert 0.1 < ratio <= 1.25, what  # a value far below would mean that the graph doesn't compute in float16
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8}])
@@ -183,7 +183,7 @@ def test_options_change_no_number(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_caches_are_extended_where_they_lie(dtype: str) -> None:
-    """The session's memory is the graphs': no call but one that needs more slots makes another array."""
+    """The session uses the graphs' memory: only a call that needs more slots makes another array."""
     whole = bundle("llama", (2,), dtype, "float16" if dtype == "float16" else "standard")
     pipeline = whole.pipeline(backend="onnxruntime", threads=1)
     session = pipeline.session(2, 50)
@@ -200,7 +200,7 @@ def test_caches_are_extended_where_they_lie(dtype: str) -> None:
 
 @pytest.mark.parametrize("logits", ["all", "last", 4])
 def test_a_prompt_in_pieces_is_the_prompt(logits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With rows of other lengths and pasts."""
+    """Rows have other lengths and pasts."""
     whole = bundle("llama", (2,))
     pipeline = whole.pipeline(backend="onnxruntime", threads=1)
     rows, mask = numpy.array(token_rows(11, 11)), numpy.array([[1] * 11, [0] * 7 + [1] * 4])

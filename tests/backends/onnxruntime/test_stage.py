@@ -80,7 +80,7 @@ def test_graphs_compute_in_their_own_dtype(variant: str, other: str) -> None:
 
 
 def test_a_provider_that_cannot_start_is_said(whole: Bundle, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    """onnxruntime would go on with another one, and say so to stdout."""
+    """onnxruntime would go on with another provider, and say so on stdout."""
     known = [*onnxruntime.get_available_providers(), "CUDAExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
     with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(BundleError) as caught:
@@ -99,7 +99,7 @@ def test_thread_counts(whole: Bundle, options: dict[str, Any]) -> None:
 
 
 def test_arrays_of_every_kind_for_mixed_pipelines() -> None:
-    """What numpy can hold and torch can't; and what isn't an array of numbers at all."""
+    """Arrays that numpy can hold and torch can't, and objects that aren't arrays of numbers at all."""
     cut = bundle("llama", (2,))
     ids = numpy.array(token_rows(6, 6))
     mixed, plain = (
@@ -159,7 +159,7 @@ def test_unknown_providers(whole: Bundle) -> None:
 
 
 def test_boundary_checks_are_those_of_torch(whole: Bundle) -> None:
-    """The same problems in the same words, but for what arrays are called."""
+    """The messages are the same, except for the name of arrays."""
     ours = {"torch": whole.stage("trunk-2"), "onnxruntime": whole.stage("trunk-2", backend="onnxruntime")}
     embeds = {"torch": whole.stage("bottom"), "onnxruntime": whole.stage("bottom", backend="onnxruntime")}
     width = whole.architecture.hidden_size

@@ -19,14 +19,14 @@ one_per_family = pytest.mark.parametrize("name", ONE_PER_FAMILY)
 
 @one_per_family
 def test_parameters_have_their_global_names(name: str) -> None:
-    """Of any layer range: the names that the architecture gives, and none is renumbered."""
+    """For any layer range, the names are the architecture's, and none is renumbered."""
     whole = bundle(name)
     tensors = whole.architecture.unit_tensors()
     for start, stop in ((0, 2), (1, 3), (2, 4), (3, 4)):
         selection = whole.select(layers=(start, stop))
         expected = {n for unit in selection.units for n in tensors[unit]}
         if start and selection.head and whole.architecture.head.tied:
-            # The embedding's unit is needed for the token table alone.
+            # The embedding's unit is needed only for the token table.
             expected = {n for n in expected if not n.startswith("embedding.") or n == "embedding.token.weight"}
         assert set(whole.stage(layers=(start, stop)).state_dict()) == expected
 
@@ -67,7 +67,7 @@ def test_weights_are_mapped_and_not_copied(trainable: bool) -> None:
             start = parameter.data_ptr()
             stop = start + parameter.nbytes
             access = [(mode, unit) for low, high, mode, unit in mapped if low <= start and stop <= high]
-            # Writable and private: never shared, as the file would change then.
+            # The mapping is writable and private. A shared one would change the file.
             assert ("rw-p", units[name]) in access, f"{name}: {access}"
 
 

@@ -1,4 +1,4 @@
-"""The definition of done: chained shards compute what transformers computes for each row alone, at every cut."""
+"""The definition of done: at every cut, chained shards compute the results of transformers for each row alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SINGLE_CUTS: Final[tuple[Cuts, ...]] = tuple((cut,) for cut in EVERYWHERE)
 PAIRS_OF_CUTS: Final[tuple[Cuts, ...]] = tuple(itertools.combinations(EVERYWHERE, 2))
 
 STEADY: Final = tuple(name for name in CONFIGURATIONS if name not in BY_PIECES)
-"""The configurations of which transformers computes the same however it is driven."""
+"""The configurations for which transformers gives the same results in any pieces."""
 HARDEST: Final = tuple(name for name in ONE_PER_FAMILY if name not in BY_PIECES)
 two_per_family = pytest.mark.parametrize("name", thinned(STEADY, TWO_PER_FAMILY))
 one_per_family = pytest.mark.parametrize("name", thinned(STEADY, HARDEST))
@@ -69,27 +69,30 @@ few_families = pytest.mark.parametrize("name", thinned(HARDEST, FEW))
 
 @cache
 def stage(name: str, start: int, stop: int, embeds: bool, head: bool) -> Stage:
-    """A layer range of the named model, loaded once."""
+    """Load a layer range of the named model once."""
     selection = bundle(name).select(layers=(start, stop), embeds=embeds, head=head)
     return load_stages(bundle(name), [selection])[0]
 
 
 @cache
 def chain(name: str, cuts: Cuts) -> Pipeline:
-    """Stages that meet at ``cuts``. The first may only embed, and the last be only the head."""
+    """Load stages that meet at ``cuts``. The first may only embed, and the last may be only the head."""
     edges = (0, *cuts, LAYERS)
     ranges = list(itertools.pairwise(edges))
     last = len(ranges) - 1
     return Pipeline([stage(name, *ends, i == 0, i == last) for i, ends in enumerate(ranges)])
 
 
-# Every cut and every pair of cuts: stages called by hand.
+# Every cut and every pair of cuts, with stages called by hand.
 
 
 @pytest.mark.rule("SB-B-004", "SB-B-014", "SB-C-001")
 @one_per_family
 def test_prefill_and_decoding_at_every_cut(name: str) -> None:
-    """One call without a cache; then a prefill and single tokens with one. The rows pass every small window."""
+    """One call runs without a cache; then a prefill and single tokens run with one.
+
+    The rows pass every small window.
+    """
     rows = token_rows(12, 12)
     expected = torch.stack([expected_logits(name, tuple(row)) for row in rows])
     ids = torch.tensor(rows)
@@ -113,7 +116,7 @@ def test_prefill_and_decoding_at_every_cut(name: str) -> None:
 @pytest.mark.rule("SB-B-014", "SB-C-001")
 @two_per_family
 def test_hidden_states_at_every_cut(name: str) -> None:
-    """What crosses a boundary is the residual stream of the original: another runtime may take it from there."""
+    """The residual stream of the original crosses a boundary, so another runtime may take it from there."""
     model = original(name)
     ids = token_rows(11, seed=3)[0]
     layers = model.get_submodule(FAMILIES[CONFIGURATIONS[name][0]].layers)
@@ -167,7 +170,7 @@ def test_scenarios_at_every_pair_of_cuts(name: str) -> None:
     ("seed", "name"), crossed(range(2), STEADY, kept=lambda seed, name: name in FEW or (name in HARDEST and not seed))
 )
 def test_random_conversations(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls, rollbacks and reorderings in an order that nobody thought of; once by the products of large weights."""
+    """Calls, rollbacks and reorderings come in a random order; once with the products of large weights."""
     monkeypatch.setattr(kernels, "SMALL", 0 if seed else kernels.SMALL)
     chance = random.Random(f"{name} {seed}")
     worst = Worst(name)
@@ -178,7 +181,7 @@ def test_random_conversations(name: str, seed: int, monkeypatch: pytest.MonkeyPa
 
 @two_per_family
 def test_the_reference_agrees_with_itself(name: str) -> None:
-    """transformers in pieces with its cache against transformers at once: the noise that the tolerance has room for."""
+    """transformers in pieces with its cache differs from transformers at once by noise that the tolerance allows."""
     if name == "mistral-narrow-tied":
         pytest.skip("transformers fails with a cache and a window of one")
     if CONFIGURATIONS[name][0] in WITHOUT_CACHE:
@@ -188,14 +191,17 @@ def test_the_reference_agrees_with_itself(name: str) -> None:
     assert relative(pieces, expected_logits(name, tuple(row))) <= TOLERANCE / 2
 
 
-# Beyond the threshold of a scaling that depends on the length, where pieces and the whole differ, in transformers too.
+# Above the threshold of a scaling by length, pieces and the whole differ, in transformers too.
 
 
 @pytest.mark.rule("SB-C-031")
 @pytest.mark.parametrize("name", sorted(BY_PIECES))
 @pytest.mark.parametrize("cuts", [(), (2,), (1, 3)])
 def test_rows_that_outgrow_a_threshold(name: str, cuts: Cuts) -> None:
-    """Each row against a fresh model driven in that row's own pieces; ragged rows pass it in different calls."""
+    """Compare each row with a new model driven in that row's own pieces.
+
+    Ragged rows pass the threshold in different calls.
+    """
     worst = Worst(name)
     pipeline = chain(name, cuts)
     for calls in ([[13] * 4], [[3] * 4, [1] * 4, [7] * 4, [2] * 4], [[3, 9, 0, 12], [1] * 4, [0, 3, 7, 1], [6] * 4]):
@@ -223,11 +229,11 @@ def test_rows_that_outgrow_a_threshold(name: str, cuts: Cuts) -> None:
     worst.check()
 
 
-# Whether a mistake would be seen at all.
+# Tests that a mistake would be visible.
 
 
 def mistakes(facts: Architecture) -> dict[str, Architecture]:
-    """The architecture with one fact changed, for every fact that no shape holds fast and that shows in one row."""
+    """Change one fact of the architecture, for every fact that no shape fixes and that shows in one row."""
     kinds = [facts.layer_kinds[name] for name in dict.fromkeys(facts.layers)]
     made: dict[str, Architecture] = {}
 
@@ -251,7 +257,7 @@ def mistakes(facts: Architecture) -> dict[str, Architecture]:
         norm = None if facts.head.norm is None else change(facts.head.norm)
         made[what] = replace(facts, layer_kinds=changed, head=replace(facts.head, norm=norm))
 
-    narrow = any(kind.attention.window == 1 for kind in kinds)  # who sees itself alone doesn't weigh
+    narrow = any(kind.attention.window == 1 for kind in kinds)  # a token that sees only itself has no weights to change
     if not narrow:
         in_attention("scale", lambda a: replace(a, scale=a.scale * 1.02))
         in_position("base", Rotary, lambda p: replace(p, base=p.base * 1.3) if p.dim > 2 else p)
@@ -311,7 +317,7 @@ def _norm_later(attention: Attention) -> Attention:
     norm = attention.query_key_norm
     if norm is None or norm.width == "full" or not isinstance(attention.position, Rotary):
         return attention
-    if not norm.norm.affine:  # turning changes no norm: without a weight, before and after are one
+    if not norm.norm.affine:  # rotation changes no norm: without a weight, before and after are the same
         return replace(attention, query_key_norm=None)
     return replace(attention, query_key_norm=replace(norm, after_rotation=not norm.after_rotation))
 
@@ -331,7 +337,7 @@ def _other_activation(kind: LayerKind) -> LayerKind:
 
 @few
 def test_a_wrong_fact_shows(name: str) -> None:
-    """Each fact, a little off, moves the logits by more than the tolerance: the tests above can fail."""
+    """A small change of each fact moves the logits by more than the tolerance, so the tests above can fail."""
     ids = torch.tensor(token_rows(13, seed=1))
     known = expected_logits(name, tuple(ids[0].tolist()))
     whole = bundle(name)
@@ -344,7 +350,7 @@ def test_a_wrong_fact_shows(name: str) -> None:
 
 @few
 def test_a_wrong_tensor_shows(name: str) -> None:
-    """Each tensor with its rows turned round by one moves the logits by more than the tolerance."""
+    """Rolling the rows of each tensor by one moves the logits by more than the tolerance."""
     ids = torch.tensor(token_rows(13, seed=1))
     pipeline = bundle(name).pipeline(trainable=True).requires_grad_(False)
     known = pipeline(ids)
@@ -353,11 +359,11 @@ def test_a_wrong_tensor_shows(name: str) -> None:
         attention = bundle(name).architecture.kind_of(int(found[1]) if found else 0).attention
         plain = not isinstance(attention.position, Rotary) and attention.query_key_norm is None and not attention.clip
         if what.endswith("key.bias") and plain:
-            continue  # without rotations it adds the same to every key's weight, which changes nothing
+            continue  # without rotations it adds the same to every key's score, which changes nothing
         if parameter.numel() == 1:
-            continue  # nothing to turn round
+            continue  # no rows to roll
         if attention.window == 1 and ("query" in what or "key" in what):
-            continue  # who sees itself alone doesn't weigh
+            continue  # a token that sees only itself has no weights to change
         kept = parameter.detach().clone()
         parameter.copy_(kept.roll(1, dims=0))
         difference = relative(pipeline(ids), known)
@@ -381,7 +387,10 @@ DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16":
     ),
 )
 def test_stored_dtypes(name: str, source: str, dtype: str, tmp_path: Path) -> None:
-    """What is stored is rounded once, as asked; computing in float32 from it is the original with such weights."""
+    """Weights are rounded once, to the asked dtype.
+
+    Computing in float32 from them equals the original with these weights.
+    """
     path = checkpoint(name, source)
     converted = splitbundle_converter.convert(path, tmp_path / "b.splitbundle", split=(1, 3), dtype=dtype, check=False)
     stored = source if dtype == "keep" else dtype
@@ -399,7 +408,7 @@ def test_stored_dtypes(name: str, source: str, dtype: str, tmp_path: Path) -> No
 @pytest.mark.rule("SB-G-002")
 @few_families
 def test_golden_vectors_hold_the_rounded_weights(name: str, tmp_path: Path) -> None:
-    """The converter's own check must be of what is stored: rounding isn't an error, anything beyond it is."""
+    """The converter's own check compares the stored weights: rounding isn't an error, but any other difference is."""
     for dtype in ("bfloat16", "float16"):
         path = tmp_path / f"{dtype}.splitbundle"
         converted = splitbundle_converter.convert(checkpoint(name), path, split=(2,), dtype=dtype)
@@ -420,11 +429,11 @@ def test_golden_vectors_hold_the_rounded_weights(name: str, tmp_path: Path) -> N
     ),
 )
 def test_computing_in_16_bits(name: str, dtype: str, tmp_path: Path) -> None:
-    """As far from the float32 answer as transformers is in the same dtype, in prefill and in decoding.
+    """The deviation from the float32 answer is like transformers' in the same dtype, in prefill and in decoding.
 
     The two add in different orders (transformers' eager attention rounds its scores to 16 bits, torch's fused one keeps
-    them), so neither is always the nearer; what is left over is the chance of a few hundred roundings. One that tips
-    a row's attention makes that row's deviation twice the other's: it is the rows' (geometric) mean that is held.
+    them), so neither is always nearer. The rest is the chance of a few hundred roundings. If one rounding tips a row's
+    attention, that row's deviation is twice the other's, so the test limits the rows' geometric mean.
     """
     path, narrow = checkpoint(name), DTYPES[dtype]
     converted = splitbundle_converter.convert(path, tmp_path / "b.splitbundle", split=(2,), dtype=dtype, check=False)
@@ -443,7 +452,7 @@ def test_computing_in_16_bits(name: str, dtype: str, tmp_path: Path) -> None:
         if pieces is None:
             model = load()
             return torch.stack([original_logits(model, row) for row in rows])
-        return torch.stack([original_logits(load(), row, pieces) for row in rows])  # such models remember a length
+        return torch.stack([original_logits(load(), row, pieces) for row in rows])  # they depend on earlier lengths
 
     def reference(pieces: list[int] | None) -> tuple[Tensor, Tensor]:
         known = computed(lambda: original_of(path, narrow), pieces)

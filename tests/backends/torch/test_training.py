@@ -1,4 +1,4 @@
-"""Training: the gradients and the steps of the original, and a bundle that does not change."""
+"""Training: gradients and steps equal the original's, and the bundle doesn't change."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def digests(whole: Bundle) -> dict[str, str]:
-    """Each file's sha256."""
+    """Return each file's sha256."""
     files = (path for path in whole.path.rglob("*") if path.is_file())
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def original_loss(model: Any, ids: Tensor) -> Tensor:
-    """Of each next token. *Shape:* (batch, sequence) -> ()."""
+    """The loss of each next token. *Shape:* (batch, sequence) -> ()."""
     return next_token_loss(model(input_ids=ids).logits, ids)
 
 
@@ -45,7 +45,7 @@ def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def source_gradients(whole: Bundle, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients under canonical names -> under the source's names and layouts, by the manifest's own table."""
+    """Rename gradients from canonical names to the source's names and layouts, by the manifest's own table."""
     from splitbundle.format.manifest.document import expand
     from splitbundle_converter.translation.translate import join
 
@@ -58,7 +58,7 @@ def source_gradients(whole: Bundle, gradients: dict[str, Tensor]) -> dict[str, T
 
 
 def assert_gradients(whole: Bundle, gradients: dict[str, Tensor], model: Any) -> None:
-    """Holds each gradient against the original's."""
+    """Compare each gradient with the original's."""
     got = source_gradients(whole, gradients)
     compared = 0
     for name, parameter in model.named_parameters():
@@ -90,9 +90,9 @@ def test_gradients_of_a_pipeline(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma-one-kv-biased"])
 def test_split_learning_by_hand(name: str) -> None:
-    """Bottom, trunk and top on three machines: the activations go up without a graph, their gradients come down.
+    """Bottom, trunk and top are on three machines. Activations go up without a graph, and their gradients come down.
 
-    Each has its own copy of a tied embedding, so its gradient is the sum of the two.
+    Each machine has its own copy of a tied embedding, so its gradient is the sum of the two.
     """
     whole = bundle(name)
     stages = [whole.stage(layers=ends, trainable=True) for ends in ((0, 1), (1, 3), (3, 4))]
@@ -143,7 +143,7 @@ def test_training_does_not_change_the_bundle(name: str) -> None:
 
 
 def test_one_step_is_the_original_s_step() -> None:
-    """With a tied table the two uses must add up in one parameter, or the step is another."""
+    """With a tied table, the two uses must add up in one parameter. Otherwise the step is a different one."""
     name = "llama-one-kv-biased-tied"
     model = make_model(name)
     parts = bundle(name).pipeline(trainable=True)

@@ -83,7 +83,7 @@ def test_tensors_are_those_of_the_table(name: str) -> None:
 
 
 def architecture_sizes(architecture: architectures.Architecture, kind: architectures.LayerKind) -> Callable[[str], int]:
-    """What a dimension in the table is: a name, a number, a product or a sum."""
+    """Evaluate a dimension of the table: a name, a number, a product or a sum."""
     position = architecture.embedding.position
     named = {
         "vocab_size": architecture.vocab_size,

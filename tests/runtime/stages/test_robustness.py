@@ -1,4 +1,4 @@
-"""What people do to stages and sessions beside calling them: hooks, wrappers, other dtypes, workers, mistakes."""
+"""Unusual uses of stages and sessions: hooks, wrappers, other dtypes, workers, mistakes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GOLDEN = TESTS / "golden" / "v1.0"
 
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Path:
-    """A copy of the golden GPT-2, to be spoilt."""
+    """A copy of the golden GPT-2, to be damaged."""
     return Path(shutil.copytree(GOLDEN / "gpt2.splitbundle", tmp_path / "gpt2.splitbundle"))
 
 
@@ -42,13 +42,13 @@ def test_hooks_of_stages_run_in_a_pipeline(gpt2: splitbundle.Bundle) -> None:
         stage.register_forward_hook(lambda module, inputs, output: seen.append(module.name))
     assert torch.equal(pipeline(IDS), plain)
     assert seen == ["bottom", "trunk", "top"]
-    # A hook may change what crosses: noise on activations is what some split learning adds.
+    # A hook may change the tensors at a boundary: some split learning adds noise to activations.
     pipeline.stages[0].register_forward_hook(lambda module, inputs, output: output * 0)
     assert not torch.equal(pipeline(IDS), plain)
 
 
 class Wrapped(nn.Module):
-    """A stage in something that passes its attributes on, as compilers and adapters do."""
+    """A wrapper that passes a stage's attributes on, as compilers and adapters do."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_a_wrapped_stage_runs_in_a_pipeline(gpt2: splitbundle.Bundle) -> None:
 
 
 def test_a_frozen_stage_can_be_written(gpt2: splitbundle.Bundle) -> None:
-    """And neither the process nor the file suffers."""
+    """And neither the process nor the file is harmed."""
     stage = gpt2.stage("bottom")
     state = {name: torch.zeros_like(value) for name, value in stage.state_dict().items()}
     stage.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""A bundle that is replaced while somebody reads it is the old one or the new one, or is refused; never a mixture."""
+"""A reader of a bundle that is being replaced gets the old bundle or the new one, or refuses; never a mixture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GOLDEN = TESTS / "golden" / "v1.0"
 
 @pytest.fixture
 def other(copy: Path) -> Path:
-    """A bundle of another model, which may come in the place of ``copy``."""
+    """A bundle of another model, which may replace ``copy``."""
     return Path(shutil.copytree(GOLDEN / "llama.splitbundle", copy.with_name("other")))
 
 
@@ -28,7 +28,7 @@ def test_an_old_bundle_comes_back_where_nothing_stands_and_there_alone(copy: Pat
     before = splitbundle.open(copy).id
     old = recovery.backup_path(copy)
     other.rename(old)
-    os.utime(old, (2**33, 2**33))  # whatever the clocks say
+    os.utime(old, (2**33, 2**33))  # whatever the clocks show
     assert splitbundle.open(copy).id == before
     assert old.is_dir()
     copy.rename(copy.with_name("away"))
@@ -38,7 +38,7 @@ def test_an_old_bundle_comes_back_where_nothing_stands_and_there_alone(copy: Pat
 
 @pytest.mark.skipif(os.name == "nt", reason="there the steps of writers aren't kept together")
 def test_a_reader_leaves_a_living_writer_alone(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It looks between the two renames, waits, and finds the new bundle."""
+    """The reader looks between the two renames, waits, and finds the new bundle."""
     old, new = recovery.backup_path(copy), copy.with_name("new")
     shutil.copytree(copy, new)
 
@@ -63,7 +63,7 @@ class _Locked:
         self._held.__enter__()
 
     def close(self) -> None:
-        """Ends it."""
+        """End the process."""
         self._held.__exit__(None, None, None)
 
 
@@ -79,7 +79,7 @@ def test_a_lock_that_is_never_given_back_stops_nobody(copy: Path, monkeypatch: p
 def test_where_nothing_can_be_written_what_is_there_is_read(
     copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """A mount that is read-only, or whose directory can't be looked at."""
+    """A mount that is read-only, or whose directory can't be listed."""
     before = splitbundle.open(copy).id
     tried = []
 
@@ -94,14 +94,14 @@ def test_where_nothing_can_be_written_what_is_there_is_read(
     copy.rename(recovery.backup_path(copy))
     with monkeypatch.context() as patched:
         patched.setattr(recovery.os, name, refuse) if name != "rename" else patched.setattr(Path, name, refuse)
-        recovery.recover(copy)  # says nothing: the caller finds that there is no bundle
+        recovery.recover(copy)  # no message: the caller finds that there is no bundle
     assert tried
     assert not copy.exists()
     assert splitbundle.open(copy).id == before
 
 
 def _replace_when(monkeypatch: pytest.MonkeyPatch, copy: Path, other: Path, path: str, times: int) -> list[str]:
-    """Exchanges the two bundles just before a file of one is opened, so many times."""
+    """Exchange the two bundles just before a file of one is opened, so many times."""
     done: list[str] = []
     original = files.open_file
 

@@ -1,4 +1,4 @@
-"""Opening a bundle reads two files; verifying reads all of them; what is wrong is named."""
+"""Opening a bundle reads two files, verifying reads all of them, and messages name the fault."""
 
 from __future__ import annotations
 
@@ -167,6 +167,6 @@ def test_a_bundle_pickles_as_its_path_its_id_and_its_strictness(copy: Path) -> N
     found = pickle.loads(data)
     assert (found.path, found.id, found.strict, found.manifest) == (copy, strict.id, True, strict.manifest)
     manifest = copy / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes() + b"\n")  # another bundle by now
+    manifest.write_bytes(manifest.read_bytes() + b"\n")  # by now it is another bundle
     with pytest.raises(BundleError, match=r"\[file.digest\] manifest.json"):
         pickle.loads(data)

@@ -1,4 +1,4 @@
-"""What the golden bundles compute, against what their original models computed."""
+"""Results of the golden bundles, compared with the results of their original models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from splitbundle.storage.reader import VECTORS
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Within the design's tolerance, and no NaN."""
+    """Assert that results are within the design's tolerance, and have no NaN."""
     return bool((got - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 

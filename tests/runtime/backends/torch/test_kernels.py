@@ -1,4 +1,5 @@
-"""Products by the kernel that reads weights fastest are what ``functional.linear`` gives, and know when to be it."""
+"""Products by the kernel that reads weights fastest equal those of ``functional.linear``, and use it where they
+must."""
 
 from __future__ import annotations
 
@@ -30,13 +31,13 @@ x86 = pytest.mark.skipif(kernels._ONEDNN is None, reason="torch has no oneDNN of
 
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small weights take the same way as large ones."""
+    """Let small weights take the same path as large ones."""
     monkeypatch.setattr(kernels, "SMALL", 0)
 
 
 @pytest.fixture
 def by_product(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is computed by oneDNN's product, or with torch's own kernels alone."""
+    """Compute with oneDNN's product, or only with torch's own kernels."""
     seen: list[str] = []
 
     def counted(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -169,7 +170,7 @@ def test_sparse_weights_answer_for_themselves() -> None:
 
 
 class Scaled(Tensor):
-    """A weight of another kind, such as quantised ones are: it answers for its own product."""
+    """A weight of another kind, such as a quantized one, which computes its own product."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -188,7 +189,7 @@ def test_a_weight_of_another_kind_answers_for_itself() -> None:
 def computing(
     rows: int, compute: Callable[[], object], dtype: torch.dtype = torch.bfloat16, place: str = "cpu"
 ) -> None:
-    """Does something as a call of a stage with some rows does it."""
+    """Do something in the same way as a call of a stage with some rows."""
     x = torch.zeros(1, rows, 4, device=place)
 
     def computed(x: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ def is_off() -> None:
 
 
 class Caller:
-    """A thread that computes some rows in bfloat16 until it is told to leave."""
+    """A thread that computes some rows in bfloat16 until it is told to stop."""
 
     def __init__(self, rows: int) -> None:
         self.rows, self.enabled = rows, list[bool]()
@@ -233,7 +234,7 @@ class Caller:
 
 @pytest.fixture
 def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Everything is as it was once all have left."""
+    """Everything is as before once all calls have ended."""
     monkeypatch.setattr(kernels, "_SWITCHES", True)
     yield
     assert torch.backends.mkldnn.enabled
@@ -287,7 +288,7 @@ def test_nobody_waits_for_ever() -> None:
 @pytest.mark.parametrize("rows", [1, 5])
 def test_an_interrupt_at_any_moment_leaves_the_switch_as_it_was(rows: int) -> None:
     def interrupted_at(moment: int) -> bool:
-        """Signals are handled where a function begins and where a call of one ends."""
+        """Python handles signals where a function begins and where a call of one ends."""
         left = moment
 
         def trace(frame: FrameType, event: str, _: object) -> None:
@@ -358,7 +359,7 @@ def test_a_child_that_is_forked_while_the_switch_is_turned_turns_it_back() -> No
     def fork() -> None:
         child = os.fork()
         if not child:
-            # Nothing but the answer: what follows a fork in a test's process is nobody's to clean up.
+            # Only the answer: in a test's process, nothing cleans up after a fork.
             os._exit(0 if torch.backends.mkldnn.enabled and not kernels._switch.single else 1)
         assert os.waitpid(child, 0)[1] == 0
 
@@ -422,7 +423,7 @@ def mlp(activation: str, *, gated: bool, dtype: torch.dtype = torch.float32) -> 
 
 
 def plainly(block: Mlp, x: Tensor) -> Tensor:
-    """As its equation says it, in double precision."""
+    """Compute as the equation says, in double precision."""
 
     def through(layer: nn.Module, x: Tensor) -> Tensor:
         return x @ layer.weight.double().T + layer.bias.double()  # type: ignore[operator, union-attr]
