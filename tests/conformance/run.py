@@ -53,8 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="at once (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--list", action="store_true", help="print the cases and what is expected, and ask nobody")
-    parser.add_argument("--write", metavar="DIRECTORY", help="write the cases' directories there, and ask nobody")
+    parser.add_argument(
+        "--list", action="store_true", help="print the cases and the expected verdicts, and ask no reader"
+    )
+    parser.add_argument("--write", metavar="DIRECTORY", help="write the cases' directories there, and ask no reader")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the adapter")
     args = parser.parse_args(argv)
     chosen = [case for case in cases() if not args.only or any(text in case.name for text in args.only)]

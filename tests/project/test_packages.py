@@ -1,4 +1,4 @@
-"""What people install works: the wheel, the sdist and an editable install; and what type checkers see of it.
+"""The wheel, the sdist and an editable install work, and type checkers see the public names.
 
 These tests build the distributions and make environments from nothing, so they run in ``make test-long``.
 """

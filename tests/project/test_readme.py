@@ -53,7 +53,7 @@ PREPARED: Final = {
     "license.splitbundle": "convert license-gpt2 --split 2,4 -o license.splitbundle",
     "license-onnx.splitbundle": "add-onnx license.splitbundle -o license-onnx.splitbundle",
 }
-"""What a page may start with -> the command that made it, from those before it."""
+"""A bundle or checkpoint that a page may start with -> the command that makes it."""
 _BLOCK: Final = re.compile(r"(?:<!-- ([a-z ]+): ([^>]*?) -->\n+)?^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _RUNNER: Final = """
 import contextlib, io, json, os, runpy, shlex, sys, traceback
@@ -86,7 +86,7 @@ Block = tuple[str, str, str]
 
 
 def blocks(page: str) -> Iterator[tuple[Block, str]]:
-    """What a page runs, in order, each with what the page says that it prints."""
+    """Yield the blocks of a page in order, each with the output that the page prints."""
     text = (ROOT / page).read_text("utf-8")
     for found in _BLOCK.finditer(text):
         note, what, kind, body = found.groups()

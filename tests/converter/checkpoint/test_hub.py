@@ -75,7 +75,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, *arguments: object) -> None:
-        """Says nothing."""
+        """Write no log."""
 
 
 @pytest.fixture

@@ -178,7 +178,7 @@ WRAPPED: Final = f"{OBJECT}, perhaps as one of state_dict, model_state_dict, mod
 def test_what_is_no_state_dict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Any, where: str, expected: str, got: str
 ) -> None:
-    """What the child says; that it arrives is tested above."""
+    """Return the message of the child. Its delivery is tested above."""
     monkeypatch.setattr(torch, "load", LOAD)
     torch.save(saved, tmp_path / "x.pt")
     with pytest.raises(unpickle.Refused) as caught:

@@ -258,7 +258,7 @@ print(peak - before)
 
 
 def test_every_family_names_its_layers_where_it_says() -> None:
-    """What parts of models are recognised by."""
+    """Return the metadata that identifies a part."""
     for family in FAMILIES.values():
         assert family.layers.startswith(family.prefix)
         for name in (*family.dropped, *family.constants):

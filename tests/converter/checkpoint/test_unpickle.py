@@ -85,7 +85,7 @@ def test_a_child_that_dies(
 def test_a_child_that_lies(
     pickled: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch, body: str, got: str
 ) -> None:
-    """It is ended at once: nobody waits until it wakes."""
+    """The child ends at once. The parent doesn't wait until it wakes."""
     path = pickled("llama")
     woke = output.parent.parent / "woke"
     bypassed(monkeypatch, f"{body}; open({str(woke)!r}, 'w').close()")

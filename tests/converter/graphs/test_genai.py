@@ -64,7 +64,7 @@ def ids(*rows: list[int]) -> numpy.ndarray:
 
 
 class Rows:
-    """What torch computes for the rows that genai is given, each row on its own."""
+    """Return the tokens that torch computes for the rows of genai, each row alone."""
 
     def __init__(self, whole: Bundle, rows: list[list[int]]) -> None:
         self.rows, self.pipeline = rows, whole.pipeline(dtype="float32")

@@ -129,7 +129,7 @@ def check_restored(bundle: Bundle, source: Path, name: str) -> None:
 
 
 def learned(tensors: dict[str, Any], name: str) -> dict[str, Any]:
-    """What is left without the constants of the named configuration's family, which are dropped."""
+    """Return the tensors without the constants of the family, which are dropped."""
     endings = tuple(pattern.rpartition("{layer}")[2] for pattern in FAMILIES[CONFIGURATIONS[name][0]].constants)
     return {key: tensor for key, tensor in tensors.items() if not (endings and key.endswith(endings))}
 
@@ -204,7 +204,7 @@ LETTERS: Final = "abcdefghijklmnopqrstuvwxyz0123456789._"
 
 
 def problems(source: Checkpoint) -> list[Any]:
-    """What is refused of a checkpoint whose headers were tampered with."""
+    """Return the problems of a checkpoint whose headers were changed."""
     with pytest.raises(BundleError) as caught:
         translated(source)
     assert set(caught.value.codes) == {"source.tensor"}

@@ -1,4 +1,4 @@
-"""What the converter accepts comes back to the bit, under the names that the source had."""
+"""The source tensors come back to the bit, under the names of the source."""
 
 from __future__ import annotations
 

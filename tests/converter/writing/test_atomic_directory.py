@@ -1,4 +1,4 @@
-"""What is published appears whole or not at all, and nothing that isn't a bundle is ever removed."""
+"""A new bundle appears whole or not at all, and only bundles are ever removed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_file_that_cannot_be_read_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def names(directory: Path) -> list[str]:
-    """What lies in a directory."""
+    """Return the contents of a directory."""
     return sorted(path.name for path in directory.iterdir())
 
 
