@@ -13,7 +13,7 @@ from tests.support.models import checkpoint
 
 @pytest.fixture
 def source(tmp_path: Path) -> Callable[[str], Path]:
-    """Copies a named checkpoint, to be damaged."""
+    """Copy a named checkpoint for a test that damages it."""
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(checkpoint(name), tmp_path / "source"))
@@ -23,6 +23,6 @@ def source(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    """Where nothing else is, so that a test sees whatever is left there."""
+    """Return a path in an empty directory, so that a test sees leftover files."""
     (tmp_path / "made").mkdir()
     return tmp_path / "made" / "b.splitbundle"

@@ -22,7 +22,7 @@ def test_a_dtype_that_does_not_exist(output: Path) -> None:
 @pytest.mark.rule("SB-I-004")
 @pytest.mark.parametrize("name", thinned(ONE_PER_FAMILY, FEW))
 def test_the_same_input_makes_the_same_bundle(name: str, output: Path) -> None:
-    """Every file, but for the vectors and what holds their digest: threads change the last bits of what is computed."""
+    """Every file is the same, except for golden vectors and their digests: threads change the last bits."""
     computed = {"vectors.safetensors", "manifest.json", "SHA256SUMS"}
     for check, left_out in ((False, set()), (True, computed)):
         made = []

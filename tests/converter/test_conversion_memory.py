@@ -77,7 +77,7 @@ def write_gpt2(directory: Path, layers: int) -> tuple[int, int]:
 
 
 def over(source: Path, output: Path) -> int:
-    """The most private memory that converting takes, over a process that has only made the converter's imports."""
+    """Return the peak of private memory of a conversion, beyond that of the converter's imports."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(source), str(output)], capture_output=True, text=True, timeout=600
     )
@@ -133,7 +133,7 @@ def test_a_full_size_gpt2(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_sharded_checkpoints_of_two_sizes(tmp_path: Path) -> None:
-    """Twice the size in as many files takes no more, and no tensor is ever copied: the largest has 125 MiB."""
+    """A model of twice the size takes no more memory, and no tensor is copied: the largest has 125 MiB."""
     command = [sys.executable, "-m", "benchmarks.conversion_memory", "--gigabytes", "0.35,0.75", "--files", "4"]
     done = subprocess.run(
         [*command, "--directory", str(tmp_path), "--json"],

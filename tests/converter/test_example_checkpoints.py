@@ -18,13 +18,13 @@ from tests.support.paths import ROOT
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The command line, in a process of its own."""
+    """Run the command line in a separate process."""
     command = [sys.executable, "-m", "splitbundle", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Each file's name with its bytes."""
+    """Return the name and the bytes of each file."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
@@ -99,7 +99,7 @@ def test_an_installation_without_the_files_says_so(tmp_path: Path, monkeypatch: 
 
 
 def test_the_package_brings_its_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder that the wheel is built with is the one that is looked at first."""
+    """The folder of the wheel is searched first."""
     package = Path(example_checkpoints.__file__).parent
     folder = (package / "examples").relative_to(package.parent).as_posix()
     text = (ROOT / "pyproject.toml").read_text("utf-8")
@@ -113,7 +113,7 @@ def test_the_package_brings_its_examples(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_it_needs_no_library(tmp_path: Path) -> None:
-    """Without site-packages there is the standard library alone."""
+    """The copy needs only the standard library."""
     code = (
         "import argparse, sys\n"
         f"sys.path[:0] = [{str(ROOT / 'runtime')!r}, {str(ROOT / 'converter')!r}]\n"

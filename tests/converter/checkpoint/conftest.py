@@ -18,7 +18,7 @@ from tests.support.pickled import BIN, SAFE, Tensors
 
 @pytest.fixture(autouse=True)
 def _no_unpickling_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this process would unpickle, transformers' own loading among it, is an error."""
+    """Make every attempt to unpickle in this process an error, that of transformers too."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("this process has unpickled something")
@@ -29,7 +29,7 @@ def _no_unpickling_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pickled(tmp_path: Path) -> Callable[..., Path]:
-    """Copies a named checkpoint with its weights in one pickle, of which ``change`` may make something else."""
+    """Copy a named checkpoint with its weights in one pickle. ``change`` may edit the content."""
 
     def copy(name: str, change: Callable[[Tensors], Any] = lambda tensors: tensors, **named: Any) -> Path:
         path = Path(shutil.copytree(checkpoint(name), tmp_path / "source"))

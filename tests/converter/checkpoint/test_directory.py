@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
 def test_a_file_that_is_too_large_is_not_read(source: Callable[[str], Path], output: Path, name: str) -> None:
-    """Of 3 GiB, without a byte of them on the disk."""
+    """Make a sparse file of 3 GiB."""
     path = source("llama")
     with (path / name).open("wb") as file:
         file.truncate(3 * 2**30)
@@ -44,7 +44,7 @@ def test_a_pipe_is_no_configuration(source: Callable[[str], Path], output: Path)
 
 
 def test_a_file_may_be_a_link(source: Callable[[str], Path], output: Path) -> None:
-    """As in the hub's cache."""
+    """A link into the blobs of the hub's cache is allowed."""
     path = source("llama")
     (path / "config.json").rename(path / "blob")
     (path / "config.json").symlink_to("blob")
@@ -141,7 +141,7 @@ def changed(name: str) -> str:
 
 
 def overwritten(file: Path) -> None:
-    """One bit of it, with the times that it had."""
+    """Change one bit of a file, and restore its times."""
     before = file.stat()
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

@@ -31,7 +31,7 @@ REPOSITORY = "someone/license-gpt2"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of a hub as fetching a snapshot needs: models, each with a branch "old"."""
+    """A small hub that can serve snapshots of models, each with a branch "old"."""
 
     asked: ClassVar[list[str]] = []
     models: ClassVar[dict[str, Path]] = {}
@@ -80,7 +80,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[str]:
-    """The address of a hub on loopback."""
+    """Yield the address of a hub on loopback."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Hub.asked.clear()
@@ -90,7 +90,7 @@ def hub() -> Iterator[str]:
 
 
 def convert(hub: str, home: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Converts in a process of its own, as the hub's library reads its variables once."""
+    """Convert in a separate process, as the hub's library reads its variables once."""
     import os
 
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **variables}
@@ -130,7 +130,7 @@ def test_a_hub_id_is_fetched_and_pinned_to_its_commit(hub: str, tmp_path: Path) 
 
 
 def test_a_model_that_the_hub_has_as_a_pickle(hub: str, tmp_path: Path) -> None:
-    """It isn't even fetched unless that is allowed; and what isn't the model never is."""
+    """A pickle is fetched only if it is allowed. Files beside the model are never fetched."""
     local = tmp_path / "pickled"
     shutil.copytree(CHECKPOINT, local)
     torch.save(load_file(local / "model.safetensors"), local / "pytorch_model.bin")
@@ -190,7 +190,7 @@ def test_a_source_that_does_not_exist(output: Path) -> None:
 
 
 def test_a_hub_id_without_a_network(tmp_path: Path, output: Path) -> None:
-    """In another process, as the hub's library reads HF_HUB_OFFLINE when it is imported."""
+    """Use another process, as the hub's library reads HF_HUB_OFFLINE at import."""
     program = f"""
 import splitbundle, splitbundle_converter
 try:

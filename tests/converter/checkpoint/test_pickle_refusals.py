@@ -95,7 +95,7 @@ def test_files_that_torch_cannot_read(
 
 
 def test_the_way_round_the_protection_is_not_passed_on(pickled: Callable[..., Path], output: Path) -> None:
-    """torch's own messages say how to read a file without it."""
+    """The message is not torch's, which explains how to switch the protection off."""
     path = pickled("llama")
     for data in (pickle.dumps({"a": 1}, protocol=4), pickle.dumps({"a": Call(os.getpid)})):
         (path / BIN).write_bytes(data)
@@ -112,7 +112,7 @@ def test_an_old_file_that_ends_early(
 
 
 def test_compressed_records(pickled: Callable[..., Path], output: Path) -> None:
-    """A small one could be of any size."""
+    """A small compressed file could hold any number of bytes."""
     path = pickled("llama")
     with zipfile.ZipFile(path / BIN) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
@@ -193,7 +193,7 @@ def test_a_tensor_that_is_none_is_named(pickled: Callable[..., Path], output: Pa
 
 
 def test_tensors_that_would_fill_the_disk(pickled: Callable[..., Path], output: Path) -> None:
-    """One storage under many names."""
+    """Many names of one storage would fill the disk."""
     shared = torch.zeros(2**18)
     path = pickled("llama", lambda tensors: {f"x{i}": shared for i in range(1000)})
     text = str(refused(path, output))

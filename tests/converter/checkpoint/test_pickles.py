@@ -32,7 +32,7 @@ SHARDS: Final = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-000
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
 def test_one_pickle(pickled: Callable[..., Path], output: Path, name: str) -> None:
-    """It is held against the original class, in a process that can't unpickle."""
+    """The bundle is compared with the original class, in a process that can't unpickle."""
     made = convert(pickled(name), output, split=[2])
     assert made.manifest.vectors is not None
     assert made.fingerprint == bundle(name).fingerprint
@@ -41,7 +41,7 @@ def test_one_pickle(pickled: Callable[..., Path], output: Path, name: str) -> No
 
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_the_original_class_takes_the_tensors_of_every_family(name: str) -> None:
-    """As ``vectors`` loads it where there are pickles: with nothing but a configuration and tensors."""
+    """Load the class as for pickles: from a configuration and tensors only."""
     from splitbundle_converter.checkpoint.directory import CheckpointDirectory
     from splitbundle_converter.checkpoint.source import Checkpoint
     from splitbundle_converter.reference.golden_vectors import load_original
@@ -86,7 +86,7 @@ def test_sixteen_bits(tmp_path: Path, output: Path, dtype: str) -> None:
 
 
 def test_tensors_that_share_their_storage(pickled: Callable[..., Path], output: Path) -> None:
-    """A tied head, as transformers' own state dict has it; views of one flat storage; turned axes."""
+    """The tensors are a tied head, views of one flat storage, and transposed matrices."""
 
     def share(tensors: Tensors) -> Tensors:
         flat = torch.cat([tensors[name].reshape(-1) for name in tensors])
@@ -104,7 +104,7 @@ def test_tensors_that_share_their_storage(pickled: Callable[..., Path], output: 
 
 
 def test_a_state_dict_of_a_module_with_its_parameters(tmp_path: Path, output: Path) -> None:
-    """Parameters in place of tensors, ``_metadata`` beside them, and masks of old GPT-2 checkpoints."""
+    """The state dict has parameters, ``_metadata``, and masks of old GPT-2 checkpoints."""
     path = Path(shutil.copytree(checkpoint("gpt2"), tmp_path / "source"))
     (path / SAFE).unlink()
     state = make_model("gpt2").state_dict(keep_vars=True)
@@ -152,7 +152,7 @@ def test_a_tensor_of_a_pickle_is_named_with_its_file(pickled: Callable[..., Path
 
 
 def in_pieces(path: Path, change: Callable[[dict[str, str], Tensors, Tensors], Any] = lambda *_: None) -> None:
-    """A checkpoint of two pickles and an index; ``change`` may edit the map and what the files hold."""
+    """Return a checkpoint of two pickles and an index. ``change`` may edit the map and the files."""
     tensors = load_file(checkpoint("llama") / SAFE)
     (path / BIN).unlink()
     names = sorted(tensors)
@@ -232,7 +232,7 @@ def test_the_flag_of_the_command(pickled: Callable[..., Path], output: Path) -> 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_reading_streams(tmp_path: Path) -> None:
-    """The child holds no copy of the file: one of 512 MiB takes no more than a small one, and some."""
+    """The child copies no file: one of 512 MiB takes about the memory of a small one."""
     probe = """
 import os, sys
 from splitbundle_converter.checkpoint import unpickle

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def bypassed(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    """A child in which something gets past ``weights_only``: ``body`` runs in place of ``torch.load``."""
+    """Start a child in which ``body`` runs in place of ``torch.load``, as if code got past ``weights_only``."""
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     boot = pickles.CHILD_CODE.replace("import main; main(", "import main\nSTART\nmain(")
     patch = f"import torch\ndef load(path, **named):\n    import os, signal, sys, time\n{lines}\ntorch.load = load"
@@ -97,7 +97,7 @@ def test_a_child_that_lies(
 
 
 def test_what_the_child_gets(pickled: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No secret, no input, no descriptor of ours, a home of its own, and limits."""
+    """The child gets no secret, no input and no descriptor, and it has its own home directory and limits."""
     seen = output.parent.parent / "seen.json"
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
         monkeypatch.setenv(name, "1")
@@ -167,7 +167,7 @@ def test_a_pickle_that_takes_for_ever(
 def test_a_child_that_says_nothing_is_ended(
     pickled: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With what it started: computing isn't all that takes time."""
+    """A silent child is ended with its own children, even if it takes no processor time."""
     path, held = pickled("llama"), output.parent.parent / "held"
     held.touch()
     monkeypatch.setattr(pickles, "TIMEOUT", 8.0)
@@ -184,7 +184,7 @@ def test_a_child_that_says_nothing_is_ended(
 
 
 def test_a_name_of_any_length_is_refused_as_code(pickled: Callable[..., Path], output: Path) -> None:
-    """A message of the child has a longest length, and what a file names hasn't."""
+    """The message of the child is cut, as a name in a file may have any length."""
     path = pickled("llama")
     with zipfile.ZipFile(path / BIN) as archive:
         records = {record: archive.read(record) for record in archive.namelist()}
@@ -218,7 +218,7 @@ def test_what_the_system_refuses_here(
 def test_what_the_child_starts_ends_with_it(
     pickled: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also what holds its output open; also if the child itself is dead."""
+    """A grandchild ends too, even if it holds the output open and the child is dead."""
     held = output.parent.parent / "held"
     path = pickled("llama")
     bypassed(
@@ -270,7 +270,7 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(pickled: Callable[
 
 
 def test_only_the_child_unpickles() -> None:
-    """Nothing else in the project so much as names the functions that do."""
+    """No other file of the project names the functions that unpickle."""
     for package in ("runtime", "converter", "schemas"):
         for path in (ROOT / package).rglob("*.py"):
             text = path.read_text("utf-8")

@@ -67,7 +67,7 @@ def test_a_file_that_is_not_safetensors(
 
 
 def in_pieces(path: Path, change: Callable[[dict[str, str], Tensors, Tensors], Any] = lambda *_: None) -> None:
-    """A checkpoint of two files and an index; ``change`` may edit the map and what the files hold."""
+    """Return a checkpoint of two files and an index. ``change`` may edit the map and the files."""
     tensors = load_file(path / WEIGHTS)
     (path / WEIGHTS).unlink()
     names = sorted(tensors)
@@ -128,7 +128,7 @@ def test_an_index_that_lies_of_everything_is_not_quoted_without_end(
 
 
 def test_a_single_file_comes_before_an_index(source: Callable[[str], Path], output: Path) -> None:
-    """As in transformers, which the check holds the bundle against: the index isn't even read."""
+    """As in transformers, the single file wins and the index isn't read."""
     path = source("llama")
     single = (path / WEIGHTS).read_bytes()
     in_pieces(path, lambda weight_map, first, second: first.update({"lm_head.weight": first["lm_head.weight"] + 1}))
@@ -146,7 +146,7 @@ def test_a_checkpoint_in_pieces_is_the_same_model(source: Callable[[str], Path],
 
 
 def test_a_header_that_names_a_tensor_twice(source: Callable[[str], Path], output: Path) -> None:
-    """The library takes the last of them."""
+    """The library would keep the last of two equal names."""
     path = source("llama")
     data = (path / WEIGHTS).read_bytes()
     size = int.from_bytes(data[:8], "little")

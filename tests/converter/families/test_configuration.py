@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("model_type", ["bert", "mixtral", "nosuch", "", None, 3, ["llama"], ...])
 def test_a_family_that_is_not_in_the_table(source: Callable[[str], Path], output: Path, model_type: Any) -> None:
-    """Whether transformers knows it or not; a field that isn't there counts as null."""
+    """The type is refused whether transformers knows it or not. A missing field counts as null."""
     path = source("llama")
     change_config(path, model_type=model_type)
     got = None if model_type is ... else model_type
@@ -208,7 +208,7 @@ def test_all_problems_of_a_configuration_at_once(source: Callable[[str], Path], 
 )
 @pytest.mark.parametrize("count", [0, -1, 10_001, 10**9])
 def test_layer_counts(source: Callable[[str], Path], output: Path, name: str, field: str, count: int) -> None:
-    """At once, too: no list is made of as many items as a stranger's number says."""
+    """The refusal comes at once, before a list of that many items is made."""
     path = source(name)
 
     def refuse(count: int) -> str:
@@ -239,7 +239,7 @@ def test_layer_counts(source: Callable[[str], Path], output: Path, name: str, fi
 def test_fields_that_transformers_itself_refuses(
     source: Callable[[str], Path], output: Path, field: str, value: Any
 ) -> None:
-    """Its words are passed on, whatever kind of error they come in."""
+    """The message passes on the text of any kind of error."""
     path = source("llama")
     change_config(path, **{field: value})
     error = refused(path, output)
@@ -312,7 +312,7 @@ def test_a_configuration_that_is_no_json(
 def test_no_field_of_a_checkpoint_chooses_the_code_that_computes(
     source: Callable[[str], Path], output: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    """transformers takes such a name for code of the hub, and has the library ``kernels`` fetch and run it."""
+    """transformers would fetch and run code of the hub under such a name, with the library ``kernels``."""
     asked: list[str] = []
 
     def get_kernel(repository: str, *arguments: object, **named: object) -> object:
@@ -348,7 +348,7 @@ def test_nested_configurations_choose_no_code_either() -> None:
 
 
 def test_an_adapter_beside_the_weights(source: Callable[[str], Path], output: Path) -> None:
-    """transformers would apply it, and to the weights of the base that it names, where peft is installed."""
+    """With peft installed, transformers would apply the adapter, to the weights of another base."""
     path = source("llama")
     (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "attacker/evil"}))
     assert str(refused(path, output)) == (
@@ -382,7 +382,7 @@ def test_an_adapter_beside_the_weights(source: Callable[[str], Path], output: Pa
 def test_counts_that_would_fill_the_memory(
     source: Callable[[str], Path], output: Path, name: str, fields: dict[str, Any], text: str
 ) -> None:
-    """They are refused before transformers makes so many items of them: it would never end."""
+    """The numbers are refused before transformers makes that many items, which would never end."""
     path = source(name)
     change_config(path, **fields)
     assert str(refused(path, output)).startswith(f"[source.config] config.json {text}")

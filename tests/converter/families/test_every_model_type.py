@@ -30,14 +30,14 @@ TESTED = Counter(family for family, _ in CONFIGURATIONS.values())
 
 
 def test_every_family_has_its_configurations() -> None:
-    """At least three: the default shape, an odd one, and one that switches on what there is to switch on."""
+    """Each family has at least three: the default shape, an odd one, and one with every feature on."""
     assert set(TESTED) == set(FAMILIES)
     assert not {family: number for family, number in TESTED.items() if number < 3}
     print(f"{len(FAMILIES)} families with parity, in {sum(TESTED.values())} configurations")
 
 
 MIXTURES: Final = {"llama4_text": "/moe_layers"}
-"""Families of which the default is a mixture of experts, and the field by which that is refused."""
+"""Families whose default is a mixture of experts -> the field by which that is refused."""
 UNBUILT: Final = frozenset(
     {
         # transformers itself makes no model of the default configuration, or it needs a library that isn't here.
@@ -47,7 +47,7 @@ UNBUILT: Final = frozenset(
         *("reformer", "zamba", "zamba2"),
     }
 )
-"""Model types of which no small model can be made by the names of fields alone."""
+"""Model types whose small model needs more than the names of fields."""
 
 
 @pytest.mark.parametrize("model_type", thinned(MODEL_TYPES, FAMILIES))
@@ -132,7 +132,7 @@ def test_what_is_not_supported_is_refused_by_its_name(model_type: str, tmp_path:
 
 
 def _plain(config: dict[str, object]) -> dict[str, object]:
-    """A configuration's fields, as far as JSON has them. (Two types hold numbers that it hasn't.)"""
+    """Return the fields of a configuration that JSON can hold. (Two types have numbers that it can't.)"""
     plain = {}
     for name, value in config.items():
         try:

@@ -177,7 +177,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def read(tmp_path: Path, config: dict[str, Any]) -> Any:
-    """The architecture that a configuration alone gives."""
+    """Return the architecture of a configuration without weights."""
     (tmp_path / "config.json").write_text(json.dumps({**COMMON, **config}))
     save_file({"nothing": torch.zeros(1)}, tmp_path / "model.safetensors")
     return read_configuration(Checkpoint(tmp_path, name="published").configuration())[1]

@@ -96,7 +96,7 @@ def test_graphs_are_deterministic(tmp_path: Path) -> None:
 
 
 def test_adding_graphs_to_a_bundle(tmp_path: Path) -> None:
-    """In place, or beside; what was there stays, and cutting again makes graphs of the new shards."""
+    """Graphs are added in place or in a copy. Other files stay, and a resplit makes graphs for the new shards."""
     plain = splitbundle_converter.convert(checkpoint("gpt2"), tmp_path / "plain", split=[1, 3])
     with pytest.raises(BundleError, match=r"\[stage.graph\] layers \[0, 1\): expected a graph a shard"):
         plain.stage("bottom", backend="onnxruntime")
@@ -115,7 +115,7 @@ def test_adding_graphs_to_a_bundle(tmp_path: Path) -> None:
 
 @pytest.mark.rule("SB-O-017")
 def test_graphs_in_float16(tmp_path: Path) -> None:
-    """Asked for, kept where a bundle is cut again, and refused over other weights."""
+    """The variant is made on request, kept by a resplit, and refused for weights of another dtype."""
     plain = splitbundle_converter.convert(checkpoint("llama", "float16"), tmp_path / "plain", split=[2], check=False)
     added = splitbundle_converter.add_onnx(plain, tmp_path / "added", variant="float16")
     again = splitbundle_converter.resplit(added, tmp_path / "again", split=[1, 3])

@@ -27,7 +27,7 @@ from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STOP: Final = 60
-"""The id that ends a text; it pads, too."""
+"""The id that ends a text, and also pads."""
 EVERYWHERE: Final = tuple(range(LAYERS + 1))
 
 
@@ -38,7 +38,7 @@ def genai() -> Any:
 
 @cache
 def source(name: str, dtype: str) -> Path:
-    """The named model's checkpoint, which says what ends a text."""
+    """Return the checkpoint of a named model with the id that ends a text."""
     directory = scratch() / f"{name}-{dtype}-that-stops"
     shutil.copytree(checkpoint(name, dtype), directory)
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": STOP}), "utf-8")
@@ -47,7 +47,7 @@ def source(name: str, dtype: str) -> Path:
 
 @cache
 def bundle(name: str, split: tuple[int, ...], dtype: str) -> Bundle:
-    """The named model with all that onnxruntime-genai needs."""
+    """Convert a named model with the files for onnxruntime-genai."""
     output = scratch() / f"{name}-{'-'.join(map(str, split))}-{dtype}-genai.splitbundle"
     return splitbundle_converter.convert(source(name, dtype), output, split=split, check=False, genai=True)
 
@@ -78,7 +78,7 @@ class Rows:
             assert numpy.abs(got - expected).max() <= TOLERANCE * numpy.abs(expected).max()
 
     def extend(self, tokens: Any) -> None:
-        """Takes each row's next token."""
+        """Set the next token of each row."""
         for row, token in zip(self.rows, tokens, strict=True):
             row.append(int(token))
 
@@ -98,7 +98,7 @@ class Rows:
     ],
 )
 def test_rows_of_different_lengths(genai: Any, name: str, split: tuple[int, ...], dtype: str) -> None:
-    """genai pads on the right, and the padding stays as rows go on: each row computes what it would alone."""
+    """genai pads on the right, and the padding stays. Each row computes the same as alone."""
     whole = bundle(name, split, dtype)
     rows = [list(row) for row in token_rows(9, 5, 1, seed=11)]
     expected = Rows(whole, rows)
@@ -120,7 +120,7 @@ def test_a_prompt_in_pieces(genai: Any) -> None:
 
 
 def test_text(genai: Any, tmp_path: Path) -> None:
-    """The trained example, from text to text, with the tokenizer where it lies, until its stop id."""
+    """The trained example continues a text to its stop id, with the tokenizer in its place."""
     example = ROOT / "examples" / "license-gpt2"
     whole = splitbundle_converter.convert(example, tmp_path / "b", split=[2, 4], check=False, genai=True)
     model = genai.Model(str(whole.path))
@@ -138,7 +138,7 @@ def test_text(genai: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"past_present_share_buffer": False}, {"num_beams": 2}])
 def test_caches_of_its_own_making_are_refused(genai: Any, options: dict[str, Any]) -> None:
-    """Unshared, its caches have no room for the tokens that come: an error, and no wrong number."""
+    """Without shared buffers the caches have no room for new tokens. That is an error, not a wrong number."""
     running = generator(genai, bundle("llama-llama3", (1, 3), "float32"), **options)
     with pytest.raises(RuntimeError, match=r"TensorScatter: update sequence_length \(1\) exceeds max_sequence_length"):
         running.append_tokens(ids([5]))
@@ -163,7 +163,7 @@ def test_weights_stay_in_their_files(genai: Any, tmp_path: Path) -> None:
 
 
 def private_memory() -> int:
-    """Bytes of this process that are in no file."""
+    """Return the private bytes of this process."""
     found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"))
     if found is None:
         pytest.skip("the system doesn't say how much memory is private")
@@ -187,7 +187,7 @@ def test_what_is_written() -> None:
 
 @pytest.mark.rule("SB-O-016")
 def test_cutting_again_writes_them_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They name the shards' graphs."""
+    """The files of genai name the graphs of the shards, so shards keep these names."""
 
     def stages(whole: Bundle) -> list[str] | None:
         if not whole.manifest.files.keys() & set(GENAI):
@@ -255,7 +255,7 @@ def _config(change: Callable[[Any], object]) -> Callable[[Bundle], tuple[str, by
 def test_verifying_judges_them(
     tmp_path: Path, code: str, pointer: str | None, make: Callable[[Bundle], tuple[str, bytes]]
 ) -> None:
-    """genai itself loads what they name, libraries too."""
+    """genai loads every file that these documents name, libraries too."""
     whole = bundle("gpt2", (1, 3), "float32")
     root = Path(shutil.copytree(whole.path, tmp_path / "x.splitbundle"))
     file, data = make(whole)

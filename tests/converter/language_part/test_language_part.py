@@ -36,7 +36,7 @@ IDS: Final = torch.randint(VOCAB, (2, 13), generator=torch.Generator().manual_se
 
 
 def expected_of(model: Any, ids: Tensor = IDS) -> Tensor:
-    """What the whole model makes of text. (A class that needs an image holds a language model that doesn't.)"""
+    """Return the logits of the whole model for text. (A class that needs an image holds a language model.)"""
     whole = COMPOSITES[model.config.model_type].whole
     with torch.no_grad():
         logits: Tensor = (model.language_model if whole else model)(input_ids=ids).logits
@@ -44,7 +44,7 @@ def expected_of(model: Any, ids: Tensor = IDS) -> Tensor:
 
 
 def check_parity(bundle: Bundle, model: Any, what: str) -> None:
-    """One call, and decoding with a cache: a prefill, single tokens, and a piece."""
+    """Compare one call, and decoding with a cache: a prefill, single tokens, and several tokens."""
     expected, pipeline = expected_of(model), bundle.pipeline()
     session = pipeline.session(len(IDS), IDS.shape[1])
     pieces = [pipeline(piece, session=session) for piece in IDS.split([4, 1, 1, 5, 1, 1], dim=1)]
@@ -60,7 +60,7 @@ def check_parity(bundle: Bundle, model: Any, what: str) -> None:
 def test_the_language_part_computes_what_the_whole_model_does(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For every row of the table, with its default type of language part and the names that transformers saves."""
+    """Convert every row of the table, with its default language part and the names that transformers saves."""
     if model_type == "perception_lm":
         without_tower(monkeypatch)
     model = make_composite(make_config(model_type), seed=sorted(COMPOSITES).index(model_type))
@@ -82,7 +82,7 @@ def test_the_language_part_computes_what_the_whole_model_does(
 
 
 def without_tower(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Perception LM's tower needs a library that isn't among the tests'; it has no say in text."""
+    """Replace Perception LM's tower, which needs a library that tests lack. It doesn't change results for text."""
     from transformers.models.perception_lm import modeling_perception_lm
 
     real = modeling_perception_lm.AutoModel
@@ -134,7 +134,7 @@ _SAVED: Final[dict[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("model_type", _SAVED)
 def test_checkpoints_as_transformers_saves_and_loads_them(model_type: str, tmp_path: Path) -> None:
-    """Saved whole, converted, and compared with the whole model loaded again."""
+    """Save a whole model, convert it, and compare it with the model that is loaded again."""
     import transformers
 
     config = make_config(model_type, **_SAVED[model_type])
@@ -178,7 +178,7 @@ LAYOUTS: Final = {
 
 
 def renamed(base: str, head: str) -> Callable[[Tensors], Tensors]:
-    """A change from the names that transformers saves to others."""
+    """Return a function that renames the tensors that transformers saves."""
 
     def change(tensors: Tensors) -> Tensors:
         named = {name.replace("language_model.model.", base, 1): tensor for name, tensor in tensors.items()}
@@ -189,7 +189,7 @@ def renamed(base: str, head: str) -> Callable[[Tensors], Tensors]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_names(layout: str, tmp_path: Path) -> None:
-    """Older and newer ones: the language part is where every tensor of it is."""
+    """Older and newer names work, as the part is found by its tensors."""
     base, head = LAYOUTS[layout]
     model = make_composite(make_config("llava"))
     tensors = renamed(base, head)(stored_tensors(model))
@@ -201,7 +201,7 @@ def test_layouts_of_names(layout: str, tmp_path: Path) -> None:
 
 
 def test_a_module_whose_name_begins_as_the_language_parts_is_left_out(tmp_path: Path) -> None:
-    """``model.language_model.`` ends as the prefix ``model.`` does, and that doesn't make it one."""
+    """The prefix ``model.language_model.`` is not mistaken for ``model.``."""
     change = renamed(*LAYOUTS["beside"])
     adapter = {"model.language_adapter.weight": torch.zeros(3)}
     source = make(tmp_path, "llava", lambda tensors: change(tensors) | adapter)
@@ -267,7 +267,7 @@ def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_the_tie_of_the_class_that_has_the_head_counts(
     model_type: str, at_top: bool, in_text: bool, tmp_path: Path
 ) -> None:
-    """Not that of the language part. (Some classes take it over from there, Llava's among them.)"""
+    """The tie of the checkpoint's class counts, not that of the language part. (Some classes copy it.)"""
     text = text_fields(COMPOSITES[model_type].text_type) | {"tie_word_embeddings": in_text}
     model = make_composite(make_config(model_type, text, tie_word_embeddings=at_top))
     tied = at_top or (in_text and model_type == "llava")
@@ -281,7 +281,7 @@ def test_the_tie_of_the_class_that_has_the_head_counts(
 
 
 def test_where_nothing_is_said_the_tensors_say(tmp_path: Path) -> None:
-    """transformers ties by a class's default, but not what is stored twice with different values."""
+    """transformers ties by the default of a class, except for two stored tensors with different values."""
     config = make_config("mistral3", tie_word_embeddings=False)
     model = make_composite(config)
     source = save(tmp_path / "source", config, stored_tensors(model), tie_word_embeddings=...)
@@ -299,7 +299,7 @@ def test_where_nothing_is_said_the_tensors_say(tmp_path: Path) -> None:
 
 
 def source_with(source: Path, tie_word_embeddings: bool, **scales: float) -> Path:
-    """Sets the tie, and scales tensors."""
+    """Set the tie in the configuration, and scale some tensors."""
     config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": tie_word_embeddings}
     (source / "config.json").write_text(json.dumps(config))
     tensors = load_file(source / "model.safetensors")

@@ -29,7 +29,7 @@ LISTED: Final = "one of the families that splitbundle families lists"
 
 
 def change_text(path: Path, **fields: Any) -> Path:
-    """Sets fields of the language part's configuration; ``...`` removes one."""
+    """Set fields of the configuration of the language part; ``...`` removes one."""
     config = json.loads((path / "config.json").read_text())
     text = {name: value for name, value in (config["text_config"] | fields).items() if value is not ...}
     (path / "config.json").write_text(json.dumps(config | {"text_config": text}))
@@ -167,7 +167,7 @@ def test_counts_that_would_fill_the_memory(inside: str, tmp_path: Path) -> None:
 
 
 def test_attention_to_what_follows_is_refused(tmp_path: Path) -> None:
-    """PaliGemma's own default: text that comes after a prefix would see all of it."""
+    """PaliGemma's default is refused: text after a prefix would see the whole prefix."""
     source = change_text(make(tmp_path, "paligemma"), use_bidirectional_attention=None)
     assert str(refused(source)) == (
         "[source.config] config.json /text_config/use_bidirectional_attention: expected None or False, got True. "
@@ -176,7 +176,7 @@ def test_attention_to_what_follows_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
-    """Which the class of the checkpoint would leave out."""
+    """The checkpoint's class would ignore this part of the head."""
     source = make(tmp_path, "llava")
     phi = {name: value for name, value in text_fields("phi").items() if name != "head_dim"}
     config = json.loads((source / "config.json").read_text()) | {"text_config": phi}
@@ -229,7 +229,7 @@ EARLIER: Final = {
 
 
 def test_configurations_of_earlier_versions(tmp_path: Path) -> None:
-    """They have every option of generation in each nested configuration; one that says something is refused."""
+    """Old configurations repeat every option of generation. An option with an effect is refused."""
     fields = {"ignore_index": -100, "vocab_size": VOCAB, "torch_dtype": "float16", "architectures": ["Llava"]}
     source = change_text(make(tmp_path, "llava", **fields), **EARLIER)
     assert convert(source).manifest.vectors is not None
@@ -293,7 +293,7 @@ def test_tensors_that_are_refused(change: Callable[[Tensors], Tensors], message:
 
 
 def test_a_tower_with_a_language_parts_names_is_no_language_part(tmp_path: Path) -> None:
-    """Another module with some of the names, or with more layers missing: a prefix is right only as a whole."""
+    """A module with only some of the names is not taken for the language part."""
 
     def change(tensors: Tensors) -> Tensors:
         other = {n.replace(BASE, "tower."): t.clone() for n, t in tensors.items() if BASE in n and ".1." not in n}
@@ -305,7 +305,7 @@ def test_a_tower_with_a_language_parts_names_is_no_language_part(tmp_path: Path)
 
 
 def test_another_class_than_the_tables_is_a_parity_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check is of the checkpoint's own class: were it to scale its logits one day, conversion would fail."""
+    """The check uses the checkpoint's own class. If it scaled its logits, conversion would fail."""
     import transformers
 
     real = transformers.LlavaForConditionalGeneration

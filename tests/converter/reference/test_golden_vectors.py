@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def query_and_key_exchanged(*arguments: Any) -> Translation:
-    """A table with a mistake in it: the kind that nothing but the original model can show."""
+    """Put a mistake into the table that only the original model can show."""
     right = translate(*arguments)
     pair = ("layers.2.attention.query.weight", "layers.2.attention.key.weight")
     exchanged = dict(zip(pair, (right.origins[name] for name in reversed(pair)), strict=True))
@@ -34,7 +34,7 @@ def query_and_key_exchanged(*arguments: Any) -> Translation:
 
 @pytest.mark.rule("SB-G-003", "SB-D-009")
 def test_a_wrong_translation_does_not_get_out(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The chained shards are held against the original: the error says where they part, and nothing is left."""
+    """The error says where the shards differ from the original model, and no file is left."""
     monkeypatch.setattr(conversion, "translate", query_and_key_exchanged)
     error = refused(checkpoint("gpt2"), output, split=(1, 3), check=True)
     assert isinstance(error, ParityError)
@@ -63,7 +63,7 @@ def test_a_wrong_translation_does_not_replace_a_bundle(output: Path, monkeypatch
 @pytest.mark.rule("SB-G-003")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_numbers_fail_the_check(source: Callable[[str], Path], output: Path, value: float) -> None:
-    """A NaN is equal to nothing, so it must not pass for being within a tolerance."""
+    """A NaN must not pass as a small difference, although no comparison with it is true."""
     path = source("llama")
     change_tensors(path, replaced(QUERY, lambda x: torch.full_like(x, value)))
     assert isinstance(refused(path, output, check=True), ParityError)
@@ -71,7 +71,7 @@ def test_weights_that_are_not_numbers_fail_the_check(source: Callable[[str], Pat
 
 @pytest.mark.rule("SB-G-003")
 def test_one_token_that_is_no_number_fails_the_check(source: Callable[[str], Path], output: Path) -> None:
-    """The first case alone meets it, and what the others compute must not make it forgotten."""
+    """Only the first case has a NaN, and the results of the others must not hide it."""
     path = source("llama")
     golden = map_tensors(accepted(path, output), VECTORS)
     shutil.rmtree(output)

@@ -38,7 +38,7 @@ def parts(tmp_path: Path) -> Path:
 
 
 def cut(name: str, ranges: dict[str, tuple[int, int]] = RANGES) -> dict[str, Tensors]:
-    """A named model's tensors by part, each part's layers counted from 0; a tied head is copied to the top."""
+    """Return the tensors of a named model by part. Layers count from 0 in each; a tied head is copied to the top."""
     tensors = dict(make_model(name).state_dict())
     layers = FAMILIES[json.loads((checkpoint(name) / "config.json").read_text())["model_type"]].layers
     made: dict[str, Tensors] = {part: {} for part in ranges}
@@ -66,7 +66,7 @@ def write(
     metadata: str = "{part}_metadata.json",
     **fields: dict[str, Any],
 ) -> Path:
-    """Writes the parts; ``fields`` are changes to a part's metadata, ``...`` removes one."""
+    """Write the parts. ``fields`` change the metadata of a part; ``...`` removes a field."""
     config = json.loads((checkpoint(name) / "config.json").read_text())
     for part, state in (cut(name, ranges) if tensors is None else tensors).items():
         torch.save({rename(key): tensor for key, tensor in state.items()}, path / files.format(part=part))
@@ -78,14 +78,14 @@ def write(
 
 
 def convert(path: Path, output: Path, **named: Any) -> Any:
-    """Converts, and leaves nothing but the bundle."""
+    """Convert, and check that only the bundle is left."""
     made = splitbundle_converter.convert(path, output, allow_pickle=True, **named)
     assert [entry.name for entry in output.parent.iterdir()] == [output.name]
     return made
 
 
 def refused(path: Path, output: Path, *, allow_pickle: bool = True) -> BundleError:
-    """The error that a conversion ends with. It leaves nothing."""
+    """Return the error of a conversion, and check that no file is left."""
     with pytest.raises(BundleError) as caught:
         splitbundle_converter.convert(path, output, allow_pickle=allow_pickle, check=False)
     assert not list(output.parent.iterdir())
@@ -98,7 +98,7 @@ def refused(path: Path, output: Path, *, allow_pickle: bool = True) -> BundleErr
 @pytest.mark.parametrize("inclusive", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_three_parts_are_the_model(parts: Path, output: Path, name: str, inclusive: bool) -> None:
-    """Cut where they were cut, held against the original class, and with the fingerprint of the whole checkpoint."""
+    """The bundle keeps the cuts, passes the check, and has the fingerprint of the whole checkpoint."""
     made = convert(write(parts, name, inclusive=inclusive), output)
     assert made.manifest.vectors is not None
     assert made.fingerprint == bundle(name).fingerprint
@@ -133,7 +133,7 @@ def test_a_split_of_ones_own_wins(parts: Path, output: Path) -> None:
 
 
 def test_the_command_cuts_them_where_they_were_cut(parts: Path, output: Path) -> None:
-    """Unless it is told where; and a bundle that is cut again is whole, unless it is told where."""
+    """``split`` moves the cuts, and a resplit without ``split`` has none."""
     words = ["convert", str(write(parts, "gpt2")), "--allow-pickle", "--no-check", "--quiet", "-o", str(output)]
     assert main.main(words) == 0
     assert [(shard.name, shard.layers) for shard in splitbundle.open(output).shards] == list(RANGES.items())
@@ -152,7 +152,7 @@ def test_the_command_cuts_them_where_they_were_cut(parts: Path, output: Path) ->
 )
 @pytest.mark.parametrize("inclusive", [False, True])
 def test_other_parts(parts: Path, output: Path, ranges: dict[str, tuple[int, int]], inclusive: bool) -> None:
-    """A bottom that only embeds and a top that is only the head; no trunk."""
+    """The bottom only embeds, the top is only the head, and there is no trunk."""
     made = convert(write(parts, "gpt2", ranges=ranges, inclusive=inclusive), output, check=False)
     assert made.fingerprint == bundle("gpt2").fingerprint
     assert [(shard.name, shard.layers) for shard in made.shards] == list(ranges.items())
@@ -180,7 +180,7 @@ def test_names_of_files(parts: Path, output: Path, files: str, metadata: str) ->
 
 
 def test_what_stands_beside_the_parts(parts: Path, output: Path) -> None:
-    """The tokenizer is taken along, a configuration must agree, other pickles are left alone."""
+    """The tokenizer is copied, a configuration must agree, and other pickles are ignored."""
     write(parts, "gpt2")
     shutil.copy(checkpoint("gpt2") / "config.json", parts)
     (parts / "tokenizer_config.json").write_text("{}")
@@ -249,7 +249,7 @@ def test_fewer_layers_than_the_configuration_has(parts: Path, output: Path) -> N
 
 
 def test_configurations_that_differ(parts: Path, output: Path) -> None:
-    """In what changes no number they may: here in where the model came from."""
+    """Parts may differ in a field that changes no number, here the origin of the model."""
     config = json.loads((checkpoint("gpt2") / "config.json").read_text())
     fields = {
         "trunk": {"config": config | {"n_head": 7, "_name_or_path": "elsewhere"}},
@@ -262,7 +262,7 @@ def test_configurations_that_differ(parts: Path, output: Path) -> None:
 
 
 def test_parts_of_two_types_with_the_same_fields(parts: Path, output: Path) -> None:
-    """The type is no field that changes nothing, though other fields say what it changes."""
+    """A different model type is refused, although it is among the ignored fields."""
     config = json.loads((checkpoint("llama") / "config.json").read_text())
     for name in ("attention_bias", "mlp_bias", "pretraining_tp"):  # mistral hasn't these
         del config[name]
@@ -455,7 +455,7 @@ def test_a_tensor_of_another_shape_is_named_as_its_part_has_it(parts: Path, outp
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_parts_beside_a_whole_model(parts: Path, output: Path, file: str) -> None:
-    """Which of them is meant can't be known: the parts may have been trained since."""
+    """Parts beside a whole model are refused, as the parts may have been trained since."""
     write(parts, "gpt2")
     shutil.copy(checkpoint("gpt2") / "config.json", parts)
     shutil.copy(checkpoint("gpt2") / "model.safetensors", parts / file)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def save_as(auto: str, name: str, path: Path) -> Path:
-    """The named model's base in a class of ``auto``, as transformers saves it; its head, if it has one, is new."""
+    """Save the base of a named model in a class of ``auto``. A head of that class is new."""
     config = make_model(name, pad_token_id=0, num_labels=3).config
     getattr(transformers, auto).from_config(config).save_pretrained(path)
     return path
@@ -57,7 +57,7 @@ def test_a_tied_base_model_needs_no_head(output: Path) -> None:
     ],
 )
 def test_a_head_for_another_task(output: Path, auto: str, name: str, tensor: str, saved: str) -> None:
-    """Also of a family whose own head is tied and stores nothing."""
+    """This holds for a family with a tied head too, which stores no tensor."""
     path = save_as(auto, name, output.parent.parent / "source")
     expected = (
         f"[source.tensor] {WEIGHTS} /{tensor}: expected the head of a causal language model, got a head for another "
@@ -70,7 +70,7 @@ def test_a_head_for_another_task(output: Path, auto: str, name: str, tensor: str
 
 
 def test_a_head_that_is_there_and_incomplete(source: Callable[[str], Path], output: Path) -> None:
-    """It isn't another task's: each tensor is named."""
+    """The error names each tensor, as the head is not of another task."""
     path = source("phi")
     change_tensors(path, without("lm_head.bias"))
     missing = f"[source.tensor] source: expected a tensor 'lm_head.bias' of shape [61], got none. {MISSING}"

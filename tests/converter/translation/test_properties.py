@@ -1,4 +1,4 @@
-"""What holds of every model however deep it is and wherever it is cut, with depths, cuts and damage drawn at random.
+"""Properties of every model at every depth and cut. Depths, cuts and damage are drawn at random.
 
 Each test draws the same examples in every run, other ones for every configuration, and beginning with the simplest.
 """
@@ -40,7 +40,7 @@ DEPTHS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 def for_examples(
     name: str, number: int, **drawn: st.SearchStrategy[Any]
 ) -> Callable[[Callable[..., None]], Callable[[], None]]:
-    """Calls what it decorates with ``number`` examples, which depend on nothing but ``name``.
+    """Call the decorated function with ``number`` examples, which depend only on ``name``.
 
     A failing one isn't made smaller: the first are the smallest, and a model is made for each.
     """
@@ -49,7 +49,7 @@ def for_examples(
 
 
 def of_depth(name: str, layers: int) -> dict[str, Any]:
-    """The changes that give the named configuration so many layers; what it lists by layer goes round."""
+    """Return the changes that give a named configuration ``layers`` layers. Lists by layer repeat."""
     fields = CONFIGURATIONS[name][1]
     changes: dict[str, Any] = {depth: layers for depth in DEPTHS if depth in fields}
     assert len(changes) == 1, name
@@ -64,7 +64,7 @@ def of_depth(name: str, layers: int) -> dict[str, Any]:
 
 @cache
 def deep(name: str, layers: int) -> Path:
-    """The named configuration's checkpoint with so many layers."""
+    """Return the checkpoint of a named configuration with ``layers`` layers."""
     path = scratch() / f"{name}-{layers}-layers"
     make_model(name, **of_depth(name, layers)).save_pretrained(path)
     return path
@@ -72,20 +72,20 @@ def deep(name: str, layers: int) -> Path:
 
 @st.composite
 def cut_models(draw: st.DrawFn) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """A depth, and two sets of cuts of it: 0 and the depth itself leave a shard without a layer."""
+    """Draw a depth and two sets of cuts. The cuts 0 and the depth leave a shard without a layer."""
     layers = draw(st.integers(1, DEEPEST))
     cuts = st.sets(st.integers(0, layers)).map(lambda chosen: tuple(sorted(chosen)))
     return layers, draw(cuts), draw(cuts)
 
 
 def digests(bundle: Bundle) -> dict[str, str]:
-    """Path -> sha256, of every file."""
+    """Return path -> sha256 of every file."""
     files = [path for path in bundle.path.rglob("*") if path.is_file()]
     return {path.relative_to(bundle.path).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def check_shards(bundle: Bundle, layers: int, cuts: tuple[int, ...]) -> None:
-    """They tile the layers, and each has the units that its range implies, said here once more in other words."""
+    """Check that shards tile the layers, and that each has the units of its range, computed here in another way."""
     assert bundle.manifest.cuts == cuts
     shards = bundle.shards
     assert [layer for shard in shards for layer in range(*shard.layers)] == list(range(layers))
@@ -105,7 +105,7 @@ def check_shards(bundle: Bundle, layers: int, cuts: tuple[int, ...]) -> None:
 
 
 def check_chains(bundle: Bundle, layers: int, cuts: tuple[int, ...]) -> None:
-    """Stages that meet anywhere compute what the whole does, to the bit, whatever the cuts on disk."""
+    """Two stages that meet at any layer compute the same bits as the whole model, for any cuts on disk."""
     ids = torch.tensor(token_rows(6, 6))
     whole = bundle.pipeline()(ids)
     x = ids
@@ -137,7 +137,7 @@ def learned(tensors: dict[str, Any], name: str) -> dict[str, Any]:
 @pytest.mark.rule("SB-I-004")
 @pytest.mark.parametrize("name", thinned(ONE_PER_FAMILY, FEW))
 def test_any_cuts_of_any_depth(name: str) -> None:
-    """Shards tile the model, whose fingerprint is one; cutting again is converting at those cuts, byte by byte."""
+    """Shards tile the model, and the fingerprint stays. A resplit equals a conversion at those cuts, byte by byte."""
 
     @for_examples(name, 3, drawn=cut_models())
     def holds(drawn: tuple[int, tuple[int, ...], tuple[int, ...]]) -> None:
@@ -164,14 +164,14 @@ def test_any_cuts_of_any_depth(name: str) -> None:
 
 
 def translated(source: Checkpoint) -> Translation:
-    """The table of a checkpoint."""
+    """Return the translation of a checkpoint."""
     family, architecture, _ = read_configuration(source.configuration())
     return translate(source, family, architecture)
 
 
 @pytest.mark.parametrize("name", thinned(CONFIGURATIONS, ONE_PER_FAMILY))
 def test_names_map_there_and_back(name: str) -> None:
-    """Every element of the source has one place in the bundle, and every tensor of the bundle one origin."""
+    """Every number of the source has one place in the bundle, and every tensor of the bundle has one origin."""
 
     @for_examples(name, 3, layers=st.integers(1, DEEPEST))
     def holds(layers: int) -> None:
@@ -213,7 +213,7 @@ def problems(source: Checkpoint) -> list[Any]:
 
 @pytest.mark.parametrize("name", thinned(ONE_PER_FAMILY, FEW))
 def test_one_wrong_tensor_is_named(name: str) -> None:
-    """Whichever is missing, renamed, added, of another shape or dtype: each is refused, and by its name alone."""
+    """A tensor that is missing, renamed, added, or of another shape or dtype is refused by its name alone."""
     whole = Checkpoint(checkpoint(name), name=name)
     names = sorted({origin.source for origin in translated(whole).origins.values()})
 
@@ -257,14 +257,14 @@ def test_one_wrong_tensor_is_named(name: str) -> None:
 
 
 def renamed(data: st.DataObject, name: str) -> str:
-    """A name with one character changed, inserted or left out: also one of another layer."""
+    """Return a name with one character changed, inserted or removed. It may become a name of another layer."""
     place = data.draw(st.integers(0, len(name) - 1), "place")
     into = data.draw(st.sampled_from(("", *LETTERS)), "into")
     return name[:place] + into + name[place + data.draw(st.integers(0, 1), "replaced") :]
 
 
 def reshaped(data: st.DataObject, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Another shape: one dimension other, one more, or turned."""
+    """Return another shape: one dimension changed, one added, or the order reversed."""
     place = data.draw(st.integers(0, len(shape) - 1), "place")
     step = data.draw(st.sampled_from((-1, 1)), "step")
     others = [(*shape[:place], shape[place] + step, *shape[place + 1 :]), (*shape, 1), shape[::-1], (1, *shape)]

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ),
 )
 def test_the_round_trip_is_exact(name: str, dtype: str, output: Path) -> None:
-    """Names, shapes, dtypes and bits, of every configuration."""
+    """Names, shapes, dtypes and bits come back, for every configuration."""
     path = checkpoint(name, dtype)
     made = accepted(path, output, split=(1, 2), check=False)
     back = dict(splitbundle_converter.source_tensors(made))

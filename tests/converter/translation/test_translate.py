@@ -95,7 +95,7 @@ def test_a_transposed_layout_is_told_apart(source: Callable[[str], Path], output
 
 @pytest.mark.parametrize("count", [LAYERS - 1, LAYERS + 1])
 def test_a_checkpoint_of_another_depth(source: Callable[[str], Path], output: Path, count: int) -> None:
-    """No layer is dropped and none invented: each tensor too many or too few is named."""
+    """The error names each extra and each missing tensor, so no layer is dropped or invented."""
     path = source("llama")
     change_config(path, num_hidden_layers=count)
     error = refused(path, output)
@@ -115,7 +115,7 @@ def test_a_tied_head_that_is_stored_and_differs(source: Callable[[str], Path], o
 
 
 def test_a_tied_head_that_is_stored_and_equal(source: Callable[[str], Path], output: Path) -> None:
-    """It is stored once, and comes back twice."""
+    """The tensor is stored once, and comes back under two names."""
     path = source("gpt2")
     change_tensors(path, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"].clone()}))
     made = accepted(path, output)
@@ -127,7 +127,7 @@ def test_a_tied_head_that_is_stored_and_equal(source: Callable[[str], Path], out
 
 @pytest.mark.parametrize(("name", "prefix"), [("gpt2", "transformer."), ("gemma", "model.")])
 def test_a_base_model_saved_alone(source: Callable[[str], Path], output: Path, name: str, prefix: str) -> None:
-    """Its names lack the prefix; a tied head needs nothing more. The names come back as they were."""
+    """The names lack the prefix, and a tied head needs no tensor of its own. The names come back unchanged."""
     path = source(name)
     change_tensors(path, lambda tensors: {key.removeprefix(prefix): tensor for key, tensor in tensors.items()})
     made = accepted(path, output)
@@ -136,7 +136,7 @@ def test_a_base_model_saved_alone(source: Callable[[str], Path], output: Path, n
 
 
 def test_buffers_of_old_checkpoints_are_dropped(source: Callable[[str], Path], output: Path) -> None:
-    """GPT-2's masks, by name: and only of layers that there are."""
+    """GPT-2's masks are dropped by name, only for layers that exist."""
     path = source("gpt2")
     masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 48, 48).tril() for i in range(LAYERS)}
     masks["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_model_does_not_flood(source: Callable[[str], Pa
 
 
 def test_a_constant_of_another_value(source: Callable[[str], Path], output: Path) -> None:
-    """xIELU's are buffers that a checkpoint has, and transformers takes them from there."""
+    """The constants of xIELU are buffers of the checkpoint, and transformers loads them."""
     path = source("apertus")
     change_tensors(path, replaced("model.layers.2.mlp.act_fn.beta", lambda x: x + 0.25))
     assert str(refused(path, output)) == (

@@ -29,19 +29,19 @@ from tests.support.paths import ROOT
 
 ROUNDS = 20
 KINDS = ("n1", "n2", "f1", "f2")
-"""With force or not, in one step or in two."""
+"""Runs with and without force, and in one step or two."""
 CHECKPOINT = ROOT / "examples" / "license-gpt2"
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """The licence model in one shard."""
+    """Convert the example to one shard."""
     return splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle", check=False).path
 
 
 @pytest.mark.parametrize("unit", ["embedding", "head"])
 def test_a_file_that_cannot_be_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
-    """The second pass over a weight file runs beside the writing of the next one: what it meets isn't lost."""
+    """An error of the second pass over a weight file is raised, although the pass runs in another thread."""
     real = files.sha256
 
     def fails(file: BinaryIO, *more: Any) -> str:
@@ -61,7 +61,7 @@ def names(directory: Path) -> list[str]:
 
 
 def test_what_others_keep_under_such_names_stays(bundle: Path, tmp_path: Path) -> None:
-    """Neither reading nor writing takes it for a bundle that was replaced, or for what a killed writer left."""
+    """A file of another program is never taken for an old bundle or for the remains of a writer."""
     old = backup_path(bundle)
     old.mkdir()
     (old / "thesis.txt").write_text("years of work")
@@ -209,7 +209,7 @@ def test_damaged_files_get_no_fresh_digests(bundle: Path, command: str) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
 @pytest.mark.parametrize("error", ["EIO", "ENOLCK"])
 def test_a_lock_that_fails(bundle: Path, monkeypatch: pytest.MonkeyPatch, error: str) -> None:
-    """Where there are no locks, it is done without; where one fails that another process may get, it isn't."""
+    """Without locks on the system, writing goes on. If the system has locks and one fails, writing fails."""
 
     def refuse(*arguments: object) -> None:
         raise OSError(getattr(errno, error), os.strerror(getattr(errno, error)))
@@ -271,7 +271,7 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
 
 
 def _race(place: Path, together: Barrier, answers: SimpleQueue[tuple[int, str]]) -> None:
-    """Several times each, over nothing and over an old bundle, in one step and in two."""
+    """Two writers race several times, over nothing and over an old bundle, in one step and in two."""
     exchanging = writing._rename
     for kind in KINDS:
         vars(writing)["_rename"] = exchanging if kind[1] == "1" else lambda *arguments, **named: False

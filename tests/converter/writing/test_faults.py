@@ -58,7 +58,7 @@ def test_every_system_call_may_fail_or_be_the_last(group: int, tally: Callable[[
 
 
 def test_a_scenario_that_is_not_there() -> None:
-    """It isn't one of which nothing was wrong."""
+    """A run without a fault must not count as good."""
     command = [sys.executable, "-m", "tests.support.faults", "convert", "nosuch"]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=600)

@@ -52,7 +52,7 @@ def test_names(output: Path, names: tuple[str, ...]) -> None:
 
 
 def test_a_unit_in_parts_computes_the_same(output: Path) -> None:
-    """A layer above the largest file size is divided between tensors, and comes back whole."""
+    """A layer above the largest file size is divided between tensors, and is loaded as one."""
     made = accepted(checkpoint("llama"), output, split=(2,), max_file_size=12_000)
     assert made.manifest.units["layer-000"][0] == "layer-000-part-001.safetensors"
     assert all(len(files) > 1 for unit, files in made.manifest.units.items() if unit.startswith("layer"))

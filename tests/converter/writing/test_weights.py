@@ -29,7 +29,7 @@ def test_values_that_float16_cannot_hold(source: Callable[[str], Path], output: 
 
 
 def test_mixed_dtypes_are_kept(source: Callable[[str], Path], output: Path) -> None:
-    """Norms in float32 beside matrices in bfloat16, as some checkpoints have them."""
+    """Some checkpoints have norms in float32 beside matrices in bfloat16."""
     path = Path(shutil.copytree(checkpoint("llama", "bfloat16"), output.parent.parent / "source"))
     change_tensors(path, lambda tensors: {k: t.float() if "norm" in k else t for k, t in tensors.items()})
     made = accepted(path, output, split=(2,))
