@@ -162,8 +162,8 @@ def _staging(target: Path) -> Iterator[Path]:
                     staging.mkdir()
                     yield staging
         finally:
-            # After success, only the replaced bundle can still be here. If the removal fails, this must not hide an
-            # earlier error; the next writer tries again.
+            # This is an unfinished bundle, a replaced bundle or a scratch directory. If the removal fails, this must
+            # not hide an earlier error; the next writer tries again.
             _remove(staging)
             with contextlib.suppress(OSError):
                 lock.unlink()
