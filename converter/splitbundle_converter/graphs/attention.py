@@ -1,7 +1,7 @@
 """Add causal self-attention to a graph. The equations are in ``spec/v1/decoder.md``.
 
-Shapes in comments: B rows, S positions of this call, T slots of keys, K key heads, G query heads for each key head, D
-channels.
+Shapes in comments: B rows, S positions of this call, T slots of keys, H query heads, K key heads, G = H / K query heads
+for each key head, D channels.
 """
 
 from __future__ import annotations

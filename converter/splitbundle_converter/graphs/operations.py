@@ -46,8 +46,8 @@ class Operations:
         if factor == 1.0:
             return x
         graph = self.graph
-        # A factor that is not exact in 16 bits would shift all values in the same direction. Then the product is in
-        # float32.
+        # A factor that is not exact in 16 bits would shift all values in the same direction. The product with such a
+        # factor is computed in float32.
         dtype = graph.dtype if float(numpy.asarray(factor, graph.dtype)) == factor else "float32"
         x = graph.op("Mul", name, graph.cast(x, graph.dtype, dtype), graph.number(factor, dtype))
         return graph.cast(x, dtype, graph.dtype)

@@ -41,8 +41,8 @@ class GraphPositions:
         stop = graph.op("Add", "positions.stop", past, count)
         last = graph.op("Sub", "positions.last", stop, graph.integer(1))
         last = graph.op("Max", "positions.last_or_first", last, graph.integer(0))
-        # Padding gets the last position of its row, so that every table has a row for it.
         self.stop = stop
+        # Padding gets the last position of its row, so that every table has a row for it.
         unbounded = graph.op("Add", "positions.unbounded", past, offsets)
         self.slots = graph.op("Min", "positions", unbounded, last)
         """The positions. *Shape:* (batch, sequence), int64."""

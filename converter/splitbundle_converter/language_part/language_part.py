@@ -129,7 +129,7 @@ def read_language_part(source: Checkpoint) -> LanguagePart:
         del values[name]
     config = ConfigReader(values, type(nested)().to_dict(), found.file, f"/{TEXT}")
     if tied is not None:
-        values["tie_word_embeddings"] = tied  # the checkpoint's class has the head, so its own field is valid
+        values["tie_word_embeddings"] = tied  # the checkpoint's class has the head: its field applies
     architecture = _architecture(family, config, composite)
     top.finish()
     base, head = _places(source, family, architecture)
@@ -225,7 +225,7 @@ def _with_head(architecture: Architecture, **fields: Any) -> Architecture:
 
 
 def _implied(family: Family, architecture: Architecture) -> Iterator[SourceName]:
-    """Return the entries of the family's table whose tensors the architecture implies."""
+    """Yield the entries of the family's table whose tensors the architecture implies."""
     shapes, layers = architecture.tensors(), len(architecture.layers)
     for row in family.names(architecture):
         for entry in expand(row, layers):

@@ -19,8 +19,8 @@ def load_original_part(part: LanguagePart) -> tuple[Any, str]:
     """Return the original model in float32, and the name of the module list that has its layers.
 
     The checkpoint's class is built without memory for its weights. Then its language model and its head are replaced by
-    loaded ones. So the code of this class computes the reference results, but only the language part uses memory. All
-    other weights are NaN: if one of them changes the result, the result is NaN too.
+    loaded modules. So the code of this class computes the reference results, but only the language part uses memory.
+    All other weights are NaN: if one of them affects the result, the result is NaN too.
 
     Raises:
         BundleError: ``source.tensor``, ``source.config``, and ``backend.missing`` if the class needs a library that is
@@ -55,7 +55,7 @@ def load_original_part(part: LanguagePart) -> tuple[Any, str]:
 
 
 def _spoil(whole: Any) -> None:
-    """Replace each meta tensor by one number for all its elements, because some classes ask for a weight's device."""
+    """Replace each meta tensor with one expanded number, because some classes look at the device of a weight."""
     for module in whole.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():

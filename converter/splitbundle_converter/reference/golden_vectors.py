@@ -128,7 +128,7 @@ def from_tensors(config: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str
     """Return the causal language model of a configuration in float32 with these tensors, and the loading report."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    original: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # it has a class for each model type of the table
+    original: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the mapping has a class for each family
     loaded: tuple[Any, dict[str, Any]] = original.from_pretrained(
         None,
         config=config,
@@ -143,13 +143,13 @@ def from_tensors(config: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str
 def _load_directory(source: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    generation: Any = GenerationConfig  # it is untyped
-    config = resolve(source.configuration())  # transformers must not read the file: it may select the code
+    generation: Any = GenerationConfig  # transformers gives no types for it
+    config = resolve(source.configuration())  # transformers must not read config.json, which may select code
     config._attn_implementation = "eager"
     return AutoModelForCausalLM.from_pretrained(
         str(source.directory.path),
         config=config,
-        generation_config=generation(),  # nor generation_config.json, which changes no result
+        generation_config=generation(),  # generation_config.json is not needed: it changes no result
         dtype=torch.float32,
         attn_implementation="eager",
         trust_remote_code=False,
@@ -169,7 +169,7 @@ def _load_tensors(source: Checkpoint) -> Any:
 
 def _check_memory(need: int) -> None:
     available = available_memory()
-    # A fifth more than the weights: activations, and temporary memory while loading.
+    # Activations and temporary memory while loading need a fifth more than the weights alone.
     if available is not None and need * 1.2 > available:
         expected = f"{need * 1.2 / 2**30:.1f} GiB of free memory to check against the original model in float32"
         raise refusal("memory", None, expected, f"{available / 2**30:.1f} GiB", UNCHECKED)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def available_memory() -> int | None:
-    """Return the bytes that this process can still allocate, or None if the system does not say.
+    """Return the bytes that this process can still allocate, or None if the system does not report them.
 
     It is the smaller of the machine's available memory and the rest of the control group's limit.
     """

@@ -216,7 +216,7 @@ def _check_same_model(
 
 
 def _same(one: object, other: object) -> bool:
-    return strict_json.dump_compact(one) == strict_json.dump_compact(other)  # in Python, 1 is True
+    return strict_json.dump_compact(one) == strict_json.dump_compact(other)  # 1 == True in Python
 
 
 def _load_part(part: Part, path: Path, names: PartNames, family: Family) -> LoadedPart:
@@ -258,7 +258,7 @@ def _load_part(part: Part, path: Path, names: PartNames, family: Family) -> Load
 
 
 def _without_metadata(directory: CheckpointDirectory, found: list[PartFiles]) -> list[str]:
-    """Return the names of pickles that have no metadata file. A message names them, as they may be missing parts."""
+    """Return the names of pickles that have no metadata file. A message names them, because they may be parts."""
     known = {part.weights for part in found}
     return sorted(path.name for path in directory.path.iterdir() if path.suffix in SUFFIXES and path.name not in known)
 

@@ -15,7 +15,7 @@ _HINT: Final = "Only causal language models can be converted: "
 
 
 def wrong_head(source: Checkpoint, head: Mapping[str, bool], *, base_alone: bool) -> Problem | None:
-    """Return the problem of a checkpoint without a causal language model's head, or None if it has one.
+    """Return the problem of a checkpoint that lacks the head of a causal language model. Otherwise, return None.
 
     Args:
         source: The checkpoint.

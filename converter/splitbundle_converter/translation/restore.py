@@ -21,7 +21,7 @@ def source_tensors(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
         BundleError: A unit is absent, or differs from the manifest.
     """
     units = {name: unit for unit, tensors in bundle.architecture.unit_tensors().items() for name in tensors}
-    mapped: dict[str, dict[str, torch.Tensor]] = {}  # the tensors are mapped, not read, so keeping them is free
+    mapped: dict[str, dict[str, torch.Tensor]] = {}  # mapped tensors are not read, so keeping them costs no memory
 
     def tensor(name: str) -> torch.Tensor:
         unit = units[name]

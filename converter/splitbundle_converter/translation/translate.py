@@ -56,10 +56,11 @@ def _grouped(rows: Tensor, groups: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Translation:
-    """The origin of each logical tensor, and the table for the way back, with ``{layer}`` if all layers are alike."""
+    """The origin of each logical tensor, and the table that restores the source tensors."""
 
     origins: dict[str, Origin]
     source_names: tuple[SourceName, ...]
+    """The entries of the table. An entry has ``{layer}`` in its names if it is valid for all layers."""
 
 
 def translate(source: Checkpoint, family: Family, architecture: Architecture) -> Translation:
@@ -67,8 +68,8 @@ def translate(source: Checkpoint, family: Family, architecture: Architecture) ->
 
     Raises:
         BundleError: ``source.tensor`` if the head is not a causal language model's head. Otherwise ``source.tensor``
-            for each tensor that is missing, is extra, or has another shape or dtype, and for a stored copy of a tied
-            embedding that differs from the embedding.
+            for each tensor that is missing, is extra, or has another shape or dtype; for a constant that differs from
+            the decoder's value; and for a stored copy of a tied embedding that differs from the embedding.
     """
     check_unwrapped(source.tensors, source.name)
     shapes = architecture.tensors()
@@ -102,7 +103,7 @@ def translate(source: Checkpoint, family: Family, architecture: Architecture) ->
     for name in sorted(source.tensors.keys() - claimed - dropped):
         problems.append(_extra(source, name, layers))
     if problems:
-        raise BundleError(problems[:MAX_PROBLEMS])  # a checkpoint with another number of layers has very many
+        raise BundleError(problems[:MAX_PROBLEMS])  # a wrong number of layers gives very many problems
     return Translation(origins=origins, source_names=tuple(kept))
 
 
@@ -206,9 +207,9 @@ def _tied_copy(
     claimed: set[str],
     problems: list[Problem],
 ) -> list[SourceName]:
-    """Return the entry of a tied head's projection, if the source stores it. It must be equal to the embedding.
+    """Return the entry of a tied head's projection, if the source stores this tensor.
 
-    The bundle does not store it again.
+    The tensor must be equal to the embedding. The bundle does not store it again.
     """
     if not architecture.head.tied:
         return []

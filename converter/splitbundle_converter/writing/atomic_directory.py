@@ -80,7 +80,7 @@ def scratch_directory(destination: str | os.PathLike[str], *, force: bool) -> It
 
 
 def _is_ours(path: Path, target: Path) -> bool:
-    """Return whether a path of an error is the target, a temporary entry beside it, or their parent directory."""
+    """Return whether the path in an error is the target, a temporary entry beside it, or their parent directory."""
     if not path.is_relative_to(target.parent):
         return False
     inside = path.relative_to(target.parent).parts
@@ -147,22 +147,23 @@ def _new_place(target: Path) -> Path:
 
 @contextlib.contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    """Create a new directory beside the target, and a lock file beside it. The lock lasts as long as the process."""
+    """Create a new directory beside the target, and a lock file that stays locked until the block or process ends."""
     claimed = False
     while not claimed:
         staging = _new_place(target)
         lock = staging.with_name(staging.name + _LOCK)
-        try:  # it encloses all steps, because an interruption may come between any two
+        try:  # around all steps, because an interruption may come between any two of them
             with _closed_at_last(lock.open("xb")) as held:
                 _lock(held, wait=True)
-                # Before the file was locked, another writer may have removed it as left by a killed process.
+                # Before this process locked the file, another writer may have taken it for a killed writer's file
+                # and removed it.
                 claimed = os.path.lexists(lock)
                 if claimed:
                     staging.mkdir()
                     yield staging
         finally:
-            # After success, the directory is already renamed. A failure to remove it must not hide the first error; the
-            # next writer tries again.
+            # This is an unfinished bundle, a replaced bundle or a scratch directory. If the removal fails, this must
+            # not hide an earlier error; the next writer tries again.
             _remove(staging)
             with contextlib.suppress(OSError):
                 lock.unlink()
@@ -170,7 +171,7 @@ def _staging(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _closed_at_last(file: BinaryIO) -> Iterator[BinaryIO]:
-    """Close a file at the end of the block. An error of closing is ignored, because nothing was written to the file."""
+    """Close a file at the end of the block. Ignore an error of ``close``, because nothing was written to the file."""
     try:
         yield file
     finally:
@@ -182,11 +183,11 @@ def _lock(file: BinaryIO, *, wait: bool) -> bool:
     """Lock a file until it is closed or the process ends.
 
     Returns:
-        False if another process has the lock, or if the file system does not support locks.
+        True if the file is locked now. False if another process has the lock, or if locks are not supported.
 
     Raises:
-        OSError: Another error, with ``wait``. Other processes may not have this error, and would then treat this
-            running writer as a killed one.
+        OSError: With ``wait``, the lock failed for another reason. Other processes may not have this error. They would
+            then treat this running writer as a killed one.
     """
     if sys.platform == "win32":
         return False

@@ -25,7 +25,7 @@ def write_file(root: Path, path: str, data: bytes) -> File:
 
 
 def write_documents(root: Path, draft: Manifest, architecture: Architecture) -> Manifest:
-    """Write the model card, manifest.json and SHA256SUMS. Check the manifest first, with the rules of the runtime.
+    """Write the model card, manifest.json and SHA256SUMS. Check the manifest by the runtime's rules before writing it.
 
     Returns:
         The manifest with all files listed.
@@ -44,7 +44,7 @@ def write_documents(root: Path, draft: Manifest, architecture: Architecture) -> 
 
 
 def relocated(made: Bundle, target: Path) -> Bundle:
-    """Return a bundle with its final path. Opening it again could fail after the bundle is in place, so it isn't."""
+    """Return a bundle with its final path. It is not opened again, because this could fail after the rename."""
     return Bundle(target, made.manifest, made.architecture, made.id)
 
 

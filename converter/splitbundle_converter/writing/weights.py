@@ -26,7 +26,7 @@ def write_weights(path: Path, tensors: dict[str, Stored], produce: Produce) -> C
     Args:
         path: The path of the new file.
         tensors: The name of each tensor, in order of use -> its dtype and shape.
-        produce: Returns a tensor by name. It must have exactly this dtype and shape.
+        produce: Returns a tensor by its name. The tensor must have exactly this dtype and shape.
 
     Returns:
         A function that returns the file's entry in the manifest. Any thread may call it. The file begins with the
@@ -37,7 +37,7 @@ def write_weights(path: Path, tensors: dict[str, Stored], produce: Produce) -> C
         ValueError: A tensor has another dtype or shape.
     """
     layout = weight_layout.lay_out(tensors)
-    space = len(weight_layout.header(layout, "0" * 64))  # all digests have the same length, so the header's is known
+    space = len(weight_layout.header(layout, "0" * 64))  # all digests have one length, so this is the final size
     digest = hashlib.sha256()
     with path.open("wb") as file:
         file.seek(space)
