@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from splitbundle.backends import registry
-from splitbundle.storage.documents import read_documents
+from splitbundle.storage.documents import find_bundle, read_documents
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import BundleReader
 
@@ -29,6 +29,12 @@ class Bundle(BundleReader):
     def __reduce__(self) -> tuple[Any, tuple[Path, str, bool]]:
         # A worker reads the documents itself: a pickle names no module that may move, and holds no copy of them.
         return _reopen, (self.path, self.id, self.strict)
+
+    def __copy__(self) -> Bundle:
+        return self  # it is immutable
+
+    def __deepcopy__(self, memo: object) -> Bundle:
+        return self
 
     def verify(
         self, shard: str | None = None, *, exact: bool = False, progress: Progress | None = None
@@ -181,4 +187,5 @@ def _reopen(path: Path, id: str, strict: bool) -> Bundle:  # noqa: A002
     Raises:
         BundleError: ``file.digest`` where another bundle stands there by now; as for ``splitbundle.open``.
     """
-    return Bundle(path, *read_documents(path, id), strict=strict)
+    root = find_bundle(path)
+    return Bundle(root, *read_documents(root, id), strict=strict)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from pathlib import Path
 from typing import Literal
 
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.format.manifest import document
-from splitbundle.storage import files
-from splitbundle.storage.documents import read_documents
-from splitbundle.storage.recovery import recover
+from splitbundle.storage.documents import find_bundle, read_documents
 
 
 def open_bundle(
@@ -38,24 +33,5 @@ def open_bundle(
     if verify not in ("never", "always"):
         expected = "never or always"
         raise BundleError(Problem(code="input.value", argument="verify", expected=expected, got=quoted(verify)))
-    root = Path(os.path.abspath(path))  # so that the path stays right if the process changes its directory
-    there = ""
-    try:
-        recover(root)
-        if not (root / document.FILE).exists():
-            there = "a directory without it" if root.is_dir() else "a file" if root.exists() else "nothing there"
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise BundleError(files.unreadable(str(path), error)) from error
-        there = f"{error.strerror}"
-    if there:
-        raise BundleError(
-            Problem(
-                code="file.missing",
-                file=str(path),
-                expected=f"a bundle, a directory with a {document.FILE}",
-                got=there,
-                hint="splitbundle convert SOURCE -o NAME.splitbundle makes one",
-            )
-        )
+    root = find_bundle(path)
     return Bundle(root, *read_documents(root, id), strict=verify == "always")

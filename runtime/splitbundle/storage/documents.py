@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -14,6 +16,7 @@ from splitbundle.format.manifest import document, rules
 from splitbundle.format.manifest.document import Manifest
 from splitbundle.format.manifest.parser import parse_manifest
 from splitbundle.storage import files
+from splitbundle.storage.recovery import recover
 
 MAX_REPLACEMENTS: Final = 8
 """How often a bundle may be replaced while it is opened. The limit ends a loop that a busy writer could keep going."""
@@ -26,6 +29,35 @@ class Documents(NamedTuple):
     architecture: Architecture
     id: str
     """``sha256:`` of manifest.json."""
+
+
+def find_bundle(path: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a bundle's directory. Undo a replacement that was interrupted.
+
+    Raises:
+        BundleError: ``file.missing`` if there is no bundle; ``file.unreadable``.
+    """
+    root = Path(os.path.abspath(path))  # so that the path stays right if the process changes its directory
+    there = ""
+    try:
+        recover(root)
+        if not (root / document.FILE).exists():
+            there = "a directory without it" if root.is_dir() else "a file" if root.exists() else "nothing there"
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise BundleError(files.unreadable(str(path), error)) from error
+        there = f"{error.strerror}"
+    if there:
+        raise BundleError(
+            Problem(
+                code="file.missing",
+                file=str(path),
+                expected=f"a bundle, a directory with a {document.FILE}",
+                got=there,
+                hint="splitbundle convert SOURCE -o NAME.splitbundle makes one",
+            )
+        )
+    return root
 
 
 def read_documents(root: Path, id: str | None = None) -> Documents:  # noqa: A002

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy as copying
 import hashlib
 import json
 import os
@@ -170,3 +171,15 @@ def test_a_bundle_pickles_as_its_path_its_id_and_its_strictness(copy: Path) -> N
     manifest.write_bytes(manifest.read_bytes() + b"\n")  # by now it is another bundle
     with pytest.raises(BundleError, match=r"\[file.digest\] manifest.json"):
         pickle.loads(data)
+
+
+def test_a_pickled_bundle_is_opened_as_any_other(copy: Path) -> None:
+    bundle = splitbundle.open(copy)
+    data = pickle.dumps(bundle)
+    copy.rename(copy.with_name(f".{copy.name}.old"))  # its replacement is interrupted
+    assert pickle.loads(data).id == bundle.id
+    assert copy.is_dir()
+    shutil.rmtree(copy)
+    with pytest.raises(BundleError, match=r"\[file.missing\] .*: expected a bundle, a directory with a manifest.json"):
+        pickle.loads(data)
+    assert copying.copy(bundle) is copying.deepcopy(bundle) is bundle
