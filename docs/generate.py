@@ -88,14 +88,20 @@ def _wrapped(usage: str) -> Iterator[str]:
 
 
 def _options(parser: argparse.ArgumentParser, wanted: Callable[[str], bool]) -> Iterator[str]:
-    yield from ("| argument | meaning |", "|---|---|")
+    rows = list(_rows(parser, wanted))
+    yield from ("| argument | meaning |", "|---|---|", *rows) if rows else ("It has no arguments of its own.",)
+
+
+def _rows(parser: argparse.ArgumentParser, wanted: Callable[[str], bool]) -> Iterator[str]:
     for action in parser._actions:
         name = max(action.option_strings, key=len, default=str(action.metavar or action.dest))
         if not wanted(name):
             continue
         value = ""
         if action.option_strings and action.nargs != 0:
-            value = " " + str(action.metavar or (action.choices and "|".join(map(str, action.choices))) or "VALUE")
+            value = " " + str(
+                action.metavar or (action.choices and "|".join(map(str, action.choices))) or action.dest.upper()
+            )
         spellings = ", ".join(f"`{option}{value}`" for option in action.option_strings) or f"`{name}`"
         said = parser._get_formatter()._expand_help(action) if action.help else ""
         yield "| {} | {} |".format(*(cell.replace("|", r"\|") for cell in (spellings, said)))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Problem:
     """One problem: its place, the expected value, the actual value, and the next step.
 
-    ``code`` is one of the codes of ``spec/v1/bundle.md``, section "Error codes".
+    ``code`` is one of the codes of ``spec/v1/bundle.md``, section "Errors".
     """
 
     code: str

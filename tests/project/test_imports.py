@@ -72,6 +72,8 @@ LIBRARIES = {
     "splitbundle_schemas": {},
 }
 """Files of a package -> the libraries that they may import beside the standard one."""
+BANNED = {"splitbundle": {"format/*": {"os", "mmap", "io", "socket", "subprocess"}}}
+"""Files of a package -> the standard modules that they may not import: the documents open no file."""
 PARTS_OF_A_MODEL = {"norms", "rotary", "positions", "attention", "feedforward", "decoder"}
 """The files that ``format/architecture``, ``backends/torch`` and ``graphs`` have in common."""
 
@@ -148,7 +150,8 @@ def wrong_imports(root: Path, package: str) -> list[str]:
             top = each.module.partition(".")[0]
             if top != package:
                 allowed = {lib for glob, libs in LIBRARIES[package].items() if fnmatch(at, glob) for lib in libs}
-                if top not in sys.stdlib_module_names and top not in allowed:
+                banned = {lib for glob, libs in BANNED.get(package, {}).items() if fnmatch(at, glob) for lib in libs}
+                if (top not in sys.stdlib_module_names and top not in allowed) or top in banned:
                     found.append(f"{at}:{each.line} imports {each.module}, a library that is not for this file")
                 continue
             if each.module != module:
@@ -175,6 +178,7 @@ def test_the_arrows_hold(package: str) -> None:
         ("errors.py", "import transformers", "imports transformers, a library that is not for this file"),
         ("stages/call.py", "import torch", "imports torch, a library that is not for this file"),
         ("backends/torch/stage.py", "import numpy", "imports numpy, a library that is not for this file"),
+        ("format/manifest/rules.py", "import os", "imports os, a library that is not for this file"),
         ("format/fields.py", "from splitbundle.storage import files", "imports splitbundle.storage.files"),
         (
             "backends/torch/stage.py",

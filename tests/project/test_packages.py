@@ -192,13 +192,19 @@ def test_the_pages_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     settings = os.environ | {"SPLITBUNDLE_DOCS_PYTHON": str(python_of(environment))}
     pages = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/project/test_readme.py"]
     done = subprocess.run(
-        [*pages, "-k", "page"], cwd=ROOT, env=settings, capture_output=True, text=True, timeout=SECONDS, check=False
+        [*pages, "-k", "page and not genai"],
+        cwd=ROOT,
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
 
 
 def test_importing_costs_little() -> None:
-    """Importing splitbundle takes less than importing typing alone, which it avoids: the median of 20 pairs."""
+    """Importing splitbundle takes less than importing typing and dataclasses, which it avoids (medians of 20)."""
 
     def seconds(code: str) -> float:
         start = time.perf_counter()

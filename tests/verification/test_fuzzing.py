@@ -1,4 +1,4 @@
-"""The fuzzers run: for a moment here, and by hand for any time (see CONTRIBUTING.md)."""
+"""The fuzzers run: for a moment here, and by hand for any time (see docs/contributing/fuzzing.md)."""
 
 from __future__ import annotations
 

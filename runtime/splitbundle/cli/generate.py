@@ -38,9 +38,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="the divisor of the logits; 0, the default, takes the likeliest token",
     )
-    parser.add_argument("--top-k", type=positive, metavar="K")
-    parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--top-k", type=positive, metavar="K", help="draw among the K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw among the likeliest tokens that reach probability P"
+    )
+    parser.add_argument("--seed", type=int, help="the seed of the draws; by default a different one each time")
     parser.add_argument(
         "--backend", choices=BACKENDS, help="the backend; by default torch, or onnxruntime if torch isn't installed"
     )
