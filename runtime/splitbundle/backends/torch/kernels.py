@@ -46,7 +46,7 @@ class _OneDnn:
 
 
 def _onednn() -> _OneDnn | None:
-    """Return oneDNN, or None if this torch lacks the operator or if the operator gives other results than expected."""
+    """Return oneDNN, or None if this torch lacks the operator or if its results are not the expected ones."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     one, row = (torch.ones(shape, dtype=torch.float32, device="cpu") for shape in ((1,), (1, 2)))
