@@ -170,7 +170,7 @@ def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor)
 
 def _onednn_for(x: Tensor, weight: Tensor, *others: Tensor | None) -> _OneDnn | None:
     """Return oneDNN if it should compute this product, else None."""
-    # Ask for a compiler before anything else: it traces this function, and the checks below would stop the trace.
+    # Check for a compiler before anything else: it traces this function, and the checks below would stop the trace.
     if _ONEDNN is None or torch.compiler.is_compiling():
         return None
     if weight.dtype != torch.float32 or not _switch.allows_onednn():
