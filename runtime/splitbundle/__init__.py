@@ -1,4 +1,4 @@
-"""splitbundle: run or train a part of a transformer, with torch alone, or with onnxruntime alone.
+"""splitbundle: run or train a part of a transformer. It needs only torch, or only onnxruntime.
 
     bundle = splitbundle.open("gpt2.splitbundle")
     logits = bundle.pipeline()(token_ids)
@@ -12,13 +12,13 @@ from __future__ import annotations
 from splitbundle.errors import BundleError, MissingExtra, ParityError, Problem, VerificationError
 from splitbundle.version import __version__
 
-TYPE_CHECKING = False  # type checkers take it for true; importing typing would be most of this import's time
+TYPE_CHECKING = False  # type checkers treat it as true; importing typing would be most of this import's time
 if TYPE_CHECKING:
     from typing import Any
 
     from splitbundle.bundle import Bundle
     from splitbundle.format.selection import Selection
-    from splitbundle.opening import open_bundle as open  # noqa: A004  # the name reads as it should: splitbundle.open
+    from splitbundle.opening import open_bundle as open  # noqa: A004  # users write splitbundle.open
     from splitbundle.verification.verify import Verification
 
 __all__ = [
@@ -43,7 +43,7 @@ _LATER = {
 """A public name -> the module that defines it, imported at first use, and its name there."""
 
 
-if not TYPE_CHECKING:  # else a type checker would accept every name
+if not TYPE_CHECKING:  # otherwise a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
         if name not in _LATER:

@@ -1,4 +1,4 @@
-"""A bundle on disk: it is verified, and its stages and pipelines are loaded, from here."""
+"""The class ``Bundle``: a bundle on disk, which verifies its files and loads stages and pipelines."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 
 class Bundle(BundleReader):
-    """A ``.splitbundle`` directory. Immutable, and safe to share between threads and to pickle to workers."""
+    """A ``.splitbundle`` directory. It is immutable: threads may share it, and worker processes may unpickle it."""
 
     def __reduce__(self) -> tuple[Any, tuple[Path, str, bool]]:
-        # A worker reads the documents itself: a pickle names no module that may move, and holds no copy of them.
+        # A worker reads the documents again. So a pickle names no internal module, which may move, and holds no copy
+        # of the documents.
         return _reopen, (self.path, self.id, self.strict)
 
     def __copy__(self) -> Bundle:
@@ -41,8 +42,15 @@ class Bundle(BundleReader):
     ) -> Verification:
         """Check the size, digest and header of every file, or of the files of one ``shard``.
 
-        With ``exact``, a file that the manifest doesn't list is a problem too. A listed file that is missing is always
-        a problem. To check a partial bundle, name its shards.
+        A listed file that is missing is always a problem. To check a partial bundle, name its shards.
+
+        Args:
+            shard: the only shard to check; by default the whole bundle.
+            exact: whether a file that the manifest doesn't list is a problem too.
+            progress: called with the name of the work, the bytes that are done, and the total in bytes.
+
+        Returns:
+            The checked files with their size, and the files that the manifest doesn't list.
 
         Raises:
             BundleError: every problem of every file.
@@ -61,7 +69,7 @@ class Bundle(BundleReader):
         onnxruntime in the dtype of the graphs.
 
         Args:
-            shard: the only shard to run.
+            shard: the only shard to run; by default all.
             backend: ``"torch"``, ``"onnxruntime"``, or ``"all"`` to run both and compare them with each other, too.
             progress: called with the name of the work, the amount that is done, and the total amount.
 
@@ -131,7 +139,7 @@ class Bundle(BundleReader):
         Weights are mapped and not copied, unless ``device`` or ``dtype`` differ from the stored ones.
 
         Args:
-            name: a shard's name; or
+            name: a shard's name. Give either ``name`` or ``layers``.
             layers: ``(start, stop)``. With torch, any range; with onnxruntime, the range of one or more shards.
             embeds: whether to begin with the embedding; by default if ``start`` is 0.
             head: whether to end with the head; by default if ``stop`` is the number of layers.
@@ -185,7 +193,7 @@ def _reopen(path: Path, id: str, strict: bool) -> Bundle:  # noqa: A002
     """Open the bundle that a pickle names.
 
     Raises:
-        BundleError: ``file.digest`` where another bundle stands there by now; as for ``splitbundle.open``.
+        BundleError: ``file.digest`` if the path now has another bundle; the errors of ``splitbundle.open``.
     """
     root = find_bundle(path)
     return Bundle(root, *read_documents(root, id), strict=strict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from splitbundle.records import members, record
 
-TYPE_CHECKING = False  # type checkers take it for true; importing typing would be most of this import's time
+TYPE_CHECKING = False  # type checkers treat it as true; importing typing would be most of this import's time
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -26,7 +26,7 @@ class Problem:
     offset: int | None = None
     """The byte offset in the file, if no pointer applies."""
     argument: str | None = None
-    """The argument of a call, if no file is at fault."""
+    """The argument of a call, if the problem is not in a file."""
     hint: str | None = None
     """The next step for the user."""
 
@@ -45,7 +45,7 @@ class Problem:
 
 
 class BundleError(Exception):
-    """The error of this package. It has all problems that were found, not only the first."""
+    """The base of all errors of this package. It has all problems that were found, not only the first."""
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
@@ -78,7 +78,7 @@ class MissingExtra(BundleError):
 
 
 class VerificationError(BundleError):
-    """The files of a bundle differ from its manifest."""
+    """The files of a bundle differ from its manifest or break a rule, or computed values differ (``ParityError``)."""
 
 
 class ParityError(VerificationError):
@@ -91,7 +91,10 @@ def printable(text: str) -> str:
 
 
 def quoted(value: object, limit: int = 80) -> str:
-    """Return ``value`` as ASCII in quotes, cut to ``limit`` characters, as values may be hostile too."""
+    """Return ``ascii(value)``, cut to ``limit`` characters, because a value may be hostile.
+
+    A long dict, list or tuple is only counted.
+    """
     if isinstance(value, dict | list | tuple) and len(value) > 8:
         return f"a {type(value).__name__} of {len(value)} items"
     text = ascii(value)

@@ -1,4 +1,4 @@
-"""Whole numbers from callers: Python's own, or those of any library."""
+"""Convert integers from callers: those of Python, or of any library."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from splitbundle.errors import BundleError, Problem, quoted
 
 
 def as_integer(value: object) -> int | None:
-    """Return a whole number as an ``int``; None for any other value, True and False included."""
+    """Return an integer of Python, numpy or torch as an ``int``; None for any other value, True and False included."""
     if isinstance(value, bool):
         return None
     try:
-        return operator.index(value)  # type: ignore[arg-type]  # this asks whether it can
+        return operator.index(value)  # type: ignore[arg-type]  # raises TypeError if it isn't an integer
     except TypeError:
         return None
 
 
 def as_integers(values: Iterable[int], argument: str) -> list[int]:
-    """Return whole numbers, of numpy or torch too, as a list of ``int``.
+    """Return integers of Python, numpy or torch as a list of ``int``.
 
     Raises:
-        BundleError: ``input.value`` for other values.
+        BundleError: ``input.value``, which names ``argument``, for other values.
     """
     try:
         return [operator.index(value) for value in values]

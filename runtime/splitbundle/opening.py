@@ -1,4 +1,4 @@
-"""Open a bundle: read and judge its two documents, and no weights."""
+"""Open a bundle: read and check its two documents, and no weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_bundle(
         path: the bundle's directory.
         verify: ``"never"`` maps weights when they are needed, after a check of their sizes and headers;
             ``Bundle.verify`` checks their digests. ``"always"`` reads each needed file into private memory, once,
-            hashes it there, and computes on these bytes. A later change of the file changes no number and ends no
+            hashes it there, and computes on these bytes. A later change of the file can't change a result or end the
             process. This takes memory for the weights, and time to hash them.
         id: the expected bundle id, ``sha256:`` and 64 digits. It is checked before anything is parsed.
 

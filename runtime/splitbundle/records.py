@@ -1,4 +1,4 @@
-"""Records: frozen classes of named fields, which are given by keyword and compare by value.
+"""Records: frozen classes with named fields. The fields are passed by keyword, and records compare by value.
 
 ``record`` makes the same classes as ``@dataclass(frozen=True, slots=True, kw_only=True)``. Type checkers and the
 functions of ``dataclasses`` accept them as such. But ``dataclasses`` imports ``inspect`` and compiles six functions for
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 __all__ = ["as_dict", "field", "members", "record", "replace", "types"]
 
-TYPE_CHECKING = False  # type checkers take it for true; importing typing would be most of this import's time
+TYPE_CHECKING = False  # type checkers treat it as true; importing typing would be most of this import's time
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, ClassVar
@@ -20,7 +20,7 @@ _REQUIRED: Any = object()
 
 
 class _Made:
-    """A default that is made anew for each record."""
+    """A default that a factory makes for each record."""
 
     def __init__(self, factory: Callable[[], Any]) -> None:
         self.factory = factory
@@ -32,11 +32,15 @@ if TYPE_CHECKING:
 else:
 
     def field(*, default_factory: Callable[[], Any]) -> Any:
-        """A default that is made anew for each record."""
+        """Return a default that ``default_factory`` makes for each record."""
         return _Made(default_factory)
 
     def record(*, frozen: bool, slots: bool, kw_only: bool) -> Callable[[type], type]:
-        """Make a class with annotations a record. All three options are required, as no other kind exists."""
+        """Return a decorator that makes a class with annotations a record. All three options must be True.
+
+        Raises:
+            TypeError: an option is False.
+        """
         if not (frozen and slots and kw_only):
             raise TypeError("a record is frozen, slotted and keyword-only")
         return _record

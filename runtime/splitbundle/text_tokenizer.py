@@ -1,4 +1,4 @@
-"""The former place of ``splitbundle.text.huggingface``. It stays for one release; import from there."""
+"""The former name of ``splitbundle.text.huggingface``. It stays for one release; import from the new name."""
 
 from __future__ import annotations
 

@@ -145,9 +145,9 @@ def test_rolling_back_too_far_is_refused() -> None:
     ids, mask = left_padded(token_rows(4, 2))
     parts(ids, attention_mask=mask, session=session)
     for tokens, text in (
-        (3, "[session.rollback] tokens: expected 0 to 2 tokens, what row 1 has, got 3"),
-        ([5, 0], "[session.rollback] tokens: expected 0 to 4 tokens, what row 0 has, got 5"),
-        ([0, -1], "[session.rollback] tokens: expected 0 to 2 tokens, what row 1 has, got -1"),
+        (3, "[session.rollback] tokens: expected 0 to 2 tokens, all that row 1 has, got 3"),
+        ([5, 0], "[session.rollback] tokens: expected 0 to 4 tokens, all that row 0 has, got 5"),
+        ([0, -1], "[session.rollback] tokens: expected 0 to 2 tokens, all that row 1 has, got -1"),
         ([1], "[session.rollback] tokens: expected one number, or one for each of 2 rows, got [1]"),
     ):
         with pytest.raises(BundleError) as caught:

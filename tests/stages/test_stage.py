@@ -47,15 +47,15 @@ def trunk(whole: Bundle) -> Stage:
         ),
         (
             torch.tensor([1, 2]),
-            "[input.shape] stage bottom, token ids: expected (batch, sequence), neither 0, got (2,)",
+            "[input.shape] stage bottom, token ids: expected (batch, sequence), both above 0, got (2,)",
         ),
         (
             torch.zeros(2, 0, dtype=torch.int64),
-            "[input.shape] stage bottom, token ids: expected (batch, sequence), neither 0, got (2, 0)",
+            "[input.shape] stage bottom, token ids: expected (batch, sequence), both above 0, got (2, 0)",
         ),
         (
             torch.zeros(0, 2, dtype=torch.int64),
-            "[input.shape] stage bottom, token ids: expected (batch, sequence), neither 0, got (0, 2)",
+            "[input.shape] stage bottom, token ids: expected (batch, sequence), both above 0, got (0, 2)",
         ),
         (torch.tensor([[1, VOCAB]]), "[input.value] stage bottom, token ids: expected ids from 0 to 60, got 61"),
         (torch.tensor([[1, -1]]), "[input.value] stage bottom, token ids: expected ids from 0 to 60, got -1"),
@@ -115,7 +115,7 @@ def test_any_integer_dtype_will_do(bottom: Stage, dtype: torch.dtype) -> None:
 def test_hidden_states(trunk: Stage, given: Any, text: str) -> None:
     hints = {
         "input.dtype": "Convert it with .to(stage.dtype), or open the stage with dtype=",
-        "input.shape": "It must be what the stage before gave, of the same model",
+        "input.shape": "It must be the output of the stage before, of the same model",
         "input.device": "Move it with .to(...), or open the stage with device=",
     }
     hint = hints.get(text[1 : text.index("]")])

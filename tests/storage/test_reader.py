@@ -109,7 +109,7 @@ def test_a_link_in_a_file_s_place(copy: Path, whole: Bundle) -> None:
     assert refusal(splitbundle.open(copy).stage, "trunk") == (
         "[file.kind] layer-001.safetensors: expected a regular file in real directories, "
         "got layer-001.safetensors is a symbolic link. "
-        "Put the file itself there: cp -rL copies what links point to"
+        "Put the file itself there: cp -rL copies the files that links point to"
     )
 
 

@@ -1,4 +1,4 @@
-"""The output of commands: data on stdout, progress and errors on stderr. And the type of a command."""
+"""The output of commands (data on stdout, progress and errors on stderr), and the type of a command."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Console:
             self.text("  " + "  ".join(cells).rstrip())
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Show progress: a changing line on a terminal; elsewhere a line a step, then one every ten seconds."""
+        """Show progress: a changing line on a terminal; elsewhere a line for each step, then one every ten seconds."""
         now = time.monotonic()
         if self._quiet or (what == self._what and now - self._shown < (0.1 if self._terminal else 10.0)):
             return

@@ -30,7 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "-n",
         type=positive,
         metavar="N",
-        help="the number of tokens; by default 64, or fewer if the model has fewer positions",
+        help="the largest number of new tokens; by default 64, or fewer if the model has fewer positions",
     )
     parser.add_argument(
         "--temperature",
@@ -93,7 +93,7 @@ def _prompt(text: str | None) -> str:
             return os.fsencode(text).decode("utf-8")
         return sys.stdin.buffer.read().decode("utf-8")
     except (UnicodeDecodeError, UnicodeEncodeError):
-        raise _usage("text in UTF-8", "bytes that aren't") from None
+        raise _usage("text in UTF-8", "other bytes") from None
 
 
 def _tokenizer(bundle: Bundle) -> TextTokenizer:

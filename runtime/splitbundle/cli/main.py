@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return FAILURE
         except (OSError, MemoryError) as error:
             caught, got = error, f"{type(error).__name__}: {error}"
-            problems, status = (Problem(code="system", expected="the system to do its part", got=got),), FAILURE
+            problems, status = (Problem(code="system", expected="no error from the system", got=got),), FAILURE
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # users get one line, and the rest with --debug
             caught, got = error, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             hint = "This shouldn't happen: --debug shows where it did"

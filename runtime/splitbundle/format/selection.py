@@ -1,4 +1,4 @@
-"""The part of a model that a shard, or a range of layers, means."""
+"""Select a part of a model by the name of a shard or by a range of layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def select(
     embeds: bool | None,
     head: bool | None,
 ) -> Selection:
-    """Return the part that a shard, or a range of layers, means. See ``BundleReader.select``."""
+    """Return the part of a shard or of a range of layers. See ``BundleReader.select``."""
     if (shard is None) == (layers is None):
         raise BundleError(
             Problem(

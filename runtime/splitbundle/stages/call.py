@@ -15,7 +15,7 @@ from splitbundle.format.architecture.rotary import Dynamic, LongRope
 
 
 class Call:
-    """The number of past positions of each row, and the number of tokens that it brings now."""
+    """The number of past positions of each row, and the number of its tokens in this call."""
 
     def __init__(self, past: Sequence[int], count: Sequence[int], length: int) -> None:
         self.past, self.count, self.length = tuple(past), tuple(count), length
@@ -26,7 +26,7 @@ class Call:
         """The last position plus one."""
 
     def pieces(self, size: int) -> Iterator[tuple[int, Call]]:
-        """Yield this call in calls of at most ``size`` tokens a row, each with the offset of its first token."""
+        """Yield parts of this call with at most ``size`` tokens a row, each with the offset of its first token."""
         for start in range(0, self.length, size):
             length = min(size, self.length - start)
             past = [p + min(n, start) for p, n in zip(self.past, self.count, strict=True)]
@@ -54,7 +54,8 @@ class CacheState:
         """Check that this call fits.
 
         Raises:
-            BundleError: ``session.capacity``; ``input.position`` for a past above what the cache holds.
+            BundleError: ``input.shape`` for another number of rows; ``session.capacity``; ``input.position`` for a past
+                above the number of positions that the cache holds; ``session.rollback``.
         """
         if len(call.past) != self.batch_size:
             rows = len(call.past)
@@ -106,7 +107,7 @@ class CacheState:
                         argument=f"row {row}",
                         expected=f"0, or more than {threshold} positions, above which rotary positions are scaled",
                         got=f"{past}",
-                        hint="Cached keys keep their rotation: start the row anew",
+                        hint="Cached keys keep their rotation: start the row again from 0",
                     )
                 )
 

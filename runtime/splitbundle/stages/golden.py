@@ -64,7 +64,7 @@ def compute(
     """
     vectors = bundle.manifest.vectors
     if vectors is None:
-        hint = "It was converted with --no-check; convert it again without"
+        hint = "It was converted with --no-check; convert it again without this option"
         raise BundleError(
             Problem(code="vectors.none", expected="golden vectors", got="a bundle without them", hint=hint)
         )
@@ -117,14 +117,14 @@ def _problem(difference: Difference, file: str) -> Problem:
     other = "the original model" if difference.between[1] == "original" else difference.between[1]
     expected = f"a difference to {other} of at most {difference.tolerance:g} of {difference.scale:.4g}"
     got = f"{difference.largest:.4g}, {difference.relative:.3g} of it"
-    hint = "These weights don't compute what the original model did: convert it again, and report it if it persists"
+    hint = "These weights give other results than the original model: convert it again, and report it if it persists"
     if difference.tolerance == FLOAT16_TOLERANCE:
         hint = "float16 ends at 65,504 and has 11 bits: --variant standard computes in float32"
     elif difference.between[1] != "original":
-        hint = f"{difference.between[0]} computes otherwise here: report it with this bundle's architecture.json"
+        hint = f"{difference.between[0]} gives other results here: report it with this bundle's architecture.json"
     if not math.isfinite(difference.scale):
         expected, got = f"numbers from {other}", "NaN or infinity"
-        hint = "The checkpoint's weights aren't all numbers; --no-check converts them all the same"
+        hint = "Some weights of the checkpoint are NaN or infinite; --no-check converts them anyway"
     return Problem(code="parity", file=file, argument=difference.where, expected=expected, got=got, hint=hint)
 
 

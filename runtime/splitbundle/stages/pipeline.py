@@ -125,7 +125,7 @@ class PipelineBase:
         """
         stages = self._in_order()
         if session is not None and not isinstance(session, Session):
-            expected, got = "what session() gave", type(session).__name__
+            expected, got = "a session from session()", type(session).__name__
             raise BundleError(Problem(code="input.cache", argument="session", expected=expected, got=got))
         caches: Sequence[Any] = [None] * len(stages) if session is None else session.caches
         if len(caches) != len(stages):

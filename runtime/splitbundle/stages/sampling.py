@@ -12,7 +12,7 @@ NOT_FINITE: Final = Problem(
     argument="logits",
     expected="numbers",
     got="NaN or infinity",
-    hint="The weights aren't all numbers, or the dtype is too narrow for this model: try another",
+    hint="Some weights are NaN or infinite, or the dtype is too narrow for this model: try another dtype",
 )
 
 

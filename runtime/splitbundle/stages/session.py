@@ -29,7 +29,7 @@ class Session:
             raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(back)))
         for row, (n, past) in enumerate(zip(back, self.past, strict=True)):
             if not 0 <= n <= past:
-                expected = f"0 to {past} tokens, what row {row} has"
+                expected = f"0 to {past} tokens, all that row {row} has"
                 raise BundleError(Problem(code="session.rollback", argument="tokens", expected=expected, got=quoted(n)))
         left = [before - n for before, n in zip(self.past, back, strict=True)]
         for cache in self.caches:

@@ -167,7 +167,7 @@ class StageBase:
             if given.dtype not in self.integer_dtypes:
                 self._refuse("input.dtype", name, "an integer dtype", given.dtype)
             if len(given.shape) != 2 or 0 in given.shape:
-                self._refuse("input.shape", name, "(batch, sequence), neither 0", str(given.shape))
+                self._refuse("input.shape", name, "(batch, sequence), both above 0", str(given.shape))
             low, high = self._min_max(inputs)
             if low < 0 or high >= self.architecture.vocab_size:
                 got = str(low if low < 0 else high)
@@ -179,7 +179,7 @@ class StageBase:
                 )
             width = self.architecture.hidden_size
             if len(given.shape) != 3 or 0 in given.shape or given.shape[2] != width:
-                hint = "It must be what the stage before gave, of the same model"
+                hint = "It must be the output of the stage before, of the same model"
                 self._refuse("input.shape", name, f"(batch, sequence, {width})", str(given.shape), hint)
 
     def _other_dtype(self) -> str:

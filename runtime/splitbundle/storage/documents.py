@@ -1,4 +1,4 @@
-"""Read the two documents of a bundle, and judge them together."""
+"""Read the two documents of a bundle, and check that they fit each other."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def find_bundle(path: str | os.PathLike[str]) -> Path:
 
 
 def read_documents(root: Path, id: str | None = None) -> Documents:  # noqa: A002
-    """Read and judge ``manifest.json`` and ``architecture.json``, and how they fit each other.
+    """Read ``manifest.json`` and ``architecture.json``. Check each, and that they fit each other.
 
     Args:
         root: the bundle's directory.
-        id: the bundle id that it must have; checked before anything is parsed.
+        id: the expected bundle id. It is checked before anything is parsed.
 
     Raises:
-        BundleError: every problem of either file; ``file.digest`` where the id differs.
+        BundleError: every problem of either file; ``file.digest`` if the bundle has another id.
     """
     data, parsed, architecture_data = _read_both(root, id)
     architecture = parse_architecture(architecture_data)
@@ -77,7 +77,7 @@ def read_documents(root: Path, id: str | None = None) -> Documents:  # noqa: A00
 
 
 def _read_both(root: Path, wanted: str | None) -> tuple[bytes, Manifest, bytes]:
-    """The two files of one bundle. If the bundle is replaced between the two reads, both are read again."""
+    """Return both files of one bundle. If the bundle is replaced between the two reads, read both again."""
     data = _manifest(root, wanted)
     for more in reversed(range(MAX_REPLACEMENTS)):
         parsed = parse_manifest(data)
@@ -102,7 +102,10 @@ def _manifest(root: Path, wanted: str | None) -> bytes:
 
 
 def explain_mismatch(root: Path, data: bytes) -> list[Problem]:
-    """Return why a file differs from its entry: a problem if SHA256SUMS was written for another manifest."""
+    """Return a problem if SHA256SUMS was written for another manifest. It explains why a file differs from its entry.
+
+    Without such a problem, the list is empty.
+    """
     try:
         got = files.read_file(root, names.SUMS, strict_json.MAX_BYTES).decode("utf-8", "replace")
     except BundleError:
@@ -115,9 +118,9 @@ def explain_mismatch(root: Path, data: bytes) -> list[Problem]:
 
 
 def is_of_another_manifest(got: list[str], digest: str) -> bool:
-    """Return whether the sums were written for another manifest, so that other lines differ because of it.
+    """Return whether SHA256SUMS was written for another manifest, which explains why its other lines differ too.
 
-    Another manifest has a wholly different digest. Where most digits agree, the line itself is damaged.
+    Another manifest has a completely different digest. If most digits agree, the line itself is damaged.
     """
     suffix = f"  {document.FILE}\n"
     theirs = next((line.removesuffix(suffix) for line in got if line.endswith(suffix)), "")

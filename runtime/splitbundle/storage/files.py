@@ -47,7 +47,7 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
                     file=path,
                     expected="a regular file in real directories",
                     got=f"{place.relative_to(root).as_posix()} is {_kind(status.st_mode)}",
-                    hint="Put the file itself there: cp -rL copies what links point to",
+                    hint="Put the file itself there: cp -rL copies the files that links point to",
                 )
             )
     # The file may be exchanged between lstat and open. The flags refuse a link, and don't wait for a pipe.
@@ -59,7 +59,7 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
     try:
         opened = os.fstat(handle)
         if not os.path.samestat(status, opened):
-            raise OSError(errno.ESTALE, "another file came to stand there")
+            raise OSError(errno.ESTALE, "the file was replaced while it was opened")
         file = os.fdopen(handle, "rb", buffering=0)
     except OSError as error:
         os.close(handle)
@@ -120,7 +120,7 @@ def read_private(file: BinaryIO, path: str, listed: File) -> mmap.mmap:
         memory = _private_memory(listed.size)
     except OSError as error:
         expected, got = f"memory for its {listed.size} bytes", f"{error.strerror}"
-        hint = "Opened without strictness, it is mapped and takes none"
+        hint = 'Without --strict or verify="always", it is mapped and takes no memory'
         raise BundleError(Problem(code="file.unreadable", file=path, expected=expected, got=got, hint=hint)) from error
     digest, done = hashlib.sha256(), 0
     file.seek(0)

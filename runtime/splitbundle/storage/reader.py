@@ -59,7 +59,7 @@ class BundleReader:
         return self.manifest.model.architecture
 
     def shard(self, name: str) -> Shard:
-        """Return the shard of a name.
+        """Return the shard with this name.
 
         Raises:
             BundleError: ``stage.name``.
@@ -154,7 +154,8 @@ class BundleReader:
             listed = self.manifest.files[path]
             if self.strict:
                 memory = files.read_private(file, path, listed)
-                weight_headers.check_header(memory[: found.start], path, listed)  # the header of these bytes, too
+                # The file may have changed since its header was read.
+                weight_headers.check_header(memory[: found.start], path, listed)
                 yield memory, found
             else:
                 yield files.map_private(file, path, listed), found

@@ -75,7 +75,7 @@ def directory_lock(directory: Path) -> Iterator[None]:
                 if time.monotonic() < end:
                     time.sleep(0.01)
                     continue
-            except OSError:  # no locks here
+            except OSError:  # this file system has no locks
                 pass
             break
         yield

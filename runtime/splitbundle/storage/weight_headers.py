@@ -1,4 +1,4 @@
-"""Reading the header of a weight file, whose digest is checked before its JSON is parsed."""
+"""Read the header of a weight file. Its digest is checked before its JSON is parsed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from splitbundle.storage import files
 def read_header(
     file: BinaryIO, path: str, listed: File, expected: dict[str, Tensor], *, part: bool = False, more: bool = False
 ) -> Weights:
-    """Read and judge the header of an open weight file.
+    """Read and check the header of an open weight file.
 
     The header's digest is checked before its JSON is parsed. Then the header must be, byte for byte, the canonical
     header of the ``expected`` tensors (in order of use), which the architecture implies. A ``part`` is one of several

@@ -44,7 +44,8 @@ def _compare(found: Any, expected: Any, pointer: str) -> None:
         return
     if isinstance(found, dict) and isinstance(expected, dict):
         for name in found.keys() ^ expected.keys():
-            raise _problem(f"{pointer}/{name}", "a member" if name in expected else "no such member", "the contrary")
+            want, got = ("a member", "none") if name in expected else ("no such member", "one")
+            raise _problem(f"{pointer}/{name}", want, got)
         for name, value in expected.items():
             _compare(found[name], value, f"{pointer}/{name}")
     elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
@@ -55,7 +56,7 @@ def _compare(found: Any, expected: Any, pointer: str) -> None:
 
 
 def _problem(pointer: str, expected: str, got: str) -> BundleError:
-    hint = "splitbundle add-onnx --genai writes it anew"
+    hint = "splitbundle add-onnx --genai writes it again"
     return BundleError(
         Problem(code="genai.config", file=GENAI[0], pointer=pointer, expected=expected, got=got, hint=hint)
     )

@@ -179,7 +179,7 @@ class Reader:
                     if len(items) > most:
                         self.refuse("graph.size", start, f"at most {most} of {schema.name}.{name}", "more")
             elif name in found:
-                self.refuse("graph.syntax", start, f"{schema.name}.{name} once", "it again")
+                self.refuse("graph.syntax", start, f"{schema.name}.{name} once", "a second one")
             else:
                 found[name] = value
         if not schema.required <= found.keys():
@@ -196,8 +196,8 @@ class Reader:
         last = self.data[at] if at < stop and shift < 70 else 0
         value |= last << shift
         if (shift and not last) or at >= stop or value >= 2**64:
-            expected = f"a number of 64 bits, as short as it can be, that ends by {stop}"
-            self.refuse("graph.syntax", start, expected, "another")
+            expected = f"a 64-bit number in as few bytes as possible that ends by {stop}"
+            self.refuse("graph.syntax", start, expected, "another number")
         return value - (value >> 63 << 64), at + 1
 
     def _refuse_field(self, schema: Schema, tag: int, start: int) -> NoReturn:

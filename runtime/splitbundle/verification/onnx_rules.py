@@ -129,7 +129,7 @@ class _Check:
             refuse("graph.values", place[0], "initializers that nodes take", f"{_shown(min(unused))}, which none does")
 
     def text(self, text: bytes, offset: int) -> None:
-        """Check text that only describes."""
+        """Check a text that is only a description, such as the producer's name."""
         if not _TEXT.fullmatch(text):
             expected = "at most 256 printable characters of ASCII"
             self.reader.refuse("graph.values", offset, expected, _shown(text))
@@ -139,7 +139,7 @@ class _Check:
         if not _NAME.fullmatch(name):
             self.reader.refuse("graph.values", offset, "a name of 1 to 256 of the characters ! to ~", _shown(name))
         if name in self.values:
-            self.reader.refuse("graph.values", offset, "a value of a name of its own", f"{_shown(name)} again")
+            self.reader.refuse("graph.values", offset, "a name that no other value has", f"{_shown(name)} again")
         self.values.add(name)
 
     def ports(self, which: str, found: list[Place], ports: tuple[Port, ...], place: Place) -> None:
@@ -189,7 +189,7 @@ class _Check:
     def weight(self, name: bytes, tensor: Message, offset: int) -> None:
         stored = self.weights.get(name)
         if stored is None:
-            expected = "external data of none but the weights that the shard computes with"
+            expected = "external data only for the weights that the shard computes with"
             self.reader.refuse("graph.weights", offset, expected, _shown(name))
         shape, code = list(stored.tensor.shape), ONNX_CODES[stored.tensor.dtype]
         if (tensor["data_type"], tensor.get("dims", [])) != (code, shape):
@@ -240,7 +240,7 @@ class _Check:
             self.attributes_of(node["op_type"], operator, node["attribute"])
         if not self.values.issuperset(inputs):
             got = next(_shown(name) for name in inputs if name not in self.values)
-            expected = f"inputs of {_shown(node['output'])} that stand before it"
+            expected = f"inputs of {_shown(node['output'])} that come before it"
             self.reader.refuse("graph.values", at[0], expected, f"{got}, which doesn't")
         self.taken.update(inputs)
         self.define(node["output"], at[0])
@@ -249,7 +249,7 @@ class _Check:
     def attributes_of(self, kind: bytes, operator: Operator, places: list[Place]) -> None:
         names = {self.attribute(kind, operator, at) for at in places}
         if len(names) != len(places):
-            self.reader.refuse("graph.operator", places[0][0], f"each attribute of {_shown(kind)} once", "one again")
+            self.reader.refuse("graph.operator", places[0][0], f"each attribute of {_shown(kind)} once", "one twice")
 
     def attribute(self, kind: bytes, operator: Operator, at: Place) -> bytes:
         """Check an attribute, and return its name."""

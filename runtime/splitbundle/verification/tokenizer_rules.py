@@ -18,7 +18,7 @@ MAX_MARKS: Final = 2**23
 MAX_INSERTED: Final = 1024
 MAX_GROWTH: Final = 1024
 MODELS: Final = ("BPE", "Unigram", "WordLevel", "WordPiece")
-HINT: Final = "The model can't be given such a token: its tokenizer is another model's, or was changed after training"
+HINT: Final = "The model has no such token: the tokenizer belongs to another model, or was changed after training"
 
 
 def read(bundle: BundleReader, path: str) -> bytes:
@@ -49,7 +49,7 @@ def check(data: bytes, path: str, vocab_size: int) -> None:
             )
     for count, (pointer, number) in enumerate(_inserted(document, path), 1):
         if count > MAX_INSERTED:
-            raise _problem(path, pointer, f"at most {MAX_INSERTED} ids beside a text", "more")
+            raise _problem(path, pointer, f"at most {MAX_INSERTED} ids that are added to a text", "more")
         _check_id(number, pointer, path, vocab_size)
     _check_growth(document, path)
 

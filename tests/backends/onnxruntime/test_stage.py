@@ -130,7 +130,7 @@ def test_whole_numbers_of_numpy(whole: Bundle) -> None:
     assert session.past == [3, 3]
     assert len(list(pipeline.generate(numpy.array(token_rows(4)), max_new_tokens=numpy.int64(3)))) == 3
     assert whole.select(layers=(numpy.int64(0), numpy.int64(1))) == whole.select(layers=(0, 1))
-    with pytest.raises(BundleError, match=r"\[input.cache\] session: expected what session\(\) gave, got str"):
+    with pytest.raises(BundleError, match=r"\[input.cache\] session: expected a session from session\(\), got str"):
         pipeline(numpy.array(token_rows(4)), session="x")
 
 

@@ -128,7 +128,7 @@ def test_a_file_that_is_exchanged_while_it_is_opened(copy_of: Path, monkeypatch:
         with monkeypatch.context() as patched:
             patched.setattr(files.os, "open", exchange)
             with pytest.raises(
-                BundleError, match=r"\[file.unreadable\] manifest.json.*another file came to stand there"
+                BundleError, match=r"\[file.unreadable\] manifest.json.*the file was replaced while it was opened"
             ):
                 splitbundle.open(copy_of)
 

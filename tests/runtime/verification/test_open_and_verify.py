@@ -122,7 +122,7 @@ def test_links_and_pipes_are_refused(copy: Path, tmp_path: Path) -> None:
     assert str(caught.value) == (
         "[file.kind] layer-001.safetensors: expected a regular file in real directories, "
         "got layer-001.safetensors is a symbolic link. "
-        "Put the file itself there: cp -rL copies what links point to"
+        "Put the file itself there: cp -rL copies the files that links point to"
     )
     unit.unlink()
     os.mkfifo(unit)

@@ -47,7 +47,7 @@ class LoadedGraph:
             self.session = onnxruntime.InferenceSession(data, options, providers=list(providers), enable_fallback=0)
         asked = [provider[0] if isinstance(provider, tuple) else provider for provider in providers]
         if missing := [name for name in asked if name not in self.session.get_providers()]:
-            expected = f"{missing[0]}, which was asked for"
+            expected = f"{missing[0]}, which was requested"
             got = f"{', '.join(self.session.get_providers())} alone: it couldn't be started here"
             raise BundleError(Problem(code="input.device", argument="providers", expected=expected, got=got))
         if not bundle.strict:

@@ -216,7 +216,7 @@ def _check_dtype(shard: Shard, wanted: str | None) -> None:
     own = None if shard.graph is None else VARIANTS[shard.graph.variant]
     if own is not None and wanted not in (None, own):
         expected = f"{own}, in which the graph of shard {shard.name} computes"
-        hint = "splitbundle add-onnx --variant writes graphs that compute in another; torch computes in any"
+        hint = "splitbundle add-onnx --variant writes graphs that compute in another dtype; torch computes in any dtype"
         raise BundleError(
             Problem(code="input.dtype", argument="dtype", expected=expected, got=quoted(wanted), hint=hint)
         )

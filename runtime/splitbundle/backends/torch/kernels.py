@@ -46,7 +46,7 @@ class _OneDnn:
 
 
 def _onednn() -> _OneDnn | None:
-    """Return oneDNN, or None if this torch lacks the operator or if the operator gives other results than expected."""
+    """Return oneDNN, or None if this torch lacks the operator or if its results are not the expected ones."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     one, row = (torch.ones(shape, dtype=torch.float32, device="cpu") for shape in ((1,), (1, 2)))
@@ -170,7 +170,7 @@ def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor)
 
 def _onednn_for(x: Tensor, weight: Tensor, *others: Tensor | None) -> _OneDnn | None:
     """Return oneDNN if it should compute this product, else None."""
-    # Ask for a compiler before anything else: it traces this function, and the checks below would stop the trace.
+    # Check for a compiler before anything else: it traces this function, and the checks below would stop the trace.
     if _ONEDNN is None or torch.compiler.is_compiling():
         return None
     if weight.dtype != torch.float32 or not _switch.allows_onednn():

@@ -1,4 +1,4 @@
-"""Causal self-attention."""
+"""The facts of causal self-attention, and its tensors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ QUERY_KEY_WIDTHS: Final = ("head", "heads", "full")
 class QueryKeyNorm:
     """Normalization of queries and keys, before or after the rotation.
 
-    ``width`` is "head" for one weight for each head, "heads" for a weight of its own for every head, and "full" for all
-    heads together.
+    ``width`` is "head" if all heads share one weight, "heads" if each head has its own weight, and "full" if the norm
+    goes over all heads together.
     """
 
     norm: Norm

@@ -1,4 +1,4 @@
-"""The feed-forward block."""
+"""The facts of a feed-forward block, and its tensors."""
 
 from __future__ import annotations
 

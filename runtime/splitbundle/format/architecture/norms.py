@@ -58,7 +58,7 @@ def norm_names(placement: str) -> tuple[str, ...]:
 
 
 def norm_tensors(name: str, norm: Norm | None, *shape: int) -> Shapes:
-    """Return the tensors of a norm by name; none where there is no norm."""
+    """Return the tensors of a norm by name; an empty dict for None."""
     if norm is None:
         return {}
     tensors: Shapes = {f"{name}.weight": shape} if norm.affine else {}

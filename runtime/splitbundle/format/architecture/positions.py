@@ -1,4 +1,4 @@
-"""Positions in the embedding and in attention, and the span of positions that a query sees."""
+"""The facts of positions in the embedding and in attention, and the span of positions that a query sees."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from splitbundle.records import record
 
 @record(frozen=True, slots=True, kw_only=True)
 class Unpositioned:
-    """No position enters here."""
+    """Nothing is added for positions here."""
 
     kind: Literal["none"] = "none"
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Learned:
-    """A table of position vectors, added to the token's: position p has row p + ``offset``, and there are ``count``."""
+    """A table of ``count`` position vectors. Row p + ``offset`` is added to the token's vector at position p."""
 
     kind: Literal["learned"] = "learned"
     count: int
@@ -28,8 +28,9 @@ class Learned:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Sinusoidal:
-    """Sines and cosines (Vaswani et al. 2017, arXiv:1706.03762) of position p + ``offset``, added to the token's
-    vector: all sines first, then all cosines.
+    """Sines and cosines of position p + ``offset`` (Vaswani et al. 2017, arXiv:1706.03762).
+
+    They are added to the token's vector: all sines first, then all cosines.
     """
 
     kind: Literal["sinusoidal"] = "sinusoidal"

@@ -1,4 +1,4 @@
-"""Rotary positions, and how their frequencies are scaled."""
+"""The facts of rotary positions, and of the scaling of their frequencies."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ROTARY_LAYOUTS: Final = ("half", "interleaved")
 
 @record(frozen=True, slots=True, kw_only=True)
 class Unscaled:
-    """Rotary frequencies as they are."""
+    """Rotary frequencies without scaling."""
 
     kind: Literal["none"] = "none"
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """Every rotary frequency divided by ``factor``."""
+    """Every rotary frequency is divided by ``factor``."""
 
     kind: Literal["linear"] = "linear"
     factor: float
@@ -29,7 +29,7 @@ class Linear:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Llama3:
-    """Low rotary frequencies divided by ``factor``, high ones kept, a ramp between."""
+    """Low rotary frequencies are divided by ``factor``, high ones are kept, and a ramp joins the two."""
 
     kind: Literal["llama3"] = "llama3"
     factor: float
@@ -49,7 +49,7 @@ class Dynamic:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Yarn:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over the pairs from kept to divided frequencies."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over the pairs, from kept frequencies to divided ones."""
 
     kind: Literal["yarn"] = "yarn"
     factor: float
@@ -57,15 +57,16 @@ class Yarn:
     beta_fast: float
     beta_slow: float
     truncate: bool
-    """Whether the ends of the ramp are whole numbers."""
+    """Whether the ends of the ramp are rounded to integers."""
     attention_factor: float
-    """What cosine and sine are multiplied by."""
+    """The factor of cosine and sine."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class LongRope:
-    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): a divisor for each pair, others once a row is longer than
-    ``original_positions``.
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): each pair's frequency has its own divisor.
+
+    The divisors are ``short_factors``, or ``long_factors`` if the row is longer than ``original_positions``.
     """
 
     kind: Literal["longrope"] = "longrope"
@@ -73,12 +74,12 @@ class LongRope:
     short_factors: tuple[float, ...]
     long_factors: tuple[float, ...]
     attention_factor: float
-    """What cosine and sine are multiplied by."""
+    """The factor of cosine and sine."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Proportional:
-    """Only the first ``pairs`` are rotated, by frequencies divided by ``factor``."""
+    """Only the first ``pairs`` pairs are rotated, with frequencies divided by ``factor``."""
 
     kind: Literal["proportional"] = "proportional"
     factor: float

@@ -81,7 +81,7 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def _check_version(document: Field) -> None:
-    """Refuse another format, or a newer version, before any field is judged."""
+    """Refuse another format, or a newer version, before any other field is checked."""
     if not isinstance(document.value, dict):
         document.members([])
         document.problems.raise_if_any()

@@ -38,7 +38,7 @@ def check_files(manifest: Manifest, problems: Problems) -> None:
             if path not in manifest.files or not path.endswith(".safetensors") or "/" in path:
                 problems.add("manifest.files", pointer, "a .safetensors file of /files, at the top", quoted(path))
             elif path in listed:
-                problems.add("manifest.files", pointer, "a file of one unit alone", quoted(path))
+                problems.add("manifest.files", pointer, "a file that no other unit has", quoted(path))
             listed.add(path)
     if manifest.text.tokenizer is not None and manifest.text.tokenizer not in manifest.files:
         problems.add("manifest.files", "/text/tokenizer", "a path of /files", quoted(manifest.text.tokenizer))
@@ -49,7 +49,7 @@ def check_files(manifest: Manifest, problems: Problems) -> None:
         problems.add(
             "manifest.files",
             "/vectors/file",
-            "a .safetensors file of /files, of no unit",
+            "a .safetensors file of /files that no unit has",
             quoted(vectors.file),
         )
     graphs: set[str] = set()
@@ -59,7 +59,7 @@ def check_files(manifest: Manifest, problems: Problems) -> None:
             if path not in manifest.files or not path.endswith(".onnx") or "/" in path:
                 problems.add("manifest.files", pointer, "an .onnx file of /files, at the top", quoted(path))
             elif path in graphs:
-                problems.add("manifest.files", pointer, "a file of one shard alone", quoted(path))
+                problems.add("manifest.files", pointer, "a file that no other shard has", quoted(path))
             graphs.add(path)
 
 
@@ -70,7 +70,7 @@ def check_shards(manifest: Manifest, boundaries: list[tuple[int, int]], problems
     for i, shard in enumerate(manifest.shards):
         at = f"/shards/{i}"
         if shard.name in seen:
-            problems.add("manifest.shards", f"{at}/name", "a name of one shard alone", quoted(shard.name))
+            problems.add("manifest.shards", f"{at}/name", "a name that no other shard has", quoted(shard.name))
         seen.add(shard.name)
         first, last = i == 0, i == len(manifest.shards) - 1
         if shard.layers[0] != start:
@@ -87,7 +87,7 @@ def check_shards(manifest: Manifest, boundaries: list[tuple[int, int]], problems
         for name, value, expected in (("embeds", shard.embeds, first), ("head", shard.head, last)):
             if value is not expected:
                 which = "first" if name == "embeds" else "last"
-                problems.add("manifest.shards", f"{at}/{name}", f"true for the {which} shard alone", quoted(value))
+                problems.add("manifest.shards", f"{at}/{name}", f"true only for the {which} shard", quoted(value))
     cuts = list(manifest.cuts)
     if [cut for cut, _ in boundaries] != cuts:
         problems.add("manifest.boundaries", "/boundaries", f"one at each cut, {cuts}", f"{[b for b, _ in boundaries]}")
@@ -172,7 +172,7 @@ def _check_shard_totals(
 def _check_sizes(
     manifest: Manifest, architecture: Architecture, units: dict[str, dict[str, tuple[int, ...]]], problems: Problems
 ) -> None:
-    """Bound the bytes to read by the architecture. A sparse file is huge, and costs its maker nothing."""
+    """Limit the size of each file by the architecture. A sparse file can be huge and still cost its author nothing."""
     groups = [
         (paths, sum(ITEM_SIZES[manifest.storage.dtype_of(name)] * prod(shape) for name, shape in units[unit].items()))
         for unit, paths in manifest.units.items()
@@ -216,7 +216,10 @@ def _check_graph(
 def _check_source_names(
     manifest: Manifest, shapes: dict[str, tuple[int, ...]], layers: int, problems: Problems
 ) -> None:
-    """Check that the table of source names has every logical tensor, no source tensor twice, and can be applied."""
+    """Check that the table of source names can be applied.
+
+    It must have every logical tensor, and no source tensor twice.
+    """
     sources: set[str] = set()
     covered: set[str] = set()
     for i, entry in enumerate(manifest.source_names):
@@ -234,7 +237,7 @@ def _check_source_names(
                 problems.add(
                     "manifest.sources",
                     f"{at}/source",
-                    "a source tensor of one entry alone",
+                    "a source tensor that no other entry has",
                     quoted(expanded.source),
                 )
             unknown = [name for name in expanded.tensors if name not in shapes]
@@ -250,18 +253,20 @@ def _check_source_names(
                 problems.add("manifest.sources", f"{at}/groups", wanted, str(expanded.groups))
                 break
             if expanded.transposed and len(shapes[expanded.tensors[0]]) != 2:
-                wanted = "false, as the tensors haven't two dimensions"
+                wanted = "false, as the tensors don't have two dimensions"
                 problems.add("manifest.sources", f"{at}/transposed", wanted, "true")
                 break
             first = shapes[expanded.tensors[0]]
             plain = len(expanded.tensors) == 1 and len(first) > 1 and expanded.groups == 1 and not expanded.transposed
             if ROW in expanded.source and not (plain and _ROW_NAME.fullmatch(expanded.source)):
-                wanted = f"{ROW} once, between dots, and one tensor of two dimensions or more, in one group, as it is"
+                wanted = (
+                    f"{ROW} once, between dots, and one tensor of at least two dimensions, not grouped or transposed"
+                )
                 problems.add("manifest.sources", f"{at}/source", wanted, quoted(expanded.source))
                 break
             again = [name for name in expanded.tensors if name in covered and name != EMBEDDING]
             if again or len(set(expanded.tensors)) != len(expanded.tensors):
-                wanted = f"tensors that no other source tensor holds, but for {EMBEDDING}"
+                wanted = f"tensors that no other source tensor holds, except {EMBEDDING}"
                 problems.add("manifest.sources", f"{at}/tensors", wanted, quoted(expanded.tensors))
                 break
             sources.add(expanded.source)
@@ -270,7 +275,7 @@ def _check_source_names(
     for source in sources if by_row else ():
         templates = {f"{source[: n.start()]}{ROW}{source[n.end() :]}" for n in re.finditer(r"\d+", source)}
         if not by_row.isdisjoint(templates):
-            problems.add("manifest.sources", "/source_names", "a source tensor of one entry alone", quoted(source))
+            problems.add("manifest.sources", "/source_names", "a source tensor that no other entry has", quoted(source))
     left = shapes.keys() - covered
     if left and not problems.found:
         problems.add(

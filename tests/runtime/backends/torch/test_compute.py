@@ -127,7 +127,7 @@ def test_what_crosses_a_boundary_is_checked(gpt2: splitbundle.Bundle) -> None:
         (
             torch.zeros(1, 2, 47),
             "[input.shape] stage trunk, hidden at layer 1: expected (batch, sequence, 48), got (1, 2, 47). "
-            "It must be what the stage before gave, of the same model",
+            "It must be the output of the stage before, of the same model",
         ),
         (
             torch.zeros(1, 2, 48, dtype=torch.float64),
