@@ -17,7 +17,7 @@ LANGUAGE: Final = "language"
 PARTS: Final = (LANGUAGE,)
 """The parts of a checkpoint that can be converted alone."""
 EXTENSION: Final = "part"
-"""The key in the manifest's ``extensions`` that describes the part which was converted."""
+"""The key in the manifest's ``extensions`` that describes the converted part."""
 TEXT: Final = "text_config"
 """The field in which every class of the table stores the configuration of its language part."""
 
@@ -104,9 +104,8 @@ COMPOSITES: Final[Mapping[str, Composite]] = {
             "HyperCLOVAXVisionV2",
             "hyperclovax",
             applies=frozenset(["multiplier"]),
-            texts=frozenset(
-                ["hyperclovax"]
-            ),  # another type divides the logits by the value that this class multiplies by
+            # Another type divides the logits by the value that this class multiplies by.
+            texts=frozenset(["hyperclovax"]),
         ),
         _generating("idefics2", "Idefics2", "mistral"),
         _generating("idefics3", "Idefics3", "llama"),

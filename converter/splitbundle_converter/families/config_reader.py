@@ -94,7 +94,7 @@ UNSUPPORTED: Final = (
 
 
 class ConfigReader:
-    """Reads the fields of a configuration with their types, and records which fields were read.
+    """A reader of typed fields of a configuration. It records which fields were read.
 
     A method that finds a problem notes it in ``problems`` and returns a valid substitute, so that one call of
     ``finish`` can report all problems.

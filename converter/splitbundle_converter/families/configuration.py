@@ -99,7 +99,7 @@ def check_counts(found: Configuration) -> None:
 
 
 def _repeated(types: object) -> int:
-    """Return the number of layers in GPT-Neo's pairs of a list and a repetition count. Skip items that are no pair."""
+    """Return the number of layers in GPT-Neo's pairs of a list and a count. Items that are no pair add none."""
     pairs = [item for item in types if isinstance(item, list) and len(item) > 1] if isinstance(types, list) else []
     # An empty list counts as one item: transformers also repeats it as often as its pair requires.
     return sum(

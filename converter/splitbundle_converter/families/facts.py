@@ -29,7 +29,7 @@ ACTIVATIONS: Final = {
     "relu2": "relu_squared",
     "xielu": "xielu",
 }
-"""A transformers name of an activation -> our name. Some names are one function that is computed in several ways."""
+"""A transformers name of an activation -> our name. Some names mean the same function, computed differently."""
 LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 TORCH_EPS: Final = 1e-5
 """The default value that ``torch.nn.LayerNorm`` adds to the variance."""

@@ -32,7 +32,7 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class OneTensor:
-    """A single canonical tensor. Its name in the source does not end in ``weight`` or ``bias`` as a module's does."""
+    """A single canonical tensor. Its source name isn't the name of a module with ``.weight`` or ``.bias`` added."""
 
     name: str
 
@@ -52,7 +52,7 @@ QUERY_KEY_VALUE: Final = ("attention.query", "attention.key", "attention.value")
 
 
 def in_layers(modules: str, *parts: Names) -> Names:
-    """Return the names of the layers' modules: ``parts`` have the names within a layer of the list ``modules``."""
+    """Return the names of modules in layers. ``parts`` have the names within one layer of the list ``modules``."""
     return {f"{modules}.{{layer}}.{source}": _in_layer(target) for part in parts for source, target in part.items()}
 
 
@@ -82,7 +82,7 @@ def _in_layer(target: Target) -> Target:
 
 
 def _parts(target: Target) -> tuple[str, ...]:
-    """Return the canonical modules of a source name's meaning."""
+    """Return the canonical modules that ``target`` stands for."""
     return (target,) if isinstance(target, str) else target if isinstance(target, tuple) else ()
 
 
@@ -104,7 +104,7 @@ def row(
         names: The names of the tensors.
         facts: The facts of the configuration, or a function that reads a configuration that facts can't describe.
         fused_by_key_head: Whether fused modules store the queries, keys and values of each key head together.
-        fused_groups: The number of row groups in fused modules otherwise; see ``SourceName``.
+        fused_groups: The number of row groups in other fused modules. See ``SourceName``.
         transposed: The modules of a layer whose weight is stored as [in, out].
         names_of: Returns the names for an architecture, if they vary. ``names`` are then those of one architecture.
         changes: Changes to the facts, as for ``Facts.replace``.

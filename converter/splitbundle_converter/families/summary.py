@@ -24,7 +24,7 @@ _GIVEN: Final[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {
 
 
 def rows() -> Iterator[dict[str, str]]:
-    """Return a row for each family, sorted by name, from the facts of its default configuration."""
+    """Yield a row for each family, sorted by name, from the facts of its default configuration."""
     for name in sorted(FAMILIES):
         config, needs = default(name)
         row = {"model_type": name} | summary(FAMILIES[name].facts(config))
@@ -34,7 +34,7 @@ def rows() -> Iterator[dict[str, str]]:
 
 
 def details() -> Iterator[dict[str, Any]]:
-    """Return the rows with more details for programs: the default architecture and the known fields of each family."""
+    """Yield the rows with more details for programs: the default architecture and the known fields of each family."""
     for name, row in zip(sorted(FAMILIES), rows(), strict=True):
         config, needs = default(name)
         facts = FAMILIES[name].facts(config)

@@ -27,7 +27,7 @@ _REASONS: Final = {
 
 
 def reason(raw: Mapping[str, Any]) -> str | None:
-    """Return a sentence with a field of a configuration and the feature that can't be converted, or None."""
+    """Return a sentence about a field whose feature can't be converted, or None if no field shows one."""
     for what, fields in _REASONS.items():
         for field in fields:
             if raw.get(field):

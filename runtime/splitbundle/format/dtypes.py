@@ -1,4 +1,4 @@
-"""The dtypes of tensors in one table: their names, their sizes, and the codes that other formats have for them."""
+"""The dtypes of tensors in one table: their names, their sizes, and the codes that other formats use for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Dtype:
     safetensors: str
     """The code in the header of a safetensors file."""
     onnx: int | None = None
-    """The number in ONNX's ``TensorProto.DataType``, where a graph of a bundle may use the dtype."""
+    """The number in ONNX's ``TensorProto.DataType``, or None if no graph of a bundle may use the dtype."""
 
 
 TABLE: Final = {

@@ -158,7 +158,7 @@ class Field:
         return next(iter(choices))
 
     def kind(self, choices: Collection[str]) -> str | None:
-        """Return the member ``kind`` of an object that may be of several; None for another value, which is noted."""
+        """Return the member ``kind`` of an object, one of ``choices``. Note any other value, and return None."""
         kind = self.members(["kind"], open=True)["kind"]
         chosen = kind.choice(choices)
         return chosen if chosen == kind.value else None
@@ -170,7 +170,7 @@ class Field:
 
 
 class Members:
-    """The members of an object by name. A missing member, which was noted, reads as a value of no type."""
+    """The members of an object by name. A missing member, which was noted, has a value of no JSON type."""
 
     __slots__ = ("_owner", "_values")
 

@@ -14,14 +14,14 @@ from splitbundle.format.graph import OPSET, Graph, Port, next_name
 from splitbundle.format.manifest.document import Manifest, Shard
 
 GENAI: Final = ("genai_config.json", "genai.inputs.onnx", "genai.logits.onnx")
-"""The files that onnxruntime-genai needs beside the shards' graphs. A shard's name has no dot."""
+"""The files that onnxruntime-genai needs besides the shards' graphs. A shard's name has no dot."""
 INPUTS: Final = "genai.inputs"
 LOGITS: Final = "genai.logits"
 ROWS: Final = ("past", "count", "selected")
 """The inputs of a shard besides tokens and caches."""
 
 SESSION_OPTIONS: Final = {
-    # Else onnxruntime would copy every weight into a layout of its own.
+    # Otherwise onnxruntime would copy every weight into a layout of its own.
     "session.disable_prepacking": "1",
     # Each shard has its own threads. Those of a waiting shard would take the processor from the working one.
     "session.intra_op.allow_spinning": "0",
@@ -58,7 +58,7 @@ def configuration(manifest: Manifest, architecture: Architecture) -> dict[str, A
         *(_stage(shard) for shard in manifest.shards),
         {LOGITS: {"filename": after, "inputs": ["logits"], "outputs": [LOGITS]}},
     ]
-    # genai looks for files of its own names in the tokenizer's directory. Without one, it works with ids.
+    # genai looks for fixed file names in the tokenizer's directory. Without that directory, it takes and returns ids.
     tokenizer = {} if text.tokenizer is None else {"tokenizer_dir": text.tokenizer.rpartition("/")[0]}
     return {
         "model": {

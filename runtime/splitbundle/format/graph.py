@@ -8,7 +8,7 @@ from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.records import record
 
 OPSET = 24
-"""The ONNX operator set that graphs are written in."""
+"""The ONNX operator set of the graphs."""
 IR_VERSION = 12
 """The IR version of the ONNX release that has this operator set."""
 VARIANTS: Final = {"standard": "float32", "float16": "float16"}
@@ -30,7 +30,7 @@ class Port:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Graph:
-    """An ONNX graph of a shard, whose weights are the shard's weight files."""
+    """The ONNX graph of a shard. Its weights are the shard's weight files."""
 
     file: str
     variant: str
@@ -58,7 +58,7 @@ def cache_sizes(architecture: Architecture, name: str) -> tuple[int, int]:
 def ports(
     architecture: Architecture, layers: tuple[int, int], *, embeds: bool, head: bool, dtype: str
 ) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
-    """Return the inputs and the outputs of a part's graph, in order. It computes in ``dtype``."""
+    """Return the inputs and the outputs of a part's graph, in order. The graph computes in ``dtype``."""
     hidden = ("batch", "sequence", architecture.hidden_size)
     first = Port(name="token_ids", dtype="int64", shape=hidden[:2])
     inputs = [first if embeds else Port(name="hidden", dtype="float32", shape=hidden)]

@@ -13,7 +13,7 @@ VALUES: Final[dict[tuple[bytes, bytes], frozenset[object]]] = {
     (b"Cast", b"to"): frozenset(ONNX_CODES.values()),
     (b"Gelu", b"approximate"): frozenset((b"none", b"tanh")),
 }
-"""(operator, attribute) -> the allowed values, if the rules don't leave them to the runtime."""
+"""(operator, attribute) -> the allowed values. The runtime decides about other attributes."""
 
 
 @record(frozen=True, slots=True, kw_only=True)

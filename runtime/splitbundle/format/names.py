@@ -1,6 +1,6 @@
 """The grammar of the names of files and shards, and of digests.
 
-A name must mean the same file on every file system, so it is lower-case ASCII and avoids what Windows reserves.
+A name must mean the same file on every file system, so it is lower-case ASCII and not a name that Windows reserves.
 Tokenizer files keep the names that other tools expect. The grammar allows these names.
 """
 
@@ -31,7 +31,7 @@ def is_path(path: str) -> bool:
 
 
 def is_own(path: str) -> bool:
-    """Return whether ``path`` or its first directory would clash with a file that every bundle has unlisted."""
+    """Return whether ``path`` or its first directory would clash with a file that every bundle has but doesn't list."""
     return path.partition("/")[0].lower() in (MANIFEST, SUMS.lower())
 
 

@@ -14,7 +14,7 @@ from splitbundle.errors import BundleError, Problem, quoted
 
 MAX_BYTES: Final = 16 * 2**20
 MAX_MARKS: Final = 2**20
-"""The largest number of the characters ``[``, ``{`` and ``,``. The parsed values take a hundred times the bytes."""
+"""The largest number of ``[``, ``{`` and ``,``. The parsed values take a hundred times the bytes of the text."""
 MAX_DEPTH: Final = 64
 MAX_INTEGER: Final = 2**53 - 1
 """The largest integer that every JSON implementation reads exactly (RFC 8259, section 6)."""

@@ -51,7 +51,7 @@ Layout = dict[str, tuple[Tensor, int]]
 def lay_out(tensors: dict[str, Tensor]) -> Layout:
     """Return the layout of some tensors.
 
-    Tensors with a multiple of 64 bytes come first, matrices before the rest. The others follow by falling item size.
+    Tensors with a multiple of 64 bytes come first, matrices before the rest. The others follow, larger items first.
     So the former are aligned to 64 bytes and the latter to their items, without holes and padding. Matrices that
     multiply the same input lie side by side. Within each group the order is the given one, the order of use.
     """
@@ -97,7 +97,7 @@ class Weights:
 def parse(
     raw: bytes, path: str, size: int, expected: dict[str, Tensor], *, part: bool = False, more: bool = False
 ) -> Weights:
-    """Judge the header ``raw`` of a file of ``size`` bytes. See ``storage.weight_headers.read_header``."""
+    """Check the header ``raw`` of a file of ``size`` bytes. See ``storage.weight_headers.read_header``."""
     last = not more and (bool(expected) or not part)  # then the tensors of the header are known before it is read
     if last and (as_expected := _as_expected(raw, size, expected)) is not None:
         return as_expected

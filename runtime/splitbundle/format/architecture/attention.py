@@ -36,7 +36,7 @@ class QueryKeyNorm:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """Causal self-attention with ``heads / kv_heads`` query heads to each key head."""
+    """Causal self-attention with ``heads / kv_heads`` query heads for each key head."""
 
     heads: int
     kv_heads: int

@@ -37,7 +37,8 @@ class Embedding:
     """The step from token ids to the first hidden state."""
 
     token_size: int
-    """The width of the token table. If it isn't the hidden size, a projection follows, and one precedes the logits."""
+    """The width of the token table. If it isn't the hidden size, one projection follows it, and another precedes
+    the logits."""
     multiplier: float
     position: Unpositioned | Learned | Sinusoidal
     norm: Norm | None
@@ -149,7 +150,7 @@ class Architecture:
         return {name: shape for tensors in self.unit_tensors().values() for name, shape in tensors.items()}
 
     def units_of(self, layers: tuple[int, int], *, embeds: bool, head: bool) -> tuple[str, ...]:
-        """Return the units that a range of layers needs, and those of the embedding and the head if it has them.
+        """Return the units that a range of layers needs, with the embedding and the head if the range has them.
 
         A tied head needs the unit of the embedding too, as no tensor is stored twice.
         """

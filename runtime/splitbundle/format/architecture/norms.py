@@ -32,7 +32,7 @@ class Norms:
 
     before_attention: tuple[str, ...] = ()
     before_mlp: tuple[str, ...] = ()
-    """After attention, or before the feed-forward block."""
+    """The norms after attention or before the feed-forward block."""
     after_mlp: tuple[str, ...] = ()
 
 

@@ -12,7 +12,7 @@ from splitbundle.records import record
 
 @record(frozen=True, slots=True, kw_only=True)
 class Unpositioned:
-    """Nothing is added for positions here."""
+    """No position is used here."""
 
     kind: Literal["none"] = "none"
 
@@ -39,7 +39,7 @@ class Sinusoidal:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Alibi:
-    """Attention with linear biases (Press et al. 2021, arXiv:2108.12409): ``multiplier`` times each head's slope."""
+    """Attention with linear biases (Press et al. 2021, arXiv:2108.12409). ``multiplier`` scales each head's slope."""
 
     kind: Literal["alibi"] = "alibi"
     max_bias: float
@@ -48,7 +48,7 @@ class Alibi:
 
 @record(frozen=True, slots=True, kw_only=True)
 class QueryTemperature:
-    """Queries of position p are multiplied by 1 + beta · ln(1 + ⌊(p + offset) / original_positions⌋)."""
+    """Queries at position p are multiplied by 1 + beta · ln(1 + ⌊(p + offset) / original_positions⌋)."""
 
     beta: float
     original_positions: int

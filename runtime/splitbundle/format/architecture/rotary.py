@@ -40,7 +40,7 @@ class Llama3:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Dynamic:
-    """The base grows with the length of the row above ``original_positions`` (NTK-aware scaling)."""
+    """The base grows with the length of a row that is longer than ``original_positions`` (NTK-aware scaling)."""
 
     kind: Literal["dynamic"] = "dynamic"
     factor: float

@@ -20,14 +20,14 @@ BOUNDARY_TENSORS: Final = ("hidden", "past", "count")
 EMBEDDING: Final = "embedding.token.weight"
 """The one logical tensor that a source may have twice: also as the projection of a tied head."""
 ROW: Final = "{row}"
-"""Stands for the number of a row in the name of a source tensor, if each row is a tensor."""
+"""The placeholder for the number of a row in the name of a source tensor, if each row is a tensor."""
 MAX_CASES: Final = 64
-"""The largest number of cases of golden vectors. Each case has a tensor a layer, and a reader names them all."""
+"""The largest number of cases of golden vectors. Each case has a tensor for each layer. A reader names them all."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Model:
-    """The name and the origin of the model. All fields describe, except for the two ids."""
+    """The name and the origin of the model. All fields but ``architecture`` and ``fingerprint`` are descriptive."""
 
     name: str
     family: str
@@ -102,11 +102,11 @@ class Vectors:
 
 @record(frozen=True, slots=True, kw_only=True)
 class SourceName:
-    """One source tensor; one a layer if the names have ``{layer}``, and one a row if ``source`` has ``{row}``.
+    """One source tensor, one for each layer (``{layer}`` in the names) or one for each row (``{row}`` in ``source``).
 
     The source tensor is the concatenation of ``tensors`` along their first dimension, transposed if ``transposed``.
-    With several ``groups``, the rows of each tensor are in that many equal groups, and the first group of every tensor
-    comes before the second group of any. Some families keep queries, keys and values of a head together in this way. If
+    With several ``groups``, the rows of each tensor are in that many equal groups, and the first groups of all tensors
+    come before the second groups. Some families store queries, keys and values of a head together in this way. If
     ``source`` has ``{row}``, each source tensor is one row of the only tensor.
     """
 
@@ -180,7 +180,7 @@ def identity(data: bytes) -> str:
 
 
 def fingerprint(files: dict[str, File], weight_files: tuple[str, ...]) -> str:
-    """Return the model's digest, the same for all cuts: of the lines of SHA256SUMS for architecture and weights."""
+    """Return the digest of the SHA256SUMS lines of the architecture and the weights. All cuts of a model share it."""
     paths = sorted((ARCHITECTURE_FILE, *weight_files))
     return identity("".join(sums_line(files[path].sha256, path) for path in paths).encode("ascii"))
 

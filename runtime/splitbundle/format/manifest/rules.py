@@ -16,7 +16,7 @@ from splitbundle.format.graph import OPSET, VARIANTS, Graph, ports
 from splitbundle.format.manifest.document import EMBEDDING, FILE, ROW, Manifest, Shard, expand, fingerprint
 
 MAX_BESIDE_DATA: Final = 2**25
-"""The largest number of bytes of a weight file beside its data. The header has at most half of them."""
+"""The largest number of bytes of a weight file besides its data. Its reader limits the header to half of them."""
 MAX_OTHER_FILE: Final = 2**28
 _ROW_NAME = re.compile(r"([^{}]+\.)?\{row\}(\.[^{}]+)?")
 
@@ -64,7 +64,7 @@ def check_files(manifest: Manifest, problems: Problems) -> None:
 
 
 def check_shards(manifest: Manifest, boundaries: list[tuple[int, int]], problems: Problems) -> None:
-    """Check that shards tile the model in order, with a boundary between each two."""
+    """Check that the shards tile the model in order, and that there is a boundary between adjacent shards."""
     seen: set[str] = set()
     start = 0
     for i, shard in enumerate(manifest.shards):
@@ -80,7 +80,7 @@ def check_shards(manifest: Manifest, boundaries: list[tuple[int, int]], problems
                 f"{start}, where the shard before ends",
                 str(shard.layers[0]),
             )
-        # Only the ends may have no layers: a bottom that only embeds, a top that is only the head.
+        # Only the first and the last shard may have no layers: they may be the embedding or the head alone.
         if shard.layers[1] < shard.layers[0] + (0 if first or last else 1):
             problems.add("manifest.layers", f"{at}/layers/1", f"more than {shard.layers[0]}", str(shard.layers[1]))
         start = shard.layers[1]
