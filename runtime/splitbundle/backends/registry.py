@@ -28,24 +28,22 @@ class TorchOptions(TypedDict, total=False):
     trainable: bool
 
 
-class OnnxRuntimeOptions(TypedDict, total=False):
+class _OnnxRuntimeOnly(TypedDict, total=False):
+    providers: Sequence[Any] | None
+    threads: int | None
+    prepack: bool
+
+
+class _OnnxRuntimeDtype(TypedDict, total=False):
+    dtype: str | None
+
+
+class OnnxRuntimeOptions(_OnnxRuntimeDtype, _OnnxRuntimeOnly, total=False):
     """The options of the backend onnxruntime. ``Bundle.stage`` explains each."""
 
-    dtype: str | None
-    providers: Sequence[Any] | None
-    threads: int | None
-    prepack: bool
 
-
-class AllOptions(TypedDict, total=False):
-    """The options of all backends, for a call that takes the backend from a variable."""
-
-    device: str | None
-    dtype: str | None
-    trainable: bool
-    providers: Sequence[Any] | None
-    threads: int | None
-    prepack: bool
+class AllOptions(TorchOptions, _OnnxRuntimeOnly, total=False):
+    """The options of every backend, for a call that names its backend by a variable."""
 
 
 OPTIONS: Final[dict[str, tuple[str, ...]]] = {
