@@ -22,7 +22,7 @@ class Problem:
     file: str | None = None
     """The path inside the bundle, or of the source file."""
     pointer: str | None = None
-    """The RFC 6901 pointer into the file's JSON (for safetensors: into the header)."""
+    """The RFC 6901 pointer into the file's JSON (of a safetensors file, into the header)."""
     offset: int | None = None
     """The byte offset in the file, if no pointer applies."""
     argument: str | None = None
