@@ -11,9 +11,7 @@ from typing import Final
 
 from splitbundle_converter.checkpoint.directory import CheckpointDirectory
 from splitbundle_converter.checkpoint.source import CARD, CONFIG, TEXT_FILES, has_weights, pickled
-from splitbundle_converter.checkpoint.weight_files import (
-    SAFETENSORS,
-)
+from splitbundle_converter.checkpoint.weight_files import SAFETENSORS
 from splitbundle_converter.errors import line, refusal
 
 HUB_PICKLES: Final = ("pytorch_model*.bin", "pytorch_model.bin.index.json")

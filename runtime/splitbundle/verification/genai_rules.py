@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import strict_json
+from splitbundle.format.genai import GENAI, configuration, graphs
 from splitbundle.storage import files
 from splitbundle.verification import onnx_rules
 
 if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
-from splitbundle.format.genai import GENAI, configuration, graphs
 
 
 def check(bundle: BundleReader) -> None:

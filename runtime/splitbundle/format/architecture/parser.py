@@ -10,10 +10,7 @@ from splitbundle.format.architecture.attention import check_attention, parse_att
 from splitbundle.format.architecture.decoder import FILE, Architecture, Embedding, Head, LayerKind
 from splitbundle.format.architecture.feedforward import parse_mlp
 from splitbundle.format.architecture.norms import PLACEMENTS, check_norm, parse_norm, parse_optional_norm
-from splitbundle.format.architecture.positions import (
-    Sinusoidal,
-    parse_embedding_position,
-)
+from splitbundle.format.architecture.positions import Sinusoidal, parse_embedding_position
 from splitbundle.format.architecture.sizes import MAX_LAYERS, MAX_SIZE
 from splitbundle.format.fields import Field, Problems
 from splitbundle.version import ARCHITECTURE_VERSION
