@@ -326,7 +326,7 @@ class Judge:
             wrong.append(f"an interruption ends with status {status}: {said[-500:]}")
         if not interrupted and status != 1:
             wrong.append(f"status {status}: {said[-500:]}")
-        if not interrupted and now == "new" and "the new bundle, which is in its place" not in said:
+        if not interrupted and now == "new" and "The bundle is in place" not in said:
             wrong.append(f"status {status} where the new bundle stands, which nothing says: {said[-500:]}")
         return wrong
 
