@@ -3,7 +3,8 @@
 The rules:
 
 1. Parity runs for each family in two configurations: the first in its table, which is its default shape, and the one
-   with the most ways to go wrong (``ONE_PER_FAMILY``). The other configurations are long.
+   with the most ways to go wrong (``ONE_PER_FAMILY``). The other configurations are long. The
+   scenarios of batches and caches at every cut, which take longest, run for ``ONE_PER_FAMILY`` alone.
 2. What a family's facts hardly change (another dtype, a second seed, the wrong facts that must show, any cuts of any
    depth) runs for ``FEW``: configurations that together have every part of a decoder. The other families are long.
 3. Of combinations (pairs of cuts, dtypes times dtypes, faults times system calls) one line through all values is short,

@@ -152,7 +152,7 @@ def run_scenarios(name: str, everywhere: Sequence[Cuts]) -> None:
 
 
 @pytest.mark.rule("SB-B-003", "SB-B-004", "SB-B-005", "SB-B-006", "SB-B-007", "SB-B-008")
-@two_per_family
+@one_per_family
 def test_scenarios_at_every_cut(name: str) -> None:
     """Pieces, padding, rollback, reordering, last logits: in every configuration, uncut and at every cut."""
     run_scenarios(name, ((), *SINGLE_CUTS))
