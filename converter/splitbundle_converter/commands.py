@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -77,6 +77,12 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _convert(args: argparse.Namespace, console: Console) -> int:
     output = args.output or f"{Path(args.source).resolve().name}.splitbundle"
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        console.note(f"note: {text}")
+
     with _libraries():
         bundle = splitbundle_converter.convert(
             args.source,
@@ -92,9 +98,10 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             onnx=args.variant or args.onnx,
             genai=args.genai,
             allow_pickle=args.allow_pickle,
+            notes=note,
             progress=console.progress,
         )
-    return _report(bundle, output, console, bundle.manifest.extensions.get(EXTENSION))
+    return _report(bundle, output, console, bundle.manifest.extensions.get(EXTENSION), notes)
 
 
 def _resplit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -198,7 +205,13 @@ def _example(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _report(bundle: Bundle, output: str, console: Console, part: dict[str, Any] | None = None) -> int:
+def _report(
+    bundle: Bundle,
+    output: str,
+    console: Console,
+    part: dict[str, Any] | None = None,
+    notes: Sequence[str] = (),
+) -> int:
     console.end_progress()
     shards = ", ".join(f"{shard.name} [{shard.layers[0]}, {shard.layers[1]})" for shard in bundle.shards)
     checked = "not checked" if bundle.manifest.vectors is None else "checked against the original model"
@@ -208,7 +221,8 @@ def _report(bundle: Bundle, output: str, console: Console, part: dict[str, Any] 
     if part is not None:
         _report_part(part, console)
     ids = {"bundle_id": bundle.id, "fingerprint": bundle.fingerprint}
-    console.json({"ok": True, "path": str(output), **ids} | ({} if part is None else {"part": part}))
+    noted = {"notes": list(notes)} if notes else {}
+    console.json({"ok": True, "path": str(output), **ids} | noted | ({} if part is None else {"part": part}))
     return 0
 
 

@@ -27,11 +27,15 @@ from splitbundle.verification import tokenizer_rules
 from splitbundle.version import __version__
 from splitbundle_converter.checkpoint.source import TOKENIZER, Checkpoint, dtype_of
 from splitbundle_converter.errors import refusal
+from splitbundle_converter.families import unused_fields
 from splitbundle_converter.families.composites import PARTS
+from splitbundle_converter.families.configuration import refuse_unchecked_code
 from splitbundle_converter.graphs import request
 from splitbundle_converter.open_checkpoint import OpenedCheckpoint, open_checkpoint
-from splitbundle_converter.options import DTYPES
+from splitbundle_converter.options import DTYPES, Note
+from splitbundle_converter.reference.asked_fields import asked_fields
 from splitbundle_converter.reference.golden_vectors import reference_vectors
+from splitbundle_converter.reference.original_errors import explained
 from splitbundle_converter.translation.translate import Translation, translate
 from splitbundle_converter.writing.atomic_directory import atomic_directory
 from splitbundle_converter.writing.documents import relocated, write_documents, write_file
@@ -54,6 +58,7 @@ def convert(
     onnx: bool | str = False,
     genai: bool = False,
     allow_pickle: bool = False,
+    notes: Note | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Convert a checkpoint into a bundle.
@@ -77,6 +82,8 @@ def convert(
             float32; "float16" adds graphs that compute in float16, the dtype of the stored weights.
         genai: Whether to add the configuration that onnxruntime-genai needs to run the graphs. It adds the graphs too.
         allow_pickle: Whether to accept weights in pickles. Only names and tensors are read, in a separate process.
+        notes: A function that is called with a sentence for each thing that the conversion accepted, skipped or could
+            not do.
         progress: A function that is called with the current step, the amount done, and the total amount.
 
     Returns:
@@ -99,6 +106,10 @@ def convert(
     with open_checkpoint(
         source, revision, part=part, output=target, allow_pickle=allow_pickle, force=force, progress=progress
     ) as opened:
+        if not check:
+            refuse_unchecked_code(opened.checkpoint.configuration())
+        if notes is not None and opened.not_used:
+            notes(unused_fields.note(opened.not_used, opened.checkpoint.configuration().file))
         return _convert(
             opened,
             target,
@@ -143,7 +154,7 @@ def _convert(
         listed[architectures.FILE] = write_file(root, architectures.FILE, architecture.to_bytes())
         vectors = None
         if check:
-            vectors = _write_vectors(root, opened.load_original, architecture, dtype, listed, progress)
+            vectors = _write_vectors(root, opened, dtype, listed, progress)
         for name, data in text_files.items():
             listed[f"tokenizer/{name}"] = write_file(root, f"tokenizer/{name}", data)
         weight_files = tuple(path for paths in units.values() for path in paths)
@@ -173,7 +184,7 @@ def _convert(
                 ),
                 vectors=vectors,
                 source_names=translation.source_names,
-                extensions=opened.extensions,
+                extensions=opened.extensions | unused_fields.extension(opened.not_used),
             ),
             architecture,
         )
@@ -244,16 +255,14 @@ def _write_units(
 
 
 def _write_vectors(
-    root: Path,
-    load: Callable[[], tuple[Any, str]],
-    architecture: Architecture,
-    dtype: str,
-    listed: dict[str, File],
-    progress: Progress | None,
+    root: Path, opened: OpenedCheckpoint, dtype: str, listed: dict[str, File], progress: Progress | None
 ) -> Vectors:
     if progress is not None:
         progress("running the original model", 0, 1)
-    lengths, tensors = reference_vectors(load, architecture, dtype)
+    found = opened.checkpoint.configuration()
+    with explained(found), asked_fields() as asked:
+        lengths, tensors = reference_vectors(opened.load_original, opened.architecture, dtype)
+    unused_fields.check_not_asked(opened.not_used, asked, found)
     stored = {
         name: Stored(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
         for name, tensor in tensors.items()

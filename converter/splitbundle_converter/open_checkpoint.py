@@ -36,6 +36,8 @@ class OpenedCheckpoint:
     architecture: Architecture
     values: dict[str, Any]
     """The fields of the configuration."""
+    not_used: dict[str, Any]
+    """The fields of the configuration that neither the family nor transformers uses."""
     load_original: Callable[[], tuple[Any, str]]
     """Loads the original model in float32. Returns it with the name of the module list that has its layers."""
     extensions: dict[str, Any] = field(default_factory=dict)
@@ -92,17 +94,19 @@ def _judge(checkpoint: Checkpoint, part: str | None) -> OpenedCheckpoint:
             family=language.family,
             architecture=language.architecture,
             values=language.values,
+            not_used=language.not_used,
             load_original=partial(load_original_part, language),
             extensions={EXTENSION: language.extension()},
         )
     if isinstance(checkpoint, PartsCheckpoint):  # joining the parts has already checked their configuration
-        family, architecture, values = checkpoint.judged
+        judged = checkpoint.judged
     else:
-        family, architecture, values = read_configuration(checkpoint.configuration())
+        judged = read_configuration(checkpoint.configuration())
     return OpenedCheckpoint(
         checkpoint=checkpoint,
-        family=family,
-        architecture=architecture,
-        values=values,
-        load_original=partial(load_original, checkpoint, family),
+        family=judged.family,
+        architecture=judged.architecture,
+        values=judged.values,
+        not_used=judged.not_used,
+        load_original=partial(load_original, checkpoint, judged.family),
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeAlias
 
 from splitbundle.format import dtypes
 
 DTYPES: Final = ("keep", *dtypes.WEIGHTS)
+Note: TypeAlias = Callable[[str], None]
+"""A function that is called with a sentence for each thing that a conversion accepted, skipped or could not do."""

@@ -1,7 +1,8 @@
 """Read a configuration, and refuse each field that could change a number but was not read.
 
-A row of the family table reads the fields that it knows. Every other field must be an ignored field or have its default
-value. The reader refuses any other field, because it could change a number.
+A row of the family table reads the fields that it knows. Another field could change a number only if transformers
+declares it or reads it. Such a field must have its default value, or be known to change no logits. The fields that
+transformers does not know either are kept, and never interpreted.
 """
 
 from __future__ import annotations
@@ -10,83 +11,9 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from splitbundle.errors import BundleError, Problem, quoted
-
-IGNORED: Final = frozenset(
-    [
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_experts_implementation",
-        "_name_or_path",
-        "_num_labels",
-        "architectures",
-        "attn_implementation",
-        "bos_token_id",
-        "do_sample",
-        "dtype",
-        "eos_token_id",
-        "finetuning_task",
-        "gradient_checkpointing",
-        "id2label",
-        "initializer_range",
-        "is_llama_config",
-        "keys_to_ignore_at_inference",
-        "label2id",
-        "max_length",
-        "min_length",
-        "model_type",
-        "num_labels",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "prefix",
-        "problem_type",
-        "repetition_penalty",
-        "return_dict",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "task_specific_params",
-        "temperature",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers.js_config",
-        "transformers_version",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_bfloat16",
-        "use_cache",
-    ]
-)
-"""Fields of all configurations that change no number of a decoder in inference."""
-TRAINING: Final = frozenset(
-    [
-        "activation_dropout",
-        "attention_dropout",
-        "attention_probs_dropout_prob",
-        "attn_pdrop",
-        "classifier_dropout",
-        "dropout",
-        "embd_pdrop",
-        "embed_dropout",
-        "embedding_dropout",
-        "hidden_dropout",
-        "hidden_dropout_prob",
-        "init_std",
-        "layerdrop",
-        "resid_dropout",
-        "resid_pdrop",
-        "residual_dropout",
-        "summary_activation",
-        "summary_first_dropout",
-        "summary_proj_to_labels",
-        "summary_type",
-        "summary_use_proj",
-    ]
-)
-"""Fields for training, and for classification heads. They change no number of a language model in inference."""
+from splitbundle.format.architecture.decoder import Architecture
+from splitbundle_converter.families.evidence import Evidence
+from splitbundle_converter.families.inert_fields import is_inert, is_neutral, other_computation, repeated
 
 UNSUPPORTED: Final = (
     "A model with this value can't be converted yet. Do not change the value: it would describe another model"
@@ -100,16 +27,26 @@ class ConfigReader:
     ``finish`` can report all problems.
     """
 
-    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any], file: str, pointer: str = "") -> None:
-        self._values, self._defaults, self._file, self._pointer = values, defaults, file, pointer
+    def __init__(self, values: Mapping[str, Any], evidence: Evidence, file: str, pointer: str = "") -> None:
+        self._values, self._evidence, self._file, self._pointer = values, evidence, file, pointer
         self.read: set[str] = set()
         """The names of the fields that were read or are ignored."""
+        self.not_used: dict[str, Any] = {}
+        """The fields that neither the row nor transformers uses, with their values."""
         self.problems: list[Problem] = []
 
     def inside(self, name: str) -> ConfigReader:
-        """Return a reader of the object in a field. The caller adds its problems to the problems of this reader."""
+        """Return a reader of the object in a field. The caller passes it to ``add`` at the end."""
         value = self.raw(name)
-        return ConfigReader(value if isinstance(value, dict) else {}, {}, self._file, f"{self._pointer}/{name}")
+        return ConfigReader(
+            value if isinstance(value, dict) else {}, self._evidence, self._file, f"{self._pointer}/{name}"
+        )
+
+    def add(self, inner: ConfigReader) -> None:
+        """Add the problems and the unused fields of a reader of an inner object."""
+        self.problems += inner.problems
+        place = inner._pointer.removeprefix(f"{self._pointer}/").replace("/", ".")
+        self.not_used |= {f"{place}.{name}": value for name, value in inner.not_used.items()}
 
     def unread(self) -> list[str]:
         """Return the names of the fields that were not read."""
@@ -190,23 +127,43 @@ class ConfigReader:
         """Mark fields as ignored: they change no number."""
         self.read.update(names)
 
-    def finish(self) -> None:
-        """Check that no problem was noted, and that each field was read, is ignored, or has its default value.
+    def leave(self, name: str, expected: str) -> None:
+        """Accept a field of an inner object that was not read, if transformers has no use for a field of this name."""
+        value = self._values[name]
+        if value is None or is_inert(name) or name not in self._evidence.mentioned:
+            self.not_used[name] = value
+        else:
+            self.refuse(name, expected)
+
+    def finish(self, architecture: Architecture) -> None:
+        """Check that no problem was noted, and that no unread field can change what the original computes.
+
+        Args:
+            architecture: The facts that were read. A field that repeats one of them must agree.
 
         Raises:
             BundleError: ``source.config``, with all problems.
         """
         for name, value in self._values.items():
-            if name in self.read or name in IGNORED:
-                continue
-            if name not in self._defaults:
-                self.refuse(
-                    name,
-                    "a field that is known for this family",
-                    value,
-                    "Remove it if it changes nothing",
-                )
-            elif value != self._defaults[name]:
-                self.refuse(name, f"its default, {quoted(self._defaults[name])}", value)
+            if name not in self.read:
+                self._judge(name, value, architecture)
         if self.problems:
             raise BundleError(self.problems)
+
+    def _judge(self, name: str, value: Any, architecture: Architecture) -> None:
+        declared, default = name in self._evidence.defaults, self._evidence.defaults.get(name)
+        fact = repeated(name, architecture)
+        if (other := other_computation(name, value)) is not None:
+            self.refuse(name, other, value)
+        elif is_inert(name) or (value is None and not default):
+            pass
+        elif declared:
+            if value != default:
+                self.refuse(name, f"its default, {quoted(default)}", value)
+        elif self._evidence.knows(name) and not is_neutral(name, value):
+            expected = f"no such field, as {self._evidence.readers.get(name, 'transformers')} of transformers reads it"
+            self.refuse(name, expected, value)
+        elif fact is not None and type(value) is int and value != fact[1]:
+            self.refuse(name, f"{fact[1]}, as it is {fact[0]}", value)
+        if not declared:
+            self.not_used[name] = value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from splitbundle.errors import BundleError, quoted
@@ -11,13 +13,16 @@ from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.format.architecture.sizes import MAX_LAYERS
 from splitbundle_converter.checkpoint.source import Configuration
 from splitbundle_converter.errors import line, refusal
-from splitbundle_converter.families.composites import family_hint
+from splitbundle_converter.families.composites import COMPOSITES, TEXT, family_hint, text_type
 from splitbundle_converter.families.config_reader import ConfigReader
+from splitbundle_converter.families.evidence import Evidence, evidence
+from splitbundle_converter.families.inert_fields import QUANTIZED, ROUTINE, is_inert, is_meaningful
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.families.unsupported import EXPECTED
 from splitbundle_converter.quiet_transformers import quiet
 
+ORIGINAL: Final = "Convert the checkpoint that was quantized"
 _MAX_LABELS: Final = 100_000
 """The maximum number of classes of a classifier: several times as many as the largest data sets have."""
 _COUNTS: Final = {
@@ -27,29 +32,65 @@ _COUNTS: Final = {
     "_num_labels": (0, _MAX_LABELS),
 }
 """A field for which transformers builds a list -> the minimum and maximum length that is accepted."""
+UNREADABLE: Final = "Compare the file with the published one; transformers itself can't load this checkpoint"
 _IMPLEMENTATION: Final = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 """Fields that select the code of attention or experts. For some values, transformers fetches code from the hub and
 runs it."""
 
 
-def read_configuration(found: Configuration) -> tuple[Family, Architecture, dict[str, Any]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedConfiguration:
+    """A configuration that can be converted, with the facts that it states."""
+
+    family: Family
+    architecture: Architecture
+    values: dict[str, Any]
+    """All fields, as transformers parses them and as the file has them."""
+    not_used: dict[str, Any]
+    """The fields of the file that neither the row nor transformers uses."""
+
+
+def read_configuration(found: Configuration) -> JudgedConfiguration:
     """Return the family, the architecture and all fields of a configuration.
 
     Raises:
         BundleError: ``source.family``, ``source.remote-code``, ``source.quantised``, ``source.config``.
     """
     config = resolve(found)
-    values = config.to_dict()
-    family = FAMILIES[config.model_type]
-    reader = ConfigReader(values, type(config)().to_dict(), found.file, found.pointer)
+    family, known = FAMILIES[config.model_type], evidence(config.model_type)
+    values = all_values(found, config, known)
+    reader = ConfigReader(values, known, found.file, found.pointer)
     architecture = family.facts(reader)
-    reader.finish()
-    # The runtime's parser must accept the architecture. The same rules apply here, before any byte is written.
-    return family, parse_architecture(architecture.to_bytes()), values
+    reader.finish(architecture)
+    return JudgedConfiguration(
+        family=family,
+        # The runtime's parser must accept the architecture. The same rules apply here, before any byte is written.
+        architecture=parse_architecture(architecture.to_bytes()),
+        values=values,
+        not_used=unusual(reader.not_used, found),
+    )
 
 
-def resolve(found: Configuration) -> Any:
+def all_values(found: Configuration, config: Any, known: Evidence) -> dict[str, Any]:
+    """Return the fields of a parsed configuration, and those of the file that transformers did not get."""
+    parsed: dict[str, Any] = config.to_dict()
+    return parsed | {name: value for name, value in found.raw.items() if not _is_passed(name, value, known)}
+
+
+def unusual(not_used: Mapping[str, Any], found: Configuration) -> dict[str, Any]:
+    """Return those of the unused fields that the file has itself, without the fields of nearly every configuration.
+
+    The name of a field of an inner object has a dot in it.
+    """
+    return {
+        name: value for name, value in not_used.items() if name not in ROUTINE and (name in found.raw or "." in name)
+    }
+
+
+def resolve(found: Configuration, *, inert: bool = True) -> Any:
     """Return the configuration of a language model as transformers parses it. Remote code never runs.
+
+    ``inert`` is as for ``build``.
 
     Raises:
         BundleError: ``source.family``, ``source.remote-code``, ``source.quantised``, ``source.config``.
@@ -60,11 +101,13 @@ def resolve(found: Configuration) -> Any:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise _field_refusal("source.family", found, "model_type", EXPECTED, family_hint(raw, FAMILIES))
     check_counts(found)
-    return build(found)
+    return build(found, inert=inert)
 
 
 def readable(found: Configuration) -> dict[str, Any]:
     """Return the fields of a configuration, or of a part of one. Refuse remote code and quantized weights.
+
+    ``auto_map`` is accepted for a type that transformers computes itself.
 
     Raises:
         BundleError: ``source.remote-code``, ``source.quantised``, ``source.config``.
@@ -72,15 +115,34 @@ def readable(found: Configuration) -> dict[str, Any]:
     raw = found.raw
     if not isinstance(raw, dict):
         raise refusal("source.config", found.file, "an object", quoted(raw), pointer=found.pointer or None)
-    if "auto_map" in raw:
-        hint, model_type = "splitbundle never runs code of a checkpoint", raw.get("model_type")
-        if isinstance(model_type, str) and model_type in FAMILIES:
-            hint += f". transformers computes {model_type} itself: if these are its weights, remove auto_map"
+    if is_meaningful(raw.get("auto_map")) and not _is_native(raw.get("model_type")):
+        hint = "splitbundle never runs code of a checkpoint, and transformers has no class for this model_type"
         raise _field_refusal("source.remote-code", found, "auto_map", "no auto_map", hint)
-    if raw.get("quantization_config") is not None:
-        hint = "Convert the checkpoint that was quantized"
-        raise _field_refusal("source.quantised", found, "quantization_config", "weights that aren't quantized", hint)
+    for name, value in raw.items():
+        if QUANTIZED.fullmatch(name) and is_meaningful(value):
+            raise _field_refusal("source.quantised", found, name, "weights that aren't quantized", ORIGINAL)
     return raw
+
+
+def refuse_unchecked_code(found: Configuration) -> None:
+    """Refuse ``auto_map`` for a conversion that does not compare the results with those of transformers' own class.
+
+    Raises:
+        BundleError: ``source.remote-code``.
+    """
+    nested = found.raw.get(TEXT)
+    if isinstance(nested, dict):
+        refuse_unchecked_code(Configuration(raw=nested, file=found.file, pointer=f"/{TEXT}"))
+    if is_meaningful(found.raw.get("auto_map")):
+        hint = (
+            f"The checkpoint has code of its own, which may compute something else than transformers' "
+            f"{found.raw.get('model_type')}. Convert it with the check, which compares the results"
+        )
+        raise _field_refusal("source.remote-code", found, "auto_map", "no auto_map in a conversion without check", hint)
+
+
+def _is_native(model_type: object) -> bool:
+    return isinstance(model_type, str) and (model_type in FAMILIES or model_type in COMPOSITES)
 
 
 def check_counts(found: Configuration) -> None:
@@ -109,26 +171,71 @@ def _repeated(types: object) -> int:
     )
 
 
-def build(found: Configuration) -> Any:
+def build(found: Configuration, *, inert: bool = True) -> Any:
     """Return the configuration as transformers parses it. Call this only for types that are known to be safe.
 
-    At any depth, the fields that select code are removed first.
+    transformers gets only the fields that it declares or reads.
+
+    Args:
+        found: The configuration.
+        inert: Whether to pass the fields that change no logits. Without them, transformers uses its defaults.
 
     Raises:
         BundleError: ``source.config``.
     """
+    known = evidence_of(found)
+    raw = _passed(found.raw, known)
+    text = text_type(raw) if isinstance(raw.get(TEXT), dict) else None
+    if text in FAMILIES:
+        raw[TEXT] = _passed(raw[TEXT], evidence(text))
+    without_inert = {name: value for name, value in raw.items() if name == "model_type" or not is_inert(name)}
+    error = None
+    for fields in (raw, without_inert) if inert else (without_inert,):
+        config, error = parse(fields)
+        if error is None:
+            return config
+    expected, got = "a configuration that transformers reads", line(error or ValueError())
+    culprit = next((name for name in raw if name != "model_type" and parse(_dropped(raw, name))[1] is None), None)
+    pointer = f"{found.pointer}/{culprit}" if culprit is not None else found.pointer or None
+    raise refusal("source.config", found.file, expected, got, UNREADABLE, pointer) from error
+
+
+def evidence_of(found: Configuration) -> Evidence:
+    """Return what transformers does with the fields of a configuration of a known type."""
+    model_type = found.raw["model_type"]
+    composite = COMPOSITES.get(model_type) if model_type not in FAMILIES else None
+    return evidence(model_type, composite.class_name if composite is not None else None)
+
+
+def _passed(raw: Mapping[str, Any], known: Evidence) -> dict[str, Any]:
+    """Return the fields that transformers gets."""
+    return {name: value for name, value in raw.items() if name == "model_type" or _is_passed(name, value, known)}
+
+
+def _is_passed(name: str, value: object, known: Evidence) -> bool:
+    return known.knows(name) and not QUANTIZED.fullmatch(name) and not (value is None and name not in known.defaults)
+
+
+def _dropped(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    return {other: value for other, value in raw.items() if other != name}
+
+
+def parse(raw: dict[str, Any]) -> tuple[Any, Exception | None]:
+    """Return the configuration that transformers makes of the fields, or the error that it raises.
+
+    Call this only for types that are known to be safe. At any depth, the fields that select code are removed.
+    """
     from transformers import CONFIG_MAPPING
 
-    expected = "a configuration that transformers reads"
     try:
         with quiet():
-            return CONFIG_MAPPING[found.raw["model_type"]].from_dict(_without_implementations(found.raw))
+            return CONFIG_MAPPING[raw["model_type"]].from_dict(_without_implementations(raw)), None
     except (ValueError, TypeError, LookupError, ArithmeticError, OSError, AttributeError) as error:
-        raise refusal("source.config", found.file, expected, line(error), pointer=found.pointer or None) from error
+        return None, error
     except Exception as error:  # huggingface_hub's validation errors derive from Exception alone
         if not type(error).__module__.startswith("huggingface_hub"):
             raise
-        raise refusal("source.config", found.file, expected, line(error), pointer=found.pointer or None) from error
+        return None, error
 
 
 def _without_implementations(value: Any) -> Any:

@@ -346,6 +346,6 @@ def rotary_by_layer_type(sizes: Sizes) -> list[Position]:
         of_type[kind] = rotary(sizes.config, sizes.head_dim, parameters=parameters)
     inner.ignored(LAYER_TYPES)
     for name in inner.unread():
-        inner.refuse(name, "only an object for each layer type")
-    sizes.config.problems += inner.problems
+        inner.leave(name, "only an object for each layer type")
+    sizes.config.add(inner)
     return [of_type[kind] for kind in types]

@@ -7,7 +7,7 @@ from typing import Final
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.positions import Alibi, Sinusoidal
 from splitbundle.format.architecture.rotary import Rotary, Unscaled
-from splitbundle_converter.families.config_reader import IGNORED, TRAINING, ConfigReader
+from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.facts import (
     TORCH_EPS,
     Facts,
@@ -21,7 +21,6 @@ from splitbundle_converter.families.facts import (
 from splitbundle_converter.families.row import QUERY_KEY_VALUE, Names, in_layers, q_k_v, renamed, row
 
 GPT: Final = Facts(
-    ignored=TRAINING,
     head_dim=None,
     kv_heads=None,
     norm=layer_norm("layer_norm_eps"),
@@ -229,9 +228,9 @@ def mpt(config: ConfigReader) -> Architecture:
         inner.allowed(name, False)
     clip = inner.number("clip_qkv") if inner.raw("clip_qkv") else None
     scale = inner.optional_number("softmax_scale")
-    for name in sorted(set(inner.unread()) - IGNORED):
-        inner.refuse(name, "a field that is known for this family", inner.raw(name))
-    config.problems += inner.problems
+    for name in inner.unread():
+        inner.leave(name, "no such field")
+    config.add(inner)
     return MPT.replace(clip=clip, scale=scale)(config)
 
 

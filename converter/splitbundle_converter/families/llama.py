@@ -9,7 +9,7 @@ from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.positions import QueryTemperature
 from splitbundle.format.architecture.rotary import Rotary, Unscaled
 from splitbundle.format.architecture.sizes import MAX_LAYERS
-from splitbundle_converter.families.config_reader import TRAINING, ConfigReader
+from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.facts import (
     TORCH_EPS,
     Facts,
@@ -193,8 +193,8 @@ def _hunyuan_rotary(sizes: Sizes) -> Rotary:
         head_dim = 4
     base = inner.number("rope_theta") * inner.number("alpha") ** (head_dim / (head_dim - 2))
     for name in inner.unread():
-        inner.refuse(name, "no such parameter with rope_type dynamic and alpha")
-    config.problems += inner.problems
+        inner.leave(name, "no such parameter with rope_type dynamic and alpha")
+    config.add(inner)
     return Rotary(base=base, dim=head_dim, layout="half", scaling=Unscaled())
 
 
@@ -281,19 +281,19 @@ LLAMA_FAMILIES: Final = (
         allowed={"mlp_bias": False, "post_norm": False, "qk_norm": True}, gated=False, query_key_norm="head"),
     # The families from here on have LayerNorm.
     # Phi 1 to 2 (Li et al. 2023, arXiv:2309.05463): one norm before both blocks.
-    row("phi", PHI_NAMES, PLAIN, ignored=TRAINING, norm=layer_norm("layer_norm_eps"), placement="parallel", bias=True,
+    row("phi", PHI_NAMES, PLAIN, norm=layer_norm("layer_norm_eps"), placement="parallel", bias=True,
         query_key_norm=either("qk_layernorm", "head", None), position=rotary_positions(partial=True), gated=False,
         head_bias=True),
     # StableLM (Bellagente et al. 2024, arXiv:2402.17834). The 12B model has a norm for each head, without a bias.
     row("stablelm", renamed(NAMES, {"self_attn.q_layernorm.norms.{row}": "attention.query_norm",
                                     "self_attn.k_layernorm.norms.{row}": "attention.key_norm"}),
-        PLAIN, ignored=TRAINING, allowed={"head_dim": None}, norm=layer_norm("layer_norm_eps"),
+        PLAIN, allowed={"head_dim": None}, norm=layer_norm("layer_norm_eps"),
         query_key_norm=either("qk_layernorm", "heads", None), query_key_bias=False, qkv_bias="use_qkv_bias",
         placement=either("use_parallel_residual", "parallel", "pre"), position=rotary_positions(partial=True)),
     # StarCoder 2 (Lozhkov et al. 2024, arXiv:2402.19173): a window on all layers, or on none. Published configurations
     # have the last two ignored fields in addition to hidden_act and norm_epsilon.
     row("starcoder2", renamed(NAMES, {"mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}), PLAIN,
-        ignored=[*TRAINING, "activation_function", "layer_norm_epsilon"],
+        ignored=["activation_function", "layer_norm_epsilon"],
         allowed={"mlp_type": "default", "norm_type": "layer_norm"}, norm=layer_norm("norm_epsilon"), bias="use_bias",
         window=one_window, gated=False),
     # Nemotron-4 and Minitron (Parmar et al. 2024, arXiv:2402.16819): norm weights are stored as differences from one.

@@ -55,8 +55,8 @@ def rotary(
     base = inner.number("rope_theta")
     if known:  # the parameters of an unknown rope_type have an unknown meaning
         for name in inner.unread():
-            inner.refuse(name, f"no such parameter with rope_type {kind}")
-    config.problems += inner.problems
+            inner.leave(name, f"no such parameter with rope_type {kind}")
+    config.add(inner)
     return Rotary(base=base, dim=dim, layout=layout, scaling=scaling)
 
 

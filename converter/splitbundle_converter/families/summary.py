@@ -9,6 +9,7 @@ from splitbundle.format.architecture.decoder import Architecture, LayerKind
 from splitbundle.format.architecture.positions import Alibi, Learned, Sinusoidal
 from splitbundle.format.architecture.rotary import Rotary, Unscaled
 from splitbundle_converter.families.config_reader import ConfigReader
+from splitbundle_converter.families.evidence import evidence
 from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.quiet_transformers import quiet
 
@@ -44,16 +45,14 @@ def details() -> Iterator[dict[str, Any]]:
 
 def default(name: str) -> tuple[ConfigReader, list[str]]:
     """Return a family's default configuration with missing fields filled in, and a description of these fields."""
-    from transformers import AutoConfig
-
     with quiet():  # some default configurations name ids that their own vocabulary lacks
-        values = AutoConfig.for_model(name).to_dict()
-    config = ConfigReader(values, values, name)
+        values = dict(evidence(name).defaults)
+    config = ConfigReader(values, evidence(name), name)
     FAMILIES[name].facts(config)
     wanted = {(problem.pointer or "")[1:]: problem.expected for problem in config.problems}
     needs = [f"{field} {'given' if values[field] is None else expected}" for field, expected in wanted.items()]
     filled = values | {field: _GIVEN[field](values) for field in wanted if field in _GIVEN}
-    return ConfigReader(filled, filled, name), needs
+    return ConfigReader(filled, evidence(name), name), needs
 
 
 def summary(facts: Architecture) -> dict[str, str]:

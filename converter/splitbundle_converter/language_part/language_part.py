@@ -18,7 +18,15 @@ from splitbundle_converter.checkpoint.source import Checkpoint, Configuration
 from splitbundle_converter.errors import refusal
 from splitbundle_converter.families.composites import COMPOSITES, IGNORED, LANGUAGE, TEXT, Composite, text_type
 from splitbundle_converter.families.config_reader import ConfigReader
-from splitbundle_converter.families.configuration import build, check_counts, readable
+from splitbundle_converter.families.configuration import (
+    all_values,
+    build,
+    check_counts,
+    evidence_of,
+    readable,
+    unusual,
+)
+from splitbundle_converter.families.evidence import evidence
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.translation.translate import MISSING, PROJECTION
@@ -27,35 +35,6 @@ _HEAD: Final = "lm_head.weight"
 """The name of the head's weight in all classes that have their own head."""
 _HEAD_DEFAULTS: Final[dict[str, Any]] = {"multiplier": 1.0, "logit_cap": None}
 """A field of ``Head`` that changes the logits -> the value that changes nothing."""
-_GENERATION: Final[dict[str, Any]] = {
-    "add_cross_attention": False,
-    "bad_words_ids": None,
-    "begin_suppress_tokens": None,
-    "chunk_size_feed_forward": 0,
-    "cross_attention_hidden_size": None,
-    "decoder_start_token_id": None,
-    "diversity_penalty": 0.0,
-    "early_stopping": False,
-    "encoder_no_repeat_ngram_size": 0,
-    "exponential_decay_length_penalty": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "is_decoder": False,
-    "is_encoder_decoder": False,
-    "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "num_beam_groups": 1,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "output_scores": False,
-    "pruned_heads": {},
-    "remove_invalid_values": False,
-    "suppress_tokens": None,
-    "tf_legacy_loss": False,
-    "tie_encoder_decoder": False,
-    "typical_p": 1.0,
-}
-"""A field that earlier versions of transformers wrote into every nested configuration -> the value that is ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +60,8 @@ class LanguagePart:
     architecture: Architecture
     values: dict[str, Any]
     """The fields of the part's configuration."""
+    not_used: dict[str, Any]
+    """The fields that neither the family, nor the checkpoint's class, nor transformers' language model uses."""
     left_out: tuple[LeftOut, ...]
     not_applied: dict[str, Any]
     """Facts of the head that the language model's own class applies and the checkpoint's class does not apply."""
@@ -110,28 +91,31 @@ def read_language_part(source: Checkpoint) -> LanguagePart:
     raw = readable(found)
     composite = _composite(found)
     family = FAMILIES[text_type(raw) or composite.text_type]
-    readable(Configuration(raw={} if raw.get(TEXT) is None else raw[TEXT], file=found.file, pointer=f"/{TEXT}"))
+    inner = {} if raw.get(TEXT) is None else raw[TEXT]
+    text = Configuration(raw=inner, file=found.file, pointer=f"/{TEXT}")
+    readable(text)
     _check_all_counts(found)
     built = build(found)
     nested = getattr(built, TEXT)
     if nested.model_type != family.model_type:
         got, pointer = quoted(nested.model_type), f"/{TEXT}/model_type"
         raise refusal("source.config", found.file, family.model_type, got, pointer=pointer)
-    top = ConfigReader(built.to_dict(), type(built)().to_dict(), found.file)
+    known = evidence_of(found)
+    top = ConfigReader(all_values(found, built, known), known, found.file)
     stated = raw.get("tie_word_embeddings")
-    top.ignored([*built.sub_configs, *IGNORED, *composite.ignored, *_ignored_generation(built.to_dict())])
+    top.ignored([*built.sub_configs, *IGNORED, *composite.ignored])
     tied = None if composite.whole else bool(top.raw("tie_word_embeddings")) and composite.ties
     for field in composite.same:
         if top.raw(field) != getattr(nested, field):
             top.refuse(field, f"{getattr(nested, field)}, as in {TEXT}")
-    values = nested.to_dict()
-    for name in (*_ignored_generation(values), *(composite.text_ignored & values.keys())):
-        del values[name]
-    config = ConfigReader(values, type(nested)().to_dict(), found.file, f"/{TEXT}")
+    known = evidence(family.model_type)
+    values = all_values(text, nested, known)
+    config = ConfigReader(values, known, found.file, text.pointer)
+    config.ignored(composite.text_ignored)
     if tied is not None:
         values["tie_word_embeddings"] = tied  # the checkpoint's class has the head: its field applies
     architecture = _architecture(family, config, composite)
-    top.finish()
+    top.finish(architecture)
     base, head = _places(source, family, architecture)
     if composite.ties and not composite.whole and stated is None and head is not None and tied:
         # Without the field in the configuration, transformers ties the head and the embedding if they are equal.
@@ -151,6 +135,8 @@ def read_language_part(source: Checkpoint) -> LanguagePart:
         own_names=own_names,
         architecture=architecture,
         values=values | {"tie_word_embeddings": architecture.head.tied},
+        not_used=unusual(top.not_used, found)
+        | {f"{TEXT}.{name}": value for name, value in unusual(config.not_used, text).items()},
         left_out=tuple(_left_out(source, source.tensors.keys() - inside)),
         not_applied=not_applied,
     )
@@ -188,10 +174,6 @@ def _check_all_counts(found: Configuration) -> None:
             _check_all_counts(replace(found, raw=value, pointer=f"{found.pointer}/{name}"))
 
 
-def _ignored_generation(values: dict[str, Any]) -> list[str]:
-    return [name for name, value in _GENERATION.items() if name in values and values[name] == value]
-
-
 def _architecture(family: Family, config: ConfigReader, composite: Composite) -> Architecture:
     architecture = family.facts(config)
     if not composite.whole and architecture.head.bias:
@@ -200,7 +182,7 @@ def _architecture(family: Family, config: ConfigReader, composite: Composite) ->
     if not composite.whole and architecture.embedding.token_size != architecture.hidden_size:
         expected = f"a head as wide as the layers, as {composite.class_name} has it"
         config.refuse("hidden_size", expected, architecture.embedding.token_size)
-    config.finish()
+    config.finish(architecture)
     return architecture
 
 

@@ -12,15 +12,17 @@ from splitbundle_converter.families.composites import TEXT
 from splitbundle_converter.families.configuration import build
 from splitbundle_converter.language_part.language_part import LanguagePart
 from splitbundle_converter.quiet_transformers import quiet
-from splitbundle_converter.reference.golden_vectors import UNCHECKED, checked, from_tensors
+from splitbundle_converter.reference.golden_vectors import checked, from_tensors
+from splitbundle_converter.reference.original_errors import UNCHECKED, fill_with_nothing
 
 
-def load_original_part(part: LanguagePart) -> tuple[Any, str]:
+def load_original_part(part: LanguagePart, *, inert: bool = True) -> tuple[Any, str]:
     """Return the original model in float32, and the name of the module list that has its layers.
 
     The checkpoint's class is built without memory for its weights. Then its language model and its head are replaced by
     loaded modules. So the code of this class computes the reference results, but only the language part uses memory.
-    All other weights are NaN: if one of them affects the result, the result is NaN too.
+    All other weights are NaN: if one of them affects the result, the result is NaN too. ``inert`` is as for
+    ``configuration.build``.
 
     Raises:
         BundleError: ``source.tensor``, ``source.config``, and ``backend.missing`` if the class needs a library that is
@@ -28,7 +30,7 @@ def load_original_part(part: LanguagePart) -> tuple[Any, str]:
     """
     import transformers
 
-    config = build(part.source.configuration())
+    config = build(part.source.configuration(), inert=inert)
     config._attn_implementation = "eager"
     text = getattr(config, TEXT)
     text.tie_word_embeddings = part.architecture.head.tied
@@ -50,19 +52,8 @@ def load_original_part(part: LanguagePart) -> tuple[Any, str]:
     whole.set_submodule(
         _place(part, whole, [name for name, module in whole.named_modules() if module is own_head]), head
     )
-    _spoil(whole)
+    fill_with_nothing(whole)
     return whole, f"{place}.{layers}"
-
-
-def _spoil(whole: Any) -> None:
-    """Replace each meta tensor with one expanded number, because some classes look at the device of a weight."""
-    for module in whole.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_meta:
-                    nothing = torch.nan if tensor.is_floating_point() else 0
-                    spoiled = torch.full((), nothing, dtype=tensor.dtype).expand(tensor.shape)
-                    tensors[name] = torch.nn.Parameter(spoiled, False) if tensors is module._parameters else spoiled
 
 
 def _language_model(part: LanguagePart, text: Any) -> Any:

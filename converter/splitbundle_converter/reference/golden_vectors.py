@@ -19,8 +19,8 @@ from splitbundle_converter.families.configuration import resolve
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.quiet_transformers import quiet
 from splitbundle_converter.reference.memory import available_memory
+from splitbundle_converter.reference.original_errors import UNCHECKED, loaded
 
-UNCHECKED = "--no-check converts without the original model, and without golden vectors"
 LENGTHS = (1, 7, 24)
 """The number of tokens in each case: one, a few, and more than a small window."""
 
@@ -32,7 +32,7 @@ def case_lengths(architecture: Architecture) -> tuple[int, ...]:
 
 
 def reference_vectors(
-    load: Callable[[], tuple[Any, str]], architecture: Architecture, dtype: str
+    load: Callable[..., tuple[Any, str]], architecture: Architecture, dtype: str
 ) -> tuple[tuple[int, ...], dict[str, Tensor]]:
     """Run the original model, and return the lengths of the cases and their tensors by name.
 
@@ -40,7 +40,8 @@ def reference_vectors(
     logits are float32.
 
     Args:
-        load: Returns the original model in float32, and the name of the module list that has its layers.
+        load: Returns the original model in float32, and the name of the module list that has its layers. With
+            ``inert=False``, it builds the model without the fields that change no logits.
         architecture: The architecture of the model.
         dtype: The dtype that the weights were rounded to, or "keep".
 
@@ -48,7 +49,7 @@ def reference_vectors(
         BundleError: ``memory`` if there is not enough memory for the model in float32.
     """
     _check_memory(count(architecture.tensors()) * 4)
-    model, layers = load()
+    model, layers = loaded(load)
     if dtype != "keep":
         with torch.no_grad():
             for parameter in model.parameters():
@@ -86,22 +87,27 @@ def run_original(model: Any, place: str, ids: Tensor) -> tuple[list[Tensor], Ten
     hooks += [layer.register_forward_hook(after) for layer in layers]
     try:
         with torch.no_grad():
-            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+            logits = model(input_ids=ids[None], use_cache=False, return_dict=True).logits[0]
     finally:
         for hook in hooks:
             hook.remove()
     return [state[0].contiguous() for state in hidden], logits
 
 
-def load_original(source: Checkpoint, family: Family) -> tuple[Any, str]:
+def load_original(source: Checkpoint, family: Family, *, inert: bool = True) -> tuple[Any, str]:
     """Load the checkpoint with transformers in float32. Return the model and the name of its list of layers.
+
+    ``inert`` is as for ``configuration.build``.
 
     Raises:
         BundleError: ``source.unreadable``, ``source.changed``, ``source.tensor``.
     """
+    # transformers must not read config.json, which may select code.
+    config = resolve(source.configuration(), inert=inert)
+    config._attn_implementation = "eager"
     try:
         with quiet():
-            loaded = _load_tensors(source) if source.rewritten else _load_directory(source)
+            loaded = _load_tensors(source, config) if source.rewritten else _load_directory(source, config)
     except (OSError, RuntimeError, SafetensorError) as error:
         source.directory.check_unchanged()
         if isinstance(error, RuntimeError):
@@ -140,12 +146,10 @@ def from_tensors(config: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str
     return loaded
 
 
-def _load_directory(source: Checkpoint) -> Any:
+def _load_directory(source: Checkpoint, config: Any) -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     generation: Any = GenerationConfig  # transformers gives no types for it
-    config = resolve(source.configuration())  # transformers must not read config.json, which may select code
-    config._attn_implementation = "eager"
     return AutoModelForCausalLM.from_pretrained(
         str(source.directory.path),
         config=config,
@@ -159,9 +163,8 @@ def _load_directory(source: Checkpoint) -> Any:
     )
 
 
-def _load_tensors(source: Checkpoint) -> Any:
+def _load_tensors(source: Checkpoint, config: Any) -> Any:
     """Load the tensors that ``source`` reads. transformers itself would unpickle files, and can't load parts."""
-    config = resolve(source.configuration())
     with source.reader() as reader:
         tensors = {name: reader.get(name) for name in source.tensors}  # the tensors keep their memory maps open
     return from_tensors(config, tensors)

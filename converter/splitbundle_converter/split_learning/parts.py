@@ -25,8 +25,8 @@ from splitbundle_converter.checkpoint.pickles import SUFFIXES, PickledCheckpoint
 from splitbundle_converter.checkpoint.source import CONFIG, Configuration
 from splitbundle_converter.checkpoint.weight_files import SourceTensor, check_unwrapped, read_headers
 from splitbundle_converter.errors import problem, refusal
-from splitbundle_converter.families.config_reader import IGNORED
-from splitbundle_converter.families.configuration import read_configuration
+from splitbundle_converter.families.configuration import JudgedConfiguration, read_configuration
+from splitbundle_converter.families.inert_fields import is_inert
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.split_learning.tensor_names import EMBEDDING, HEAD, LAYER, PartNames
 
@@ -74,13 +74,13 @@ class PartsCheckpoint(PickledCheckpoint):
         self,
         directory: CheckpointDirectory,
         held: list[LoadedPart],
-        judged: tuple[Family, Architecture, dict[str, Any]],
+        judged: JudgedConfiguration,
         tensors: dict[str, SourceTensor],
     ) -> None:
         super().__init__(directory, tensors)
         self.judged = judged
-        """The family, the architecture and the configuration fields that all parts share."""
-        self._held, self._layers = held, judged[0].layers
+        """The configuration that all parts share."""
+        self._held, self._layers = held, judged.family.layers
         self._starts = [sum(other.count for other in held[:i]) for i in range(len(held))]
         self.cuts = tuple(self._starts[1:])
         first = held[0].part
@@ -144,7 +144,8 @@ def read_parts(
     parts = _in_order([_metadata(directory, files) for files in found], directory)
     _check_configs(parts)
     first, *others = (Configuration(raw=part.config, file=part.files.metadata, pointer="/config") for part in parts)
-    family, architecture, values = read_configuration(first)
+    judged = read_configuration(first)
+    family, architecture = judged.family, judged.architecture
     for other in others:
         _check_same_model(other, first, family, architecture, "Save every part with the configuration of the whole")
     if directory.has(CONFIG):
@@ -156,7 +157,7 @@ def read_parts(
     names = PartNames(family, architecture)
     held = [_load_part(part, rewritten[part.files.weights], names, family) for part in parts]
     _check_tiling(held, len(architecture.layers), _without_metadata(directory, found))
-    return PartsCheckpoint(directory, held, (family, architecture, values), _join_parts(held, names, family))
+    return PartsCheckpoint(directory, held, judged, _join_parts(held, names, family))
 
 
 def _metadata(directory: CheckpointDirectory, files: PartFiles) -> Part:
@@ -187,11 +188,13 @@ def _in_order(parts: list[Part], directory: CheckpointDirectory) -> list[Part]:
 
 
 def _check_configs(parts: list[Part]) -> None:
-    """Check that all parts have the same configuration, except for ignored fields."""
+    """Check that all parts have the same configuration, except for fields that change no logits."""
     first = parts[0]
     problems = []
     for part in parts[1:]:
-        for name in sorted((part.config.keys() | first.config.keys()) - IGNORED):
+        for name in sorted(part.config.keys() | first.config.keys()):
+            if is_inert(name):
+                continue
             wanted, got = (quoted(config[name]) if name in config else "none" for config in (first.config, part.config))
             if name not in first.config or name not in part.config or not _same(first.config[name], part.config[name]):
                 expected = f"{wanted}, as in {first.files.metadata}"
@@ -204,11 +207,11 @@ def _check_same_model(
     other: Configuration, first: Configuration, family: Family, architecture: Architecture, hint: str
 ) -> None:
     """Check that a configuration describes the same model as the first one. Its fields may be different."""
-    its_family, its_architecture, _ = read_configuration(other)
+    its = read_configuration(other)
     expected = f"the model that {first.file} describes"
-    if its_family.model_type != family.model_type:
-        got = f"another: {its_family.model_type}, and not {family.model_type}"
-    elif its_architecture != architecture:
+    if its.family.model_type != family.model_type:
+        got = f"another: {its.family.model_type}, and not {family.model_type}"
+    elif its.architecture != architecture:
         got = "another"
     else:
         return

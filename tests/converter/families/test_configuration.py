@@ -52,11 +52,9 @@ def test_why_a_family_is_not_in_the_table(
 
 
 ACTIVATIONS: Final = f"one of {', '.join(facts.ACTIVATIONS)}"
-KNOWN: Final = "a field that is known for this family"
 UNSUPPORTED: Final = (
     "A model with this value can't be converted yet. Do not change the value: it would describe another model"
 )
-USELESS: Final = "Remove it if it changes nothing"
 ROPE: Final[dict[str, Any]] = {"rope_type": "default", "rope_theta": 10000.0}
 ROPE_TYPES: Final = "one of default, linear, dynamic, yarn, longrope, llama3, proportional"
 
@@ -64,12 +62,72 @@ ROPE_TYPES: Final = "one of default, linear, dynamic, yarn, longrope, llama3, pr
 @pytest.mark.parametrize(
     ("name", "fields", "pointer", "expected", "got", "hint"),
     [
-        ("llama", {"frobnicate": 1}, "/frobnicate", KNOWN, "1", USELESS),
-        ("llama", {"sliding_window": 5}, "/sliding_window", KNOWN, "5", USELESS),
-        ("gpt2", {"rotary_dim": 4}, "/rotary_dim", KNOWN, "4", USELESS),
-        ("gemma", {"final_logit_softcapping": 30.0}, "/final_logit_softcapping", KNOWN, "30.0", USELESS),
-        ("gpt2", {"is_encoder_decoder": True}, "/is_encoder_decoder", "its default, False", "True", UNSUPPORTED),
-        ("gpt2", {"chunk_size_feed_forward": 2}, "/chunk_size_feed_forward", "its default, 0", "2", UNSUPPORTED),
+        (
+            "llama",
+            {"sliding_window": 5},
+            "/sliding_window",
+            "no such field, as modeling_utils.py of transformers reads it",
+            "5",
+            UNSUPPORTED,
+        ),
+        (
+            "llama",
+            {"is_causal": False},
+            "/is_causal",
+            "no such field, as masking_utils.py of transformers reads it",
+            "False",
+            UNSUPPORTED,
+        ),
+        (
+            "llama",
+            {"rope_interleaved": True},
+            "/rope_interleaved",
+            "False",
+            "True",
+            UNSUPPORTED,
+        ),
+        (
+            "qwen2",
+            {"dual_chunk_attention_config": {"chunk_size": 262144}},
+            "/dual_chunk_attention_config",
+            "attention that isn't cut into chunks for long texts",
+            "{'chunk_size': 262144}",
+            UNSUPPORTED,
+        ),
+        (
+            "gemma",
+            {"final_logit_softcapping": 30.0},
+            "/final_logit_softcapping",
+            "no cap on scores and logits",
+            "30.0",
+            UNSUPPORTED,
+        ),
+        (
+            "gpt2",
+            {"is_encoder_decoder": True},
+            "/is_encoder_decoder",
+            "a decoder without an encoder",
+            "True",
+            UNSUPPORTED,
+        ),
+        (
+            "gpt2",
+            {"pruned_heads": {"0": [1]}},
+            "/pruned_heads",
+            "no heads that were removed",
+            "{'0': [1]}",
+            UNSUPPORTED,
+        ),
+        (
+            "nemotron",
+            {"num_query_groups": 3},
+            "/num_query_groups",
+            "2, as it is the number of key heads",
+            "3",
+            UNSUPPORTED,
+        ),
+        ("nemotron", {"kv_channels": 9}, "/kv_channels", "12, as it is the size of a head", "9", UNSUPPORTED),
+        ("llama", {"n_layers": 7}, "/n_layers", "4, as it is the number of layers", "7", UNSUPPORTED),
         ("gpt2", {"add_cross_attention": True}, "/add_cross_attention", "False", "True", UNSUPPORTED),
         (
             "gemma",
@@ -198,9 +256,9 @@ def test_fields_that_cannot_be_converted(
 
 def test_all_problems_of_a_configuration_at_once(source: Callable[[str], Path], output: Path) -> None:
     path = source("gemma")
-    change_config(path, hidden_act="mish", frobnicate=None, use_bidirectional_attention=True)
+    change_config(path, hidden_act="mish", is_causal=False, use_bidirectional_attention=True)
     pointers = [problem.pointer for problem in refused(path, output).problems]
-    assert sorted(map(str, pointers)) == ["/frobnicate", "/hidden_act", "/use_bidirectional_attention"]
+    assert sorted(map(str, pointers)) == ["/hidden_act", "/is_causal", "/use_bidirectional_attention"]
 
 
 @pytest.mark.parametrize(
@@ -239,12 +297,16 @@ def test_layer_counts(source: Callable[[str], Path], output: Path, name: str, fi
 def test_fields_that_transformers_itself_refuses(
     source: Callable[[str], Path], output: Path, field: str, value: Any
 ) -> None:
-    """The message passes on the text of any kind of error."""
+    """The message passes on the text of any kind of error, and names the field without which there is none."""
     path = source("llama")
     change_config(path, **{field: value})
     error = refused(path, output)
     assert error.codes == ("source.config",)
-    assert str(error).startswith("[source.config] config.json: expected a configuration that transformers reads, got ")
+    own = field not in ("num_attention_heads", "head_dim") or error.problems[0].pointer is not None
+    place = f"config.json /{field}" if own else "config.json"
+    start = f"[source.config] {place}: expected a configuration that transformers reads, got "
+    assert str(error).startswith(start)
+    assert str(error).endswith(configuration.UNREADABLE)
 
 
 def test_layer_types_that_do_not_fit(source: Callable[[str], Path], output: Path) -> None:
@@ -256,18 +318,140 @@ def test_layer_types_that_do_not_fit(source: Callable[[str], Path], output: Path
     )
 
 
+CODE: Final = {"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"}
+
+
 def test_code_of_a_checkpoint_never_runs(source: Callable[[str], Path], output: Path) -> None:
+    """transformers' own class computes the golden vectors, so the code beside the weights has no part in them."""
     path = source("llama")
     mark = output.parent.parent / "ran"
     (path / "modeling.py").write_text(f"open({str(mark)!r}, 'w')")
-    change_config(path, auto_map={"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"})
+    change_config(path, auto_map=CODE)
     assert str(refused(path, output)) == (
-        "[source.remote-code] config.json /auto_map: expected no auto_map, "
-        "got {'AutoConfig': 'modeling.C', 'AutoModelForCausalLM': 'modeling.M'}. "
-        "splitbundle never runs code of a checkpoint. transformers computes llama itself: if these are its weights, "
-        "remove auto_map"
+        "[source.remote-code] config.json /auto_map: expected no auto_map in a conversion without check, "
+        f"got {CODE}. The checkpoint has code of its own, which may compute something else than transformers' llama. "
+        "Convert it with the check, which compares the results"
     )
+    accepted(path, output)
     assert not mark.exists()
+
+
+def test_code_of_a_type_that_transformers_lacks(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    change_config(path, auto_map=CODE, model_type="chatglm")
+    assert str(refused(path, output, check=True)) == (
+        f"[source.remote-code] config.json /auto_map: expected no auto_map, got {CODE}. "
+        "splitbundle never runs code of a checkpoint, and transformers has no class for this model_type"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama", {"frobnicate": 1, "odd name ": [None, {"a": 1e308}], "": {"b": []}, "to_dict": 3, "__class__": "x"}),
+        ("llama", {"sliding_window": None, "cross_attention_hidden_size": None, "num_experts": None}),
+        ("llama", {"quantization_config": None, "compression_config": {}, "final_logit_softcapping": None}),
+        ("llama", {"layer_types": ["full_attention"] * 4, "is_causal": True}),
+        ("llama", {"unk_token_id": 0, "_model_name_or_path": "x", "rope_interleaved": False}),
+        ("llama", {"max_sequence_length": 128, "pad_token_id": 0, "return_dict": False, "use_cache": None}),
+        ("llama", {"pad_token_id": 61, "attention_dropout": 0.5, "problem_type": "regression", "num_labels": 1}),
+        ("llama", {"n_layers": 4, "n_heads": 6, "num_layers": None, "d_model": "large"}),
+        ("gpt2", {"rotary_dim": 4, "chunk_size_feed_forward": 2, "output_past": True, "pruned_heads": {}}),
+        ("gpt2", {"embd_pdrop": 0.5, "summary_type": "mean", "output_attentions": True, "initializer_range": 0.5}),
+        ("nemotron", {"kv_channels": 12, "num_query_groups": 2, "hidden_dropout": 0.0}),
+        ("starcoder2", {"attention_softmax_in_fp32": True, "scale_attn_weights": True}),
+        ("gpt_neox", {"attention_dropout_prob": 0, "hidden_dropout_prob": 0}),
+    ],
+)
+def test_fields_that_change_nothing(
+    source: Callable[[str], Path], output: Path, name: str, fields: dict[str, Any]
+) -> None:
+    """The bundle computes what the original computes, and has the fingerprint of a bundle without the fields."""
+    path = source(name)
+    plain = accepted(path, output).fingerprint
+    change_config(path, **fields)
+    assert accepted(path, output, force=True).fingerprint == plain
+
+
+def test_unused_fields_are_named_once_and_kept(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    deep: Any = []
+    for _ in range(60):
+        deep = [deep]
+    odd = {f"odd_{i}": i for i in range(12)}
+    change_config(path, frobnicate={"a": [1, None]}, large="x" * 5000, deep=deep, torch_dtype="float32", **odd)
+    notes: list[str] = []
+    made = accepted(path, output, notes=notes.append)
+    assert notes == [
+        "config.json has 15 fields that transformers does not use for the logits: frobnicate, large, deep, "
+        f"{', '.join(list(odd)[:9])} and 3 more. The bundle's manifest keeps them as a description."
+    ]
+    kept = made.manifest.extensions["configuration"]["not_used"]
+    assert kept == {
+        "frobnicate": {"a": [1, None]},
+        "large": "(a value of 5002 bytes)",
+        "deep": "(a value of 122 bytes)",
+        **odd,
+    }
+
+
+def test_a_field_that_is_read_under_a_computed_name(
+    source: Callable[[str], Path], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source text does not show such a read. The check sees the original class ask for it."""
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def asking(self: Any, *arguments: Any, **named: Any) -> Any:
+        getattr(self.config, "_".join(["secret", "scale"]), None)
+        return forward(self, *arguments, **named)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", asking)
+    path = source("llama")
+    change_config(path, secret_scale=2.0)
+    assert str(refused(path, output, check=True)) == (
+        "[source.config] config.json /secret_scale: expected no such field, as the original class asked for it while "
+        f"it computed, got 2.0. {UNSUPPORTED}"
+    )
+    assert not hasattr(transformers.PreTrainedConfig, "__getattr__")
+
+
+def test_an_error_of_the_original_class_names_the_field(
+    source: Callable[[str], Path], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    built = LlamaAttention.__init__
+
+    def failing(self: Any, config: Any, *arguments: Any, **named: Any) -> None:
+        if config.rms_norm_eps > 0.5:
+            raise ArithmeticError("no such norm")
+        built(self, config, *arguments, **named)
+
+    monkeypatch.setattr(LlamaAttention, "__init__", failing)
+    path = source("llama")
+    change_config(path, rms_norm_eps=0.75)
+    assert str(refused(path, output, check=True)) == (
+        "[source.config] config.json /rms_norm_eps: expected a configuration with which transformers' llama builds and "
+        "runs, got 0.75, with which it raises ArithmeticError: no such norm. Compare the field with the published "
+        "configuration of the model"
+    )
+
+
+def test_an_error_that_no_field_causes(
+    source: Callable[[str], Path], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    def failing(self: Any, *arguments: Any, **named: Any) -> Any:
+        raise KeyError("nothing")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", failing)
+    assert str(refused(source("llama"), output, check=True)) == (
+        "[source.config] config.json: expected a configuration with which transformers' llama builds and runs, got "
+        "KeyError: 'nothing'. --no-check converts without the original model, and without golden vectors"
+    )
 
 
 def test_a_quantised_checkpoint(source: Callable[[str], Path], output: Path) -> None:

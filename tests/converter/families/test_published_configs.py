@@ -180,7 +180,7 @@ def read(tmp_path: Path, config: dict[str, Any]) -> Any:
     """Return the architecture of a configuration without weights."""
     (tmp_path / "config.json").write_text(json.dumps({**COMMON, **config}))
     save_file({"nothing": torch.zeros(1)}, tmp_path / "model.safetensors")
-    return read_configuration(Checkpoint(tmp_path, name="published").configuration())[1]
+    return read_configuration(Checkpoint(tmp_path, name="published").configuration()).architecture
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -82,9 +82,9 @@ def test_a_part_that_is_not_known(tmp_path: Path) -> None:
         ),
         (
             {"auto_map": {"AutoConfig": "x.Y"}},
-            "[source.remote-code] config.json /text_config/auto_map: expected no auto_map, got {'AutoConfig': 'x.Y'}. "
-            "splitbundle never runs code of a checkpoint. transformers computes llama itself: if these are its "
-            "weights, remove auto_map",
+            "[source.remote-code] config.json /text_config/auto_map: expected no auto_map in a conversion without "
+            "check, got {'AutoConfig': 'x.Y'}. The checkpoint has code of its own, which may compute something else "
+            "than transformers' llama. Convert it with the check, which compares the results",
         ),
         (
             {"quantization_config": {"bits": 4}},
@@ -97,9 +97,9 @@ def test_a_part_that_is_not_known(tmp_path: Path) -> None:
             "1000000000",
         ),
         (
-            {"frobnicate": 1},
-            "[source.config] config.json /text_config/frobnicate: expected a field that is known for this family, "
-            "got 1. Remove it if it changes nothing",
+            {"is_causal": False},
+            "[source.config] config.json /text_config/is_causal: expected no such field, as masking_utils.py of "
+            f"transformers reads it, got False. {UNSUPPORTED}",
         ),
         (
             {"hidden_act": "mish"},
@@ -117,14 +117,15 @@ def test_a_language_part_that_is_refused(fields: dict[str, Any], message: str, t
     [
         (
             "llava",
-            {"frobnicate": 1},
-            "[source.config] config.json /frobnicate: expected a field that is known for this family, got 1. "
-            "Remove it if it changes nothing",
+            {"is_causal": False},
+            "[source.config] config.json /is_causal: expected no such field, as masking_utils.py of transformers reads "
+            f"it, got False. {UNSUPPORTED}",
         ),
         (
             "llava",
             {"is_encoder_decoder": True},
-            f"[source.config] config.json /is_encoder_decoder: expected its default, False, got True. {UNSUPPORTED}",
+            "[source.config] config.json /is_encoder_decoder: expected a decoder without an encoder, got True. "
+            f"{UNSUPPORTED}",
         ),
         (
             "llava",
@@ -139,8 +140,9 @@ def test_a_language_part_that_is_refused(fields: dict[str, Any], message: str, t
         (
             "llava",
             {"auto_map": {"AutoModel": "x.Y"}},
-            "[source.remote-code] config.json /auto_map: expected no auto_map, got {'AutoModel': 'x.Y'}. "
-            "splitbundle never runs code of a checkpoint",
+            "[source.remote-code] config.json /auto_map: expected no auto_map in a conversion without check, got "
+            "{'AutoModel': 'x.Y'}. The checkpoint has code of its own, which may compute something else than "
+            "transformers' llava. Convert it with the check, which compares the results",
         ),
         (
             "llava",
@@ -234,8 +236,8 @@ def test_configurations_of_earlier_versions(tmp_path: Path) -> None:
     source = change_text(make(tmp_path, "llava", **fields), **EARLIER)
     assert convert(source).manifest.vectors is not None
     assert str(refused(change_text(source, add_cross_attention=True))) == (
-        "[source.config] config.json /text_config/add_cross_attention: expected a field that is known for "
-        "this family, got True. Remove it if it changes nothing"
+        "[source.config] config.json /text_config/add_cross_attention: expected a decoder without an encoder, got "
+        f"True. {UNSUPPORTED}"
     )
 
 

@@ -165,8 +165,8 @@ def test_any_cuts_of_any_depth(name: str) -> None:
 
 def translated(source: Checkpoint) -> Translation:
     """Return the translation of a checkpoint."""
-    family, architecture, _ = read_configuration(source.configuration())
-    return translate(source, family, architecture)
+    judged = read_configuration(source.configuration())
+    return translate(source, judged.family, judged.architecture)
 
 
 @pytest.mark.parametrize("name", thinned(CONFIGURATIONS, ONE_PER_FAMILY))
@@ -176,8 +176,8 @@ def test_names_map_there_and_back(name: str) -> None:
     @for_examples(name, 3, layers=st.integers(1, DEEPEST))
     def holds(layers: int) -> None:
         source = Checkpoint(deep(name, layers), name=name)
-        family, architecture, _ = read_configuration(source.configuration())
-        table = translate(source, family, architecture)
+        judged = read_configuration(source.configuration())
+        table, architecture = translate(source, judged.family, judged.architecture), judged.architecture
         entries = [entry for row in table.source_names for entry in expand(row, layers)]
         names = [tensor for entry in entries for tensor in entry.tensors]
         assert len(set(names)) == len(names)
