@@ -13,6 +13,7 @@ from splitbundle.bundle import Bundle
 from splitbundle.cli.arguments import integers, positive
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import MissingExtra
+from splitbundle_converter.checkpoint.directory import local_name
 from splitbundle_converter.example_checkpoints import DEFAULT, EXAMPLES, copy_example
 from splitbundle_converter.families.composites import EXTENSION, LANGUAGE
 from splitbundle_converter.options import DTYPES
@@ -76,7 +77,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace, console: Console) -> int:
-    output = args.output or f"{Path(args.source).resolve().name}.splitbundle"
+    output = args.output or f"{local_name(Path(args.source))[0].rpartition('/')[2]}.splitbundle"
     notes: list[str] = []
 
     def note(text: str) -> None:

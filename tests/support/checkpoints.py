@@ -18,7 +18,7 @@ from splitbundle import Bundle, BundleError
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 PIECES: Final = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-MISSING: Final = "The checkpoint isn't whole, or its configuration is another model's"
+MISSING: Final = "The checkpoint isn't whole, or its configuration is another model's: fetch both again from one place"
 QUERY: Final = "model.layers.1.self_attn.q_proj.weight"
 
 Tensors = dict[str, Tensor]

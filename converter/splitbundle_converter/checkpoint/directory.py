@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from splitbundle_converter.errors import problem, refusal
 LINKABLE_SUFFIX: Final = ".safetensors"
 """The suffix of files that may link to any place. They are large, and the converter checks that they are weights."""
 
+_CACHED: Final = "models--"
+"""The start of the name of a repository's directory in the hub's cache."""
 _Identity = tuple[int, int, int, int, int]
 
 
@@ -37,8 +40,8 @@ class CheckpointDirectory:
         """Return the content of a small file of at most ``most`` bytes.
 
         The file may be a link, because the hub's cache stores every file as a link. The link must not lead out of the
-        checkpoint, except for files with ``LINKABLE_SUFFIX``. Only regular files are opened: reading a pipe could
-        block forever.
+        checkpoint, except into the blobs of the hub's cache, and for files with ``LINKABLE_SUFFIX``. Only regular
+        files are opened: reading a pipe could block forever.
 
         Raises:
             BundleError: ``source.missing``, ``source.unreadable``, ``source.changed``.
@@ -98,17 +101,11 @@ class CheckpointDirectory:
         if not stat.S_ISREG(mode):
             got = "a directory" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
             raise refusal("source.unreadable", name, "a regular file", got)
-        if not name.endswith(LINKABLE_SUFFIX) and not any(path.is_relative_to(own) for own in self._own()):
+        own = path.is_relative_to(os.path.realpath(self.path)) or _is_blob(path)
+        if not name.endswith(LINKABLE_SUFFIX) and not own:
             expected, hint = "a file of the checkpoint", "To use this file, copy it into the checkpoint"
             raise refusal("source.unreadable", name, expected, "a link that leads out of it", hint)
         return path
-
-    def _own(self) -> list[Path]:
-        """Return the directories that may hold the checkpoint's files: its own, and ``blobs`` in the hub's cache."""
-        directory = Path(os.path.realpath(self.path))
-        above = directory.parent
-        cached = above.name == "snapshots" and above.parent.name.startswith("models--")
-        return [directory, above.parent / "blobs"] if cached else [directory]
 
     def _now(self, name: str) -> os.stat_result | None:
         try:
@@ -127,6 +124,24 @@ class CheckpointDirectory:
             return None
         expected, got = "a file that does not change during the conversion", "a file that was changed or replaced"
         return problem("source.changed", name, expected, got, "Convert again when no program writes to it")
+
+
+def local_name(path: Path) -> tuple[str, str | None]:
+    """Return the name of a checkpoint directory, and its commit if it is a snapshot in the hub's cache.
+
+    The cache names a snapshot by its commit. Its name is then that of the repository.
+    """
+    directory = Path(os.path.realpath(path))
+    repository = directory.parent.parent.name.removeprefix(_CACHED)
+    if directory.parent.name == "snapshots" and directory.parent.parent.name.startswith(_CACHED) and repository:
+        commit = directory.name if re.fullmatch(r"[0-9a-f]{40}", directory.name) else None
+        return repository.replace("--", "/", 1), commit
+    return directory.name, None
+
+
+def _is_blob(path: Path) -> bool:
+    """Return whether a path is a file of the hub's cache, which every snapshot and old ``local_dir`` links to."""
+    return path.parent.name == "blobs" and path.parent.parent.name.startswith(_CACHED)
 
 
 def unreadable(name: str, error: OSError) -> BundleError:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from splitbundle_converter.checkpoint.directory import CheckpointDirectory
+from splitbundle_converter.checkpoint.directory import CheckpointDirectory, local_name
 from splitbundle_converter.checkpoint.source import CARD, CONFIG, TEXT_FILES, has_weights, pickled
 from splitbundle_converter.checkpoint.weight_files import SAFETENSORS
 from splitbundle_converter.errors import line, refusal
@@ -36,7 +36,8 @@ def find_checkpoint(
     """
     path = Path(source)
     if path.is_dir():
-        return CheckpointDirectory(path=path, name=path.resolve().name)
+        name, commit = local_name(path)
+        return CheckpointDirectory(path=path, name=name, revision=commit)
     if path.exists():
         raise refusal("source.missing", str(source), "a checkpoint directory or a hub id", "a file")
     identifier = str(source)

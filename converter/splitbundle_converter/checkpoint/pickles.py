@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Final, NoReturn
 
 from splitbundle.errors import BundleError, Problem
@@ -65,11 +66,17 @@ class PickledCheckpoint(Checkpoint):
     """A checkpoint whose tensors were rewritten. Its directory has the pickles and all other files."""
 
     rewritten = True
+    naming = BIN
 
-    def __init__(self, directory: CheckpointDirectory, tensors: dict[str, SourceTensor]) -> None:
+    def __init__(
+        self,
+        directory: CheckpointDirectory,
+        tensors: dict[str, SourceTensor],
+        promised: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.directory = directory
         self.name, self.revision = directory.name, directory.revision
-        self.tensors = tensors
+        self.tensors, self.promised = tensors, promised
 
 
 def read_model(directory: CheckpointDirectory, private: Path, progress: Progress | None) -> PickledCheckpoint:
@@ -81,8 +88,8 @@ def read_model(directory: CheckpointDirectory, private: Path, progress: Progress
     weight_map, files = _find(directory)
     named_by = directory.name if weight_map is None else BIN.index
     rewritten = rewrite({file: directory.weights(file, named_by) for file in files}, private, progress)
-    tensors = gather(weight_map, files, BIN, lambda file: read_headers(file, rewritten[file]))
-    return PickledCheckpoint(directory, tensors)
+    tensors, promised = gather(weight_map, files, BIN, lambda file: read_headers(file, rewritten[file]))
+    return PickledCheckpoint(directory, tensors, promised)
 
 
 def _find(directory: CheckpointDirectory) -> tuple[dict[str, str] | None, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,17 @@ TEXT_FILES: Final = (
     "tokenizer.model",
 )
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_MISTRAL: Final = (
+    "consolidated*.safetensors is the layout of Mistral's own programs, with params.json. Convert the same model in "
+    "the layout of transformers: config.json with model.safetensors, or its index"
+)
+_META: Final = (
+    "consolidated*.pth is the layout of Meta's own programs, with params.json. Convert the same model in the layout of "
+    "transformers: config.json with model.safetensors, or its index"
+)
 _OTHERS: Final = {
+    "consolidated*.safetensors": _MISTRAL,
+    "consolidated*.pth": _META,
     ADAPTER: "This is an adapter: merge it into its base model, and save that",
     "*.gguf": "Weights in GGUF are made of a checkpoint: convert that",
     "tf_model*.h5": "Load it with a version of transformers that knows TensorFlow, and save it as safetensors",
@@ -70,10 +80,14 @@ class Checkpoint:
     """The default cuts."""
     rewritten = False
     """Whether the tensors are in other files than those that transformers loads."""
+    naming = SAFETENSORS
+    """The names of the weight files."""
 
     def __init__(self, path: Path, *, name: str, revision: str | None = None) -> None:
         self.directory = CheckpointDirectory(path=path, name=name, revision=revision)
         self.name, self.revision = name, revision
+        self.promised: Mapping[str, str] = {}
+        """A tensor that the index names and no file has -> the file that the index names. The model may not need it."""
         self.tensors = self._index()
 
     def configuration(self) -> Configuration:
@@ -117,10 +131,13 @@ class Checkpoint:
         return tuple(i for i in ids if type(i) is int and 0 <= i < config.get("vocab_size", 0))
 
     def license(self) -> str | None:
-        """Return the license that the front matter of the model card names, or None."""
-        if not (self.directory.path / CARD).is_file():
-            return None
-        text = self.directory.start(CARD, 65536, "a model card").decode("utf-8", "replace").replace("\r\n", "\n")
+        """Return the license that the front matter of the model card names, or None. The card need not be readable."""
+        try:
+            text = self.directory.start(CARD, 65536, "a model card").decode("utf-8", "replace").replace("\r\n", "\n")
+        except BundleError as error:
+            if error.codes[0] in ("source.missing", "source.unreadable"):
+                return None  # the card is no part of the model: a broken link to one must not end the conversion
+            raise
         front = re.match(r"\A---\n(.*?)\n---", text, re.DOTALL)
         found = re.search(r"^license:\s*([\w.-]+)\s*$", front[1], re.MULTILINE) if front else None
         return found[1] if found else None
@@ -147,7 +164,8 @@ class Checkpoint:
             named_by = self.name if weight_map is None else SAFETENSORS.index
             return read_headers(file, self.directory.weights(file, named_by))
 
-        return gather(weight_map, files, SAFETENSORS, headers)
+        tensors, self.promised = gather(weight_map, files, SAFETENSORS, headers)
+        return tensors
 
 
 def has_weights(directory: Path, naming: Naming) -> bool:
@@ -157,12 +175,16 @@ def has_weights(directory: Path, naming: Naming) -> bool:
 
 def no_weights(directory: Path, name: str) -> BundleError:
     """Return the error for a directory without safetensors. The hint depends on the files that are there."""
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    found = {pattern: sorted(path.name for path in directory.glob(pattern)) for pattern in (*_OTHERS, *_PICKLES)}
+    pickles = [file for pattern in _PICKLES for file in found[pattern] if not file.startswith("consolidated")]
     if pickles:
         return pickled(pickles[0])
     expected = f"{SAFETENSORS.single} or {SAFETENSORS.index} in {name}"
-    there = (hint for pattern, hint in _OTHERS.items() if any(directory.glob(pattern)))
-    return refusal("source.missing", SAFETENSORS.single, expected, "neither", next(there, None))
+    other = next(((files[0], _OTHERS[pattern]) for pattern, files in found.items() if files), None)
+    if other is None:
+        hint = "Check that this is the directory of the model, and that all its files were fetched"
+        return refusal("source.missing", SAFETENSORS.single, expected, "neither", hint)
+    return refusal("source.missing", SAFETENSORS.single, expected, f"neither, but {other[0]}", other[1])
 
 
 def pickled(file: str) -> BundleError:

@@ -26,8 +26,42 @@ class Naming:
     suffix: str
 
 
-WRAPPERS: Final = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
-"""A prefix of all tensor names in a wrapped model -> the wrapper that adds it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wrapper:
+    """A wrapper for training, and the mark that it leaves in the names of tensors."""
+
+    name: str
+    mark: str
+    remedy: str
+    everywhere: bool = True
+    """Whether it shows as a prefix of all names."""
+    inside: bool = True
+    """Whether it shows within any name. No family has a module of this name."""
+
+
+_ADAPTER: Final = "Merge the adapter and save the result: model.merge_and_unload().save_pretrained(...)"
+_SHARDED: Final = (
+    "Save the full state dict of the model inside: get_model_state_dict of torch.distributed.checkpoint.state_dict, "
+    "with full_state_dict=True"
+)
+WRAPPERS: Final = (
+    Wrapper(name="PEFT", mark="base_model.model.", remedy=_ADAPTER, inside=False),
+    Wrapper(name="PEFT", mark="base_layer.", remedy=_ADAPTER, everywhere=False),
+    Wrapper(name="PEFT", mark="lora_A.", remedy=_ADAPTER, everywhere=False),
+    Wrapper(name="FullyShardedDataParallel", mark="_fsdp_wrapped_module.", remedy=_SHARDED),
+    Wrapper(name="activation checkpointing", mark="_checkpoint_wrapped_module.", remedy=_SHARDED),
+    Wrapper(
+        name="torch.compile",
+        mark="_orig_mod.",
+        remedy="Save the state dict of the model inside: model._orig_mod.state_dict()",
+    ),
+    Wrapper(
+        name="DistributedDataParallel",
+        mark="module.",
+        remedy="Save the state dict of the model inside: wrapper.module.state_dict()",
+        inside=False,
+    ),
+)
 SAFETENSORS: Final = Naming(single="model.safetensors", index="model.safetensors.index.json", suffix=".safetensors")
 
 
@@ -67,8 +101,10 @@ def weight_files(directory: CheckpointDirectory, naming: Naming) -> tuple[dict[s
 
 def gather(
     weight_map: dict[str, str] | None, files: list[str], naming: Naming, headers: Headers
-) -> dict[str, SourceTensor]:
-    """Return the tensors of all files by name. Check that each is in exactly one file, the one that the index names.
+) -> tuple[dict[str, SourceTensor], dict[str, str]]:
+    """Return the tensors of all files by name, and the tensors that the index names and no file has.
+
+    Each tensor that exists must be in exactly one file, the one that the index names.
 
     Raises:
         BundleError: ``source.tensor``, and the errors of ``headers``.
@@ -81,12 +117,9 @@ def gather(
                 got = f"it is in {file} too" if name in weight_map else f"none; it is in {file}"
                 problems.append(problem("source.tensor", naming.index, f"one entry for {quoted(name)}", got))
             tensors[name] = tensor
-    for name, file in (weight_map or {}).items():
-        if name not in tensors:
-            problems.append(problem("source.tensor", naming.index, f"{quoted(name)} in {file}", "none"))
     if problems:
         raise BundleError(problems[:MAX_PROBLEMS])
-    return tensors
+    return tensors, {name: file for name, file in (weight_map or {}).items() if name not in tensors}
 
 
 def read_headers(file: str, path: Path) -> Iterator[tuple[str, SourceTensor]]:
@@ -143,16 +176,17 @@ def _weight_map(data: bytes, naming: Naming) -> dict[str, str]:
 
 
 def check_unwrapped(names: Iterable[str], file: str) -> None:
-    """Check that the tensor names have no prefix of a training wrapper.
+    """Check that the tensor names are not those of a model in a wrapper for training.
 
     Raises:
         BundleError: ``source.tensor``.
     """
     known = list(names)
-    for prefix, wrapper in WRAPPERS.items():
-        if known and all(name.startswith(prefix) for name in known):
-            got = f"names that all begin with {prefix!r}, as {wrapper} makes them"
-            hint = (
-                "Save the state dict of the model inside: wrapper.module.state_dict(), or model._orig_mod.state_dict()"
-            )
-            raise refusal("source.tensor", file, "the names that the model's tensors have", got, hint)
+    for wrapper in WRAPPERS:
+        if wrapper.everywhere and known and all(name.startswith(wrapper.mark) for name in known):
+            got = f"names that all begin with {wrapper.mark!r}, as {wrapper.name} makes them"
+        elif (named := next((name for name in known if f".{wrapper.mark}" in f".{name}"), None)) and wrapper.inside:
+            got = f"{quoted(named)}, a name that {wrapper.name} makes"
+        else:
+            continue
+        raise refusal("source.tensor", file, "the names that the model's tensors have", got, wrapper.remedy)

@@ -11,6 +11,7 @@ from splitbundle.errors import BundleError, quoted
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.format.architecture.sizes import MAX_LAYERS
+from splitbundle_converter.checkpoint import quantized
 from splitbundle_converter.checkpoint.source import Configuration
 from splitbundle_converter.errors import line, refusal
 from splitbundle_converter.families.composites import COMPOSITES, TEXT, family_hint, text_type
@@ -22,7 +23,6 @@ from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.families.unsupported import EXPECTED
 from splitbundle_converter.quiet_transformers import quiet
 
-ORIGINAL: Final = "Convert the checkpoint that was quantized"
 _MAX_LABELS: Final = 100_000
 """The maximum number of classes of a classifier: several times as many as the largest data sets have."""
 _COUNTS: Final = {
@@ -120,7 +120,7 @@ def readable(found: Configuration) -> dict[str, Any]:
         raise _field_refusal("source.remote-code", found, "auto_map", "no auto_map", hint)
     for name, value in raw.items():
         if QUANTIZED.fullmatch(name) and is_meaningful(value):
-            raise _field_refusal("source.quantised", found, name, "weights that aren't quantized", ORIGINAL)
+            raise _field_refusal("source.quantised", found, name, "weights that aren't quantized", quantized.HINT)
     return raw
 
 

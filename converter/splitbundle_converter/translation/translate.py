@@ -13,6 +13,7 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.fields import MAX_PROBLEMS
 from splitbundle.format.manifest.document import EMBEDDING, ROW, SourceName, expand, row_sources
+from splitbundle_converter.checkpoint.quantized import HINT, check_plain, is_quantized
 from splitbundle_converter.checkpoint.source import Checkpoint, Reader, dtype_of
 from splitbundle_converter.checkpoint.weight_files import SourceTensor, check_unwrapped
 from splitbundle_converter.errors import problem
@@ -72,6 +73,7 @@ def translate(source: Checkpoint, family: Family, architecture: Architecture) ->
             the decoder's value; and for a stored copy of a tied embedding that differs from the embedding.
     """
     check_unwrapped(source.tensors, source.name)
+    check_plain(source.directory, source.tensors)
     shapes = architecture.tensors()
     layers = len(architecture.layers)
     problems: list[Problem] = []
@@ -80,6 +82,7 @@ def translate(source: Checkpoint, family: Family, architecture: Architecture) ->
     claimed: set[str] = set()
     prefix = _prefix(source, family)
     table = [replace(row, source=_stored_name(row.source, family, prefix)) for row in family.names(architecture)]
+    table = [_stored_as_head(row, source, table, architecture) for row in table]
     head = {row.source: row.tensors[0] in shapes for row in table if row.tensors[0] in HEAD}
     wrong = wrong_head(source, head, base_alone=not prefix)
     if wrong is not None:
@@ -105,6 +108,16 @@ def translate(source: Checkpoint, family: Family, architecture: Architecture) ->
     if problems:
         raise BundleError(problems[:MAX_PROBLEMS])  # a wrong number of layers gives very many problems
     return Translation(origins=origins, source_names=tuple(kept))
+
+
+def _stored_as_head(
+    row: SourceName, source: Checkpoint, table: list[SourceName], architecture: Architecture
+) -> SourceName:
+    """Return the embedding's entry with the name of the head's projection, if the source stores the tied matrix so."""
+    if row.tensors != (EMBEDDING,) or not architecture.head.tied or row.source in source.tensors:
+        return row
+    head = next(other.source for other in table if other.tensors == (PROJECTION,))
+    return replace(row, source=head) if head in source.tensors else row
 
 
 def _check_constants(source: Checkpoint, family: Family, prefix: bool, layers: int, dropped: set[str]) -> list[Problem]:
@@ -176,6 +189,9 @@ def _match(
     shape = (sum(rows), *shapes[entry.tensors[0]][1:])
     expected = shape[::-1] if entry.transposed else shape
     found = source.tensors.get(entry.source)
+    if found is None and entry.source in source.promised:
+        wanted = f"{quoted(entry.source)} in {source.promised[entry.source]}"
+        return [problem("source.tensor", source.naming.index, wanted, "none", MISSING)]
     if found is None:
         file, stored = source.place_of(entry.source)
         wanted = f"a tensor {quoted(stored)} of shape {list(expected)}"
@@ -184,7 +200,8 @@ def _match(
     if found.shape != expected:
         problems.append(_off(found, f"shape {list(expected)}", f"{list(found.shape)}", MISSING))
     if dtype_of(found) is None:
-        problems.append(_off(found, "dtype F32, F16 or BF16", found.dtype, "Save it as one of these"))
+        hint = HINT if is_quantized(found.dtype) else "Save it as one of these"
+        problems.append(_off(found, "dtype F32, F16 or BF16", found.dtype, hint))
     start = 0
     for name, size in zip(entry.tensors, rows, strict=True):
         stop = start + size // entry.groups
@@ -195,8 +212,9 @@ def _match(
     return problems
 
 
-_EXTRA = "Check the configuration's number of layers and its features; remove the tensor if it is no part of the model"
-MISSING = "The checkpoint isn't whole, or its configuration is another model's"
+_EXTRA = "Use the configuration that was published with these weights"
+_APART = "If the head was trained apart from the embedding, save the model with tie_word_embeddings false"
+MISSING = "The checkpoint isn't whole, or its configuration is another model's: fetch both again from one place"
 
 
 def _tied_copy(
@@ -214,7 +232,7 @@ def _tied_copy(
     if not architecture.head.tied:
         return []
     name = next(row.source for row in table if row.tensors == (PROJECTION,))
-    if name not in source.tensors:
+    if name not in source.tensors or name in claimed:
         return []
     claimed.add(name)
     found, embedding = source.tensors[name], origins.get(EMBEDDING)
@@ -226,7 +244,7 @@ def _tied_copy(
         )
     if not equal:
         expected = f"the values of {embedding.source}, as tie_word_embeddings is true"
-        problems.append(_off(found, expected, "other values", "Set tie_word_embeddings to false, or drop the tensor"))
+        problems.append(_off(found, expected, "other values", _APART))
     return [SourceName(source=name, tensors=(EMBEDDING,), groups=1, transposed=False)]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from splitbundle.cli import main
 from splitbundle.format import strict_json
 from splitbundle.storage.files import MAX_TEXT_BYTES
 from tests.support.checkpoints import INDEX, PIECES, WEIGHTS, accepted, refused
@@ -58,7 +59,7 @@ LINK = (
 
 @pytest.mark.parametrize(
     "name",
-    ["config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "generation_config.json", "README.md"],
+    ["config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "generation_config.json"],
 )
 def test_a_link_that_leads_out_of_the_checkpoint(source: Callable[[str], Path], output: Path, name: str) -> None:
     path = source("llama")
@@ -72,8 +73,17 @@ def test_a_link_that_leads_out_of_the_checkpoint(source: Callable[[str], Path], 
     assert str(refused(path, output)) == f"[source.unreadable] {name}: {LINK}"
     (path / name).unlink()
     (path / name).symlink_to("nowhere")
-    if name != "README.md":  # only its licence would be read
-        assert str(refused(path, output)).startswith(f"[source.missing] {name}: expected a file {name} in source, got ")
+    assert str(refused(path, output)).startswith(f"[source.missing] {name}: expected a file {name} in source, got ")
+
+
+@pytest.mark.parametrize("target", ["nowhere", "../secret", "."])
+def test_a_model_card_need_not_be_readable(source: Callable[[str], Path], output: Path, target: str) -> None:
+    """Only its license would be read, and a link out of the checkpoint is not followed."""
+    path = source("llama")
+    (path.parent / "secret").write_text("---\nlicense: mit\n---\n")
+    (path / "README.md").unlink(missing_ok=True)
+    (path / "README.md").symlink_to(target)
+    assert accepted(path, output, check=False).manifest.model.license is None
 
 
 def test_the_index_of_weights_is_no_link_out_either(source: Callable[[str], Path], output: Path) -> None:
@@ -102,9 +112,31 @@ def test_the_hubs_cache_has_links_to_its_blobs(source: Callable[[str], Path], ou
     for blob in (cache / "blobs").iterdir():
         (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
     accepted(snapshot, output, check=False)
+    # Before version 0.23 of huggingface_hub, local_dir made links to the cache's blobs too.
+    local = path.parent / "local"
+    local.mkdir()
+    for blob in (cache / "blobs").iterdir():
+        (local / blob.name).symlink_to(blob)
+    accepted(local, output.with_name("b"), check=False)
     # No other directory beside one that is called so.
     cache.rename(path.parent / "mine")
     assert str(refused(path.parent / "mine" / "snapshots" / "0123", output.with_name("c"))).endswith(LINK)
+
+
+def test_a_snapshot_has_the_name_of_its_repository(
+    source: Callable[[str], Path], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache names the directory of a snapshot by its commit."""
+    commit = "0123456789" * 4
+    path = source("llama")
+    snapshot = path.parent / "models--some--model--name" / "snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    path.rename(snapshot)
+    model = accepted(snapshot, output, check=False).manifest.model
+    assert (model.name, model.source, model.revision) == ("model--name", "some/model--name", commit)
+    monkeypatch.chdir(path.parent)
+    assert main.main(["convert", str(snapshot), "--no-check"]) == 0
+    assert (path.parent / "model--name.splitbundle").is_dir()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "generation_config.json"])

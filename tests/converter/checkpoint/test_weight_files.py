@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.checkpoints import INDEX, PIECES, QUERY, WEIGHTS, Tensors, accepted, refused
+from tests.support.checkpoints import (
+    INDEX,
+    MISSING,
+    PIECES,
+    QUERY,
+    WEIGHTS,
+    Tensors,
+    accepted,
+    change_config,
+    refused,
+)
 from tests.support.models import ONE_PER_FAMILY, bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,19 +44,112 @@ def test_no_weights(source: Callable[[str], Path], output: Path) -> None:
     path = source("llama")
     (path / WEIGHTS).unlink()
     text = f"[source.missing] {WEIGHTS}: expected {WEIGHTS} or {INDEX} in source, got neither"
-    assert str(refused(path, output)) == text
+    hint = "Check that this is the directory of the model, and that all its files were fetched"
+    assert str(refused(path, output)) == f"{text}. {hint}"
     (path / "adapter_config.json").write_text("{}")
-    assert str(refused(path, output)) == f"{text}. This is an adapter: merge it into its base model, and save that"
+    adapter = "This is an adapter: merge it into its base model, and save that"
+    assert str(refused(path, output)) == f"{text}, but adapter_config.json. {adapter}"
 
 
-def test_weights_of_a_wrapped_model(source: Callable[[str], Path], output: Path) -> None:
+@pytest.mark.parametrize(("file", "whose"), [("safetensors", "Mistral"), ("00.pth", "Meta")])
+def test_the_layout_of_another_program(source: Callable[[str], Path], output: Path, file: str, whose: str) -> None:
     path = source("llama")
-    save_file({f"module.{name}": tensor for name, tensor in load_file(path / WEIGHTS).items()}, path / WEIGHTS)
+    (path / WEIGHTS).rename(path / f"consolidated.{file}")
+    (path / "config.json").rename(path / "params.json")
     assert str(refused(path, output)) == (
-        "[source.tensor] source: expected the names that the model's tensors have, got names that all begin with "
-        "'module.', as DistributedDataParallel makes them. Save the state dict of the model inside: "
-        "wrapper.module.state_dict(), or model._orig_mod.state_dict()"
+        f"[source.missing] {WEIGHTS}: expected {WEIGHTS} or {INDEX} in source, got neither, but consolidated.{file}. "
+        f"consolidated*.{file.rpartition('.')[2]} is the layout of {whose}'s own programs, with params.json. Convert "
+        "the same model in the layout of transformers: config.json with model.safetensors, or its index"
     )
+
+
+MERGE = "Merge the adapter and save the result: model.merge_and_unload().save_pretrained(...)"
+GATHER = (
+    "Save the full state dict of the model inside: get_model_state_dict of torch.distributed.checkpoint.state_dict, "
+    "with full_state_dict=True"
+)
+INSIDE = "Save the state dict of the model inside: "
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "got", "hint"),
+    [
+        *(
+            ("^", mark, f"names that all begin with {mark!r}, as {wrapper} makes them", hint)
+            for mark, wrapper, hint in (
+                ("module.", "DistributedDataParallel", f"{INSIDE}wrapper.module.state_dict()"),
+                ("base_model.model.", "PEFT", MERGE),
+                ("_fsdp_wrapped_module.", "FullyShardedDataParallel", GATHER),
+                ("_orig_mod.", "torch.compile", f"{INSIDE}model._orig_mod.state_dict()"),
+            )
+        ),
+        *(
+            (r"layers\.3\.", f"layers.3.{mark}", f"'model.layers.3.{mark}{first}', a name that {wrapper} makes", hint)
+            for mark, wrapper, hint, first in (
+                ("_fsdp_wrapped_module.", "FullyShardedDataParallel", GATHER, "input_layernorm.weight"),
+                ("_checkpoint_wrapped_module.", "activation checkpointing", GATHER, "input_layernorm.weight"),
+                (
+                    *("_orig_mod.", "torch.compile"),
+                    *(f"{INSIDE}model._orig_mod.state_dict()", "input_layernorm.weight"),
+                ),
+            )
+        ),
+        (
+            r"q_proj\.",
+            "q_proj.base_layer.",
+            "'model.layers.0.self_attn.q_proj.base_layer.weight', a name that PEFT makes",
+            MERGE,
+        ),
+    ],
+)
+def test_weights_of_a_wrapped_model(
+    source: Callable[[str], Path], output: Path, old: str, new: str, got: str, hint: str
+) -> None:
+    path = source("llama")
+    tensors = {re.sub(old, new, name): tensor for name, tensor in load_file(path / WEIGHTS).items()}
+    save_file(tensors, path / WEIGHTS)
+    assert str(refused(path, output)) == (
+        f"[source.tensor] source: expected the names that the model's tensors have, got {got}. {hint}"
+    )
+
+
+SCALES = "Convert the checkpoint that was quantized. Without the scales, the stored numbers are not the weights"
+
+
+@pytest.mark.parametrize(
+    ("end", "dtype", "what"),
+    [
+        (".scales", torch.float16, "MLX"),
+        (".qweight", torch.int32, "GPTQ or AWQ"),
+        (".weight_packed", torch.int32, "compressed-tensors"),
+        (".weight_scale_inv", torch.float32, "FP8"),
+        (".weight_scale", torch.bfloat16, "FP8 or INT8"),
+        (".weight.absmax", torch.float32, "bitsandbytes"),
+        ("_blocks", torch.uint8, "MXFP4"),
+    ],
+)
+def test_quantized_weights_of_which_the_configuration_says_nothing(
+    source: Callable[[str], Path], output: Path, end: str, dtype: torch.dtype, what: str
+) -> None:
+    path = source("llama")
+    name = f"model.layers.1.self_attn.q_proj{end}"
+    save_file(load_file(path / WEIGHTS) | {name: torch.zeros(2, 2, dtype=dtype)}, path / WEIGHTS)
+    assert str(refused(path, output)) == (
+        f"[source.quantised] {WEIGHTS} /{name}: expected weights that aren't quantized, got a tensor of {what}, "
+        f"'{name}'. {SCALES}"
+    )
+
+
+def test_a_checkpoint_of_modelopt(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    (path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": null}}')
+    assert str(refused(path, output)) == (
+        "[source.quantised] hf_quant_config.json /quantization/quant_algo: expected weights that aren't quantized, "
+        f"got 'FP8'. {SCALES}"
+    )
+    # Here only the cache was to be quantized.
+    (path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": null, "kv_cache_quant_algo": "FP8"}}')
+    accepted(path, output)
 
 
 def test_a_git_lfs_pointer(source: Callable[[str], Path], output: Path) -> None:
@@ -105,7 +210,7 @@ def in_pieces(path: Path, change: Callable[[dict[str, str], Tensors, Tensors], A
         ),
         (
             lambda weight_map, first, second: first.pop("lm_head.weight"),
-            f"[source.tensor] {INDEX}: expected 'lm_head.weight' in {PIECES[0]}, got none",
+            f"[source.tensor] {INDEX}: expected 'lm_head.weight' in {PIECES[0]}, got none. {MISSING}",
         ),
         (
             lambda weight_map, first, second: weight_map.clear(),
@@ -123,8 +228,19 @@ def test_an_index_that_lies_of_everything_is_not_quoted_without_end(
     source: Callable[[str], Path], output: Path
 ) -> None:
     path = source("llama")
-    in_pieces(path, lambda weight_map, *_: weight_map.update({f"x{i}": PIECES[0] for i in range(300)}))
-    assert refused(path, output).codes == ("source.tensor",) * 100
+    in_pieces(path, lambda weight_map, *_: weight_map.update(dict.fromkeys(weight_map, PIECES[1])))
+    change_config(path, num_hidden_layers=2000)
+    in_pieces_twice = refused(path, output).codes
+    assert set(in_pieces_twice) == {"source.tensor"}
+    assert len(in_pieces_twice) <= 100
+
+
+def test_an_index_may_name_tensors_that_nobody_needs(source: Callable[[str], Path], output: Path) -> None:
+    """A tied head, and buffers of rotary positions: transformers does not look for them either."""
+    path = source("llama-one-kv-biased-tied")
+    named = ["lm_head.weight", *(f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(4))]
+    in_pieces(path, lambda weight_map, *_: weight_map.update(dict.fromkeys(named, PIECES[0])))
+    assert accepted(path, output).fingerprint == bundle("llama-one-kv-biased-tied").fingerprint
 
 
 def test_a_single_file_comes_before_an_index(source: Callable[[str], Path], output: Path) -> None:

@@ -459,7 +459,8 @@ def test_a_quantised_checkpoint(source: Callable[[str], Path], output: Path) -> 
     change_config(path, quantization_config={"quant_method": "gptq"})
     assert str(refused(path, output)) == (
         "[source.quantised] config.json /quantization_config: expected weights that aren't quantized, "
-        "got {'quant_method': 'gptq'}. Convert the checkpoint that was quantized"
+        "got {'quant_method': 'gptq'}. Convert the checkpoint that was quantized. Without the scales, the stored "
+        "numbers are not the weights"
     )
 
 

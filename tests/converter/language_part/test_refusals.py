@@ -16,6 +16,7 @@ from splitbundle import BundleError
 from splitbundle_converter.families.composites import COMPOSITES
 from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.quiet_transformers import quiet
+from tests.support.checkpoints import MISSING
 from tests.support.language_parts import Tensors, convert, make, refused
 from tests.support.models import VOCAB, checkpoint
 from tests.support.models_composite import make_composite, make_config, save, stored_tensors, text_fields
@@ -89,7 +90,8 @@ def test_a_part_that_is_not_known(tmp_path: Path) -> None:
         (
             {"quantization_config": {"bits": 4}},
             "[source.quantised] config.json /text_config/quantization_config: expected weights that aren't quantized, "
-            "got {'bits': 4}. Convert the checkpoint that was quantized",
+            "got {'bits': 4}. Convert the checkpoint that was quantized. Without the scales, the stored "
+            "numbers are not the weights",
         ),
         (
             {"num_hidden_layers": 10**9},
@@ -148,7 +150,8 @@ def test_a_language_part_that_is_refused(fields: dict[str, Any], message: str, t
             "llava",
             {"quantization_config": {"bits": 4}},
             "[source.quantised] config.json /quantization_config: expected weights that aren't quantized, "
-            "got {'bits': 4}. Convert the checkpoint that was quantized",
+            "got {'bits': 4}. Convert the checkpoint that was quantized. Without the scales, the stored "
+            "numbers are not the weights",
         ),
     ],
 )
@@ -253,8 +256,7 @@ BASE: Final = "language_model.model."
             lambda tensors: {n: t for n, t in tensors.items() if n != f"{BASE}layers.1.mlp.up_proj.weight"},
             "[source.tensor] source: expected the 20 tensors of the language part as text_config describes it below "
             "'language_model.model.', got 19; the first that isn't there is "
-            "language_model.model.layers.1.mlp.up_proj.weight. The checkpoint isn't whole, or its configuration is "
-            "another model's",
+            f"language_model.model.layers.1.mlp.up_proj.weight. {MISSING}",
         ),
         (
             lambda tensors: {n: t for n, t in tensors.items() if "embed_tokens" not in n},
@@ -274,19 +276,19 @@ BASE: Final = "language_model.model."
         (
             lambda tensors: tensors | {f"{BASE}layers.2.mlp.up_proj.weight": torch.zeros(48, 32)},
             "[source.tensor] model.safetensors /language_model.model.layers.2.mlp.up_proj.weight: expected only the "
-            "tensors of a model of 2 layers as its configuration describes it, got an extra tensor F32 [48, 32]. Check "
-            "the configuration's number of layers and its features; remove the tensor if it is no part of the model",
+            "tensors of a model of 2 layers as its configuration describes it, got an extra tensor F32 [48, 32]. Use "
+            "the configuration that was published with these weights",
         ),
         (
             lambda tensors: tensors | {"language_model.lm_head.bias": torch.zeros(VOCAB)},
             "[source.tensor] model.safetensors /language_model.lm_head.bias: expected only the tensors of a model of 2 "
-            "layers as its configuration describes it, got an extra tensor F32 [61]. Check the configuration's number "
-            "of layers and its features; remove the tensor if it is no part of the model",
+            "layers as its configuration describes it, got an extra tensor F32 [61]. Use the configuration that "
+            "was published with these weights",
         ),
         (
             lambda tensors: tensors | {f"{BASE}norm.weight": torch.zeros(33)},
-            "[source.tensor] model.safetensors /language_model.model.norm.weight: expected shape [32], got [33]. The "
-            "checkpoint isn't whole, or its configuration is another model's",
+            "[source.tensor] model.safetensors /language_model.model.norm.weight: expected shape [32], got [33]. "
+            f"{MISSING}",
         ),
     ],
 )

@@ -29,6 +29,9 @@ from tests.support.models import LAYERS, bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+EXTRA = "Use the configuration that was published with these weights"
+QUANTIZED = "Convert the checkpoint that was quantized. Without the scales, the stored numbers are not the weights"
+
 
 @pytest.mark.parametrize(
     ("change", "text"),
@@ -74,10 +77,10 @@ def test_tensors_that_do_not_match(
     path = source("llama")
     change_tensors(path, change)
     hints = {
-        "expected only": "Check the configuration's number of layers and its features; "
-        "remove the tensor if it is no part of the model",
-        "expected dtype": "Save it as one of these",
-        "expected shape": "The checkpoint isn't whole, or its configuration is another model's",
+        "expected only": EXTRA,
+        "got F64": "Save it as one of these",
+        "expected dtype": QUANTIZED,
+        "expected shape": MISSING,
     }
     hint = next((f". {hint}" for sign, hint in hints.items() if sign in text), "")
     assert str(refused(path, output)) == f"[source.tensor] {text}{hint}"
@@ -89,7 +92,7 @@ def test_a_transposed_layout_is_told_apart(source: Callable[[str], Path], output
     change_tensors(path, replaced("transformer.h.1.attn.c_attn.weight", lambda x: x.T))
     assert str(refused(path, output)) == (
         f"[source.tensor] {WEIGHTS} /transformer.h.1.attn.c_attn.weight: expected shape [35, 105], got [105, 35]. "
-        "The checkpoint isn't whole, or its configuration is another model's"
+        f"{MISSING}"
     )
 
 
@@ -110,7 +113,8 @@ def test_a_tied_head_that_is_stored_and_differs(source: Callable[[str], Path], o
     change_tensors(path, lambda tensors: tensors.update({"lm_head.weight": tensors[table] + 1e-6}))
     assert str(refused(path, output)) == (
         f"[source.tensor] {WEIGHTS} /lm_head.weight: expected the values of {table}, as tie_word_embeddings is true, "
-        "got other values. Set tie_word_embeddings to false, or drop the tensor"
+        "got other values. If the head was trained apart from the embedding, save the model with tie_word_embeddings "
+        "false"
     )
 
 
@@ -122,6 +126,20 @@ def test_a_tied_head_that_is_stored_and_equal(source: Callable[[str], Path], out
     assert made.fingerprint == bundle("gpt2").fingerprint
     back = dict(splitbundle_converter.source_tensors(made))
     assert torch.equal(back["lm_head.weight"], back["transformer.wte.weight"])
+    assert set(back) == set(load_file(path / WEIGHTS))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma", "opt-post-narrow"])
+def test_a_tied_model_that_stores_only_its_head(source: Callable[[str], Path], output: Path, name: str) -> None:
+    """transformers ties the embedding to the head. The tensor comes back under the head's name alone."""
+    path = source(name)
+    table = next(key for key in load_file(path / WEIGHTS) if key.endswith(("wte.weight", "embed_tokens.weight")))
+    change_tensors(
+        path, lambda tensors: {"lm_head.weight" if key == table else key: value for key, value in tensors.items()}
+    )
+    made = accepted(path, output)
+    assert made.fingerprint == bundle(name).fingerprint
+    back = dict(splitbundle_converter.source_tensors(made))
     assert set(back) == set(load_file(path / WEIGHTS))
 
 
@@ -147,7 +165,7 @@ def test_buffers_of_old_checkpoints_are_dropped(source: Callable[[str], Path], o
     assert str(refused(path, output)) == (
         f"[source.tensor] {WEIGHTS} /transformer.h.4.attn.bias: expected only the tensors of a model of 4 layers as "
         "its configuration describes it, got an extra tensor F32 [1]. "
-        "Check the configuration's number of layers and its features; remove the tensor if it is no part of the model"
+        f"{EXTRA}"
     )
 
 
