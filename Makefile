@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-long lint docs clean
+.PHONY: demo test test-long test-real lint docs clean
 
 demo: .venv/demo/.installed
 	.venv/demo/bin/python examples/demo.py
@@ -13,7 +13,11 @@ test: .venv/test/.installed lint
 
 # What make test leaves out; tests/README.md says what that is.
 test-long: .venv/test/.installed
-	.venv/test/bin/python -m pytest --numprocesses $(WORKERS) -m long
+	.venv/test/bin/python -m pytest --numprocesses $(WORKERS) -m "long or real"
+
+# A real model, downloaded to build/real at the first run. Its tests are skipped where it can't be downloaded.
+test-real: .venv/test/.installed
+	.venv/test/bin/python -m pytest -m "real and not long"
 
 lint: .venv/test/.installed
 	.venv/test/bin/ruff check .

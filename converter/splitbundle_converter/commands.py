@@ -18,7 +18,7 @@ from splitbundle_converter.example_checkpoints import DEFAULT, EXAMPLES, copy_ex
 from splitbundle_converter.families.composites import EXTENSION, LANGUAGE
 from splitbundle_converter.options import DTYPES
 
-LIBRARIES: Final = ("torch", "transformers", "safetensors", "jsonschema", "huggingface_hub", "numpy")
+LIBRARIES: Final = ("torch", "transformers", "safetensors", "jsonschema", "huggingface_hub", "numpy", "tokenizers")
 
 
 def _shard_arguments(parser: argparse.ArgumentParser, uncut: str) -> None:
@@ -65,6 +65,12 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="split units that are larger into several files; a file with a single tensor may still be larger",
     )
+    parser.add_argument(
+        "--no-tokenizer",
+        dest="tokenizer",
+        action="store_false",
+        help="convert without the tokenizer; the bundle then has no text",
+    )
     parser.add_argument("--onnx", action="store_true", help="add a graph for onnxruntime to each shard")
     parser.add_argument(
         "--variant", help="add graphs of this variant: standard computes in float32, float16 in the weights' float16"
@@ -99,6 +105,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             onnx=args.variant or args.onnx,
             genai=args.genai,
             allow_pickle=args.allow_pickle,
+            tokenizer=args.tokenizer,
             notes=note,
             progress=console.progress,
         )

@@ -23,7 +23,6 @@ from splitbundle.format.weight_layout import Tensor as Stored
 from splitbundle.opening import open_bundle
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import VECTORS
-from splitbundle.verification import tokenizer_rules
 from splitbundle.version import __version__
 from splitbundle_converter.checkpoint.source import TOKENIZER, Checkpoint, dtype_of
 from splitbundle_converter.errors import refusal
@@ -36,6 +35,7 @@ from splitbundle_converter.options import DTYPES, Note
 from splitbundle_converter.reference.asked_fields import asked_fields
 from splitbundle_converter.reference.golden_vectors import reference_vectors
 from splitbundle_converter.reference.original_errors import explained
+from splitbundle_converter.text.text_files import text_files
 from splitbundle_converter.translation.translate import Translation, translate
 from splitbundle_converter.writing.atomic_directory import atomic_directory
 from splitbundle_converter.writing.documents import relocated, write_documents, write_file
@@ -58,6 +58,7 @@ def convert(
     onnx: bool | str = False,
     genai: bool = False,
     allow_pickle: bool = False,
+    tokenizer: bool = True,
     notes: Note | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -82,6 +83,7 @@ def convert(
             float32; "float16" adds graphs that compute in float16, the dtype of the stored weights.
         genai: Whether to add the configuration that onnxruntime-genai needs to run the graphs. It adds the graphs too.
         allow_pickle: Whether to accept weights in pickles. Only names and tensors are read, in a separate process.
+        tokenizer: Whether to copy the tokenizer. Without it, the bundle takes and gives only token ids.
         notes: A function that is called with a sentence for each thing that the conversion accepted, skipped or could
             not do.
         progress: A function that is called with the current step, the amount done, and the total amount.
@@ -120,6 +122,8 @@ def convert(
             force=force,
             max_file_size=max_file_size,
             graphs=graphs,
+            tokenizer=tokenizer,
+            notes=notes,
             progress=progress,
         )
 
@@ -135,6 +139,8 @@ def _convert(
     force: bool,
     max_file_size: int | None,
     graphs: request.GraphWriter | None,
+    tokenizer: bool,
+    notes: Note | None,
     progress: Progress | None,
 ) -> Bundle:
     checkpoint, family, architecture = opened.checkpoint, opened.family, opened.architecture
@@ -145,17 +151,17 @@ def _convert(
     storage = _storage(checkpoint, translation, dtype)
     if graphs is not None:
         graphs.check(storage)
-    text_files = {name: checkpoint.read(name) for name in checkpoint.text_files()}
     stop_ids = checkpoint.stop_ids(opened.values)
-    if TOKENIZER in text_files:
-        tokenizer_rules.check(text_files[TOKENIZER], TOKENIZER, architecture.vocab_size)
+    texts = {}
+    if tokenizer:
+        texts = text_files(checkpoint, family.model_type, architecture.vocab_size, notes, compare=check)
     with atomic_directory(target, force=force) as root:
         listed, units = _write_units(root, checkpoint, architecture, translation, storage, max_file_size, progress)
         listed[architectures.FILE] = write_file(root, architectures.FILE, architecture.to_bytes())
         vectors = None
         if check:
             vectors = _write_vectors(root, opened, dtype, listed, progress)
-        for name, data in text_files.items():
+        for name, data in texts.items():
             listed[f"tokenizer/{name}"] = write_file(root, f"tokenizer/{name}", data)
         weight_files = tuple(path for paths in units.values() for path in paths)
         write_documents(
@@ -179,7 +185,7 @@ def _convert(
                 units=units,
                 files=listed,
                 text=Text(
-                    tokenizer=f"tokenizer/{TOKENIZER}" if TOKENIZER in text_files else None,
+                    tokenizer=f"tokenizer/{TOKENIZER}" if TOKENIZER in texts else None,
                     stop_ids=stop_ids,
                 ),
                 vectors=vectors,

@@ -97,12 +97,21 @@ def tokenizer_cases() -> Iterator[Case]:
             "/model/vocab/n24",
         ),
         ("unigram-larger", "more pieces than the embedding has rows", unigram(25), "text.tokenizer", "/model/vocab/24"),
+        ("added-beyond", "an added token beyond the embedding", added({"id": 24, "content": "new"}), None, None),
         (
-            "added-beyond",
-            "an added token out of range",
-            added({"id": 24, "content": "new"}),
+            "added-2-32",
+            "an added token of id 2^32",
+            added({"id": 2**32, "content": "new"}),
             "text.tokenizer",
             "/added_tokens/1/id",
+        ),
+        ("no-type", "a file of before tokenizers 0.9", edited(lambda v: v["model"].pop("type")), None, None),
+        (
+            "no-type-larger",
+            "more pieces than the embedding has rows, without a type",
+            edited(lambda v: v.update(model={"unk_id": 0, "vocab": [[f"p{i}", -1.5] for i in range(25)]})),
+            "text.tokenizer",
+            "/model/vocab/24",
         ),
         (
             "added-twice",
@@ -146,7 +155,7 @@ def tokenizer_cases() -> Iterator[Case]:
             "text.tokenizer",
             "/post_processor/processors/0/special_tokens/x~1y/ids/1",
         ),
-        ("padding", "a padding id out of range", set_("padding", {"pad_id": 24}), "text.tokenizer", "/padding/pad_id"),
+        ("padding", "a padding id, which no text gets", set_("padding", {"pad_id": 24}), None, None),
     ]
     for name, about, edit, code, pointer in rows:
 

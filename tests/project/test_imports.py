@@ -45,7 +45,7 @@ FLOORS = {
     "splitbundle_converter": (
         ("errors", "options", "quiet_transformers"),
         ("writing", "checkpoint"),
-        ("graphs", "families", "example_checkpoints"),
+        ("graphs", "families", "text", "example_checkpoints"),
         ("translation", "reference", "split_learning"),
         ("language_part",),
         ("open_checkpoint",),
@@ -68,6 +68,7 @@ LIBRARIES = {
             *("splitbundle", "splitbundle_schemas", "torch", "transformers", "safetensors"),
             *("onnx", "numpy", "jsonschema", "huggingface_hub"),
         },
+        "text/*": {"splitbundle", "transformers", "tokenizers", "sentencepiece"},
     },
     "splitbundle_schemas": {},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,6 @@ def test_pieces_make_the_text_that_was_encoded(bundle: splitbundle.Bundle) -> No
 
 def test_a_space_between_prompt_and_answer_is_kept(tmp_path: Path) -> None:
     """SentencePiece tokenizers strip the first space of a text: the prompt's, but not the continuation's."""
-    import json
-    import shutil
-
     from tokenizers import decoders, models, normalizers
 
     vocabulary = {"<unk>": 0, "▁one": 1, "▁two": 2, "<0xC3>": 3}
@@ -81,19 +79,21 @@ def test_a_changed_tokenizer_is_refused_before_it_is_parsed(bundle: splitbundle.
     assert caught.value.codes == ("file.digest",)
 
 
-def test_a_tokenizer_that_the_library_does_not_read(tmp_path: Path) -> None:
-    import shutil
-
+def test_a_tokenizer_that_the_library_does_not_read(tmp_path: Path, bundle: splitbundle.Bundle) -> None:
+    unreadable = '{"version": "1.0", "model": {"type": "BPE", "vocab": {}}}'
     source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
-    (source / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {}}}')
-    bundle = splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
+    (source / "tokenizer.json").write_text(unreadable)
+    with pytest.raises(BundleError, match=r"\[text.tokenizer\] tokenizer.json: expected a tokenizer that") as caught:
+        splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
+    assert str(caught.value).endswith("--no-tokenizer converts without a tokenizer")
+    path = bundle.manifest.text.tokenizer
+    assert path is not None
+    relist(bundle.path, path, unreadable.encode())
     with pytest.raises(BundleError, match=r"\[text.tokenizer\] tokenizer/tokenizer.json: expected a tokenizer that"):
-        TextTokenizer(bundle)
+        TextTokenizer(splitbundle.open(bundle.path))
 
 
 def test_a_bundle_without_a_tokenizer_says_so(tmp_path: Path) -> None:
-    import shutil
-
     source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
     (source / "tokenizer.json").unlink()
     bundle = splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
@@ -106,8 +106,6 @@ def test_a_bundle_without_a_tokenizer_says_so(tmp_path: Path) -> None:
 @pytest.mark.rule("SB-T-002")
 def test_a_text_is_neither_cut_nor_filled_up(tmp_path: Path) -> None:
     """These settings of the file are for the batches of training."""
-    import shutil
-
     source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
     library = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     plain = library.encode("Licensed under the Apache License").ids
@@ -154,18 +152,58 @@ def test_ordinary_replacements_are_taken() -> None:
 
 @pytest.mark.rule("SB-T-005")
 def test_a_tokenizer_of_another_model_is_not_converted(tmp_path: Path) -> None:
-    import json
-    import shutil
-
     source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
     document = json.loads((source / "tokenizer.json").read_text("utf-8"))
     document["model"]["vocab"]["new"] = 50_000
     (source / "tokenizer.json").write_text(json.dumps(document), "utf-8")
-    with pytest.raises(
-        BundleError, match=r"\[text.tokenizer\] tokenizer.json /model/vocab/new: expected a token id from"
-    ):
+    with pytest.raises(BundleError) as caught:
         splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
+    assert str(caught.value) == (
+        "[text.tokenizer] tokenizer.json /model/vocab/new: expected a token id from 0 to 639, as the model has 640, "
+        "got 50000. The model has no such token: the tokenizer belongs to another model, or was changed after "
+        "training. --no-tokenizer converts without a tokenizer"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    output = tmp_path / "x.splitbundle"
+    assert main.main(["convert", str(source), "-o", str(output), "--no-tokenizer", "--no-check"]) == 0
+    assert splitbundle.open(output).manifest.text.tokenizer is None
+    assert not (output / "tokenizer").exists()
+
+
+@pytest.mark.rule("SB-T-004")
+@pytest.mark.parametrize("merges", ["strings", "pairs"])
+def test_a_tokenizer_without_the_type_of_its_model(tmp_path: Path, merges: str) -> None:
+    """The published file of GPT-2 has none. The library takes it for BPE."""
+    source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
+    document = json.loads((source / "tokenizer.json").read_text("utf-8"))
+    del document["model"]["type"]
+    pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in document["model"]["merges"]]
+    document["model"]["merges"] = pairs if merges == "pairs" else [" ".join(pair) for pair in pairs]
+    (source / "tokenizer.json").write_text(json.dumps(document), "utf-8")
+    text = "Licensed under the Apache License, – naïve 🙂"
+    made = splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
+    assert TextTokenizer(made).encode(text) == Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")).encode(text).ids
+
+
+@pytest.mark.rule("SB-T-005", "SB-T-008")
+def test_an_added_token_beyond_the_embedding(tmp_path: Path) -> None:
+    """Gemma 3 has such a token. It is kept, and only a text that spells it is refused."""
+    source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
+    library = Tokenizer.from_file(str(source / "tokenizer.json"))
+    library.add_tokens(["<image>"])
+    library.save(str(source / "tokenizer.json"))
+    made = splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
+    beyond = library.token_to_id("<image>")
+    assert beyond == made.architecture.vocab_size
+    tokenizer = TextTokenizer(made)
+    assert tokenizer.encode("an <imag e>") == library.encode("an <imag e>").ids
+    with pytest.raises(BundleError) as caught:
+        tokenizer.encode("an <image> here")
+    assert str(caught.value) == (
+        f"[text.token] text: expected a text of tokens that the model has, with ids below {beyond}, got '<image>', "
+        f"whose id is {beyond}. Leave this token out of the text"
+    )
+    assert main.main(["generate", str(made.path), "an <image> here", "-n", "1"]) == 1
 
 
 def test_the_former_module_is_a_door_to_this_one() -> None:

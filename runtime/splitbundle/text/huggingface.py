@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from splitbundle.errors import BundleError, Problem
+from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.verification import tokenizer_rules
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ def library(path: str) -> Iterator[None]:
             raise
         got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         expected = "a tokenizer that the library can use"
-        raise BundleError(Problem(code="text.tokenizer", file=path, expected=expected, got=got)) from error
+        hint = "Fetch the file again from where the model was published"
+        raise BundleError(Problem(code="text.tokenizer", file=path, expected=expected, got=got, hint=hint)) from error
 
 
 class TextTokenizer:
@@ -48,7 +49,7 @@ class TextTokenizer:
                 Problem(code="text.none", file=str(bundle.path), expected="a tokenizer", got="a bundle without one")
             )
         data = tokenizer_rules.read(bundle, path)
-        self._path = path
+        self._path, self._vocab_size = path, bundle.architecture.vocab_size
         with library(path):
             self._tokenizer = Tokenizer.from_str(data.decode("utf-8"))
         self._tokenizer.encode_special_tokens = True
@@ -57,9 +58,21 @@ class TextTokenizer:
         self._tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, with the tokens that the tokenizer adds before and after it."""
+        """Return the token ids of a text, with the tokens that the tokenizer adds before and after it.
+
+        Raises:
+            BundleError: ``text.token`` if the text spells an added token that the model does not have;
+                ``text.tokenizer`` if the library fails.
+        """
         with library(self._path):
-            return list(self._tokenizer.encode(text).ids)
+            encoding = self._tokenizer.encode(text)
+        for number, token in zip(encoding.ids, encoding.tokens, strict=True):
+            if number >= self._vocab_size:
+                expected = f"a text of tokens that the model has, with ids below {self._vocab_size}"
+                got = f"{quoted(token)}, whose id is {number}"
+                hint = "Leave this token out of the text"
+                raise BundleError(Problem(code="text.token", argument="text", expected=expected, got=got, hint=hint))
+        return list(encoding.ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without control tokens."""

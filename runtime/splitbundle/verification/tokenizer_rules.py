@@ -17,8 +17,10 @@ MAX_MARKS: Final = 2**23
 """See ``strict_json.MAX_MARKS``. Half a million merges of two tokens each have some two million marks."""
 MAX_INSERTED: Final = 1024
 MAX_GROWTH: Final = 1024
+MAX_ID: Final = 2**32 - 1
 MODELS: Final = ("BPE", "Unigram", "WordLevel", "WordPiece")
 HINT: Final = "The model has no such token: the tokenizer belongs to another model, or was changed after training"
+WHOLE: Final = "Fetch the file again, or save it with the library tokenizers"
 
 
 def read(bundle: BundleReader, path: str) -> bytes:
@@ -36,13 +38,14 @@ def check(data: bytes, path: str, vocab_size: int) -> None:
     """Check a tokenizer.json for a model that has ``vocab_size`` token ids.
 
     Raises:
-        BundleError: ``json.*``; ``text.tokenizer`` for an id that the model lacks or that two tokens share, or if
-            there is no vocabulary.
+        BundleError: ``json.*``; ``text.tokenizer`` for an id of the vocabulary that the model lacks or that two tokens
+            share, or if there is no vocabulary.
     """
     document = strict_json.parse(data, path, max_bytes=files.MAX_TEXT_BYTES, max_marks=MAX_MARKS)
     owners: dict[int, str] = {}
     for pointer, token, number in _tokens(document, path):
-        _check_id(number, pointer, path, vocab_size)
+        # An added token may lie beyond the embedding: no text gives its id unless the text spells the token.
+        _check_id(number, pointer, path, MAX_ID + 1 if pointer.startswith("/added_tokens/") else vocab_size)
         if owners.setdefault(number, token) != token:
             raise _problem(
                 path, pointer, "an id that no other token has", f"{number}, that of {quoted(owners[number])}"
@@ -56,18 +59,19 @@ def check(data: bytes, path: str, vocab_size: int) -> None:
 
 def _check_id(number: object, pointer: str, path: str, vocab_size: int) -> None:
     if type(number) is not int or not 0 <= number < vocab_size:
-        wanted = f"a token id from 0 to {vocab_size - 1}, as the model has {vocab_size}"
-        raise _problem(path, pointer, wanted, quoted(number), HINT)
+        of = "" if vocab_size > MAX_ID else f", as the model has {vocab_size}"
+        raise _problem(path, pointer, f"a token id from 0 to {vocab_size - 1}{of}", quoted(number), HINT)
 
 
 def _tokens(document: Any, path: str) -> Iterator[tuple[str, str, Any]]:
     """Yield the JSON pointer, the text and the id of every token: first the vocabulary, then the added tokens."""
     model = _member(document, path, "", "model", dict)
-    kind = model.get("type")
-    if kind not in MODELS:
+    kind = model.get("type")  # absent in files of before tokenizers 0.9: the library tells the model by its fields
+    if kind is not None and kind not in MODELS:
         raise _problem(path, "/model/type", f"one of {', '.join(MODELS)}", quoted(kind))
     known: dict[str, Any] = {}
-    if kind == "Unigram":  # (token, score); the index in the list is the id
+    if kind == "Unigram" or (kind is None and isinstance(model.get("vocab"), list)):
+        # (token, score); the index in the list is the id
         for number, entry in enumerate(_member(model, path, "/model", "vocab", list)):
             if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
                 raise _problem(path, f"/model/vocab/{number}", "a token and its score", quoted(entry))
@@ -92,11 +96,8 @@ def _tokens(document: Any, path: str) -> Iterator[tuple[str, str, Any]]:
 def _inserted(document: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield the JSON pointer and the id of each token that is inserted by id.
 
-    These tokens go before, after and between texts, or are padding.
+    These tokens go before, after and between texts.
     """
-    padding = document.get("padding")
-    if isinstance(padding, dict):
-        yield "/padding/pad_id", padding.get("pad_id")
     processor = document.get("post_processor")
     for at, each in _parts(processor, "/post_processor"):
         for name in ("cls", "sep"):  # (token, id)
@@ -149,7 +150,7 @@ def _list(value: Any, path: str, at: str, name: str) -> list[Any]:
     return found
 
 
-def _problem(path: str, pointer: str, expected: str, got: str, hint: str | None = None) -> BundleError:
+def _problem(path: str, pointer: str, expected: str, got: str, hint: str = WHOLE) -> BundleError:
     return BundleError(
         Problem(code="text.tokenizer", file=path, pointer=pointer, expected=expected, got=got, hint=hint)
     )

@@ -52,6 +52,7 @@ def test_a_file_may_be_a_link(source: Callable[[str], Path], output: Path) -> No
     accepted(path, output, check=False)
 
 
+WITHOUT = "--no-tokenizer converts without a tokenizer"
 LINK = (
     "expected a file of the checkpoint, got a link that leads out of it. To use this file, copy it into the checkpoint"
 )
@@ -67,10 +68,11 @@ def test_a_link_that_leads_out_of_the_checkpoint(source: Callable[[str], Path], 
     secret.write_text("a secret")
     (path / name).unlink(missing_ok=True)
     (path / name).symlink_to(secret)
-    assert str(refused(path, output)) == f"[source.unreadable] {name}: {LINK}"
+    offer = "" if name in ("config.json", "generation_config.json") else f". {WITHOUT}"
+    assert str(refused(path, output)) == f"[source.unreadable] {name}: {LINK}{offer}"
     (path / name).unlink()
     (path / name).symlink_to("../source/../secret")
-    assert str(refused(path, output)) == f"[source.unreadable] {name}: {LINK}"
+    assert str(refused(path, output)) == f"[source.unreadable] {name}: {LINK}{offer}"
     (path / name).unlink()
     (path / name).symlink_to("nowhere")
     assert str(refused(path, output)).startswith(f"[source.missing] {name}: expected a file {name} in source, got ")
@@ -150,7 +152,8 @@ def test_what_is_no_file_is_not_passed_over(source: Callable[[str], Path], outpu
         os.mkfifo(path / name)
     else:
         pytest.skip("no pipes with a name")
-    assert str(refused(path, output)) == f"[source.unreadable] {name}: expected a regular file, got {kind}"
+    offer = "" if name == "generation_config.json" else f". {WITHOUT}"
+    assert str(refused(path, output)) == f"[source.unreadable] {name}: expected a regular file, got {kind}{offer}"
 
 
 def test_a_generation_config_that_is_no_object(source: Callable[[str], Path], output: Path) -> None:

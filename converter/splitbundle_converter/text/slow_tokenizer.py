@@ -1,0 +1,218 @@
+"""Make a tokenizer.json of the files that older tokenizers have: ``tokenizer.model``, or a vocabulary with merges.
+
+The result of a ``tokenizer.model`` is held against SentencePiece itself. If one text gets other ids, there is no
+result: a bundle without text is better than one with wrong ids.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from tokenizers import Tokenizer
+
+from splitbundle_converter.errors import line
+from splitbundle_converter.quiet_transformers import quiet
+
+TOKENIZER: Final = "tokenizer.json"
+CONFIG: Final = "tokenizer_config.json"
+SENTENCEPIECE: Final = "tokenizer.model"
+_MERGED: Final = ("vocab.json", "merges.txt")
+_SPACE: Final = "\N{LOWER ONE EIGHTH BLOCK}"
+"""The character that SentencePiece has in place of a space."""
+PROBES: Final = (
+    "The quick brown fox jumps over the lazy dog.",
+    " leading and trailing ",
+    "two  spaces,   three,     five",
+    "    def f(x):\n\treturn x ** 2\r\n\n\n",
+    "naïve café, Ünïcödé — “quotes” … ½ ﬁ",
+    "数字 123456789, かな, 한국어, русский, العربية, हिन्दी",
+    "🙂👩‍👩‍👧 e\u0301 \u200b\ufeff",
+    "<s> </s> [INST] <|endoftext|> <unk>",
+    "don't I'LL we've",
+    "a",
+    " ",
+    "\n",
+)
+"""Texts whose ids are compared: spaces, line ends, scripts, control tokens that are spelled, and short texts."""
+
+
+class NoTokenizerError(Exception):
+    """The reason why no tokenizer.json can be made."""
+
+
+def has_slow_files(files: Mapping[str, bytes]) -> bool:
+    """Return whether a checkpoint without tokenizer.json has another kind of tokenizer."""
+    return TOKENIZER not in files and (SENTENCEPIECE in files or "vocab.json" in files)
+
+
+def make_fast(files: Mapping[str, bytes], model_type: str) -> bytes:
+    """Return a tokenizer.json with the ids of the checkpoint's own tokenizer.
+
+    Args:
+        files: The tokenizer files of a checkpoint by name.
+        model_type: The type of the model, which tells the tokenizer's class if ``tokenizer_config.json`` does not.
+
+    Raises:
+        NoTokenizerError: It can't be made without guessing.
+    """
+    if SENTENCEPIECE in files:
+        return _of_sentencepiece(files, model_type)
+    if any(name not in files for name in _MERGED):
+        raise NoTokenizerError("vocab.json has no merges.txt beside it")
+    return _of_class(files, model_type).to_str().encode("utf-8")
+
+
+def load_class(files: Mapping[str, bytes], model_type: str) -> Any:
+    """Return the tokenizer that transformers makes of the files. Code of the checkpoint never runs.
+
+    transformers gets a copy of the files, without ``auto_map``.
+
+    Raises:
+        Exception: of any kind, if transformers can't load it.
+    """
+    from transformers import AutoTokenizer
+
+    config = _config(files)
+    config.pop("auto_map", None)
+    with tempfile.TemporaryDirectory(prefix="splitbundle-") as directory, quiet():
+        for name, data in files.items():
+            (Path(directory) / name).write_bytes(data)
+        (Path(directory) / CONFIG).write_text(json.dumps(config))
+        (Path(directory) / "config.json").write_text(json.dumps({"model_type": model_type}))
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def _config(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return the parsed tokenizer_config.json, or an empty object."""
+    try:
+        # Its numbers may be beyond strict JSON: published files have 1e30 as the longest length.
+        document = json.loads(files.get(CONFIG, b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _of_class(files: Mapping[str, bytes], model_type: str) -> Tokenizer:
+    try:
+        made: Tokenizer = load_class(files, model_type).backend_tokenizer
+        return made
+    except Exception as error:  # a class may raise any error for files that do not suit it
+        raise NoTokenizerError(f"transformers can't read its files ({line(error)})") from error
+
+
+def _of_sentencepiece(files: Mapping[str, bytes], model_type: str) -> bytes:
+    try:
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+    except ImportError as error:
+        raise NoTokenizerError(
+            f"{SENTENCEPIECE} needs the library sentencepiece. Install it and convert again: "
+            "pip install sentencepiece protobuf"
+        ) from error
+    try:
+        processor = SentencePieceProcessor(model_proto=files[SENTENCEPIECE])
+    except (RuntimeError, TypeError) as error:
+        raise NoTokenizerError(f"{SENTENCEPIECE} can't be read ({line(error)})") from error
+    model_pb2: Any = sentencepiece_model_pb2  # the compiler of protobuf gives no types
+    proto = model_pb2.ModelProto.FromString(processor.serialized_model_proto())
+    if proto.trainer_spec.model_type == model_pb2.TrainerSpec.BPE:
+        made = Tokenizer.from_str(json.dumps(_bpe(proto, processor, _config(files))))
+    else:
+        made = _of_class(files, model_type)
+    # SentencePiece takes the spelling of a control token as text, and so does the reader of a bundle.
+    made.encode_special_tokens = True
+    for text in PROBES:
+        ids = made.encode(text, add_special_tokens=False).ids
+        if ids != processor.encode(text):
+            raise NoTokenizerError(f"{text[:20]!a} gets other ids from {SENTENCEPIECE} than from its tokenizer.json")
+    return made.to_str(pretty=False).encode("utf-8")
+
+
+def _bpe(proto: Any, processor: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer.json for byte-pair encoding, in the form of the published files of Llama and Mistral.
+
+    SentencePiece joins the pair whose joined piece has the highest score, so the merges are sorted by score.
+    """
+    spec = proto.normalizer_spec
+    if spec.name != "identity" or spec.remove_extra_whitespaces or not spec.escape_whitespaces:
+        raise NoTokenizerError(f"{SENTENCEPIECE} changes texts by the rules {spec.name!a}, which have no equal here")
+    scores = {piece.piece: piece.score for piece in proto.pieces}
+    vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    joined = [
+        (-scores[piece], vocabulary[piece[:at]], vocabulary[piece[at:]], [piece[:at], piece[at:]])
+        for piece in vocabulary
+        for at in range(1, len(piece))
+        if piece[:at] in vocabulary and piece[at:] in vocabulary
+    ]
+    steps: list[dict[str, Any]] = [{"type": "Prepend", "prepend": _SPACE}] if spec.add_dummy_prefix else []
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+    control, defined = 3, 4  # the kinds of pieces that SentencePiece calls CONTROL and USER_DEFINED; 2 is UNKNOWN
+    ends = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if spec.add_dummy_prefix else []
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {
+                "id": number,
+                "content": piece.piece,
+                "special": piece.type in (2, control),
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+            }
+            for number, piece in enumerate(proto.pieces)
+            if piece.type in (2, control, defined)
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "post_processor": _begin(processor, config),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *ends,
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "unk_token": processor.id_to_piece(processor.unk_id()),
+            "fuse_unk": True,
+            "byte_fallback": bool(proto.trainer_spec.byte_fallback),
+            "vocab": vocabulary,
+            "merges": [pair for *_, pair in sorted(joined)],
+        },
+    }
+
+
+def _begin(processor: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the rule that puts the token of the beginning before a text, unless the configuration turns it off."""
+    if config.get("add_bos_token") is False or processor.bos_id() < 0:
+        return None
+    token = processor.id_to_piece(processor.bos_id())
+    first = {"SpecialToken": {"id": token, "type_id": 0}}
+    text, second = ({"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, {"SpecialToken": {"id": token, "type_id": 1}}, second],
+        "special_tokens": {token: {"id": token, "ids": [processor.bos_id()], "tokens": [token]}},
+    }
+
+
+def other_ids(files: Mapping[str, bytes], model_type: str) -> str | None:
+    """Return a text that transformers' class gives other ids than tokenizer.json, or None if there is none.
+
+    There is none either if transformers can't load the tokenizer: then nothing can be compared.
+    """
+    own = Tokenizer.from_str(files[TOKENIZER].decode("utf-8"))
+    own.no_truncation()
+    own.no_padding()
+    try:
+        loaded = load_class(files, model_type)
+        return next((text for text in PROBES if loaded(text).input_ids != own.encode(text).ids), None)
+    except Exception:  # noqa: BLE001  # a class may raise any error for files that do not suit it
+        return None

@@ -1,0 +1,114 @@
+"""A real model: SmolLM2-135M-Instruct, with its published configuration, its tokenizer and its chat template."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+
+import splitbundle
+import splitbundle_converter
+from splitbundle.text.huggingface import TextTokenizer
+
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("two_threads")]
+
+PROMPTS: Final = (
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "<|im_start|>user\nWhat is photosynthesis?<|im_end|>\n<|im_start|>assistant\n",
+    "Once upon a time, in a small village,",
+    "1, 1, 2, 3, 5, 8,",
+    "La capitale de l'Italie est",
+    "import numpy as np\n\n# The mean of",
+    "Dear Sir or Madam,",
+    "Water boils at",
+    "Q: Who wrote Hamlet?\nA:",
+)
+TOKENS: Final = 64
+
+
+@pytest.fixture
+def two_threads() -> Any:
+    """Compute on the two cores that the tests may use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def bundle(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> splitbundle.Bundle:
+    """The model as it comes, in three shards with graphs, compared with the original."""
+    output = tmp_path_factory.mktemp("real") / "smollm2.splitbundle"
+    notes: list[str] = []
+    made = splitbundle_converter.convert(smollm2, output, split=(10, 20), onnx=True, notes=notes.append)
+    assert notes == [
+        "config.json has 3 fields that transformers does not use for the logits: is_llama_config, rope_scaling, "
+        "transformers.js_config. The bundle's manifest keeps them as a description."
+    ]
+    return made
+
+
+@cache
+def original(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@cache
+def expected(path: Path, prompt: str) -> tuple[list[int], list[int]]:
+    """Return the ids of a prompt and the 64 tokens that ``model.generate`` takes."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(path)(prompt, return_tensors="pt").input_ids
+    mask = torch.ones_like(ids)  # the padding token ends a turn of a chat, and generate would guess a mask from it
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = original(path)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, eos_token_id=-1)
+    return ids[0].tolist(), out[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_greedy_tokens_of_three_chained_shards(smollm2: Path, bundle: splitbundle.Bundle, backend: str) -> None:
+    named: dict[str, Any] = {"dtype": "float32"} if backend == "torch" else {"threads": 2}
+    pipeline: Any = bundle.pipeline(backend=backend, **named)
+    assert [shard.name for shard in bundle.shards] == ["bottom", "trunk", "top"]
+    for prompt in PROMPTS:
+        ids, wanted = expected(smollm2, prompt)
+        row = torch.tensor([ids])
+        given = pipeline.generate(row if backend == "torch" else row.numpy(), max_new_tokens=TOKENS)
+        assert [int(token[0]) for token in given] == wanted, prompt
+
+
+def test_text_has_the_ids_of_the_published_tokenizer(smollm2: Path, bundle: splitbundle.Bundle) -> None:
+    from tokenizers import Tokenizer
+
+    library = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+    library.encode_special_tokens = True
+    tokenizer = TextTokenizer(bundle)
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt)
+        assert ids == library.encode(prompt).ids
+        assert tokenizer.decode(ids) == prompt
+
+
+@pytest.mark.parametrize(
+    ("split", "dtype"),
+    [
+        ((), "keep"),
+        ((0, 1, 29, 30), "float32"),
+        pytest.param((15,), "float16", marks=pytest.mark.long),
+        pytest.param((3, 7, 11), "bfloat16", marks=pytest.mark.long),
+    ],
+)
+def test_cuts_and_dtypes(smollm2: Path, tmp_path: Path, split: tuple[int, ...], dtype: str) -> None:
+    """The conversion itself compares the chained shards with the original."""
+    made = splitbundle_converter.convert(smollm2, tmp_path / "x.splitbundle", split=split, dtype=dtype)
+    assert made.manifest.storage.dtype == ("bfloat16" if dtype == "keep" else dtype)
+    assert made.manifest.model.parameters == 134_515_008
