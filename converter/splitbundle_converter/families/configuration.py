@@ -95,29 +95,49 @@ def resolve(found: Configuration, *, inert: bool = True) -> Any:
     Raises:
         BundleError: ``source.family``, ``source.remote-code``, ``source.quantised``, ``source.config``.
     """
-    raw = readable(found)
     # Only classes of the table are built: some others build a list whose length a field of the file determines.
-    model_type = raw.get("model_type")
+    model_type = an_object(found).get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise _field_refusal("source.family", found, "model_type", EXPECTED, family_hint(raw, FAMILIES))
+        refuse_unknown_code(found)
+        raise _field_refusal("source.family", found, "model_type", EXPECTED, family_hint(found.raw, FAMILIES))
+    readable(found)
     check_counts(found)
     return build(found, inert=inert)
 
 
-def readable(found: Configuration) -> dict[str, Any]:
-    """Return the fields of a configuration, or of a part of one. Refuse remote code and quantized weights.
-
-    ``auto_map`` is accepted for a type that transformers computes itself.
+def an_object(found: Configuration) -> dict[str, Any]:
+    """Return the fields of a configuration, or of a part of one.
 
     Raises:
-        BundleError: ``source.remote-code``, ``source.quantised``, ``source.config``.
+        BundleError: ``source.config`` if it is no object.
     """
-    raw = found.raw
-    if not isinstance(raw, dict):
-        raise refusal("source.config", found.file, "an object", quoted(raw), pointer=found.pointer or None)
-    if is_meaningful(raw.get("auto_map")) and not _is_native(raw.get("model_type")):
+    if not isinstance(found.raw, dict):
+        hint = "Fetch the file again from where the model was published"
+        raise refusal("source.config", found.file, "an object", quoted(found.raw), hint, found.pointer or None)
+    fields: dict[str, Any] = found.raw
+    return fields
+
+
+def refuse_unknown_code(found: Configuration) -> None:
+    """Refuse code of the checkpoint for a type that transformers does not compute itself.
+
+    Raises:
+        BundleError: ``source.remote-code``.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if is_meaningful(found.raw.get("auto_map")) and found.raw.get("model_type") not in CONFIG_MAPPING:
         hint = "splitbundle never runs code of a checkpoint, and transformers has no class for this model_type"
         raise _field_refusal("source.remote-code", found, "auto_map", "no auto_map", hint)
+
+
+def readable(found: Configuration) -> dict[str, Any]:
+    """Return the fields of a configuration, or of a part of one. Refuse quantized weights.
+
+    Raises:
+        BundleError: ``source.quantised``, ``source.config``.
+    """
+    raw = an_object(found)
     for name, value in raw.items():
         if QUANTIZED.fullmatch(name) and is_meaningful(value):
             raise _field_refusal("source.quantised", found, name, "weights that aren't quantized", quantized.HINT)
@@ -139,10 +159,6 @@ def refuse_unchecked_code(found: Configuration) -> None:
             f"{found.raw.get('model_type')}. Convert it with the check, which compares the results"
         )
         raise _field_refusal("source.remote-code", found, "auto_map", "no auto_map in a conversion without check", hint)
-
-
-def _is_native(model_type: object) -> bool:
-    return isinstance(model_type, str) and (model_type in FAMILIES or model_type in COMPOSITES)
 
 
 def check_counts(found: Configuration) -> None:
@@ -193,6 +209,9 @@ def build(found: Configuration, *, inert: bool = True) -> Any:
     for fields in (raw, without_inert) if inert else (without_inert,):
         config, error = parse(fields)
         if error is None:
+            for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+                if part is not None:
+                    part.return_dict = True  # the outputs of the original are found by their names
             return config
     expected, got = "a configuration that transformers reads", line(error or ValueError())
     culprit = next((name for name in raw if name != "model_type" and parse(_dropped(raw, name))[1] is None), None)

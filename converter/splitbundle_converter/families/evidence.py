@@ -134,9 +134,11 @@ def _names(tree: ast.AST, *, configures: bool) -> Iterator[str]:
                 return "config" in name
         return False
 
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(tree))
+    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}  # a method is no field
+    for node in nodes:
         match node:
-            case ast.Attribute(value=value, attr=name) if is_config(value):
+            case ast.Attribute(value=value, attr=name) if is_config(value) and id(node) not in called:
                 yield name
             case ast.Call(func=ast.Name(id=function), args=[value, ast.Constant(value=str(name)), *_]) if (
                 function in _ACCESS and is_config(value)
@@ -148,7 +150,7 @@ def _names(tree: ast.AST, *, configures: bool) -> Iterator[str]:
                 yield name
             case ast.Subscript(value=value, slice=ast.Constant(value=str(name))) if is_config(value):
                 yield name
-            case ast.arg(arg=name) if configures:  # __post_init__ takes some fields as arguments
-                yield name
+            case ast.FunctionDef(name="__init__" | "__post_init__", args=arguments) if configures:
+                yield from (argument.arg for argument in (*arguments.args, *arguments.kwonlyargs))
             case ast.Compare(left=ast.Constant(value=str(name)), comparators=[value]) if is_config(value):
                 yield name

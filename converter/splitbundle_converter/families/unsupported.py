@@ -21,7 +21,7 @@ _REASONS: Final = {
     "layers that share keys and values, or have inputs of their own": (
         *("num_kv_shared_layers", "hidden_size_per_layer_input"),
     ),
-    "encoders": ("is_encoder_decoder", "encoder_layers"),
+    "encoders": ("is_encoder_decoder", "encoder_layers", "type_vocab_size"),
 }
 """A feature that the decoder lacks -> the configuration fields that show this feature."""
 

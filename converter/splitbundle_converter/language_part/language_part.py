@@ -20,10 +20,12 @@ from splitbundle_converter.families.composites import COMPOSITES, IGNORED, LANGU
 from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.configuration import (
     all_values,
+    an_object,
     build,
     check_counts,
     evidence_of,
     readable,
+    refuse_unknown_code,
     unusual,
 )
 from splitbundle_converter.families.evidence import evidence
@@ -88,8 +90,9 @@ def read_language_part(source: Checkpoint) -> LanguagePart:
             ``source.quantised``, ``source.remote-code``, ``source.tensor``.
     """
     found = source.configuration()
-    raw = readable(found)
+    raw = an_object(found)
     composite = _composite(found)
+    readable(found)
     family = FAMILIES[text_type(raw) or composite.text_type]
     inner = {} if raw.get(TEXT) is None else raw[TEXT]
     text = Configuration(raw=inner, file=found.file, pointer=f"/{TEXT}")
@@ -150,6 +153,7 @@ def _composite(found: Configuration) -> Composite:
         got = f"model_type {quoted(model_type)}, which is a language model as a whole"
         raise refusal("usage.part", None, expected, got, "Convert it without --part", argument="part")
     if not isinstance(model_type, str) or model_type not in COMPOSITES:
+        refuse_unknown_code(found)
         text = text_type(raw)
         hint = (
             None

@@ -132,7 +132,8 @@ def test_a_language_part_that_is_refused(fields: dict[str, Any], message: str, t
         (
             "llava",
             {"text_config": []},
-            "[source.config] config.json /text_config: expected an object, got []",
+            "[source.config] config.json /text_config: expected an object, got []. Fetch the file again from where the "
+            "model was published",
         ),
         (
             "ovis2",
