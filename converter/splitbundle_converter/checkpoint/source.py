@@ -91,12 +91,12 @@ class Checkpoint:
         self.tensors = self._index()
 
     def configuration(self) -> Configuration:
-        """Return the parsed configuration.
+        """Return the parsed configuration. Python writes NaN and the infinities into JSON; they become their names.
 
         Raises:
             BundleError: ``source.missing``, ``source.unreadable``, ``json.*``.
         """
-        return Configuration(raw=strict_json.parse(self.read(CONFIG), CONFIG), file=CONFIG)
+        return Configuration(raw=strict_json.parse(self.read(CONFIG), CONFIG, constant=str), file=CONFIG)
 
     def read(self, name: str) -> bytes:
         """Return the content of a small file of the checkpoint.

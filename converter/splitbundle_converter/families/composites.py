@@ -167,9 +167,24 @@ def text_type(raw: Mapping[str, Any]) -> str | None:
 def family_hint(raw: Mapping[str, Any], families: Collection[str]) -> str:
     """Return a hint for a model type that is not in the table of families."""
     text, model_type = text_type(raw), raw.get("model_type")
-    only = reason(raw) or "Other families can't be converted; splitbundle never guesses at one"
+    if isinstance(model_type, str) and model_type in COMPOSITES and text in families:
+        if not isinstance(raw.get(TEXT), dict):
+            return (
+                f"It has no {TEXT}, which transformers' {COMPOSITES[model_type].class_name} needs. Convert a copy of "
+                "the model in the layout of transformers"
+            )
+        return f"This checkpoint's language part is {text}: convert it with --part {LANGUAGE}"
+    only = reason(raw) or _kind(raw) or "Other families can't be converted; splitbundle never guesses at one"
     if text is None:
         return only
-    if isinstance(model_type, str) and model_type in COMPOSITES and text in families:
-        return f"This checkpoint's language part is {text}: convert it with --part {LANGUAGE}"
     return f"{only}. This checkpoint's language part is {text[:40]!a}, and can't be converted alone either"
+
+
+def _kind(raw: Mapping[str, Any]) -> str | None:
+    """Return a sentence about a model that is no decoder of text alone, or None."""
+    if isinstance(raw.get("vision_config"), dict):
+        return "It has a vision_config, and the place of its language part beside images is unknown"
+    classes = raw.get("architectures")
+    if isinstance(classes, list) and any(isinstance(name, str) and name.endswith("ForMaskedLM") for name in classes):
+        return "It is an encoder that fills gaps in a text, and encoders can't be converted yet"
+    return None

@@ -99,6 +99,8 @@ def resolve(found: Configuration, *, inert: bool = True) -> Any:
     model_type = an_object(found).get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         refuse_unknown_code(found)
+        if model_type in COMPOSITES:  # its language part can be converted, unless it is quantized
+            readable(found)
         raise _field_refusal("source.family", found, "model_type", EXPECTED, family_hint(found.raw, FAMILIES))
     readable(found)
     check_counts(found)
@@ -205,6 +207,8 @@ def build(found: Configuration, *, inert: bool = True) -> Any:
     if text in FAMILIES:
         raw[TEXT] = _passed(raw[TEXT], evidence(text))
     without_inert = {name: value for name, value in raw.items() if name == "model_type" or not is_inert(name)}
+    if "pad_token_id" in known.defaults:
+        without_inert["pad_token_id"] = None  # the default may be a token that a small vocabulary lacks
     error = None
     for fields in (raw, without_inert) if inert else (without_inert,):
         config, error = parse(fields)

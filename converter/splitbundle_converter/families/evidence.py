@@ -18,7 +18,7 @@ from typing import Any, Final
 from splitbundle_converter.errors import refusal
 
 _SHARED: Final = (
-    *("configuration_utils", "modeling_utils", "modeling_layers", "modeling_rope_utils"),
+    *("configuration_utils", "modeling_utils", "modeling_rope_utils"),
     *("masking_utils", "cache_utils", "pytorch_utils", "integrations.sdpa_attention"),
 )
 """Modules of transformers that all models use."""

@@ -26,7 +26,7 @@ def _names(base: str, *, table: str, layers: str, attention: str, norm: str, pro
 
 BLOOM_NAMES: Final = _names("transformer", table="word_embeddings", layers="h", attention="self_attention", norm="ln_f")
 BLOOM_IGNORED: Final = (
-    *("pretraining_tp", "slow_but_exact"),  # they only split the same matrix products
+    "pretraining_tp",  # it only splits the same matrix products
     # Fields of Megatron in published configurations.
     *("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "n_inner", "offset_alibi"),
     *("seq_length", "skip_bias_add", "skip_bias_add_qkv", "unk_token_id"),
@@ -49,6 +49,14 @@ NEOX_JAPANESE_NAMES: Final = renamed(
     },
 )
 FALCON_NAMES: Final = renamed(BLOOM_NAMES, {"self_attention.rotary_emb.inv_freq": None})
+
+
+def _bloom_placement(sizes: Sizes) -> str:
+    config = sizes.config
+    # Where transformers splits the products, it leaves out the biases of the two outputs.
+    if config.raw("slow_but_exact") and config.raw("pretraining_tp") != 1:
+        config.refuse("slow_but_exact", "false, as pretraining_tp is not 1")
+    return "pre"
 
 
 def _falcon_names(architecture: Architecture) -> Names:
@@ -91,7 +99,7 @@ MEGATRON_FAMILIES: Final = (
     row("bloom", {**BLOOM_NAMES, "transformer.word_embeddings_layernorm": "embedding.norm"}, GPT2,
         fused_by_key_head=True, ignored=BLOOM_IGNORED, allowed={"apply_residual_connection_post_layernorm": False},
         hidden="hidden_size", inner=four_times_hidden(), activation=lambda sizes: "gelu_tanh", position=ALIBI,
-        embedding_norm=True),
+        embedding_norm=True, placement=_bloom_placement),
     # GPT-NeoX (Black et al. 2022, arXiv:2204.06745) and Pythia: a norm for each of the two blocks.
     row("gpt_neox", NEOX_NAMES, GPT, fused_by_key_head=True, ignored=["is_decoder", "max_position_embeddings"],
         placement=either("use_parallel_residual", "parallel_two", "pre"), qkv_bias="attention_bias",

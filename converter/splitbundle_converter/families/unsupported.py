@@ -15,9 +15,11 @@ _REASONS: Final = {
     ),
     "latent attention": ("kv_lora_rank", "qk_rope_head_dim"),
     "recurrent layers": (
-        *("state_size", "ssm_state_size", "mamba_d_state", "mamba_d_conv", "conv_L_cache", "lru_width"),
+        *("state_size", "ssm_state_size", "mamba_d_state", "mamba_d_conv", "lru_width"),
         *("linear_num_value_heads", "linear_conv_kernel_dim", "attention_hidden_size", "rescale_every"),
     ),
+    "short convolutions": ("conv_L_cache",),
+    "cross-attention to images": ("cross_attention_layers",),
     "layers that share keys and values, or have inputs of their own": (
         *("num_kv_shared_layers", "hidden_size_per_layer_input"),
     ),
@@ -27,9 +29,14 @@ _REASONS: Final = {
 
 
 def reason(raw: Mapping[str, Any]) -> str | None:
-    """Return a sentence about a field whose feature can't be converted, or None if no field shows one."""
+    """Return a sentence about a field whose feature can't be converted, or None if no field shows one.
+
+    The field may be in an inner object, as that of the language part.
+    """
+    inner = [value for value in raw.values() if isinstance(value, dict)]
     for what, fields in _REASONS.items():
         for field in fields:
-            if raw.get(field):
-                return f"It has {field} {quoted(raw[field], 40)}, and {what} can't be converted yet"
+            value = next((each[field] for each in (raw, *inner) if each.get(field)), None)
+            if value is not None:
+                return f"It has {field} {quoted(value, 40)}, and {what} can't be converted yet"
     return None

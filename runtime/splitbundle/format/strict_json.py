@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 from splitbundle.errors import BundleError, Problem, quoted
@@ -26,8 +27,17 @@ class _Refused(ValueError):
         self.code, self.expected, self.got = code, expected, got
 
 
-def parse(data: bytes, file: str, *, max_bytes: int = MAX_BYTES, max_marks: int = MAX_MARKS) -> Any:
+def parse(
+    data: bytes,
+    file: str,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_marks: int = MAX_MARKS,
+    constant: Callable[[str], Any] | None = None,
+) -> Any:
     """Return the value of a JSON document.
+
+    ``constant`` returns the value of NaN and the infinities, which are no JSON. By default they are refused.
 
     Raises:
         BundleError: one problem, with a ``json.*`` code, that names ``file``.
@@ -52,7 +62,7 @@ def parse(data: bytes, file: str, *, max_bytes: int = MAX_BYTES, max_marks: int 
             object_pairs_hook=_object,
             parse_int=_integer,
             parse_float=_float,
-            parse_constant=_constant,
+            parse_constant=constant or _constant,
         )
     except _Refused as refused:
         refuse(refused.code, refused.expected, refused.got)

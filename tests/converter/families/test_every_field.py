@@ -39,6 +39,8 @@ _TEXTS: Final = {
     "relu2": "relu",
     "xielu": "silu",
 }
+ACTIVE: Final = {("xglm", "pad_token_id")}
+"""A field that acts in this family alone: transformers replaces the position of this id by zeros."""
 ALLOWED: Final = {"source.config", "source.tensor", "source.family"}
 """The codes of the refusals. An error of another kind ends the test."""
 
@@ -85,7 +87,7 @@ def test_another_value_of_every_declared_field(
                     if not set(error.codes) <= ALLOWED:
                         raise
                     outcome = "refused"
-            if is_inert(name):
+            if is_inert(name) and (family, name) not in ACTIVE:
                 assert outcome == "converted with parity", (name, value)
             outcomes.setdefault(name, Counter())[outcome] += 1
             tally(f"other values of declared fields {outcome}", 1)
