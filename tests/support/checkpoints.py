@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import splitbundle_converter
 from splitbundle import Bundle, BundleError
+from splitbundle_converter.errors import AGAIN, HINTS
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -30,7 +32,16 @@ def refused(path: str | Path, output: Path, **named: Any) -> BundleError:
     with pytest.raises(BundleError) as caught:
         splitbundle_converter.convert(path, output, **({"check": False} | named))
     assert sorted(output.parent.iterdir()) == before
+    assert all(problem.hint for problem in caught.value.problems), "each problem names a next step"
     return caught.value
+
+
+def said(error: BundleError) -> str:
+    """Return the message without the next steps that every problem of its kind has. Those of its own stay."""
+    common = {*HINTS.values(), AGAIN}
+    return "\n".join(
+        str(replace(problem, hint=None) if problem.hint in common else problem) for problem in error.problems
+    )
 
 
 def accepted(path: Path, output: Path, **named: Any) -> Bundle:

@@ -117,6 +117,19 @@ def test_a_text_is_neither_cut_nor_filled_up(tmp_path: Path) -> None:
     assert TextTokenizer(bundle).encode("Licensed under the Apache License") == plain
 
 
+@pytest.mark.rule("SB-T-002")
+def test_a_text_has_the_same_ids_each_time(tmp_path: Path) -> None:
+    """A file that was saved in training may ask for random merges."""
+    source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
+    document = json.loads((source / "tokenizer.json").read_text("utf-8"))
+    document["model"]["dropout"] = 0.5
+    (source / "tokenizer.json").write_text(json.dumps(document), "utf-8")
+    bundle = splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
+    text = "Licensed under the Apache License, Version 2.0"
+    plain = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")).encode(text).ids
+    assert [TextTokenizer(bundle).encode(text) for _ in range(5)] == [plain] * 5
+
+
 PANICS: dict[str, dict[str, object]] = {
     "a map that isn't one": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
     "a piece of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},

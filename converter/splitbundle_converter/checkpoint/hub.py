@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from splitbundle_converter.checkpoint.directory import CheckpointDirectory, local_name
-from splitbundle_converter.checkpoint.source import CARD, CONFIG, TEXT_FILES, has_weights, pickled
+from splitbundle_converter.checkpoint.source import CARD, CONFIG, TEMPLATES, TEXT_FILES, has_weights, pickled
 from splitbundle_converter.checkpoint.weight_files import SAFETENSORS
 from splitbundle_converter.errors import line, refusal
 
@@ -43,7 +43,8 @@ def find_checkpoint(
     identifier = str(source)
     if not _HUB_ID.fullmatch(identifier):
         raise refusal("source.missing", identifier, "a checkpoint directory or a hub id", "neither")
-    directory = _fetch(identifier, revision, [CONFIG, "*.safetensors", SAFETENSORS.index, CARD, *TEXT_FILES])
+    texts = [*TEXT_FILES, f"{TEMPLATES}/*.jinja"]
+    directory = _fetch(identifier, revision, [CONFIG, "*.safetensors", SAFETENSORS.index, CARD, *texts])
     # The hub's cache names a snapshot by its commit.
     commit = directory.name if re.fullmatch(r"[0-9a-f]{40}", directory.name) else revision
     if not has_weights(directory, SAFETENSORS):

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Final
 
 from splitbundle.errors import BundleError, quoted
-from splitbundle.format import strict_json
 from splitbundle_converter.checkpoint.directory import CheckpointDirectory
 from splitbundle_converter.checkpoint.weight_files import SourceTensor
-from splitbundle_converter.errors import refusal
+from splitbundle_converter.errors import refusal, source_json
 
 HINT: Final = "Convert the checkpoint that was quantized. Without the scales, the stored numbers are not the weights"
 MODELOPT: Final = "hf_quant_config.json"
@@ -38,7 +37,7 @@ def check_plain(directory: CheckpointDirectory, tensors: Mapping[str, SourceTens
         BundleError: ``source.quantised``; ``source.unreadable`` and ``json.*`` for ModelOpt's file.
     """
     if directory.has(MODELOPT):
-        document = strict_json.parse(directory.read(MODELOPT), MODELOPT)
+        document = source_json(directory.read(MODELOPT), MODELOPT)
         inner = document.get("quantization") if isinstance(document, dict) else None
         algorithm = inner.get("quant_algo") if isinstance(inner, dict) else None
         if algorithm is not None:

@@ -25,7 +25,7 @@ from splitbundle_converter.checkpoint.weight_files import (
     read_headers,
     weight_files,
 )
-from splitbundle_converter.errors import line, refusal
+from splitbundle_converter.errors import line, refusal, source_json
 
 CONFIG: Final = "config.json"
 TOKENIZER: Final = "tokenizer.json"
@@ -43,6 +43,9 @@ TEXT_FILES: Final = (
     "merges.txt",
     "tokenizer.model",
 )
+TEMPLATES: Final = "additional_chat_templates"
+"""The directory of a checkpoint's other chat templates."""
+_TEMPLATE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\.jinja")
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MISTRAL: Final = (
     "consolidated*.safetensors is the layout of Mistral's own programs, with params.json. Convert the same model in "
@@ -96,7 +99,7 @@ class Checkpoint:
         Raises:
             BundleError: ``source.missing``, ``source.unreadable``, ``json.*``.
         """
-        return Configuration(raw=strict_json.parse(self.read(CONFIG), CONFIG, constant=str), file=CONFIG)
+        return Configuration(raw=source_json(self.read(CONFIG), CONFIG, constant=str), file=CONFIG)
 
     def read(self, name: str) -> bytes:
         """Return the content of a small file of the checkpoint.
@@ -104,7 +107,7 @@ class Checkpoint:
         Raises:
             BundleError: ``source.missing``, ``source.unreadable``, ``source.changed``.
         """
-        most = MAX_TEXT_BYTES if name in TEXT_FILES else strict_json.MAX_BYTES
+        most = MAX_TEXT_BYTES if name in TEXT_FILES or name.startswith(TEMPLATES) else strict_json.MAX_BYTES
         return self.directory.read(name, most)
 
     def place_of(self, name: str) -> tuple[str, str]:
@@ -113,7 +116,9 @@ class Checkpoint:
 
     def text_files(self) -> tuple[str, ...]:
         """Return the names of the tokenizer files that exist, readable or not. Reading an unreadable one must fail."""
-        return tuple(name for name in TEXT_FILES if self.directory.has(name))
+        more = sorted(path.name for path in (self.directory.path / TEMPLATES).glob("*.jinja"))
+        templates = [f"{TEMPLATES}/{name}" for name in more if _TEMPLATE.fullmatch(name)]
+        return (*(name for name in TEXT_FILES if self.directory.has(name)), *templates)
 
     def stop_ids(self, config: dict[str, Any]) -> tuple[int, ...]:
         """Return the ids that end a text, from generation_config.json or, without an entry there, from ``config``.
@@ -123,7 +128,7 @@ class Checkpoint:
         """
         ids = config.get("eos_token_id")
         if self.directory.has(GENERATION):
-            generation = strict_json.parse(self.read(GENERATION), GENERATION)
+            generation = source_json(self.read(GENERATION), GENERATION)
             if not isinstance(generation, dict):
                 raise refusal("source.config", GENERATION, "an object", quoted(generation))
             ids = generation.get("eos_token_id", ids)
@@ -182,8 +187,7 @@ def no_weights(directory: Path, name: str) -> BundleError:
     expected = f"{SAFETENSORS.single} or {SAFETENSORS.index} in {name}"
     other = next(((files[0], _OTHERS[pattern]) for pattern, files in found.items() if files), None)
     if other is None:
-        hint = "Check that this is the directory of the model, and that all its files were fetched"
-        return refusal("source.missing", SAFETENSORS.single, expected, "neither", hint)
+        return refusal("source.missing", SAFETENSORS.single, expected, "neither")
     return refusal("source.missing", SAFETENSORS.single, expected, f"neither, but {other[0]}", other[1])
 
 

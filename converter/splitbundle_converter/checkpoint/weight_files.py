@@ -14,7 +14,7 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import strict_json
 from splitbundle.format.fields import MAX_PROBLEMS
 from splitbundle_converter.checkpoint.directory import CheckpointDirectory
-from splitbundle_converter.errors import line, problem, refusal
+from splitbundle_converter.errors import line, problem, refusal, source_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,11 +158,11 @@ def _check_header(file: str, path: Path) -> None:
         return  # empty or truncated: the library reports this
     if not header.startswith(b"{"):
         raise refusal("source.safetensors", file, "a header that begins with {", quoted(header[:8]))
-    strict_json.parse(header, file)
+    source_json(header, file)
 
 
 def _weight_map(data: bytes, naming: Naming) -> dict[str, str]:
-    document = strict_json.parse(data, naming.index)
+    document = source_json(data, naming.index)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         expected = "an object weight_map"

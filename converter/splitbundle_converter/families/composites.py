@@ -182,7 +182,7 @@ def family_hint(raw: Mapping[str, Any], families: Collection[str]) -> str:
 
 def _kind(raw: Mapping[str, Any]) -> str | None:
     """Return a sentence about a model that is no decoder of text alone, or None."""
-    if isinstance(raw.get("vision_config"), dict):
+    if isinstance(raw.get("vision_config"), dict) and raw.get("model_type") not in COMPOSITES:
         return "It has a vision_config, and the place of its language part beside images is unknown"
     classes = raw.get("architectures")
     if isinstance(classes, list) and any(isinstance(name, str) and name.endswith("ForMaskedLM") for name in classes):

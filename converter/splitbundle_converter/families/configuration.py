@@ -13,7 +13,7 @@ from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.format.architecture.sizes import MAX_LAYERS
 from splitbundle_converter.checkpoint import quantized
 from splitbundle_converter.checkpoint.source import Configuration
-from splitbundle_converter.errors import line, refusal
+from splitbundle_converter.errors import AGAIN, line, refusal
 from splitbundle_converter.families.composites import COMPOSITES, TEXT, family_hint, text_type
 from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.evidence import Evidence, evidence
@@ -99,9 +99,10 @@ def resolve(found: Configuration, *, inert: bool = True) -> Any:
     model_type = an_object(found).get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         refuse_unknown_code(found)
-        if model_type in COMPOSITES:  # its language part can be converted, unless it is quantized
-            readable(found)
+        if isinstance(model_type, str) and model_type in COMPOSITES:
+            readable(found)  # its language part can be converted, unless it is quantized
         raise _field_refusal("source.family", found, "model_type", EXPECTED, family_hint(found.raw, FAMILIES))
+    refuse_old_transformers(found)
     readable(found)
     check_counts(found)
     return build(found, inert=inert)
@@ -114,8 +115,7 @@ def an_object(found: Configuration) -> dict[str, Any]:
         BundleError: ``source.config`` if it is no object.
     """
     if not isinstance(found.raw, dict):
-        hint = "Fetch the file again from where the model was published"
-        raise refusal("source.config", found.file, "an object", quoted(found.raw), hint, found.pointer or None)
+        raise refusal("source.config", found.file, "an object", quoted(found.raw), AGAIN, found.pointer or None)
     fields: dict[str, Any] = found.raw
     return fields
 
@@ -128,9 +128,24 @@ def refuse_unknown_code(found: Configuration) -> None:
     """
     from transformers import CONFIG_MAPPING
 
-    if is_meaningful(found.raw.get("auto_map")) and found.raw.get("model_type") not in CONFIG_MAPPING:
+    model_type = found.raw.get("model_type")
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    if is_meaningful(found.raw.get("auto_map")) and not known:
         hint = "splitbundle never runs code of a checkpoint, and transformers has no class for this model_type"
         raise _field_refusal("source.remote-code", found, "auto_map", "no auto_map", hint)
+
+
+def refuse_old_transformers(found: Configuration) -> None:
+    """Refuse a type of the table that the installed transformers does not have yet.
+
+    Raises:
+        BundleError: ``source.family``.
+    """
+    from transformers import CONFIG_MAPPING, __version__
+
+    if found.raw["model_type"] not in CONFIG_MAPPING:
+        expected, hint = "a type that transformers knows", f"pip install --upgrade transformers; this is {__version__}"
+        raise _field_refusal("source.family", found, "model_type", expected, hint)
 
 
 def readable(found: Configuration) -> dict[str, Any]:
@@ -196,7 +211,8 @@ def build(found: Configuration, *, inert: bool = True) -> Any:
 
     Args:
         found: The configuration.
-        inert: Whether to pass the fields that change no logits. Without them, transformers uses its defaults.
+        inert: Whether to pass the fields that change no logits. Without them, transformers uses its defaults, and no
+            padding token. If it can't read them, they are left out in any case.
 
     Raises:
         BundleError: ``source.config``.
@@ -209,18 +225,19 @@ def build(found: Configuration, *, inert: bool = True) -> Any:
     without_inert = {name: value for name, value in raw.items() if name == "model_type" or not is_inert(name)}
     if "pad_token_id" in known.defaults:
         without_inert["pad_token_id"] = None  # the default may be a token that a small vocabulary lacks
-    error = None
+    first: Exception | None = None
     for fields in (raw, without_inert) if inert else (without_inert,):
         config, error = parse(fields)
+        first = first or error
         if error is None:
             for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
                 if part is not None:
                     part.return_dict = True  # the outputs of the original are found by their names
             return config
-    expected, got = "a configuration that transformers reads", line(error or ValueError())
+    expected, got = "a configuration that transformers reads", line(first or ValueError())
     culprit = next((name for name in raw if name != "model_type" and parse(_dropped(raw, name))[1] is None), None)
     pointer = f"{found.pointer}/{culprit}" if culprit is not None else found.pointer or None
-    raise refusal("source.config", found.file, expected, got, UNREADABLE, pointer) from error
+    raise refusal("source.config", found.file, expected, got, UNREADABLE, pointer) from first
 
 
 def evidence_of(found: Configuration) -> Evidence:

@@ -179,8 +179,8 @@ def _scaled_embedding(sizes: Sizes) -> float:
 
 
 def _opt_last_norm(sizes: Sizes) -> bool:
-    config = sizes.config
-    return config.boolean("do_layer_norm_before") and not config.boolean("_remove_final_layer_norm")
+    before, removed = sizes.config.boolean("do_layer_norm_before"), sizes.config.boolean("_remove_final_layer_norm")
+    return before and not removed
 
 
 # MPT, with the ALiBi of BLOOM.
@@ -188,6 +188,7 @@ def _opt_last_norm(sizes: Sizes) -> bool:
 MPT_IGNORED: Final = (
     *("emb_pdrop", "embedding_fraction", "init_config", "init_device", "tokenizer_name", "verbose"),
     *("learned_pos_emb", "max_seq_len"),  # ALiBi replaces learned positions, and has no maximum length
+    *("expansion_ratio", "no_bias"),  # the tensors show both; the class of transformers reads neither
 )
 MPT_NAMES: Final[Names] = {
     "transformer.wte": "embedding.token",
@@ -201,8 +202,7 @@ MPT_NAMES: Final[Names] = {
 }
 MPT: Final = GPT.replace(
     ignored=MPT_IGNORED,
-    allowed={"expansion_ratio": 4, "logit_scale": None, "no_bias": True}
-    | {"norm_type": ("low_precision_layernorm", "layernorm")},
+    allowed={"logit_scale": None, "norm_type": ("low_precision_layernorm", "layernorm")},
     hidden="d_model",
     heads="n_heads",
     layers="n_layers",

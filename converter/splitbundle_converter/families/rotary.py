@@ -51,6 +51,8 @@ def rotary(
     if dim % 2 or not 2 <= dim <= head_dim:
         config.refuse("head_dim", "an even number of channels to rotate, because rotary positions rotate pairs", dim)
         dim = max(2, dim - dim % 2)
+    if kind in ("default", "linear", "dynamic"):
+        inner.ignored(["original_max_position_embeddings"])  # it describes the training; these kinds do not use it
     scaling = _SCALINGS[kind](config, inner, dim, fraction) if kind in _SCALINGS else Unscaled()
     base = inner.number("rope_theta")
     if known:  # the parameters of an unknown rope_type have an unknown meaning
@@ -77,7 +79,6 @@ def _llama3(config: ConfigReader, inner: ConfigReader, dim: int, fraction: float
 
 
 def _dynamic(config: ConfigReader, inner: ConfigReader, dim: int, fraction: float) -> Scaling:
-    inner.ignored(["original_max_position_embeddings"])  # transformers uses max_position_embeddings
     if dim < 4:
         config.refuse("head_dim", "at least 4 channels to rotate, for rope_type dynamic", dim)
     return Dynamic(factor=inner.number("factor"), original_positions=config.integer("max_position_embeddings"))

@@ -24,7 +24,7 @@ from splitbundle_converter.checkpoint.directory import CheckpointDirectory
 from splitbundle_converter.checkpoint.pickles import SUFFIXES, PickledCheckpoint, rewrite
 from splitbundle_converter.checkpoint.source import CONFIG, Configuration
 from splitbundle_converter.checkpoint.weight_files import SourceTensor, check_unwrapped, read_headers
-from splitbundle_converter.errors import problem, refusal
+from splitbundle_converter.errors import problem, refusal, source_json
 from splitbundle_converter.families.configuration import JudgedConfiguration, read_configuration
 from splitbundle_converter.families.inert_fields import is_inert
 from splitbundle_converter.families.row import Family
@@ -149,7 +149,7 @@ def read_parts(
     for other in others:
         _check_same_model(other, first, family, architecture, "Save every part with the configuration of the whole")
     if directory.has(CONFIG):
-        raw = strict_json.parse(directory.read(CONFIG), CONFIG)
+        raw = source_json(directory.read(CONFIG), CONFIG)
         hint = "Remove the one that you do not want"
         _check_same_model(Configuration(raw=raw, file=CONFIG), first, family, architecture, hint)
     files = {part.files.weights: directory.weights(part.files.weights, part.files.metadata) for part in parts}
@@ -162,7 +162,7 @@ def read_parts(
 
 def _metadata(directory: CheckpointDirectory, files: PartFiles) -> Part:
     problems = Problems(files.metadata)
-    document = Field(strict_json.parse(directory.read(files.metadata), files.metadata), problems)
+    document = Field(source_json(directory.read(files.metadata), files.metadata), problems)
     members = document.members(FIELDS, open=True)
     config = members["config"]
     if not isinstance(config.value, dict):

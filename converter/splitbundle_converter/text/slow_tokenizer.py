@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from splitbundle_converter.errors import line
 from splitbundle_converter.quiet_transformers import quiet
@@ -21,6 +22,10 @@ TOKENIZER: Final = "tokenizer.json"
 CONFIG: Final = "tokenizer_config.json"
 SENTENCEPIECE: Final = "tokenizer.model"
 _MERGED: Final = ("vocab.json", "merges.txt")
+_BYTE_LEVEL: Final = ("GPT2Tokenizer", "Qwen2Tokenizer", "CodeGenTokenizer")
+"""The classes of transformers that read these two files, and whose rule for words is fixed."""
+_MAX_PIECE: Final = 256
+"""The largest number of characters of a piece. Each piece is cut at each place to find the merges."""
 _SPACE: Final = "\N{LOWER ONE EIGHTH BLOCK}"
 """The character that SentencePiece has in place of a space."""
 PROBES: Final = (
@@ -63,7 +68,7 @@ def make_fast(files: Mapping[str, bytes], model_type: str) -> bytes:
         return _of_sentencepiece(files, model_type)
     if any(name not in files for name in _MERGED):
         raise NoTokenizerError("vocab.json has no merges.txt beside it")
-    return _of_class(files, model_type).to_str().encode("utf-8")
+    return _of_merges(files, model_type)
 
 
 def load_class(files: Mapping[str, bytes], model_type: str) -> Any:
@@ -80,7 +85,8 @@ def load_class(files: Mapping[str, bytes], model_type: str) -> Any:
     config.pop("auto_map", None)
     with tempfile.TemporaryDirectory(prefix="splitbundle-") as directory, quiet():
         for name, data in files.items():
-            (Path(directory) / name).write_bytes(data)
+            if "/" not in name:  # the other chat templates give no ids
+                (Path(directory) / name).write_bytes(data)
         (Path(directory) / CONFIG).write_text(json.dumps(config))
         (Path(directory) / "config.json").write_text(json.dumps({"model_type": model_type}))
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -102,6 +108,32 @@ def _of_class(files: Mapping[str, bytes], model_type: str) -> Tokenizer:
         return made
     except Exception as error:  # a class may raise any error for files that do not suit it
         raise NoTokenizerError(f"transformers can't read its files ({line(error)})") from error
+
+
+def _of_merges(files: Mapping[str, bytes], model_type: str) -> bytes:
+    """Return the tokenizer.json of vocab.json and merges.txt. They do not say how a text is split into words.
+
+    The tokenizer's class says that, so it must be one whose rule is known.
+    """
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    named = _config(files).get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(model_type) or "none"
+    name = str(named[0] if isinstance(named, tuple) else named).removesuffix("Fast")
+    if name not in _BYTE_LEVEL:
+        known = ", ".join(_BYTE_LEVEL)
+        raise NoTokenizerError(f"vocab.json and merges.txt can be read for {known}, and the class is {name[:40]!a}")
+    made = _of_class(files, model_type)
+    with tempfile.TemporaryDirectory(prefix="splitbundle-") as directory:
+        for file in _MERGED:
+            (Path(directory) / file).write_bytes(files[file])
+        try:
+            vocabulary, merges = BPE.read_file(*(str(Path(directory) / file) for file in _MERGED))
+        except Exception as error:  # the library raises Exception itself
+            raise NoTokenizerError(f"vocab.json and merges.txt can't be read ({line(error)})") from error
+    model = json.loads(made.to_str())["model"]
+    if model["vocab"] != vocabulary or [tuple(pair) for pair in model["merges"]] != [tuple(pair) for pair in merges]:
+        raise NoTokenizerError(f"transformers' {name} makes other tokens of vocab.json and merges.txt")
+    return made.to_str().encode("utf-8")
 
 
 def _of_sentencepiece(files: Mapping[str, bytes], model_type: str) -> bytes:
@@ -139,6 +171,8 @@ def _bpe(proto: Any, processor: Any, config: Mapping[str, Any]) -> dict[str, Any
     spec = proto.normalizer_spec
     if spec.name != "identity" or spec.remove_extra_whitespaces or not spec.escape_whitespaces:
         raise NoTokenizerError(f"{SENTENCEPIECE} changes texts by the rules {spec.name!a}, which have no equal here")
+    if any(len(piece.piece) > _MAX_PIECE for piece in proto.pieces):
+        raise NoTokenizerError(f"{SENTENCEPIECE} has a piece of more than {_MAX_PIECE} characters")
     scores = {piece.piece: piece.score for piece in proto.pieces}
     vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     joined = [

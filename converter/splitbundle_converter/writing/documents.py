@@ -19,7 +19,7 @@ from splitbundle_converter.writing.card import model_card
 def write_file(root: Path, path: str, data: bytes) -> File:
     """Write a small file of the bundle, and return its entry in the manifest."""
     place = root / path
-    place.parent.mkdir(exist_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(data)
     return File(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 

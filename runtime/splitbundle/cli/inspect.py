@@ -9,7 +9,7 @@ from splitbundle.bundle import Bundle
 from splitbundle.cli.console import Command, Console
 from splitbundle.format.manifest.document import BOUNDARY_TENSORS
 from splitbundle.opening import open_bundle
-from splitbundle.records import as_dict
+from splitbundle.records import as_dict, members
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +87,7 @@ def describe(bundle: Bundle) -> dict[str, object]:
         "bundle_id": bundle.id,
         "fingerprint": bundle.fingerprint,
         "architecture_id": bundle.architecture_id,
-        "model": {name: getattr(model, name) for name in type(model).__slots__},
+        "model": members(model),
         "architecture": bundle.architecture.as_json(),
         "storage": {"dtype": manifest.storage.dtype, "exceptions": manifest.storage.exceptions},
         "shards": [as_dict(shard) for shard in manifest.shards],

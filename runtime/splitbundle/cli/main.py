@@ -30,9 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status (docs/contributing/command-line.md has the list)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a character that a terminal or pipe can't show mustn't end the command
+        # A character that a terminal or pipe can't show mustn't end the command.
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     _Parser.as_json = "--json" in arguments
     parser = build_parser(_commands(arguments))
@@ -62,9 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             caught, got = error, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             hint = "This shouldn't happen: --debug shows where it did"
             problems, status = (Problem(code="internal", expected="no error here", got=got, hint=hint),), FAILURE
-    if interruption.came or isinstance(
-        caught, KeyboardInterrupt
-    ):  # some libraries turn an interruption into an error of their own
+    # Some libraries turn an interruption into an error of their own.
+    if interruption.came or isinstance(caught, KeyboardInterrupt):
         problems, status = (Problem(code="interrupted", expected="to finish", got="an interruption"),), INTERRUPTED
     console.end_progress()
     console.json({"ok": False, "problems": [problem.as_json() for problem in problems]})

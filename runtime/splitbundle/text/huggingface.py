@@ -56,6 +56,8 @@ class TextTokenizer:
         # The file may ask the library to truncate or pad every text. That was for training batches, so turn it off.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None  # for training too: it leaves out merges at random
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with the tokens that the tokenizer adds before and after it.

@@ -14,7 +14,8 @@ import pytest
 from splitbundle.cli import main
 from splitbundle.format import strict_json
 from splitbundle.storage.files import MAX_TEXT_BYTES
-from tests.support.checkpoints import INDEX, PIECES, WEIGHTS, accepted, refused
+from splitbundle_converter.errors import AGAIN
+from tests.support.checkpoints import INDEX, PIECES, WEIGHTS, accepted, refused, said
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +40,7 @@ def test_a_pipe_is_no_configuration(source: Callable[[str], Path], output: Path)
     path = source("llama")
     (path / "config.json").unlink()
     os.mkfifo(path / "config.json")
-    assert str(refused(path, output)) == (
+    assert said(refused(path, output)) == (
         "[source.unreadable] config.json: expected a regular file, got a pipe, a socket or a device"
     )
 
@@ -152,15 +153,15 @@ def test_what_is_no_file_is_not_passed_over(source: Callable[[str], Path], outpu
         os.mkfifo(path / name)
     else:
         pytest.skip("no pipes with a name")
-    offer = "" if name == "generation_config.json" else f". {WITHOUT}"
-    assert str(refused(path, output)) == f"[source.unreadable] {name}: expected a regular file, got {kind}{offer}"
+    offer = "" if name == "generation_config.json" else f". {AGAIN}. {WITHOUT}"
+    assert said(refused(path, output)) == f"[source.unreadable] {name}: expected a regular file, got {kind}{offer}"
 
 
 def test_a_generation_config_that_is_no_object(source: Callable[[str], Path], output: Path) -> None:
     path = source("llama")
     (path / "generation_config.json").write_text("[1]")
     for check in (False, True):
-        assert str(refused(path, output, check=check)) == (
+        assert said(refused(path, output, check=check)) == (
             "[source.config] generation_config.json: expected an object, got [1]"
         )
     # What it says otherwise has no say in the golden vectors.

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import splitbundle
 import splitbundle_converter
 from splitbundle import BundleError
-from tests.support.checkpoints import refused
+from tests.support.checkpoints import refused, said
 from tests.support.models import checkpoint
 from tests.support.paths import ROOT
 
@@ -176,17 +176,17 @@ def test_what_is_neither_a_directory_nor_an_id(tmp_path: Path) -> None:
     with pytest.raises(BundleError) as caught:
         splitbundle_converter.convert("./no/such/place", tmp_path / "x.splitbundle")
     assert (
-        str(caught.value)
+        said(caught.value)
         == "[source.missing] ./no/such/place: expected a checkpoint directory or a hub id, got neither"
     )
 
 
 def test_a_source_that_does_not_exist(output: Path) -> None:
     expected = "expected a checkpoint directory or a hub id"
-    assert str(refused("/no/such/place", output)) == f"[source.missing] /no/such/place: {expected}, got neither"
-    assert str(refused("two words", output)) == f"[source.missing] two words: {expected}, got neither"
+    assert said(refused("/no/such/place", output)) == f"[source.missing] /no/such/place: {expected}, got neither"
+    assert said(refused("two words", output)) == f"[source.missing] two words: {expected}, got neither"
     file = checkpoint("llama") / "config.json"
-    assert str(refused(file, output)) == f"[source.missing] {file}: {expected}, got a file"
+    assert said(refused(file, output)) == f"[source.missing] {file}: {expected}, got a file"
 
 
 def test_a_hub_id_without_a_network(tmp_path: Path, output: Path) -> None:

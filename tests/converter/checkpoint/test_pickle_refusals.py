@@ -18,6 +18,7 @@ import torch
 import splitbundle_converter
 from splitbundle import BundleError
 from splitbundle_converter.checkpoint import pickles, unpickle
+from tests.support.checkpoints import said
 from tests.support.models import bundle, make_model
 from tests.support.pickled import BIN, INDEX, SAFE, WHOLE, Call, convert, refused
 
@@ -206,10 +207,10 @@ def test_no_pickle_either(pickled: Callable[..., Path], output: Path) -> None:
     path = pickled("llama")
     (path / BIN).unlink()
     expected = f"expected {SAFE}, {BIN}, an index of either, or one file .pt or .pth"
-    assert str(refused(path, output)) == f"[source.missing] source: {expected}, got none"
+    assert said(refused(path, output)) == f"[source.missing] source: {expected}, got none"
     for name in ("a.pt", "b.pt"):
         (path / name).write_bytes(b"")
-    assert str(refused(path, output)) == (
+    assert said(refused(path, output)) == (
         f"[source.missing] source: {expected}, got a.pt, b.pt. "
         "Parts of a model need a file like bottom_metadata.json beside each bottom.pt"
     )
@@ -220,7 +221,7 @@ def test_a_directory_is_no_pickle(pickled: Callable[..., Path], output: Path) ->
     (path / BIN).unlink()
     (path / "x.pt").mkdir()
     text = f"[source.missing] source: expected {SAFE}, {BIN}, an index of either, or one file .pt or .pth, got none"
-    assert str(refused(path, output)) == text
+    assert said(refused(path, output)) == text
 
 
 def test_a_single_pickle_comes_before_an_index(pickled: Callable[..., Path], output: Path) -> None:

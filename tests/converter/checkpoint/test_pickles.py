@@ -20,7 +20,7 @@ from splitbundle import ParityError
 from splitbundle_converter.checkpoint import pickles
 from splitbundle_converter.families.table import FAMILIES
 from tests.converter.checkpoint.test_unpickle import bypassed
-from tests.support.checkpoints import MISSING
+from tests.support.checkpoints import MISSING, said
 from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY, bundle, checkpoint, make_model
 from tests.support.pickled import BIN, INDEX, SAFE, WHOLE, Tensors, convert, refused
 
@@ -195,7 +195,7 @@ def test_two_pickles_and_an_index(pickled: Callable[..., Path], output: Path) ->
 def test_indexes_that_lie(pickled: Callable[..., Path], output: Path, change: Callable[..., Any], text: str) -> None:
     path = pickled("llama")
     in_pieces(path, change)
-    assert str(refused(path, output)) == text
+    assert said(refused(path, output)) == text
 
 
 def test_the_second_of_two_pickles_ends_the_child(

@@ -16,7 +16,7 @@ from splitbundle import BundleError
 from splitbundle_converter.families.composites import COMPOSITES
 from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.quiet_transformers import quiet
-from tests.support.checkpoints import MISSING
+from tests.support.checkpoints import MISSING, said
 from tests.support.language_parts import Tensors, convert, make, refused
 from tests.support.models import VOCAB, checkpoint
 from tests.support.models_composite import make_composite, make_config, save, stored_tensors, text_fields
@@ -63,7 +63,7 @@ def test_a_language_model_has_no_parts(tmp_path: Path) -> None:
 
 
 def test_a_part_that_is_not_known(tmp_path: Path) -> None:
-    assert str(refused(make(tmp_path, "llava"), part="vision")) == (
+    assert said(refused(make(tmp_path, "llava"), part="vision")) == (
         "[usage.part] part: expected one of language, got 'vision'"
     )
 
@@ -111,7 +111,7 @@ def test_a_part_that_is_not_known(tmp_path: Path) -> None:
     ],
 )
 def test_a_language_part_that_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
-    assert str(refused(change_text(make(tmp_path, "llava"), **fields))) == message
+    assert said(refused(change_text(make(tmp_path, "llava"), **fields))) == message
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
 
 def test_a_type_whose_scale_the_class_reads_otherwise_is_refused(tmp_path: Path) -> None:
     source = change_text(make(tmp_path, "hyperclovax_vision_v2"), model_type="granite")
-    assert str(refused(source)) == (
+    assert said(refused(source)) == (
         "[source.family] config.json /text_config/model_type: expected one of hyperclovax, got 'granite'"
     )
 
@@ -294,7 +294,7 @@ BASE: Final = "language_model.model."
     ],
 )
 def test_tensors_that_are_refused(change: Callable[[Tensors], Tensors], message: str, tmp_path: Path) -> None:
-    assert str(refused(make(tmp_path, "llava", change))) == message
+    assert said(refused(make(tmp_path, "llava", change))) == message
 
 
 def test_a_tower_with_a_language_parts_names_is_no_language_part(tmp_path: Path) -> None:

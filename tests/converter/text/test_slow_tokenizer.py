@@ -152,9 +152,29 @@ def test_a_vocabulary_with_merges(tmp_path: Path) -> None:
         assert tokenizer.encode(text) == trained.encode(text).ids, ascii(text)
 
 
+def test_a_vocabulary_of_a_class_that_is_not_known(tmp_path: Path) -> None:
+    _, notes = convert(tmp_path, vocab__json='{"a": 0}', merges__txt="#version: 0.2\n")
+    assert notes == [
+        "The bundle will have no text: vocab.json and merges.txt can be read for GPT2Tokenizer, Qwen2Tokenizer, "
+        "CodeGenTokenizer, and the class is 'none'."
+    ]
+
+
 def test_a_vocabulary_alone(tmp_path: Path) -> None:
     _, notes = convert(tmp_path, vocab__json='{"a": 0}')
     assert notes == ["The bundle will have no text: vocab.json has no merges.txt beside it."]
+
+
+def test_other_chat_templates_are_copied(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(ROOT / "examples" / "license-gpt2", tmp_path / "source"))
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    (source / "additional_chat_templates" / "no template").write_text("")
+    made = splitbundle_converter.convert(source, tmp_path / "x.splitbundle")
+    kept = "tokenizer/additional_chat_templates/tools.jinja"
+    assert [path for path in made.manifest.files if "templates" in path] == [kept]
+    assert (made.path / kept).read_text() == "{{ messages }}"
+    splitbundle.open(made.path).verify(exact=True)
 
 
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:

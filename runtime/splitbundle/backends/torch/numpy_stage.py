@@ -12,7 +12,7 @@ from splitbundle.stages.stage import LogitsWanted, StageBase
 
 
 class NumpyStage(StageBase):
-    """Take and return float32 arrays, whatever the dtype and the device of the torch stage inside."""
+    """Take and return float32 arrays. The torch stage inside may have any dtype and device."""
 
     backend = "torch"
 

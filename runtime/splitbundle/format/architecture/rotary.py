@@ -125,10 +125,10 @@ def _scaling(field: Field) -> Scaling:
     kind = field.kind(tuple(SCALINGS))
     if kind is None:
         return Unscaled()
-    record = SCALINGS[kind]
-    members = field.members(types(record))
+    scaling_class = SCALINGS[kind]
+    members = field.members(types(scaling_class))
     values: dict[str, Any] = {}
-    for name, written in types(record).items():
+    for name, written in types(scaling_class).items():
         item = members[name]
         if written == "float":
             values[name] = item.positive_number()
@@ -138,7 +138,7 @@ def _scaling(field: Field) -> Scaling:
             values[name] = item.boolean()
         elif written == "tuple[float, ...]":
             values[name] = tuple(each.positive_number() for each in item.items(minimum=1))
-    scaling: Scaling = record(**values)
+    scaling: Scaling = scaling_class(**values)
     return scaling
 
 
