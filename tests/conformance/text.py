@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from conformance.case import TOKENIZER, Case, Draft
 
 
 def tokenizer_cases() -> Iterator[Case]:
-    """Cases that the rules SB-T-003 to SB-T-007 refuse and accept. The small model has 24 token ids."""
+    """Cases that the rules SB-T-003 to SB-T-008 refuse and accept. The small model has 24 token ids."""
 
     def edited(edit: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
         def change(data: bytes) -> bytes:
@@ -34,29 +35,133 @@ def tokenizer_cases() -> Iterator[Case]:
     def set_(name: str, value: object) -> Callable[[bytes], bytes]:
         return edited(lambda document: document.update({name: value}))
 
+    def model(**fields: object) -> Callable[[bytes], bytes]:
+        return edited(lambda value: value.update(model=fields))
+
+    def both(*edits: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+        return lambda data: edits[1](edits[0](data))
+
+    def steps(place: str, *objects: dict[str, object]) -> Callable[[bytes], bytes]:
+        names = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+        return set_(place, {"type": "Sequence", names[place]: list(objects)})
+
+    def replace(content: str, **pattern: str) -> dict[str, object]:
+        return {"type": "Replace", "pattern": pattern, "content": content}
+
+    def template(*pieces: str, ids: int = 99) -> dict[str, object]:
+        single = [{"SpecialToken": {"id": piece, "type_id": 0}} for piece in pieces]
+        special = {name: {"id": name, "ids": [0, ids], "tokens": ["a", "b"]} for name in ("x/y", "z")}
+        text = [{"Sequence": {"id": "A", "type_id": 0}}]
+        return {"type": "TemplateProcessing", "single": single + text, "pair": text, "special_tokens": special}
+
+    def charsmap(text: bytes) -> dict[str, object]:
+        data = (4).to_bytes(4, "little") + bytes(4) + b"short\0" + text + b"\0"
+        return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode("ascii")}
+
     bert = {"type": "BertProcessing", "sep": ["the", 24], "cls": ["a", 2]}
-    template = {"type": "TemplateProcessing", "special_tokens": {"x/y": {"id": "x/y", "ids": [0, 99], "tokens": []}}}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    words = {"<|end|>": 0} | {f"w{i}": i for i in range(1, 24)}
+    pieces = [["<|end|>", 0.0], ["a", -1.0]]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    metaspace = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": False}
+    bad = "text.tokenizer"
     rows: list[tuple[str, str, Callable[[bytes], bytes], str | None, str | None]] = [
         ("whole", "a token of the last id", vocab(last=23), None, None),
         ("unigram", "a list of as many pieces as the model has ids", unigram(24), None, None),
         ("added-again", "an added token that the vocabulary has", added({"id": 3, "content": "cat"}), None, None),
+        (
+            "no-type",
+            "a model without a type",
+            model(vocab=words, merges=[]),
+            None,
+            None,
+        ),
+        ("no-type-list", "a list of pieces without a type", model(vocab=pieces, unk_id=0), None, None),
+        ("type-null", "null for the type of a model", model(type=None, vocab=words, merges=[]), bad, "/model/type"),
+        (
+            "no-type-neither",
+            "a vocabulary that is neither an array nor an object",
+            model(vocab="a"),
+            bad,
+            "/model/vocab",
+        ),
+        (
+            "unigram-repeated",
+            "a piece twice",
+            model(type="Unigram", vocab=[*pieces, ["a", -2.0]], unk_id=0),
+            None,
+            None,
+        ),
+        ("no-added", "no list of added tokens", edited(lambda v: v.pop("added_tokens")), None, None),
+        (
+            "added-renumbered",
+            "an added token has the next id, not the one of the file",
+            added({"id": 24, "content": "new", **flags}),
+            None,
+            None,
+        ),
+        (
+            "added-twice",
+            "an added token with another's id in the file",
+            added({"id": 3, "content": "new", **flags}),
+            None,
+            None,
+        ),
+        (
+            "added-other",
+            "an added token has the id of the vocabulary, not the one of the file",
+            added({"id": 12, "content": "cat", **flags}),
+            None,
+            None,
+        ),
+        (
+            "added-beyond",
+            "added tokens that the model lacks",
+            both(model(type="WordLevel", vocab=words, unk_token="w1"), added({"id": 24, "content": "new", **flags})),
+            None,
+            None,
+        ),
+        (
+            "added-holes",
+            "an added token after a vocabulary with holes",
+            both(vocab(last=23), added({"id": 24, "content": "new", **flags})),
+            bad,
+            "/model/vocab",
+        ),
+        ("padding", "a padding id out of range, as nothing is padded", set_("padding", {"pad_id": 24}), None, None),
+        (
+            "template-unused",
+            "an id out of range that the template doesn't use",
+            set_("post_processor", template()),
+            None,
+            None,
+        ),
+        (
+            "replacements",
+            "ordinary replacements",
+            steps("normalizer", *[{"type": "Prepend", "prepend": "_"}, replace("_", String=" ")] * 8),
+            None,
+            None,
+        ),
+        (
+            "shorter",
+            "replacements that make a text no longer",
+            steps("normalizer", *[replace("ab", String="xy")] * 99),
+            None,
+            None,
+        ),
+        ("charsmap", "a map to short texts", set_("normalizer", charsmap(b"shorter")), None, None),
         ("truncated", "truncated JSON", lambda data: data[:-2], "json.syntax", None),
         ("utf16", "UTF-16", lambda data: data.decode("ascii").encode("utf-16"), "json.encoding", None),
         ("duplicate-token", "a token twice", lambda d: d.replace(b'"cat":', b'"dog":'), "json.duplicate-key", None),
         ("nested", "100,000-fold nesting", lambda data: b"[" * 100_000, "json.depth", None),
-        ("array", "an array", lambda data: b"[]", "text.tokenizer", "/model"),
-        (
-            "type",
-            "a model of an unknown type",
-            edited(lambda v: v["model"].update(type="X")),
-            "text.tokenizer",
-            "/model/type",
-        ),
+        ("array", "an array", lambda data: b"[]", bad, "/model"),
+        ("type", "a model of an unknown type", edited(lambda v: v["model"].update(type="X")), bad, "/model/type"),
         (
             "id-deep",
             "an id out of range in a sequence of sequences",
             set_("post_processor", {"type": "Sequence", "processors": [{"type": "Sequence", "processors": [bert]}]}),
-            "text.tokenizer",
+            bad,
             "/post_processor/processors/0/processors/0/sep/1",
         ),
         (
@@ -66,96 +171,91 @@ def tokenizer_cases() -> Iterator[Case]:
                 "post_processor",
                 {"type": "TemplateProcessing", "special_tokens": {"x": {"id": "x", "ids": [1] * 2000, "tokens": []}}},
             ),
-            "text.tokenizer",
-            "/post_processor/special_tokens/x/ids/1024",
+            bad,
+            "/post_processor",
+        ),
+        (
+            "inserted-again",
+            "a text 2,000 times",
+            set_("post_processor", template() | {"single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2000}),
+            bad,
+            "/post_processor",
         ),
         (
             "growth",
             "replacements that make gigabytes of a word",
-            set_(
-                "normalizer",
-                {
-                    "type": "Sequence",
-                    "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}] * 6,
-                },
-            ),
-            "text.tokenizer",
-            "/normalizer/normalizers/1/content",
+            steps("normalizer", *[replace("a" * 100, String="a")] * 6),
+            bad,
+            "/normalizer/normalizers/1",
         ),
-        ("id-beyond", "a token id out of range", vocab(new=24), "text.tokenizer", "/model/vocab/new"),
-        ("id-2-32", "a token id of 2^32", vocab(new=2**32), "text.tokenizer", "/model/vocab/new"),
-        ("id-negative", "a negative token id", vocab(new=-1), "text.tokenizer", "/model/vocab/new"),
-        ("id-float", "1.0 as a token id", vocab(the=1.0), "text.tokenizer", "/model/vocab/the"),
-        ("id-true", "true as a token id", vocab(the=True), "text.tokenizer", "/model/vocab/the"),
-        ("id-twice", "two tokens of one id", vocab(new=3), "text.tokenizer", "/model/vocab/new"),
-        ("pointer", "a pointer is escaped", vocab(**{"a/~b": 99}), "text.tokenizer", "/model/vocab/a~1~0b"),
+        (
+            "growth-empty",
+            "replacements of nothing, which insert",
+            steps("decoder", *[replace("a", Regex="x?")] * 40),
+            bad,
+            "/decoder/decoders/10",
+        ),
+        (
+            "growth-bytes",
+            "bytes of bytes of bytes",
+            steps("normalizer", *[byte_level] * 30),
+            bad,
+            "/normalizer/normalizers/5",
+        ),
+        (
+            "growth-spaces",
+            "11 spaces before each word",
+            steps("pre_tokenizer", *[metaspace] * 11),
+            bad,
+            "/pre_tokenizer/pretokenizers/10",
+        ),
+        ("growth-map", "a map to a long text", set_("normalizer", charsmap(b"a" * 2000)), bad, "/normalizer"),
+        (
+            "steps-many",
+            "2,000 steps",
+            steps("normalizer", *[{"type": "Lowercase"}] * 2000),
+            bad,
+            "/normalizer/normalizers/1023",
+        ),
+        ("id-beyond", "a token id out of range", vocab(new=24), bad, "/model/vocab"),
+        ("id-2-31", "a token id of 2^31", vocab(new=2**31), bad, "/model/vocab/new"),
+        ("id-2-32", "a token id of 2^32", vocab(new=2**32), bad, "/model/vocab/new"),
+        ("id-negative", "a negative token id", vocab(new=-1), bad, "/model/vocab/new"),
+        ("id-float", "1.0 as a token id", vocab(the=1.0), bad, "/model/vocab/the"),
+        ("id-true", "true as a token id", vocab(the=True), bad, "/model/vocab/the"),
+        ("id-twice", "two tokens of one id", vocab(new=3), bad, "/model/vocab/new"),
+        ("pointer", "a pointer is escaped", vocab(**{"a/~b": -1}), bad, "/model/vocab/a~1~0b"),
         (
             "larger",
             "more tokens than the embedding has rows",
             vocab(**{f"n{i}": i for i in range(11, 40)}),
-            "text.tokenizer",
-            "/model/vocab/n24",
+            bad,
+            "/model/vocab",
         ),
-        ("unigram-larger", "more pieces than the embedding has rows", unigram(25), "text.tokenizer", "/model/vocab/24"),
-        ("added-beyond", "an added token beyond the embedding", added({"id": 24, "content": "new"}), None, None),
+        ("unigram-larger", "more pieces than the embedding has rows", unigram(25), bad, "/model/vocab"),
+        ("added-no-id", "an added token without an id", added({"content": "new"}), bad, "/added_tokens/1/id"),
         (
-            "added-2-32",
-            "an added token of id 2^32",
-            added({"id": 2**32, "content": "new"}),
-            "text.tokenizer",
-            "/added_tokens/1/id",
-        ),
-        ("no-type", "a file of before tokenizers 0.9", edited(lambda v: v["model"].pop("type")), None, None),
-        (
-            "no-type-larger",
-            "more pieces than the embedding has rows, without a type",
-            edited(lambda v: v.update(model={"unk_id": 0, "vocab": [[f"p{i}", -1.5] for i in range(25)]})),
-            "text.tokenizer",
-            "/model/vocab/24",
-        ),
-        (
-            "added-twice",
-            "an added token of another's id",
-            added({"id": 3, "content": "new"}),
-            "text.tokenizer",
-            "/added_tokens/1/id",
-        ),
-        (
-            "added-other",
-            "an added token of another id than in the vocabulary",
-            added({"id": 12, "content": "cat"}),
-            "text.tokenizer",
-            "/added_tokens/1/id",
-        ),
-        (
-            "added-no-id",
-            "an added token without an id",
-            added({"content": "new"}),
-            "text.tokenizer",
+            "added-negative",
+            "a negative id of an added token",
+            added({"id": -1, "content": "x"}),
+            bad,
             "/added_tokens/1/id",
         ),
         (
             "added-null",
             "null for an added token",
             edited(lambda v: v["added_tokens"].append(None)),
-            "text.tokenizer",
+            bad,
             "/added_tokens/1",
         ),
-        (
-            "bert",
-            "an id beside every text, out of range",
-            set_("post_processor", bert),
-            "text.tokenizer",
-            "/post_processor/sep/1",
-        ),
+        ("bert", "an id beside every text, out of range", set_("post_processor", bert), bad, "/post_processor/sep/1"),
         (
             "template",
             "the same in a template of a sequence",
-            set_("post_processor", {"type": "Sequence", "processors": [template]}),
-            "text.tokenizer",
+            set_("post_processor", {"type": "Sequence", "processors": [template("x/y")]}),
+            bad,
             "/post_processor/processors/0/special_tokens/x~1y/ids/1",
         ),
-        ("padding", "a padding id, which no text gets", set_("padding", {"pad_id": 24}), None, None),
     ]
     for name, about, edit, code, pointer in rows:
 

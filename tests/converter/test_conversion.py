@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.checkpoints import accepted, digests, refused
+from tests.support.checkpoints import accepted, digests, refused, said
 from tests.support.models import LAYERS, ONE_PER_FAMILY, bundle, checkpoint
 from tests.support.tiers import FEW, thinned
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_a_dtype_that_does_not_exist(output: Path) -> None:
     text = "[usage.dtype] dtype: expected one of keep, float32, float16, bfloat16, got 'int8'"
-    assert str(refused(checkpoint("llama"), output, dtype="int8")) == text
+    assert said(refused(checkpoint("llama"), output, dtype="int8")) == text
 
 
 @pytest.mark.rule("SB-I-004")

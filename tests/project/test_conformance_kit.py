@@ -66,6 +66,8 @@ def test_names_are_unique_and_every_case_that_is_refused_has_a_code() -> None:
     "SB-T-004",
     "SB-T-005",
     "SB-T-006",
+    "SB-T-007",
+    "SB-T-008",
 )
 @pytest.mark.parametrize("group", [group for group in GROUPS if group != "large"])
 def test_every_reader_says_what_the_kit_expects(group: str, tmp_path: Path, tally: Callable[[str, int], None]) -> None:

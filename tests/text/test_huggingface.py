@@ -167,13 +167,14 @@ def test_ordinary_replacements_are_taken() -> None:
 def test_a_tokenizer_of_another_model_is_not_converted(tmp_path: Path) -> None:
     source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
     document = json.loads((source / "tokenizer.json").read_text("utf-8"))
-    document["model"]["vocab"]["new"] = 50_000
+    document["model"]["vocab"] |= {f"new{i}": 50_000 + i for i in range(20)}
     (source / "tokenizer.json").write_text(json.dumps(document), "utf-8")
     with pytest.raises(BundleError) as caught:
         splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
     assert str(caught.value) == (
-        "[text.tokenizer] tokenizer.json /model/vocab/new: expected a token id from 0 to 639, as the model has 640, "
-        "got 50000. The model has no such token: the tokenizer belongs to another model, or was changed after "
+        "[text.tokenizer] tokenizer.json /model/vocab: expected ids below 640, as the model has 640, for all but one "
+        "token in 100, got 20 of 660, the first 'new0' with 50000. The model has no such token: the tokenizer belongs "
+        "to another model, or was changed after "
         "training. --no-tokenizer converts without a tokenizer"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

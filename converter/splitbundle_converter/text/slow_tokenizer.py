@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,14 @@ from splitbundle_converter.quiet_transformers import quiet
 TOKENIZER: Final = "tokenizer.json"
 CONFIG: Final = "tokenizer_config.json"
 SENTENCEPIECE: Final = "tokenizer.model"
+_KEPT: Final = frozenset(
+    [
+        *("tokenizer_class", "legacy", "add_prefix_space", "add_bos_token", "add_eos_token", "split_special_tokens"),
+        *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
+        *("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"),
+    ]
+)
+"""The fields of tokenizer_config.json that change ids. Others name files, or code."""
 _MERGED: Final = ("vocab.json", "merges.txt")
 _BYTE_LEVEL: Final = ("GPT2Tokenizer", "Qwen2Tokenizer", "CodeGenTokenizer")
 """The classes of transformers that read these two files, and whose rule for words is fixed."""
@@ -74,22 +83,32 @@ def make_fast(files: Mapping[str, bytes], model_type: str) -> bytes:
 def load_class(files: Mapping[str, bytes], model_type: str) -> Any:
     """Return the tokenizer that transformers makes of the files. Code of the checkpoint never runs.
 
-    transformers gets a copy of the files, without ``auto_map``.
+    transformers gets a copy of the files, with the fields of the configuration that change ids. The class is one of its
+    tokenizers: ``tokenizer_class`` could name any other of its classes.
 
     Raises:
         Exception: of any kind, if transformers can't load it.
     """
     from transformers import AutoTokenizer
 
-    config = _config(files)
-    config.pop("auto_map", None)
+    config = {name: value for name, value in _config(files).items() if name in _KEPT}
+    if str(config.get("tokenizer_class")).removesuffix("Fast") not in _classes():
+        config.pop("tokenizer_class", None)
     with tempfile.TemporaryDirectory(prefix="splitbundle-") as directory, quiet():
-        for name, data in files.items():
-            if "/" not in name:  # the other chat templates give no ids
-                (Path(directory) / name).write_bytes(data)
+        for name in (TOKENIZER, SENTENCEPIECE, *_MERGED):
+            if name in files:
+                (Path(directory) / name).write_bytes(files[name])
         (Path(directory) / CONFIG).write_text(json.dumps(config))
         (Path(directory) / "config.json").write_text(json.dumps({"model_type": model_type}))
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+@cache
+def _classes() -> frozenset[str]:
+    """Return the names of transformers' tokenizers for the types of models, without "Fast"."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    return frozenset(str(name).removesuffix("Fast") for name in TOKENIZER_MAPPING_NAMES.values() if name)
 
 
 def _config(files: Mapping[str, bytes]) -> dict[str, Any]:

@@ -50,11 +50,13 @@ def text_files(
     if TOKENIZER not in files:
         return files
     try:
-        tokenizer_rules.check(files[TOKENIZER], TOKENIZER, vocab_size)
+        ids = tokenizer_rules.check(files[TOKENIZER], TOKENIZER, vocab_size)
         with library(TOKENIZER):
             Tokenizer.from_str(files[TOKENIZER].decode("utf-8"))
     except BundleError as error:
         raise _offering(error) from error
+    for token, (given, own) in list(ids.renumbered.items())[:1]:
+        say(f"tokenizer.json gives {quoted(token, 30)} the id {given}, and the library tokenizers gives it {own}.")
     if compare and notes is not None and (text := slow_tokenizer.other_ids(files, model_type)) is not None:
         notes(
             f"transformers' class gives the text {quoted(text, 30)} other ids than tokenizer.json does. The bundle "

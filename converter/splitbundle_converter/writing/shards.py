@@ -31,6 +31,7 @@ def shard_names(cuts: tuple[int, ...], given: tuple[str, ...] | None) -> tuple[s
                 argument="names",
                 expected=f"{number} different names, one for each shard, each {names.SHARD_RULE}",
                 got=", ".join(given),
+                hint="Give one name more than there are cuts, or none",
             )
         )
     return given

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import strict_json
 from splitbundle.format.fields import escape
+from splitbundle.records import field, record
 from splitbundle.storage import files
 
 if TYPE_CHECKING:
@@ -15,12 +18,27 @@ if TYPE_CHECKING:
 
 MAX_MARKS: Final = 2**23
 """See ``strict_json.MAX_MARKS``. Half a million merges of two tokens each have some two million marks."""
+MAX_ID: Final = 2**31 - 1
+ONE_BEYOND_OF: Final = 100
+"""The model may lack one in so many tokens of the vocabulary: control tokens of a larger model of its family."""
 MAX_INSERTED: Final = 1024
+MAX_STEPS: Final = 1024
 MAX_GROWTH: Final = 1024
-MAX_ID: Final = 2**32 - 1
 MODELS: Final = ("BPE", "Unigram", "WordLevel", "WordPiece")
-HINT: Final = "The model has no such token: the tokenizer belongs to another model, or was changed after training"
+STEP_GROWTH: Final = {"ByteLevel": 4, "Metaspace": 2}
+"""A type of step -> how many times as long it can make a text, beside its replacements."""
 WHOLE: Final = "Fetch the file again, or save it with the library tokenizers"
+HINT: Final = "The model has no such token: the tokenizer belongs to another model, or was changed after training"
+
+
+@record(frozen=True, slots=True, kw_only=True)
+class TokenIds:
+    """What a reader should know of a tokenizer that is accepted."""
+
+    beyond: dict[str, int] = field(default_factory=dict)
+    """The tokens that the model lacks, with their ids. A text that would give one of them is refused."""
+    renumbered: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """The added tokens to which the file gives another id than they have -> the id in the file, and the id."""
 
 
 def read(bundle: BundleReader, path: str) -> bytes:
@@ -34,81 +52,118 @@ def read(bundle: BundleReader, path: str) -> bytes:
     return data
 
 
-def check(data: bytes, path: str, vocab_size: int) -> None:
+def check(data: bytes, path: str, vocab_size: int) -> TokenIds:
     """Check a tokenizer.json for a model that has ``vocab_size`` token ids.
 
     Raises:
-        BundleError: ``json.*``; ``text.tokenizer`` for an id of the vocabulary that the model lacks or that two tokens
-            share, or if there is no vocabulary.
+        BundleError: ``json.*``; ``text.tokenizer`` if two tokens share an id, if the model lacks a token that every
+            text would have or too many of the vocabulary, or if there is no vocabulary.
     """
     document = strict_json.parse(data, path, max_bytes=files.MAX_TEXT_BYTES, max_marks=MAX_MARKS)
-    owners: dict[int, str] = {}
-    for pointer, token, number in _tokens(document, path):
-        # An added token may lie beyond the embedding: no text gives its id unless the text spells the token.
-        _check_id(number, pointer, path, MAX_ID + 1 if pointer.startswith("/added_tokens/") else vocab_size)
-        if owners.setdefault(number, token) != token:
-            raise _problem(
-                path, pointer, "an id that no other token has", f"{number}, that of {quoted(owners[number])}"
-            )
-    for count, (pointer, number) in enumerate(_inserted(document, path), 1):
-        if count > MAX_INSERTED:
-            raise _problem(path, pointer, f"at most {MAX_INSERTED} ids that are added to a text", "more")
-        _check_id(number, pointer, path, vocab_size)
+    vocabulary, size = _vocabulary(document, path)
+    _check_share(vocabulary, size, path, vocab_size)
+    added, renumbered = _added(document, path, vocabulary, size)
+    _check_inserted(document, path, vocab_size)
     _check_growth(document, path)
+    beyond = {token: number for token, number in (vocabulary | added).items() if number >= vocab_size}
+    return TokenIds(beyond=beyond, renumbered=renumbered)
 
 
-def _check_id(number: object, pointer: str, path: str, vocab_size: int) -> None:
-    if type(number) is not int or not 0 <= number < vocab_size:
-        of = "" if vocab_size > MAX_ID else f", as the model has {vocab_size}"
-        raise _problem(path, pointer, f"a token id from 0 to {vocab_size - 1}{of}", quoted(number), HINT)
-
-
-def _tokens(document: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-    """Yield the JSON pointer, the text and the id of every token: first the vocabulary, then the added tokens."""
+def _vocabulary(document: Any, path: str) -> tuple[dict[str, int], int]:
+    """Return the vocabulary as token -> id, and its number of entries."""
     model = _member(document, path, "", "model", dict)
-    kind = model.get("type")  # absent in files of before tokenizers 0.9: the library tells the model by its fields
-    if kind is not None and kind not in MODELS:
-        raise _problem(path, "/model/type", f"one of {', '.join(MODELS)}", quoted(kind))
-    known: dict[str, Any] = {}
+    kind = model.get("type")
+    if "type" in model and kind not in MODELS:
+        raise _problem(path, "/model/type", f"one of {', '.join(MODELS)}, or none", quoted(kind))
     if kind == "Unigram" or (kind is None and isinstance(model.get("vocab"), list)):
-        # (token, score); the index in the list is the id
-        for number, entry in enumerate(_member(model, path, "/model", "vocab", list)):
+        entries = _member(model, path, "/model", "vocab", list)
+        for number, entry in enumerate(entries):  # (token, score); the index in the list is the id
             if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
                 raise _problem(path, f"/model/vocab/{number}", "a token and its score", quoted(entry))
-            known[entry[0]] = number
-            yield f"/model/vocab/{number}", entry[0], number
-    else:
-        known = _member(model, path, "/model", "vocab", dict)
-        for token, number in known.items():
-            yield f"/model/vocab/{escape(token)}", token, number
-    added: dict[str, Any] = {}
+        return {entry[0]: number for number, entry in enumerate(entries)}, len(entries)
+    vocabulary: dict[str, int] = _member(model, path, "/model", "vocab", dict)
+    owners: dict[int, str] = {}
+    for token, number in vocabulary.items():
+        _check_id(number, f"/model/vocab/{escape(token)}", path)
+        if owners.setdefault(number, token) != token:
+            got = f"{number}, that of {quoted(owners[number])}"
+            raise _problem(path, f"/model/vocab/{escape(token)}", "an id that no other token has", got)
+    return vocabulary, len(vocabulary)
+
+
+def _check_id(number: Any, pointer: str, path: str, vocab_size: int = MAX_ID + 1) -> int:
+    if type(number) is not int or not 0 <= number < vocab_size:
+        of_model = f", as the model has {vocab_size}" if vocab_size <= MAX_ID else ""
+        hint = HINT if of_model else None
+        raise _problem(path, pointer, f"a token id from 0 to {vocab_size - 1}{of_model}", quoted(number), hint)
+    return int(number)
+
+
+def _check_share(vocabulary: dict[str, int], size: int, path: str, vocab_size: int) -> None:
+    """Refuse the vocabulary of another model: it has many tokens that this model lacks."""
+    beyond = [(token, number) for token, number in vocabulary.items() if number >= vocab_size]
+    if len(beyond) * ONE_BEYOND_OF > size:
+        token, number = beyond[0]
+        expected = f"ids below {vocab_size}, as the model has {vocab_size}, for all but one token in {ONE_BEYOND_OF}"
+        got = f"{len(beyond)} of {size}, the first {quoted(token)} with {number}"
+        raise _problem(path, "/model/vocab", expected, got, HINT)
+
+
+def _added(
+    document: Any, path: str, vocabulary: dict[str, int], size: int
+) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Return the ids of the added tokens, as the library gives them: the file's own ids count for nothing."""
+    added: dict[str, int] = {}
+    renumbered: dict[str, tuple[int, int]] = {}
+    next_id = size
     for i, entry in enumerate(_list(document, path, "", "added_tokens")):
         at = f"/added_tokens/{i}"
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
             raise _problem(path, at, "an object with a token's content and id", quoted(entry))
-        token, given = entry["content"], entry.get("id")
-        of = known.get(token, added.setdefault(token, given))
-        if given != of and type(given) is int:
-            raise _problem(path, f"{at}/id", f"{quoted(of)}, the id that the token has already", quoted(given))
-        yield f"{at}/id", token, given
+        token = entry["content"]
+        given = _check_id(entry.get("id"), f"{at}/id", path)
+        if not token:  # the library leaves it out
+            continue
+        if token not in vocabulary and token not in added:
+            added[token], next_id = next_id, next_id + 1
+        number = vocabulary.get(token, added.get(token, 0))
+        if given != number:
+            renumbered[token] = (given, number)
+    holes = any(number >= size for number in vocabulary.values())
+    if added and holes:
+        # Versions of the library give other ids to the added tokens then, and may give one that is taken.
+        first = next(iter(added))
+        expected = f"ids from 0 to {size - 1} for the {size} tokens of the vocabulary, as tokens are added to it"
+        raise _problem(path, "/model/vocab", expected, f"greater ones, and the added token {quoted(first)}")
+    return added, renumbered
 
 
-def _inserted(document: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the JSON pointer and the id of each token that is inserted by id.
-
-    These tokens go before, after and between texts.
-    """
-    processor = document.get("post_processor")
-    for at, each in _parts(processor, "/post_processor"):
+def _check_inserted(document: Any, path: str, vocab_size: int) -> None:
+    """Check the ids that go before and after every text."""
+    count = 0
+    for at, each in _parts(document.get("post_processor"), "/post_processor"):
         for name in ("cls", "sep"):  # (token, id)
             pair = each.get(name)
             if isinstance(pair, list) and len(pair) == 2:
-                yield f"{at}/{name}/1", pair[1]
+                _check_id(pair[1], f"{at}/{name}/1", path, vocab_size)
+        single = _items(each.get("single"))
+        count += len(single) + len(_items(each.get("pair")))
+        used = {_special(piece) for piece in single}
         special = each.get("special_tokens")
         for token, entry in special.items() if isinstance(special, dict) else ():
-            ids = entry.get("ids") if isinstance(entry, dict) else None
-            for i, number in enumerate(ids if isinstance(ids, list) else ()):
-                yield f"{at}/special_tokens/{escape(token)}/ids/{i}", number
+            ids = _items(entry.get("ids") if isinstance(entry, dict) else None)
+            count += len(ids)
+            for i, number in enumerate(ids if token in used else ()):
+                _check_id(number, f"{at}/special_tokens/{escape(token)}/ids/{i}", path, vocab_size)
+        if count > MAX_INSERTED:
+            raise _problem(path, at, f"templates of at most {MAX_INSERTED} items and ids", "more")
+
+
+def _special(piece: Any) -> str | None:
+    """Return the name of the special token that an item of a template puts beside a text, or None."""
+    token = piece.get("SpecialToken") if isinstance(piece, dict) else None
+    name = token.get("id") if isinstance(token, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _parts(value: object, at: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -122,19 +177,49 @@ def _parts(value: object, at: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check_growth(document: Any, path: str) -> None:
-    """Refuse replacements that could make a text too long.
+    """Refuse steps that could make a text too long.
 
-    If each one replaces the output of the one before, a few replacements can turn a word into gigabytes.
+    If each one works on the output of the one before, a few steps can turn a word into gigabytes.
     """
     for place in ("normalizer", "decoder", "pre_tokenizer"):
-        growth = 1
-        for at, each in _parts(document.get(place), f"/{place}"):
-            for name in ("content", "prepend", "replacement", "prefix"):
-                text = each.get(name)
-                growth *= max(1, len(text)) if isinstance(text, str) else 1
-                if growth > MAX_GROWTH:
-                    expected = f"replacements that make a text at most {MAX_GROWTH} times as long"
-                    raise _problem(path, f"{at}/{name}", expected, quoted(text))
+        growth = 1.0
+        for count, (at, each) in enumerate(_parts(document.get(place), f"/{place}"), 1):
+            growth *= _growth(each)
+            if count > MAX_STEPS:
+                raise _problem(path, at, f"at most {MAX_STEPS} objects in /{place}", "more")
+            if growth > MAX_GROWTH:
+                raise _problem(path, at, f"steps that make a text at most {MAX_GROWTH} times as long", "more")
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """Return how many times as long a step can make a text of one character or more."""
+    content, pattern, prepend = step.get("content"), step.get("pattern"), step.get("prepend")
+    kind = step.get("type")
+    growth = float(STEP_GROWTH.get(kind, 1)) if isinstance(kind, str) else 1.0
+    if isinstance(content, str) and isinstance(pattern, dict):
+        replaced = pattern.get("String")
+        if isinstance(replaced, str) and replaced:
+            growth *= max(1.0, len(content) / len(replaced))
+        else:  # a regular expression may match nothing, before each character: then it inserts
+            growth *= 1 + len(content)
+    if isinstance(prepend, str):
+        growth *= 1 + len(prepend)
+    if isinstance(charsmap := step.get("precompiled_charsmap"), str):
+        growth *= _longest_replacement(charsmap)
+    return growth
+
+
+def _longest_replacement(charsmap: str) -> int:
+    """Return the length of the longest text that a map of SentencePiece puts in place of a character.
+
+    The map is the size of a trie in four bytes, the trie, and the texts, each with a zero byte at its end.
+    """
+    try:
+        data = base64.b64decode(charsmap)
+    except (binascii.Error, ValueError):  # the library refuses it
+        return 1
+    trie = int.from_bytes(data[:4], "little") // 4 * 4
+    return max(1, *map(len, data[4 + trie :].split(b"\0")))
 
 
 def _member(value: Any, path: str, at: str, name: str, kind: type) -> Any:
@@ -150,7 +235,11 @@ def _list(value: Any, path: str, at: str, name: str) -> list[Any]:
     return found
 
 
-def _problem(path: str, pointer: str, expected: str, got: str, hint: str = WHOLE) -> BundleError:
+def _items(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _problem(path: str, pointer: str, expected: str, got: str, hint: str | None = None) -> BundleError:
     return BundleError(
-        Problem(code="text.tokenizer", file=path, pointer=pointer, expected=expected, got=got, hint=hint)
+        Problem(code="text.tokenizer", file=path, pointer=pointer, expected=expected, got=got, hint=hint or WHOLE)
     )

@@ -18,7 +18,7 @@ import splitbundle_converter
 from splitbundle import BundleError
 from splitbundle.cli import main
 from splitbundle_converter.families.table import FAMILIES
-from tests.support.checkpoints import MISSING
+from tests.support.checkpoints import MISSING, said
 from tests.support.models import bundle, checkpoint, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -257,7 +257,7 @@ def test_configurations_that_differ(parts: Path, output: Path) -> None:
         "trunk": {"config": config | {"n_head": 7, "_name_or_path": "elsewhere"}},
         "top": {"config": {key: value for key, value in config.items() if key != "n_embd"}},
     }
-    assert str(refused(write(parts, "gpt2", **fields), output)) == (
+    assert said(refused(write(parts, "gpt2", **fields), output)) == (
         "[source.parts] trunk_metadata.json /config/n_head: expected 5, as in bottom_metadata.json, got 7\n"
         "[source.parts] top_metadata.json /config/n_embd: expected 35, as in bottom_metadata.json, got none"
     )
@@ -325,11 +325,11 @@ def test_a_configuration_that_cannot_be_converted(parts: Path, output: Path) -> 
 def test_a_part_that_is_missing(parts: Path, output: Path, part: str, text: str) -> None:
     write(parts, "gpt2")
     (parts / f"{part}.pt").unlink()
-    assert str(refused(parts, output)) == (
+    assert said(refused(parts, output)) == (
         f"[source.missing] {part}.pt: expected the weights that its metadata describe, got none"
     )
     (parts / f"{part}_metadata.json").unlink()
-    assert str(refused(parts, output)).startswith(f"[source.parts] {text}")
+    assert said(refused(parts, output)).startswith(f"[source.parts] {text}")
 
 
 def test_a_part_without_metadata_is_mentioned(parts: Path, output: Path) -> None:
@@ -425,13 +425,13 @@ def test_tensors_in_a_part_that_they_are_none_of(parts: Path, output: Path) -> N
 def test_one_tensor_under_two_names(parts: Path, output: Path) -> None:
     tensors = cut("gpt2")
     tensors["bottom"]["wpe.weight"] = torch.zeros(48, 35)
-    assert str(refused(write(parts, "gpt2", tensors=tensors), output)) == (
+    assert said(refused(write(parts, "gpt2", tensors=tensors), output)) == (
         "[source.tensor] bottom.pt /wpe.weight: expected only one 'transformer.wpe.weight', got another, beside "
         "transformer.wpe.weight of bottom.pt"
     )
     tensors = cut("gpt2")
     tensors["trunk"]["layers.0.ln_1.weight"] = torch.zeros(35)
-    assert str(refused(write(parts, "gpt2", tensors=tensors), output)) == (
+    assert said(refused(write(parts, "gpt2", tensors=tensors), output)) == (
         "[source.parts] trunk.pt: expected one list of layers, got several: layers, transformer.h"
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
@@ -158,6 +159,24 @@ def test_a_vocabulary_of_a_class_that_is_not_known(tmp_path: Path) -> None:
         "The bundle will have no text: vocab.json and merges.txt can be read for GPT2Tokenizer, Qwen2Tokenizer, "
         "CodeGenTokenizer, and the class is 'none'."
     ]
+
+
+def test_a_configuration_chooses_no_other_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would call the class of any name that it has."""
+    asked: list[object] = []
+
+    def from_pretrained(*arguments: object, **named: object) -> object:
+        asked.append(arguments)
+        raise OSError("this class was chosen by a file")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    source = Path(shutil.copytree(ROOT / "examples" / "license-gpt2", tmp_path / "source"))
+    (source / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "AutoModelForCausalLM", "tokenizer_file": "/etc/passwd", "auto_map": {"AutoTokenizer": 3}}'
+    )
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    assert slow_tokenizer.load_class(files, "gpt2").is_fast
+    assert not asked
 
 
 def test_a_vocabulary_alone(tmp_path: Path) -> None:

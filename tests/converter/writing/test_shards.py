@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import splitbundle_converter
-from tests.support.checkpoints import accepted, refused
+from tests.support.checkpoints import accepted, refused, said
 from tests.support.models import LAYERS, bundle, checkpoint
 from tests.support.paths import ROOT
 
@@ -46,9 +46,9 @@ def test_a_size_of_files_that_is_none(output: Path, size: Any) -> None:
     ],
 )
 def test_names(output: Path, names: tuple[str, ...]) -> None:
-    text = str(refused(checkpoint("llama"), output, split=(2,), names=names))
+    text = said(refused(checkpoint("llama"), output, split=(2,), names=names))
     assert text.startswith("[usage.names] names: expected 2 different names, one for each shard, each 1 to 64 of")
-    assert text.endswith(f", got {', '.join(names)}")
+    assert text.endswith(f", got {', '.join(names)}. Give one name more than there are cuts, or none")
 
 
 def test_a_unit_in_parts_computes_the_same(output: Path) -> None:
