@@ -53,7 +53,7 @@ WRAPPERS: Final = (
     Wrapper(
         name="torch.compile",
         mark="_orig_mod.",
-        remedy="Save the state dict of the model inside: model._orig_mod.state_dict()",
+        remedy="Save the state dict of the model that was compiled, and not that of the compiled one",
     ),
     Wrapper(
         name="DistributedDataParallel",

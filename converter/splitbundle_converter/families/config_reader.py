@@ -13,7 +13,7 @@ from typing import Any, Final
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle_converter.families.evidence import Evidence
-from splitbundle_converter.families.inert_fields import is_inert, is_neutral, other_computation, repeated
+from splitbundle_converter.families.inert_fields import QUANTIZED, is_inert, is_neutral, other_computation, repeated
 
 UNSUPPORTED: Final = (
     "A model with this value can't be converted yet. Do not change the value: it would describe another model"
@@ -119,8 +119,9 @@ class ConfigReader:
         return choices[value]
 
     def allowed(self, name: str, *values: object) -> None:
-        """Check that a field is absent or has one of ``values``, which change no number."""
-        if name in self._values and self.raw(name) not in values:
+        """Check that a field is absent, has one of ``values``, which change no number, or is null as by default."""
+        null = name in self._values and self.raw(name) is None and not self._evidence.defaults.get(name)
+        if name in self._values and not null and self.raw(name) not in values:
             self.refuse(name, " or ".join(quoted(value) for value in values))
 
     def ignored(self, names: Collection[str]) -> None:
@@ -155,7 +156,9 @@ class ConfigReader:
         fact = repeated(name, architecture)
         if (other := other_computation(name, value)) is not None:
             self.refuse(name, other, value)
-        elif is_inert(name) or (value is None and not default):
+        elif (
+            is_inert(name) or QUANTIZED.fullmatch(name) or (value is None and not default)
+        ):  # QUANTIZED is judged before
             pass
         elif declared:
             if value != default:

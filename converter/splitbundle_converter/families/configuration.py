@@ -74,7 +74,8 @@ def read_configuration(found: Configuration) -> JudgedConfiguration:
 def all_values(found: Configuration, config: Any, known: Evidence) -> dict[str, Any]:
     """Return the fields of a parsed configuration, and those of the file that transformers did not get."""
     parsed: dict[str, Any] = config.to_dict()
-    return parsed | {name: value for name, value in found.raw.items() if not _is_passed(name, value, known)}
+    kept = {name: value for name, value in found.raw.items() if not _is_passed(name, value, known)}
+    return parsed | {name: value for name, value in kept.items() if value is not None or name not in known.defaults}
 
 
 def unusual(not_used: Mapping[str, Any], found: Configuration) -> dict[str, Any]:
@@ -253,7 +254,9 @@ def _passed(raw: Mapping[str, Any], known: Evidence) -> dict[str, Any]:
 
 
 def _is_passed(name: str, value: object, known: Evidence) -> bool:
-    return known.knows(name) and not QUANTIZED.fullmatch(name) and not (value is None and name not in known.defaults)
+    # Null means a default that is null or false: transformers itself may refuse it.
+    nothing = value is None and not known.defaults.get(name)
+    return known.knows(name) and not QUANTIZED.fullmatch(name) and not nothing
 
 
 def _dropped(raw: dict[str, Any], name: str) -> dict[str, Any]:

@@ -24,6 +24,8 @@ _SHARED: Final = (
 """Modules of transformers that all models use."""
 _CONFIGURING: Final = ("configuration_", "modeling_rope_utils")
 """Modules whose classes are configurations. There, ``self`` and ``kwargs`` hold fields."""
+_HOLDERS: Final = frozenset(["self", "config", "kwargs"])
+"""Names of objects that have fields, and are no fields."""
 _ACCESS: Final = frozenset(["getattr", "hasattr", "setattr"])
 _LOOKUP: Final = frozenset(["get", "pop", "setdefault"])
 
@@ -64,7 +66,7 @@ def evidence(model_type: str, class_name: str | None = None) -> Evidence:
     modules = [*configurations, _model_module(config_class, class_name), *(f"transformers.{name}" for name in _SHARED)]
     readers: dict[str, str] = {}
     for module in modules:
-        for name in _of_module(module).read:
+        for name in _of_module(module).read - _HOLDERS:
             if not callable(getattr(config_class, name, None)):  # a method is no field
                 readers.setdefault(name, f"{module.rpartition('.')[2]}.py")
     return Evidence(
@@ -151,6 +153,6 @@ def _names(tree: ast.AST, *, configures: bool) -> Iterator[str]:
             case ast.Subscript(value=value, slice=ast.Constant(value=str(name))) if is_config(value):
                 yield name
             case ast.FunctionDef(name="__init__" | "__post_init__", args=arguments) if configures:
-                yield from (argument.arg for argument in (*arguments.args, *arguments.kwonlyargs))
+                yield from (argument.arg for argument in (*arguments.args[1:], *arguments.kwonlyargs))
             case ast.Compare(left=ast.Constant(value=str(name)), comparators=[value]) if is_config(value):
                 yield name

@@ -111,8 +111,8 @@ def is_neutral(name: str, value: object) -> bool:
 
 
 def is_meaningful(value: object) -> bool:
-    """Return whether a value is not null, false or empty."""
-    return value is not None and value is not False and value not in ({}, [], "")
+    """Return whether a value is not null, false, zero or empty."""
+    return value is not None and value not in ({}, [], "", 0)
 
 
 def other_computation(name: str, value: object) -> str | None:

@@ -139,8 +139,8 @@ def _of_merges(files: Mapping[str, bytes], model_type: str) -> bytes:
     named = _config(files).get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(model_type) or "none"
     name = str(named[0] if isinstance(named, tuple) else named).removesuffix("Fast")
     if name not in _BYTE_LEVEL:
-        known = ", ".join(_BYTE_LEVEL)
-        raise NoTokenizerError(f"vocab.json and merges.txt can be read for {known}, and the class is {name[:40]!a}")
+        known, own = ", ".join(_BYTE_LEVEL), "no class is named" if name == "none" else f"the class is {name[:40]!a}"
+        raise NoTokenizerError(f"vocab.json and merges.txt can be read for {known}, and {own}")
     made = _of_class(files, model_type)
     with tempfile.TemporaryDirectory(prefix="splitbundle-") as directory:
         for file in _MERGED:

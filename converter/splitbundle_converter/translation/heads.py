@@ -11,6 +11,7 @@ from splitbundle_converter.errors import problem
 
 _OTHER_TASKS: Final = ("score", "classifier", "qa_outputs")
 """The modules of transformers' heads for classifying texts and tokens, and for answering questions."""
+_WRAPPED: Final = "Save the state dict of the model inside the wrapper, with the names that transformers gives"
 _HINT: Final = "Only causal language models can be converted: "
 
 
@@ -31,6 +32,10 @@ def wrong_head(source: Checkpoint, head: Mapping[str, bool], *, base_alone: bool
             hint = f"{_HINT}convert the one that this was trained from"
             got = f"a head for another task{_of(source)}"
             return problem("source.tensor", file, expected, got, hint, f"/{other[-1]}")
+    inside = next((name for name in source.tensors for own in head if name.endswith(f".{own}")), None)
+    if inside is not None:
+        expected, got = "the names that the model's tensors have", f"names with a prefix, as in {quoted(inside)}"
+        return problem("source.tensor", source.tensors[inside].file, expected, got, _WRAPPED, f"/{inside}")
     needed = [name for name, needs in head.items() if needs]
     if needed and base_alone:
         expected = f"the head of a causal language model: {', '.join(map(quoted, needed))}"

@@ -373,7 +373,11 @@ def test_code_of_a_type_that_transformers_lacks(source: Callable[[str], Path], o
         ("gpt2", {"rotary_dim": 4, "chunk_size_feed_forward": 2, "output_past": True, "pruned_heads": {}}),
         ("gpt2", {"embd_pdrop": 0.5, "summary_type": "mean", "output_attentions": True, "initializer_range": 0.5}),
         ("nemotron", {"kv_channels": 12, "num_query_groups": 2, "hidden_dropout": 0.0}),
-        ("starcoder2", {"attention_softmax_in_fp32": True, "scale_attn_weights": True}),
+        ("starcoder2", {"attention_softmax_in_fp32": True, "scale_attn_weights": True, "mlp_type": None}),
+        ("gptj", {"rotary": None}),
+        ("llama", {"rope_interleaved": None, "attention_bias": None, "mlp_bias": None, "tie_word_embeddings": None}),
+        ("llama", {"self": 1, "config": "x", "quantization_config": {}, "quantization_bits": 0}),
+        ("falcon", {"alibi": None}),
         ("gpt_neox", {"attention_dropout_prob": 0, "hidden_dropout_prob": 0}),
     ],
 )

@@ -157,7 +157,7 @@ def test_a_vocabulary_of_a_class_that_is_not_known(tmp_path: Path) -> None:
     _, notes = convert(tmp_path, vocab__json='{"a": 0}', merges__txt="#version: 0.2\n")
     assert notes == [
         "The bundle will have no text: vocab.json and merges.txt can be read for GPT2Tokenizer, Qwen2Tokenizer, "
-        "CodeGenTokenizer, and the class is 'none'."
+        "CodeGenTokenizer, and no class is named."
     ]
 
 

@@ -41,6 +41,16 @@ def test_a_base_model_saved_without_its_head(output: Path, name: str, head: str,
     )
 
 
+def test_a_prefix_of_a_wrapper_that_is_not_known(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    change_tensors(path, lambda tensors: {f"lm.{name}": value for name, value in tensors.items()})
+    assert str(refused(path, output)) == (
+        f"[source.tensor] {WEIGHTS} /lm.lm_head.weight: expected the names that the model's tensors have, got names "
+        "with a prefix, as in 'lm.lm_head.weight'. Save the state dict of the model inside the wrapper, with the names "
+        "that transformers gives"
+    )
+
+
 def test_a_tied_base_model_needs_no_head(output: Path) -> None:
     path = save_as("AutoModel", "gpt2", output.parent.parent / "source")
     accepted(path, output, split=(2,))
