@@ -35,6 +35,8 @@ _BYTE_LEVEL: Final = ("GPT2Tokenizer", "Qwen2Tokenizer", "CodeGenTokenizer")
 """The classes of transformers that read these two files, and whose rule for words is fixed."""
 _MAX_PIECE: Final = 256
 """The largest number of characters of a piece. Each piece is cut at each place to find the merges."""
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+"""The kinds of pieces, as SentencePiece numbers them."""
 _SPACE: Final = "\N{LOWER ONE EIGHTH BLOCK}"
 """The character that SentencePiece has in place of a space."""
 PROBES: Final = (
@@ -175,7 +177,9 @@ def _of_sentencepiece(files: Mapping[str, bytes], model_type: str) -> bytes:
         made = _of_class(files, model_type)
     # SentencePiece takes the spelling of a control token as text, and so does the reader of a bundle.
     made.encode_special_tokens = True
-    for text in PROBES:
+    # A symbol that users defined is matched before the rules for spaces apply, so each of them is spelled.
+    symbols = [f"a {piece.piece} b" for piece in proto.pieces if piece.type == _USER_DEFINED]
+    for text in (*PROBES, *symbols):
         ids = made.encode(text, add_special_tokens=False).ids
         if ids != processor.encode(text):
             raise NoTokenizerError(f"{text[:20]!a} gets other ids from {SENTENCEPIECE} than from its tokenizer.json")
@@ -202,7 +206,6 @@ def _bpe(proto: Any, processor: Any, config: Mapping[str, Any]) -> dict[str, Any
     ]
     steps: list[dict[str, Any]] = [{"type": "Prepend", "prepend": _SPACE}] if spec.add_dummy_prefix else []
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
-    control, defined = 3, 4  # the kinds of pieces that SentencePiece calls CONTROL and USER_DEFINED; 2 is UNKNOWN
     ends = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if spec.add_dummy_prefix else []
     return {
         "version": "1.0",
@@ -210,14 +213,14 @@ def _bpe(proto: Any, processor: Any, config: Mapping[str, Any]) -> dict[str, Any
             {
                 "id": number,
                 "content": piece.piece,
-                "special": piece.type in (2, control),
+                "special": piece.type in (_UNKNOWN, _CONTROL),
                 "single_word": False,
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
             }
             for number, piece in enumerate(proto.pieces)
-            if piece.type in (2, control, defined)
+            if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         ],
         "normalizer": {"type": "Sequence", "normalizers": steps},
         "post_processor": _begin(processor, config),
