@@ -64,7 +64,7 @@ def _of_npm(name: str, private: Path, made: Path) -> None:
 def _mistral(name: str, private: Path, made: Path) -> None:
     _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", MISTRAL], private)
     with zipfile.ZipFile(next(private.glob("*.whl"))) as package:
-        data = package.read("mistral_common/data/tokenizer.model.v1")
+        data = package.read("mistral_common/data/mistral_instruct_tokenizer_240323.model.v3")
     (made / "tokenizer.model").write_bytes(data)
     (made / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
 

@@ -24,7 +24,7 @@ VOCABULARIES: Final = {
     "deepseek_v3": 129_280,
     "gptoss": 201_088,
     "llama2": 32_000,
-    "mistral": 32_000,
+    "mistral": 32_768,
 }
 WORDS: Final = (
     *("the", "Hello", "don't", "WORLD", "naïve", "Straße", "ﬁne", "e\u0301", "I'LL", "x" * 60, "3.14159", "1234567890"),

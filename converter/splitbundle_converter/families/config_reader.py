@@ -156,10 +156,8 @@ class ConfigReader:
         fact = repeated(name, architecture)
         if (other := other_computation(name, value)) is not None:
             self.refuse(name, other, value)
-        elif (
-            is_inert(name) or QUANTIZED.fullmatch(name) or (value is None and not default)
-        ):  # QUANTIZED is judged before
-            pass
+        elif is_inert(name) or QUANTIZED.fullmatch(name) or (value is None and not default):
+            pass  # the quantisation was judged before
         elif declared:
             if value != default:
                 self.refuse(name, f"its default, {quoted(default)}", value)

@@ -16,6 +16,7 @@ from typing import Any, Final
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from splitbundle.errors import quoted
 from splitbundle_converter.errors import line
 from splitbundle_converter.quiet_transformers import quiet
 
@@ -35,10 +36,11 @@ _BYTE_LEVEL: Final = ("GPT2Tokenizer", "Qwen2Tokenizer", "CodeGenTokenizer")
 """The classes of transformers that read these two files, and whose rule for words is fixed."""
 _MAX_PIECE: Final = 256
 """The largest number of characters of a piece. Each piece is cut at each place to find the merges."""
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-"""The kinds of pieces, as SentencePiece numbers them."""
+_USER_DEFINED: Final = 4
+"""The kind of a piece that is matched before all others, as SentencePiece numbers it."""
 _SPACE: Final = "\N{LOWER ONE EIGHTH BLOCK}"
 """The character that SentencePiece has in place of a space."""
+_SPELLED: Final = ("a {} b", "{}", " {}a")
 PROBES: Final = (
     "The quick brown fox jumps over the lazy dog.",
     " leading and trailing ",
@@ -52,6 +54,7 @@ PROBES: Final = (
     "a",
     " ",
     "\n",
+    f"b {_SPACE}",
 )
 """Texts whose ids are compared: spaces, line ends, scripts, control tokens that are spelled, and short texts."""
 
@@ -160,6 +163,7 @@ def _of_merges(files: Mapping[str, bytes], model_type: str) -> bytes:
 def _of_sentencepiece(files: Mapping[str, bytes], model_type: str) -> bytes:
     try:
         from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+        from transformers import PreTrainedTokenizerFast
     except ImportError as error:
         raise NoTokenizerError(
             f"{SENTENCEPIECE} needs the library sentencepiece. Install it and convert again: "
@@ -171,77 +175,31 @@ def _of_sentencepiece(files: Mapping[str, bytes], model_type: str) -> bytes:
         raise NoTokenizerError(f"{SENTENCEPIECE} can't be read ({line(error)})") from error
     model_pb2: Any = sentencepiece_model_pb2  # the compiler of protobuf gives no types
     proto = model_pb2.ModelProto.FromString(processor.serialized_model_proto())
-    if proto.trainer_spec.model_type == model_pb2.TrainerSpec.BPE:
-        made = Tokenizer.from_str(json.dumps(_bpe(proto, processor, _config(files))))
-    else:
-        made = _of_class(files, model_type)
-    # SentencePiece takes the spelling of a control token as text, and so does the reader of a bundle.
-    made.encode_special_tokens = True
-    # A symbol that users defined is matched before the rules for spaces apply, so each of them is spelled.
-    symbols = [f"a {piece.piece} b" for piece in proto.pieces if piece.type == _USER_DEFINED]
-    for text in (*PROBES, *symbols):
-        ids = made.encode(text, add_special_tokens=False).ids
-        if ids != processor.encode(text):
-            raise NoTokenizerError(f"{text[:20]!a} gets other ids from {SENTENCEPIECE} than from its tokenizer.json")
-    return made.to_str(pretty=False).encode("utf-8")
-
-
-def _bpe(proto: Any, processor: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer.json for byte-pair encoding, in the form of the published files of Llama and Mistral.
-
-    SentencePiece joins the pair whose joined piece has the highest score, so the merges are sorted by score.
-    """
-    spec = proto.normalizer_spec
+    spec, symbols = proto.normalizer_spec, [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     if spec.name != "identity" or spec.remove_extra_whitespaces or not spec.escape_whitespaces:
         raise NoTokenizerError(f"{SENTENCEPIECE} changes texts by the rules {spec.name!a}, which have no equal here")
     if any(len(piece.piece) > _MAX_PIECE for piece in proto.pieces):
         raise NoTokenizerError(f"{SENTENCEPIECE} has a piece of more than {_MAX_PIECE} characters")
-    scores = {piece.piece: piece.score for piece in proto.pieces}
-    vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    joined = [
-        (-scores[piece], vocabulary[piece[:at]], vocabulary[piece[at:]], [piece[:at], piece[at:]])
-        for piece in vocabulary
-        for at in range(1, len(piece))
-        if piece[:at] in vocabulary and piece[at:] in vocabulary
-    ]
-    steps: list[dict[str, Any]] = [{"type": "Prepend", "prepend": _SPACE}] if spec.add_dummy_prefix else []
-    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
-    ends = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if spec.add_dummy_prefix else []
-    return {
-        "version": "1.0",
-        "added_tokens": [
-            {
-                "id": number,
-                "content": piece.piece,
-                "special": piece.type in (_UNKNOWN, _CONTROL),
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-            }
-            for number, piece in enumerate(proto.pieces)
-            if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-        ],
-        "normalizer": {"type": "Sequence", "normalizers": steps},
-        "post_processor": _begin(processor, config),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                *ends,
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "unk_token": processor.id_to_piece(processor.unk_id()),
-            "fuse_unk": True,
-            "byte_fallback": bool(proto.trainer_spec.byte_fallback),
-            "vocab": vocabulary,
-            "merges": [pair for *_, pair in sorted(joined)],
-        },
-    }
+    if spaced := [symbol for symbol in symbols if _SPACE in symbol or " " in symbol]:
+        raise NoTokenizerError(f"{SENTENCEPIECE} has a symbol with a space, {spaced[0]!a}, which has no equal here")
+    with tempfile.TemporaryDirectory(prefix="splitbundle-") as directory, quiet():
+        (Path(directory) / SENTENCEPIECE).write_bytes(files[SENTENCEPIECE])
+        (Path(directory) / "config.json").write_text(json.dumps({"model_type": model_type}))
+        try:
+            # This class follows the settings in the file. Those of Llama and others have their own rules for spaces.
+            made = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True).backend_tokenizer
+        except Exception as error:  # a converter of transformers may raise any error for a model that is unusual
+            raise NoTokenizerError(f"transformers can't read {SENTENCEPIECE} ({line(error)})") from error
+    # SentencePiece takes the spelling of a control token as text, and so does the reader of a bundle.
+    made.encode_special_tokens = True
+    # A symbol that users defined is matched before the rules for spaces apply, so each of them is spelled.
+    for text in (*PROBES, *(spelled.format(symbol) for symbol in symbols for spelled in _SPELLED)):
+        ids = made.encode(text, add_special_tokens=False).ids
+        if ids != processor.encode(text):
+            raise NoTokenizerError(f"{text[:20]!a} gets other ids from {SENTENCEPIECE} than from its tokenizer.json")
+    document = json.loads(made.to_str())
+    document["post_processor"] = _begin(processor, _config(files))
+    return json.dumps(document, ensure_ascii=False).encode("utf-8")
 
 
 def _begin(processor: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -260,15 +218,24 @@ def _begin(processor: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def other_ids(files: Mapping[str, bytes], model_type: str) -> str | None:
-    """Return a text that transformers' class gives other ids than tokenizer.json, or None if there is none.
+    """Return a sentence about a text that transformers' class gives other ids than tokenizer.json, or None.
 
-    There is none either if transformers can't load the tokenizer: then nothing can be compared.
+    If transformers can't load the tokenizer, the sentence says that nothing was compared, and why.
     """
     own = Tokenizer.from_str(files[TOKENIZER].decode("utf-8"))
     own.no_truncation()
     own.no_padding()
     try:
         loaded = load_class(files, model_type)
-        return next((text for text in PROBES if loaded(text).input_ids != own.encode(text).ids), None)
-    except Exception:  # noqa: BLE001  # a class may raise any error for files that do not suit it
+        text = next((text for text in PROBES if loaded(text).input_ids != own.encode(text).ids), None)
+    except Exception as error:  # noqa: BLE001  # a class may raise any error for files that do not suit it
+        return (
+            "transformers can't load the tokenizer, so its ids were not compared. The bundle has the ids of "
+            f"{TOKENIZER}. The reason: {line(error)}"
+        )
+    if text is None:
         return None
+    return (
+        f"transformers' class gives the text {quoted(text, 30)} other ids than {TOKENIZER} does. The bundle keeps the "
+        f"ids of {TOKENIZER}."
+    )

@@ -56,12 +56,12 @@ def text_files(
     except BundleError as error:
         raise _offering(error) from error
     for token, (given, own) in list(ids.renumbered.items())[:1]:
-        say(f"tokenizer.json gives {quoted(token, 30)} the id {given}, and the library tokenizers gives it {own}.")
-    if compare and notes is not None and (text := slow_tokenizer.other_ids(files, model_type)) is not None:
-        notes(
-            f"transformers' class gives the text {quoted(text, 30)} other ids than tokenizer.json does. The bundle "
-            "keeps the ids of tokenizer.json."
+        say(
+            f"tokenizer.json gives {quoted(token, 30)} the id {given}, and the library tokenizers gives it {own}. The "
+            "bundle has the library's ids."
         )
+    if compare and notes is not None and (different := slow_tokenizer.other_ids(files, model_type)) is not None:
+        notes(different)
     return files
 
 

@@ -339,13 +339,17 @@ def test_a_part_without_metadata_is_mentioned(parts: Path, output: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("prefix", "wrapper"), [("module.", "DistributedDataParallel"), ("_orig_mod.", "torch.compile")]
+    ("prefix", "wrapper", "remedy"),
+    [
+        ("module.", "DistributedDataParallel", "of the model inside: "),
+        ("_orig_mod.", "torch.compile", "of the model that was compiled, and not that of the compiled one"),
+    ],
 )
-def test_parts_of_a_wrapped_model(parts: Path, output: Path, prefix: str, wrapper: str) -> None:
+def test_parts_of_a_wrapped_model(parts: Path, output: Path, prefix: str, wrapper: str, remedy: str) -> None:
     write(parts, "gpt2", rename=lambda key: prefix + key)
     assert str(refused(parts, output)).startswith(
         "[source.tensor] bottom.pt: expected the names that the model's tensors have, "
-        f"got names that all begin with {prefix!r}, as {wrapper} makes them. Save the state dict of the model inside: "
+        f"got names that all begin with {prefix!r}, as {wrapper} makes them. Save the state dict {remedy}"
     )
 
 

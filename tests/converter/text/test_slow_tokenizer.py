@@ -86,6 +86,10 @@ def test_a_beginning_that_the_configuration_turns_off(tmp_path: Path) -> None:
             {"remove_extra_whitespaces": True},
             "tokenizer.model changes texts by the rules 'identity', which have no equal here",
         ),
+        (
+            {"user_defined_symbols": ["▁▁"]},
+            r"tokenizer.model has a symbol with a space, '\u2581\u2581', which has no equal here",
+        ),
     ],
 )
 def test_a_sentencepiece_model_that_has_no_equal(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
@@ -96,23 +100,26 @@ def test_a_sentencepiece_model_that_has_no_equal(tmp_path: Path, options: dict[s
 
 
 def test_symbols_that_users_defined(tmp_path: Path) -> None:
-    """SentencePiece adds a space at the beginning of a text alone. The library adds one after each such symbol, too."""
-    _, notes = convert(tmp_path, tokenizer__model=sentencepiece(user_defined_symbols=["[INST]"]))
-    assert notes == [
-        "The bundle will have no text: '<s> </s> [INST] <|en' gets other ids from tokenizer.model than from its "
-        "tokenizer.json."
-    ]
+    """As in the models of Mistral from version 3 on. The space at the beginning of a text is no part of a symbol."""
+    data = sentencepiece(user_defined_symbols=["[INST]", "[REF]"])
+    made, notes = convert(tmp_path, tokenizer__model=data)
+    assert notes == [MADE]
+    library, tokenizer = SentencePieceProcessor(model_proto=data), TextTokenizer(made)
+    for text in (*TEXTS, "[INST]", "a[INST] b", " [REF][INST]  a", "[REF"):
+        assert tokenizer.encode(text) == [library.bos_id(), *library.encode(text)], ascii(text)
 
 
 def test_a_result_that_differs_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = slow_tokenizer._bpe
+    load = transformers.PreTrainedTokenizerFast.from_pretrained
 
-    def other(*arguments: Any) -> dict[str, Any]:
-        document = built(*arguments)
+    def other(*arguments: Any, **named: Any) -> Any:
+        loaded = load(*arguments, **named)
+        document = json.loads(loaded.backend_tokenizer.to_str())
         document["model"]["merges"].reverse()
-        return document
+        loaded._tokenizer = Tokenizer.from_str(json.dumps(document))
+        return loaded
 
-    monkeypatch.setattr(slow_tokenizer, "_bpe", other)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", other)
     made, notes = convert(tmp_path, tokenizer__model=sentencepiece())
     assert notes == [
         "The bundle will have no text: ' leading and trailin' gets other ids from tokenizer.model than from its "
@@ -217,3 +224,18 @@ def test_a_class_that_gives_other_ids_than_the_file(tmp_path: Path) -> None:
     text = "Licensed under"
     own = Tokenizer.from_file(str(source / "tokenizer.json")).encode(text).ids
     assert TextTokenizer(made).encode(text) == own
+
+
+def test_a_class_that_can_not_load_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> object:
+        raise KeyError("no such part")
+
+    monkeypatch.setattr(slow_tokenizer, "load_class", fail)
+    notes: list[str] = []
+    splitbundle_converter.convert(
+        ROOT / "examples" / "license-gpt2", tmp_path / "x.splitbundle", notes=notes.append, check=True
+    )
+    assert notes == [
+        "transformers can't load the tokenizer, so its ids were not compared. The bundle has the ids of "
+        "tokenizer.json. The reason: KeyError: 'no such part'"
+    ]
