@@ -77,8 +77,8 @@ class Bundle(BundleReader):
             The largest difference from the original model at each boundary and at the logits.
 
         Raises:
-            ParityError: for a difference above 1e-5 of the largest magnitude there; above 0.01 if the graphs compute in
-                float16.
+            ParityError: for a difference above 1e-5 of the scale there (``Difference.scale``); above 0.01 if the graphs
+                compute in float16.
             BundleError: ``vectors.none``; the errors of loading.
         """
         from splitbundle.stages import golden

@@ -160,9 +160,9 @@ def _run_both(bundle: BundleReader, shard: str | None, progress: Progress | None
     outputs = golden.compute(bundle, shard, tensors, lambda part: onnxruntime(bundle, [part])[0], progress)
     original, tolerance = golden.original_outputs(tensors, outputs), arrays.tolerance(bundle)
     return [
-        *golden.compare(torch_outputs, original, ("torch", "original")),
-        *golden.compare(outputs, original, ("onnxruntime", "original"), tolerance),
-        *golden.compare(outputs, torch_outputs, ("onnxruntime", "torch"), tolerance),
+        *golden.compare(torch_outputs, original, ("torch", "original"), tensors),
+        *golden.compare(outputs, original, ("onnxruntime", "original"), tensors, tolerance),
+        *golden.compare(outputs, torch_outputs, ("onnxruntime", "torch"), tensors, tolerance),
     ]
 
 

@@ -43,7 +43,7 @@ UNBUILT: Final = frozenset(
         # transformers itself makes no model of the default configuration, or it needs a library that isn't here.
         *("cohere_compass_text", "dbrx", "gemma3n", "gemma4_assistant", "musicgen", "musicgen_melody"),
         # Lists and widths that would have to fit the smaller ones, of families that are refused by their name.
-        *("dots3_note", "dots3_note_text", "gemma3n_text", "gemma4_unified_assistant", "qwen4_exp", "qwen4_exp_text"),
+        *("dots3_note", "dots3_note_text", "gemma3n_text", "qwen4_exp", "qwen4_exp_text"),
         *("reformer", "zamba", "zamba2"),
     }
 )

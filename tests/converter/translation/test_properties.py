@@ -257,10 +257,15 @@ def test_one_wrong_tensor_is_named(name: str) -> None:
 
 
 def renamed(data: st.DataObject, name: str) -> str:
-    """Return a name with one character changed, inserted or removed. It may become a name of another layer."""
+    """Return a name with one character changed, inserted or removed. It may become a name of another layer.
+
+    It never becomes ``qweight``, which is refused as quantised.
+    """
     place = data.draw(st.integers(0, len(name) - 1), "place")
     into = data.draw(st.sampled_from(("", *LETTERS)), "into")
-    return name[:place] + into + name[place + data.draw(st.integers(0, 1), "replaced") :]
+    other = name[:place] + into + name[place + data.draw(st.integers(0, 1), "replaced") :]
+    assume(not other.endswith(".qweight"))
+    return other
 
 
 def reshaped(data: st.DataObject, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ def run_vectors(bundle: BundleReader, shard: str | None, progress: Progress | No
     tensors = {} if bundle.manifest.vectors is None else read_golden(bundle)
     outputs = golden.compute(bundle, shard, tensors, lambda part: load_stages(bundle, [part])[0], progress)
     original = golden.original_outputs(tensors, outputs)
-    return golden.compare(outputs, original, ("onnxruntime", "original"), tolerance(bundle))
+    return golden.compare(outputs, original, ("onnxruntime", "original"), tensors, tolerance(bundle))
 
 
 def tolerance(bundle: BundleReader) -> float:

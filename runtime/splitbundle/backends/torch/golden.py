@@ -33,4 +33,4 @@ def run_vectors(bundle: BundleReader, shard: str | None, progress: Progress | No
         return run
 
     outputs = golden.compute(bundle, shard, tensors, load, progress)
-    return golden.compare(outputs, golden.original_outputs(tensors, outputs), ("torch", "original"))
+    return golden.compare(outputs, golden.original_outputs(tensors, outputs), ("torch", "original"), tensors)
