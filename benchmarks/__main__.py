@@ -30,7 +30,21 @@ from benchmarks.files import Workshop
 from benchmarks.processes import ROOT, Failed, Missing, require, say
 from benchmarks.shapes import SHAPES
 
-ALL = ("import", "size", "verify", "convert", "cold", "load", "prefill", "decode", "long", "batch", "shards", "memory")
+ALL = (
+    "import",
+    "size",
+    "verify",
+    "convert",
+    "cold",
+    "load",
+    "prefill",
+    "decode",
+    "long",
+    "batch",
+    "shards",
+    "memory",
+    "contention",
+)
 
 
 class _Parser(argparse.ArgumentParser):

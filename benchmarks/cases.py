@@ -12,10 +12,10 @@ from typing import Any, Final
 
 from benchmarks import file_sets, machine, sets
 from benchmarks.computing import CHECKED, point_name
-from benchmarks.contenders import CONTENDERS, TRANSFORMERS
+from benchmarks.contenders import CONTENDERS, DEFAULT_WAITING, TRANSFORMERS
 from benchmarks.files import Workshop
 from benchmarks.goals import Goal
-from benchmarks.processes import ROOT, Failed, interleaved, measured, require, say, warm
+from benchmarks.processes import ROOT, Failed, beside, interleaved, measured, require, say, warm
 from benchmarks.shapes import SHAPES
 
 RATES: Final = "the machine"
@@ -69,10 +69,10 @@ class Measuring:
             tasks[name] = self._task(case, name, str(path))
         differences = self._check(case, tasks, checkpoint, left_out)
         warm(checkpoint, *(Path(task["path"]) for task in tasks.values()))
-        contenders = {name: _runner("computing", task) for name, task in tasks.items()}
+        contenders = {name: _runner("computing", task, case) for name, task in tasks.items()}
         if not contenders:
             raise Failed("nobody can compute it here")
-        if case.points and not case.sample_memory:
+        if case.points and not case.sample_memory and not case.busy:
             weights = max(checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
             rates = _runner("limits", {"threads": self.threads, "file": str(weights)})
             contenders = {RATES: rates, **contenders, _AFTER: rates}
@@ -84,7 +84,8 @@ class Measuring:
         figures = [name for point in case.points for name in _names(point)] if not case.sample_memory else []
         return document | {
             "machine": found,
-            "figures": [*dict.fromkeys([*figures, *case.figures])],
+            "figures": [*dict.fromkeys([*figures, *case.columns.values(), *case.figures])],
+            "columns": case.columns,
             "only": None if self.only is None else list(self.only),
             "not run": [name for name in case.contenders if name not in asked],
             "left out": self._without_paths(left_out | failed),
@@ -164,7 +165,8 @@ class Measuring:
             "options": contender.options,
             "path": path,
             "dtype": case.dtype,
-            "threads": self.threads,
+            "threads": contender.threads or self.threads,
+            "environment": (DEFAULT_WAITING if case.busy else {}) | contender.environment,
             "vocabulary": min(SHAPES[case.model].vocabulary, 50000),
             "capacity": case.capacity,
             "points": [point.task() for point in case.points],
@@ -243,5 +245,15 @@ def _names(point: sets.Point) -> list[str]:
     return [*names, point_name("decode", point.context, point.batch)] if point.tokens else names
 
 
-def _runner(module: str, task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    return lambda: measured(module, task)
+def _runner(module: str, task: dict[str, Any], case: sets.Case | None = None) -> Callable[[], dict[str, Any]]:
+    """Return what measures a task, once for each number of busy processes of the case, each time in a fresh process."""
+
+    def measure() -> dict[str, Any]:
+        figures: dict[str, Any] = {}
+        for count in (case.busy if case else ()) or (0,):
+            with beside(count):
+                found = measured(module, task)
+            figures |= {sets.beside_name(name, count): value for name, value in found.items()}
+        return figures
+
+    return measure

@@ -23,6 +23,10 @@ class Contender:
     families: tuple[str, ...] = ("gpt2", "llama", "qwen2")
     options: dict[str, Any] = field(default_factory=dict)
     needs_compiler: bool = False
+    threads: int | None = None
+    """Its number of computing threads, or None for that of the run."""
+    environment: dict[str, str | None] = field(default_factory=dict)
+    """The environment variables of its process. None removes a variable of this process."""
 
     def why_not(self, shape: Shape, dtype: str) -> str | None:
         """Return the reason why it can't compute this model here, or None if it can."""
@@ -49,6 +53,11 @@ LLAMA: Final = "llama.cpp"
 LLAMA_FLASH: Final = "llama.cpp with flash attention"
 TORCH_SHARDS: Final = "splitbundle torch in three shards"
 ONNXRUNTIME_SHARDS: Final = "splitbundle onnxruntime in three shards"
+TORCH_COMMAND: Final = "splitbundle torch as the command runs it"
+TORCH_WAITING: Final = "splitbundle torch with torch's waiting"
+TORCH_ONE: Final = "splitbundle torch with one thread"
+DEFAULT_WAITING: Final[dict[str, str | None]] = dict.fromkeys(("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"))
+"""An environment in which OpenMP's threads wait as the libraries set it, whatever this process has."""
 
 _TORCH: Final[dict[str, Any]] = {"module": "contender_torch", "libraries": ("torch", "splitbundle")}
 _ONNXRUNTIME: Final[dict[str, Any]] = {
@@ -72,6 +81,10 @@ CONTENDERS: Final[dict[str, Contender]] = {
     ONNXRUNTIME: Contender(**_ONNXRUNTIME, reads="bundle"),
     PREPACKED: Contender(**_ONNXRUNTIME, reads="bundle", options={"prepack": True}),
     TORCH_SHARDS: Contender(**_TORCH, reads="shards"),
+    # As splitbundle/__main__.py sets it.
+    TORCH_COMMAND: Contender(**_TORCH, reads="bundle", environment={**DEFAULT_WAITING, "OMP_WAIT_POLICY": "PASSIVE"}),
+    TORCH_WAITING: Contender(**_TORCH, reads="bundle", environment=DEFAULT_WAITING),
+    TORCH_ONE: Contender(**_TORCH, reads="bundle", environment=DEFAULT_WAITING, threads=1),
     ONNXRUNTIME_SHARDS: Contender(**_ONNXRUNTIME, reads="shards"),
     TRANSFORMERS: Contender(**_TRANSFORMERS),
     COMPILED: Contender(**_TRANSFORMERS, options={"compile": True}, needs_compiler=True),

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,10 @@ _SETS: Final = (
     "bf16",
     "sve",
 )
+_LEVELS: Final = {"amx_tile": "amx", "avx512f": "avx512", "avx2": "avx2", "sve": "sve", "asimd": "neon"}
+"""The instructions that tell processors of one name apart -> their short name. The first present one counts."""
+_MARKS: Final = re.compile(r"\((R|TM|C)\)|\b(\d+-Core|CPU|Processor)\b|@.*|\bwith .*", re.IGNORECASE)
+"""What a processor's name has besides its name."""
 
 
 def facts() -> dict[str, Any]:
@@ -70,6 +75,19 @@ def text(found: dict[str, Any]) -> str:
     llama = f"; llama.cpp: {found['llama.cpp']}" if "llama.cpp" in found else ""
     system = f"{found['system']}; Python {found['python']}"
     return f"{found['cores']} cores of {processor}{memory}; {system}; {libraries}{llama}"
+
+
+def processor(found: dict[str, Any]) -> str:
+    """Return a short name of the processor: ``Intel Xeon (amx)``. Without a name, the system and its architecture."""
+    system = found["system"].split()
+    name = " ".join(_MARKS.sub(" ", found.get("processor", "")).split()) or f"{system[0]} {system[-1]}"
+    level = next((short for flag, short in _LEVELS.items() if flag in found["instructions"]), None)
+    return f"{name} ({level})" if level else name
+
+
+def tag(found: dict[str, Any]) -> str:
+    """Return the processor's name as a part of a file's name: ``intel-xeon-amx``."""
+    return "-".join(re.findall(r"[a-z0-9]+", processor(found).lower()))
 
 
 @functools.cache

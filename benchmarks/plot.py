@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks import machine
 from benchmarks.goals import times_as_fast
 
 _OURS: Final = "#1b6ca8"
@@ -15,7 +16,8 @@ _TIMES: Final = ("prefill", "decode", "load", "import", "first token", "process"
 
 def draw(documents: list[dict[str, Any]], path: Path) -> bool:
     """Write an SVG with a panel for each case and figure. Return False without matplotlib or without figures."""
-    panels = [panel for document in documents for panel in _panels(document)]
+    several = len({machine.processor(document["machine"]) for document in documents}) > 1
+    panels = [panel for document in documents for panel in _panels(document, several)]
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -50,7 +52,9 @@ def draw(documents: list[dict[str, Any]], path: Path) -> bool:
     return True
 
 
-def _panels(document: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, dict[str, float]]]]]:
+def _panels(document: dict[str, Any], several: bool) -> list[tuple[str, str, list[tuple[str, dict[str, float]]]]]:
+    """Return the title, the reference and the bars of each panel. With several processors, titles name them."""
+    place = machine.processor(document["machine"]) if several else ""
     runs, reference = document["runs"], document["reference"]
     found = []
     for figure in document["figures"]:
@@ -59,6 +63,6 @@ def _panels(document: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, di
             continue
         ratios = ((name, times_as_fast(runs, figure, name, reference)) for name in names)
         bars = [(name, ratio) for name, ratio in ratios if ratio is not None]
-        title = " ".join(part for part in (document["model"], document["dtype"], figure) if part)
+        title = " ".join(part for part in (document["model"], document["dtype"], figure, place) if part)
         found.append((title, reference, bars))
     return found

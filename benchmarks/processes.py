@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 _CHILD: Final = (
     "from benchmarks.{module} import measure; import json, sys; print(json.dumps(measure(json.loads(sys.argv[1]))))"
 )
+_BUSY: Final = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for _ in range(100000):\n        pass"
+"""A busy process also ends when its parent is gone, for a killed parent can't end it."""
 
 
 class Failed(Exception):
@@ -39,16 +42,43 @@ def require(*libraries: str) -> None:
 def measured(module: str, task: dict[str, Any]) -> dict[str, Any]:
     """Call ``measure`` of a module of this package in a fresh process, and return its result.
 
+    The process has this environment, changed by the task's ``environment``. There, None removes a variable.
+
     Raises:
         Failed: The process ended with an error.
     """
     command = [sys.executable, "-c", _CHILD.format(module=module), json.dumps(task | {"started": time.time()})]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    changed = {**os.environ, **task.get("environment", {})}
+    environment = {name: value for name, value in changed.items() if value is not None}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip() or f"ended with status {done.returncode}").splitlines()
         raise Failed(next((line for line in reversed(said) if "Error" in line or "error" in line), said[-1])[:300])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+@contextlib.contextmanager
+def beside(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Run the block beside some busy processes: each loops in Python. They end with the block, however it ends.
+
+    Raises:
+        Failed: A busy process ended before the block did, so the block did not run beside it.
+    """
+    command = [sys.executable, "-I", "-S", "-c", _BUSY, str(os.getpid())]
+    nothing = subprocess.DEVNULL
+    busy: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(count):
+            busy.append(subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing))
+        yield busy
+        if any(each.poll() is not None for each in busy):
+            raise Failed("a busy process beside it ended too early")
+    finally:
+        for each in busy:
+            each.kill()
+        for each in busy:
+            each.wait()
 
 
 def seconds(command: list[str], *, where: Path = ROOT) -> float:

@@ -25,6 +25,8 @@ _ABOUT: Final = {
     "batch": f"Milliseconds a token and row, for one row and for eight. {_TIMED}",
     "shards": f"Milliseconds a token, for one shard and for three that are chained. {_TIMED}",
     "memory": "The most private memory (RssAnon) while generating, beyond the imports'.",
+    "contention": "Milliseconds a token after a prompt of 64, quiet and beside processes that loop in Python. Each is "
+    "the median of the calls in one process. The command sets OMP_WAIT_POLICY=PASSIVE.",
 }
 _KEYS: Final = {"set", "model", "dtype", "threads", "rounds", "reference", "goals", "runs", "machine", "figures"} | {
     "left out",
@@ -34,12 +36,20 @@ _KEYS: Final = {"set", "model", "dtype", "threads", "rounds", "reference", "goal
 
 
 def write(document: dict[str, Any], results: Path) -> None:
-    """Write the JSON file of one case."""
+    """Write the JSON file of one case. It replaces only results of the same processor."""
     results.mkdir(parents=True, exist_ok=True)
-    name = "-".join(part for part in (document["set"], document["model"], document["dtype"]) if part)
-    temporary = results / f"{name}.json.writing"  # an interruption does not damage the old file
+    path = _path(document, results)
+    temporary = path.with_name(f"{path.name}.writing")  # an interruption does not damage the old file
     temporary.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    temporary.replace(results / f"{name}.json")
+    temporary.replace(path)
+
+
+def _path(document: dict[str, Any], results: Path) -> Path:
+    """Return the file of a case, whose name has the processor. Files of older versions lack it, and keep their name."""
+    name = "-".join(part for part in (document["set"], document["model"], document["dtype"]) if part)
+    old, own = results / f"{name}.json", machine.tag(document["machine"])
+    there = _read(old) if old.exists() else None
+    return old if there and machine.tag(there["machine"]) == own else results / f"{name}.{own}.json"
 
 
 def write_pages(results: Path) -> None:
@@ -51,21 +61,27 @@ def write_pages(results: Path) -> None:
         if (document := _read(path)) is not None:
             by_set[document["set"]].append(document)
     index = ["# Benchmarks", "", "Written by `python -m benchmarks`; what is compared, and how, is told there.", ""]
-    index += ["| set | model | rounds | goal | bound | came | |", "|---|---|---|---|---|---|---|"]
+    goals: dict[str, list[str]] = {place: [] for place in _places([each for own in by_set.values() for each in own])}
+    index += [f"Measured on {'; '.join(goals)}.", ""] if goals else []
     pages = []
     for name, own in by_set.items():
         if not own:
             continue
+        own.sort(key=lambda each: (each["model"], each["dtype"], _place(each)))
         picture = plot.draw(own, results / f"{name}.svg")
         shown = f"\n![Ratios of the set {name}]({name}.svg)\n" if picture else ""
-        (results / f"{name}.md").write_text(f"# {name}\n\n{_ABOUT[name]}\n{shown}\n{markdown(own)}", "utf-8")
+        head = f"# {name}\n\nMeasured on {'; '.join(_places(own))}.\n\n{_ABOUT[name]}\n"
+        (results / f"{name}.md").write_text(f"{head}{shown}\n{markdown(own)}", "utf-8")
         pages.append(f"[{name}]({name}.md)")
         for document in own:
             for goal in document["goals"]:
                 model = f"{document['model']} {document['dtype']}".strip()
                 cells = [f"[{name}]({name}.md)", model, _rounds(document), goal["what"], *_goal(goal, document)]
-                index.append(f"| {' | '.join(cells)} |")
-    (results / "README.md").write_text("\n".join([*index, "", f"Figures: {', '.join(pages)}.", ""]), "utf-8")
+                goals[_place(document)].append(f"| {' | '.join(cells)} |")
+    for place, rows in goals.items():
+        table = ["| set | model | rounds | goal | bound | came | |", "|---|---|---|---|---|---|---|"]
+        index += [f"## {place}", "", *(table + rows if rows else ["No set with goals ran here."]), ""]
+    (results / "README.md").write_text("\n".join([*index, f"Figures: {', '.join(pages)}.", ""]), "utf-8")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -80,6 +96,16 @@ def _read(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def _place(document: dict[str, Any]) -> str:
+    """Return the processor and the number of threads of a document."""
+    threads = document["threads"]
+    return f"{machine.processor(document['machine'])}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _places(documents: list[dict[str, Any]]) -> list[str]:
+    return sorted({_place(document) for document in documents})
+
+
 def markdown(documents: list[dict[str, Any]]) -> str:
     """Return tables of some cases in Markdown, each with its goals and its machine."""
     return "\n".join(line for document in documents for line in _case(document))
@@ -87,14 +113,16 @@ def markdown(documents: list[dict[str, Any]]) -> str:
 
 def _case(document: dict[str, Any]) -> list[str]:
     runs, reference = document["runs"], document["reference"]
-    threads, rounds = document["threads"], _rounds(document)
+    rounds = _rounds(document)
     title = " ".join(part for part in (document["set"], document["model"], document["dtype"]) if part)
     counted = f"{'medians of ' if len(runs) > 1 else ''}{rounds} round{'' if rounds in ('1', '1 of 1') else 's'}"
-    lines = [f"## {title}: {threads} thread{'s' if threads > 1 else ''}, {counted}", ""]
+    lines = [f"## {title}: {_place(document)}, {counted}", ""]
     lines += ["It was interrupted after these rounds.", ""] if document.get("interrupted") else []
     lines += ["One round has no spread.", ""] if len(runs) == 1 else []
+    columns = document.get("columns") or {}  # documents of older versions lack it
+    lines += _beside(columns, runs, reference) if columns else []
     for figure in document["figures"]:
-        lines += _figure(figure, runs, reference)
+        lines += [] if figure in columns.values() else _figure(figure, runs, reference)
     lines += [_outcome(goal, document) for goal in document["goals"]]
     lines += [""] if document["goals"] else []
     if rates := [run["the machine"] for run in runs if "the machine" in run]:
@@ -132,6 +160,24 @@ def _figure(figure: str, runs: list[dict[str, Any]], reference: str) -> list[str
         if limited and (share := times_as_fast(runs, figure, name, LIMIT)):
             cells.append(f"{share['median']:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _beside(columns: dict[str, str], runs: list[dict[str, Any]], reference: str) -> list[str]:
+    """Return a table of the figures that were measured beside busy processes, and one of their ratios."""
+    first, several = next(iter(columns.values())), len(runs) > 1
+    unit, factor = unit_of(first)
+    names = [name for name, own in runs[0].items() if own.keys() >= {*columns.values()}]
+    lines = [f"| {' | '.join([f'{first}, {unit}', *columns])} |", f"|---|{'---|' * len(columns)}"]
+    for name in names:
+        found = [spread([run[name][figure] * factor for run in runs]) for figure in columns.values()]
+        lines.append(f"| {' | '.join([name, *(_spread(each, '.3g', several) for each in found)])} |")
+    if reference not in names:
+        return [*lines, ""]
+    lines += ["", f"| {' | '.join([f'{reference} ÷ this', *columns])} |", f"|---|{'---|' * len(columns)}"]
+    for name in names:
+        ratios = [times_as_fast(runs, figure, name, reference) for figure in columns.values()]
+        lines.append(f"| {' | '.join([name, *(_spread(each, '.2f', several) for each in ratios if each)])} |")
     return [*lines, ""]
 
 

@@ -109,6 +109,17 @@ SHAPES: Final[dict[str, Shape]] = {
         positions=8192,
         end=2,
     ),
+    "smollm2-135m": Shape(
+        family="llama",
+        vocabulary=49152,
+        hidden=576,
+        inner=1536,
+        layers=30,
+        heads=9,
+        key_heads=3,
+        positions=8192,
+        end=0,
+    ),
     "qwen2-0.5b": Shape(
         family="qwen2",
         vocabulary=151936,

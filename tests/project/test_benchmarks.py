@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks import cases, computing, file_sets, files, machine, report, sets
+from benchmarks import cases, computing, file_sets, files, machine, processes, report, sets
 from benchmarks.computing import tokens
-from benchmarks.contenders import CONTENDERS, LLAMA_FLASH, PREPACKED
+from benchmarks.contenders import (
+    CONTENDERS,
+    DEFAULT_WAITING,
+    LLAMA_FLASH,
+    PREPACKED,
+    TORCH,
+    TORCH_COMMAND,
+    TORCH_ONE,
+    TORCH_WAITING,
+)
 from benchmarks.files import Workshop, check_config
 from benchmarks.goals import Goal, Term, times_as_fast
-from benchmarks.processes import Failed, interleaved
+from benchmarks.processes import Failed, beside, interleaved, measured
 from benchmarks.shapes import SHAPES, Shape
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -123,6 +134,7 @@ def test_every_set_names_what_there_is(name: str) -> None:
         for point in case.points:
             assert point.context + point.tokens <= SHAPES[case.model].positions
             measured |= {cases.point_name(what, point.context, point.batch) for what in ("prefill", "decode")}
+        measured |= {*case.columns.values()}
         # If every contender is present, each goal has its comparison.
         run: dict[str, Any] = {contender: dict.fromkeys(measured, 1.0) for contender in case.contenders}
         rates = {"read": 1e9, "multiply float32": 1e9, "multiply bfloat16": 1e9}
@@ -222,10 +234,13 @@ def test_a_run(tmp_path: Path) -> None:
         ["splitbundle torch"],
         ["splitbundle onnxruntime", PREPACKED],
     )
-    assert json.loads((tmp_path / "results" / "decode-tiny-float32.json").read_text("utf-8")) == document
+    name = f"decode-tiny-float32.{machine.tag(machine.facts())}.json"
+    assert json.loads((tmp_path / "results" / name).read_text("utf-8")) == document
     page = (tmp_path / "results" / "decode.md").read_text("utf-8")
     assert "| splitbundle torch |" in page
-    assert "## decode tiny float32: 1 thread, 1 of 5 rounds\n\nOne round has no spread.\n" in page
+    place = f"{machine.processor(machine.facts())}, 1 thread"
+    assert page.startswith(f"# decode\n\nMeasured on {place}.\n")
+    assert f"## decode tiny float32: {place}, 1 of 5 rounds\n\nOne round has no spread.\n" in page
     assert " to " not in "".join(line for line in page.splitlines() if line.startswith("|"))
     assert "Not run: splitbundle onnxruntime, " in page
     assert "[decode](decode.md)" in (tmp_path / "results" / "README.md").read_text("utf-8")
@@ -302,7 +317,7 @@ def test_a_page_tells_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixtur
             )
         ]
     )
-    assert ": 1 thread, medians of 2 of 5 rounds\n" in text
+    assert ", 1 thread, medians of 2 of 5 rounds\n" in text
     assert "It was interrupted after these rounds." in text
     assert "| a | 2e+03 | " not in text  # it gives its least and greatest values
     assert f"- one: goal ≥ 1 ×, not measured: decode 256 of a, {why} ({LLAMA_FLASH})\n" in text
@@ -315,6 +330,196 @@ def test_a_page_tells_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "medians of 2 rounds\n" in (tmp_path / "decode.md").read_text("utf-8")
     said = capsys.readouterr().err
     assert [name in said for name in ("foreign.json", "broken.json", "decode-tiny")] == [True, True, False]
+
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def test_each_measured_process_has_its_own_environment_and_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def task(name: str, of_set: str) -> dict[str, Any]:
+        (case,) = sets.chosen(of_set, ("tiny",), "float32")
+        measuring = cases.Measuring(workshop=Workshop(tmp_path), threads=2, rounds=1, only=None, lock=None)
+        return measuring._task(case, name, "")
+
+    said = f"import json, os; print(json.dumps([os.environ.get(name) for name in {WAITING}]))"
+    monkeypatch.setattr(processes, "_CHILD", said)
+    for name in WAITING:
+        monkeypatch.setenv(name, "own")
+    environments: dict[str, Any] = {name: measured("", task(name, "contention")) for name in CONTENDERS}
+    assert environments.pop(TORCH_COMMAND) == ["PASSIVE", None, None]
+    assert {name: own for name, own in environments.items() if own != [None] * 3} == {}
+    assert measured("", task(TORCH, "decode")) == ["own"] * 3  # the other sets leave them as they are
+    threads = {name: task(name, "contention")["threads"] for name in CONTENDERS}
+    assert {name: number for name, number in threads.items() if number != 2} == {TORCH_ONE: 1}
+
+
+def test_the_contender_waits_as_the_command_does() -> None:
+    code = f"""if True:
+        import os
+        import splitbundle.__main__ as command
+        import splitbundle.cli.main as main
+        main.main = lambda: print([os.environ.get(name) for name in {WAITING}])
+        command.run()
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    environment["PYTHONPATH"] = os.pathsep.join(CHECKOUT)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    own = CONTENDERS[TORCH_COMMAND].environment
+    assert done.stdout == f"{[own[name] for name in WAITING]}\n", done.stderr
+    assert CONTENDERS[TORCH_WAITING].environment == DEFAULT_WAITING
+
+
+@pytest.mark.parametrize("error", [None, Failed("it broke"), KeyboardInterrupt()])
+def test_busy_processes_end_with_the_block(error: BaseException | None) -> None:
+    caught: list[BaseException] = []
+    try:
+        with beside(2) as busy:
+            assert [each.poll() for each in busy] == [None, None]
+            if error is not None:
+                raise error
+    except (Failed, KeyboardInterrupt) as raised:
+        caught.append(raised)
+    assert caught == ([] if error is None else [error])
+    assert len(busy) == 2
+    assert None not in [each.returncode for each in busy]
+    with beside(0) as busy:
+        assert busy == []
+
+
+def test_a_busy_process_that_ends_early_is_told_and_none_outlives_its_parent() -> None:
+    with pytest.raises(Failed, match="ended too early"), beside(2) as busy:
+        busy[0].kill()
+        busy[0].wait()
+    assert None not in [each.returncode for each in busy]
+    # This one is not of that parent, as if its parent were gone.
+    assert subprocess.run([sys.executable, "-c", processes._BUSY, "0"], timeout=60).returncode == 0
+
+
+def test_contention_is_measured_quiet_and_beside_busy_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: list[int] = []
+    real = beside
+
+    @contextlib.contextmanager
+    def counted(count: int) -> Iterator[Any]:
+        with real(count) as busy:
+            running[:] = [len(busy)]
+            yield busy
+        running.clear()
+
+    def computed(module: str, task: dict[str, Any]) -> dict[str, Any]:
+        assert module == "computing"  # the rates of the machine aren't measured
+        return {"logits": [1.0]} if task["logits"] else {"decode 64": 0.001 + running[0] * task["threads"], "load": 1.0}
+
+    monkeypatch.setattr(cases, "measured", computed)
+    monkeypatch.setattr(cases, "beside", counted)
+    names = (TORCH_COMMAND, TORCH_WAITING, TORCH_ONE)
+    measuring = cases.Measuring(workshop=Workshop(tmp_path), threads=2, rounds=1, only=names, lock=None)
+    (case,) = sets.chosen("contention", ("tiny",), None)
+    document = measuring.of_models(case)
+    assert document["runs"][0][TORCH_COMMAND] == {
+        "decode 64": 0.001,
+        "load": 1.0,
+        "decode 64 beside 1 busy": 2.001,
+        "load beside 1 busy": 1.0,
+        "decode 64 beside 2 busy": 4.001,
+        "load beside 2 busy": 1.0,
+    }
+    text = report.markdown([document])
+    assert "| decode 64, ms a token | quiet | 1 busy | 2 busy |\n|---|---|---|---|\n" in text
+    assert f"| {TORCH_COMMAND} | 1 | 2e+03 | 4e+03 |\n" in text
+    assert f"| {sets.BEST} | 1 | 1e+03 | 2e+03 |\n" in text
+    assert "÷ this" not in text  # transformers was not run
+    runs = [run | {"transformers": dict.fromkeys(run[TORCH_ONE], 8.004)} for run in document["runs"]]
+    text = report.markdown([document | {"runs": runs * 2}])
+    assert "| transformers ÷ this | quiet | 1 busy | 2 busy |\n|---|---|---|---|\n" in text
+    assert "| 4.00 (4.00 to 4.00) | 2.00 (2.00 to 2.00) |\n" in text
+
+
+def test_the_goals_of_contention() -> None:
+    case = next(iter(sets.chosen("contention", ("gpt2",), None)))
+    quiet, one, two = case.columns.values()
+    run = {
+        TORCH_COMMAND: {quiet: 1.2, one: 2.0, two: 4.0},
+        TORCH_WAITING: {quiet: 1.0, one: 9.0, two: 9.0},
+        TORCH_ONE: {quiet: 2.0, one: 1.9, two: 3.0},
+        "transformers": {quiet: 2.0, one: 5.0, two: 9.0},
+    }
+    derived = sets.derive(case, run, None)
+    assert derived[sets.BEST] == {quiet: 1.0, one: 1.9, two: 3.0}
+    outcomes = [goal.outcome([run | derived]) for goal in case.goals]
+    assert [(each["median"], each["reached"]) for each in outcomes] == [(0.95, True), (2.5, False), (1.2, False)]
+    del run[TORCH_ONE]
+    assert sets.BEST not in sets.derive(case, run, None)
+
+
+def test_small_models_have_a_goal_for_decoding() -> None:
+    assert SHAPES["smollm2-135m"].parameters() == 134_515_008
+    for model in ("gpt2", "smollm2-135m"):
+        for dtype in ("float32", "bfloat16"):
+            (prefill,), (decode,) = (sets.chosen(name, (model,), dtype) for name in ("prefill", "decode"))
+            assert (decode.goals[-1].what, decode.goals[-1].at_least) == (
+                "decoding, torch, against transformers",
+                1.2,
+            )
+            assert bool(prefill.goals) == ((model, dtype) == ("gpt2", "float32"))
+
+
+@pytest.mark.parametrize(
+    ("name", "instructions", "short", "tag"),
+    [
+        ("Intel(R) Xeon(R) Processor", ["avx2", "avx512f", "amx_tile"], "Intel Xeon (amx)", "intel-xeon-amx"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", ["avx2"], "Intel Xeon (avx2)", "intel-xeon-avx2"),
+        ("AMD EPYC", ["avx2", "avx512f", "sha_ni"], "AMD EPYC (avx512)", "amd-epyc-avx512"),
+        ("AMD EPYC 7R13 48-Core Processor", ["avx2"], "AMD EPYC 7R13 (avx2)", "amd-epyc-7r13-avx2"),
+        (None, ["asimd", "sve"], "Linux aarch64 (sve)", "linux-aarch64-sve"),
+        (None, [], "Linux aarch64", "linux-aarch64"),
+    ],
+)
+def test_a_processor_has_a_short_name(name: str | None, instructions: list[str], short: str, tag: str) -> None:
+    found: dict[str, Any] = {"system": "Linux 6.1 aarch64", "instructions": instructions}
+    found |= {} if name is None else {"processor": name}
+    assert (machine.processor(found), machine.tag(found)) == (short, tag)
+
+
+def test_results_of_two_processors_are_side_by_side(tmp_path: Path) -> None:
+    goals = [Goal(what="one", own=Term("a", "decode 256"), at_most=2.0).outcome([{"a": {"decode 256": 1.0}}])]
+    amd, intel = (
+        document(goals=goals, threads=2, machine=machine.facts() | {"processor": name, "instructions": instructions})
+        for name, instructions in (("AMD EPYC", ["avx512f"]), ("Intel(R) Xeon(R) Processor", ["amx_tile"]))
+    )
+    # The results of an older version have no processor in their name. Only the same processor replaces them.
+    old, own = tmp_path / "decode-tiny-float32.json", tmp_path / "decode-tiny-float32.intel-xeon-amx.json"
+    old.write_text(json.dumps(amd), "utf-8")
+    report.write(intel, tmp_path)
+    assert [json.loads(path.read_text("utf-8")) for path in (old, own)] == [amd, intel]
+    report.write(amd | {"interrupted": True}, tmp_path)
+    report.write(intel | {"interrupted": True}, tmp_path)
+    assert {*tmp_path.iterdir()} == {old, own}
+    assert all(json.loads(path.read_text("utf-8"))["interrupted"] for path in (old, own))
+    report.write_pages(tmp_path)
+    places = ["AMD EPYC (avx512), 2 threads", "Intel Xeon (amx), 2 threads"]
+    page, index = ((tmp_path / name).read_text("utf-8") for name in ("decode.md", "README.md"))
+    assert page.startswith(f"# decode\n\nMeasured on {'; '.join(places)}.\n")
+    titles = [line for line in page.splitlines() if line.startswith("## ")]
+    assert titles == [f"## decode tiny float32: {place}, medians of 2 rounds" for place in places]
+    assert f"\nMeasured on {'; '.join(places)}.\n" in index
+    row = "| [decode](decode.md) | tiny float32 | 2 | one | "
+    head = "| set | model | rounds | goal | bound | came | |\n|---|---|---|---|---|---|---|\n"
+    assert [f"## {place}\n\n{head}{row}" in index for place in places] == [True, True]
+
+
+def test_the_stored_results_have_a_place_on_their_pages() -> None:
+    results = ROOT / "benchmarks" / "results"
+    for path in results.glob("*.json"):
+        stored = json.loads(path.read_text("utf-8"))
+        place = report._place(stored)
+        first = [(results / name).read_text("utf-8").split("\n## ")[0] for name in (f"{stored['set']}.md", "README.md")]
+        assert [place in text for text in first] == [True, True]
+        assert "-".join(filter(None, (stored[key] for key in ("set", "model", "dtype")))) in path.name
 
 
 def test_memory_that_the_system_does_not_tell_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
