@@ -16,7 +16,7 @@ from typing import Final
 from splitbundle.cli.commands import COMMANDS
 
 # The one place where the documentation names modules of the packages.
-from splitbundle.cli.main import build_parser
+from splitbundle.cli.main import build_parsers
 from splitbundle_converter.families import summary
 from splitbundle_converter.families.composites import COMPOSITES
 
@@ -61,10 +61,9 @@ def write(directory: Path) -> None:
 def commands() -> str:
     """Return the commands of the command line with their options."""
     found = {entry.name: entry.load() for entry in entry_points(group="splitbundle.commands")}
-    parser = build_parser([*(found[name] for name in sorted(found)), *COMMANDS])
-    (subparsers,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    parts = [_command(name, each) for name, each in subparsers.choices.items()]
-    common = next(iter(subparsers.choices.values()))
+    _, parsers = build_parsers([*(found[name] for name in sorted(found)), *COMMANDS])
+    parts = [_command(name, each) for name, each in parsers.items()]
+    common = next(iter(parsers.values()))
     parts.append("\n".join(["## Options of every command", "", *_options(common, lambda option: option in COMMON)]))
     return "\n\n".join(parts) + "\n"
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import splitbundle_converter
+from splitbundle.backends import registry
 from splitbundle.bundle import Bundle
-from splitbundle.cli.arguments import integers, positive
+from splitbundle.cli.arguments import add_threads_argument, integers, positive
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import MissingExtra
 from splitbundle_converter.checkpoint.directory import local_name
@@ -80,6 +81,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="add graphs, and the configuration that onnxruntime-genai needs to run them",
     )
+    add_threads_argument(parser)
 
 
 def _convert(args: argparse.Namespace, console: Console) -> int:
@@ -90,7 +92,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
         notes.append(text)
         console.note(f"note: {text}")
 
-    with _libraries():
+    with _libraries(), _threads(args):
         bundle = splitbundle_converter.convert(
             args.source,
             output,
@@ -122,6 +124,7 @@ def _resplit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _no_check_argument(parser: argparse.ArgumentParser) -> None:
+    add_threads_argument(parser)
     parser.add_argument(
         "--no-check",
         dest="check",
@@ -132,7 +135,7 @@ def _no_check_argument(parser: argparse.ArgumentParser) -> None:
 
 def _resplit(args: argparse.Namespace, console: Console) -> int:
     output = args.output or args.bundle
-    with _libraries("onnx", "cut bundles again"):
+    with _libraries("onnx", "cut bundles again"), _threads(args):
         bundle = splitbundle_converter.resplit(
             args.bundle,
             output,
@@ -165,7 +168,7 @@ def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_onnx(args: argparse.Namespace, console: Console) -> int:
-    with _libraries("onnx", "add graphs"):
+    with _libraries("onnx", "add graphs"), _threads(args):
         bundle = splitbundle_converter.add_onnx(
             args.bundle,
             args.output,
@@ -252,6 +255,13 @@ def _libraries(extra: str = "convert", purpose: str = "convert checkpoints") -> 
         if error.name is None or error.name.partition(".")[0] not in LIBRARIES:
             raise
         raise MissingExtra.of(error.name, extra, purpose) from None
+
+
+@contextmanager
+def _threads(args: argparse.Namespace) -> Iterator[None]:
+    """Compute the block with the number of threads that ``--threads`` says, or with torch's own."""
+    with registry.module("torch", "threads").using(args.threads):
+        yield
 
 
 CONVERT: Final = Command(

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from splitbundle.backends.torch.weights import DTYPES as TORCH_DTYPES
@@ -197,7 +198,8 @@ def _convert(
         if graphs is not None:
             graphs(root)
         if check:
-            open_bundle(root).run_vectors(backend="torch" if graphs is None else "all", progress=progress)
+            backend, threads = "torch" if graphs is None else "all", torch.get_num_threads()
+            open_bundle(root).run_vectors(backend=backend, threads=threads, progress=progress)
         made = open_bundle(root)
         checkpoint.directory.check_unchanged()
     return relocated(made, target)

@@ -18,8 +18,8 @@ HINTS: Final = {
     "source.family": "splitbundle families lists what can be converted",
     "source.tensor": "Fetch the weights and the configuration again, from one place",
     "source.parts": "Save all parts again, from one model",
-    "usage": "splitbundle --help names the values",
-    "output": "Choose another place with --output",
+    "usage": "help(splitbundle_converter.convert) names the values",
+    "output": "Choose another output",
 }
 """A code, or its beginning -> the next step that is always safe, where a problem has none of its own."""
 

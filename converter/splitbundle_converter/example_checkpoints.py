@@ -41,7 +41,7 @@ def copy_example(name: str, output: str | os.PathLike[str]) -> Path:
     target = Path(os.path.abspath(output))
     if os.path.lexists(target):
         expected, got = "nothing there", "an existing file or directory"
-        hint = "Choose another place with --output, or remove it yourself"
+        hint = "Choose another output, or remove it yourself"
         raise BundleError(Problem(code="output.exists", file=str(target), expected=expected, got=got, hint=hint))
     source = _directory(name)
     with atomic_directory(target, force=False) as staging:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from splitbundle.errors import BundleError, Problem
+from splitbundle.format import strict_json
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.storage.files import Progress
+from splitbundle_converter.checkpoint.directory import CheckpointDirectory
 from splitbundle_converter.checkpoint.hub import find_checkpoint
 from splitbundle_converter.checkpoint.pickles import BIN, read_model
-from splitbundle_converter.checkpoint.source import Checkpoint, has_weights
+from splitbundle_converter.checkpoint.source import CONFIG, Checkpoint, has_weights
 from splitbundle_converter.checkpoint.weight_files import SAFETENSORS
-from splitbundle_converter.errors import refusal
+from splitbundle_converter.errors import refusal, source_json
 from splitbundle_converter.families.composites import EXTENSION
 from splitbundle_converter.families.configuration import read_configuration
 from splitbundle_converter.families.row import Family
@@ -79,11 +82,25 @@ def open_checkpoint(
             "source.parts", directory.name, expected, got, "Move the files that you do not want to another directory"
         )
     if whole is SAFETENSORS or not allow_pickle:
-        yield _judge(Checkpoint(directory.path, name=directory.name, revision=directory.revision), part)
+        try:
+            checkpoint = Checkpoint(directory.path, name=directory.name, revision=directory.revision)
+        except BundleError as error:
+            raise BundleError([*_configuration_problems(directory), *error.problems]) from error
+        yield _judge(checkpoint, part)
         return
     with scratch_directory(output, force=force) as private:
         read = read_parts(directory, parts, private, progress) if parts else read_model(directory, private, progress)
         yield _judge(read, part)
+
+
+def _configuration_problems(directory: CheckpointDirectory) -> Sequence[Problem]:
+    """Return the problems of a configuration that can't be read. A checkpoint without weights may have them, too."""
+    try:
+        if directory.has(CONFIG):
+            source_json(directory.read(CONFIG, strict_json.MAX_BYTES), CONFIG, constant=str)
+    except BundleError as error:
+        return error.problems
+    return ()
 
 
 def _judge(checkpoint: Checkpoint, part: str | None) -> OpenedCheckpoint:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from splitbundle.backends import registry
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import strict_json
@@ -99,7 +100,8 @@ def resplit(
             graphs(root)
         made = open_bundle(root)
         if graphs is not None and check and made.manifest.vectors is not None:
-            made.run_vectors(backend="onnxruntime", progress=progress)
+            threads = registry.module("torch", "threads").for_call(None)  # those of --threads, if it was given
+            made.run_vectors(backend="onnxruntime", threads=threads, progress=progress)
         _check_unchanged(old, before)
     return relocated(made, target)
 

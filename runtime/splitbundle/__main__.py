@@ -1,9 +1,33 @@
-"""``python -m splitbundle``: the same as the command ``splitbundle``."""
+"""The command ``splitbundle``, also as ``python -m splitbundle``.
+
+An interruption ends it with status 130 and without a traceback, from its first module on. That is why this module
+imports the others inside a function.
+"""
 
 from __future__ import annotations
 
 import sys
 
-from splitbundle.cli.main import main
 
-sys.exit(main())
+def run() -> int:
+    """Run the command with the arguments of the process, and return its exit status."""
+    try:
+        import os
+
+        # A thread of OpenMP that waits for work would keep its core busy, and a process beside this one would wait for
+        # that core. spec/decisions/0016 has measurements. It is read when torch is loaded, and this process is ours.
+        if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        from splitbundle.cli.main import main
+
+        return main()
+    except KeyboardInterrupt:  # before the command had its own handler
+        if "--json" in sys.argv[1:]:
+            problem = '{"code": "interrupted", "expected": "to finish", "got": "an interruption"}'
+            sys.stdout.write(f'{{"ok": false, "problems": [{problem}]}}\n')
+        sys.stderr.write("splitbundle: [interrupted] expected to finish, got an interruption\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(run())

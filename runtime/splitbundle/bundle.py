@@ -61,7 +61,12 @@ class Bundle(BundleReader):
         return verify(self, shard, exact=exact, progress=progress)
 
     def run_vectors(
-        self, shard: str | None = None, *, backend: str = "torch", progress: Progress | None = None
+        self,
+        shard: str | None = None,
+        *,
+        backend: str | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
     ) -> list[Difference]:
         """Compute the golden vectors, and compare them with the original model.
 
@@ -70,7 +75,9 @@ class Bundle(BundleReader):
 
         Args:
             shard: the only shard to run; by default all.
-            backend: ``"torch"``, ``"onnxruntime"``, or ``"all"`` to run both and compare them with each other, too.
+            backend: ``"torch"``, ``"onnxruntime"``, or ``"all"`` to run both and compare them with each other, too. By
+                default torch if it is installed, else onnxruntime.
+            threads: the number of threads, as for ``stage``.
             progress: called with the name of the work, the amount that is done, and the total amount.
 
         Returns:
@@ -83,7 +90,7 @@ class Bundle(BundleReader):
         """
         from splitbundle.stages import golden
 
-        differences = registry.run_golden(self, shard, backend, progress)
+        differences = registry.run_golden(self, shard, backend or registry.installed_backend(), threads, progress)
         if self.manifest.vectors is not None:
             golden.check(differences, self.manifest.vectors.file)
         return differences
@@ -96,7 +103,7 @@ class Bundle(BundleReader):
         layers: tuple[int, int] | None = None,
         embeds: bool | None = None,
         head: bool | None = None,
-        backend: Literal["torch"] = "torch",
+        backend: Literal["torch"] | None = None,
         **options: Unpack[TorchOptions],
     ) -> torch_stage.Stage: ...
 
@@ -131,7 +138,7 @@ class Bundle(BundleReader):
         layers: tuple[int, int] | None = None,
         embeds: bool | None = None,
         head: bool | None = None,
-        backend: str = "torch",
+        backend: str | None = None,
         **options: Any,
     ) -> Any:
         """Load a shard, or any range of global layers, ready to compute.
@@ -144,15 +151,21 @@ class Bundle(BundleReader):
             embeds: whether to begin with the embedding; by default if ``start`` is 0.
             head: whether to end with the head; by default if ``stop`` is the number of layers.
             backend: ``"torch"`` takes and returns tensors. ``"onnxruntime"`` takes and returns numpy arrays in float32,
-                and computes in the dtype of the graphs' variant.
+                and computes in the dtype of the graphs' variant. By default torch if it is installed, else onnxruntime.
             device: torch: the name of a device; by default the CPU.
             dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; by default the stored dtype. Under
                 onnxruntime it must be the dtype of the graphs.
             trainable: torch: whether the parameters take gradients. Training never changes the bundle, as weights are
                 mapped copy-on-write. Stages that are loaded separately have their own parameters, even for a tied
                 embedding. In a ``pipeline`` they stay tied.
+            kernels: torch: the kernels that multiply a few rows by weights, as ``splitbundle kernels`` prints them.
+                ``"auto"``, the default, measures which are the fastest here, in some milliseconds at the first product.
+                ``"torch"`` takes torch's usual ones, whose results don't depend on a measurement; it is the default of
+                a trainable stage. The variable ``SPLITBUNDLE_KERNELS`` sets the default of both.
             providers: onnxruntime: execution providers, the preferred first; by default the CPU's.
-            threads: onnxruntime: the number of threads; by default one for each core.
+            threads: the number of threads that compute. By default torch's setting, or one for each core, but no more
+                than the affinity and the container's quota allow. The setting of the process doesn't change. With torch
+                a forked child always has one.
             prepack: onnxruntime: whether to copy the weights into a layout that is faster for many rows at once. By
                 default the weights stay in their files and take no memory.
 
@@ -160,12 +173,13 @@ class Bundle(BundleReader):
             BundleError: for an unknown part or backend, and for a file that is missing or differs from its entry.
         """
         selection = self.select(name, layers=layers, embeds=embeds, head=head)
-        own = registry.own_options(backend, options, "stage")
-        return registry.module(backend, "stage").load_stages(self, [selection], **own)[0]
+        chosen = backend or registry.installed_backend()
+        own = registry.own_options(chosen, options, "stage")
+        return registry.module(chosen, "stage").load_stages(self, [selection], **own)[0]
 
     @overload
     def pipeline(
-        self, *, backend: Literal["torch"] = "torch", **options: Unpack[TorchOptions]
+        self, *, backend: Literal["torch"] | None = None, **options: Unpack[TorchOptions]
     ) -> torch_pipeline.Pipeline: ...
 
     @overload
@@ -176,7 +190,7 @@ class Bundle(BundleReader):
     @overload
     def pipeline(self, *, backend: str | Mapping[str, str], **options: Unpack[AllOptions]) -> Any: ...
 
-    def pipeline(self, *, backend: str | Mapping[str, str] = "torch", **options: Any) -> Any:
+    def pipeline(self, *, backend: str | Mapping[str, str] | None = None, **options: Any) -> Any:
         """Load all shards as stages in order. Tied weights are one parameter.
 
         Arguments and errors are those of ``stage``. ``backend`` may also map shards to backends, as in
@@ -184,8 +198,9 @@ class Bundle(BundleReader):
         numpy arrays.
         """
         if not isinstance(backend, Mapping):
-            own = registry.own_options(backend, options, "pipeline")
-            return registry.module(backend, "pipeline").load_pipeline(self, **own)
+            chosen = backend or registry.installed_backend()
+            own = registry.own_options(chosen, options, "pipeline")
+            return registry.module(chosen, "pipeline").load_pipeline(self, **own)
         return registry.mixed_pipeline(self, backend, options)
 
 

@@ -1,4 +1,4 @@
-"""Convert integers from callers: those of Python, or of any library."""
+"""Convert numbers from callers: those of Python, or of any library."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ def as_integer(value: object) -> int | None:
     try:
         return operator.index(value)  # type: ignore[arg-type]  # raises TypeError if it isn't an integer
     except TypeError:
+        return None
+
+
+def as_number(value: object) -> float | None:
+    """Return a number of Python, numpy or torch as an ``int`` or a ``float``; None for any other value."""
+    whole = as_integer(value)
+    if whole is not None:
+        return whole
+    if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # an array of several numbers
         return None
 
 

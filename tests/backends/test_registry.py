@@ -50,7 +50,7 @@ import sys
 sys.modules["torch"] = None
 import splitbundle
 try:
-    splitbundle.open({str(whole.path)!r}).stage("bottom")
+    splitbundle.open({str(whole.path)!r}).stage("bottom", backend="torch")
 except splitbundle.MissingExtra as error:
     print(error)
 """

@@ -84,6 +84,6 @@ def test_commands_take_the_backend_that_is_there(command: list[str]) -> None:
 
 
 def test_what_is_missing_says_how_to_get_it() -> None:
-    code = f"{BAR}; import splitbundle; splitbundle.open({str(GOLDEN / NAMES[0])!r}).pipeline()"
+    code = f"{BAR}; import splitbundle; splitbundle.open({str(GOLDEN / NAMES[0])!r}).pipeline(backend='torch')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert 'pip install "splitbundle[torch]"' in done.stderr

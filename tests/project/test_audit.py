@@ -89,8 +89,9 @@ def test_nothing_runs_and_nothing_outside_is_read(backend: str, tmp_path: Path) 
     assert {event for event, _ in seen} - HARMLESS == set()
     opened = {arguments[0] for event, arguments in seen if event == "open"}
     inside = {str(place) for place in path.rglob("*") if place.is_file()}
-    assert opened <= inside
-    assert opened  # the hook works
+    # The container's quota of processors is in files of the system.
+    assert {place for place in opened if not place.startswith(("/sys/fs/cgroup/", "/proc/self/cgroup"))} <= inside
+    assert opened & inside  # the hook works
     assert {arguments[0] for event, arguments in seen if event in {"os.listdir", "os.scandir"}} <= {
         str(path),
         str(path / "tokenizer"),

@@ -30,7 +30,7 @@ FLOORS = {
     "splitbundle": (
         ("records", "version"),
         ("errors",),
-        ("integers",),
+        ("integers", "processors"),
         ("format",),
         ("storage",),
         ("verification", "stages"),
@@ -61,6 +61,7 @@ LIBRARIES = {
         "backends/torch/*.py": {"torch"},
         "backends/onnxruntime/*.py": {"onnxruntime", "numpy"},
         "text/huggingface.py": {"tokenizers"},
+        "cli/completion.py": {"shtab"},
         "bundle.py": {"typing_extensions"},  # only for annotations; type checkers bring it themselves
     },
     "splitbundle_converter": {

@@ -114,7 +114,7 @@ def test_a_link_in_a_file_s_place(copy: Path, whole: Bundle) -> None:
 
 
 def test_no_bundle_at_all(tmp_path: Path) -> None:
-    hint = "splitbundle convert SOURCE -o NAME.splitbundle makes one"
+    hint = 'splitbundle_converter.convert(SOURCE, "NAME.splitbundle") makes one'
     expected = "expected a bundle, a directory with a manifest.json"
     there = tmp_path / "file"
     there.write_bytes(b"")

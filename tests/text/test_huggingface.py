@@ -85,7 +85,7 @@ def test_a_tokenizer_that_the_library_does_not_read(tmp_path: Path, bundle: spli
     (source / "tokenizer.json").write_text(unreadable)
     with pytest.raises(BundleError, match=r"\[text.tokenizer\] tokenizer.json: expected a tokenizer that") as caught:
         splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False)
-    assert str(caught.value).endswith("--no-tokenizer converts without a tokenizer")
+    assert str(caught.value).endswith("tokenizer=False converts without a tokenizer")
     path = bundle.manifest.text.tokenizer
     assert path is not None
     relist(bundle.path, path, unreadable.encode())
@@ -175,7 +175,7 @@ def test_a_tokenizer_of_another_model_is_not_converted(tmp_path: Path) -> None:
         "[text.tokenizer] tokenizer.json /model/vocab: expected ids below 640, as the model has 640, for all but one "
         "token in 100, got 20 of 660, the first 'new0' with 50000. The model has no such token: the tokenizer belongs "
         "to another model, or was changed after "
-        "training. --no-tokenizer converts without a tokenizer"
+        "training. tokenizer=False converts without a tokenizer"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     output = tmp_path / "x.splitbundle"

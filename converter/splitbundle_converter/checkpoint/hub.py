@@ -41,7 +41,8 @@ def find_checkpoint(
     if path.exists():
         raise refusal("source.missing", str(source), "a checkpoint directory or a hub id", "a file")
     identifier = str(source)
-    if not _HUB_ID.fullmatch(identifier):
+    # An id has the form of a relative path. In a directory that exists, a path is meant.
+    if not _HUB_ID.fullmatch(identifier) or ("/" in identifier and path.parent.is_dir()):
         raise refusal("source.missing", identifier, "a checkpoint directory or a hub id", "neither")
     texts = [*TEXT_FILES, f"{TEMPLATES}/*.jinja"]
     directory = _fetch(identifier, revision, [CONFIG, "*.safetensors", SAFETENSORS.index, CARD, *texts])
@@ -70,8 +71,9 @@ def _fetch(identifier: str, revision: str | None, patterns: Sequence[str]) -> Pa
         hint = "Accept its terms on the hub and set HF_TOKEN"
         raise refusal("network", identifier, "access to the model", line(error), hint) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        hint = "Check the id and --revision; a private model needs HF_TOKEN"
-        raise refusal("network", identifier, "a model of this name on the hub", line(error), hint) from error
+        hint = "Check the path, or the id and the revision; a private model needs HF_TOKEN"
+        expected = "a directory here, or a model on the hub"
+        raise refusal("source.missing", identifier, expected, f"neither: {line(error)}", hint) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         hint = "There is no such directory here, and the hub can't be reached"
         raise refusal("network", identifier, "the model from the hub", line(error), hint) from error

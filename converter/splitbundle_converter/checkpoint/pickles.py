@@ -125,7 +125,7 @@ def rewrite(pickles: Mapping[str, Path], private: Path, progress: Progress | Non
         total = sum(path.stat().st_size for path in pickles.values())
         free = shutil.disk_usage(private).free
     if free < total:
-        hint = "Choose another place with --output, or make room there"
+        hint = "Choose another output, or make room there"
         expected = f"{total / 2**30:.1f} GiB of room for the tensors of the pickles, until the bundle is written"
         raise refusal("output.failed", str(private.parent), expected, f"{free / 2**30:.1f} GiB", hint)
     targets = {file: private / f"{number:05d}.safetensors" for number, file in enumerate(pickles)}
@@ -154,7 +154,7 @@ def _writing(private: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        expected, hint = "a place that can be written", "Choose another place with --output, or make room there"
+        expected, hint = "a place that can be written", "Choose another output, or make room there"
         raise refusal("output.failed", str(error.filename or private), expected, line(error), hint) from error
 
 
@@ -256,7 +256,7 @@ def _listen(
         if "refused" in message:
             _raise_refused(message, file)
         if "failed" in message:
-            hint = "Choose another place with --output, or make room there"
+            hint = "Choose another output, or make room there"
             raise refusal("output.failed", file, "room for its tensors", _words(message["failed"]), hint)
         number, written = message.get("reading", 0), message.get("bytes", 0)
         if not message or not _within(number, len(files) - 1) or not _within(written, total * 8):

@@ -199,7 +199,8 @@ def pickled(file: str) -> BundleError:
         f"weights in {SAFETENSORS.single} or {SAFETENSORS.index}",
         "a pickle, which can run code",
         "Save the model as safetensors where you trust it: "
-        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True). Or --allow-pickle: "
+        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True). Or "
+        "allow_pickle=True: "
         "it reads names and tensors alone, and refuses what asks for more, in a process of its own",
     )
 

@@ -173,7 +173,7 @@ def family_hint(raw: Mapping[str, Any], families: Collection[str]) -> str:
                 f"It has no {TEXT}, which transformers' {COMPOSITES[model_type].class_name} needs. Convert a copy of "
                 "the model in the layout of transformers"
             )
-        return f"This checkpoint's language part is {text}: convert it with --part {LANGUAGE}"
+        return f'This checkpoint\'s language part is {text}: convert it with part="{LANGUAGE}"'
     only = reason(raw) or _kind(raw) or "Other families can't be converted; splitbundle never guesses at one"
     if text is None:
         return only

@@ -29,7 +29,7 @@ class GraphWriter:
         others = [stored for stored in storage.dtypes if stored != dtype]
         if self.variant != "standard" and others:
             expected = f"weights that are all stored as {dtype}, for graphs that compute in it"
-            hint = f"Standard graphs accept any weights; convert --dtype {dtype} stores all weights in {dtype}"
+            hint = f'Standard graphs accept any weights; dtype="{dtype}" stores all weights in {dtype}'
             raise refusal("usage.onnx", None, expected, f"some in {others[0]}", argument="onnx", hint=hint)
 
     def __call__(self, root: Path) -> None:

@@ -151,7 +151,7 @@ def _composite(found: Configuration) -> Composite:
     if isinstance(model_type, str) and model_type in FAMILIES:
         expected = "a checkpoint that has other parts than a language model"
         got = f"model_type {quoted(model_type)}, which is a language model as a whole"
-        raise refusal("usage.part", None, expected, got, "Convert it without --part", argument="part")
+        raise refusal("usage.part", None, expected, got, "Convert it without part=", argument="part")
     if not isinstance(model_type, str) or model_type not in COMPOSITES:
         refuse_unknown_code(found)
         text = text_type(raw)

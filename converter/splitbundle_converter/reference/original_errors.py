@@ -15,7 +15,7 @@ from splitbundle_converter.families.configuration import parse
 from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.quiet_transformers import quiet
 
-UNCHECKED: Final = "--no-check converts without the original model, and without golden vectors"
+UNCHECKED: Final = "check=False converts without the original model, and without golden vectors"
 _NO_MEMORY: Final = "DefaultCPUAllocator"
 """A word in the message of torch's error for an allocation that fails. torch raises a plain RuntimeError for it."""
 

@@ -14,7 +14,7 @@ from splitbundle_converter.checkpoint.source import TOKENIZER, Checkpoint
 from splitbundle_converter.options import Note
 from splitbundle_converter.text import slow_tokenizer
 
-WITHOUT: Final = "--no-tokenizer converts without a tokenizer"
+WITHOUT: Final = "tokenizer=False converts without a tokenizer"
 _NO_TEXT: Final = "The bundle will have no text"
 
 

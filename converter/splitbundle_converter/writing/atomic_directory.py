@@ -205,9 +205,9 @@ def _refuse_existing(target: Path, force: bool) -> None:
         return
     if not force:
         expected, got = "nothing there", "an existing file or directory"
-        hint = "--force replaces it once the new one is complete"
+        hint = "force=True replaces it once the new one is complete"
     elif not _is_bundle(target):
-        expected, got, hint = "a bundle, to be replaced", "something else", "Remove it yourself: --force won't"
+        expected, got, hint = "a bundle, to be replaced", "something else", "Remove it yourself: force=True won't"
     else:
         return
     raise BundleError(Problem(code="output.exists", file=str(target), expected=expected, got=got, hint=hint))
@@ -327,7 +327,7 @@ def _remove(directory: Path) -> None:
 
 
 def _beaten(target: Path) -> BundleError:
-    hint = "Another writer was first; --force replaces it"
+    hint = "Another writer was first; force=True replaces it"
     return BundleError(
         Problem(code="output.exists", file=str(target), expected="nothing there", got="a new bundle", hint=hint)
     )
@@ -340,7 +340,7 @@ def _not_durable(target: Path, error: OSError) -> BundleError:
 
 
 def _unwritable(target: Path, got: str | OSError) -> BundleError:
-    hint = "Choose another place with --output, or make room there"
+    hint = "Choose another output, or make room there"
     expected = "a place that can be written"
     said = got if isinstance(got, str) else _line(got)
     return BundleError(Problem(code="output.failed", file=str(target), expected=expected, got=said, hint=hint))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 import warnings
@@ -20,29 +19,31 @@ if TYPE_CHECKING:
 BACKENDS: Final = ("torch", "onnxruntime")
 
 
-class TorchOptions(TypedDict, total=False):
-    """The options of the backend torch. ``Bundle.stage`` explains each."""
-
-    device: str | None
+class _CommonOptions(TypedDict, total=False):
     dtype: str | None
+    threads: int | None
+
+
+class _TorchOnly(TypedDict, total=False):
+    device: str | None
     trainable: bool
+    kernels: str | None
 
 
 class _OnnxRuntimeOnly(TypedDict, total=False):
     providers: Sequence[Any] | None
-    threads: int | None
     prepack: bool
 
 
-class _OnnxRuntimeDtype(TypedDict, total=False):
-    dtype: str | None
+class TorchOptions(_CommonOptions, _TorchOnly, total=False):
+    """The options of the backend torch. ``Bundle.stage`` explains each."""
 
 
-class OnnxRuntimeOptions(_OnnxRuntimeDtype, _OnnxRuntimeOnly, total=False):
+class OnnxRuntimeOptions(_CommonOptions, _OnnxRuntimeOnly, total=False):
     """The options of the backend onnxruntime. ``Bundle.stage`` explains each."""
 
 
-class AllOptions(TorchOptions, _OnnxRuntimeOnly, total=False):
+class AllOptions(_CommonOptions, _TorchOnly, _OnnxRuntimeOnly, total=False):
     """The options of every backend, for a call that names its backend by a variable."""
 
 
@@ -93,7 +94,13 @@ def _unset(value: object) -> bool:
 
 
 def module(backend: str, name: str) -> ModuleType:
-    """Return a module of a backend, and import it on first use."""
+    """Return a module of a backend, and import it on first use.
+
+    Args:
+        backend: the backend.
+        name: ``"stage"``, ``"pipeline"`` or ``"golden"``; with torch also ``"kernels"``, ``"kernel_choice"`` and
+            ``"threads"``.
+    """
     full = f"splitbundle.backends.{backend}.{name}"
     if full in sys.modules:
         return sys.modules[full]
@@ -101,11 +108,42 @@ def module(backend: str, name: str) -> ModuleType:
         with warnings.catch_warnings():
             # torch warns about this if numpy is missing, which is normal when torch is installed alone.
             warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-            return importlib.import_module(full)
+            return _import(backend, name)
     except ModuleNotFoundError as error:
         if error.name not in LIBRARIES[backend]:
             raise
         raise MissingExtra.of(backend, backend, f'compute with backend="{backend}"') from None
+
+
+def _import(backend: str, name: str) -> ModuleType:
+    """Import a module by a statement that names it: tools that freeze an app find modules by such statements."""
+    if backend == "torch":
+        if name == "golden":
+            from splitbundle.backends.torch import golden as torch_golden
+
+            return torch_golden
+        if name == "stage":
+            from splitbundle.backends.torch import stage as torch_stage
+
+            return torch_stage
+        if name in ("kernels", "kernel_choice", "threads"):
+            from splitbundle.backends.torch import kernel_choice, kernels, threads
+
+            return {"kernels": kernels, "kernel_choice": kernel_choice, "threads": threads}[name]
+        from splitbundle.backends.torch import pipeline as torch_pipeline
+
+        return torch_pipeline
+    if name == "golden":
+        from splitbundle.backends.onnxruntime import golden as onnxruntime_golden
+
+        return onnxruntime_golden
+    if name == "stage":
+        from splitbundle.backends.onnxruntime import stage as onnxruntime_stage
+
+        return onnxruntime_stage
+    from splitbundle.backends.onnxruntime import pipeline as onnxruntime_pipeline
+
+    return onnxruntime_pipeline
 
 
 def mixed_pipeline(bundle: BundleReader, own: Mapping[str, str], given: Mapping[str, Any]) -> Any:
@@ -131,7 +169,7 @@ def mixed_pipeline(bundle: BundleReader, own: Mapping[str, str], given: Mapping[
 
 
 def run_golden(
-    bundle: BundleReader, shard: str | None, backend: str, progress: Progress | None
+    bundle: BundleReader, shard: str | None, backend: str, threads: int | None, progress: Progress | None
 ) -> list[golden.Difference]:
     """Compute the golden vectors and compare the results with the original model. See ``Bundle.run_vectors``.
 
@@ -142,12 +180,14 @@ def run_golden(
     """
     if backend != "all":
         own_options(backend, {}, "run_vectors")
-        differences: list[golden.Difference] = module(backend, "golden").run_vectors(bundle, shard, progress)
+        differences: list[golden.Difference] = module(backend, "golden").run_vectors(bundle, shard, threads, progress)
         return differences
-    return _run_both(bundle, shard, progress)
+    return _run_both(bundle, shard, threads, progress)
 
 
-def _run_both(bundle: BundleReader, shard: str | None, progress: Progress | None) -> list[golden.Difference]:
+def _run_both(
+    bundle: BundleReader, shard: str | None, threads: int | None, progress: Progress | None
+) -> list[golden.Difference]:
     """Compare each backend with the original model, and then the two backends with each other."""
     from splitbundle.stages import golden  # imported here because opening a bundle doesn't need it
 
@@ -155,9 +195,15 @@ def _run_both(bundle: BundleReader, shard: str | None, progress: Progress | None
     arrays = module("onnxruntime", "golden")
     tensors = {} if bundle.manifest.vectors is None else arrays.read_golden(bundle)
     torch_outputs = golden.compute(
-        bundle, shard, tensors, lambda part: torch(bundle, [part], dtype="float32")[0].over_numpy(), progress
+        bundle,
+        shard,
+        tensors,
+        lambda part: torch(bundle, [part], dtype="float32", threads=threads)[0].over_numpy(),
+        progress,
     )
-    outputs = golden.compute(bundle, shard, tensors, lambda part: onnxruntime(bundle, [part])[0], progress)
+    outputs = golden.compute(
+        bundle, shard, tensors, lambda part: onnxruntime(bundle, [part], threads=threads)[0], progress
+    )
     original, tolerance = golden.original_outputs(tensors, outputs), arrays.tolerance(bundle)
     return [
         *golden.compare(torch_outputs, original, ("torch", "original"), tensors),
@@ -168,4 +214,10 @@ def _run_both(bundle: BundleReader, shard: str | None, progress: Progress | None
 
 def installed_backend() -> str:
     """Return the first backend whose library is installed, or the first backend if none is."""
-    return next((backend for backend in BACKENDS if importlib.util.find_spec(backend) is not None), BACKENDS[0])
+    return next((backend for backend in BACKENDS if _is_installed(backend)), BACKENDS[0])
+
+
+def _is_installed(library: str) -> bool:
+    if library in sys.modules:
+        return sys.modules[library] is not None  # None bars an import
+    return importlib.util.find_spec(library) is not None

@@ -17,6 +17,26 @@ def add_strict_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_threads_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--threads``."""
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="the number of threads that compute; by default one for each core that this process may use",
+    )
+
+
+def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--threads`` and ``--kernels``."""
+    add_threads_argument(parser)
+    parser.add_argument(
+        "--kernels",
+        metavar="KERNELS",
+        help="torch's kernels for a few rows: auto, torch, or what the command kernels prints; by default auto",
+    )
+
+
 def verify_when(args: argparse.Namespace) -> Literal["never", "always"]:
     """Return the argument ``verify`` of ``splitbundle.open`` for ``--strict``."""
     return "always" if args.strict else "never"
@@ -42,3 +62,26 @@ def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
     return int(text)
+
+
+def temperature(text: str) -> float:
+    """Parse a finite number from 0 for argparse."""
+    value = _number(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
+    return value
+
+
+def probability(text: str) -> float:
+    """Parse a number above 0, and at most 1, for argparse."""
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, and at most 1, got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")  # not in any range

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from splitbundle.cli import generate, inspect, verify
+from splitbundle.cli import completion, generate, inspect, kernels, verify
 
-COMMANDS: Final = (inspect.COMMAND, verify.COMMAND, generate.COMMAND)
+COMMANDS: Final = (inspect.COMMAND, verify.COMMAND, generate.COMMAND, kernels.COMMAND, completion.COMMAND)

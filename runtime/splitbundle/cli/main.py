@@ -14,6 +14,7 @@ from typing import Any, Final, NoReturn
 
 from splitbundle.cli.commands import COMMANDS
 from splitbundle.cli.console import Command, Console
+from splitbundle.cli.words import as_usage, in_command
 from splitbundle.errors import BundleError, MissingExtra, Problem, VerificationError
 from splitbundle.version import __version__
 
@@ -34,20 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     _Parser.as_json = "--json" in arguments
-    parser = build_parser(_commands(arguments))
-    args = parser.parse_args(arguments)
-    command: Command | None = getattr(args, "command", None)
-    if command is None:
-        parser.print_help(sys.stderr)
-        return USAGE
-    console = Console(as_json=args.json, quiet=args.quiet)
+    args: argparse.Namespace | None = None
+    console = Console(as_json=_Parser.as_json, quiet=False)
     caught: BaseException
     with _Interruption() as interruption:
         try:
-            status = command.run(args, console)
+            args = _parse(arguments)
+            if args is None:
+                return USAGE
+            console = Console(as_json=args.json, quiet=args.quiet)
+            status: int = args.command.run(args, console)
             console.end_progress()
             return status
         except BundleError as error:
+            if args is not None:
+                error = as_usage(error, args.parser)
             caught, problems, status = error, error.problems, exit_status(error)
         except BrokenPipeError:
             # The reader of the output has closed it. Python would complain again when it flushes at its end.
@@ -65,14 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if interruption.came or isinstance(caught, KeyboardInterrupt):
         problems, status = (Problem(code="interrupted", expected="to finish", got="an interruption"),), INTERRUPTED
     console.end_progress()
+    problems = tuple(in_command(problem) for problem in problems)
     console.json({"ok": False, "problems": [problem.as_json() for problem in problems]})
     for problem in problems:
         console.error(str(problem))
-    if args.debug:
+    if args is not None and args.debug:
         import traceback
 
         traceback.print_exception(caught)
     return status
+
+
+def _every_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    return build_parsers(all_commands())
 
 
 class _Interruption:
@@ -122,8 +129,38 @@ def exit_status(error: BundleError) -> int:
     return FAILURE
 
 
-def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
-    """Return the argument parser of some commands."""
+def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
+    """Return the parsed arguments, with the ``command`` and its ``parser``. Print help if there is no command."""
+    parser, parsers = build_parsers(_commands(arguments))
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return None
+    own = parsers.get(arguments[0])
+    if own is None:
+        parser.parse_args(arguments)  # --help, --version, or an error
+        parser.error(f"a command comes first, got {arguments[0]!r}")
+    return _parse_in_any_order(own, arguments[1:])
+
+
+def _parse_in_any_order(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse options that may stand before, between and after the other arguments.
+
+    After ``--`` there are no options. ``parse_intermixed_args`` parses twice and forgets that, so it sees stand-ins for
+    what comes after ``--``. No argument of a process has the character NUL.
+    """
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    plain = {f"\0{i}": argument for i, argument in enumerate(arguments[at + 1 :])}
+    args = parser.parse_intermixed_args(
+        [*arguments[:at], *plain], argparse.Namespace(parser=parser, every_parser=_every_parser)
+    )
+    for name, value in vars(args).items():
+        if isinstance(value, str) and value in plain:
+            setattr(args, name, plain[value])
+    return args
+
+
+def build_parsers(commands: Sequence[Command]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser that lists the commands, and the parser of each command by its name."""
     common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="write JSON to stdout")
     common.add_argument("--quiet", "-q", action="store_true", help="no progress on stderr")
@@ -133,17 +170,25 @@ def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"splitbundle {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    own: dict[str, argparse.ArgumentParser] = {}
     for command in commands:
-        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help, parents=[common])
-        command.configure(subparser)
-        subparser.set_defaults(command=command)
-    return parser
+        own[command.name] = subparsers.add_parser(
+            command.name, help=command.help, description=command.help, parents=[common]
+        )
+        command.configure(own[command.name])
+        own[command.name].set_defaults(command=command)
+    return parser, own
 
 
 def _commands(arguments: Sequence[str]) -> list[Command]:
     """Return the runtime's own commands and, if they may be needed, those of other packages."""
     if any(argument == command.name for argument in arguments[:1] for command in COMMANDS):
         return list(COMMANDS)  # a search for entry points reads the metadata of every installed package
+    return all_commands()
+
+
+def all_commands() -> list[Command]:
+    """Return the commands of other packages, and the runtime's own."""
     from importlib.metadata import entry_points
 
     found = {entry.name: entry for entry in entry_points(group="splitbundle.commands")}

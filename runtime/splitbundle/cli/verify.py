@@ -6,7 +6,7 @@ import argparse
 from typing import Final
 
 from splitbundle.backends.registry import BACKENDS, installed_backend
-from splitbundle.cli.arguments import add_strict_argument, bundle_id, verify_when
+from splitbundle.cli.arguments import add_strict_argument, add_threads_argument, bundle_id, verify_when
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, VerificationError
 from splitbundle.opening import open_bundle
@@ -17,7 +17,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard", metavar="NAME", help="check only the files that this shard needs; the others may be missing"
     )
-    parser.add_argument("--exact", action="store_true", help="refuse a file that the manifest doesn't list")
+    parser.add_argument(
+        "--exact", action="store_true", help="refuse a file or an empty directory that the manifest doesn't list"
+    )
     parser.add_argument("--id", metavar="sha256:…", type=bundle_id, help="the expected bundle id, as inspect shows it")
     parser.add_argument("--run", action="store_true", help="also compute the golden vectors of the original model")
     parser.add_argument(
@@ -25,6 +27,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(*BACKENDS, "all"),
         help="the backend for --run, by default an installed one; all runs and compares both",
     )
+    add_threads_argument(parser)
     add_strict_argument(parser)
 
 
@@ -40,7 +43,10 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     if args.run or args.backend is not None:
         try:
             differences = bundle.run_vectors(
-                args.shard, backend=args.backend or installed_backend(), progress=console.progress
+                args.shard,
+                backend=args.backend or installed_backend(),
+                threads=args.threads,
+                progress=console.progress,
             )
         except (MissingExtra, VerificationError):
             raise
@@ -50,6 +56,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     for path in found.unlisted:
         console.note(f"not listed in the manifest, and never opened: {path}")
     what = f"{args.bundle}, shard {args.shard}" if args.shard else args.bundle
+    partial, whole = bool(bundle.absent()), bundle.whole_shards()
+    if partial:
+        console.note(f"The bundle is partial. These shards are whole: {', '.join(whole) or 'none'}.")
     console.text(f"{what}: {len(found.files)} files, {found.bytes:,} bytes, every size and digest as listed")
     for difference in differences:
         one, other = difference.between
@@ -64,6 +73,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             "files": list(found.files),
             "bytes": found.bytes,
             "unlisted": list(found.unlisted),
+            "partial": partial,
+            "whole_shards": list(whole),
             "differences": [
                 {"where": d.where, "between": d.between, "largest": d.largest, "scale": d.scale, "relative": d.relative}
                 for d in differences

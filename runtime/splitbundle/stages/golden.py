@@ -68,7 +68,7 @@ def compute(
     """
     vectors = bundle.manifest.vectors
     if vectors is None:
-        hint = "It was converted with --no-check; convert it again without this option"
+        hint = "It was converted with check=False; convert it again without this option"
         raise BundleError(
             Problem(code="vectors.none", expected="golden vectors", got="a bundle without them", hint=hint)
         )
@@ -135,12 +135,12 @@ def _problem(difference: Difference, file: str) -> Problem:
     got = f"{difference.largest:.4g}, {difference.relative:.3g} of it"
     hint = "These weights give other results than the original model: convert it again, and report it if it persists"
     if difference.tolerance == FLOAT16_TOLERANCE:
-        hint = "float16 ends at 65,504 and has 11 bits: --variant standard computes in float32"
+        hint = 'float16 ends at 65,504 and has 11 bits: variant="standard" computes in float32'
     elif difference.between[1] != "original":
         hint = f"{difference.between[0]} gives other results here: report it with this bundle's architecture.json"
     if not math.isfinite(difference.scale):
         expected, got = f"numbers from {other}", "NaN or infinity"
-        hint = "Some weights of the checkpoint are NaN or infinite; --no-check converts them anyway"
+        hint = "Some weights of the checkpoint are NaN or infinite; check=False converts them anyway"
     return Problem(code="parity", file=file, argument=difference.where, expected=expected, got=got, hint=hint)
 
 

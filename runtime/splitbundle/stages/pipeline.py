@@ -203,7 +203,7 @@ class PipelineBase:
             stop_ids: tokens that end a row.
             session: a session to continue; by default a new one that is large enough.
         """
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        sampling = Sampling.of(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         most = as_integer(max_new_tokens)
         if most is None or most < 0:
             got = quoted(max_new_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.integers import as_number
 from splitbundle.records import record
 
 NOT_FINITE: Final = Problem(
@@ -26,6 +27,16 @@ class Sampling:
     top_p: float | None = None
     """Draw only among the likeliest tokens that reach this probability (Holtzman et al. 2020, arXiv:1904.09751)."""
     seed: int | None = None
+
+    @classmethod
+    def of(cls, **given: object) -> Sampling:
+        """Return the sampling for the arguments of a caller, whose numbers may be of any library.
+
+        Raises:
+            BundleError: ``input.value``.
+        """
+        numbers = {name: as_number(value) for name, value in given.items()}
+        return cls(**{name: value if numbers[name] is None else numbers[name] for name, value in given.items()})  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         def is_number(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from splitbundle.errors import BundleError, Problem, quoted
@@ -15,6 +16,10 @@ class Session:
     def __init__(self, caches: Sequence[CacheState], batch_size: int, capacity: int) -> None:
         self.caches, self.batch_size, self.capacity = caches, batch_size, capacity
         self.past = [0] * batch_size
+
+    def __copy__(self) -> Session:
+        """Return a session of its own, with a copy of the caches. So ``copy.copy`` begins a second continuation."""
+        return copy.deepcopy(self)
 
     def rollback(self, tokens: int | Sequence[int]) -> None:
         """Discard the last tokens: the same number in every row, or a number for each row.

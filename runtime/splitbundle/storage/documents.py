@@ -54,7 +54,7 @@ def find_bundle(path: str | os.PathLike[str]) -> Path:
                 file=str(path),
                 expected=f"a bundle, a directory with a {document.FILE}",
                 got=there,
-                hint="splitbundle convert SOURCE -o NAME.splitbundle makes one",
+                hint='splitbundle_converter.convert(SOURCE, "NAME.splitbundle") makes one',
             )
         )
     return root

@@ -8,7 +8,7 @@ import mmap
 import os
 import stat
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Final
 
 from splitbundle.errors import BundleError, Problem
@@ -54,12 +54,14 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         handle = os.open(place, flags | getattr(os, "O_CLOEXEC", 0))
+    except FileNotFoundError:  # it was there just now
+        raise BundleError(unreadable(path, _replaced())) from None
     except OSError as error:
         raise BundleError(unreadable(path, error)) from error
     try:
         opened = os.fstat(handle)
         if not os.path.samestat(status, opened):
-            raise OSError(errno.ESTALE, "the file was replaced while it was opened")
+            raise _replaced()
         file = os.fdopen(handle, "rb", buffering=0)
     except OSError as error:
         os.close(handle)
@@ -79,14 +81,32 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
     return file
 
 
+def _replaced() -> OSError:
+    return OSError(errno.ESTALE, "the file was replaced while it was opened")
+
+
 FETCH: Final = "The file isn't the one that the manifest lists: fetch or convert it again"
+
+
+_NEXT: Final = {
+    errno.EACCES: "Check the permissions of the file and of the directories above it",
+    errno.EPERM: "Check the permissions of the file and of the directories above it",
+    errno.ESTALE: "A writer is replacing the bundle: open it again",
+    errno.EMFILE: "This process has too many open files: ulimit -n raises the limit",
+    errno.ENFILE: "This system has too many open files: close some",
+    errno.EIO: "The disk or the network failed: fetch the bundle to another disk",
+}
+"""An error number of the system -> the next step."""
 
 
 def unreadable(path: str, error: OSError) -> Problem:
     """Return the problem of a file that the system refuses to read."""
-    hint = "Check the permissions of the file and of the directories above it"
     return Problem(
-        code="file.unreadable", file=path, expected="a file that can be read", got=f"{error.strerror}", hint=hint
+        code="file.unreadable",
+        file=path,
+        expected="a file that can be read",
+        got=f"{error.strerror}",
+        hint=_NEXT.get(error.errno or 0),
     )
 
 
@@ -120,7 +140,7 @@ def read_private(file: BinaryIO, path: str, listed: File) -> mmap.mmap:
         memory = _private_memory(listed.size)
     except OSError as error:
         expected, got = f"memory for its {listed.size} bytes", f"{error.strerror}"
-        hint = 'Without --strict or verify="always", it is mapped and takes no memory'
+        hint = 'Without verify="always", it is mapped and takes no memory'
         raise BundleError(Problem(code="file.unreadable", file=path, expected=expected, got=got, hint=hint)) from error
     digest, done = hashlib.sha256(), 0
     file.seek(0)
@@ -210,12 +230,16 @@ def sha256(file: BinaryIO, advance: Callable[[int], None] | None = None) -> str:
 
 
 def unlisted(root: Path, listed: set[str]) -> list[str]:
-    """Return the files and links under ``root`` that aren't in ``listed``, sorted.
+    """Return the files, links and empty directories under ``root`` that aren't in ``listed``, sorted.
+
+    The name of an empty directory ends with ``/``. A directory for listed files isn't reported, even without them.
 
     Raises:
         BundleError: ``file.unreadable`` for a directory that can't be listed.
     """
     found: list[str] = []
+    empty: set[str] = set()
+    expected = {parent.as_posix() for path in listed for parent in PurePosixPath(path).parents}
 
     def fail(error: OSError) -> None:
         raise error  # a directory that can't be listed may hold anything
@@ -225,10 +249,12 @@ def unlisted(root: Path, listed: set[str]) -> list[str]:
             here = Path(directory)
             links = [name for name in directories if (here / name).is_symlink()]
             found += [(here / name).relative_to(root).as_posix() for name in (*files, *links)]
+            if not files and not directories and (place := here.relative_to(root).as_posix()) not in expected:
+                empty.add(f"{place}/")
     except OSError as error:
-        place = os.path.relpath(os.fsdecode(error.filename or root), root)
-        raise BundleError(unreadable(place if len(place) < 100 else f"{place[:100]}…", error)) from error
-    return sorted(path for path in found if path not in listed)
+        failed = os.path.relpath(os.fsdecode(error.filename or root), root)
+        raise BundleError(unreadable(failed if len(failed) < 100 else f"{failed[:100]}…", error)) from error
+    return sorted(empty | {path for path in found if path not in listed})
 
 
 def _kind(mode: int) -> str:

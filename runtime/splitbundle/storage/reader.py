@@ -99,6 +99,16 @@ class BundleReader:
         """Return the listed files that are missing: none in a whole bundle, some in a partial one."""
         return tuple(path for path in self.manifest.files if not (self.path / path).exists())
 
+    def whole_shards(self) -> tuple[str, ...]:
+        """Return the names of the shards whose weight files and graph are all there. A partial bundle lacks some."""
+        absent = set(self.absent())
+        return tuple(shard.name for shard in self.shards if absent.isdisjoint(self.files_of(shard)))
+
+    def files_of(self, shard: Shard) -> list[str]:
+        """Return the paths of a shard's weight files and of its graph."""
+        graphs = [] if shard.graph is None else [shard.graph.file]
+        return [*(path for unit in shard.units for path in self.manifest.units[unit]), *graphs]
+
     def weight_groups(self) -> dict[str, tuple[str, ...]]:
         """Return the weight files of each unit, and of the golden vectors, in order."""
         vectors = self.manifest.vectors

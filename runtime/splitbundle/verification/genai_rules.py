@@ -56,7 +56,7 @@ def _compare(found: Any, expected: Any, pointer: str) -> None:
 
 
 def _problem(pointer: str, expected: str, got: str) -> BundleError:
-    hint = "splitbundle add-onnx --genai writes it again"
+    hint = "splitbundle_converter.add_onnx with genai=True writes it again"
     return BundleError(
         Problem(code="genai.config", file=GENAI[0], pointer=pointer, expected=expected, got=got, hint=hint)
     )

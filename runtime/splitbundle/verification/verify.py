@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -10,21 +9,22 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from splitbundle import processors
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import genai, names, strict_json
 from splitbundle.format.architecture import decoder as architectures
 from splitbundle.format.manifest import document
-from splitbundle.records import record
+from splitbundle.records import record, replace
 from splitbundle.storage import files
 from splitbundle.storage.documents import is_of_another_manifest
 from splitbundle.storage.files import Progress
 from splitbundle.verification import genai_rules, onnx_rules, tokenizer_rules
 
 if TYPE_CHECKING:
-    from splitbundle.format.manifest.document import Shard
     from splitbundle.storage.reader import BundleReader
 
 
+REMOVE: Final = "Remove it if you don't know it"
 THREAD_BYTES: Final = 2**20
 """The calling thread hashes any file with fewer bytes itself."""
 
@@ -63,12 +63,27 @@ def verify(bundle: BundleReader, shard: str | None, *, exact: bool, progress: Pr
         problems += error.problems
     if exact:
         problems += [
-            Problem(code="file.unlisted", file=path, expected="only files that the manifest lists", got="this one")
+            Problem(
+                code="file.unlisted", file=path, expected="only what the manifest lists", got="this one", hint=REMOVE
+            )
             for path in unlisted
         ]
     if problems:
-        raise BundleError(problems)
+        raise BundleError(_explain_partial(bundle, problems) if shard is None else problems)
     return Verification(files=tuple(listed), bytes=total, unlisted=tuple(unlisted))
+
+
+def _explain_partial(bundle: BundleReader, problems: list[Problem]) -> list[Problem]:
+    """Return the problems, the first missing file with the shards that are whole, as such a bundle may be meant so."""
+    first = next((i for i, problem in enumerate(problems) if problem.code == "file.missing"), None)
+    if first is None:
+        return problems
+    whole = bundle.whole_shards()
+    said = (
+        f"These shards are whole: {', '.join(whole)}; shard={whole[0]!r} checks one" if whole else "No shard is whole"
+    )
+    hint = f"The bundle is partial. {said}. {problems[first].hint or ''}"
+    return [*problems[:first], replace(problems[first], hint=hint), *problems[first + 1 :]]
 
 
 def _judges(bundle: BundleReader, shard: str | None) -> Iterator[tuple[Sequence[str], Callable[[], object]]]:
@@ -80,7 +95,7 @@ def _judges(bundle: BundleReader, shard: str | None) -> Iterator[tuple[Sequence[
         yield paths, partial(deque, bundle.open_weights(group), 0)
     for each in bundle.shards if shard is None else (bundle.shard(shard),):
         if each.graph is not None:
-            yield _files(bundle, each), partial(onnx_rules.read, bundle, each, each.graph)
+            yield bundle.files_of(each), partial(onnx_rules.read, bundle, each, each.graph)
     tokenizer = bundle.manifest.text.tokenizer
     if tokenizer is not None:
         yield [tokenizer], partial(tokenizer_rules.read, bundle, tokenizer)
@@ -94,7 +109,7 @@ def _each(paths: list[str], bundle: BundleReader, check: Callable[[str], list[Pr
     thread takes as long as hashing some hundred KB.
     """
     large = [path for path in paths if bundle.manifest.files[path].size >= THREAD_BYTES]
-    workers = min(_cores(), len(large))
+    workers = min(processors.usable(), len(large))
     if workers < 2:
         yield from map(check, paths)
         return
@@ -106,21 +121,8 @@ def _each(paths: list[str], bundle: BundleReader, check: Callable[[str], list[Pr
             yield running[path].result() if path in running else check(path)
 
 
-def _cores() -> int:
-    """Return the number of cores that this process may use. A container or taskset can lower it."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _listed(bundle: BundleReader, shard: str | None) -> list[str]:
-    return list(bundle.manifest.files) if shard is None else [architectures.FILE, *_files(bundle, bundle.shard(shard))]
-
-
-def _files(bundle: BundleReader, shard: Shard) -> list[str]:
-    """Return the paths of a shard's weight files and of its graph."""
-    graphs = [] if shard.graph is None else [shard.graph.file]
-    return [*(path for unit in shard.units for path in bundle.manifest.units[unit]), *graphs]
+    return list(bundle.manifest.files) if shard is None else [architectures.FILE, *bundle.files_of(bundle.shard(shard))]
 
 
 def _check_sums(bundle: BundleReader) -> list[Problem]:

@@ -53,7 +53,7 @@ def test_a_file_may_be_a_link(source: Callable[[str], Path], output: Path) -> No
     accepted(path, output, check=False)
 
 
-WITHOUT = "--no-tokenizer converts without a tokenizer"
+WITHOUT = "tokenizer=False converts without a tokenizer"
 LINK = (
     "expected a file of the checkpoint, got a link that leads out of it. To use this file, copy it into the checkpoint"
 )

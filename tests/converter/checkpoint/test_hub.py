@@ -167,9 +167,9 @@ def test_safetensors_of_the_hub_come_first(hub: str, tmp_path: Path) -> None:
 
 def test_a_model_that_the_hub_lacks(hub: str, tmp_path: Path) -> None:
     done = convert(hub, tmp_path / "hf", "someone/else", "-o", tmp_path / "x.splitbundle")
-    assert done.returncode == 5
-    assert "[network] someone/else: expected a model of this name on the hub" in done.stderr
-    assert "Check the id and --revision; a private model needs HF_TOKEN" in done.stderr
+    assert done.returncode == 1
+    assert "[source.missing] someone/else: expected a directory here, or a model on the hub, got neither" in done.stderr
+    assert "Check the path, or the id and --revision; a private model needs HF_TOKEN" in done.stderr
 
 
 def test_what_is_neither_a_directory_nor_an_id(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def test_without_the_flag(pickled: Callable[..., Path], output: Path) -> None:
     assert text == (
         f"[source.pickle] {BIN}: expected weights in {SAFE} or {SAFE}.index.json, got a pickle, which can run code. "
         "Save the model as safetensors where you trust it: "
-        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True). "
-        "Or --allow-pickle: it reads names and tensors alone, and refuses what asks for more, in a process of its own"
+        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True). Or "
+        "allow_pickle=True: it reads names and tensors alone, and refuses what asks for more, in a process of its own"
     )
 
 
@@ -253,5 +253,5 @@ def test_no_room(pickled: Callable[..., Path], output: Path, monkeypatch: pytest
     monkeypatch.setattr(pickles.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     assert str(refused(pickled("llama"), output)) == (
         f"[output.failed] {output.parent}: expected 0.0 GiB of room for the tensors of the pickles, until the bundle "
-        "is written, got 0.0 GiB. Choose another place with --output, or make room there"
+        "is written, got 0.0 GiB. Choose another output, or make room there"
     )

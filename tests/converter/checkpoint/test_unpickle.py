@@ -211,7 +211,7 @@ def test_what_the_system_refuses_here(
     assert text.startswith(f"[output.failed] {output.parent}/.{output.name}.tmp-")
     assert text.endswith(
         "/request.json: expected a place that can be written, got OSError: [Errno 28] No space left on device: "
-        f"'{text.partition(' ')[2].partition(':')[0]}'. Choose another place with --output, or make room there"
+        f"'{text.partition(' ')[2].partition(':')[0]}'. Choose another output, or make room there"
     )
 
 

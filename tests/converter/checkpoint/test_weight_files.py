@@ -36,8 +36,8 @@ def test_a_pickle(source: Callable[[str], Path], output: Path) -> None:
     assert str(refused(path, output)) == (
         f"[source.pickle] pytorch_model.bin: expected weights in {WEIGHTS} or {INDEX}, "
         "got a pickle, which can run code. Save the model as safetensors where you trust it: "
-        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True). "
-        "Or --allow-pickle: it reads names and tensors alone, and refuses what asks for more, in a process of its own"
+        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True). Or "
+        "allow_pickle=True: it reads names and tensors alone, and refuses what asks for more, in a process of its own"
     )
 
 

@@ -468,7 +468,7 @@ def test_an_error_that_no_field_causes(
     monkeypatch.setattr(LlamaForCausalLM, "forward", failing)
     assert str(refused(source("llama"), output, check=True)) == (
         "[source.config] config.json: expected a configuration with which transformers' llama builds and runs, got "
-        "KeyError: 'nothing'. --no-check converts without the original model, and without golden vectors"
+        "KeyError: 'nothing'. check=False converts without the original model, and without golden vectors"
     )
 
 

@@ -128,7 +128,7 @@ def test_graphs_in_float16(tmp_path: Path) -> None:
             splitbundle_converter.convert(path, tmp_path / "none", onnx="float16")
         (problem,) = caught.value.problems
         assert (problem.code, problem.argument, problem.got) == ("usage.onnx", "onnx", f"some in {stored}")
-        assert "--dtype float16" in (problem.hint or "")
+        assert 'dtype="float16"' in (problem.hint or "")
     with pytest.raises(BundleError, match=r"\[usage.onnx\] onnx: expected weights that are all stored as float16"):
         splitbundle_converter.add_onnx(bundle("llama", (2,)), tmp_path / "none", variant="float16")
     with pytest.raises(BundleError, match=r"expected standard or float16, got 'bfloat16'.*can't multiply bfloat16"):

@@ -44,10 +44,10 @@ def test_without_part_the_hint_says_what_to_do(tmp_path: Path) -> None:
     source = make(tmp_path, "llava")
     assert str(refused(source, part=None)) == (
         f"[source.family] config.json /model_type: expected {LISTED}, got 'llava'. "
-        "This checkpoint's language part is llama: convert it with --part language"
+        'This checkpoint\'s language part is llama: convert it with part="language"'
     )
     change_text(source, model_type=...)
-    assert str(refused(source, part=None)).endswith("language part is llama: convert it with --part language")
+    assert str(refused(source, part=None)).endswith('language part is llama: convert it with part="language"')
     change_text(source, model_type="mixtral")
     hint = f"{ONLY}. This checkpoint's language part is 'mixtral', and can't be converted alone either"
     assert str(refused(source, part=None)).endswith(f"got 'llava'. {hint}")
@@ -58,7 +58,7 @@ def test_a_language_model_has_no_parts(tmp_path: Path) -> None:
         splitbundle_converter.convert(checkpoint("llama"), tmp_path / "x.splitbundle", part="language")
     assert str(caught.value) == (
         "[usage.part] part: expected a checkpoint that has other parts than a language model, got model_type 'llama', "
-        "which is a language model as a whole. Convert it without --part"
+        "which is a language model as a whole. Convert it without part="
     )
 
 
@@ -212,7 +212,7 @@ def test_a_tower_that_needs_another_library(tmp_path: Path) -> None:
     error = refused(source, check=True)
     assert error.codes == ("backend.missing",)
     assert str(error).startswith("[backend.missing] expected the libraries that PerceptionLMForConditionalGeneration")
-    assert str(error).endswith("--no-check converts without the original model, and without golden vectors")
+    assert str(error).endswith("check=False converts without the original model, and without golden vectors")
     assert convert(source, check=False).manifest.vectors is None
 
 

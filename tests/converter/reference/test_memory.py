@@ -20,7 +20,7 @@ def test_a_model_that_memory_cannot_hold_names_no_check(tmp_path: Path, monkeypa
         splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle")
     assert str(caught.value) == (
         "[memory] expected 0.0 GiB of free memory to check against the original model in float32, got 0.0 GiB. "
-        "--no-check converts without the original model, and without golden vectors"
+        "check=False converts without the original model, and without golden vectors"
     )
     assert not list(tmp_path.iterdir())
     splitbundle_converter.convert(CHECKPOINT, tmp_path / "x.splitbundle", check=False)

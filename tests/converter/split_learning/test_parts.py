@@ -202,7 +202,7 @@ def test_masks_of_old_gpt2_may_stand_in_every_part(parts: Path, output: Path) ->
 def test_without_the_flag(parts: Path, output: Path) -> None:
     text = str(refused(write(parts, "gpt2"), output, allow_pickle=False))
     assert text.startswith("[source.pickle] bottom.pt: expected weights in model.safetensors or ")
-    assert "Or --allow-pickle: " in text
+    assert "Or allow_pickle=True: " in text
 
 
 def test_a_tied_head_that_was_trained_away(parts: Path, output: Path) -> None:

@@ -327,7 +327,7 @@ def test_of_writers_that_race_one_wins_and_the_others_say_so(tmp_path: Path) -> 
 def test_a_destination_that_exists(output: Path) -> None:
     made = accepted(checkpoint("llama"), output, check=False)
     before = digests(output)
-    hint = "--force replaces it once the new one is complete"
+    hint = "force=True replaces it once the new one is complete"
     expected = f"[output.exists] {output}: expected nothing there, got an existing file or directory. {hint}"
     assert str(refused(checkpoint("gpt2"), output)) == expected
     assert digests(output) == before
@@ -349,5 +349,5 @@ def test_what_is_no_bundle_is_not_replaced(output: Path, make: Callable[[Path], 
     make(output)
     assert str(refused(checkpoint("llama"), output, force=True)) == (
         f"[output.exists] {output}: expected a bundle, to be replaced, got something else. "
-        "Remove it yourself: --force won't"
+        "Remove it yourself: force=True won't"
     )

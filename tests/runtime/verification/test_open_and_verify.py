@@ -144,7 +144,7 @@ def test_what_is_no_bundle_is_said(tmp_path: Path) -> None:
         splitbundle.open(tmp_path / "nothing.splitbundle")
     assert str(caught.value) == (
         f"[file.missing] {tmp_path / 'nothing.splitbundle'}: expected a bundle, a directory with a manifest.json, "
-        "got nothing there. splitbundle convert SOURCE -o NAME.splitbundle makes one"
+        'got nothing there. splitbundle_converter.convert(SOURCE, "NAME.splitbundle") makes one'
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -46,6 +47,18 @@ class KVCache(CacheState):
         # touch it.
         each = sum(math.prod(size) * numpy.dtype(self.dtypes[name]).itemsize for name, size in self._sizes.items())
         numpy.empty([batch_size, capacity, each], numpy.uint8)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, or a pickle, has the arrays. The objects of onnxruntime over their memory are made anew.
+        return self.__dict__ | {"values": {}, "_bindings": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name, array in self.arrays.items():
+            self._put(name, array)
+
+    def __copy__(self) -> KVCache:
+        return copy.deepcopy(self)  # two caches that write into one memory would be no copy
 
     def make_room(self, call: Call) -> None:
         """Add slots until this call's tokens and their padding fit."""

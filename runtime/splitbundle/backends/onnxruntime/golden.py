@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
 
 
-def run_vectors(bundle: BundleReader, shard: str | None, progress: Progress | None) -> list[golden.Difference]:
+def run_vectors(
+    bundle: BundleReader, shard: str | None, threads: int | None, progress: Progress | None
+) -> list[golden.Difference]:
     """See ``Bundle.run_vectors``."""
     tensors = {} if bundle.manifest.vectors is None else read_golden(bundle)
-    outputs = golden.compute(bundle, shard, tensors, lambda part: load_stages(bundle, [part])[0], progress)
+    outputs = golden.compute(
+        bundle, shard, tensors, lambda part: load_stages(bundle, [part], threads=threads)[0], progress
+    )
     original = golden.original_outputs(tensors, outputs)
     return golden.compare(outputs, original, ("onnxruntime", "original"), tensors, tolerance(bundle))
 

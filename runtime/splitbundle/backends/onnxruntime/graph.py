@@ -117,12 +117,13 @@ def _utf8(path: Path) -> str:
 
 def no_graph(bundle: BundleReader, what: str) -> BundleError:
     graphs = [f"{shard.name} [{shard.layers[0]}, {shard.layers[1]})" for shard in bundle.shards if shard.graph]
+    maker = f"splitbundle_converter.{'resplit' if graphs else 'add_onnx'}"
     return BundleError(
         Problem(
             code="stage.graph",
             argument=what,
             expected=f"layers that shards' graphs compute: {', '.join(graphs)}" if graphs else "a graph a shard",
             got="none for them" if graphs else "a bundle without graphs",
-            hint=f'splitbundle {"resplit" if graphs else "add-onnx"} makes them; backend="torch" computes any range',
+            hint=f'{maker} makes them; backend="torch" computes any range',
         )
     )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy
 import onnxruntime
 
+from splitbundle import processors
 from splitbundle.backends.onnxruntime.cache import KVCache
 from splitbundle.backends.onnxruntime.graph import LoadedGraph, no_graph
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.graph import VARIANTS
+from splitbundle.integers import as_integer
 from splitbundle.stages.call import Call
 from splitbundle.stages.stage import ArrayInfo, LogitsWanted, StageBase
 
@@ -39,7 +42,7 @@ class Stage(StageBase):
 
     backend = "onnxruntime"
     array = "a numpy.ndarray"
-    integer_dtypes = frozenset(("int64", "int32", "int16", "uint8", "int8"))
+    integer_dtypes = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
     dtype = "float32"
     device = "cpu"
 
@@ -179,7 +182,10 @@ def load_stages(
         BundleError: ``stage.graph`` if the graphs of one shard, or of several consecutive shards, don't cover exactly
             the range; ``input.dtype`` for any dtype except that of the graphs.
     """
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+    usable = processors.usable()
+    # onnxruntime's own number is that of the machine's cores, which is right unless this process may use fewer.
+    number = as_integer(threads) if threads is not None else usable if usable < (os.cpu_count() or 1) else None
+    if threads is not None and (number is None or not 1 <= number <= MAX_THREADS):
         expected = f"1 to {MAX_THREADS}"
         raise BundleError(Problem(code="input.value", argument="threads", expected=expected, got=quoted(threads)))
     available = onnxruntime.get_available_providers()
@@ -200,11 +206,11 @@ def load_stages(
             _check_dtype(shard, dtype)
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
-            # Each session has its own threads. After its work they would keep spinning for a while, and would take CPU
-            # time from the next session: three shards would take three times as long as one.
-            options.add_session_config_entry("session.force_spinning_stop", "1")
-            if threads is not None:
-                options.intra_op_num_threads = threads
+            # Each session has its own threads. By default they spin while they wait for work, and take CPU time from
+            # other processes and from the session of the next shard. spec/decisions/0016 has what that costs.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            if number is not None:
+                options.intra_op_num_threads = number
             if not prepack:
                 options.add_session_config_entry("session.disable_prepacking", "1")
             graphs.append(LoadedGraph(bundle, shard, options, chosen))
@@ -216,7 +222,9 @@ def _check_dtype(shard: Shard, wanted: str | None) -> None:
     own = None if shard.graph is None else VARIANTS[shard.graph.variant]
     if own is not None and wanted not in (None, own):
         expected = f"{own}, in which the graph of shard {shard.name} computes"
-        hint = "splitbundle add-onnx --variant writes graphs that compute in another dtype; torch computes in any dtype"
+        hint = (
+            "splitbundle_converter.add_onnx with variant= writes graphs in another dtype; torch computes in any dtype"
+        )
         raise BundleError(
             Problem(code="input.dtype", argument="dtype", expected=expected, got=quoted(wanted), hint=hint)
         )

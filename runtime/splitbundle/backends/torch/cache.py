@@ -28,13 +28,15 @@ class KVCache(CacheState):
         self.device, self.dtype = device, dtype
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
-        for layer in range(*layers):
-            attention = architecture.kind_of(layer).attention
-            shape = (batch_size, attention.kv_heads, capacity, attention.head_dim)
-            # Memory must start as zeros: a masked slot is still multiplied by 0, and uninitialized memory may hold
-            # NaN. 0 · NaN is NaN.
-            self.keys[layer] = torch.zeros(shape, device=device, dtype=dtype)
-            self.values[layer] = torch.zeros(shape, device=device, dtype=dtype)
+        # A tensor that is made in inference mode can't be changed outside it, and a session may go on there.
+        with torch.inference_mode(False):
+            for layer in range(*layers):
+                attention = architecture.kind_of(layer).attention
+                shape = (batch_size, attention.kv_heads, capacity, attention.head_dim)
+                # Memory must start as zeros: a masked slot is still multiplied by 0, and uninitialized memory may hold
+                # NaN. 0 · NaN is NaN.
+                self.keys[layer] = torch.zeros(shape, device=device, dtype=dtype)
+                self.values[layer] = torch.zeros(shape, device=device, dtype=dtype)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Store this call's keys and values, and return those of all slots up to the last position.
@@ -46,7 +48,7 @@ class KVCache(CacheState):
                 stored.narrow(2, positions.uniform, positions.length).copy_(new)
             else:
                 rows, places, slots = positions.tokens
-                stored[rows, :, slots] = new[rows, :, places]
+                stored[rows, :, slots] = new[rows, :, places].to(stored.dtype)  # under autocast, new may have another
         return self.keys[layer].narrow(2, 0, positions.stop), self.values[layer].narrow(2, 0, positions.stop)
 
     @property
@@ -56,7 +58,8 @@ class KVCache(CacheState):
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Replace each row i with the former row ``rows[i]``."""
-        for stored in (self.keys, self.values):
-            for layer, tensor in stored.items():
-                stored[layer] = tensor.index_select(0, torch.tensor(rows, device=tensor.device))
+        with torch.inference_mode(False):  # as in __init__
+            for stored in (self.keys, self.values):
+                for layer, tensor in stored.items():
+                    stored[layer] = tensor.index_select(0, torch.tensor(rows, device=tensor.device))
         super().reorder(rows)

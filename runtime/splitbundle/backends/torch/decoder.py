@@ -88,20 +88,16 @@ class Embedding(nn.Module):
         return through(self.norm, x)
 
 
-class Projection(nn.Module):
-    """The final linear layer. Its weight may be the token table."""
+class TiedProjection(nn.Module):
+    """The final linear layer of a tied head. Its weight is the token table, and it may have a bias of its own."""
 
-    def __init__(self, rows: int, columns: int, *, weight: bool, bias: bool) -> None:
+    def __init__(self, rows: int, *, bias: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns, device="meta")) if weight else None
         self.bias = nn.Parameter(torch.empty(rows, device="meta")) if bias else None
 
-    def forward(self, x: Tensor, tied: Tensor | None) -> Tensor:
-        """Multiply by the weight, or by ``tied`` if it is given. *Shape:* (…, columns) -> (…, rows)."""
-        weight = self.weight if tied is None else tied
-        if weight is None:
-            raise ValueError("a tied head needs the token table")
-        return linear(x, weight, self.bias)
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """Multiply by the token table. *Shape:* (…, columns), (rows, columns) -> (…, rows)."""
+        return linear(x, table, self.bias)
 
 
 class Head(nn.Module):
@@ -113,14 +109,19 @@ class Head(nn.Module):
         self.facts = head
         self.norm = None if head.norm is None else Norm(head.norm, hidden)
         self.narrowing = Linear(hidden, size, bias=False) if size != hidden else None
-        self.projection = Projection(architecture.vocab_size, size, weight=not head.tied, bias=head.bias)
+        self.projection = (
+            TiedProjection(architecture.vocab_size, bias=head.bias)
+            if head.tied
+            else Linear(size, architecture.vocab_size, bias=head.bias)
+        )
 
     def forward(self, x: Tensor, tied: Tensor | None) -> Tensor:
         """Compute logits. ``tied`` is the token table of a tied head.
 
         *Shape:* (batch, k, hidden) -> (batch, k, vocab).
         """
-        x = self.projection(through(self.narrowing, through(self.norm, x)), tied if self.facts.tied else None)
+        x = through(self.narrowing, through(self.norm, x))
+        x = self.projection(x, tied) if self.facts.tied else self.projection(x)
         if self.facts.multiplier != 1.0:
             x = x * self.facts.multiplier
         cap = self.facts.logit_cap

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
 
 
-def run_vectors(bundle: BundleReader, shard: str | None, progress: Progress | None) -> list[golden.Difference]:
+def run_vectors(
+    bundle: BundleReader, shard: str | None, threads: int | None, progress: Progress | None
+) -> list[golden.Difference]:
     """See ``Bundle.run_vectors``."""
     tensors = {} if bundle.manifest.vectors is None else map_tensors(bundle, VECTORS)
 
     def load(selection: Selection) -> Callable[..., Any]:
-        stage = load_stages(bundle, [selection], dtype="float32")[0]
+        stage = load_stages(bundle, [selection], dtype="float32", threads=threads)[0]
 
         def run(given: Tensor, **options: Any) -> Tensor:
             with torch.no_grad():

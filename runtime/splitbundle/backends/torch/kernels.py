@@ -1,11 +1,12 @@
 """Multiply by mapped weights with the torch kernel that reads them fastest, without copying them.
 
-``spec/decisions/0012`` has the measurements. torch's own choice is slow in two cases:
+``kernel_choice`` says which kernels there are, and chooses. ``spec/decisions/0012`` and ``0016`` have measurements.
+torch's own choice is slow in two cases:
 
-- float32: torch calls MKL. MKL computes one row on one thread, and on processors other than Intel's it is slow for
-  more rows too. oneDNN, which every x86 build of torch contains, is fast for both.
+- float32: torch calls MKL. On processors other than Intel's, MKL computes one row on one thread, and is slow for more
+  rows too. oneDNN, which every x86 build of torch contains, is fast there.
 - One row in bfloat16: torch calls oneDNN, which first rearranges the whole weight. torch also has a kernel of its own
-  that only reads the weight.
+  that only reads the weight, and oneDNN doesn't rearrange a weight that is multiplied by a vector.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+
+from splitbundle.backends.torch import kernel_choice
+from splitbundle.backends.torch.kernel_choice import COLUMN, GEMV, ONEDNN, TORCH, Choice, Measured
 
 SMALL: Final = 2**17
 """Below this number of scalar multiplications, oneDNN's preparation (some 15 µs) takes longer than all of them."""
@@ -113,39 +117,103 @@ class _Switch:
 _switch: Final = _Switch()
 
 
+def _column(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x Wᵀ + b for one row, as W times a vector. *Shape:* (…, columns), all others 1 -> (…, rows)."""
+    row = x.reshape(-1)
+    out = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _gemv(x: Tensor, weight: Tensor) -> Tensor:
+    call = object()
+    try:
+        _switch.enter(call, 1)
+        return functional.linear(x, weight)
+    finally:
+        _switch.leave(call)
+
+
+def _products(kernel: str) -> kernel_choice.Product | None:
+    """Return the product of a kernel, or None if it isn't here, or is what torch itself chooses."""
+    if kernel == ONEDNN:
+        return None if _ONEDNN is None else lambda x, weight: _ONEDNN.product(x, weight, None)
+    if kernel == GEMV:
+        return _gemv if _SWITCHES else None
+    return _column if kernel == COLUMN else functional.linear
+
+
+class _Current(threading.local):
+    choice: Choice | None = None
+
+
+_current: Final = _Current()
+"""The kernels of the call that this thread computes, or None for the measured ones."""
+measured: Final = Measured(_products)
+
+
+def _kernel(key: str) -> str:
+    choice = _current.choice
+    return measured.kernel(key) if choice is None else choice[key]
+
+
+def chosen() -> Choice:
+    """Return the kernels that a stage without a choice of its own uses. Measure those that weren't measured yet."""
+    named = kernel_choice.from_environment()
+    return {key: measured.kernel(key) for key in kernel_choice.KERNELS} if named is None else named
+
+
 def _after_fork() -> None:
     """Reset the switch in a forked child: a call that another thread of the parent was running never ends here."""
     if _switch.single:
         torch._C._set_mkldnn_enabled(_switch.before)
     _switch.reset()
+    measured.reset()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def with_kernels_for(x: Tensor, dtype: torch.dtype, compute: Callable[..., Tensor], *args: object) -> Tensor:
+def with_kernels_for(
+    x: Tensor, dtype: torch.dtype, choice: Choice | None, compute: Callable[..., Tensor], *args: object
+) -> Tensor:
     """Return ``compute(x, *args)``, with the kernels that suit the number of rows of x and weights of ``dtype``.
 
     *Shape:* of x, (batch, sequence, …).
+
+    Args:
+        x: the first argument.
+        dtype: the dtype of the weights.
+        choice: the kernels to use, or None for the measured ones.
+        compute: computes with x and ``args``.
     """
-    if not _SWITCHES or torch.compiler.is_compiling() or dtype != torch.bfloat16 or not x.is_cpu:
+    if torch.compiler.is_compiling() or not x.is_cpu:
         return compute(x, *args)
-    call = object()
+    before, rows = _current.choice, x.shape[0] * x.shape[1]
+    call = None
     try:
         try:
-            _switch.enter(call, x.shape[0] * x.shape[1])
+            _current.choice = choice
+            if _SWITCHES and dtype == torch.bfloat16 and (rows > 1 or _kernel("bfloat16/1") == GEMV):
+                call = object()
+                _switch.enter(call, rows)
             return compute(x, *args)
         finally:
-            _switch.leave(call)
+            _current.choice = before
+            if call is not None:
+                _switch.leave(call)
     finally:
-        _switch.leave(call)  # an interrupt may have stopped the first one
+        _current.choice = before
+        if call is not None:
+            _switch.leave(call)  # an interrupt may have stopped the first one
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x Wᵀ + b. *Shape:* (…, columns), (rows, columns), (rows) -> (…, rows)."""
-    onednn = _onednn_for(x, weight, bias)
-    return functional.linear(x, weight, bias) if onednn is None else onednn.product(x, weight, bias)
+    kernel = _kernel_for(x, weight, bias)
+    if kernel == ONEDNN and _ONEDNN is not None:
+        return _ONEDNN.product(x, weight, bias)
+    return _column(x, weight, bias) if kernel == COLUMN else functional.linear(x, weight, bias)
 
 
 def can_fuse(x: Tensor) -> bool:
@@ -155,8 +223,9 @@ def can_fuse(x: Tensor) -> bool:
 
 def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
     """Return an activation of x Wᵀ + b if one kernel computes both, else None. *Shape:* as for ``linear``."""
-    onednn = _onednn_for(x, weight, bias) if activation in _FUSED else None
-    return None if onednn is None else onednn.product(x, weight, bias, *_FUSED[activation])
+    if activation not in _FUSED or _ONEDNN is None or _kernel_for(x, weight, bias) != ONEDNN:
+        return None
+    return _ONEDNN.product(x, weight, bias, *_FUSED[activation])
 
 
 def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor | None:
@@ -164,20 +233,26 @@ def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor)
 
     *Shape:* as for ``linear``; factor (…, rows).
     """
-    onednn = _onednn_for(x, weight, bias, factor)
-    return None if onednn is None else onednn.times(x, weight, bias, factor)
+    if _ONEDNN is None or _kernel_for(x, weight, bias, factor) != ONEDNN:
+        return None
+    return _ONEDNN.times(x, weight, bias, factor)
 
 
-def _onednn_for(x: Tensor, weight: Tensor, *others: Tensor | None) -> _OneDnn | None:
-    """Return oneDNN if it should compute this product, else None."""
+def _kernel_for(x: Tensor, weight: Tensor, *others: Tensor | None) -> str:
+    """Return the kernel that should compute this product."""
     # Check for a compiler before anything else: it traces this function, and the checks below would stop the trace.
-    if _ONEDNN is None or torch.compiler.is_compiling():
-        return None
-    if weight.dtype != torch.float32 or not _switch.allows_onednn():
-        return None
-    if x.numel() * weight.shape[0] < SMALL:
-        return None
-    return _ONEDNN if _is_plain(x, weight, *others) else None
+    if torch.compiler.is_compiling() or x.numel() * weight.shape[0] < SMALL:
+        return TORCH
+    rows = x.numel() // weight.shape[1]
+    if weight.dtype == torch.float32:
+        key = "float32/1" if rows == 1 else "float32/2-3" if rows < 4 else "float32/4-"
+    elif rows == 1 and weight.dtype == torch.bfloat16:
+        key = "bfloat16/1"
+    else:
+        return TORCH
+    if not _switch.allows_onednn() or not _is_plain(x, weight, *others):
+        return TORCH
+    return _kernel(key)
 
 
 def _is_plain(x: Tensor, *others: Tensor | None) -> bool:

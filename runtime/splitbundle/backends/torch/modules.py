@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from splitbundle.backends.torch.kernels import linear
@@ -32,16 +30,14 @@ def is_plain(layer: nn.Module) -> bool:
     return type(layer) is Linear and not changed and not _has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
-class Table(nn.Module):
-    """A table of vectors, one row for each index."""
+class Table(nn.Embedding):
+    """An ``nn.Embedding`` that starts without weights. A stage maps them in."""
 
     def __init__(self, rows: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width, device="meta"))
+        super().__init__(rows, width, device="meta")
 
-    def forward(self, index: Tensor) -> Tensor:
-        """Look up rows. *Shape:* any -> (any, width)."""
-        return functional.embedding(index, self.weight)
+    def reset_parameters(self) -> None:
+        """Do nothing: the meta device holds no values to initialize."""
 
 
 def through(step: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:

@@ -23,6 +23,31 @@ if TYPE_CHECKING:
 __all__ = ["Pipeline", "Session", "load_pipeline", "load_stages"]
 
 
+class _Wrapped:
+    """A stage inside a wrapper such as ``DistributedDataParallel``: the wrapper computes, the stage says what it is."""
+
+    def __init__(self, wrapper: nn.Module, stage: Stage) -> None:
+        self._wrapper, self._stage = wrapper, stage
+
+    @staticmethod
+    def of(module: nn.Module) -> Any:
+        """Return a stage as it is, and a wrapper of a stage with the attributes of the stage."""
+        inner: Any = module
+        while not isinstance(inner, Stage):
+            # These are the names of DistributedDataParallel and FullyShardedDataParallel, and of torch.compile.
+            below = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+            if below is None:
+                return module
+            inner = below
+        return inner if inner is module else _Wrapped(module, inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stage, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapper(*args, **kwargs)
+
+
 class Pipeline(PipelineBase, nn.Module):
     """A model made of stages. Their layer ranges tile the model: they leave no gap and don't overlap."""
 
@@ -38,11 +63,11 @@ class Pipeline(PipelineBase, nn.Module):
             BundleError: ``pipeline.tiling``, ``pipeline.fingerprint``.
         """
         super().__init__()
-        check_tiling(stages, same_weights=same_weights)
+        check_tiling([_Wrapped.of(stage) for stage in stages], same_weights=same_weights)
         self.stages = nn.ModuleList(stages)
 
     def _in_order(self) -> list[Stage]:
-        return list(self.stages)  # type: ignore[arg-type]  # or wrappers that have the attributes of a stage
+        return [_Wrapped.of(module) for module in self.stages]
 
     def token_ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Return rows of equal length as a tensor for this pipeline. *Shape:* (batch, sequence), int64."""
@@ -78,7 +103,13 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     trainable: bool = False,
+    threads: int | None = None,
+    kernels: str | None = None,
 ) -> Pipeline:
     """Load all shards of a bundle as one pipeline. See ``Bundle.pipeline``."""
     selections = [bundle.select(shard.name) for shard in bundle.shards]
-    return Pipeline(load_stages(bundle, selections, device=device, dtype=dtype, trainable=trainable))
+    return Pipeline(
+        load_stages(
+            bundle, selections, device=device, dtype=dtype, trainable=trainable, threads=threads, kernels=kernels
+        )
+    )

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from splitbundle.backends.torch import kernel_choice
 from splitbundle.backends.torch.cache import KVCache
 from splitbundle.backends.torch.decoder import Embedding, Head, Layer
 from splitbundle.backends.torch.kernels import with_kernels_for
 from splitbundle.backends.torch.numpy_stage import NumpyStage
 from splitbundle.backends.torch.positions import Positions
+from splitbundle.backends.torch.threads import checked, using
 from splitbundle.backends.torch.weights import compute_dtype, map_tensors, rounded
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.stages.call import Call
@@ -36,7 +39,12 @@ class Stage(StageBase, nn.Module):
 
     backend = "torch"
     array = "a torch.Tensor"
-    integer_dtypes = frozenset(f"torch.{name}" for name in ("int64", "int32", "int16", "uint8", "int8"))
+    integer_dtypes = frozenset(f"torch.{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+
+    kernels: kernel_choice.Choice | None = None
+    """The kernels that multiply a few rows by weights; None for those that were measured as the fastest here."""
+    threads: int | None = None
+    """The number of threads that compute a call; None for torch's, but no more than this process may use."""
 
     def __init__(self, bundle: BundleReader, selection: Selection) -> None:
         super().__init__()
@@ -61,7 +69,15 @@ class Stage(StageBase, nn.Module):
     @property
     def device(self) -> torch.device:
         """Return the device on which this stage computes."""
-        return next(self.parameters()).device
+        device = next(self.parameters()).device
+        if device.type != "meta":
+            return device
+        # accelerate keeps the weights of an offloaded stage elsewhere, and fetches them for each module's call.
+        for module in self.modules():
+            target = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if target is not None:
+                return torch.device(target)
+        return device
 
     def _make_cache(self, batch_size: int, capacity: int) -> KVCache:
         return KVCache(self.architecture, self.layer_range, batch_size, capacity, self.device, self.dtype)
@@ -72,7 +88,10 @@ class Stage(StageBase, nn.Module):
         return ArrayInfo(shape=tuple(array.shape), dtype=str(array.dtype), device=str(array.device))
 
     def _min_max(self, array: Tensor) -> tuple[int, int]:
-        low, high = array.aminmax()
+        if torch.compiler.is_compiling():
+            return 0, 0  # an exported or compiled stage has no ids yet; its embedding refuses those that are too large
+        # torch finds no minimum of wide unsigned integers. As int64, ids of 2^63 and above are negative, and refused.
+        low, high = array.long().aminmax()
         return int(low), int(high)
 
     def _expected(self) -> ArrayInfo:
@@ -142,7 +161,8 @@ class Stage(StageBase, nn.Module):
         if positions is None:
             positions = self.check(inputs, past=past, count=count, cache=cache, logits=logits)
         # Positions that are padding in every row are not computed, and need no slots in a cache.
-        x = self._compute(inputs[:, : positions.length], positions, cache, logits)
+        with nullcontext() if torch.compiler.is_compiling() else using(self.threads):
+            x = self._compute(inputs[:, : positions.length], positions, cache, logits)
         short = length - positions.length if self.head is None or logits == "all" else 0
         return functional.pad(x, (0, 0, 0, short)) if short else x
 
@@ -151,13 +171,13 @@ class Stage(StageBase, nn.Module):
             width = self.architecture.hidden_size if self.head is None else self.architecture.vocab_size
             kept = None if self.head is None else self._logits_wanted(logits)
             return torch.zeros(len(x), kept or x.shape[1], width, device=self.device, dtype=self.dtype)
-        x = with_kernels_for(x, positions.dtype, self._through_layers, positions, cache)
+        x = with_kernels_for(x, positions.dtype, self.kernels, self._through_layers, positions, cache)
         if cache is not None:
             cache.advance(positions)
         if self.head is None:
             return x.masked_fill(~positions.valid[..., None], 0) if positions.padded else x
         x, valid = _keep(x, positions, self._logits_wanted(logits))
-        x = with_kernels_for(x, x.dtype, self.head, None if self.embedding is None else self.embedding.token.weight)
+        x = with_kernels_for(x, x.dtype, self.kernels, self._through_head)
         return x if valid is None else x.masked_fill(~valid[..., None], 0)
 
     def _through_layers(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
@@ -168,6 +188,22 @@ class Stage(StageBase, nn.Module):
         for layer in self.layers.values():
             x = layer(x, positions, cache)
         return x
+
+    def _through_head(self, x: Tensor) -> Tensor:
+        if self.head is None:
+            raise RuntimeError("this stage has no head")
+        if self.embedding is None:
+            return self.head(x, None)  # type: ignore[no-any-return]
+        token = self.embedding.token
+        hook = getattr(token, "_hf_hook", None) if token.weight.is_meta else None
+        if hook is None:
+            return self.head(x, token.weight)  # type: ignore[no-any-return]
+        # The table is offloaded by accelerate, which fetches it when the table is called. A tied head only reads it.
+        hook.pre_forward(token)
+        try:
+            return self.head(x, token.weight)  # type: ignore[no-any-return]
+        finally:
+            hook.post_forward(token, None)
 
 
 def _keep(x: Tensor, positions: Positions, wanted: int | None) -> tuple[Tensor, Tensor | None]:
@@ -191,10 +227,32 @@ def load_stages(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     trainable: bool = False,
+    threads: int | None = None,
+    kernels: str | None = None,
 ) -> list[Stage]:
     """Load stages over mapped weights. Stages share one parameter for a common tensor. See ``Bundle.stage``."""
     target = compute_dtype(bundle, dtype)
     _check_device(device)
+    number = checked(threads)
+    if kernels is None:
+        # With gradients, torch's own kernels compute. So a trainable stage uses them without gradients, too.
+        choice = kernel_choice.from_environment() or (kernel_choice.PINNED if trainable else None)
+    else:
+        choice = kernel_choice.parse(kernels)
+    with torch.inference_mode(False):  # a parameter that is made in inference mode could never be trained or changed
+        stages = _load(bundle, selections, device, target, trainable)
+    for stage in stages:
+        stage.kernels, stage.threads = choice, number
+    return stages
+
+
+def _load(
+    bundle: BundleReader,
+    selections: Sequence[Selection],
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+    trainable: bool,
+) -> list[Stage]:
     mapped: dict[str, nn.Parameter] = {}
     loaded: set[str] = set()
     stages: list[Stage] = []
@@ -203,7 +261,7 @@ def load_stages(
             if unit not in loaded:
                 loaded.add(unit)
                 for name, tensor in map_tensors(bundle, unit).items():
-                    mapped[name] = nn.Parameter(rounded(tensor, target, name).to(device), requires_grad=trainable)
+                    mapped[name] = nn.Parameter(rounded(tensor, dtype, name).to(device), requires_grad=trainable)
         stage = Stage(bundle, selection)
         _assign(stage, mapped)
         stages.append(stage)

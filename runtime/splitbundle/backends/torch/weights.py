@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -17,17 +16,6 @@ if TYPE_CHECKING:
 
 DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in dtypes.TENSORS}
 """Names of the stored dtypes -> the dtypes of torch."""
-
-
-def _after_fork() -> None:
-    torch.set_num_threads(1)
-
-
-# In a forked child, GNU's OpenMP waits forever for threads that only the parent has. spec/decisions/0002 explains this.
-# The number of threads is a setting of the whole process. This package changes it only in a forked child, which would
-# hang otherwise.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def map_tensors(bundle: BundleReader, group: str) -> dict[str, Tensor]:

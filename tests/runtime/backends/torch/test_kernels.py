@@ -35,6 +35,14 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SMALL", 0)
 
 
+@pytest.fixture(autouse=True)
+def fastest(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Say which kernels are the fastest here, in place of a measurement."""
+    found = {"float32/1": "onednn", "float32/2-3": "onednn", "float32/4-": "onednn", "bfloat16/1": "gemv"}
+    monkeypatch.setattr(kernels.measured, "kernel", found.__getitem__)
+    return found
+
+
 @pytest.fixture
 def by_product(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Compute with oneDNN's product, or only with torch's own kernels."""
@@ -196,7 +204,7 @@ def computing(
         compute()
         return x
 
-    assert with_kernels_for(x, dtype, computed) is x
+    assert with_kernels_for(x, dtype, None, computed) is x
 
 
 def is_on() -> None:

@@ -1,0 +1,81 @@
+"""The threads that compute a call. The setting of the process stays as it is between calls."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import torch
+
+from splitbundle import processors
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.integers import as_integer
+
+MAX_THREADS: Final = 1024
+
+
+class _State:
+    forked = False
+
+
+def _after_fork() -> None:
+    _State.forked = True
+    torch.set_num_threads(1)
+
+
+# In a forked child, GNU's OpenMP waits forever for threads that only the parent has. spec/decisions/0002 explains this.
+# The number of threads is a setting of the whole process. This package changes it for good only in a forked child,
+# which would hang otherwise.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def checked(threads: object) -> int | None:
+    """Return a number of threads from a caller, or None for the default.
+
+    Raises:
+        BundleError: ``input.value``.
+    """
+    number = None if threads is None else as_integer(threads)
+    if threads is not None and (number is None or not 1 <= number <= MAX_THREADS):
+        expected = f"1 to {MAX_THREADS}"
+        raise BundleError(Problem(code="input.value", argument="threads", expected=expected, got=quoted(threads)))
+    return number
+
+
+def for_call(threads: int | None) -> int:
+    """Return the number of threads for a call: the given one, or torch's, but no more than this process may use.
+
+    A forked child has one.
+    """
+    if _State.forked:
+        return 1
+    return min(torch.get_num_threads(), _usable()) if threads is None else threads
+
+
+_seen: dict[int, int] = {}
+
+
+def _usable() -> int:
+    """Return the number of processors, which is read once in each process: files say it."""
+    process = os.getpid()
+    if process not in _seen:
+        _seen.clear()
+        _seen[process] = processors.usable()
+    return _seen[process]
+
+
+@contextmanager
+def using(threads: int | None) -> Iterator[None]:
+    """Compute the block with a number of threads, as ``for_call`` says."""
+    before, wanted = torch.get_num_threads(), for_call(threads)
+    if wanted == before:
+        yield
+        return
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,56 @@
+"""Say problems in the words of the command: hints name commands and options, as hints in Python name calls."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Final
+
+from splitbundle.errors import BundleError, Problem
+from splitbundle.records import replace
+
+COMMANDS: Final = {
+    'splitbundle_converter.convert(SOURCE, "NAME.splitbundle")': "splitbundle convert SOURCE -o NAME.splitbundle",
+    "splitbundle_converter.add_onnx": "splitbundle add-onnx",
+    "splitbundle_converter.resplit": "splitbundle resplit",
+    "help(splitbundle_converter.convert)": "splitbundle convert --help",
+    "allow_pickle=True": "--allow-pickle",
+    "check=False": "--no-check",
+    "force=True": "--force",
+    "genai=True": "--genai",
+    "tokenizer=False": "--no-tokenizer",
+    'part="language"': "--part language",
+    "part=": "--part",
+    'variant="standard"': "--variant standard",
+    "variant=": "--variant",
+    'verify="always"': "--strict",
+    'backend="torch"': "--backend torch",
+    "another output": "another --output",
+    "the revision": "--revision",
+}
+"""What hints say for Python -> what they say in the command."""
+_WRONG_VALUES: Final = ("input.value", "input.device", "input.dtype", "input.position", "stage.backend")
+
+
+_SHARD: Final = re.compile(r"shard='([a-z0-9_-]+)'")
+
+
+def in_command(problem: Problem) -> Problem:
+    """Return a problem with the hint for users of the command."""
+    hint = problem.hint
+    if hint is None:
+        return problem
+    for python, command in COMMANDS.items():
+        hint = hint.replace(python, command)
+    hint = _SHARD.sub(r"--shard \1", hint)
+    return replace(problem, hint=hint)
+
+
+def as_usage(error: BundleError, parser: argparse.ArgumentParser) -> BundleError:
+    """Return ``usage.arguments`` that names the option, if every problem is the value of an option of the command."""
+    flags = {action.dest: max(action.option_strings, key=len) for action in parser._actions if action.option_strings}
+    if not all(problem.code in _WRONG_VALUES and problem.argument in flags for problem in error.problems):
+        return error
+    return BundleError(
+        replace(problem, code="usage.arguments", argument=flags[str(problem.argument)]) for problem in error.problems
+    )

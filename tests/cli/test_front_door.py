@@ -1,0 +1,462 @@
+"""The front door: any order of options, pipes, the end of the context, wrong values, partial bundles, interruptions."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import splitbundle
+import splitbundle_converter
+from splitbundle import BundleError
+from splitbundle.backends import registry
+from splitbundle.cli import words
+from splitbundle.cli.main import main
+from tests.support.paths import ROOT
+
+CHECKPOINT = ROOT / "examples" / "license-gpt2"
+PROMPT = "Licensed under the Apache License"
+NEXT = ", Ver\n"
+"""What follows the prompt in four tokens."""
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The license model as three shards, with golden vectors and graphs."""
+    output = tmp_path_factory.mktemp("door") / "license.splitbundle"
+    return str(splitbundle_converter.convert(CHECKPOINT, output, split=[2, 4], onnx=True).path)
+
+
+@pytest.fixture
+def copy(bundle: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "copy.splitbundle"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run the command in this process, and return its status, its stdout and its stderr."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as left:
+        status = int(left.code or 0)
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["B", "P", "-n", "4"],
+        ["B", "-n", "4", "P"],
+        ["-n", "4", "B", "P"],
+        ["-n4", "B", "P"],
+        ["--max-new-tokens=4", "B", "P"],
+        ["B", "-n", "4", "--quiet", "P"],
+        ["-q", "B", "P", "-n", "4"],
+        ["B", "--backend", "torch", "P", "-n", "4", "--dtype", "float32"],
+        ["--seed", "1", "B", "--temperature", "0", "P", "-n", "4"],
+        ["B", "-n", "4", "--", "P"],
+        ["-n", "4", "--", "B", "P"],
+        ["B", "P", "-n", "4", "--"],
+        ["B", "--threads", "1", "P", "-n", "4", "--kernels", "torch"],
+        ["B", "-n", "4", "P", "--strict"],
+    ],
+)
+def test_options_stand_anywhere(bundle: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    given = [{"B": bundle, "P": PROMPT}.get(argument, argument) for argument in arguments]
+    status, out, err = run(capsys, "generate", *given)
+    assert (status, out) == (0, NEXT), err
+
+
+@pytest.mark.parametrize("prompt", ["--json", "-n", "-x y", "--", "-"])
+def test_a_prompt_that_looks_like_an_option(bundle: str, prompt: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if prompt == "-":
+        pytest.skip("- is standard input")
+    status, out, err = run(capsys, "generate", "-n", "1", "--json", "--", bundle, prompt)
+    assert status == 0, err
+    tokens = splitbundle.open(bundle)
+    from splitbundle.text.huggingface import TextTokenizer
+
+    assert json.loads(out)["prompt_ids"] == TextTokenizer(tokens).encode(prompt)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+@pytest.mark.parametrize("dash", [[], ["-"]])
+def test_the_last_line_end_of_a_pipe_is_no_part_of_the_prompt(
+    bundle: str, end: str, dash: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe(monkeypatch, f"{PROMPT}{end}".encode())
+    assert run(capsys, "generate", bundle, *dash, "-n", "4")[:2] == (0, NEXT)
+
+
+def test_only_one_line_end_is_dropped(
+    bundle: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe(monkeypatch, b"a\n\n")
+    _, out, _ = run(capsys, "generate", bundle, "-n", "1", "--json")
+    pipe(monkeypatch, b"a\n")
+    assert (
+        json.loads(out)["prompt_ids"]
+        != json.loads(run(capsys, "generate", bundle, "-n", "1", "--json")[1])["prompt_ids"]
+    )
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"\xff\xfe"])
+def test_a_pipe_without_a_prompt(
+    bundle: str, data: bytes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe(monkeypatch, data)
+    status, out, err = run(capsys, "generate", bundle)
+    assert (status, out) == (2, "")
+    assert "usage.prompt" in err
+
+
+def test_the_text_ends_at_the_models_context(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = ",".join(["44"] * 250)
+    status, out, err = run(capsys, "generate", bundle, "--ids", ids, "-n", "300", "--json")
+    document = json.loads(out)
+    assert (status, len(document["ids"]), document["ended_by"]) == (0, 7, "context")
+    assert "it has reached the model's context of 256 tokens" in err
+    status, out, _ = run(capsys, "generate", bundle, "--ids", ids, "-n", "7", "--json")
+    assert (status, json.loads(out)["ended_by"]) == (0, "length")
+
+
+def test_a_prompt_beyond_the_context(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "generate", bundle, "--ids", ",".join(["44"] * 257))
+    assert (status, out) == (2, "")
+    assert "at most 256 tokens, the model's context, got 257. Shorten it" in err
+
+
+def test_going_on_beyond_the_context(tmp_path: Path, bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rotary positions have no end. Learned ones do."""
+    from tests.support.models import make_model
+
+    make_model("llama", max_position_embeddings=8).save_pretrained(tmp_path / "source")
+    rotary = splitbundle_converter.convert(tmp_path / "source", tmp_path / "x.splitbundle", check=False).path
+    status, out, err = run(capsys, "generate", rotary, "--ids", "1,2,3,4,5,6", "-n", "9", "--json")
+    assert (status, len(json.loads(out)["ids"])) == (0, 3), err
+    status, out, err = run(capsys, "generate", rotary, "--ids", "1,2,3,4,5,6", "-n", "9", "--json", "--beyond-context")
+    assert (status, len(json.loads(out)["ids"])) == (0, 9), err
+    status, _, err = run(capsys, "generate", bundle, "--ids", "1", "--beyond-context")
+    assert status == 2
+    assert "--beyond-context: expected a model whose positions have no limit, got one of 256 positions" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--temperature", "inf"], "--temperature"),
+        (["--temperature", "warm"], "--temperature"),
+        (["--top-p", "0"], "--top-p"),
+        (["--top-p", "1.5"], "--top-p"),
+        (["--top-k", "0"], "--top-k"),
+        (["-n", "-3"], "--max-new-tokens"),
+        (["--threads", "0"], "--threads"),
+        (["--threads", "99999"], "--threads"),
+        (["--kernels", "mkl"], "--kernels"),
+        (["--dtype", "float8"], "--dtype"),
+        (["--device", "nowhere"], "--device"),
+        (["--backend", "jax"], "--backend"),
+        (["--backend", "onnxruntime", "--device", "cpu"], "--device"),
+        (["--backend", "onnxruntime", "--dtype", "bfloat16"], "--dtype"),
+        (["--seed", "x"], "--seed"),
+        (["--ids", "1,x"], "--ids"),
+    ],
+)
+def test_a_wrong_value_names_its_flag(
+    bundle: str, arguments: list[str], flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = [] if "--ids" in arguments else [PROMPT]
+    status, out, err = run(capsys, "generate", bundle, *prompt, *arguments)
+    assert (status, out) == (2, ""), err
+    assert flag in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["generate"], 2),
+        (["generate", "B", "one", "two"], 2),
+        (["generate", "B", "--no-such-option"], 2),
+        (["genrate", "B", "x"], 2),
+        (["--json"], 2),
+        (["verify", "B", "--shard", "middle"], 2),
+        (["inspect", "no/such.splitbundle"], 1),
+        (["verify", "no/such.splitbundle"], 1),
+        (["generate", "no/such.splitbundle", "x"], 1),
+        (["inspect", "B", "extra"], 2),
+    ],
+)
+def test_wrong_calls(bundle: str, arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [bundle if argument == "B" else argument for argument in arguments]
+    found, _, err = run(capsys, *given)
+    assert (found, bool(err)) == (status, True)
+    assert "Traceback" not in err
+
+
+def test_a_hint_names_commands_here_and_calls_in_python(
+    bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "none.splitbundle"
+    assert "splitbundle convert SOURCE -o NAME.splitbundle makes one" in run(capsys, "inspect", missing)[2]
+    with pytest.raises(BundleError, match=r"splitbundle_converter.convert\(SOURCE"):
+        splitbundle.open(missing)
+    assert "--force replaces it" in run(capsys, "convert", CHECKPOINT, "-o", bundle)[2]
+    with pytest.raises(BundleError, match="force=True replaces it"):
+        splitbundle_converter.convert(CHECKPOINT, bundle)
+
+
+def hints() -> list[str]:
+    """Return the texts of the packages that are hints, or may be: those with an option or a call in them."""
+    found = []
+    for root in (ROOT / "runtime", ROOT / "converter"):
+        for path in root.rglob("*.py"):
+            if path.parent.name == "cli" or path.name in ("commands.py", "__main__.py"):
+                continue
+            tree = ast.parse(path.read_text("utf-8"))
+            documents = {
+                ast.get_docstring(node, clean=False)
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            }
+            bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            found += [
+                node.value
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and node.value not in documents
+                and id(node) not in bare
+            ]
+    return found
+
+
+def test_no_text_of_the_packages_names_an_option() -> None:
+    """A hint names calls, and the command translates it."""
+    options = re.compile(r"(?<![-\w])--[a-z][a-z-]+")
+    foreign = {"--upgrade"}  # of pip
+    assert {flag for text in hints() for flag in options.findall(text)} <= foreign
+
+
+def test_every_call_in_a_hint_has_its_words_in_the_command() -> None:
+    call = re.compile(r"\b(?:force|check|tokenizer|allow_pickle|part|variant|genai|verify)=(?:True|False|\"[a-z]+\")?")
+    for text in hints():
+        for found in call.findall(text):
+            assert found in words.COMMANDS or any(found.startswith(known) for known in words.COMMANDS), text
+
+
+def test_a_pipeline_takes_the_backend_that_is_installed(bundle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = splitbundle.open(bundle)
+    assert opened.pipeline().first.backend == opened.stage("trunk").backend == "torch"
+    monkeypatch.setattr(registry, "_is_installed", lambda library: library == "onnxruntime")
+    assert opened.pipeline().first.backend == opened.stage("trunk").backend == "onnxruntime"
+    assert opened.run_vectors()[0].between == ("onnxruntime", "original")
+
+
+def test_a_partial_bundle_is_said_to_be_one(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "layer-003.safetensors").unlink()
+    status, out, err = run(capsys, "verify", copy)
+    assert (status, out) == (3, "")
+    assert "The bundle is partial. These shards are whole: bottom, top; --shard bottom checks one." in err
+    with pytest.raises(BundleError, match="These shards are whole: bottom, top; shard='bottom' checks one"):
+        splitbundle.open(copy).verify()
+    status, out, err = run(capsys, "verify", copy, "--shard", "bottom", "--json")
+    document = json.loads(out)
+    assert (status, document["partial"], document["whole_shards"]) == (0, True, ["bottom", "top"])
+    assert "The bundle is partial. These shards are whole: bottom, top." in err
+
+
+@pytest.mark.rule("SB-D-006")
+def test_exact_reports_empty_directories(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "empty" / "inner").mkdir(parents=True)
+    assert splitbundle.open(copy).verify().unlisted == ("empty/inner/",)
+    status, _, err = run(capsys, "verify", copy, "--exact")
+    assert status == 3
+    assert "[file.unlisted] empty/inner/: expected only what the manifest lists" in err
+    (copy / "empty" / "inner").rmdir()
+    assert splitbundle.open(copy).verify().unlisted == ("empty/",)
+    (copy / "empty").rmdir()
+    for path in (copy / "tokenizer").iterdir():
+        path.unlink()
+    with pytest.raises(BundleError) as caught:  # a directory for listed files may be empty in a partial bundle
+        splitbundle.open(copy).verify(exact=True)
+    assert set(caught.value.codes) == {"file.missing"}
+
+
+def test_a_bundle_that_is_being_replaced(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = splitbundle.open(copy)
+    unpatched = os.open
+
+    def replaced(path: object, *arguments: int, **named: object) -> int:
+        if str(path).endswith("embedding.safetensors"):
+            os.unlink(path)  # type: ignore[arg-type]
+        return unpatched(path, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", replaced)
+    with pytest.raises(BundleError) as caught:
+        opened.stage("bottom")
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.hint) == ("file.unreadable", "A writer is replacing the bundle: open it again")
+
+
+def test_a_malformed_configuration_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text('{"model_type": "gpt2",')
+    status, _, err = run(capsys, "convert", tmp_path / "source", "-o", tmp_path / "x.splitbundle")
+    assert status == 1
+    assert ["[json." in err, "[source.missing]" in err] == [True, True]
+
+
+@pytest.mark.parametrize("path", ["./none", "/no/such/model", "~/none", "a/b/c", "HERE/none"])
+def test_a_path_that_does_not_exist_is_no_failure_of_the_network(
+    path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "HERE").mkdir()
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, "convert", path)
+    assert status == 1
+    assert err.startswith(f"splitbundle: [source.missing] {path}: ")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "completion", shell)
+    assert status == 0
+    assert all(word in out for word in ("generate", "convert", "beyond-context", "allow-pickle"))
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=out, text=True, check=True)
+
+
+def test_completion_without_its_library(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    status, _, err = run(capsys, "completion", "bash")
+    assert status == 4
+    assert 'pip install "splitbundle[completion]"' in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals differ")
+@pytest.mark.parametrize("json_", [[], ["--json"]])
+@pytest.mark.parametrize("module", ["splitbundle.cli.main", "torch", "splitbundle.cli.console"])
+def test_an_interruption_while_modules_are_imported(bundle: str, module: str, json_: list[str]) -> None:
+    """The process sends itself the signal at the moment at which it looks for a module."""
+    program = f"""
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["splitbundle", "generate", {bundle!r}, "--ids", "44", *{json_!r}]
+runpy.run_module("splitbundle", run_name="__main__", alter_sys=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr == "splitbundle: [interrupted] expected to finish, got an interruption\n"
+    if json_:
+        assert json.loads(done.stdout)["problems"][0]["code"] == "interrupted"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals differ")
+def test_an_interruption_from_outside(bundle: str) -> None:
+    command = [sys.executable, "-m", "splitbundle", "generate", bundle, "--json"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        time.sleep(1.0)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=600)
+    assert (child.returncode, b"Traceback" in err) == (130, False)
+    assert json.loads(out)["problems"][0]["code"] == "interrupted"
+
+
+def test_the_command_waits_without_spinning_unless_told_otherwise(bundle: str) -> None:
+    program = (
+        "import os, runpy, sys; sys.argv = ['splitbundle', '--version']\ntry:\n    runpy.run_module('splitbundle', "
+    )
+    program += "run_name='__main__')\nexcept SystemExit:\n    print(os.environ.get('OMP_WAIT_POLICY'))"
+    unset = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for more, expected in (
+        ({}, "PASSIVE"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+        ({"GOMP_SPINCOUNT": "9"}, "None"),
+    ):
+        done = subprocess.run([sys.executable, "-c", program], env=unset | more, capture_output=True, text=True)
+        assert done.stdout.split()[-1] == expected
+
+
+def test_the_library_leaves_the_environment_alone(bundle: str) -> None:
+    program = f"""
+import os, torch
+before, threads = dict(os.environ), torch.get_num_threads()
+import splitbundle
+pipeline = splitbundle.open({bundle!r}).pipeline(threads=1)
+list(pipeline.generate(torch.tensor([[44, 308]]), max_new_tokens=2))
+from splitbundle.cli.main import main
+main(["generate", {bundle!r}, "--ids", "44", "-n", "2", "--threads", "1"])
+assert dict(os.environ) == before
+assert torch.get_num_threads() == threads
+"""
+    subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+
+
+def test_every_command_that_computes_takes_threads(
+    bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from splitbundle.stages import golden
+
+    seen: list[int] = []
+    compute = golden.compute
+
+    def counted(*given: object) -> object:
+        seen.append(torch.get_num_threads())
+        return compute(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(golden, "compute", counted)
+    before = torch.get_num_threads()
+    commands = (
+        ("convert", CHECKPOINT, "-o", tmp_path / "a.splitbundle"),
+        ("resplit", bundle, "--split", "1", "-o", tmp_path / "b.splitbundle"),
+        ("add-onnx", bundle, "-o", tmp_path / "c.splitbundle"),
+        ("verify", "--run", bundle),
+        ("generate", bundle, "--ids", "44", "-n", "2"),
+    )
+    for command in commands:
+        status, _, err = run(capsys, *command, "--threads", before + 3)
+        assert status == 0, err
+        assert torch.get_num_threads() == before
+    assert set(seen[:3]) == {before + 3}
+
+
+def test_the_kernels_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    status, out, _ = run(capsys, "kernels", "--threads", "1")
+    assert status == 0
+    name, _, value = out.strip().removeprefix("export ").partition("=")
+    assert name == "SPLITBUNDLE_KERNELS"
+    monkeypatch.setenv(name, value)
+    assert run(capsys, "kernels")[1] == out
+    document = json.loads(run(capsys, "kernels", "--json")[1])
+    assert document["kernels"] == value
+    monkeypatch.setenv(name, "nonsense")
+    status, _, err = run(capsys, "kernels")
+    assert (status, "SPLITBUNDLE_KERNELS" in err) == (1, True)
