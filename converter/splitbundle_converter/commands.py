@@ -260,7 +260,8 @@ def _libraries(extra: str = "convert", purpose: str = "convert checkpoints") -> 
 @contextmanager
 def _threads(args: argparse.Namespace) -> Iterator[None]:
     """Compute the block with the number of threads that ``--threads`` says, or with torch's own."""
-    with registry.module("torch", "threads").using(args.threads):
+    threads = registry.module("torch", "threads")
+    with threads.using(threads.checked(args.threads)):
         yield
 
 

@@ -161,7 +161,7 @@ class Bundle(BundleReader):
             kernels: torch: the kernels that multiply a few rows by weights, as ``splitbundle kernels`` prints them.
                 ``"auto"``, the default, measures which are the fastest here, in some milliseconds at the first product.
                 ``"torch"`` takes torch's usual ones, whose results don't depend on a measurement; it is the default of
-                a trainable stage. The variable ``SPLITBUNDLE_KERNELS`` sets the default of both.
+                a trainable stage. The variable ``SPLITBUNDLE_KERNELS`` sets the default of the others.
             providers: onnxruntime: execution providers, the preferred first; by default the CPU's.
             threads: the number of threads that compute. By default torch's setting, or one for each core, but no more
                 than the affinity and the container's quota allow. The setting of the process doesn't change. With torch

@@ -1,14 +1,38 @@
-"""The number of processors that this process may use: its affinity, and the quota of its container."""
+"""The processors that this process may use: its affinity, its container's quota, and what a fork leaves."""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Final
 
 GROUPS: Final = Path("/sys/fs/cgroup")
 OWN: Final = Path("/proc/self/cgroup")
+
+
+class _Fork:
+    inherited_torch = False
+
+
+def inherited_torch() -> bool:
+    """Return whether this process was forked from one that had imported torch."""
+    return _Fork.inherited_torch
+
+
+def _after_fork() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "set_num_threads"):  # None bars an import
+        _Fork.inherited_torch = True
+        torch.set_num_threads(1)
+
+
+# In a forked child, GNU's OpenMP waits forever for threads that only the parent has. spec/decisions/0002 explains this.
+# The number of threads is a setting of the whole process. This package changes it for good only in a forked child,
+# which would hang otherwise. Opening a bundle imports this module, so a master that preloads needs no stage for it.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def usable() -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
+from splitbundle import processors  # noqa: F401  # it prepares for a fork
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
 
 if TYPE_CHECKING:

@@ -59,8 +59,8 @@ def bundle_id(text: str) -> str:
 
 def positive(text: str) -> int:
     """Parse a number from 1 for argparse."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
+    if not text.isascii() or not text.isdigit() or len(text) > 18 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1, of at most 18 digits, got {text!r}")
     return int(text)
 
 

@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a .splitbundle directory")
-    parser.add_argument("prompt", nargs="?", help="the text to continue; by default, or for -, standard input")
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        help="the text to continue, after -- if it begins with -; without it, or for -, standard input is read",
+    )
     parser.add_argument(
         "--ids", metavar="1,2,3", type=integers, help="the prompt as token ids; the output is token ids, too"
     )
@@ -153,6 +157,8 @@ def _prompt(text: str | None) -> str:
     try:
         if text is not None and text != "-":
             return os.fsencode(text).decode("utf-8")
+        if sys.stdin is None:  # it was closed before the start
+            raise _usage("text, as an argument or on standard input", "none")
         read = sys.stdin.buffer.read().decode("utf-8")
         # echo and editors end a text with a line end. It is no part of the prompt; a second one would be.
         return read.removesuffix("\n").removesuffix("\r") if read.endswith("\n") else read

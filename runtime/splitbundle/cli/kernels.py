@@ -18,8 +18,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     choice = registry.module("torch", "kernel_choice")
     kernels = registry.module("torch", "kernels")
     threads = registry.module("torch", "threads")
-    with threads.using(args.threads):
-        number = threads.for_call(args.threads)
+    given = threads.checked(args.threads)
+    with threads.using(given):
+        number = threads.for_call(given)
         chosen = kernels.chosen()
         rates = {key: kernels.measured.rates.get((key, number), {}) for key in chosen}
     for key, kernel in chosen.items():

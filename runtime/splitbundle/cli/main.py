@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, ClassVar, Final, NoReturn
 
 from splitbundle.cli.commands import COMMANDS
 from splitbundle.cli.console import Command, Console
@@ -108,8 +108,12 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser that reports errors as JSON too, with ``--json``."""
 
     as_json = False
+    plain: ClassVar[dict[str, str]] = {}
+    """The stand-ins of arguments after ``--``, which a message must not show."""
 
     def error(self, message: str) -> NoReturn:
+        for name, argument in self.plain.items():
+            message = message.replace(name, argument).replace(ascii(name)[1:-1], argument)
         if self.as_json:
             problem = Problem(code="usage.arguments", expected=" ".join(self.format_usage().split()), got=message)
             sys.stdout.write(json.dumps({"ok": False, "problems": [problem.as_json()]}) + "\n")
@@ -149,10 +153,12 @@ def _parse_in_any_order(parser: argparse.ArgumentParser, arguments: Sequence[str
     what comes after ``--``. No argument of a process has the character NUL.
     """
     at = arguments.index("--") if "--" in arguments else len(arguments)
-    plain = {f"\0{i}": argument for i, argument in enumerate(arguments[at + 1 :])}
-    args = parser.parse_intermixed_args(
-        [*arguments[:at], *plain], argparse.Namespace(parser=parser, every_parser=_every_parser)
-    )
+    after = arguments[at + 1 :]
+    plain = {f"\0{i}": argument for i, argument in enumerate(after) if argument.startswith("-")}
+    names = {argument: name for name, argument in plain.items()}
+    _Parser.plain = plain
+    given = [*arguments[:at], *(names.get(argument, argument) for argument in after)]
+    args = parser.parse_intermixed_args(given, argparse.Namespace(parser=parser, every_parser=_every_parser))
     for name, value in vars(args).items():
         if isinstance(value, str) and value in plain:
             setattr(args, name, plain[value])

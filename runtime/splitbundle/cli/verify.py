@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     what = f"{args.bundle}, shard {args.shard}" if args.shard else args.bundle
     partial, whole = bool(bundle.absent()), bundle.whole_shards()
     if partial:
-        console.note(f"The bundle is partial. These shards are whole: {', '.join(whole) or 'none'}.")
+        console.note(f"The bundle is partial. These shards have all their files: {', '.join(whole) or 'none'}.")
     console.text(f"{what}: {len(found.files)} files, {found.bytes:,} bytes, every size and digest as listed")
     for difference in differences:
         one, other = difference.between

@@ -38,8 +38,8 @@ _SHARD: Final = re.compile(r"shard='([a-z0-9_-]+)'")
 def in_command(problem: Problem) -> Problem:
     """Return a problem with the hint for users of the command."""
     hint = problem.hint
-    if hint is None:
-        return problem
+    if hint is None or hint.startswith("Any other part: stage("):  # no command computes any part
+        return replace(problem, hint=None)
     for python, command in COMMANDS.items():
         hint = hint.replace(python, command)
     hint = _SHARD.sub(r"--shard \1", hint)
@@ -49,6 +49,8 @@ def in_command(problem: Problem) -> Problem:
 def as_usage(error: BundleError, parser: argparse.ArgumentParser) -> BundleError:
     """Return ``usage.arguments`` that names the option, if every problem is the value of an option of the command."""
     flags = {action.dest: max(action.option_strings, key=len) for action in parser._actions if action.option_strings}
+    if all(problem.code.startswith("usage.") and problem.argument in flags for problem in error.problems):
+        return BundleError(replace(problem, argument=flags[str(problem.argument)]) for problem in error.problems)
     if not all(problem.code in _WRONG_VALUES and problem.argument in flags for problem in error.problems):
         return error
     return BundleError(

@@ -78,7 +78,8 @@ def _explain_partial(bundle: BundleReader, problems: list[Problem]) -> list[Prob
     first = next((i for i, problem in enumerate(problems) if problem.code == "file.missing"), None)
     if first is None:
         return problems
-    whole = bundle.whole_shards()
+    bad = {problem.file for problem in problems}
+    whole = [shard.name for shard in bundle.shards if bad.isdisjoint(bundle.files_of(shard))]
     said = (
         f"These shards are whole: {', '.join(whole)}; shard={whole[0]!r} checks one" if whole else "No shard is whole"
     )

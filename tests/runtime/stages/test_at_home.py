@@ -76,6 +76,21 @@ def test_a_session_can_be_copied(gpt2: splitbundle.Bundle, how: str) -> None:
     assert (session.past, other.past) == ([8], [5])
 
 
+@pytest.mark.parametrize("how", ["copy", "deepcopy", "pickle"])
+def test_a_copy_that_is_made_in_inference_mode_goes_on_outside(gpt2: splitbundle.Bundle, how: str) -> None:
+    pipeline = gpt2.pipeline()
+    session = pipeline.session(1, 16)
+    with torch.inference_mode():
+        pipeline(IDS[:, :3], session=session)
+        other = {
+            "copy": copy.copy,
+            "deepcopy": copy.deepcopy,
+            "pickle": lambda session: pickle.loads(pickle.dumps(session)),
+        }[how](session)
+    with torch.no_grad():
+        assert torch.equal(pipeline(IDS[:, 3:], session=other), pipeline(IDS[:, 3:], session=session))
+
+
 def test_a_session_can_be_saved(gpt2: splitbundle.Bundle) -> None:
     file = io.BytesIO()
     torch.save(gpt2.pipeline().session(1, 8), file)
@@ -162,9 +177,18 @@ def test_wrapped_stages_in_a_pipeline(gpt2: splitbundle.Bundle) -> None:
         Pipeline(wrapped[1:])  # type: ignore[arg-type]
 
 
+def test_what_is_no_stage_is_refused(gpt2: splitbundle.Bundle) -> None:
+    with pytest.raises(BundleError, match=r"\[pipeline.tiling\] stages: expected stages, or wrappers of stages"):
+        Pipeline([nn.Linear(2, 2)])  # type: ignore[list-item]
+
+
 def test_compiled_stages_in_a_pipeline(gpt2: splitbundle.Bundle) -> None:
     stages = [gpt2.stage(shard.name) for shard in gpt2.shards]
-    compiled = [stages[0], torch.compile(stages[1], backend="eager"), stages[2]]
+    compiled = [
+        stages[0],
+        torch.compile(stages[1], backend="eager"),
+        Wrapper(torch.compile(stages[2], backend="eager")),
+    ]
     with torch.no_grad():
         assert torch.allclose(Pipeline(compiled)(IDS), gpt2.pipeline()(IDS), atol=1e-5)  # type: ignore[arg-type]
 

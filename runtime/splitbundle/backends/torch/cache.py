@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,13 @@ class KVCache(CacheState):
                 # NaN. 0 · NaN is NaN.
                 self.keys[layer] = torch.zeros(shape, device=device, dtype=dtype)
                 self.values[layer] = torch.zeros(shape, device=device, dtype=dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy that is made in inference mode consists of tensors that can't be changed outside it.
+        with torch.inference_mode(False):
+            for name in ("keys", "values"):
+                state[name] = {i: own.clone() if own.is_inference() else own for i, own in state[name].items()}
+        self.__dict__.update(state)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Store this call's keys and values, and return those of all slots up to the last position.

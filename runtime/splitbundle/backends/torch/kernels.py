@@ -194,7 +194,7 @@ def with_kernels_for(
     try:
         try:
             _current.choice = choice
-            if _SWITCHES and dtype == torch.bfloat16 and (rows > 1 or _kernel("bfloat16/1") == GEMV):
+            if _SWITCHES and dtype == torch.bfloat16 and (rows > 1 or (_is_plain(x) and _kernel("bfloat16/1") == GEMV)):
                 call = object()
                 _switch.enter(call, rows)
             return compute(x, *args)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from splitbundle.backends.torch.sampling import draw
 from splitbundle.backends.torch.stage import Stage, load_stages
+from splitbundle.errors import BundleError, Problem
 from splitbundle.stages.pipeline import PipelineBase, check_tiling
 from splitbundle.stages.sampling import Sampling
 from splitbundle.stages.session import Session
@@ -33,12 +34,13 @@ class _Wrapped:
     def of(module: nn.Module) -> Any:
         """Return a stage as it is, and a wrapper of a stage with the attributes of the stage."""
         inner: Any = module
-        while not isinstance(inner, Stage):
+        while not hasattr(inner, "layer_range"):
             # These are the names of DistributedDataParallel and FullyShardedDataParallel, and of torch.compile.
-            below = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
-            if below is None:
-                return module
-            inner = below
+            below = getattr(inner, "module", None)
+            inner = getattr(inner, "_orig_mod", None) if below is None else below
+            if inner is None:
+                expected, got = "stages, or wrappers of stages", type(module).__name__
+                raise BundleError(Problem(code="pipeline.tiling", argument="stages", expected=expected, got=got))
         return inner if inner is module else _Wrapped(module, inner)
 
     def __getattr__(self, name: str) -> Any:

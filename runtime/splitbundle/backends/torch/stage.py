@@ -236,7 +236,7 @@ def load_stages(
     number = checked(threads)
     if kernels is None:
         # With gradients, torch's own kernels compute. So a trainable stage uses them without gradients, too.
-        choice = kernel_choice.from_environment() or (kernel_choice.PINNED if trainable else None)
+        choice = kernel_choice.PINNED if trainable else kernel_choice.from_environment()
     else:
         choice = kernel_choice.parse(kernels)
     with torch.inference_mode(False):  # a parameter that is made in inference mode could never be trained or changed

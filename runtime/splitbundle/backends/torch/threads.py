@@ -16,22 +16,6 @@ from splitbundle.integers import as_integer
 MAX_THREADS: Final = 1024
 
 
-class _State:
-    forked = False
-
-
-def _after_fork() -> None:
-    _State.forked = True
-    torch.set_num_threads(1)
-
-
-# In a forked child, GNU's OpenMP waits forever for threads that only the parent has. spec/decisions/0002 explains this.
-# The number of threads is a setting of the whole process. This package changes it for good only in a forked child,
-# which would hang otherwise.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
 def checked(threads: object) -> int | None:
     """Return a number of threads from a caller, or None for the default.
 
@@ -50,7 +34,7 @@ def for_call(threads: int | None) -> int:
 
     A forked child has one.
     """
-    if _State.forked:
+    if processors.inherited_torch():
         return 1
     return min(torch.get_num_threads(), _usable()) if threads is None else threads
 

@@ -16,31 +16,77 @@ from splitbundle.backends.torch.kernel_choice import KERNELS, PINNED, Measured
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def slow(product: Callable[..., Tensor], times: int) -> Callable[..., Tensor]:
-    """Return a product that takes as long as several."""
+class Clock:
+    """A clock that only products move, so that a busy machine changes no result."""
 
-    def repeated(x: Tensor, weight: Tensor) -> Tensor:
-        for _ in range(times - 1):
-            product(x, weight)
-        return product(x, weight)
+    def __init__(self) -> None:
+        self.now = 0.0
 
-    return repeated
+    def perf_counter(self) -> float:
+        return self.now
+
+    def product(self, seconds: float) -> Callable[..., None]:
+        """Return a product that takes some seconds."""
+
+        def take(x: Tensor, weight: Tensor) -> None:
+            self.now += seconds
+
+        return take
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(kernel_choice, "time", made)
+    return made
 
 
 @pytest.mark.parametrize("key", kernel_choice.MEASURED)
 @pytest.mark.parametrize("fastest", ["column", "onednn", "torch", "gemv"])
-def test_the_fastest_kernel_is_found(key: str, fastest: str) -> None:
+def test_the_fastest_kernel_is_found(key: str, fastest: str, clock: Clock) -> None:
     if fastest not in KERNELS[key]:
         pytest.skip("this kernel doesn't compute such products")
-    plain = torch.nn.functional.linear
-    measured = Measured(lambda name: plain if name == fastest else slow(plain, 4))
+    measured = Measured(lambda name: clock.product(0.001 if name == fastest else 0.002))
     assert measured.kernel(key) == fastest
     assert set(measured.rates[key, 1]) == set(KERNELS[key])
+    assert max(measured.rates[key, 1], key=measured.rates[key, 1].__getitem__) == fastest
 
 
-def test_equal_kernels_keep_the_preferred_one() -> None:
-    measured = Measured(lambda name: torch.nn.functional.linear)
-    assert {key: measured.kernel(key) for key in KERNELS} == {key: names[0] for key, names in KERNELS.items()}
+@pytest.mark.parametrize(("others", "stays"), [(1.0, True), (0.95, True), (0.85, False)])
+def test_a_little_faster_is_not_enough(others: float, stays: bool, clock: Clock) -> None:
+    for key in kernel_choice.MEASURED:
+        first = KERNELS[key][0]
+        measured = Measured(lambda name, first=first: clock.product(0.001 * (1.0 if name == first else others)))
+        assert (measured.kernel(key) == first) == stays
+
+
+def test_a_disturbed_round_does_not_count(clock: Clock) -> None:
+    """Another program stops the first timed round of the fastest kernel for a while."""
+    calls = dict.fromkeys(KERNELS["float32/1"], 0)
+
+    def product(name: str) -> Callable[..., None]:
+        def take(x: Tensor, weight: Tensor) -> None:
+            calls[name] += 1
+            stopped = name == "onednn" and calls[name] == 3
+            clock.now += 1e-5 * (1 if name == "onednn" else 2) + (0.01 if stopped else 0)
+
+        return take
+
+    assert Measured(product).kernel("float32/1") == "onednn"
+
+
+def test_a_measurement_is_bounded(clock: Clock) -> None:
+    for seconds in (1e-6, 1e-3, 10.0):
+        before = clock.now
+        Measured(lambda name, seconds=seconds: clock.product(seconds)).kernel("float32/1")
+        rounds = (clock.now - before) / (seconds * 2 * len(KERNELS["float32/1"]))
+        assert 1.9 < rounds < 5.1
+
+
+def test_four_rows_and_more_are_not_measured(clock: Clock) -> None:
+    measured = Measured(lambda name: clock.product(1.0))
+    assert measured.kernel("float32/4-") == "onednn"
+    assert clock.now == 0
 
 
 def test_a_kernel_that_this_torch_lacks_is_not_measured() -> None:
@@ -49,8 +95,8 @@ def test_a_kernel_that_this_torch_lacks_is_not_measured() -> None:
     assert not measured.rates
 
 
-def test_each_number_of_threads_has_its_own() -> None:
-    measured = Measured(lambda name: torch.nn.functional.linear)
+def test_each_number_of_threads_has_its_own(clock: Clock) -> None:
+    measured = Measured(lambda name: clock.product(0.001))
     measured.kernel("float32/1")
     torch.set_num_threads(2)
     measured.kernel("float32/1")
@@ -103,7 +149,8 @@ def test_the_variable_and_the_option(gpt2: splitbundle.Bundle, monkeypatch: pyte
     assert gpt2.stage(shard, trainable=True, kernels="auto").kernels is None
     monkeypatch.setenv(kernel_choice.VARIABLE, "float32/1=onednn")
     named = PINNED | {"float32/1": "onednn"}
-    assert gpt2.stage(shard).kernels == gpt2.stage(shard, trainable=True).kernels == named
+    assert gpt2.stage(shard).kernels == named
+    assert gpt2.stage(shard, trainable=True).kernels == PINNED
     assert gpt2.pipeline(kernels="torch").first.kernels == PINNED
     monkeypatch.setenv(kernel_choice.VARIABLE, "fast")
     with pytest.raises(BundleError, match=r"SPLITBUNDLE_KERNELS: expected auto, torch"):
