@@ -1,7 +1,7 @@
 """The command ``splitbundle``, also as ``python -m splitbundle``.
 
-An interruption ends it with status 130 and without a traceback, from its first module on. That is why this module
-imports the others inside a function.
+From the moment at which ``run`` begins, an interruption ends it with status 130 and without a traceback. That is why
+this module imports the others inside a function.
 """
 
 from __future__ import annotations
