@@ -220,11 +220,14 @@ def test_padding_needs_no_slots(gpt2: splitbundle.Bundle) -> None:
 
 def test_values_that_a_dtype_cannot_hold_are_refused(gpt2: splitbundle.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     from splitbundle.backends.torch import stage
+    from splitbundle.backends.torch.weights import MappedTensors
 
     original = stage.map_tensors
 
-    def large(bundle: splitbundle.Bundle, unit: str) -> dict[str, torch.Tensor]:
-        return {name: tensor * 1e6 for name, tensor in original(bundle, unit).items()}
+    def large(bundle: splitbundle.Bundle, unit: str) -> MappedTensors:
+        tensors = original(bundle, unit)
+        tensors.update({name: tensor * 1e6 for name, tensor in tensors.items()})
+        return tensors
 
     monkeypatch.setattr(stage, "map_tensors", large)
     with pytest.raises(BundleError, match=r"\[input.overflow\] /embedding.token.weight: expected values that float16"):

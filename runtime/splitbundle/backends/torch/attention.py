@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from splitbundle.backends.torch.cache import KVCache
+from splitbundle.backends.torch.joint import NOTHING
 from splitbundle.backends.torch.modules import Linear
 from splitbundle.backends.torch.norms import Norm
 from splitbundle.backends.torch.positions import Positions
@@ -34,6 +35,7 @@ class Attention(nn.Module):
         )
         self.sinks = nn.Parameter(torch.empty(attention.heads, device="meta")) if attention.sinks else None
         self.output = Linear(queries, hidden, bias=attention.output_bias)
+        self.joint = NOTHING
 
     @staticmethod
     def _norm(attention: facts.Attention, heads: int) -> Norm | None:
@@ -43,9 +45,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
         """Attend from each position to the positions it may see. *Shape:* (batch, sequence, hidden) -> the same."""
         facts_ = self.facts
-        queries = self._heads(self.query(x), self.query_norm, positions)  # [B, S, H, D]
-        keys = self._heads(self.key(x), self.key_norm, positions)
-        values = split_heads(self._clip(self.value(x)), facts_.head_dim)
+        queries, keys, values = self._project(x, positions)  # [B, S, H, D]
         if facts_.query_temperature is not None:
             queries = queries * positions.temperature(facts_.query_temperature)
         queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))  # [B, H, S, D]
@@ -65,6 +65,21 @@ class Attention(nn.Module):
             cap, sinks = facts_.logit_cap, self.sinks
             mixed = attend_unfused(queries, keys, values, mask=mask, scale=facts_.scale, cap=cap, sinks=sinks)
         return self.output(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the heads' queries, keys and values. *Shape:* (B, S, hidden) -> thrice (B, S, heads, head_dim)."""
+        size, heads, kv_heads = self.facts.head_dim, self.facts.heads, self.facts.kv_heads
+        joint = self.joint.product(x, self)
+        if joint is None:
+            queries, keys, values = self.query(x), self.key(x), self.value(x)
+        elif self.facts.query_key_norm is None:
+            both, values = torch.split(joint, [(heads + kv_heads) * size, kv_heads * size], dim=-1)
+            queries, keys = torch.split(self._heads(both, None, positions), [heads, kv_heads], dim=2)
+            return queries, keys, split_heads(self._clip(values), size)
+        else:
+            queries, keys, values = torch.split(joint, [heads * size, kv_heads * size, kv_heads * size], dim=-1)
+        queries, keys = self._heads(queries, self.query_norm, positions), self._heads(keys, self.key_norm, positions)
+        return queries, keys, split_heads(self._clip(values), size)
 
     def _heads(self, x: Tensor, norm: Norm | None, positions: Positions) -> Tensor:
         """Clip, normalize and rotate the heads.

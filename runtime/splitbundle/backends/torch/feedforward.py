@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from splitbundle.backends.torch.joint import NOTHING
 from splitbundle.backends.torch.kernels import can_fuse, linear_activation, linear_times
 from splitbundle.backends.torch.modules import Linear, is_plain
 from splitbundle.format.architecture import feedforward as facts
@@ -46,12 +47,17 @@ class Mlp(nn.Module):
         self.up = Linear(hidden, mlp.intermediate_size, bias=mlp.bias)
         self.down = Linear(mlp.intermediate_size, hidden, bias=mlp.bias)
         self.name = mlp.activation
+        self.joint = NOTHING
         self.activation = Xielu() if mlp.activation == "xielu" else ACTIVATIONS[mlp.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block. *Shape:* (batch, sequence, hidden) -> the same."""
         if self.gate is None:
             return self.down(self._activated(x, self.up))  # type: ignore[no-any-return]
+        joint = self.joint.product(x, self, unless_fused=True)
+        if joint is not None:
+            gate, other = joint.chunk(2, dim=-1)
+            return self.down(self.activation(gate) * other)  # type: ignore[no-any-return]
         gate, up = self._activated(x, self.gate), self.up
         both = linear_times(x, up.weight, up.bias, gate) if can_fuse(x) and is_plain(up) else None
         return self.down(gate * up(x) if both is None else both)  # type: ignore[no-any-return]

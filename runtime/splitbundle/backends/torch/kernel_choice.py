@@ -23,17 +23,24 @@ TORCH: Final = "torch"
 ONEDNN: Final = "onednn"
 GEMV: Final = "gemv"
 COLUMN: Final = "column"
+FEW: Final = "few"
+STEPS: Final = "steps"
 KERNELS: Final[dict[str, tuple[str, ...]]] = {
     "float32/1": (COLUMN, ONEDNN, TORCH),
     "float32/2-3": (TORCH, ONEDNN),
     "float32/4-": (ONEDNN, TORCH),
     "bfloat16/1": (COLUMN, GEMV, TORCH),
+    STEPS: (FEW, TORCH),
 }
 """A dtype and a number of rows -> the kernels that can compute such products.
 
 "torch" is ``functional.linear`` as it is. "onednn" is oneDNN through the operator of torch's compiler. "gemv" is
 torch's own kernel for one row, which runs where oneDNN is switched off. "column" is the weight times a vector: the same
 kernel as "torch" in float32, with fewer steps around it. The first kernel of each line is preferred.
+
+The key "steps" says in how many steps a layer computes. With "few", linear layers that multiply the same input are one
+product where their weights lie side by side, and the RMSNorm of a single position takes three steps. With "torch",
+every module computes for itself.
 """
 MEASURED: Final = ("float32/1", "float32/2-3", "bfloat16/1")
 """The keys whose kernel is measured. For four rows and more, oneDNN was the fastest on every processor that was tried,

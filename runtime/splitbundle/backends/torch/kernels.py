@@ -15,7 +15,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from splitbundle.backends.torch import kernel_choice
-from splitbundle.backends.torch.kernel_choice import COLUMN, GEMV, ONEDNN, TORCH, Choice, Measured
+from splitbundle.backends.torch.kernel_choice import COLUMN, FEW, GEMV, ONEDNN, STEPS, TORCH, Choice, Measured
 
 SMALL: Final = 2**17
 """Below this number of scalar multiplications, oneDNN's preparation (some 15 µs) takes longer than all of them."""
@@ -64,6 +64,17 @@ def _onednn() -> _OneDnn | None:
         return None
     return found if right else None
 
+
+# Each product asks all of these, so they are looked up once.
+_tracks: Final = torch.is_grad_enabled
+_tracing: Final = torch._C._get_tracing_state
+_autocasts: Final = torch._C._is_any_autocast_enabled
+_dispatch_modes: Final = torch._C._len_torch_dispatch_stack
+_function_modes: Final = torch._C._len_torch_function_stack
+_transform: Final = torch._C._functorch.maybe_current_level
+_PLAIN: Final = (nn.Parameter, Tensor)
+_norm: Final = torch.linalg.vector_norm
+_STRIDED: Final = torch.strided
 
 _ONEDNN: Final = _onednn()
 _SWITCHES: Final = _ONEDNN is not None and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
@@ -210,10 +221,44 @@ def with_kernels_for(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x Wᵀ + b. *Shape:* (…, columns), (rows, columns), (rows) -> (…, rows)."""
-    kernel = _kernel_for(x, weight, bias)
+    return product(_kernel_for(x, weight, bias), x, weight, bias)
+
+
+def product(kernel: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x Wᵀ + b, computed by a kernel. *Shape:* as for ``linear``."""
     if kernel == ONEDNN and _ONEDNN is not None:
         return _ONEDNN.product(x, weight, bias)
     return _column(x, weight, bias) if kernel == COLUMN else functional.linear(x, weight, bias)
+
+
+def joint_kernel(x: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> str | None:
+    """Return the kernel for one product with several layers' weights, or None if each layer must compute its own.
+
+    *Shape:* x (…, inputs). The weights have ``outputs`` rows together.
+    """
+    if torch.compiler.is_compiling() or x.dtype != dtype or _kernel(STEPS) != FEW or not _is_plain_input(x):
+        return None
+    key = _key(x, outputs, inputs, dtype)
+    return TORCH if key is None or not _switch.allows_onednn() else _kernel(key)
+
+
+def rms_norm(x: Tensor, size: Sequence[int], weight: Tensor | None, eps: float) -> Tensor:
+    """Return x / √(mean(x²) + eps) · w, with the mean over the last dimension. *Shape:* (…, size), (size) -> (…, size).
+
+    torch computes eight steps. For a single position in float32 on the CPU, three are enough.
+    """
+    if (
+        weight is not None
+        and not torch.compiler.is_compiling()
+        and x.dtype == torch.float32
+        and x.numel() == size[0]
+        and _kernel(STEPS) == FEW
+        and _is_plain(x, weight)
+    ):
+        square = _norm(x).item() ** 2 / size[0] + eps
+        if square > 0:
+            return (x * square**-0.5).mul_(weight)
+    return functional.rms_norm(x, size, weight, eps)
 
 
 def can_fuse(x: Tensor) -> bool:
@@ -241,18 +286,22 @@ def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor)
 def _kernel_for(x: Tensor, weight: Tensor, *others: Tensor | None) -> str:
     """Return the kernel that should compute this product."""
     # Check for a compiler before anything else: it traces this function, and the checks below would stop the trace.
-    if torch.compiler.is_compiling() or x.numel() * weight.shape[0] < SMALL:
+    if torch.compiler.is_compiling():
         return TORCH
-    rows = x.numel() // weight.shape[1]
-    if weight.dtype == torch.float32:
-        key = "float32/1" if rows == 1 else "float32/2-3" if rows < 4 else "float32/4-"
-    elif rows == 1 and weight.dtype == torch.bfloat16:
-        key = "bfloat16/1"
-    else:
-        return TORCH
-    if not _switch.allows_onednn() or not _is_plain(x, weight, *others):
+    key = _key(x, weight.shape[0], weight.shape[1], weight.dtype)
+    if key is None or not _switch.allows_onednn() or not _is_plain(x, weight, *others):
         return TORCH
     return _kernel(key)
+
+
+def _key(x: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> str | None:
+    """Return the key of a product in ``KERNELS``, or None if torch's usual kernel should compute it."""
+    scalars = x.numel()
+    if scalars * outputs < SMALL:
+        return None
+    if dtype == torch.float32:
+        return "float32/1" if scalars == inputs else "float32/2-3" if scalars < 4 * inputs else "float32/4-"
+    return "bfloat16/1" if scalars == inputs and dtype == torch.bfloat16 else None
 
 
 def _is_plain(x: Tensor, *others: Tensor | None) -> bool:
@@ -260,29 +309,27 @@ def _is_plain(x: Tensor, *others: Tensor | None) -> bool:
 
     Gradients, transforms, compilers, modes and other tensor classes must see an operator that they know.
     """
-    if type(x) is not Tensor or not x.is_cpu:
+    if not _is_plain_input(x):
         return False
-    if (
-        torch._C._get_tracing_state() is not None
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or forward_ad._current_level >= 0
-    ):
-        return False
-    if torch._C._functorch.maybe_current_level() is not None:
-        return False
-    tracked = torch.is_grad_enabled()
-    if tracked and x.requires_grad:
-        return False
+    dtype, tracked = x.dtype, _tracks()
     for tensor in others:
         if tensor is None:
             continue
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or not tensor.is_cpu:
+        if type(tensor) not in _PLAIN or tensor.dtype != dtype or not tensor.is_cpu or tensor.layout is not _STRIDED:
             return False
         # oneDNN reads a bias as if it were contiguous.
-        if tensor.dtype != x.dtype or (tensor.ndim == 1 and not tensor.is_contiguous()):
-            return False
-        if tracked and tensor.requires_grad:
+        if (tracked and tensor.requires_grad) or (tensor.ndim == 1 and not tensor.is_contiguous()):
             return False
     return True
+
+
+def _is_plain_input(x: Tensor) -> bool:
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and _tracing() is None
+        and not (_autocasts() or _dispatch_modes() or _function_modes())
+        and forward_ad._current_level < 0
+        and _transform() is None
+        and not (x.requires_grad and _tracks())
+    )

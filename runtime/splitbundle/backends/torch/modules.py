@@ -26,8 +26,18 @@ class Linear(nn.Linear):
 
 def is_plain(layer: nn.Module) -> bool:
     """Return False for a replaced or hooked layer (LoRA adapters do this), which must be called as a module."""
-    changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return type(layer) is Linear and not changed and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    return is_own(layer) and not has_global_hooks()
+
+
+def is_own(layer: nn.Module) -> bool:
+    """Return False for a replaced layer, and for one with hooks of its own."""
+    own = layer.__dict__
+    return type(layer) is Linear and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+
+
+def has_global_hooks() -> bool:
+    """Return whether every module has hooks."""
+    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 class Table(nn.Embedding):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from splitbundle.backends.torch.kernels import rms_norm
 from splitbundle.format.architecture import norms as facts
 
 
@@ -36,4 +37,4 @@ class Norm(nn.Module):
             return x if bias is None else x + bias
         if self.facts.kind == "layer_norm":
             return functional.layer_norm(x, self.size, weight, bias, self.facts.eps)
-        return functional.rms_norm(x, self.size, weight, self.facts.eps)
+        return rms_norm(x, self.size, weight, self.facts.eps)

@@ -13,11 +13,12 @@ from torch.nn import functional
 from splitbundle.backends.torch import kernel_choice
 from splitbundle.backends.torch.cache import KVCache
 from splitbundle.backends.torch.decoder import Embedding, Head, Layer
+from splitbundle.backends.torch.joint import join
 from splitbundle.backends.torch.kernels import with_kernels_for
 from splitbundle.backends.torch.numpy_stage import NumpyStage
 from splitbundle.backends.torch.positions import Positions
 from splitbundle.backends.torch.threads import checked, using
-from splitbundle.backends.torch.weights import compute_dtype, map_tensors, rounded
+from splitbundle.backends.torch.weights import MappedTensors, compute_dtype, map_tensors, rounded
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.stages.call import Call
 from splitbundle.stages.stage import ArrayInfo, LogitsWanted, StageBase
@@ -254,16 +255,21 @@ def _load(
     trainable: bool,
 ) -> list[Stage]:
     mapped: dict[str, nn.Parameter] = {}
+    tensors = MappedTensors()
     loaded: set[str] = set()
     stages: list[Stage] = []
     for selection in selections:
         for unit in selection.units:
             if unit not in loaded:
                 loaded.add(unit)
-                for name, tensor in map_tensors(bundle, unit).items():
+                found = map_tensors(bundle, unit)
+                tensors.include(found)
+                for name, tensor in found.items():
                     mapped[name] = nn.Parameter(rounded(tensor, dtype, name).to(device), requires_grad=trainable)
         stage = Stage(bundle, selection)
         _assign(stage, mapped)
+        if not trainable:
+            join(stage.layers, tensors)
         stages.append(stage)
     return stages
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -18,7 +21,41 @@ DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in 
 """Names of the stored dtypes -> the dtypes of torch."""
 
 
-def map_tensors(bundle: BundleReader, group: str) -> dict[str, Tensor]:
+class MappedTensors(dict[str, Tensor]):
+    """Tensors over the mapped bytes of files, by name. Each keeps its bytes alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._places: dict[str, tuple[mmap.mmap, int]] = {}
+
+    def add(self, name: str, dtype: torch.dtype, shape: Sequence[int], data: mmap.mmap, offset: int) -> None:
+        """Add the tensor that begins at a byte of ``data``."""
+        flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=offset)
+        self[name] = flat.view(*shape)
+        self._places[name] = data, offset
+
+    def include(self, others: MappedTensors) -> None:
+        """Add all tensors of another collection."""
+        self.update(others)
+        self._places.update(others._places)
+
+    def joined(self, names: Sequence[str]) -> Tensor | None:
+        """Return tensors that lie one after another as one tensor over the same memory, else None.
+
+        *Shape:* (r1, …), (r2, …) … -> (r1 + r2 + …, …).
+        """
+        parts = [self[name] for name in names]
+        data, offset = self._places[names[0]]
+        end = offset
+        for name, part in zip(names, parts, strict=True):
+            if self._places[name] != (data, end) or part.shape[1:] != parts[0].shape[1:]:
+                return None
+            end += part.nbytes
+        count = sum(part.numel() for part in parts)
+        return torch.frombuffer(data, dtype=parts[0].dtype, count=count, offset=offset).view(-1, *parts[0].shape[1:])
+
+
+def map_tensors(bundle: BundleReader, group: str) -> MappedTensors:
     """Return the tensors of a unit, or of the golden vectors. Each keeps its mapped bytes alive.
 
     Raises:
@@ -32,13 +69,10 @@ def map_tensors(bundle: BundleReader, group: str) -> dict[str, Tensor]:
                 got=f"a {sys.byteorder}-endian one",
             )
         )
-    tensors: dict[str, Tensor] = {}
+    tensors = MappedTensors()
     for data, found in bundle.weight_bytes(group):
         for name, (tensor, offset) in found.layout.items():
-            dtype = DTYPES[tensor.dtype]
-            count = tensor.size // dtype.itemsize
-            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=found.start + offset)
-            tensors[name] = flat.view(tensor.shape)
+            tensors.add(name, DTYPES[tensor.dtype], tensor.shape, data, found.start + offset)
     return tensors
 
 
