@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from splitbundle.errors import BundleError, Problem
+from splitbundle.errors import BundleError
 from splitbundle.format import strict_json
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.storage.files import Progress
 from splitbundle_converter.checkpoint.directory import CheckpointDirectory
 from splitbundle_converter.checkpoint.hub import find_checkpoint
 from splitbundle_converter.checkpoint.pickles import BIN, read_model
-from splitbundle_converter.checkpoint.source import CONFIG, Checkpoint, has_weights
+from splitbundle_converter.checkpoint.source import CONFIG, Checkpoint, Configuration, has_weights
 from splitbundle_converter.checkpoint.weight_files import SAFETENSORS
 from splitbundle_converter.errors import refusal, source_json
 from splitbundle_converter.families.composites import EXTENSION
-from splitbundle_converter.families.configuration import read_configuration
+from splitbundle_converter.families.configuration import an_object, read_configuration
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.language_part.language_part import read_language_part
 from splitbundle_converter.language_part.original import load_original_part
@@ -82,25 +82,32 @@ def open_checkpoint(
             "source.parts", directory.name, expected, got, "Move the files that you do not want to another directory"
         )
     if whole is SAFETENSORS or not allow_pickle:
-        try:
+        with _telling_of_the_configuration(directory):
             checkpoint = Checkpoint(directory.path, name=directory.name, revision=directory.revision)
-        except BundleError as error:
-            raise BundleError([*_configuration_problems(directory), *error.problems]) from error
         yield _judge(checkpoint, part)
         return
     with scratch_directory(output, force=force) as private:
-        read = read_parts(directory, parts, private, progress) if parts else read_model(directory, private, progress)
+        if parts:
+            yield _judge(read_parts(directory, parts, private, progress), part)
+            return
+        with _telling_of_the_configuration(directory):
+            read = read_model(directory, private, progress)
         yield _judge(read, part)
 
 
-def _configuration_problems(directory: CheckpointDirectory) -> Sequence[Problem]:
-    """Return the problems of a configuration that can't be read. A checkpoint without weights may have them, too."""
+@contextmanager
+def _telling_of_the_configuration(directory: CheckpointDirectory) -> Iterator[None]:
+    """If the weights can't be read, report a configuration that can't be read either, in the same error."""
     try:
-        if directory.has(CONFIG):
-            source_json(directory.read(CONFIG, strict_json.MAX_BYTES), CONFIG, constant=str)
+        yield
     except BundleError as error:
-        return error.problems
-    return ()
+        try:
+            if directory.has(CONFIG):
+                raw = source_json(directory.read(CONFIG, strict_json.MAX_BYTES), CONFIG, constant=str)
+                an_object(Configuration(raw=raw, file=CONFIG))
+        except BundleError as other:
+            raise BundleError([*other.problems, *error.problems]) from error
+        raise
 
 
 def _judge(checkpoint: Checkpoint, part: str | None) -> OpenedCheckpoint:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from splitbundle.backends import registry
-from splitbundle.storage.documents import find_bundle, read_documents
+from splitbundle.storage.documents import find_bundle, read_documents, telling_of_replacement
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import BundleReader
 
@@ -58,7 +59,8 @@ class Bundle(BundleReader):
         # Imported here, as it loads the rules for graphs and tokenizers, which computing doesn't need.
         from splitbundle.verification.verify import verify
 
-        return verify(self, shard, exact=exact, progress=progress)
+        with self._told():
+            return verify(self, shard, exact=exact, progress=progress)
 
     def run_vectors(
         self,
@@ -90,7 +92,8 @@ class Bundle(BundleReader):
         """
         from splitbundle.stages import golden
 
-        differences = registry.run_golden(self, shard, backend or registry.installed_backend(), threads, progress)
+        with self._told():
+            differences = registry.run_golden(self, shard, backend or registry.installed_backend(), threads, progress)
         if self.manifest.vectors is not None:
             golden.check(differences, self.manifest.vectors.file)
         return differences
@@ -175,7 +178,8 @@ class Bundle(BundleReader):
         selection = self.select(name, layers=layers, embeds=embeds, head=head)
         chosen = backend or registry.installed_backend()
         own = registry.own_options(chosen, options, "stage")
-        return registry.module(chosen, "stage").load_stages(self, [selection], **own)[0]
+        with self._told():
+            return registry.module(chosen, "stage").load_stages(self, [selection], **own)[0]
 
     @overload
     def pipeline(
@@ -200,8 +204,13 @@ class Bundle(BundleReader):
         if not isinstance(backend, Mapping):
             chosen = backend or registry.installed_backend()
             own = registry.own_options(chosen, options, "pipeline")
-            return registry.module(chosen, "pipeline").load_pipeline(self, **own)
-        return registry.mixed_pipeline(self, backend, options)
+            with self._told():
+                return registry.module(chosen, "pipeline").load_pipeline(self, **own)
+        with self._told():
+            return registry.mixed_pipeline(self, backend, options)
+
+    def _told(self) -> AbstractContextManager[None]:
+        return telling_of_replacement(self.path, self.id)
 
 
 def _reopen(path: Path, id: str, strict: bool) -> Bundle:  # noqa: A002

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -354,12 +355,40 @@ def test_a_bundle_that_is_being_replaced(copy: Path, monkeypatch: pytest.MonkeyP
     assert (problem.code, problem.hint) == ("file.unreadable", "A writer is replacing the bundle: open it again")
 
 
-def test_a_malformed_configuration_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("how", ["replaced", "removed", "damaged"])
+def test_a_bundle_that_is_replaced_after_opening(how: str, copy: Path) -> None:
+    """The bundle is no longer the opened one: that is said, and not that a file of it is missing or differs."""
+    bundle = splitbundle.open(copy)
+    if how == "damaged":
+        (copy / bundle.files_of(bundle.shards[0])[0]).write_bytes(b"x")
+    else:
+        shutil.rmtree(copy)
+    if how == "replaced":
+        shutil.copytree(ROOT / "tests" / "golden" / "v1.0" / "llama.splitbundle", copy)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: bundle.stage(bundle.shards[0].name),
+        bundle.pipeline,
+        bundle.verify,
+        bundle.run_vectors,
+    )
+    for call in calls:
+        with pytest.raises(BundleError) as caught:
+            call()
+        told = [problem for problem in caught.value.problems if "since it was opened: open it again" in str(problem)]
+        assert len(told) == (0 if how == "damaged" else 1), caught.value
+        assert not told or (len(caught.value.problems) == 1 and told[0].file == "manifest.json")
+
+
+@pytest.mark.parametrize("options", [[], ["--allow-pickle"]])
+@pytest.mark.parametrize(("text", "code"), [('{"model_type": "gpt2",', "[json."), ("[1]", "[source.config]")])
+def test_a_malformed_configuration_without_weights(
+    text: str, code: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "config.json").write_text('{"model_type": "gpt2",')
-    status, _, err = run(capsys, "convert", tmp_path / "source", "-o", tmp_path / "x.splitbundle")
+    (tmp_path / "source" / "config.json").write_text(text)
+    status, _, err = run(capsys, "convert", tmp_path / "source", "-o", tmp_path / "x.splitbundle", *options)
     assert status == 1
-    assert ["[json." in err, "[source.missing]" in err] == [True, True]
+    assert [code in err, "[source.missing]" in err] == [True, True], err
 
 
 @pytest.mark.parametrize("path", ["./none", "/no/such/model", "~/none", "a/b/c", "HERE/none"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.errors import BundleError, Problem, VerificationError, quoted
 from splitbundle.format import names, strict_json
 from splitbundle.format.architecture import decoder as architectures
 from splitbundle.format.architecture.decoder import Architecture
@@ -99,6 +101,33 @@ def _manifest(root: Path, wanted: str | None) -> bytes:
         expected, hint = f"the bundle id {quoted(wanted)}", "It is another bundle, or a changed one"
         raise BundleError(Problem(code="file.digest", file=document.FILE, expected=expected, got=identity, hint=hint))
     return data
+
+
+@contextmanager
+def telling_of_replacement(root: Path, id: str) -> Iterator[None]:  # noqa: A002
+    """If the block fails on a bundle that isn't the opened one any more, say that in place of what follows from it.
+
+    Raises:
+        BundleError: ``file.digest`` or ``file.missing`` for manifest.json; else the block's own errors.
+    """
+    try:
+        yield
+    except BundleError as error:
+        try:
+            now = document.identity(files.read_file(root, document.FILE, strict_json.MAX_BYTES))
+        except BundleError:
+            now = None
+        own = type(error) in (BundleError, VerificationError)
+        if not own or now == id or (now is None and (root / document.FILE).exists()):
+            raise
+        problem = Problem(
+            code="file.missing" if now is None else "file.digest",
+            file=document.FILE,
+            expected=f"the bundle id {quoted(id)}, as when it was opened",
+            got=now or "none",
+            hint="The bundle was replaced or removed since it was opened: open it again",
+        )
+        raise type(error)(problem) from error
 
 
 def explain_mismatch(root: Path, data: bytes) -> list[Problem]:

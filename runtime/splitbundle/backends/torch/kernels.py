@@ -11,6 +11,7 @@ torch's own choice is slow in two cases:
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import threading
@@ -257,7 +258,7 @@ def rms_norm(x: Tensor, size: Sequence[int], weight: Tensor | None, eps: float) 
     ):
         square = _norm(x).item() ** 2 / size[0] + eps
         if square > 0:
-            return (x * square**-0.5).mul_(weight)
+            return (x / math.sqrt(square)).mul_(weight)
     return functional.rms_norm(x, size, weight, eps)
 
 

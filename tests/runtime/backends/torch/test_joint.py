@@ -49,7 +49,10 @@ def test_the_numbers_are_those_of_separate_layers(golden: splitbundle.Bundle, pr
     own, usual = golden.pipeline(), golden.pipeline(kernels="torch")
     ids = own.token_ids([[5, 3, 9, 1]])
     whole = usual(ids)
-    near = {"rtol": 0, "atol": (1e-5 if whole.dtype == torch.float32 else 2**-6) * float(whole.abs().max())}
+    near: dict[str, float] = {
+        "rtol": 0,
+        "atol": (1e-5 if whole.dtype == torch.float32 else 2**-6) * float(whole.abs().max()),
+    }
     assert torch.allclose(own(ids), whole, **near)
     assert products
     session, before = own.session(capacity=4), len(products)
