@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splitbundle.backends.torch.weight_files import unit_files, write_weights
 from splitbundle.backends.torch.weights import DTYPES as TORCH_DTYPES
 from splitbundle.backends.torch.weights import rounded
 from splitbundle.bundle import Bundle
@@ -21,10 +22,13 @@ from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.sizes import count
 from splitbundle.format.manifest.document import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
 from splitbundle.format.weight_layout import Tensor as Stored
-from splitbundle.opening import open_bundle
+from splitbundle.opening import open_bundle, relocated
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import VECTORS
 from splitbundle.version import __version__
+from splitbundle.writing.atomic_directory import atomic_directory
+from splitbundle.writing.documents import write_documents, write_file
+from splitbundle.writing.shards import check_cuts, make_shards, shard_names
 from splitbundle_converter.checkpoint.source import TOKENIZER, Checkpoint, dtype_of
 from splitbundle_converter.errors import refusal
 from splitbundle_converter.families import unused_fields
@@ -33,15 +37,12 @@ from splitbundle_converter.families.configuration import refuse_unchecked_code
 from splitbundle_converter.graphs import request
 from splitbundle_converter.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from splitbundle_converter.options import DTYPES, Note
+from splitbundle_converter.published_schemas import check_schemas
 from splitbundle_converter.reference.asked_fields import asked_fields
 from splitbundle_converter.reference.golden_vectors import reference_vectors
 from splitbundle_converter.reference.original_errors import explained
 from splitbundle_converter.text.text_files import text_files
 from splitbundle_converter.translation.translate import Translation, translate
-from splitbundle_converter.writing.atomic_directory import atomic_directory
-from splitbundle_converter.writing.documents import relocated, write_documents, write_file
-from splitbundle_converter.writing.shards import check_cuts, make_shards, shard_names
-from splitbundle_converter.writing.weights import unit_files, write_weights
 
 
 def convert(
@@ -201,6 +202,7 @@ def _convert(
             backend, threads = "torch" if graphs is None else "all", torch.get_num_threads()
             open_bundle(root).run_vectors(backend=backend, threads=threads, progress=progress)
         made = open_bundle(root)
+        check_schemas(made)
         checkpoint.directory.check_unchanged()
     return relocated(made, target)
 

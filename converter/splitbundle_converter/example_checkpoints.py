@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle_converter.writing.atomic_directory import atomic_directory
+from splitbundle.writing.atomic_directory import atomic_directory
 
 DEFAULT: Final = "license-gpt2"
 EXAMPLES: Final[Mapping[str, str]] = {

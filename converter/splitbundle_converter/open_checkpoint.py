@@ -14,6 +14,7 @@ from splitbundle.errors import BundleError
 from splitbundle.format import strict_json
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.storage.files import Progress
+from splitbundle.writing.atomic_directory import scratch_directory
 from splitbundle_converter.checkpoint.directory import CheckpointDirectory
 from splitbundle_converter.checkpoint.hub import find_checkpoint
 from splitbundle_converter.checkpoint.pickles import BIN, read_model
@@ -27,7 +28,6 @@ from splitbundle_converter.language_part.language_part import read_language_part
 from splitbundle_converter.language_part.original import load_original_part
 from splitbundle_converter.reference.golden_vectors import load_original
 from splitbundle_converter.split_learning.parts import PartsCheckpoint, find_parts, read_parts
-from splitbundle_converter.writing.atomic_directory import scratch_directory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

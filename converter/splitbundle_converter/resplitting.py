@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from splitbundle.backends import registry
 from splitbundle.bundle import Bundle
-from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.format import strict_json
+from splitbundle.errors import quoted
 from splitbundle.format.genai import GENAI
-from splitbundle.format.manifest import document
-from splitbundle.format.manifest.document import identity
 from splitbundle.format.names import CARD
-from splitbundle.opening import open_bundle
-from splitbundle.storage.files import FETCH, Progress, check_digest, missing, open_file, read_file, sha256
+from splitbundle.opening import open_bundle, relocated
+from splitbundle.storage.files import Progress
+from splitbundle.writing.atomic_directory import atomic_directory
+from splitbundle.writing.copying import check_outside, copy_files, refuse_missing, unchanged
+from splitbundle.writing.documents import write_documents
+from splitbundle.writing.shards import make_shards
 from splitbundle_converter.errors import refusal
 from splitbundle_converter.graphs import request
-from splitbundle_converter.writing.atomic_directory import atomic_directory
-from splitbundle_converter.writing.documents import relocated, write_documents
-from splitbundle_converter.writing.shards import make_shards
+from splitbundle_converter.published_schemas import check_schemas
 
 
 def resplit(
@@ -69,65 +66,26 @@ def resplit(
         graphs.check(old.manifest.storage)
     # The path is made absolute first: replacing the current directory of this process would change its meaning.
     target = Path(os.path.abspath(output))
-    _check_outside(old, target)
+    check_outside(old, target)
     cuts = tuple(split)
     given = None if names is None else tuple(names)
     left = {CARD, *old_graphs, *GENAI}
     kept = {path: file for path, file in old.manifest.files.items() if path not in left}
-    absent = [path for path in old.absent() if path in kept]
-    if absent:
-        raise BundleError(missing(path) for path in absent)
+    refuse_missing(old, list(kept))
     shards = make_shards(old.architecture, cuts, given, old.manifest.units, kept)
-    total = sum(file.size for file in kept.values())
-    done = 0
-    before = _identity(old)
-    with atomic_directory(target, force=force) as root:
-        _check_unchanged(old, before)
-        for path, file in kept.items():
-            if progress is not None:
-                progress("copying", done, total)
-            _copy(old.path, root, path, old)
-            if check:
-                with open_file(root, path) as copied:
-                    check_digest(path, file, sha256(copied))
-            done += file.size
-        if progress is not None:
-            progress("copying", total, total)
+    with atomic_directory(target, force=force) as root, unchanged(old):
+        copy_files(old, list(kept), root, check=check, progress=progress)
         hidden_size = old.architecture.hidden_size if cuts else None
         draft = replace(old.manifest, shards=shards, hidden_size=hidden_size, files=kept)
         write_documents(root, draft, old.architecture)
         if graphs is not None:
             graphs(root)
         made = open_bundle(root)
+        check_schemas(made)
         if graphs is not None and check and made.manifest.vectors is not None:
             threads = registry.module("torch", "threads").for_call(None)  # those of --threads, if it was given
             made.run_vectors(backend="onnxruntime", threads=threads, progress=progress)
-        _check_unchanged(old, before)
     return relocated(made, target)
-
-
-def _check_outside(old: Bundle, target: Path) -> None:
-    """Raise ``output.failed`` if the target is inside the old bundle. The target may replace the old bundle."""
-    if Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(old.path)):
-        got = f"a place inside of {old.path}"
-        raise refusal("output.failed", str(target), "a place outside of the bundle that is read", got)
-
-
-def _identity(bundle: Bundle) -> tuple[int, int]:
-    """Return the device and inode of the bundle's directory. They change when the bundle is replaced."""
-    try:
-        status = bundle.path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_dev, status.st_ino
-
-
-def _check_unchanged(old: Bundle, before: tuple[int, int]) -> None:
-    """Raise ``file.changed`` if the bundle was replaced: the copied files could come from two bundles."""
-    if _identity(old) != before or identity(read_file(old.path, document.FILE, strict_json.MAX_BYTES)) != old.id:
-        expected, hint = "the bundle that was opened, unchanged during the copy", "Run this again"
-        got = "another bundle, which replaced it during the copy"
-        raise BundleError(Problem(code="file.changed", file=str(old.path), expected=expected, got=got, hint=hint))
 
 
 def _variant(variants: Iterable[str]) -> str | bool:
@@ -136,27 +94,6 @@ def _variant(variants: Iterable[str]) -> str | bool:
         expected = "one variant, where the old shards have several"
         raise refusal("usage.onnx", None, expected, quoted(known), argument="onnx")
     return known[0] if known else False
-
-
-def _copy(old: Path, new: Path, path: str, bundle: Bundle) -> None:
-    place = new / path
-    place.parent.mkdir(exist_ok=True)
-    with open_file(old, path, bundle.manifest.files[path]) as source, place.open("wb") as target:
-        size = bundle.manifest.files[path].size
-        if hasattr(os, "copy_file_range"):
-            try:
-                while size and (copied := os.copy_file_range(source.fileno(), target.fileno(), size)):
-                    size -= copied
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-        if size:
-            source.seek(0)
-            target.seek(0)
-            shutil.copyfileobj(source, target, 2**20)
-            if target.tell() != bundle.manifest.files[path].size:
-                expected, got = f"{bundle.manifest.files[path].size} bytes", f"{target.tell()}, while it was copied"
-                raise BundleError(Problem(code="file.size", file=path, expected=expected, got=got, hint=FETCH))
 
 
 def add_onnx(

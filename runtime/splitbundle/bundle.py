@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -208,6 +209,50 @@ class Bundle(BundleReader):
                 return registry.module(chosen, "pipeline").load_pipeline(self, **own)
         with self._told():
             return registry.mixed_pipeline(self, backend, options)
+
+    def save_as(
+        self,
+        path: str | os.PathLike[str],
+        stages: torch_stage.Stage | torch_pipeline.Pipeline | Sequence[torch_stage.Stage],
+        *,
+        dtype: str = "keep",
+        vectors: bool = True,
+        force: bool = False,
+        notes: Callable[[str], None] | None = None,
+        progress: Progress | None = None,
+    ) -> Bundle:
+        """Write a bundle with the weights of some stages, as training or an edit left them.
+
+        A weight file is written anew if one of its tensors has another value. All other files are copied byte for
+        byte; the copies share disk blocks if the file system can. The new bundle has its own fingerprint, and
+        ``manifest.model.parent`` is the fingerprint of this one. It appears complete, or not at all.
+
+        Args:
+            path: the directory of the new bundle.
+            stages: torch stages of this bundle: one, several, or a pipeline. Every other weight is taken over. Wrappers
+                such as ``DistributedDataParallel`` are looked through.
+            dtype: ``"keep"`` stores each tensor in the dtype that it has in this bundle, and rounds to it. Or
+                ``"float32"``, ``"float16"`` or ``"bfloat16"``, in which all weights are stored. Graphs are left out
+                then, because they name the dtype.
+            vectors: whether to compute golden vectors through the new bundle's own shards, if this bundle has some.
+                They prove that another machine gives the same numbers. They can't prove parity with an original model.
+            force: whether to replace an existing bundle. It may be this one.
+            notes: called with a sentence for each thing that was left out.
+            progress: called with the name of the work, the amount that is done, and the total amount.
+
+        Returns:
+            The new bundle, opened.
+
+        Raises:
+            BundleError: ``input.value`` for stages that don't fit this bundle, for adapters that weren't merged, and
+                for two values of a shared tensor; ``input.overflow``; ``output.*``; ``file.*``.
+        """
+        saving = registry.module("torch", "saving")
+        with self._told():
+            made: Bundle = saving.save_as(
+                self, path, stages, dtype=dtype, vectors=vectors, force=force, notes=notes, progress=progress
+            )
+        return made
 
     def _told(self) -> AbstractContextManager[None]:
         return telling_of_replacement(self.path, self.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal
 
 from splitbundle.bundle import Bundle
@@ -35,3 +36,8 @@ def open_bundle(
         raise BundleError(Problem(code="input.value", argument="verify", expected=expected, got=quoted(verify)))
     root = find_bundle(path)
     return Bundle(root, *read_documents(root, id), strict=verify == "always")
+
+
+def relocated(made: Bundle, target: Path) -> Bundle:
+    """Return a bundle with its final path. It is not opened again, because this could fail after the rename."""
+    return Bundle(target, made.manifest, made.architecture, made.id)

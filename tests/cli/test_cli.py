@@ -173,7 +173,7 @@ def relist(root: Path, path: str, data: bytes, bundle: splitbundle.Bundle) -> No
     from splitbundle.format import names
     from splitbundle.format.architecture.parser import parse_architecture
     from splitbundle.format.manifest import document
-    from splitbundle_converter.writing import documents
+    from splitbundle.writing import documents
 
     files = {**bundle.manifest.files, path: documents.write_file(root, path, data)}
     files.pop(names.CARD)

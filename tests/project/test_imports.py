@@ -33,6 +33,7 @@ FLOORS = {
         ("integers", "processors"),
         ("format",),
         ("storage",),
+        ("writing",),
         ("verification", "stages"),
         ("backends.torch", "backends.onnxruntime", "text"),
         ("text_tokenizer",),  # a door to text.huggingface, for one release
@@ -43,8 +44,8 @@ FLOORS = {
         ("__init__", "__main__"),
     ),
     "splitbundle_converter": (
-        ("errors", "options", "quiet_transformers"),
-        ("writing", "checkpoint"),
+        ("errors", "options", "quiet_transformers", "published_schemas"),
+        ("checkpoint",),
         ("graphs", "families", "text", "example_checkpoints"),
         ("translation", "reference", "split_learning"),
         ("language_part",),

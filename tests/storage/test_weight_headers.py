@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from splitbundle.backends.torch.weight_files import write_weights
 from splitbundle.errors import BundleError
 from splitbundle.format import dtypes, weight_layout
 from splitbundle.format.manifest.document import File
 from splitbundle.format.weight_layout import Tensor
 from splitbundle.storage import weight_headers
-from splitbundle_converter.writing.weights import write_weights
 from tests.support.yardsticks import at_most, parsing
 
 LARGEST = 2**24

@@ -22,8 +22,8 @@ import splitbundle
 from splitbundle.format import names
 from splitbundle.format.manifest import document
 from splitbundle.verification import onnx_reader, onnx_rules
+from splitbundle.writing.documents import write_file
 from splitbundle_converter.graphs.add_graphs import add_graphs
-from splitbundle_converter.writing.documents import write_file
 from tests.support.bundles import write_llama3
 
 SHARD: Final = "bottom"

@@ -11,7 +11,7 @@ import pytest
 
 import splitbundle
 from splitbundle.errors import BundleError
-from splitbundle_converter.writing.atomic_directory import atomic_directory
+from splitbundle.writing.atomic_directory import atomic_directory
 from tests.support.bundles import write_llama3
 
 

@@ -17,10 +17,10 @@ from splitbundle.format.manifest.document import File, Shard
 from splitbundle.format.names import CARD
 from splitbundle.opening import open_bundle
 from splitbundle.verification import onnx_rules
+from splitbundle.writing import documents
 from splitbundle_converter.errors import line
 from splitbundle_converter.graphs import decoder
 from splitbundle_converter.graphs.genai import write_genai
-from splitbundle_converter.writing import documents
 
 UNREAD: Final = re.compile("Unable to (open|read|parse) proto|filesystem error|could not be canonicalized")
 """Messages of ``onnx.checker`` for errors of the operating system. The checker reads the files itself."""

@@ -17,8 +17,8 @@ from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.genai import GENAI, INPUTS, LOGITS, configuration, graphs
 from splitbundle.format.graph import Graph
 from splitbundle.format.manifest.document import FILE, File, Manifest
+from splitbundle.writing import documents
 from splitbundle_converter.graphs.builder import GraphBuilder
-from splitbundle_converter.writing import documents
 
 
 def write_genai(manifest: Manifest, architecture: Architecture, root: Path) -> dict[str, File]:

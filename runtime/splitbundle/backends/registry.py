@@ -127,6 +127,10 @@ def _import(backend: str, name: str) -> ModuleType:
             from splitbundle.backends.torch import stage as torch_stage
 
             return torch_stage
+        if name == "saving":
+            from splitbundle.backends.torch import saving
+
+            return saving
         if name in ("kernels", "kernel_choice", "threads"):
             from splitbundle.backends.torch import kernel_choice, kernels, threads
 

@@ -117,15 +117,16 @@ class BundleReader:
     def stored(self, group: str) -> dict[str, weight_layout.Tensor]:
         """Return the tensors in the files of a unit (or of the golden vectors), in order of use."""
         if group == VECTORS:
-            return self._stored_vectors()
+            return {} if self.manifest.vectors is None else self.stored_vectors(self.manifest.vectors.lengths)
         storage = self.manifest.storage
         shapes = self.architecture.tensors_of(group)
         return {name: weight_layout.Tensor(dtype=storage.dtype_of(name), shape=shape) for name, shape in shapes.items()}
 
-    def _stored_vectors(self) -> dict[str, weight_layout.Tensor]:
-        vectors, hidden = self.manifest.vectors, self.architecture.hidden_size
+    def stored_vectors(self, lengths: tuple[int, ...]) -> dict[str, weight_layout.Tensor]:
+        """Return the tensors of golden vectors with cases of these lengths, in order of use."""
+        hidden = self.architecture.hidden_size
         tensors: dict[str, weight_layout.Tensor] = {}
-        for i, length in enumerate(() if vectors is None else vectors.lengths):
+        for i, length in enumerate(lengths):
             tensors[f"case.{i}.ids"] = weight_layout.Tensor(dtype="int64", shape=(length,))
             for layer in range(len(self.architecture.layers) + 1):
                 tensors[f"case.{i}.hidden.{layer}"] = weight_layout.Tensor(dtype="float32", shape=(length, hidden))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from splitbundle.backends.torch.sampling import draw
-from splitbundle.backends.torch.stage import Stage, load_stages
+from splitbundle.backends.torch.stage import Stage, load_stages, unwrapped
 from splitbundle.errors import BundleError, Problem
 from splitbundle.stages.pipeline import PipelineBase, check_tiling
 from splitbundle.stages.sampling import Sampling
@@ -33,14 +33,10 @@ class _Wrapped:
     @staticmethod
     def of(module: nn.Module) -> Any:
         """Return a stage as it is, and a wrapper of a stage with the attributes of the stage."""
-        inner: Any = module
-        while not hasattr(inner, "layer_range"):
-            # These are the names of DistributedDataParallel and FullyShardedDataParallel, and of torch.compile.
-            below = getattr(inner, "module", None)
-            inner = getattr(inner, "_orig_mod", None) if below is None else below
-            if inner is None:
-                expected, got = "stages, or wrappers of stages", type(module).__name__
-                raise BundleError(Problem(code="pipeline.tiling", argument="stages", expected=expected, got=got))
+        inner: Any = module if hasattr(module, "layer_range") else unwrapped(module)
+        if inner is None:
+            expected, got = "stages, or wrappers of stages", type(module).__name__
+            raise BundleError(Problem(code="pipeline.tiling", argument="stages", expected=expected, got=got))
         return inner if inner is module else _Wrapped(module, inner)
 
     def __getattr__(self, name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -205,6 +205,16 @@ class Stage(StageBase, nn.Module):
             return self.head(x, token.weight)  # type: ignore[no-any-return]
         finally:
             hook.post_forward(token, None)
+
+
+def unwrapped(module: object) -> Stage | None:
+    """Return the stage inside of wrappers, such as ``DistributedDataParallel``, or None if there is none."""
+    inner: Any = module
+    while inner is not None and not isinstance(inner, Stage):
+        # These are the names of DistributedDataParallel and FullyShardedDataParallel, and of torch.compile.
+        below = getattr(inner, "module", None)
+        inner = getattr(inner, "_orig_mod", None) if below is None else below
+    return inner
 
 
 def _keep(x: Tensor, positions: Positions, wanted: int | None) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,9 @@ from splitbundle.version import FORMAT_VERSION
 
 FILE: Final = names.MANIFEST
 ENCODINGS: Final = ("plain",)
-EXTENSIONS: Final[frozenset[str]] = frozenset()
+SELF_VECTORS: Final = "self_vectors"
+"""The extension of a bundle whose golden vectors were computed from the bundle itself."""
+EXTENSIONS: Final = frozenset({SELF_VECTORS})
 """The named extensions that this reader understands."""
 BOUNDARY_TENSORS: Final = ("hidden", "past", "count")
 EMBEDDING: Final = "embedding.token.weight"
@@ -39,6 +41,8 @@ class Model:
     """The number of positions that the model was made for, if its configuration has it."""
     architecture: str
     fingerprint: str
+    parent: str | None = None
+    """The fingerprint of the bundle of which this one is a changed copy."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -98,6 +102,8 @@ class Vectors:
 
     file: str
     lengths: tuple[int, ...]
+    of_itself: bool = False
+    """Whether they were computed from this bundle, and so prove that it is reproduced, and not parity."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -150,9 +156,9 @@ class Manifest:
         document = {
             "format": "splitbundle",
             "format_version": version_text(FORMAT_VERSION),
-            "requires": [],
+            "requires": [SELF_VECTORS] if self.vectors is not None and self.vectors.of_itself else [],
             "producer": self.producer,
-            "model": members(self.model),
+            "model": {key: value for key, value in members(self.model).items() if key != "parent" or value is not None},
             "storage": members(self.storage),
             "shards": [as_dict(shard) for shard in self.shards],
             "boundaries": [{"at": cut, "tensors": {"hidden": hidden, "past": row, "count": row}} for cut in self.cuts],
@@ -162,11 +168,16 @@ class Manifest:
                 for path, file in self.files.items()
             },
             "text": members(self.text),
-            "vectors": None if self.vectors is None else members(self.vectors),
+            "vectors": None if self.vectors is None else _vectors(self.vectors),
             "source_names": [members(entry) for entry in self.source_names],
             "extensions": self.extensions,
         }
         return strict_json.dump(document)
+
+
+def _vectors(vectors: Vectors) -> dict[str, Any]:
+    origin = {"origin": "self"} if vectors.of_itself else {}
+    return {"file": vectors.file, "lengths": list(vectors.lengths), **origin}
 
 
 def version_text(version: tuple[int, int]) -> str:

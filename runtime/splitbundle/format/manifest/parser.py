@@ -15,6 +15,7 @@ from splitbundle.format.manifest.document import (
     EXTENSIONS,
     FILE,
     MAX_CASES,
+    SELF_VECTORS,
     File,
     Manifest,
     Model,
@@ -59,6 +60,7 @@ def parse_manifest(data: bytes) -> Manifest:
     producer, extensions = members["producer"], members["extensions"]
     producer.members([], open=True)
     extensions.members([], open=True)
+    own_vectors = any(item.value == SELF_VECTORS for item in members["requires"].items())
     boundaries = [_boundary(item) for item in members["boundaries"].items()]
     manifest = Manifest(
         hidden_size=boundaries[0][1] if boundaries else None,
@@ -68,7 +70,7 @@ def parse_manifest(data: bytes) -> Manifest:
         units=_units(members["units"]),
         files={path: _file(path, item) for path, item in members["files"].mapping()},
         text=_text(members["text"]),
-        vectors=None if members["vectors"].is_null else _vectors(members["vectors"]),
+        vectors=None if members["vectors"].is_null and not own_vectors else _vectors(members["vectors"], own_vectors),
         source_names=tuple(_source_name(item) for item in members["source_names"].items()),
         producer=producer.value if isinstance(producer.value, dict) else {},
         extensions=extensions.value if isinstance(extensions.value, dict) else {},
@@ -110,7 +112,7 @@ def _check_version(document: Field) -> None:
 
 
 def _model(field: Field) -> Model:
-    members = field.members(types(Model), open=True)
+    members = field.members([name for name in types(Model) if name != "parent"], open=True)
     optional = {key: None if members[key].is_null else members[key].string() for key in ("revision", "license")}
     context = members["context_length"]
     return Model(
@@ -123,6 +125,11 @@ def _model(field: Field) -> Model:
         context_length=None if context.is_null else context.integer(1),
         architecture=members["architecture"].string(names.IDENTITY, '"sha256:" and 64 digits of 0-9a-f'),
         fingerprint=members["fingerprint"].string(names.IDENTITY, '"sha256:" and 64 digits of 0-9a-f'),
+        parent=(
+            members["parent"].string(names.IDENTITY, '"sha256:" and 64 digits of 0-9a-f')
+            if "parent" in members
+            else None
+        ),
     )
 
 
@@ -219,11 +226,14 @@ def _text(field: Field) -> Text:
     )
 
 
-def _vectors(field: Field) -> Vectors:
-    members = field.members(["file", "lengths"])
+def _vectors(field: Field, of_itself: bool) -> Vectors:
+    members = field.members(["file", "lengths", *(["origin"] if of_itself else [])])
+    if of_itself:
+        members["origin"].choice(["self"])
     return Vectors(
         file=members["file"].string(),
         lengths=tuple(item.integer(1, MAX_SIZE) for item in members["lengths"].items(minimum=1, maximum=MAX_CASES)),
+        of_itself=of_itself,
     )
 
 

@@ -21,8 +21,8 @@ import splitbundle_converter
 from splitbundle import BundleError
 from splitbundle.storage import files
 from splitbundle.storage.recovery import backup_path, recover
-from splitbundle_converter.writing import atomic_directory as writing
-from splitbundle_converter.writing.atomic_directory import atomic_directory
+from splitbundle.writing import atomic_directory as writing
+from splitbundle.writing.atomic_directory import atomic_directory
 from tests.support.checkpoints import accepted, digests, refused
 from tests.support.models import checkpoint
 from tests.support.paths import ROOT

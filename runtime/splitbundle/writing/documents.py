@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
-from splitbundle.bundle import Bundle
 from splitbundle.format import names
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.manifest import document, rules
 from splitbundle.format.manifest.document import File, Manifest
 from splitbundle.format.manifest.parser import parse_manifest
-from splitbundle_converter.writing.card import model_card
+from splitbundle.writing.card import model_card
 
 
 def write_file(root: Path, path: str, data: bytes) -> File:
@@ -25,7 +23,7 @@ def write_file(root: Path, path: str, data: bytes) -> File:
 
 
 def write_documents(root: Path, draft: Manifest, architecture: Architecture) -> Manifest:
-    """Write the model card, manifest.json and SHA256SUMS. Check the manifest by the runtime's rules before writing it.
+    """Write the model card, manifest.json and SHA256SUMS. Check the manifest before, by the rules for readers.
 
     Returns:
         The manifest with all files listed.
@@ -34,29 +32,9 @@ def write_documents(root: Path, draft: Manifest, architecture: Architecture) -> 
     complete = replace(draft, files=dict(sorted(listed.items())))
     data = complete.to_bytes()
     rules.check_against(parse_manifest(data), architecture)
-    check_schemas(data, architecture.to_bytes())
     write_file(root, document.FILE, data)
     lines = {path: file.sha256 for path, file in complete.files.items()}
     lines[document.FILE] = hashlib.sha256(data).hexdigest()
     sums = "".join(document.sums_line(lines[path], path) for path in sorted(lines))
     write_file(root, names.SUMS, sums.encode("ascii"))
     return complete
-
-
-def relocated(made: Bundle, target: Path) -> Bundle:
-    """Return a bundle with its final path. It is not opened again, because this could fail after the rename."""
-    return Bundle(target, made.manifest, made.architecture, made.id)
-
-
-def check_schemas(manifest_data: bytes, architecture_data: bytes) -> None:
-    """Validate both documents against the published schemas, so that other implementations can read them.
-
-    Raises:
-        jsonschema.ValidationError: A document does not match its schema.
-    """
-    import jsonschema
-
-    import splitbundle_schemas
-
-    for schema, data in (("manifest", manifest_data), ("architecture", architecture_data)):
-        jsonschema.Draft202012Validator(splitbundle_schemas.load(schema)).validate(json.loads(data))

@@ -1,0 +1,285 @@
+"""Save a bundle whose weights were changed in stages: new weight files, and the other files as they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import torch
+from torch import Tensor
+
+from splitbundle.backends.torch.stage import Stage, load_stages, unwrapped
+from splitbundle.backends.torch.weight_files import write_weights
+from splitbundle.backends.torch.weights import DTYPES, map_tensors, rounded
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.format import names, weight_layout
+from splitbundle.format.dtypes import WEIGHTS
+from splitbundle.format.genai import GENAI
+from splitbundle.format.manifest.document import File, Manifest, Storage, Vectors, fingerprint
+from splitbundle.records import replace
+from splitbundle.storage.documents import read_documents
+from splitbundle.storage.files import Progress
+from splitbundle.storage.reader import VECTORS, BundleReader
+from splitbundle.version import __version__
+from splitbundle.writing.atomic_directory import atomic_directory
+from splitbundle.writing.copying import check_outside, copy_files, refuse_missing, unchanged
+from splitbundle.writing.documents import write_documents
+
+if TYPE_CHECKING:
+    from splitbundle.backends.torch.pipeline import Pipeline
+
+KEEP: Final = "keep"
+Changed = Mapping[str, Tensor]
+"""The name of a tensor -> its value, in any floating dtype and on any device."""
+Note = Callable[[str], None]
+ReaderT = TypeVar("ReaderT", bound=BundleReader)
+
+
+def save_as(
+    bundle: ReaderT,
+    output: str | os.PathLike[str],
+    stages: Stage | Pipeline | Sequence[Stage],
+    *,
+    dtype: str = KEEP,
+    vectors: bool = True,
+    force: bool = False,
+    notes: Note | None = None,
+    progress: Progress | None = None,
+) -> ReaderT:
+    """Write a bundle with the weights of some stages. See ``Bundle.save_as``."""
+    if dtype not in (KEEP, *WEIGHTS):
+        raise _wrong("dtype", f"{KEEP}, or one of {', '.join(WEIGHTS)}", quoted(dtype))
+    tensors = tensors_of(bundle, stages)
+    storage = bundle.manifest.storage if dtype == KEEP else Storage(encoding="plain", dtype=dtype)
+    units = _changed_units(bundle, tensors, storage)
+    kept = _kept_files(bundle, units, storage)
+    if dtype != KEEP:
+        refuse_missing(bundle, bundle.manifest.weight_files())  # every weight is written anew
+    target = Path(os.path.abspath(output))
+    check_outside(bundle, target)
+    with atomic_directory(target, force=force) as root, unchanged(bundle):
+        listed = {path: bundle.manifest.files[path] for path in bundle.manifest.files if path in kept}
+        copy_files(bundle, [path for path in kept if path not in bundle.absent()], root, check=True, progress=progress)
+        written = _write_units(bundle, units, tensors, storage, root, progress)
+        manifest = _manifest(bundle, listed | written, storage, changed=bool(units), notes=notes)
+        manifest = write_documents(root, manifest, bundle.architecture)
+        if units and vectors and bundle.manifest.vectors is not None:
+            found = _vectors_of_itself(bundle, root, progress)
+            if found is None:
+                _note(notes, "The bundle is partial, so it has no golden vectors: they need every shard.")
+            else:
+                manifest = replace(manifest, files=manifest.files | {found[0].file: found[1]}, vectors=found[0])
+                write_documents(root, manifest, bundle.architecture)
+        made = read_documents(root)
+    return type(bundle)(target, made.manifest, made.architecture, made.id)
+
+
+def tensors_of(bundle: BundleReader, stages: Stage | Pipeline | Sequence[Stage]) -> dict[str, Tensor]:
+    """Return the tensors of stages by their canonical names.
+
+    Raises:
+        BundleError: ``input.value`` for stages of another architecture, for layers that were replaced (by adapters,
+            for instance), and for a tensor that has two values.
+    """
+    within: Any = getattr(stages, "stages", stages)  # those of a pipeline
+    given = [stages] if unwrapped(stages) is not None else list(within)
+    found: dict[str, tuple[Tensor, str]] = {}
+    shapes = bundle.architecture.tensors()
+    for module in given:
+        stage = unwrapped(module)
+        if stage is None:
+            raise _wrong("stages", "torch stages of this bundle, or its pipeline", type(module).__name__)
+        if stage.architecture != bundle.architecture:
+            expected = f"stages of a bundle with the architecture of {bundle.path.name}"
+            raise _wrong("stages", expected, f"{quoted(stage.name)}, of another architecture")
+        own = dict(stage.named_parameters(remove_duplicate=False))
+        expected_names = {name for name in _names_of(bundle, stage) if name in shapes}
+        if own.keys() != expected_names:
+            more = sorted(own.keys() - expected_names)
+            got = f"{quoted(more[0])}, which no bundle has" if more else f"no {min(expected_names - own.keys())!r}"
+            hint = "Merge adapters into their layers first: stage.merge_lora(), or merge_and_unload() of PEFT"
+            raise _wrong("stages", f"the parameters of {quoted(stage.name)}, under their own names", got, hint)
+        for name, parameter in own.items():
+            parameter = getattr(parameter, "full_tensor", lambda own=parameter: own)()  # FSDP divides its parameters
+            if tuple(parameter.shape) != shapes[name] or not parameter.is_floating_point():
+                got = f"{quoted(name)} of {parameter.dtype} {list(parameter.shape)}"
+                raise _wrong("stages", f"numbers of the shape {list(shapes[name])}", got)
+            if parameter.is_meta:
+                hint = "accelerate keeps it elsewhere: load the stage without offloading to save it"
+                raise _wrong("stages", f"a value for {quoted(name)}", "a tensor without data", hint)
+            before = found.setdefault(name, (parameter.detach(), stage.name))
+            if before[0] is not parameter and not _equal(before[0], parameter.detach()):
+                expected = f"one value for {quoted(name)}, which {before[1]} and {stage.name} share"
+                hint = "Stages of one pipeline share it; in others, sum the gradients with splitbundle.training"
+                raise _wrong("stages", expected, "two values", hint)
+    if not found:
+        raise _wrong("stages", "at least one stage", "none")
+    return {name: tensor for name, (tensor, _) in found.items()}
+
+
+def _names_of(bundle: BundleReader, stage: Stage) -> Iterator[str]:
+    first, last = stage.layer_range
+    units = bundle.architecture.units_of((first, last), embeds=stage.embeds, head=stage.head is not None)
+    tensors = bundle.architecture.unit_tensors()
+    for unit in units:
+        whole = unit != "embedding" or stage.embeds
+        # A stage with a tied head that doesn't embed holds only the token table of the embedding.
+        yield from tensors[unit] if whole else (name for name in tensors[unit] if name == "embedding.token.weight")
+
+
+def _changed_units(bundle: BundleReader, tensors: Changed, storage: Storage) -> list[str]:
+    """Return the units that must be written: those with another dtype, or with a tensor that has another value."""
+    other = storage != bundle.manifest.storage
+    changed = []
+    for unit, shapes in bundle.architecture.unit_tensors().items():
+        given = [name for name in shapes if name in tensors]
+        if other or (given and _differs(bundle, unit, {name: tensors[name] for name in given})):
+            changed.append(unit)
+    return changed
+
+
+def _differs(bundle: BundleReader, unit: str, tensors: Changed) -> bool:
+    if any(path in bundle.absent() for path in bundle.manifest.units[unit]):
+        return True
+    stored = map_tensors(bundle, unit)
+    return any(not _equal(stored[name], _to_store(name, own, stored[name].dtype)) for name, own in tensors.items())
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same bits. NaN equals itself here."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    one, other = (tensor.to("cpu").contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
+    return bool(torch.equal(one, other))
+
+
+def _to_store(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return rounded(tensor.detach().to("cpu"), dtype, name)
+
+
+def _kept_files(bundle: BundleReader, units: Sequence[str], storage: Storage) -> list[str]:
+    """Return the paths of the files that the new bundle takes over."""
+    manifest = bundle.manifest
+    written = {path for unit in units for path in manifest.units[unit]}
+    left = {names.CARD, *written}
+    if units and manifest.vectors is not None:
+        left.add(manifest.vectors.file)
+    if storage != manifest.storage:  # graphs name the dtype of each weight, and its place in the file
+        left |= {shard.graph.file for shard in bundle.shards if shard.graph is not None} | set(GENAI)
+    return [path for path in manifest.files if path not in left]
+
+
+def _write_units(
+    bundle: BundleReader,
+    units: Sequence[str],
+    tensors: Changed,
+    storage: Storage,
+    root: Path,
+    progress: Progress | None,
+) -> dict[str, File]:
+    """Write the weight files of some units, one tensor at a time, and return their entries in the manifest."""
+    shapes = bundle.architecture.unit_tensors()
+    total, done = sum(len(shapes[unit]) for unit in units), 0
+    listed: dict[str, File] = {}
+    for unit in units:
+        if any(name not in tensors for name in shapes[unit]):
+            refuse_missing(bundle, bundle.manifest.units[unit])
+        whole = not any(path in bundle.absent() for path in bundle.manifest.units[unit])
+        stored: Mapping[str, Tensor] = map_tensors(bundle, unit) if whole else {}
+
+        def produce(name: str, stored: Mapping[str, Tensor] = stored) -> Tensor:
+            nonlocal done
+            if progress is not None:
+                progress("writing", done, total)
+            done += 1
+            return _to_store(name, tensors[name] if name in tensors else stored[name], DTYPES[storage.dtype_of(name)])
+
+        for path, own in _files_of(bundle, unit).items():
+            sizes = {name: weight_layout.Tensor(dtype=storage.dtype_of(name), shape=shapes[unit][name]) for name in own}
+            listed[path] = write_weights(root / path, sizes, produce)()
+    if progress is not None and total:
+        progress("writing", total, total)
+    return listed
+
+
+def _files_of(bundle: BundleReader, unit: str) -> dict[str, Sequence[str]]:
+    """Return the names of the tensors in each file of a unit. The new files have the same ones."""
+    paths = bundle.manifest.units[unit]
+    if len(paths) == 1:
+        return {paths[0]: list(bundle.architecture.unit_tensors()[unit])}
+    refuse_missing(bundle, paths)
+    return {path: list(found.layout) for path, (_, found) in zip(paths, bundle.open_weights(unit), strict=True)}
+
+
+def _manifest(
+    bundle: BundleReader, listed: dict[str, File], storage: Storage, *, changed: bool, notes: Note | None
+) -> Manifest:
+    """Return the draft of the new manifest: without golden vectors if the weights changed."""
+    old = bundle.manifest
+    weights = old.weight_files()
+    model = old.model
+    if changed:
+        model = replace(model, fingerprint=fingerprint(listed, weights), parent=model.fingerprint)
+    graphs = [shard.graph for shard in old.shards if shard.graph is not None]
+    dropped = [graph for graph in graphs if graph.file not in listed]
+    if dropped:
+        _note(notes, "The graphs are left out, as they name the old dtype: splitbundle add-onnx makes new ones.")
+    shards = tuple(
+        replace(
+            shard,
+            bytes=sum(listed[path].size for unit in shard.units for path in old.units[unit]),
+            graph=None if dropped else shard.graph,
+        )
+        for shard in old.shards
+    )
+    return replace(
+        old,
+        producer={"name": "splitbundle", "version": __version__},
+        model=model,
+        storage=storage,
+        shards=shards,
+        files=listed,
+        vectors=None if changed else old.vectors,
+    )
+
+
+def _vectors_of_itself(bundle: BundleReader, root: Path, progress: Progress | None) -> tuple[Vectors, File] | None:
+    """Compute the new bundle's golden vectors through its own shards, one at a time, in float32, and write them.
+
+    The cases are those of the old vectors. Return None for a partial bundle, which can't compute them.
+    """
+    old = bundle.manifest.vectors
+    made = read_documents(root)
+    new = BundleReader(root, made.manifest, made.architecture, made.id)
+    if old is None or new.absent() or old.file in bundle.absent():
+        return None
+    given = map_tensors(bundle, VECTORS)
+    cases, layers = range(len(old.lengths)), len(made.architecture.layers)
+    tensors = {f"case.{case}.ids": given[f"case.{case}.ids"] for case in cases}
+    states = [tensors[f"case.{case}.ids"][None] for case in cases]
+    for step in range(layers + 2):  # the embedding, each layer, and the head
+        if progress is not None:
+            progress("computing golden vectors", step, layers + 2)
+        embeds, head = step == 0, step == layers + 1
+        around = (0, 0) if embeds else (layers, layers) if head else (step - 1, step)
+        selection = new.select(layers=around, embeds=embeds, head=head)
+        stage = load_stages(new, [selection], dtype="float32", kernels="torch")[0]
+        with torch.no_grad():
+            states = [stage(state, logits="last") for state in states]
+        for case in cases:
+            name = f"case.{case}.logits" if head else f"case.{case}.hidden.{step}"
+            tensors[name] = states[case][0, -1] if head else states[case][0]
+    stored = new.stored_vectors(old.lengths)
+    entry = write_weights(root / old.file, stored, tensors.__getitem__)()
+    return Vectors(file=old.file, lengths=old.lengths, of_itself=True), entry
+
+
+def _wrong(argument: str, expected: str, got: str, hint: str | None = None) -> BundleError:
+    return BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got, hint=hint))
+
+
+def _note(notes: Note | None, text: str) -> None:
+    if notes is not None:
+        notes(text)
