@@ -69,6 +69,7 @@ class Bundle(BundleReader):
         *,
         backend: str | None = None,
         threads: int | None = None,
+        require_original: bool = False,
         progress: Progress | None = None,
     ) -> list[Difference]:
         """Compute the golden vectors, and compare them with the original model.
@@ -81,10 +82,13 @@ class Bundle(BundleReader):
             backend: ``"torch"``, ``"onnxruntime"``, or ``"all"`` to run both and compare them with each other, too. By
                 default torch if it is installed, else onnxruntime.
             threads: the number of threads, as for ``stage``.
+            require_original: whether to refuse golden vectors that come from the bundle itself. A bundle whose weights
+                were changed has such ones. They prove that its results are reproduced, and not parity.
             progress: called with the name of the work, the amount that is done, and the total amount.
 
         Returns:
-            The largest difference from the original model at each boundary and at the logits.
+            The largest difference from the original model (or from the bundle's own results, when it was written) at
+            each boundary and at the logits.
 
         Raises:
             ParityError: for a difference above 1e-5 of the scale there (``Difference.scale``); above 0.01 if the graphs
@@ -92,6 +96,9 @@ class Bundle(BundleReader):
             BundleError: ``vectors.none``; the errors of loading.
         """
         from splitbundle.stages import golden
+
+        if require_original:
+            golden.check_original(self)
 
         with self._told():
             differences = registry.run_golden(self, shard, backend or registry.installed_backend(), threads, progress)

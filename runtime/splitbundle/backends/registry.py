@@ -209,10 +209,11 @@ def _run_both(
     outputs = golden.compute(
         bundle, shard, tensors, lambda part: onnxruntime(bundle, [part], threads=threads)[0], progress
     )
+    side = golden.side(bundle)
     original, tolerance = golden.original_outputs(tensors, outputs), arrays.tolerance(bundle)
     return [
-        *golden.compare(torch_outputs, original, ("torch", "original"), tensors),
-        *golden.compare(outputs, original, ("onnxruntime", "original"), tensors, tolerance),
+        *golden.compare(torch_outputs, original, ("torch", side), tensors),
+        *golden.compare(outputs, original, ("onnxruntime", side), tensors, tolerance),
         *golden.compare(outputs, torch_outputs, ("onnxruntime", "torch"), tensors, tolerance),
     ]
 

@@ -34,12 +34,15 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         console.text(f"  part         {part.get('name')} of {part.get('of')}{left}")
     console.text(f"  bundle id    {bundle.id}")
     console.text(f"  fingerprint  {bundle.fingerprint}")
+    if bundle.manifest.model.parent is not None:
+        console.text(f"  parent       {bundle.manifest.model.parent}")
     console.text(f"  architecture {bundle.architecture_id}")
     text, vectors = bundle.manifest.text, bundle.manifest.vectors
     stops = f", stops at {', '.join(map(str, text.stop_ids))}" if text.stop_ids else ""
     console.text(f"  text         {text.tokenizer or 'no tokenizer'}{stops}")
     checked = "none" if vectors is None else f"sequences of {', '.join(map(str, vectors.lengths))} tokens"
-    console.text(f"  vectors      {checked}")
+    own = ", computed from this bundle itself" if vectors is not None and vectors.of_itself else ""
+    console.text(f"  vectors      {checked}{own}")
     console.text("")
     console.text("shards")
     rows = [
@@ -86,6 +89,7 @@ def describe(bundle: Bundle) -> dict[str, object]:
         "ok": True,
         "bundle_id": bundle.id,
         "fingerprint": bundle.fingerprint,
+        "parent": bundle.manifest.model.parent,
         "architecture_id": bundle.architecture_id,
         "model": members(model),
         "architecture": bundle.architecture.as_json(),

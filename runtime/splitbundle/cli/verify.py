@@ -10,6 +10,7 @@ from splitbundle.cli.arguments import add_strict_argument, add_threads_argument,
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, VerificationError
 from splitbundle.opening import open_bundle
+from splitbundle.stages.golden import ITSELF, described, side
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(*BACKENDS, "all"),
         help="the backend for --run, by default an installed one; all runs and compares both",
     )
+    parser.add_argument(
+        "--require-original",
+        action="store_true",
+        help="with --run: refuse golden vectors that a changed bundle made of itself, as they prove no parity",
+    )
     add_threads_argument(parser)
     add_strict_argument(parser)
 
@@ -40,12 +46,13 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             raise  # nothing was verified, as the bundle or the shard doesn't exist
         raise VerificationError(error.problems) from error
     differences = []
-    if args.run or args.backend is not None:
+    if args.run or args.require_original or args.backend is not None:
         try:
             differences = bundle.run_vectors(
                 args.shard,
                 backend=args.backend or installed_backend(),
                 threads=args.threads,
+                require_original=args.require_original,
                 progress=console.progress,
             )
         except (MissingExtra, VerificationError):
@@ -62,9 +69,15 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     console.text(f"{what}: {len(found.files)} files, {found.bytes:,} bytes, every size and digest as listed")
     for difference in differences:
         one, other = difference.between
-        what = "the original model" if other == "original" else other
+        what = described(other)
         console.text(
             f"  {difference.where:12} {one} differs from {what} by {difference.relative:.2g} of the largest value"
+        )
+    itself = bool(differences) and side(bundle) == ITSELF
+    if itself:
+        console.note(
+            "The weights of this bundle were changed, and its golden vectors are its own results. So this proves that "
+            "they are reproduced here, and not parity with an original model."
         )
     console.json(
         {
@@ -75,6 +88,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             "unlisted": list(found.unlisted),
             "partial": partial,
             "whole_shards": list(whole),
+            "proves": "reproduction" if itself else "parity" if differences else None,
             "differences": [
                 {"where": d.where, "between": d.between, "largest": d.largest, "scale": d.scale, "relative": d.relative}
                 for d in differences

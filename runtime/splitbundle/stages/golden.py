@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from splitbundle.storage.files import Progress
     from splitbundle.storage.reader import BundleReader
 
+ORIGINAL: Final = "original"
+ITSELF: Final = "itself"
+"""The other side of a comparison, if the golden vectors come from the bundle itself, as a changed one has them."""
 TOLERANCE: Final = 1e-5
 """A share of the scale: ten times the difference between two ways to compute the original model."""
 FLOAT16_TOLERANCE: Final = TOLERANCE * 2**10
@@ -37,7 +40,8 @@ class Difference:
     again: in SmolLM2-135M, 729 is followed by 19.
     """
     between: tuple[str, str]
-    """The two sides of the comparison: a backend, and a backend or the "original"."""
+    """The two sides of the comparison: a backend, and a backend, the "original", or "itself" for the bundle's own
+    results when it was written."""
     tolerance: float = TOLERANCE
     """The largest relative difference that rounding explains."""
 
@@ -129,19 +133,45 @@ def check(differences: list[Difference], file: str) -> None:
         raise ParityError(_problem(difference, file) for difference in wrong)
 
 
+def side(bundle: BundleReader) -> str:
+    """Return what the golden vectors of a bundle came from: "original" or "itself"."""
+    vectors = bundle.manifest.vectors
+    return ITSELF if vectors is not None and vectors.of_itself else ORIGINAL
+
+
+def described(name: str) -> str:
+    """Return a side of a comparison in words."""
+    known = {ORIGINAL: "the original model", ITSELF: "the bundle's own results when it was written"}
+    return known.get(name, name)
+
+
 def _problem(difference: Difference, file: str) -> Problem:
-    other = "the original model" if difference.between[1] == "original" else difference.between[1]
+    other = described(difference.between[1])
     expected = f"a difference to {other} of at most {difference.tolerance:g} of {difference.scale:.4g}"
     got = f"{difference.largest:.4g}, {difference.relative:.3g} of it"
     hint = "These weights give other results than the original model: convert it again, and report it if it persists"
     if difference.tolerance == FLOAT16_TOLERANCE:
         hint = 'float16 ends at 65,504 and has 11 bits: variant="standard" computes in float32'
-    elif difference.between[1] != "original":
+    elif difference.between[1] == ITSELF:
+        hint = "Another machine or version gives other results than the one that wrote it: report it"
+    elif difference.between[1] != ORIGINAL:
         hint = f"{difference.between[0]} gives other results here: report it with this bundle's architecture.json"
     if not math.isfinite(difference.scale):
         expected, got = f"numbers from {other}", "NaN or infinity"
         hint = "Some weights of the checkpoint are NaN or infinite; check=False converts them anyway"
     return Problem(code="parity", file=file, argument=difference.where, expected=expected, got=got, hint=hint)
+
+
+def check_original(bundle: BundleReader) -> None:
+    """Check that the golden vectors come from the original model.
+
+    Raises:
+        BundleError: ``vectors.none`` if they come from the bundle itself.
+    """
+    if side(bundle) == ITSELF:
+        expected, got = "golden vectors of the original model", "those of the bundle itself, which was changed"
+        hint = f"They prove that it gives the same results again. Its parent was {bundle.manifest.model.parent}"
+        raise BundleError(Problem(code="vectors.none", expected=expected, got=got, hint=hint))
 
 
 def original_outputs(golden: Mapping[str, Any], outputs: Outputs) -> Outputs:

@@ -19,6 +19,9 @@ def model_card(draft: Manifest, architecture: Architecture) -> bytes:
         f"| {'yes' if shard.head else ''} | {shard.parameters:,} | {shard.bytes:,} |"
         for shard in draft.shards
     ]
+    changed = (
+        [] if model.parent is None else [f"A changed copy of the model with the fingerprint `{model.parent}`.", ""]
+    )
     text = [
         *front,
         "---",
@@ -28,6 +31,7 @@ def model_card(draft: Manifest, architecture: Architecture) -> bytes:
         f"The {model.family} model `{model.source}`, {model.parameters:,} parameters in {draft.storage.dtype}, "
         f"{len(architecture.layers)} layers, as a splitbundle: shards that run on their own.",
         "",
+        *changed,
         "| shard | layers | embeds | head | parameters | bytes |",
         "|---|---|---|---|---|---|",
         *rows,

@@ -25,7 +25,7 @@ def run_vectors(
         bundle, shard, tensors, lambda part: load_stages(bundle, [part], threads=threads)[0], progress
     )
     original = golden.original_outputs(tensors, outputs)
-    return golden.compare(outputs, original, ("onnxruntime", "original"), tensors, tolerance(bundle))
+    return golden.compare(outputs, original, ("onnxruntime", golden.side(bundle)), tensors, tolerance(bundle))
 
 
 def tolerance(bundle: BundleReader) -> float:

@@ -35,4 +35,4 @@ def run_vectors(
         return run
 
     outputs = golden.compute(bundle, shard, tensors, load, progress)
-    return golden.compare(outputs, golden.original_outputs(tensors, outputs), ("torch", "original"), tensors)
+    return golden.compare(outputs, golden.original_outputs(tensors, outputs), ("torch", golden.side(bundle)), tensors)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from splitbundle.backends.torch.stage import Stage, load_stages, unwrapped
 from splitbundle.backends.torch.weight_files import write_weights
@@ -84,7 +84,8 @@ def tensors_of(bundle: BundleReader, stages: Stage | Pipeline | Sequence[Stage])
             for instance), and for a tensor that has two values.
     """
     within: Any = getattr(stages, "stages", stages)  # those of a pipeline
-    given = [stages] if unwrapped(stages) is not None else list(within)
+    several = isinstance(within, list | tuple | nn.ModuleList)
+    given = list(within) if several else [within]
     found: dict[str, tuple[Tensor, str]] = {}
     shapes = bundle.architecture.tensors()
     for module in given:
