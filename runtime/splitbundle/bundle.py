@@ -255,10 +255,9 @@ class Bundle(BundleReader):
                 for two values of a shared tensor; ``input.overflow``; ``output.*``; ``file.*``.
         """
         saving = registry.module("torch", "saving")
-        with self._told():
-            made: Bundle = saving.save_as(
-                self, path, stages, dtype=dtype, vectors=vectors, force=force, notes=notes, progress=progress
-            )
+        made: Bundle = saving.save_as(
+            self, path, stages, dtype=dtype, vectors=vectors, force=force, notes=notes, progress=progress
+        )
         return made
 
     def _told(self) -> AbstractContextManager[None]:

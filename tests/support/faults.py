@@ -4,7 +4,7 @@
 
 A worker has imported everything, and runs a command again and again. ``syscalls`` puts a fault in place of one call at
 a time, out of those that touch the directory of the bundle. After each fault, ``Judge`` checks the conditions that must
-hold. The findings are printed as one JSON document. ``tests/converter/writing/test_faults.py`` runs this module. By
+hold. The findings are printed as one JSON document. ``tests/writing/test_faults.py`` runs this module. By
 default, the errors take turns over the calls. With ``--all``, every error is tried at every call. With ``--every N``,
 one fault of N is tried.
 """
@@ -33,6 +33,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from splitbundle.cli.console import Command, Console
 from tests.support import syscalls
 from tests.support.syscalls import Call, Fault, Tracee
 
@@ -469,6 +470,8 @@ def scenarios(sources: Path, root: Path) -> list[Scenario]:
         scenario("convert --allow-pickle", pickles, nothing),
         scenario("add-onnx", ("add-onnx", place, "--quiet"), bundle, same=around_graphs),
         scenario("resplit", elsewhere, nothing),
+        scenario("save_as", ("save-as", str(made / "old"), "-o", place, "--quiet"), nothing),
+        scenario("save_as over itself", ("save-as", place, "-o", place, "--force", "--quiet"), bundle),
         scenario("resplit --force", (*resplit, "--force"), bundle),
         scenario("resplit --force, after an interruption", (*resplit, "--force"), interrupted, **mending),
         scenario("resplit --force, after two killed writers", (*resplit, "--force"), littered, same=after_beginning),
@@ -493,6 +496,29 @@ def make_sources(directory: Path) -> None:
     splitbundle_converter.convert(directory / "source", directory / "bundles" / "old", check=False)
 
 
+def _save_as_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle")
+    parser.add_argument("-o", "--output", required=True)
+    parser.add_argument("--force", action="store_true")
+
+
+def _save_as(args: argparse.Namespace, console: Console) -> int:
+    """Set the first number of each matrix of the first layer. So a second run makes the same bundle."""
+    import torch
+
+    import splitbundle
+
+    bundle = splitbundle.open(args.bundle)
+    stage = bundle.stage(layers=(0, 1), embeds=False, head=False)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.view(-1)[0] = 0.5
+    bundle.save_as(args.output, stage, force=args.force)
+    return 0
+
+
+SAVE_AS: Final = Command(name="save-as", help="save a stage", configure=_save_as_arguments, run=_save_as)
+"""``Bundle.save_as`` as a command, so that a signal ends it as it ends the others."""
 CHILD: Final = """
 import json, shutil, sys
 with open(sys.argv[1], encoding="utf-8") as file:
@@ -511,7 +537,7 @@ def command(sources: Path) -> Callable[[Sequence[str]], int]:
     from splitbundle_converter.checkpoint import pickles
     from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
 
-    vars(main)["_commands"] = lambda arguments: [CONVERT, RESPLIT, ADD_ONNX]
+    vars(main)["_commands"] = lambda arguments: [CONVERT, RESPLIT, ADD_ONNX, SAVE_AS]
     vars(pickles)["CHILD_CODE"] = CHILD.replace("SOURCE", repr(str(sources / "source" / "model.safetensors")))
     return main.main
 

@@ -12,10 +12,11 @@ from typing import Any, Final
 import pytest
 
 GROUPS: Final = (  # which take about as long
-    ("convert", "convert --force, in two steps", "convert --allow-pickle", "resplit"),
+    ("convert", "convert --force, in two steps", "convert --allow-pickle", "resplit", "save_as"),
     (
         *("convert --force", "add-onnx", "resplit --force", "resplit --force, after an interruption"),
         "resplit --force, after two killed writers",
+        "save_as over itself",
     ),
 )
 

@@ -113,12 +113,13 @@ def telling_of_replacement(root: Path, id: str) -> Iterator[None]:  # noqa: A002
     try:
         yield
     except BundleError as error:
+        now = None
         try:
             now = document.identity(files.read_file(root, document.FILE, strict_json.MAX_BYTES))
-        except BundleError:
-            now = None
-        own = type(error) in (BundleError, VerificationError)
-        if not own or now == id or (now is None and (root / document.FILE).exists()):
+        except BundleError as other:
+            if other.codes != ("file.missing",):
+                raise error from None  # nothing is known
+        if now == id or type(error) not in (BundleError, VerificationError):
             raise
         problem = Problem(
             code="file.missing" if now is None else "file.digest",
