@@ -6,7 +6,7 @@ import json
 from importlib.resources import files
 from typing import Any, Final
 
-NAMES: Final = ("manifest", "architecture")
+NAMES: Final = ("manifest", "architecture", "checkpoint")
 
 
 def load(name: str, version: int = 1) -> dict[str, Any]:

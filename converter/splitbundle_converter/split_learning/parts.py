@@ -4,16 +4,17 @@
     trunk.pt   trunk_metadata.json
     top.pt     top_metadata.json
 
-The parts are joined under the tensor names of the whole model, and then converted like any checkpoint. The converter
-does not guess. ``end_layer`` may be the last layer or the number after it; the number of layers in each file decides.
-Parts that do not cover the model exactly once are refused.
+The parts are joined under the tensor names of the whole model, and then converted like any checkpoint. A part may also
+be the state dict of a bundle's stage (``stage_parts``). The converter does not guess. ``end_layer`` may be the last
+layer or the number after it; the number of layers in each file decides. Parts that do not cover the model exactly once
+are refused.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import strict_json
@@ -28,30 +29,13 @@ from splitbundle_converter.errors import problem, refusal, source_json
 from splitbundle_converter.families.configuration import JudgedConfiguration, read_configuration
 from splitbundle_converter.families.inert_fields import is_inert
 from splitbundle_converter.families.row import Family
+from splitbundle_converter.split_learning.part import Part, PartFiles
+from splitbundle_converter.split_learning.stage_parts import with_source_names
 from splitbundle_converter.split_learning.tensor_names import EMBEDDING, HEAD, LAYER, PartNames
 
 METADATA: Final = "_metadata.json"
 COMPONENTS: Final = ("bottom", "trunk", "top")
 FIELDS: Final = ("component", "start_layer", "end_layer", "config")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartFiles:
-    """The two files of a part."""
-
-    metadata: str
-    weights: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """The metadata of a part."""
-
-    files: PartFiles
-    component: str
-    start: int
-    end: int
-    config: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +137,7 @@ def read_parts(
         hint = "Remove the one that you do not want"
         _check_same_model(Configuration(raw=raw, file=CONFIG), first, family, architecture, hint)
     files = {part.files.weights: directory.weights(part.files.weights, part.files.metadata) for part in parts}
-    rewritten = rewrite(files, private, progress)
+    rewritten = with_source_names(parts, rewrite(files, private, progress), family, architecture)
     names = PartNames(family, architecture)
     held = [_load_part(part, rewritten[part.files.weights], names, family) for part in parts]
     _check_tiling(held, len(architecture.layers), _without_metadata(directory, found))

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import names, strict_json
-from splitbundle.format.dtypes import ITEM_SIZES, SAFETENSORS_CODES
+from splitbundle.format.dtypes import SAFETENSORS_CODES, TABLE
 from splitbundle.format.fields import Field, Problems
 from splitbundle.records import record
 
@@ -31,7 +31,7 @@ class Tensor:
     @property
     def size(self) -> int:
         """Return the number of bytes."""
-        return ITEM_SIZES[self.dtype] * math.prod(self.shape)
+        return TABLE[self.dtype].size * math.prod(self.shape)
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ def lay_out(tensors: dict[str, Tensor]) -> Layout:
         tensor = tensors[name]
         if tensor.size % TENSOR_ALIGNMENT == 0:
             return False, -min(len(tensor.shape), 2)
-        return True, -ITEM_SIZES[tensor.dtype]
+        return True, -TABLE[tensor.dtype].size
 
     layout: Layout = {}
     offset = 0
@@ -75,7 +75,7 @@ def header(layout: Layout, data_sha256: str) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"sha256": data_sha256}}
     for name, (tensor, start) in layout.items():
         entries[name] = {
-            "dtype": SAFETENSORS_CODES[tensor.dtype],
+            "dtype": TABLE[tensor.dtype].safetensors,
             "shape": list(tensor.shape),
             "data_offsets": [start, start + tensor.size],
         }
@@ -99,7 +99,7 @@ def parse(
 ) -> Weights:
     """Check the header ``raw`` of a file of ``size`` bytes. See ``storage.weight_headers.read_header``."""
     last = not more and (bool(expected) or not part)  # then the tensors of the header are known before it is read
-    if last and (as_expected := _as_expected(raw, size, expected)) is not None:
+    if last and (as_expected := as_expected(raw, size, expected)) is not None:
         return as_expected
     problems = Problems(path)
     document = Field(strict_json.parse(raw[8:].rstrip(b" "), path), problems)
@@ -155,7 +155,7 @@ def parse(
     return Weights(start=len(raw), layout=layout, data_sha256=data_sha256)
 
 
-def _as_expected(raw: bytes, size: int, expected: dict[str, Tensor]) -> Weights | None:
+def as_expected(raw: bytes, size: int, expected: dict[str, Tensor]) -> Weights | None:
     """Return the content of a header that equals the canonical one. Otherwise None: the caller parses it to explain."""
     text = raw[len(_BEGINNING) + 8 :][:64].decode("latin-1")
     if not names.SHA256.fullmatch(text):

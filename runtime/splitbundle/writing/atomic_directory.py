@@ -120,6 +120,11 @@ def _prepare(target: Path, force: bool) -> None:
             # One rename moves the backup away. Removing it in place could leave half of it, and recovery would restore
             # this half.
             old.rename(_new_place(target))
+    remove_unfinished(target)
+
+
+def remove_unfinished(target: Path) -> None:
+    """Remove unfinished directories of this target, and their lock files, if no writer is at work on them."""
     for place in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
         if not _TEMPORARY.search(place.name):
             continue  # another program's or the user's entry

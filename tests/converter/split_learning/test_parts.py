@@ -110,6 +110,30 @@ def test_three_parts_are_the_model(parts: Path, output: Path, name: str, inclusi
     assert all(torch.equal(source[key], whole[key]) for key in whole)
 
 
+@pytest.mark.parametrize("inclusive", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gpt_neox", "bloom"])
+def test_parts_that_are_the_state_dicts_of_stages(parts: Path, output: Path, name: str, inclusive: bool) -> None:
+    """Their layers have global numbers. A tied head's table is in both ends."""
+    stages = [bundle(name).stage(layers=layers, head=part == "top") for part, layers in RANGES.items()]
+    tensors = {part: stage.state_dict() for part, stage in zip(RANGES, stages, strict=True)}
+    made = convert(write(parts, name, tensors=tensors, inclusive=inclusive), output)
+    assert made.fingerprint == bundle(name).fingerprint
+
+
+def test_a_tied_table_that_was_trained_at_both_ends(parts: Path, output: Path) -> None:
+    stages = [bundle("gpt2").stage(layers=layers) for layers in RANGES.values()]
+    tensors = {part: dict(stage.state_dict()) for part, stage in zip(RANGES, stages, strict=True)}
+    tensors["top"]["embedding.token.weight"] = tensors["top"]["embedding.token.weight"] + 1
+    error = refused(write(parts, "gpt2", tensors=tensors), output)
+    assert "top.pt /embedding.token.weight: expected the table that the bottom has" in str(error)
+    assert "sum_tied_gradients" in str(error)
+    del tensors["trunk"]["layers.1.attention.key.weight"]
+    tensors["top"]["embedding.token.weight"] = tensors["bottom"]["embedding.token.weight"]
+    for old in parts.iterdir():
+        old.unlink()
+    assert "only layers.1.attention.query.weight" in str(refused(write(parts, "gpt2", tensors=tensors), output))
+
+
 @pytest.mark.parametrize(
     ("name", "rename"),
     [

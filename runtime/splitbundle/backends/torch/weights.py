@@ -30,8 +30,9 @@ class MappedTensors(dict[str, Tensor]):
 
     def add(self, name: str, dtype: torch.dtype, shape: Sequence[int], data: mmap.mmap, offset: int) -> None:
         """Add the tensor that begins at a byte of ``data``."""
-        flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=offset)
-        self[name] = flat.view(*shape)
+        count = math.prod(shape)
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
+        self[name] = flat.view(tuple(shape))
         self._places[name] = data, offset
 
     def include(self, others: MappedTensors) -> None:

@@ -1,0 +1,428 @@
+"""Training checkpoints: changed weights, optimizer, schedule, random state and position, from which a run goes on.
+
+A checkpoint is a directory ``step-NNNNNNNNNN`` with ``checkpoint.json`` and ``tensors.safetensors``. It appears
+complete, or not at all. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from splitbundle.backends.torch.stage import Stage, unwrapped
+from splitbundle.backends.torch.training import random_state
+from splitbundle.backends.torch.training.state_tree import decode, encode
+from splitbundle.backends.torch.weight_files import write_weights
+from splitbundle.backends.torch.weights import MappedTensors
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.format import names, strict_json, weight_layout
+from splitbundle.format.dtypes import TABLE
+from splitbundle.format.fields import Field, Problems
+from splitbundle.format.manifest.document import File
+from splitbundle.integers import as_integer
+from splitbundle.records import as_dict, record
+from splitbundle.storage import files
+from splitbundle.writing.atomic_directory import atomic_directory, remove_unfinished
+
+FILE: Final = "checkpoint.json"
+TENSORS: Final = "tensors.safetensors"
+FORMAT: Final = "splitbundle-checkpoint"
+VERSION: Final = "1.0"
+_STEP: Final = re.compile(r"step-(\d{10,16})")
+_REMOVED: Final = ".removed-"
+
+
+class Stateful(Protocol):
+    """An object with a state: an optimizer, a schedule, a gradient scaler."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object:
+        """Set the state."""
+
+
+@record(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """Where a run goes on."""
+
+    step: int
+    position: Any
+    """What the caller gave as the position in the data."""
+
+
+class Checkpoints:
+    """The checkpoints of a run in a directory, of which the last few are kept."""
+
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3) -> None:
+        """Name the directory. It is made by the first ``save``.
+
+        Args:
+            directory: the directory.
+            keep: the number of checkpoints to keep.
+
+        Raises:
+            BundleError: ``input.value``.
+        """
+        number = as_integer(keep)
+        if number is None or number < 1:
+            raise _wrong("keep", "a number from 1", quoted(keep))
+        self.directory, self.keep = Path(os.path.abspath(directory)), number
+
+    def steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, in order."""
+        if not self.directory.is_dir():
+            return []
+        found = (_STEP.fullmatch(path.name) for path in self.directory.iterdir())
+        return sorted(int(match[1]) for match in found if match is not None)
+
+    def save(
+        self,
+        step: int,
+        stages: Stage | Sequence[Stage] | nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        schedule: Stateful | None = None,
+        *,
+        position: Any = None,
+        others: Mapping[str, Stateful] | None = None,
+        generators: Mapping[str, torch.Generator] | None = None,
+    ) -> Path:
+        """Save a checkpoint, and then remove those that are older than the last ``keep``.
+
+        Of the weights it has those that take gradients, and those that were changed since they were loaded. The rest is
+        in the bundle.
+
+        Args:
+            step: the number of steps that were taken.
+            stages: the stages that are trained: one, several, or a pipeline.
+            optimizer: a torch optimizer of their parameters. Its state must be tensors, numbers and text.
+            schedule: the schedule of the learning rate, if there is one.
+            position: where the data goes on: anything that JSON has. It comes back from ``load``.
+            others: further objects with a state, by names of your own, such as a gradient scaler.
+            generators: random generators of your own, by names of your own. Those of torch, Python and numpy are saved
+                always.
+
+        Returns:
+            The directory of the checkpoint.
+
+        Raises:
+            BundleError: ``input.value`` for a state that can't be stored, or parameters that aren't those of the
+                stages; ``output.exists`` if there is a checkpoint of this step; ``output.failed``.
+        """
+        number = as_integer(step)
+        if number is None or not 0 <= number < 10**16:
+            raise _wrong("step", "a number from 0", quoted(step))
+        parameters = _parameters(stages)
+        tensors: dict[str, Tensor] = {
+            f"weights/{name}": parameter.detach() for name, parameter in parameters.items() if _is_changed(parameter)
+        }
+        state = {
+            "optimizer": None if optimizer is None else _optimizer_state(optimizer, parameters, tensors),
+            "schedule": None if schedule is None else encode(schedule.state_dict(), "schedule", tensors),
+            "others": {
+                name: encode(one.state_dict(), f"others/{name}", tensors) for name, one in (others or {}).items()
+            },
+            "random": encode(random_state.capture(generators or {}), "random", tensors),
+        }
+        target = self.directory / f"step-{number:010d}"
+        self._remove_leftovers()
+        with atomic_directory(target, force=False) as root:
+            stored = {name: _stored(tensor) for name, tensor in tensors.items()}
+            entry = write_weights(root / TENSORS, stored, lambda name: tensors[name].to("cpu"))()
+            document = {
+                "format": FORMAT,
+                "format_version": VERSION,
+                "step": number,
+                "bundles": sorted({stage.fingerprint for stage in _stages(stages)}),
+                "position": position,
+                "state": state,
+                "tensors": [
+                    {"name": name, "dtype": one.dtype, "shape": list(one.shape)} for name, one in stored.items()
+                ],
+                "file": as_dict(entry),
+            }
+            (root / FILE).write_bytes(_as_json(document))
+        for old in self.steps()[: -self.keep]:
+            if old < number:
+                self._remove(old)
+        return target
+
+    def load(
+        self,
+        stages: Stage | Sequence[Stage] | nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        schedule: Stateful | None = None,
+        *,
+        others: Mapping[str, Stateful] | None = None,
+        generators: Mapping[str, torch.Generator] | None = None,
+        step: int | None = None,
+    ) -> Resumed | None:
+        """Go on from a checkpoint: set weights, optimizer, schedule and random state as they were.
+
+        Everything is read and checked before anything is set.
+
+        Args:
+            stages: stages of the same bundles, with the same parameters that take gradients.
+            optimizer: an optimizer of the same kind, with the same parameters in the same order.
+            schedule: a schedule of the same kind.
+            others: as for ``save``.
+            generators: as for ``save``.
+            step: the step of the checkpoint; by default the last one.
+
+        Returns:
+            The step and the position, or None if there is no checkpoint yet.
+
+        Raises:
+            BundleError: ``file.*``, ``json.*`` and ``field.*`` for a damaged checkpoint; ``checkpoint.mismatch`` for
+                one of other parameters, another bundle, or other objects.
+        """
+        known = self.steps()
+        if step is None and not known:
+            return None
+        chosen = known[-1] if step is None else step
+        if chosen not in known:
+            got = f"{quoted(step)}; there are {', '.join(map(str, known)) or 'none'}"
+            raise _wrong("step", f"the step of a checkpoint in {self.directory}", got)
+        found = _read(self.directory / f"step-{chosen:010d}")
+        parameters = _parameters(stages)
+        found.check("bundles", sorted({stage.fingerprint for stage in _stages(stages)}), found.bundles)
+        weights = {name.removeprefix("weights/"): own for name, own in found.tensors.items() if name[:8] == "weights/"}
+        _check_weights(found, weights, parameters)
+        given = {"optimizer": optimizer, "schedule": schedule}
+        for name, one in given.items():
+            found.check(name, one is not None, found.state[name] is not None)
+        found.check("others", sorted(others or {}), sorted(found.state["others"]))
+        random = found.value("random")
+        found.check("generators", sorted(generators or {}), sorted(random["generators"]))
+        loaded = None if optimizer is None else _check_optimizer(found, optimizer, parameters)
+        values = {name: found.value("others", name) for name in found.state["others"]}
+        plan = None if schedule is None else found.value("schedule")
+        with torch.no_grad():
+            for name, value in weights.items():
+                parameters[name].copy_(value)
+        if optimizer is not None:
+            _set_optimizer(optimizer, loaded)
+        if schedule is not None:
+            schedule.load_state_dict(plan or {})
+        for name, one in (others or {}).items():
+            one.load_state_dict(values[name])
+        random_state.restore(random, generators or {})
+        return Resumed(step=chosen, position=found.position)
+
+    def _remove(self, step: int) -> None:
+        """Remove a checkpoint. It disappears in one step, so that no half of it is ever found."""
+        away = self.directory / f"{_REMOVED}{secrets.token_hex(8)}"
+        with contextlib.suppress(OSError):  # the next save tries again
+            (self.directory / f"step-{step:010d}").rename(away)
+            shutil.rmtree(away)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a killed process left: checkpoints that it was writing or removing."""
+        if not self.directory.is_dir():
+            return
+        for path in list(self.directory.iterdir()):
+            if path.name.startswith(_REMOVED):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name.startswith(".step-") and ".tmp-" in path.name:
+                remove_unfinished(self.directory / path.name[1:].partition(".tmp-")[0])
+
+
+class _Found:
+    """A checkpoint that was read and checked."""
+
+    def __init__(self, path: Path, document: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.path, self.tensors = path, tensors
+        self.bundles, self.position, self.state = document["bundles"], document["position"], document["state"]
+
+    def value(self, *names_: str) -> Any:
+        """Return a part of the state."""
+        value = self.state
+        for name in names_:
+            value = value[name]
+        return decode(value, self.tensors, FILE, "/state/" + "/".join(names_))
+
+    def check(self, what: str, given: object, stored: object) -> None:
+        """Raise ``checkpoint.mismatch`` if what the caller gave isn't what the checkpoint has."""
+        if given != stored:
+            raise self.refuse(what, f"{what} as in the checkpoint: {quoted(stored, 200)}", quoted(given, 200))
+
+    def refuse(self, what: str, expected: str, got: str) -> BundleError:
+        hint = "Build the same stages, optimizer and schedule as in the run that saved it"
+        place = str(self.path)
+        return BundleError(
+            Problem(code="checkpoint.mismatch", file=place, argument=what, expected=expected, got=got, hint=hint)
+        )
+
+
+def _read(path: Path) -> _Found:
+    """Read a checkpoint. Its tensors are read into private memory, once, and hashed there."""
+    document = Field(
+        strict_json.parse(files.read_file(path, FILE, strict_json.MAX_BYTES), FILE), problems := Problems(FILE)
+    )
+    head = document.members(["format", "format_version"], open=True)
+    head["format"].choice([FORMAT])
+    head["format_version"].choice([VERSION])
+    problems.raise_if_any()
+    members = document.members(["format", "format_version", "step", "bundles", "position", "state", "tensors", "file"])
+    members["step"].integer(0, 10**16)
+    for item in members["bundles"].items():
+        item.string(names.IDENTITY, '"sha256:" and 64 digits of 0-9a-f')
+    state = members["state"].members(["optimizer", "schedule", "others", "random"])
+    if not isinstance(state["others"].value, dict):
+        state["others"].refuse("an object", code="field.type")
+    expected: dict[str, weight_layout.Tensor] = {}
+    for item in members["tensors"].items():
+        own = item.members(["name", "dtype", "shape"])
+        shape = tuple(size.integer() for size in own["shape"].items(maximum=8))
+        name = own["name"].string()
+        if name in expected:
+            own["name"].refuse("a name of one tensor")
+        expected[name] = weight_layout.Tensor(dtype=own["dtype"].choice(tuple(TABLE)), shape=shape)
+    listed = members["file"].members(["size", "sha256", "header_sha256"])
+    digest = "64 digits of 0-9a-f"
+    entry = File(
+        size=listed["size"].integer(),
+        sha256=listed["sha256"].string(names.SHA256, digest),
+        header_sha256=listed["header_sha256"].string(names.SHA256, digest),
+    )
+    problems.raise_if_any()
+    with files.open_file(path, TENSORS, entry) as file:
+        memory = files.read_private(file, TENSORS, entry)
+    tensors = MappedTensors()
+    start = entry.size - sum(tensor.size for tensor in expected.values())
+    header = weight_layout.as_expected(memory[: max(start, 0)], entry.size, expected)
+    if header is None:
+        wanted, got = f"exactly the tensors that {FILE} lists, in the canonical layout", "another header"
+        raise BundleError(Problem(code="weights.layout", file=TENSORS, expected=wanted, got=got))
+    for name, (tensor, offset) in header.layout.items():
+        tensors.add(name, getattr(torch, tensor.dtype), tensor.shape, memory, header.start + offset)
+    return _Found(path, document.value, tensors)
+
+
+def _stages(stages: Any) -> Iterator[Stage]:
+    within = getattr(stages, "stages", stages)  # those of a pipeline
+    for module in within if isinstance(within, list | tuple | nn.ModuleList) else [within]:
+        stage = unwrapped(module)
+        if stage is None:
+            raise _wrong("stages", "torch stages, or a pipeline of them", type(module).__name__)
+        yield stage
+
+
+def _parameters(stages: Any) -> dict[str, nn.Parameter]:
+    """Return the parameters of all stages by name. Stages of one pipeline share a tied table.
+
+    Stages that were loaded apart may hold two tables of one name: each is stored under the name of its stage, too.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for stage in _stages(stages):
+        for name, parameter in stage.named_parameters(remove_duplicate=False):
+            if hasattr(parameter, "full_tensor"):
+                hint = "torch.distributed.checkpoint saves such parameters"
+                raise _wrong("stages", "whole parameters", f"{quoted(name)}, divided among processes", hint)
+            if found.setdefault(name, parameter) is not parameter:
+                found[f"{stage.name}:{name}"] = parameter
+    if not found:
+        raise _wrong("stages", "at least one stage", "none")
+    return found
+
+
+def _is_changed(parameter: nn.Parameter) -> bool:
+    # torch counts the changes of a tensor in its version.
+    return parameter.requires_grad or parameter._version > 0
+
+
+def _stored(tensor: Tensor) -> weight_layout.Tensor:
+    return weight_layout.Tensor(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+
+
+def _names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Return the names of an optimizer's parameters in its order.
+
+    Raises:
+        BundleError: ``input.value`` for one that no stage has.
+    """
+    known = {id(parameter): name for name, parameter in parameters.items()}
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for i, parameter in enumerate(own):
+        if id(parameter) not in known:
+            got = f"its number {i}, of the shape {list(parameter.shape)}, which isn't"
+            raise _wrong("optimizer", "parameters of the given stages", got)
+    return [known[id(parameter)] for parameter in own]
+
+
+def _optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    state = optimizer.state_dict()
+    return {
+        "class": type(optimizer).__name__,
+        "parameters": _names(optimizer, parameters),
+        "state": encode(dict(state), "optimizer", tensors),
+    }
+
+
+def _check_weights(found: _Found, weights: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    trained = sorted(name for name, parameter in parameters.items() if parameter.requires_grad)
+    missing = [name for name in trained if name not in weights]
+    more = [name for name in weights if name not in parameters]
+    if missing or more:
+        got = f"{quoted(more[0])} in the checkpoint alone" if more else f"{quoted(missing[0])} in the stages alone"
+        raise found.refuse("stages", "the parameters of the checkpoint", got)
+    for name, value in weights.items():
+        own = parameters[name]
+        if own.shape != value.shape or own.dtype != value.dtype:
+            got = f"{own.dtype} {list(own.shape)}"
+            raise found.refuse("stages", f"{quoted(name)} of {value.dtype} {list(value.shape)}", got)
+
+
+def _check_optimizer(
+    found: _Found, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Any]:
+    """Return the stored state of an optimizer of the same class with the same parameters."""
+    stored = found.state["optimizer"]
+    if not isinstance(stored, dict) or stored.keys() != {"class", "parameters", "state"}:
+        raise found.refuse("optimizer", "an object with class, parameters and state", quoted(stored))
+    found.check("optimizer", type(optimizer).__name__, stored["class"])
+    found.check("optimizer", _names(optimizer, parameters), stored["parameters"])
+    state = found.value("optimizer", "state")
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    if not isinstance(groups, list) or [len(group["params"]) for group in groups] != [
+        len(group["params"]) for group in optimizer.param_groups
+    ]:
+        raise found.refuse("optimizer", "groups of the same sizes", f"{len(optimizer.param_groups)} groups")
+    return state  # type: ignore[no-any-return]
+
+
+def _set_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    optimizer.load_state_dict(state)
+    # torch converts the state to the dtype of the parameter. Put back what was saved, where this changed it.
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, own in state["state"].items():
+        place = optimizer.state[ordered[number]]
+        for key, value in own.items():
+            if isinstance(value, Tensor) and place[key].dtype != value.dtype:
+                place[key] = value.to(place[key].device)
+
+
+def _as_json(document: dict[str, Any]) -> bytes:
+    try:
+        data = strict_json.dump(document)
+        if strict_json.parse(data, FILE)["position"] == document["position"]:
+            return data
+        got = "a value that JSON changes, such as a tuple or a number as a key"
+    except (TypeError, ValueError, BundleError) as error:
+        got = " ".join(str(error).split())[:200]
+    raise _wrong("position", "what JSON has: text, numbers, lists, and dicts with text as keys", got)
+
+
+def _wrong(argument: str, expected: str, got: str, hint: str | None = None) -> BundleError:
+    return BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got, hint=hint))

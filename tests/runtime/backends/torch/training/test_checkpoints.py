@@ -1,0 +1,388 @@
+"""Training checkpoints: a resumed run equals an uninterrupted one to the bit, and nothing saved is ever lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import splitbundle
+from splitbundle import BundleError
+from splitbundle.training import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RUN = """
+import random, sys
+import torch, splitbundle
+from splitbundle.training import Checkpoints
+
+bundle, directory, steps, stop, kind = splitbundle.open(sys.argv[1]), sys.argv[2], 8, int(sys.argv[3]), sys.argv[4]
+torch.set_num_threads(1)
+torch.manual_seed(7)
+random.seed(7)
+draws = torch.Generator().manual_seed(3)
+pipeline = bundle.pipeline(trainable=True)
+parameters = list(pipeline.parameters())
+optimizer = {
+    "adamw": lambda: torch.optim.AdamW([{"params": parameters[:5], "lr": 1e-2}, {"params": parameters[5:]}], lr=1e-3),
+    "sgd": lambda: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True),
+    "adafactor": lambda: torch.optim.Adafactor(parameters, lr=1e-2),
+    "rprop": lambda: torch.optim.Rprop(parameters, lr=1e-3),
+}[kind]()
+schedule = torch.optim.lr_scheduler.SequentialLR(
+    optimizer,
+    [
+        torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=3),
+        torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4]),
+    ],
+    milestones=[3],
+)
+checkpoints = Checkpoints(directory)
+resumed = checkpoints.load(pipeline, optimizer, schedule, generators={"draws": draws})
+start = 0 if resumed is None else resumed.step
+assert resumed is None or resumed.position == {"epoch": 0, "row": resumed.step}
+for step in range(start, min(steps, stop)):
+    ids = torch.randint(0, 90, (2, 5 + random.randrange(3)), generator=draws)
+    hidden = pipeline.stages[0](ids)
+    hidden = torch.nn.functional.dropout(hidden, 0.1)
+    for stage in pipeline.stages[1:]:
+        hidden = stage(hidden)
+    loss = torch.nn.functional.cross_entropy(hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    schedule.step()
+    position = {"epoch": 0, "row": step + 1}
+    checkpoints.save(step + 1, pipeline, optimizer, schedule, position=position, generators={"draws": draws})
+print([p.detach().double().sum().item() for p in parameters], optimizer.param_groups[0]["lr"], random.random())
+"""
+
+
+def run(bundle: splitbundle.Bundle, directory: Path, stop: int, kind: str) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", RUN, str(bundle.path), str(directory), str(stop), kind]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "kind", ["adamw", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("sgd", "adafactor", "rprop"))]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
+    whole = run(gpt2, tmp_path / "whole", 8, kind)
+    run(gpt2, tmp_path / "parts", 4, kind)
+    assert run(gpt2, tmp_path / "parts", 8, kind) == whole
+    one, other = (Checkpoints(tmp_path / name) for name in ("whole", "parts"))
+    assert one.steps() == other.steps() == [6, 7, 8]
+    tensors = [
+        (tmp_path / name / "step-0000000008" / "tensors.safetensors").read_bytes() for name in ("whole", "parts")
+    ]
+    assert tensors[0] == tensors[1]
+
+
+class Setup:
+    """A trained stage, and what belongs to it."""
+
+    def __init__(self, bundle: splitbundle.Bundle, shard: str = "trunk", **options: Any) -> None:
+        self.stage = bundle.stage(shard, trainable=True, **options)
+        self.optimizer = torch.optim.AdamW(self.stage.parameters(), lr=1e-2)
+        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, 2)
+
+    def step(self) -> None:
+        self.stage(
+            torch.ones(1, 3, self.stage.architecture.hidden_size, dtype=self.stage.dtype)
+        ).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.stage.state_dict().items()}
+
+
+@pytest.fixture
+def setup(gpt2: splitbundle.Bundle) -> Setup:
+    made = Setup(gpt2)
+    made.step()
+    return made
+
+
+def test_what_it_holds(setup: Setup, gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
+    """Weights without gradients are in the bundle. Those that were changed before they were frozen are saved."""
+    for name, parameter in setup.stage.named_parameters():
+        parameter.requires_grad_("mlp" in name)
+    checkpoints = Checkpoints(tmp_path)
+    path = checkpoints.save(1, setup.stage, setup.optimizer, setup.schedule, position=[1, "two", None, 2.5])
+    assert sorted(entry.name for entry in path.iterdir()) == ["checkpoint.json", "tensors.safetensors"]
+    document = json.loads((path / "checkpoint.json").read_text())
+    weights = {item["name"] for item in document["tensors"] if item["name"].startswith("weights/")}
+    assert weights == {f"weights/{name}" for name in setup.stage.state_dict()}  # one step changed all of them
+    other = Setup(gpt2)
+    for name, parameter in other.stage.named_parameters():
+        parameter.requires_grad_("mlp" in name)
+    resumed = checkpoints.load(other.stage, other.optimizer, other.schedule)
+    assert resumed is not None
+    assert (resumed.step, resumed.position) == (1, [1, "two", None, 2.5])
+    assert all(torch.equal(value, other.stage.state_dict()[name]) for name, value in setup.weights().items())
+    fresh = Setup(gpt2)
+    for name, parameter in fresh.stage.named_parameters():
+        parameter.requires_grad_("mlp" in name)
+    path = Checkpoints(tmp_path / "fresh").save(0, fresh.stage)
+    document = json.loads((path / "checkpoint.json").read_text())
+    assert all("mlp" in item["name"] for item in document["tensors"] if item["name"].startswith("weights/"))
+
+
+def test_the_schema(setup: Setup, tmp_path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schemas = pytest.importorskip("splitbundle_schemas")
+    path = Checkpoints(tmp_path).save(1, setup.stage, setup.optimizer, setup.schedule, position={"a": [1.5]})
+    validator = jsonschema.Draft202012Validator(schemas.load("checkpoint"))
+    document = json.loads((path / "checkpoint.json").read_text())
+    validator.validate(document)
+    for broken in ({"format": "other"}, {"step": -1}, {"more": 1}, {"state": {}}):
+        assert not validator.is_valid(document | broken)
+
+
+def test_the_last_ones_are_kept(setup: Setup, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "runs" / "one", keep=2)
+    assert (checkpoints.steps(), checkpoints.load(setup.stage)) == ([], None)
+    for step in (1, 2, 10, 20):
+        checkpoints.save(step, setup.stage)
+    assert checkpoints.steps() == [10, 20]
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["step-0000000010", "step-0000000020"]
+    with pytest.raises(BundleError, match=r"\[output.exists\]"):
+        checkpoints.save(20, setup.stage)
+    checkpoints.save(15, setup.stage)
+    assert checkpoints.steps() == [15, 20]
+    (checkpoints.directory / ".removed-0123").mkdir()
+    (checkpoints.directory / ".step-0000000030.tmp-0123456789abcdef").mkdir()
+    (checkpoints.directory / ".step-0000000030.tmp-0123456789abcdef" / "tensors.safetensors").write_bytes(b"half")
+    checkpoints.save(21, setup.stage)
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["step-0000000020", "step-0000000021"]
+
+
+def test_an_older_one(setup: Setup, tmp_path: Path) -> None:
+    checkpoints, known = Checkpoints(tmp_path), {}
+    for step in (1, 2, 3):
+        known[step] = setup.weights()
+        checkpoints.save(step, setup.stage, setup.optimizer)
+        setup.step()
+    resumed = checkpoints.load(setup.stage, setup.optimizer, step=2)
+    assert resumed is not None
+    assert resumed.step == 2
+    assert all(torch.equal(value, known[2][name]) for name, value in setup.weights().items())
+    with pytest.raises(BundleError, match="there are 1, 2, 3"):
+        checkpoints.load(setup.stage, step=4)
+
+
+def test_16_bits_with_wider_state(gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
+    """An optimizer that keeps float32 beside bfloat16 weights gets them back as they were."""
+    own = Setup(gpt2, dtype="bfloat16")
+    own.step()
+    for state in own.optimizer.state.values():
+        state["exp_avg"] = state["exp_avg"].float() + 1e-6
+    Checkpoints(tmp_path).save(1, own.stage, own.optimizer)
+    other = Setup(gpt2, dtype="bfloat16")
+    Checkpoints(tmp_path).load(other.stage, other.optimizer)
+    for one, same in zip(own.optimizer.state.values(), other.optimizer.state.values(), strict=True):
+        assert same["exp_avg"].dtype == torch.float32
+        assert torch.equal(one["exp_avg"], same["exp_avg"])
+
+
+def test_stages_that_were_loaded_apart(gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
+    """Each has a token table of its own."""
+    ends = [gpt2.stage(name, trainable=True) for name in ("bottom", "top")]
+    with torch.no_grad():
+        ends[1].embedding.token.weight.add_(1)
+    Checkpoints(tmp_path).save(1, ends)
+    again = [gpt2.stage(name, trainable=True) for name in ("bottom", "top")]
+    Checkpoints(tmp_path).load(again)
+    for one, other in zip(ends, again, strict=True):
+        assert torch.equal(one.embedding.token.weight, other.embedding.token.weight)
+
+
+def test_other_objects_and_generators(setup: Setup, tmp_path: Path) -> None:
+    generator, scaler = torch.Generator().manual_seed(5), torch.amp.GradScaler("cpu", init_scale=8.0)
+    Checkpoints(tmp_path).save(1, setup.stage, others={"scaler": scaler}, generators={"mine": generator})
+    expected = (torch.rand(3, generator=generator), torch.rand(3), random.random())
+    other = torch.amp.GradScaler("cpu", init_scale=4.0)
+    Checkpoints(tmp_path).load(setup.stage, others={"scaler": other}, generators={"mine": generator})
+    assert other.state_dict()["scale"] == 8.0
+    assert torch.equal(torch.rand(3, generator=generator), expected[0])
+    assert torch.equal(torch.rand(3), expected[1])
+    assert random.random() == expected[2]
+
+
+class Odd:
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"deep": [{"value": self.value}]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["deep"][0]["value"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0, -(2**80), 1.5, float("inf"), float("-inf"), True, None, "text", (1, (2.0,)), [], {}, {1: "a", "b": [True]}],
+)
+def test_values_come_back_as_they_were(value: object, setup: Setup, tmp_path: Path) -> None:
+    Checkpoints(tmp_path).save(1, setup.stage, others={"odd": Odd(value)})
+    other = Odd(...)
+    Checkpoints(tmp_path).load(setup.stage, others={"odd": other})
+    assert other.value == value
+    assert type(other.value) is type(value)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor(2.5), torch.zeros(0, 3), torch.ones(2, dtype=torch.bool), torch.arange(5, dtype=torch.int16)]
+)
+def test_tensors_come_back_as_they_were(value: Tensor, setup: Setup, tmp_path: Path) -> None:
+    Checkpoints(tmp_path).save(1, setup.stage, others={"odd": Odd(value)})
+    other = Odd(...)
+    Checkpoints(tmp_path).load(setup.stage, others={"odd": other})
+    assert isinstance(other.value, Tensor)
+    assert (other.value.dtype, other.value.shape) == (value.dtype, value.shape)
+    assert torch.equal(other.value, value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(),
+        print,
+        {1, 2},
+        b"x",
+        1j,
+        {None: 1},
+        {(1, 2): 1},
+        torch.ones(2, dtype=torch.complex64),
+        {1: torch.ones(1), "1": torch.ones(1)},
+    ],
+)
+def test_a_state_that_cannot_be_stored(value: object, setup: Setup, tmp_path: Path) -> None:
+    with pytest.raises(
+        BundleError, match=r"\[input.value\] others/odd/deep/0/value.*: expected tensors, numbers, text"
+    ):
+        Checkpoints(tmp_path).save(1, setup.stage, others={"odd": Odd(value)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("position", [(1, 2), {1: 2}, object(), float("nan"), torch.ones(1), b"x"])
+def test_a_position_that_json_lacks(position: object, setup: Setup, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"\[input.value\] position: expected what JSON has"):
+        Checkpoints(tmp_path).save(1, setup.stage, position=position)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_arguments(setup: Setup, tmp_path: Path) -> None:
+    for wrong in (0, -1, 1.5, "3", None):
+        with pytest.raises(BundleError, match=r"\[input.value\] keep"):
+            Checkpoints(tmp_path, keep=wrong)  # type: ignore[arg-type]
+    checkpoints = Checkpoints(tmp_path)
+    for step in (-1, 1.5, "x", 10**16):
+        with pytest.raises(BundleError, match=r"\[input.value\] step"):
+            checkpoints.save(step, setup.stage)  # type: ignore[arg-type]
+    with pytest.raises(BundleError, match=r"\[input.value\] stages"):
+        checkpoints.save(1, [])
+    with pytest.raises(BundleError, match=r"\[input.value\] stages"):
+        checkpoints.save(1, nn.Linear(2, 2))
+    foreign = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0)
+    with pytest.raises(BundleError, match=r"\[input.value\] optimizer: expected parameters of the given stages"):
+        checkpoints.save(1, setup.stage, foreign)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_something_else(setup: Setup, gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
+    """Nothing is set when something doesn't fit."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, setup.stage, setup.optimizer, setup.schedule)
+    others = {
+        "bottom": Setup(gpt2, "bottom"),
+        "dtype": Setup(gpt2, dtype="bfloat16"),
+    }
+    sgd, fewer = Setup(gpt2), Setup(gpt2)
+    cases: list[tuple[Callable[[], object], str]] = [
+        (lambda: checkpoints.load(others["bottom"].stage), "stages"),
+        (
+            lambda: checkpoints.load(others["dtype"].stage, others["dtype"].optimizer, others["dtype"].schedule),
+            "stages",
+        ),
+        (
+            lambda: checkpoints.load(sgd.stage, torch.optim.SGD(sgd.stage.parameters(), lr=1.0), sgd.schedule),
+            "optimizer",
+        ),
+        (
+            lambda: checkpoints.load(
+                fewer.stage, torch.optim.AdamW(list(fewer.stage.parameters())[1:]), fewer.schedule
+            ),
+            "optimizer",
+        ),
+        (lambda: checkpoints.load(fewer.stage, fewer.optimizer), "schedule"),
+        (lambda: checkpoints.load(fewer.stage), "optimizer"),
+        (lambda: checkpoints.load(fewer.stage, fewer.optimizer, fewer.schedule, others={"x": Odd(1)}), "others"),
+        (
+            lambda: checkpoints.load(fewer.stage, fewer.optimizer, fewer.schedule, generators={"x": torch.Generator()}),
+            "generators",
+        ),
+    ]
+    before = fewer.weights()
+    for call, what in cases:
+        with pytest.raises(BundleError, match=rf"\[checkpoint.mismatch\] .*{what}"):
+            call()
+    assert all(torch.equal(value, before[name]) for name, value in fewer.weights().items())
+    trained = gpt2.save_as(tmp_path / "trained.splitbundle", setup.stage)
+    with pytest.raises(BundleError, match=r"\[checkpoint.mismatch\] .*bundles"):
+        checkpoints.load(Setup(trained).stage, setup.optimizer, setup.schedule)
+
+
+def test_a_damaged_checkpoint(setup: Setup, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    path = checkpoints.save(1, setup.stage, setup.optimizer)
+    tensors, document = path / "tensors.safetensors", path / "checkpoint.json"
+    good = tensors.read_bytes(), document.read_bytes()
+    parsed = json.loads(good[1])
+
+    def changed(**more: Any) -> bytes:
+        return json.dumps(parsed | more).encode()
+
+    for data, text, code in (
+        (good[0][:-1] + bytes([good[0][-1] ^ 1]), good[1], "file.digest"),
+        (good[0][:-1], good[1], "file.size"),
+        (b"", good[1], "file.size"),
+        (good[0], b"{", "json."),
+        (good[0], b"[]", "field.type"),
+        (good[0], changed(format="x"), "field.value"),
+        (good[0], changed(format_version="9.0"), "field.value"),
+        (good[0], changed(more=1), "field.unknown"),
+        (good[0], changed(tensors=parsed["tensors"][1:]), "weights.layout"),
+        (
+            good[0],
+            changed(tensors=[*parsed["tensors"], {"name": "weights/x", "dtype": "float32", "shape": [2**40]}]),
+            "weights.layout",
+        ),
+        (good[0], changed(state=parsed["state"] | {"random": {"what": 1}}), "field.value"),
+        (good[0], changed(state=parsed["state"] | {"random": [1]}), "field.value"),
+        (good[0], changed(state=parsed["state"] | {"random": {"dict": [[1]]}}), "field.value"),
+    ):
+        tensors.write_bytes(data)
+        document.write_bytes(text)
+        with pytest.raises(BundleError) as caught:
+            checkpoints.load(setup.stage, setup.optimizer)
+        assert caught.value.codes[0].startswith(code), (code, caught.value)
+    tensors.unlink()
+    document.write_bytes(good[1])
+    with pytest.raises(BundleError, match=r"\[file.missing\]"):
+        checkpoints.load(setup.stage, setup.optimizer)
