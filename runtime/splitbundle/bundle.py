@@ -173,6 +173,10 @@ class Bundle(BundleReader):
                 ``"auto"``, the default, measures which are the fastest here, in some milliseconds at the first product.
                 ``"torch"`` takes torch's usual ones, whose results don't depend on a measurement; it is the default of
                 a trainable stage. The variable ``SPLITBUNDLE_KERNELS`` sets the default of the others.
+            checkpoint_activations: torch: whether a call with gradients keeps only the input of each layer, and
+                computes the layer a second time for the gradients. This takes less memory and more time.
+            dropout: torch: the rates of dropout of a trainable stage in training mode, at some of ``"embedding"``,
+                ``"attention"`` and ``"residual"``; by default none.
             providers: onnxruntime: execution providers, the preferred first; by default the CPU's.
             threads: the number of threads that compute. By default torch's setting, or one for each core, but no more
                 than the affinity and the container's quota allow. The setting of the process doesn't change. With torch

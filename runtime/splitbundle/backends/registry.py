@@ -29,6 +29,8 @@ class _TorchOnly(TypedDict, total=False):
     device: str | None
     trainable: bool
     kernels: str | None
+    checkpoint_activations: bool
+    dropout: Mapping[str, float] | None
 
 
 class _OnnxRuntimeOnly(TypedDict, total=False):

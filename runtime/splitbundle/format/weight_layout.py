@@ -99,8 +99,8 @@ def parse(
 ) -> Weights:
     """Check the header ``raw`` of a file of ``size`` bytes. See ``storage.weight_headers.read_header``."""
     last = not more and (bool(expected) or not part)  # then the tensors of the header are known before it is read
-    if last and (as_expected := as_expected(raw, size, expected)) is not None:
-        return as_expected
+    if last and (canonical_weights := as_expected(raw, size, expected)) is not None:
+        return canonical_weights
     problems = Problems(path)
     document = Field(strict_json.parse(raw[8:].rstrip(b" "), path), problems)
     if isinstance(document.value, dict) and len(document.value) - 1 > len(expected):

@@ -48,7 +48,7 @@ class StageBase:
         self.name = selection.name
         self.fingerprint = bundle.fingerprint
         self.layer_range = selection.layers
-        self.architecture = bundle.architecture
+        self.architecture, self.source_names = bundle.architecture, bundle.manifest.source_names
         self.embeds, self.has_head = selection.embeds, selection.head
 
     # Each backend defines these.

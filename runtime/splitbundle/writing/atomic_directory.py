@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -33,23 +33,31 @@ _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
 
 
 @contextlib.contextmanager
-def atomic_directory(destination: str | os.PathLike[str], *, force: bool) -> Iterator[Path]:
+def atomic_directory(
+    destination: str | os.PathLike[str], *, force: bool, ours: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """Create a directory to write into. It becomes ``destination`` if the block succeeds, and is removed otherwise.
 
+    Args:
+        destination: the directory.
+        force: whether to replace what is there, if it is one of ours.
+        ours: tells whether a directory may be replaced; by default, whether it is a bundle or empty.
+
     Raises:
-        BundleError: ``output.exists`` if ``destination`` exists and ``force`` is false, or if it is not a bundle;
+        BundleError: ``output.exists`` if ``destination`` exists and ``force`` is false, or if it is not one of ours;
             ``output.failed`` if the system refuses to write.
     """
+    ours = _is_bundle if ours is None else ours
     target = _destination(destination)
     made: os.stat_result | None = None
     try:
-        _prepare(target, force)
+        _prepare(target, force, ours)
         with _staging(target) as staging:
             yield staging
             _make_durable(staging)
             made = staging.stat()
             with directory_lock(target.parent):
-                _replace(staging, target, force)
+                _replace(staging, target, force, ours)
     except OSError as error:
         if made is not None and _is_there(made, target):
             raise _not_durable(target, error) from error
@@ -71,7 +79,7 @@ def scratch_directory(destination: str | os.PathLike[str], *, force: bool) -> It
     target = _destination(destination)
     with contextlib.ExitStack() as stack:
         try:
-            _prepare(target, force)
+            _prepare(target, force, _is_bundle)
             directory = stack.enter_context(_staging(target))
             directory.chmod(0o700)
         except OSError as error:
@@ -107,14 +115,14 @@ def _destination(destination: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _prepare(target: Path, force: bool) -> None:
+def _prepare(target: Path, force: bool, ours: Callable[[Path], bool]) -> None:
     """Recover from an interrupted replacement, check that the target may be written, and remove unfinished bundles.
 
     Unfinished bundles come from writers that were killed.
     """
     recover(target)
     with directory_lock(target.parent):  # while another writer replaces a bundle, the target is absent for a moment
-        _refuse_existing(target, force)
+        _refuse_existing(target, force, ours)
         old = backup_path(target)
         if os.path.lexists(target) and is_backup(old):  # a writer replaced the bundle, and was killed then
             # One rename moves the backup away. Removing it in place could leave half of it, and recovery would restore
@@ -205,14 +213,15 @@ def _lock(file: BinaryIO, *, wait: bool) -> bool:
     return True
 
 
-def _refuse_existing(target: Path, force: bool) -> None:
+def _refuse_existing(target: Path, force: bool, ours: Callable[[Path], bool]) -> None:
     if not os.path.lexists(target):
         return
     if not force:
         expected, got = "nothing there", "an existing file or directory"
         hint = "force=True replaces it once the new one is complete"
-    elif not _is_bundle(target):
-        expected, got, hint = "a bundle, to be replaced", "something else", "Remove it yourself: force=True won't"
+    elif not ours(target):
+        expected = "a bundle, to be replaced" if ours is _is_bundle else "one of the same kind, to be replaced"
+        got, hint = "something else", "Remove it yourself: force=True won't"
     else:
         return
     raise BundleError(Problem(code="output.exists", file=str(target), expected=expected, got=got, hint=hint))
@@ -251,9 +260,9 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _replace(staging: Path, target: Path, force: bool) -> None:
+def _replace(staging: Path, target: Path, force: bool, ours: Callable[[Path], bool]) -> None:
     # A conversion takes minutes. Meanwhile, another process may have created the target.
-    _refuse_existing(target, force)
+    _refuse_existing(target, force, ours)
     old, two_steps = backup_path(target), False
     try:
         if not os.path.lexists(target):

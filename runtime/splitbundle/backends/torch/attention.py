@@ -36,6 +36,7 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(attention.heads, device="meta")) if attention.sinks else None
         self.output = Linear(queries, hidden, bias=attention.output_bias)
         self.joint = NOTHING
+        self.dropout = 0.0
 
     @staticmethod
     def _norm(attention: facts.Attention, heads: int) -> Norm | None:
@@ -58,12 +59,15 @@ class Attention(nn.Module):
             first, mask, causal = positions.mask(self.span)
         if first:
             keys, values = keys[:, :, first:], values[:, :, first:]
+        dropout = self.dropout if self.training else 0.0
         if facts_.logit_cap is None and self.sinks is None:
-            mixed = attend(queries, keys, values, mask=mask, causal=causal, scale=facts_.scale)
+            mixed = attend(queries, keys, values, mask=mask, causal=causal, scale=facts_.scale, dropout=dropout)
         else:
             mask = positions.causal_mask() if causal else mask
             cap, sinks = facts_.logit_cap, self.sinks
-            mixed = attend_unfused(queries, keys, values, mask=mask, scale=facts_.scale, cap=cap, sinks=sinks)
+            mixed = attend_unfused(
+                queries, keys, values, mask=mask, scale=facts_.scale, cap=cap, sinks=sinks, dropout=dropout
+            )
         return self.output(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,23 +113,40 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
     return x.view(*x.shape[:2], x.shape[2] // head_dim, head_dim)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
     """Return softmax(scale · Q Kᵀ + mask) V.
 
-    Each key head serves ``heads / kv_heads`` consecutive query heads.
+    Each key head serves ``heads / kv_heads`` consecutive query heads. ``dropout`` is the share of the softmax's numbers
+    that are dropped.
 
     *Shape:* (batch, heads, S, head_dim), twice (batch, kv_heads, T, head_dim) -> (batch, heads, S, head_dim).
     """
     batch, heads, length, width = queries.shape
     kv_heads = keys.shape[1]
-    if heads != kv_heads and length == 1 and (mask is None or mask.shape[1] == 1):
+    if heads != kv_heads and length == 1 and not dropout and (mask is None or mask.shape[1] == 1):
         # The query heads of a group see the same keys. Treat them as positions, so that memory holds each key once.
         grouped = queries.reshape(batch, kv_heads, heads // kv_heads, width)
         mixed = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
         return mixed.reshape(batch, heads, 1, width)
     # Under torch.jit.trace, sizes are tensors, and a comparison of sizes is one too: hence bool().
     return functional.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=bool(heads != kv_heads)
+        queries,
+        keys,
+        values,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=bool(heads != kv_heads),
     )
 
 
@@ -138,6 +159,7 @@ def attend_unfused(
     scale: float,
     cap: float | None,
     sinks: Tensor | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Do the same as ``attend``, with score capping and attention sinks, which no fused kernel supports.
 
@@ -158,4 +180,5 @@ def attend_unfused(
         nothing = sinks.to(scores.dtype).reshape(1, kv_heads, heads // kv_heads, 1, 1)
         scores = torch.cat((scores, nothing.expand(*scores.shape[:-1], 1)), dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)[..., : keys.shape[2]]
+    weights = functional.dropout(weights, dropout) if dropout else weights
     return (weights @ values[:, :, None]).flatten(1, 2)

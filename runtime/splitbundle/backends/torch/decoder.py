@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from splitbundle.backends.torch.attention import Attention
 from splitbundle.backends.torch.cache import KVCache
@@ -32,6 +33,7 @@ class Layer(nn.Module):
         )
         self.attention = Attention(kind.attention, hidden, layer)
         self.mlp = Mlp(kind.mlp, hidden)
+        self.dropout = 0.0
 
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
         """Apply the layer. *Shape:* (batch, sequence, hidden) -> the same."""
@@ -42,16 +44,19 @@ class Layer(nn.Module):
         if self.placement in ("parallel", "parallel_two"):
             normed = through(self.attention_norm, x)
             other = normed if self.mlp_norm is None else self.mlp_norm(x)
-            return x + self._scaled(attend(normed) + self.mlp(other))
+            return x + self._scaled(self._dropped(attend(normed)) + self._dropped(self.mlp(other)))
         x = self._block(x, attend, self.attention_norm, self.attention_output_norm)
         return self._block(x, self.mlp, self.mlp_norm, self.mlp_output_norm)
 
     def _block(self, x: Tensor, block: Callable[[Tensor], Tensor], norm: Norm | None, after: Norm | None) -> Tensor:
         if self.placement == "output":
-            return x + self._scaled(through(norm, block(x)))
+            return x + self._scaled(self._dropped(through(norm, block(x))))
         if self.placement == "post":
-            return through(norm, x + self._scaled(block(x)))
-        return x + self._scaled(through(after, block(through(norm, x))))
+            return through(norm, x + self._scaled(self._dropped(block(x))))
+        return x + self._scaled(self._dropped(through(after, block(through(norm, x)))))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, self.dropout) if self.dropout and self.training else x
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.multiplier == 1.0 else x * self.multiplier
@@ -73,6 +78,7 @@ class Embedding(nn.Module):
         learned = embeds and isinstance(position, Learned)
         self.position = Table(position.count + position.offset, hidden) if learned else None  # type: ignore[union-attr]
         self.norm = Norm(embedding.norm, hidden) if embeds and embedding.norm is not None else None
+        self.dropout = 0.0
 
     def forward(self, ids: Tensor, positions: Positions) -> Tensor:
         """Embed token ids. *Shape:* (batch, sequence) -> (batch, sequence, hidden)."""
@@ -85,7 +91,8 @@ class Embedding(nn.Module):
             x = x + self.position(positions.slots + position.offset)
         elif isinstance(position, Sinusoidal):
             x = x + positions.sinusoids(position.offset, x.shape[-1])
-        return through(self.norm, x)
+        x = through(self.norm, x)
+        return functional.dropout(x, self.dropout) if self.dropout and self.training else x
 
 
 class TiedProjection(nn.Module):

@@ -97,17 +97,8 @@ class Pipeline(PipelineBase, nn.Module):
 
 def load_pipeline(
     bundle: BundleReader,
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    trainable: bool = False,
-    threads: int | None = None,
-    kernels: str | None = None,
+    **options: Any,
 ) -> Pipeline:
     """Load all shards of a bundle as one pipeline. See ``Bundle.pipeline``."""
     selections = [bundle.select(shard.name) for shard in bundle.shards]
-    return Pipeline(
-        load_stages(
-            bundle, selections, device=device, dtype=dtype, trainable=trainable, threads=threads, kernels=kernels
-        )
-    )
+    return Pipeline(load_stages(bundle, selections, **options))

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from splitbundle.backends.torch import kernel_choice
 from splitbundle.backends.torch.cache import KVCache
 from splitbundle.backends.torch.decoder import Embedding, Head, Layer
+from splitbundle.backends.torch.dropout import parse_dropout, set_dropout
 from splitbundle.backends.torch.joint import join
 from splitbundle.backends.torch.kernels import with_kernels_for
 from splitbundle.backends.torch.numpy_stage import NumpyStage
@@ -44,6 +46,8 @@ class Stage(StageBase, nn.Module):
 
     kernels: kernel_choice.Choice | None = None
     """The kernels that multiply a few rows by weights; None for those that were measured as the fastest here."""
+    checkpoint_activations = False
+    """Whether a call with gradients keeps only the input of each layer, and computes the layer again for gradients."""
     threads: int | None = None
     """The number of threads that compute a call; None for torch's, but no more than this process may use."""
 
@@ -109,6 +113,41 @@ class Stage(StageBase, nn.Module):
         if isinstance(call, Positions) and call.device == self.device and call.dtype == self.dtype:
             return call
         return self._call(call.past, call.count, call.length)
+
+    def add_lora(
+        self,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str] = ("attention.query", "attention.value"),
+        *,
+        dropout: float = 0.0,
+        rslora: bool = False,
+    ) -> list[str]:
+        """Give linear layers an adapter (LoRA), and let nothing else take gradients.
+
+        Args:
+            rank: the rank of the adapters.
+            alpha: the scaling is alpha / rank, or alpha / √rank with ``rslora``.
+            targets: the layers: canonical names such as ``"layers.3.mlp.up"``, names of the source such as
+                ``"c_attn"``, or the ends of such names, which mean all layers that have them.
+            dropout: the share of the adapter's inputs that are dropped in training mode.
+            rslora: whether to use rank-stabilized scaling.
+
+        Returns:
+            The canonical names of the layers.
+
+        Raises:
+            BundleError: ``input.value`` for a target that no layer of this stage has, or a number out of range.
+        """
+        from splitbundle.backends.torch.training.lora import add_lora
+
+        return add_lora(self, rank, alpha, targets, dropout=dropout, rslora=rslora)
+
+    def merge_lora(self) -> list[str]:
+        """Fold all adapters into the weights of their layers, which are plain layers again. Return their names."""
+        from splitbundle.backends.torch.training.lora import merge_lora
+
+        return merge_lora(self)
 
     def over_numpy(self) -> NumpyStage:
         """Return a stage that wraps this one, and that takes and returns numpy arrays in float32."""
@@ -187,8 +226,15 @@ class Stage(StageBase, nn.Module):
                 raise RuntimeError("a stage that embeds was built without its embedding")
             x = self.embedding(x, positions)
         for layer in self.layers.values():
-            x = layer(x, positions, cache)
+            if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
+                x = checkpoint(self._through_layer, layer, x, positions, use_reentrant=False)
+            else:
+                x = layer(x, positions, cache)
         return x
+
+    def _through_layer(self, layer: Layer, x: Tensor, positions: Positions) -> Tensor:
+        """Compute a layer, perhaps for the second time, in the backward pass, which needs the same kernels again."""
+        return with_kernels_for(x, positions.dtype, self.kernels, layer, positions, None)
 
     def _through_head(self, x: Tensor) -> Tensor:
         if self.head is None:
@@ -240,11 +286,14 @@ def load_stages(
     trainable: bool = False,
     threads: int | None = None,
     kernels: str | None = None,
+    checkpoint_activations: bool = False,
+    dropout: Mapping[str, float] | None = None,
 ) -> list[Stage]:
     """Load stages over mapped weights. Stages share one parameter for a common tensor. See ``Bundle.stage``."""
     target = compute_dtype(bundle, dtype)
     _check_device(device)
     number = checked(threads)
+    rates = parse_dropout(dropout, trainable)
     if kernels is None:
         # With gradients, torch's own kernels compute. So a trainable stage uses them without gradients, too.
         choice = kernel_choice.PINNED if trainable else kernel_choice.from_environment()
@@ -253,7 +302,8 @@ def load_stages(
     with torch.inference_mode(False):  # a parameter that is made in inference mode could never be trained or changed
         stages = _load(bundle, selections, device, target, trainable)
     for stage in stages:
-        stage.kernels, stage.threads = choice, number
+        stage.kernels, stage.threads, stage.checkpoint_activations = choice, number, checkpoint_activations
+        set_dropout(stage, rates)
     return stages
 
 

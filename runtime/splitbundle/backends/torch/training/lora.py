@@ -1,0 +1,151 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): small trainable matrices beside the linear layers of a stage.
+
+A layer computes W x + b + s · B A x, with A of ``rank`` rows and B of ``rank`` columns. The scaling s is alpha / rank,
+or alpha / √rank with rank-stabilized LoRA (Kalajdzievski 2023, arXiv:2312.03732). B starts as zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from splitbundle.backends.torch.modules import Linear
+from splitbundle.backends.torch.stage import Stage
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.format.manifest.document import SourceName
+from splitbundle.integers import as_integer
+
+LINEAR = (
+    *(f"attention.{name}" for name in ("query", "key", "value", "output")),
+    *(f"mlp.{name}" for name in ("gate", "up", "down")),
+)
+"""The linear layers of a layer, under their canonical names. An untied ``head.projection`` can have an adapter, too."""
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with an adapter. The layer itself takes no gradients."""
+
+    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float, rslora: bool) -> None:
+        super().__init__()
+        outputs, inputs = base.weight.shape
+        self.base, self.rank, self.alpha, self.rslora = base, rank, alpha, rslora
+        self.dropout = nn.Dropout(dropout)
+        # In 16 bits, small steps of the adapter would be lost. PEFT uses float32, too.
+        self.lora_a = nn.Parameter(torch.empty(rank, inputs, device=base.weight.device))
+        self.lora_b = nn.Parameter(torch.zeros(outputs, rank, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+
+    @property
+    def scaling(self) -> float:
+        """Return the factor of the adapter's result."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W x + b + s · B A x. *Shape:* (…, inputs) -> (…, outputs)."""
+        inner = functional.linear(self.dropout(x.to(self.lora_a.dtype)), self.lora_a)
+        added = functional.linear(inner, self.lora_b) * self.scaling
+        return self.base(x) + added.to(x.dtype)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def merged(self) -> Linear:
+        """Return the layer alone, with W + s · B A as its weight. The sum is computed in float32 and rounded once."""
+        whole = self.base.weight.float() + self.scaling * (self.lora_b.float() @ self.lora_a.float())
+        self.base.weight.copy_(whole.to(self.base.weight.dtype))
+        return self.base
+
+    def extra_repr(self) -> str:
+        """Return the rank and the scaling for ``repr``."""
+        return f"rank={self.rank}, scaling={self.scaling:g}"
+
+
+def add_lora(
+    stage: Stage, rank: int, alpha: float, targets: Sequence[str], *, dropout: float = 0.0, rslora: bool = False
+) -> list[str]:
+    """Give linear layers of a stage an adapter each. See ``Stage.add_lora``."""
+    number = as_integer(rank)
+    if number is None or number < 1:
+        raise _wrong("rank", "a number from 1", quoted(rank))
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+        raise _wrong("alpha", "a number above 0", quoted(alpha))
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise _wrong("dropout", "a number from 0 to below 1", quoted(dropout))
+    chosen = _chosen(stage, targets)
+    stage.requires_grad_(False)
+    for _, adapter in adapters_of(stage):
+        adapter.lora_a.requires_grad_()
+        adapter.lora_b.requires_grad_()
+    for path in chosen:
+        parent, name = _parent(stage, path)
+        if isinstance(getattr(parent, name), LoraLinear):
+            raise _wrong("targets", "layers without an adapter", f"{quoted(path)}, which has one")
+        setattr(parent, name, LoraLinear(getattr(parent, name), number, float(alpha), float(dropout), rslora))
+    return chosen
+
+
+def merge_lora(stage: Stage) -> list[str]:
+    """Fold all adapters of a stage into their layers. See ``Stage.merge_lora``."""
+    found = list(adapters_of(stage))
+    for path, adapter in found:
+        parent, name = _parent(stage, path)
+        setattr(parent, name, adapter.merged())
+    return [path for path, _ in found]
+
+
+def adapters_of(stage: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """Yield the canonical name of each layer with an adapter, and the adapter."""
+    for path, module in stage.named_modules():
+        if isinstance(module, LoraLinear):
+            yield path, module
+
+
+def linear_layers(stage: Stage) -> list[str]:
+    """Return the canonical names of the linear layers that can have an adapter."""
+    own = [f"layers.{layer}.{name}" for layer in range(*stage.layer_range) for name in LINEAR]
+    own.append("head.projection")
+    found = dict(stage.named_modules())
+    return [path for path in own if isinstance(found.get(path), Linear | LoraLinear)]
+
+
+def canonical_layers(entry: SourceName) -> list[str]:
+    """Return the canonical names of the layers whose weights are a source tensor, with ``{layer}`` in them."""
+    return [name.removesuffix(".weight") for name in entry.tensors if name.endswith(".weight")]
+
+
+def _chosen(stage: Stage, targets: Sequence[str]) -> list[str]:
+    """Return the layers that targets mean: names, or ends of names, canonical ones or those of the source."""
+    if isinstance(targets, str) or not targets:
+        raise _wrong("targets", "names of linear layers, as a list", quoted(targets))
+    layers = linear_layers(stage)
+    chosen: list[str] = []
+    for target in targets:
+        own = [path for path in layers if _is_end(target, path)]
+        for entry in stage.source_names:
+            if entry.source.endswith(".weight") and _is_end(target, entry.source.removesuffix(".weight")):
+                meant = canonical_layers(entry)
+                numbers = range(*stage.layer_range) if "{layer}" in entry.source else [0]
+                named = [name.replace("{layer}", str(number)) for number in numbers for name in meant]
+                own += [path for path in named if path in layers]
+        if not own:
+            known = sorted({path.removeprefix(f"layers.{stage.layer_range[0]}.") for path in layers})
+            such = f", such as {', '.join(known[:8])}, or the source's names" if known else ", which has none"
+            expected = f"linear layers of {quoted(stage.name)}{such}"
+            raise _wrong("targets", expected, quoted(target))
+        chosen += own
+    return [path for path in layers if path in set(chosen)]
+
+
+def _is_end(target: object, path: str) -> bool:
+    return isinstance(target, str) and (path == target or path.endswith(f".{target}"))
+
+
+def _parent(stage: nn.Module, path: str) -> tuple[nn.Module, str]:
+    outer, _, name = path.rpartition(".")
+    return stage.get_submodule(outer), name
+
+
+def _wrong(argument: str, expected: str, got: str) -> BundleError:
+    return BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got))

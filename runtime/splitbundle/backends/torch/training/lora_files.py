@@ -1,0 +1,369 @@
+"""Adapters as PEFT stores them: under the names of the source model, in a directory that PEFT loads, and back.
+
+A layer of the source may be several canonical layers, one above the other, such as the queries, keys and values of
+GPT-2. Their adapters become one: A is all their A, one above the other, and B has theirs as blocks. So the product is
+the same. Where they share one A, the rank stays.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from splitbundle.backends.torch.stage import Stage, unwrapped
+from splitbundle.backends.torch.training.lora import LoraLinear, adapters_of, add_lora, canonical_layers, linear_layers
+from splitbundle.backends.torch.training.safetensors_file import read_safetensors
+from splitbundle.backends.torch.weight_files import write_weights
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.format import strict_json, weight_layout
+from splitbundle.format.fields import MAX_PROBLEMS
+from splitbundle.format.manifest.document import SourceName
+from splitbundle.records import record, replace
+from splitbundle.storage import files
+from splitbundle.writing.atomic_directory import atomic_directory
+
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = "adapter_model.safetensors"
+_PREFIX: Final = "base_model.model."
+_UNUSED: Final = (
+    "bias",
+    "modules_to_save",
+    "layer_replication",
+    "use_dora",
+    "trainable_token_indices",
+)
+"""Fields of a configuration that change the model in ways that a stage doesn't know, unless they are empty."""
+
+
+@record(frozen=True, slots=True, kw_only=True)
+class SourceAdapter:
+    """The adapter of one layer of the source model."""
+
+    a: Tensor
+    """*Shape:* (rank, inputs)."""
+    b: Tensor
+    """*Shape:* (outputs, rank)."""
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """Return the rank."""
+        return self.a.shape[0]
+
+
+def save_lora(
+    path: str | os.PathLike[str],
+    stages: Stage | Sequence[Stage] | nn.Module,
+    *,
+    base_model: str = "",
+    prefix: str = "",
+    force: bool = False,
+) -> Path:
+    """Save the adapters of some stages in a directory that PEFT loads onto the source model.
+
+    The directory of one stage has the adapters of its layers alone. ``merge_adapters`` makes one of several.
+
+    Args:
+        path: the directory.
+        stages: stages with adapters: one, several, or a pipeline.
+        base_model: the hub id or path of the source model, for ``base_model_name_or_path``.
+        prefix: what the names of the source's layers lack in the checkpoint and have in the class, such as
+            ``"transformer."`` for a GPT-2 that was saved without its head.
+        force: whether to replace adapters that are there.
+
+    Raises:
+        BundleError: ``input.value`` for stages without adapters, and for adapters that PEFT can't hold together;
+            ``output.*``.
+    """
+    found: dict[str, SourceAdapter] = {}
+    given = list(_stages(stages))
+    adapters = [adapter for stage in given for _, adapter in adapters_of(stage)]
+    if not adapters:
+        raise _wrong("stages", "stages with adapters (add_lora)", "none")
+    if len({adapter.rslora for adapter in adapters}) > 1:
+        raise _wrong("stages", "one kind of scaling, as PEFT has one for all adapters", "with and without rslora")
+    transposed = False
+    for stage in given:
+        own = dict(adapters_of(stage))
+        for entry in _weights(stage):
+            parts = canonical_layers(entry)
+            if any(part in own for part in parts):
+                name = prefix + entry.source.removesuffix(".weight")
+                found[name] = _to_source(stage, entry, [own.get(part) for part in parts])
+                transposed = transposed or entry.transposed
+                for part in parts:
+                    own.pop(part, None)
+        if own:
+            expected = f"layers that the source has as linear layers, for {quoted(next(iter(own)))}"
+            raise _wrong("stages", expected, "none in the manifest's source_names")
+    config = _config(found, base_model, transposed, rslora=adapters[0].rslora, dropout=adapters[0].dropout.p)
+    return _write(Path(os.path.abspath(path)), config, _tensors(found), force=force)
+
+
+def merge_adapters(
+    paths: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str], *, force: bool = False
+) -> Path:
+    """Join the adapters of several shards, each saved by ``save_lora``, in one directory that PEFT loads.
+
+    Raises:
+        BundleError: ``input.value`` if two have the same layer, or if their scaling or base differs; ``output.*``; and
+            the errors of reading them.
+    """
+    tensors: dict[str, SourceAdapter] = {}
+    configs = []
+    for one in paths:
+        config, found = _read(Path(one))
+        configs.append(config)
+        both = tensors.keys() & found.keys()
+        if both:
+            raise _wrong(
+                "paths", "each layer in one directory", f"{quoted(min(both))} in two, the second {quoted(one)}"
+            )
+        tensors |= found
+    if not configs:
+        raise _wrong("paths", "directories with adapters", "none")
+    first = configs[0]
+    for key in ("use_rslora", "fan_in_fan_out", "base_model_name_or_path"):
+        if any(config.get(key) != first.get(key) for config in configs):
+            raise _wrong("paths", f"the same {key} in all", ", ".join(quoted(config.get(key)) for config in configs))
+    config = _config(
+        tensors,
+        str(first.get("base_model_name_or_path") or ""),
+        bool(first.get("fan_in_fan_out")),
+        rslora=bool(first.get("use_rslora")),
+        dropout=float(first.get("lora_dropout") or 0.0),
+    )
+    return _write(Path(os.path.abspath(path)), config, _tensors(tensors), force=force)
+
+
+def load_lora(
+    path: str | os.PathLike[str], stages: Stage | Sequence[Stage] | nn.Module, *, trainable: bool = True
+) -> list[str]:
+    """Load adapters for the source model, as PEFT or ``save_lora`` saved them, onto stages.
+
+    Every adapter must be of a layer of the model. Those of layers that other stages have are left out.
+
+    Args:
+        path: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        stages: the stages: one, several, or a pipeline. They have no adapters yet.
+        trainable: whether the adapters take gradients. The layers themselves don't.
+
+    Returns:
+        The canonical names of the layers that got an adapter.
+
+    Raises:
+        BundleError: ``adapter.config`` for a kind of adapter that isn't plain LoRA; ``adapter.tensor`` for each tensor
+            that no layer of the model has, or of another shape; ``file.*`` and ``json.*``.
+    """
+    config, found = _read(Path(path))
+    given = list(_stages(stages))
+    rslora, dropout = bool(config.get("use_rslora")), float(config.get("lora_dropout") or 0.0)
+    plan: list[tuple[Stage, str, Tensor, Tensor, float]] = []
+    known: set[str] = set()
+    problems: list[Problem] = []
+    for stage in given:
+        sizes = stage.architecture.tensors()
+        for entry in _weights(stage):
+            source = entry.source.removesuffix(".weight")
+            name = next((key for key in found if key == source or key.endswith(f".{source}")), None)
+            parts = canonical_layers(entry)
+            if name is None or any(f"{part}.weight" not in sizes for part in parts):
+                continue
+            known.add(name)
+            shapes = [sizes[f"{part}.weight"] for part in parts]
+            adapter = found[name]
+            expected = sum(rows for rows, _ in shapes), shapes[0][1]
+            if (adapter.b.shape[0], adapter.a.shape[1]) != expected or adapter.b.shape[1] != adapter.rank:
+                got = f"A {list(adapter.a.shape)}, B {list(adapter.b.shape)}"
+                wanted = f"A [rank, {expected[1]}], B [{expected[0]}, rank]"
+                problems.append(Problem(code="adapter.tensor", file=WEIGHTS, argument=name, expected=wanted, got=got))
+                continue
+            own = linear_layers(stage)
+            for part, rows in zip(parts, _divided(adapter.b, entry, [rows for rows, _ in shapes]), strict=True):
+                if part in own:
+                    plan.append((stage, part, adapter.a, rows, adapter.alpha))
+    for name in found:
+        if name not in known:
+            expected_text = f"a linear layer of the model, which has {len(given[0].architecture.layers)} layers"
+            problems.append(
+                Problem(
+                    code="adapter.tensor",
+                    file=WEIGHTS,
+                    argument=name,
+                    expected=expected_text,
+                    got="a name that it doesn't have",
+                    hint="The adapter was made for another model",
+                )
+            )
+    if problems:
+        raise BundleError(problems[:MAX_PROBLEMS])
+    for stage, part, a, b, alpha in plan:
+        add_lora(stage, a.shape[0], alpha, [part], dropout=dropout, rslora=rslora)
+        adapter_module = stage.get_submodule(part)
+        with torch.no_grad():
+            adapter_module.lora_a.copy_(a)  # type: ignore[operator]
+            adapter_module.lora_b.copy_(b)  # type: ignore[operator]
+    for stage in given:
+        for _, adapter_of_stage in adapters_of(stage):
+            adapter_of_stage.lora_a.requires_grad_(trainable)
+            adapter_of_stage.lora_b.requires_grad_(trainable)
+    return [part for _, part, *_ in plan]
+
+
+def _stages(stages: Any) -> Iterator[Stage]:
+    within = getattr(stages, "stages", stages)
+    for module in within if isinstance(within, list | tuple | nn.ModuleList) else [within]:
+        stage = unwrapped(module)
+        if stage is None:
+            raise _wrong("stages", "torch stages, or a pipeline of them", type(module).__name__)
+        yield stage
+
+
+def _weights(stage: Stage) -> Iterator[SourceName]:
+    """Yield the source's weights, one for each layer of the model, whether this stage has the layer or not."""
+    for entry in stage.source_names:
+        if not entry.source.endswith(".weight") or "{row}" in entry.source:
+            continue
+        if "{layer}" not in entry.source:
+            yield entry
+            continue
+        for layer in range(len(stage.architecture.layers)):
+            tensors = tuple(name.replace("{layer}", str(layer)) for name in entry.tensors)
+            yield replace(entry, source=entry.source.replace("{layer}", str(layer)), tensors=tensors)
+
+
+def _to_source(stage: Stage, entry: SourceName, adapters: Sequence[LoraLinear | None]) -> SourceAdapter:
+    """Join the adapters of the canonical layers of one source layer."""
+    there = [adapter for adapter in adapters if adapter is not None]
+    first = there[0]
+    sizes = stage.architecture.tensors()
+    outputs = [sizes[name][0] for name in entry.tensors]
+    shared = all(torch.equal(one.lora_a, first.lora_a) and one.scaling == first.scaling for one in there)
+    rank = first.rank if shared else sum(adapter.rank for adapter in there)
+    blocks, column = [], 0
+    for rows, adapter in zip(outputs, adapters, strict=True):
+        block = torch.zeros(rows, rank, dtype=torch.float32)
+        if adapter is not None:
+            # One scaling serves all: the difference goes into B.
+            own = adapter.lora_b.detach().float().cpu() * (adapter.scaling / first.scaling)
+            at = 0 if shared else column
+            block[:, at : at + adapter.rank] = own
+            column += adapter.rank
+        blocks.append(block)
+    groups = entry.groups
+    joined = torch.cat([block.reshape(groups, -1, rank) for block in blocks], dim=1).flatten(0, 1)
+    a = first.lora_a if shared else torch.cat([adapter.lora_a for adapter in there])
+    alpha = first.scaling * (math.sqrt(rank) if first.rslora else rank)
+    return SourceAdapter(a=a.detach().float().cpu(), b=joined, alpha=alpha)
+
+
+def _divided(b: Tensor, entry: SourceName, outputs: Sequence[int]) -> list[Tensor]:
+    """Return the rows of B for each canonical layer: the inverse of the join in ``_to_source``."""
+    grouped = b.reshape(entry.groups, -1, b.shape[1])
+    parts = torch.split(grouped, [rows // entry.groups for rows in outputs], dim=1)
+    return [part.flatten(0, 1) for part in parts]
+
+
+def _config(
+    found: Mapping[str, SourceAdapter], base_model: str, transposed: bool, *, rslora: bool, dropout: float
+) -> dict[str, Any]:
+    """Return ``adapter_config.json``. The most common rank and alpha are the default, and patterns name the others."""
+    rank = Counter(adapter.rank for adapter in found.values()).most_common(1)[0][0]
+    alpha = Counter(adapter.alpha for adapter in found.values()).most_common(1)[0][0]
+    return {
+        "base_model_name_or_path": base_model or None,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {name: one.rank for name, one in found.items() if one.rank != rank},
+        "alpha_pattern": {name: _number(one.alpha) for name, one in found.items() if one.alpha != alpha},
+        "target_modules": list(found),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": rslora,
+    }
+
+
+def _number(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def _tensors(found: Mapping[str, SourceAdapter]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, adapter in found.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = adapter.a.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = adapter.b.contiguous()
+    return tensors
+
+
+def _write(path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], *, force: bool) -> Path:
+    with atomic_directory(path, force=force, ours=_is_adapter) as root:
+        stored = {
+            name: weight_layout.Tensor(dtype=str(own.dtype).removeprefix("torch."), shape=tuple(own.shape))
+            for name, own in tensors.items()
+        }
+        write_weights(root / WEIGHTS, stored, tensors.__getitem__)
+        (root / CONFIG).write_bytes(strict_json.dump(config))
+    return path
+
+
+def _is_adapter(path: Path) -> bool:
+    return not path.is_symlink() and path.is_dir() and {entry.name for entry in path.iterdir()} <= {CONFIG, WEIGHTS}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, SourceAdapter]]:
+    """Return the configuration of a directory, and its adapters by the names of the source's layers."""
+    raw = strict_json.parse(files.read_file(path, CONFIG, strict_json.MAX_BYTES), CONFIG)
+    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        got = quoted(raw.get("peft_type") if isinstance(raw, dict) else raw)
+        raise _config_problem("peft_type", '"LORA"', got)
+    for name in _UNUSED:
+        if raw.get(name) not in (None, False, "none", [], {}):
+            raise _config_problem(name, "none: a stage has plain LoRA", quoted(raw[name]))
+    tensors = read_safetensors(path, WEIGHTS)
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, end = key.removeprefix(_PREFIX).rpartition(".lora_")
+        if not key.startswith(_PREFIX) or end not in ("A.weight", "B.weight") or tensor.ndim != 2:
+            expected = f"{_PREFIX}LAYER.lora_A.weight or …lora_B.weight, a matrix"
+            got = f"{key!a} {list(tensor.shape)}"
+            raise BundleError(Problem(code="adapter.tensor", file=WEIGHTS, expected=expected, got=got))
+        found.setdefault(name, {})[end[0]] = tensor
+    adapters = {}
+    for name, pair in found.items():
+        if len(pair) < 2:
+            raise BundleError(
+                Problem(code="adapter.tensor", file=WEIGHTS, argument=name, expected="A and B", got="one of them")
+            )
+        adapters[name] = SourceAdapter(a=pair["A"], b=pair["B"], alpha=_alpha(raw, name))
+    return raw, adapters
+
+
+def _alpha(config: Mapping[str, Any], name: str) -> float:
+    """Return alpha for a layer: that of the first pattern that its name is or ends with."""
+    patterns = config.get("alpha_pattern") or {}
+    own = next((value for key, value in patterns.items() if name == key or name.endswith(f".{key}")), None)
+    alpha = config.get("lora_alpha", 8) if own is None else own
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+        raise _config_problem("lora_alpha", "a number above 0", quoted(alpha))
+    return float(alpha)
+
+
+def _config_problem(field: str, expected: str, got: str) -> BundleError:
+    return BundleError(Problem(code="adapter.config", file=CONFIG, pointer=f"/{field}", expected=expected, got=got))
+
+
+def _wrong(argument: str, expected: str, got: str) -> BundleError:
+    return BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got))
