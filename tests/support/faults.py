@@ -129,6 +129,7 @@ class Scenario:
     """Calls that another scenario makes too, in the same state."""
     always: Callable[[Call], Fault | None] = lambda call: None
     """The properties of the file system, whatever the fault."""
+    judge: Callable[..., Judge] = lambda *given: Judge(*given)
 
 
 class Worker:
@@ -216,7 +217,7 @@ def _work(orders: int, replies: int, run: Callable[[Sequence[str]], int]) -> Non
         os._exit(0)
 
 
-TEMPORARY: Final = re.compile(r"\.tmp-[0-9a-f]{16}")
+TEMPORARY: Final = re.compile(r"\.(tmp|removed)-[0-9a-f]{16}")
 
 
 def state(root: Path) -> dict[str, str]:
@@ -229,7 +230,7 @@ def state(root: Path) -> dict[str, str]:
         for name in (*directories, *files):
             path = Path(place, name)
             digest = hashlib.sha256(path.read_bytes()).hexdigest() if name in files else "directory"
-            known = TEMPORARY.sub(".tmp-0", path.relative_to(root).as_posix())
+            known = TEMPORARY.sub(r".\1-0", path.relative_to(root).as_posix())
             found[known] = f"{path.lstat().st_mode:o} {digest}"
     return found
 
@@ -332,7 +333,45 @@ class Judge:
         return wrong
 
 
+class CheckpointJudge(Judge):
+    """Checks that no checkpoint that was saved before is lost, and that each one that is there can be loaded.
+
+    Checkpoints 1 and 2 are there, the command saves 3, and 2 are kept.
+    """
+
+    def old(self) -> str | None:
+        return "1, 2"
+
+    def _then(self) -> tuple[str, list[str]]:
+        from splitbundle import BundleError
+        from splitbundle.training import Checkpoints
+
+        wrong = []
+        checkpoints = Checkpoints(self.root / self.scenario.target)
+        steps = checkpoints.steps()
+        if steps not in ([1, 2], [1, 2, 3], [2, 3]):
+            wrong.append(f"the checkpoints are {steps}")
+        for step in steps:
+            stage = _checkpointed(self.scenario.arguments[1])
+            try:
+                checkpoints.load(stage, step=step)
+            except BundleError as error:
+                wrong.append(f"checkpoint {step}: {error}")
+            if float(next(stage.parameters()).flatten()[0]) != step:
+                wrong.append(f"checkpoint {step} has other weights")
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            status = self.run([*self.scenario.arguments[:-1], "--step=4"])
+        kept = [3, 4] if 3 in steps else [2, 4]
+        names = sorted(path.name for path in checkpoints.directory.iterdir())
+        if status != 0 or names != [f"step-{step:010d}" for step in kept]:
+            wrong.append(f"the next run: status {status}, {', '.join(names)}; {said.getvalue()}")
+        return "new" if 3 in steps else "old", wrong
+
+
 def _id(path: Path) -> str:
+    if not (path / "manifest.json").exists():
+        return ""
     return "sha256:" + hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
 
 
@@ -347,7 +386,7 @@ def run_scenario(
     scenario.prepare(template)
     put_back(template, root)
     before = state(root)
-    judge = Judge(scenario, root, template, run)
+    judge = scenario.judge(scenario, root, template, run)
     worker = Worker(run)
     for _ in range(2):  # the first run may import, and fill caches
         put_back(template, root)
@@ -471,6 +510,13 @@ def scenarios(sources: Path, root: Path) -> list[Scenario]:
         scenario("add-onnx", ("add-onnx", place, "--quiet"), bundle, same=around_graphs),
         scenario("resplit", elsewhere, nothing),
         scenario("save_as", ("save-as", str(made / "old"), "-o", place, "--quiet"), nothing),
+        Scenario(
+            name="a training checkpoint",
+            arguments=("save-checkpoint", str(made / "old"), str(root / "runs"), "--quiet", "--step=3"),
+            target="runs",
+            prepare=lambda template: _save_checkpoints(made / "old", template / "runs"),
+            judge=CheckpointJudge,
+        ),
         scenario("save_as over itself", ("save-as", place, "-o", place, "--force", "--quiet"), bundle),
         scenario("resplit --force", (*resplit, "--force"), bundle),
         scenario("resplit --force, after an interruption", (*resplit, "--force"), interrupted, **mending),
@@ -517,6 +563,39 @@ def _save_as(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _checkpointed(bundle: str | Path) -> Any:
+    import splitbundle
+
+    return splitbundle.open(bundle).stage(layers=(0, 1), embeds=False, head=False, trainable=True)
+
+
+def _save_checkpoints(bundle: Path, directory: Path, steps: Sequence[int] = (1, 2)) -> None:
+    """Save checkpoints in which the first number is the step."""
+    import torch
+
+    from splitbundle.training import Checkpoints
+
+    stage = _checkpointed(bundle)
+    for step in steps:
+        with torch.no_grad():
+            next(stage.parameters()).flatten()[0] = step
+        Checkpoints(directory, keep=2).save(step, stage)
+
+
+def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle")
+    parser.add_argument("directory")
+    parser.add_argument("--step", type=int)
+
+
+def _save_checkpoint(args: argparse.Namespace, console: Console) -> int:
+    _save_checkpoints(Path(args.bundle), Path(args.directory), [args.step])
+    return 0
+
+
+SAVE_CHECKPOINT: Final = Command(
+    name="save-checkpoint", help="save a checkpoint", configure=_checkpoint_arguments, run=_save_checkpoint
+)
 SAVE_AS: Final = Command(name="save-as", help="save a stage", configure=_save_as_arguments, run=_save_as)
 """``Bundle.save_as`` as a command, so that a signal ends it as it ends the others."""
 CHILD: Final = """
@@ -537,7 +616,7 @@ def command(sources: Path) -> Callable[[Sequence[str]], int]:
     from splitbundle_converter.checkpoint import pickles
     from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
 
-    vars(main)["_commands"] = lambda arguments: [CONVERT, RESPLIT, ADD_ONNX, SAVE_AS]
+    vars(main)["_commands"] = lambda arguments: [CONVERT, RESPLIT, ADD_ONNX, SAVE_AS, SAVE_CHECKPOINT]
     vars(pickles)["CHILD_CODE"] = CHILD.replace("SOURCE", repr(str(sources / "source" / "model.safetensors")))
     return main.main
 

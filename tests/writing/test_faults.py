@@ -12,7 +12,14 @@ from typing import Any, Final
 import pytest
 
 GROUPS: Final = (  # which take about as long
-    ("convert", "convert --force, in two steps", "convert --allow-pickle", "resplit", "save_as"),
+    (
+        "convert",
+        "convert --force, in two steps",
+        "convert --allow-pickle",
+        "resplit",
+        "save_as",
+        "a training checkpoint",
+    ),
     (
         *("convert --force", "add-onnx", "resplit --force", "resplit --force, after an interruption"),
         "resplit --force, after two killed writers",

@@ -151,9 +151,10 @@ class Checkpoints:
                 "file": as_dict(entry),
             }
             (root / FILE).write_bytes(_as_json(document))
-        for old in self.steps()[: -self.keep]:
-            if old < number:
-                self._remove(old)
+        with contextlib.suppress(OSError):  # the new one is in place, and the next save tries again
+            for old in self.steps()[: -self.keep]:
+                if old < number:
+                    self._remove(old)
         return target
 
     def load(

@@ -81,7 +81,7 @@ def test_a_new_adapter_changes_nothing(golden: splitbundle.Bundle) -> None:
     stages = [golden.stage(shard.name, trainable=True) for shard in golden.shards]
     for stage in stages:
         if stage.layer_range[0] == stage.layer_range[1]:
-            with pytest.raises(BundleError, match="linear layers of '(bottom|top)', "):
+            with pytest.raises(BundleError, match=r"linear layers of '(bottom|top)', "):
                 stage.add_lora(4, 8, ["attention.query"])
             continue
         stage.add_lora(4, 8, ["attention.query", "attention.output", "mlp.down"])
