@@ -37,7 +37,8 @@ FLOORS = {
         ("verification", "stages"),
         ("backends.torch", "backends.onnxruntime", "text"),
         ("text_tokenizer",),  # a door to text.huggingface, for one release
-        ("backends.registry", "training"),
+        ("backends.registry",),
+        ("training",),
         ("bundle",),
         ("opening",),
         ("cli",),

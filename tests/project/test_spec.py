@@ -140,7 +140,7 @@ def test_the_table_of_codes_is_the_codes() -> None:
     listed = [code for code, _, _ in rows]
     assert len(listed) == len(set(listed))
     assert set(listed) == raised()
-    assert {step for _, step, _ in rows} == {"open", "stage", "verify", "call", "convert", "command"}
+    assert {step for _, step, _ in rows} == {"open", "stage", "verify", "call", "convert", "train", "command"}
 
 
 def test_every_code_of_the_documents_has_a_vector() -> None:

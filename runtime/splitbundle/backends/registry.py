@@ -101,8 +101,8 @@ def module(backend: str, name: str) -> ModuleType:
 
     Args:
         backend: the backend.
-        name: ``"stage"``, ``"pipeline"`` or ``"golden"``; with torch also ``"kernels"``, ``"kernel_choice"`` and
-            ``"threads"``.
+        name: ``"stage"``, ``"pipeline"`` or ``"golden"``; with torch also ``"kernels"``, ``"kernel_choice"``,
+            ``"threads"``, ``"saving"`` and those of ``training``.
     """
     full = f"splitbundle.backends.{backend}.{name}"
     if full in sys.modules:
@@ -129,10 +129,12 @@ def _import(backend: str, name: str) -> ModuleType:
             from splitbundle.backends.torch import stage as torch_stage
 
             return torch_stage
-        if name == "saving":
+        if name == "saving" or name.startswith("training."):
             from splitbundle.backends.torch import saving
+            from splitbundle.backends.torch.training import checkpoints, helpers, lora_files
 
-            return saving
+            own = {"saving": saving, "training.checkpoints": checkpoints, "training.helpers": helpers}
+            return own.get(name, lora_files)
         if name in ("kernels", "kernel_choice", "threads"):
             from splitbundle.backends.torch import kernel_choice, kernels, threads
 

@@ -8,12 +8,9 @@ stream, before a residual multiplier. What is kept is divided by 1 minus the rat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from splitbundle.errors import BundleError, Problem, quoted
-
-if TYPE_CHECKING:
-    from splitbundle.backends.torch.stage import Stage
 
 PLACES: Final = ("embedding", "attention", "residual")
 
@@ -35,11 +32,10 @@ def parse_dropout(given: Mapping[str, float] | None, trainable: bool) -> dict[st
     return rates
 
 
-def set_dropout(stage: Stage, rates: Mapping[str, float]) -> None:
+def set_dropout(stage: Any, rates: Mapping[str, float]) -> None:
     """Set the rates of a stage."""
     if not rates:
         return
-    layer: Any
     for layer in stage.layers.values():
         layer.dropout = rates.get("residual", 0.0)
         layer.attention.dropout = rates.get("attention", 0.0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from splitbundle.backends.torch.stage import Stage, load_stages, unwrapped
+from splitbundle.backends.torch.stage import Stage, load_stages, stages_in
 from splitbundle.backends.torch.weight_files import write_weights
 from splitbundle.backends.torch.weights import DTYPES, map_tensors, rounded
 from splitbundle.errors import BundleError, Problem, quoted
@@ -83,15 +83,9 @@ def tensors_of(bundle: BundleReader, stages: Stage | Pipeline | Sequence[Stage])
         BundleError: ``input.value`` for stages of another architecture, for layers that were replaced (by adapters,
             for instance), and for a tensor that has two values.
     """
-    within: Any = getattr(stages, "stages", stages)  # those of a pipeline
-    several = isinstance(within, list | tuple | nn.ModuleList)
-    given = list(within) if several else [within]
     found: dict[str, tuple[Tensor, str]] = {}
     shapes = bundle.architecture.tensors()
-    for module in given:
-        stage = unwrapped(module)
-        if stage is None:
-            raise _wrong("stages", "torch stages of this bundle, or its pipeline", type(module).__name__)
+    for stage in stages_in(stages):
         if stage.architecture != bundle.architecture:
             expected = f"stages of a bundle with the architecture of {bundle.path.name}"
             raise _wrong("stages", expected, f"{quoted(stage.name)}, of another architecture")

@@ -263,6 +263,23 @@ def unwrapped(module: object) -> Stage | None:
     return inner
 
 
+def stages_in(given: Any) -> list[Stage]:
+    """Return the stages that a caller gave: one, several, or a pipeline, each perhaps in a wrapper.
+
+    Raises:
+        BundleError: ``input.value`` for anything else.
+    """
+    within = getattr(given, "stages", given)  # those of a pipeline
+    found: list[Stage] = []
+    for module in within if isinstance(within, list | tuple | nn.ModuleList) else [within]:
+        stage = unwrapped(module)
+        if stage is None:
+            expected, got = "torch stages, or a pipeline of them", type(module).__name__
+            raise BundleError(Problem(code="input.value", argument="stages", expected=expected, got=got))
+        found.append(stage)
+    return found
+
+
 def _keep(x: Tensor, positions: Positions, wanted: int | None) -> tuple[Tensor, Tensor | None]:
     """Return the hidden states that need logits, and a mask that is True for tokens (None: all are tokens).
 

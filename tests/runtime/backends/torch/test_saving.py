@@ -49,6 +49,7 @@ def test_one_changed_stage(golden: splitbundle.Bundle, tmp_path: Path) -> None:
     assert splitbundle.open(path).id == made.id
 
 
+@pytest.mark.rule("SB-G-004")
 @torch.no_grad()
 def test_golden_vectors_are_the_bundles_own(gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
     stage = gpt2.stage("trunk")
@@ -211,7 +212,7 @@ def test_what_cannot_be_saved(gpt2: splitbundle.Bundle, golden: splitbundle.Bund
     for stages, message in (
         ([], "expected at least one stage, got none"),
         (nn.Linear(2, 2), "Linear"),
-        ([gpt2.stage("trunk"), 3], "expected torch stages of this bundle, or its pipeline, got int"),
+        ([gpt2.stage("trunk"), 3], "expected torch stages, or a pipeline of them, got int"),
         (adapted, r"'layers.1.attention.query.base_layer.*Merge adapters into their layers first"),
         (less, r"no 'layers.1.mlp.down.bias'"),
     ):

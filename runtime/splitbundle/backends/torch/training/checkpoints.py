@@ -11,32 +11,32 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from splitbundle.backends.torch.stage import Stage, unwrapped
+from splitbundle.backends.torch.stage import Stage, stages_in
 from splitbundle.backends.torch.training import random_state
-from splitbundle.backends.torch.training.state_tree import decode, encode
+from splitbundle.backends.torch.training.checkpoint_files import (
+    FILE,
+    FORMAT,
+    TENSORS,
+    VERSION,
+    Found,
+    as_json,
+    read_checkpoint,
+)
+from splitbundle.backends.torch.training.state_tree import encode
 from splitbundle.backends.torch.weight_files import write_weights
-from splitbundle.backends.torch.weights import MappedTensors
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.format import names, strict_json, weight_layout
-from splitbundle.format.dtypes import TABLE
-from splitbundle.format.fields import Field, Problems
-from splitbundle.format.manifest.document import File
+from splitbundle.format import weight_layout
 from splitbundle.integers import as_integer
 from splitbundle.records import as_dict, record
-from splitbundle.storage import files
 from splitbundle.writing.atomic_directory import atomic_directory, remove_unfinished
 
-FILE: Final = "checkpoint.json"
-TENSORS: Final = "tensors.safetensors"
-FORMAT: Final = "splitbundle-checkpoint"
-VERSION: Final = "1.0"
 _STEP: Final = re.compile(r"step-(\d{10,16})")
 _REMOVED: Final = ".removed-"
 
@@ -142,7 +142,7 @@ class Checkpoints:
                 "format": FORMAT,
                 "format_version": VERSION,
                 "step": number,
-                "bundles": sorted({stage.fingerprint for stage in _stages(stages)}),
+                "bundles": sorted({stage.fingerprint for stage in stages_in(stages)}),
                 "position": position,
                 "state": state,
                 "tensors": [
@@ -150,7 +150,7 @@ class Checkpoints:
                 ],
                 "file": as_dict(entry),
             }
-            (root / FILE).write_bytes(_as_json(document))
+            (root / FILE).write_bytes(as_json(document))
         with contextlib.suppress(OSError):  # the new one is in place, and the next save tries again
             for old in self.steps()[: -self.keep]:
                 if old < number:
@@ -193,9 +193,9 @@ class Checkpoints:
         if chosen not in known:
             got = f"{quoted(step)}; there are {', '.join(map(str, known)) or 'none'}"
             raise _wrong("step", f"the step of a checkpoint in {self.directory}", got)
-        found = _read(self.directory / f"step-{chosen:010d}")
+        found = read_checkpoint(self.directory / f"step-{chosen:010d}")
         parameters = _parameters(stages)
-        found.check("bundles", sorted({stage.fingerprint for stage in _stages(stages)}), found.bundles)
+        found.check("bundles", sorted({stage.fingerprint for stage in stages_in(stages)}), found.bundles)
         weights = {name.removeprefix("weights/"): own for name, own in found.tensors.items() if name[:8] == "weights/"}
         _check_weights(found, weights, parameters)
         given = {"optimizer": optimizer, "schedule": schedule}
@@ -237,94 +237,13 @@ class Checkpoints:
                 remove_unfinished(self.directory / path.name[1:].partition(".tmp-")[0])
 
 
-class _Found:
-    """A checkpoint that was read and checked."""
-
-    def __init__(self, path: Path, document: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.path, self.tensors = path, tensors
-        self.bundles, self.position, self.state = document["bundles"], document["position"], document["state"]
-
-    def value(self, *names_: str) -> Any:
-        """Return a part of the state."""
-        value = self.state
-        for name in names_:
-            value = value[name]
-        return decode(value, self.tensors, FILE, "/state/" + "/".join(names_))
-
-    def check(self, what: str, given: object, stored: object) -> None:
-        """Raise ``checkpoint.mismatch`` if what the caller gave isn't what the checkpoint has."""
-        if given != stored:
-            raise self.refuse(what, f"{what} as in the checkpoint: {quoted(stored, 200)}", quoted(given, 200))
-
-    def refuse(self, what: str, expected: str, got: str) -> BundleError:
-        hint = "Build the same stages, optimizer and schedule as in the run that saved it"
-        place = str(self.path)
-        return BundleError(
-            Problem(code="checkpoint.mismatch", file=place, argument=what, expected=expected, got=got, hint=hint)
-        )
-
-
-def _read(path: Path) -> _Found:
-    """Read a checkpoint. Its tensors are read into private memory, once, and hashed there."""
-    document = Field(
-        strict_json.parse(files.read_file(path, FILE, strict_json.MAX_BYTES), FILE), problems := Problems(FILE)
-    )
-    head = document.members(["format", "format_version"], open=True)
-    head["format"].choice([FORMAT])
-    head["format_version"].choice([VERSION])
-    problems.raise_if_any()
-    members = document.members(["format", "format_version", "step", "bundles", "position", "state", "tensors", "file"])
-    members["step"].integer(0, 10**16)
-    for item in members["bundles"].items():
-        item.string(names.IDENTITY, '"sha256:" and 64 digits of 0-9a-f')
-    state = members["state"].members(["optimizer", "schedule", "others", "random"])
-    if not isinstance(state["others"].value, dict):
-        state["others"].refuse("an object", code="field.type")
-    expected: dict[str, weight_layout.Tensor] = {}
-    for item in members["tensors"].items():
-        own = item.members(["name", "dtype", "shape"])
-        shape = tuple(size.integer() for size in own["shape"].items(maximum=8))
-        name = own["name"].string()
-        if name in expected:
-            own["name"].refuse("a name of one tensor")
-        expected[name] = weight_layout.Tensor(dtype=own["dtype"].choice(tuple(TABLE)), shape=shape)
-    listed = members["file"].members(["size", "sha256", "header_sha256"])
-    digest = "64 digits of 0-9a-f"
-    entry = File(
-        size=listed["size"].integer(),
-        sha256=listed["sha256"].string(names.SHA256, digest),
-        header_sha256=listed["header_sha256"].string(names.SHA256, digest),
-    )
-    problems.raise_if_any()
-    with files.open_file(path, TENSORS, entry) as file:
-        memory = files.read_private(file, TENSORS, entry)
-    tensors = MappedTensors()
-    start = entry.size - sum(tensor.size for tensor in expected.values())
-    header = weight_layout.as_expected(memory[: max(start, 0)], entry.size, expected)
-    if header is None:
-        wanted, got = f"exactly the tensors that {FILE} lists, in the canonical layout", "another header"
-        raise BundleError(Problem(code="weights.layout", file=TENSORS, expected=wanted, got=got))
-    for name, (tensor, offset) in header.layout.items():
-        tensors.add(name, getattr(torch, tensor.dtype), tensor.shape, memory, header.start + offset)
-    return _Found(path, document.value, tensors)
-
-
-def _stages(stages: Any) -> Iterator[Stage]:
-    within = getattr(stages, "stages", stages)  # those of a pipeline
-    for module in within if isinstance(within, list | tuple | nn.ModuleList) else [within]:
-        stage = unwrapped(module)
-        if stage is None:
-            raise _wrong("stages", "torch stages, or a pipeline of them", type(module).__name__)
-        yield stage
-
-
 def _parameters(stages: Any) -> dict[str, nn.Parameter]:
     """Return the parameters of all stages by name. Stages of one pipeline share a tied table.
 
     Stages that were loaded apart may hold two tables of one name: each is stored under the name of its stage, too.
     """
     found: dict[str, nn.Parameter] = {}
-    for stage in _stages(stages):
+    for stage in stages_in(stages):
         for name, parameter in stage.named_parameters(remove_duplicate=False):
             if hasattr(parameter, "full_tensor"):
                 hint = "torch.distributed.checkpoint saves such parameters"
@@ -371,7 +290,7 @@ def _optimizer_state(
     }
 
 
-def _check_weights(found: _Found, weights: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+def _check_weights(found: Found, weights: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
     trained = sorted(name for name, parameter in parameters.items() if parameter.requires_grad)
     missing = [name for name in trained if name not in weights]
     more = [name for name in weights if name not in parameters]
@@ -386,7 +305,7 @@ def _check_weights(found: _Found, weights: Mapping[str, Tensor], parameters: Map
 
 
 def _check_optimizer(
-    found: _Found, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+    found: Found, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Any]:
     """Return the stored state of an optimizer of the same class with the same parameters."""
     stored = found.state["optimizer"]
@@ -412,17 +331,6 @@ def _set_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
         for key, value in own.items():
             if isinstance(value, Tensor) and place[key].dtype != value.dtype:
                 place[key] = value.to(place[key].device)
-
-
-def _as_json(document: dict[str, Any]) -> bytes:
-    try:
-        data = strict_json.dump(document)
-        if strict_json.parse(data, FILE)["position"] == document["position"]:
-            return data
-        got = "a value that JSON changes, such as a tuple or a number as a key"
-    except (TypeError, ValueError, BundleError) as error:
-        got = " ".join(str(error).split())[:200]
-    raise _wrong("position", "what JSON has: text, numbers, lists, and dicts with text as keys", got)
 
 
 def _wrong(argument: str, expected: str, got: str, hint: str | None = None) -> BundleError:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from splitbundle.backends.torch.modules import Linear
-from splitbundle.backends.torch.stage import Stage
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.manifest.document import SourceName
 from splitbundle.integers import as_integer
@@ -23,7 +23,7 @@ LINEAR = (
     *(f"attention.{name}" for name in ("query", "key", "value", "output")),
     *(f"mlp.{name}" for name in ("gate", "up", "down")),
 )
-"""The linear layers of a layer, under their canonical names. An untied ``head.projection`` can have an adapter, too."""
+"""The linear layers of a layer, under their canonical names."""
 
 
 class LoraLinear(nn.Module):
@@ -63,7 +63,7 @@ class LoraLinear(nn.Module):
 
 
 def add_lora(
-    stage: Stage, rank: int, alpha: float, targets: Sequence[str], *, dropout: float = 0.0, rslora: bool = False
+    stage: Any, rank: int, alpha: float, targets: Sequence[str], *, dropout: float = 0.0, rslora: bool = False
 ) -> list[str]:
     """Give linear layers of a stage an adapter each. See ``Stage.add_lora``."""
     number = as_integer(rank)
@@ -86,7 +86,7 @@ def add_lora(
     return chosen
 
 
-def merge_lora(stage: Stage) -> list[str]:
+def merge_lora(stage: Any) -> list[str]:
     """Fold all adapters of a stage into their layers. See ``Stage.merge_lora``."""
     found = list(adapters_of(stage))
     for path, adapter in found:
@@ -102,10 +102,10 @@ def adapters_of(stage: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
             yield path, module
 
 
-def linear_layers(stage: Stage) -> list[str]:
+def linear_layers(stage: Any) -> list[str]:
     """Return the canonical names of the linear layers that can have an adapter."""
     own = [f"layers.{layer}.{name}" for layer in range(*stage.layer_range) for name in LINEAR]
-    own.append("head.projection")
+    own = ["embedding.projection", *own, "head.narrowing", "head.projection"]
     found = dict(stage.named_modules())
     return [path for path in own if isinstance(found.get(path), Linear | LoraLinear)]
 
@@ -115,7 +115,7 @@ def canonical_layers(entry: SourceName) -> list[str]:
     return [name.removesuffix(".weight") for name in entry.tensors if name.endswith(".weight")]
 
 
-def _chosen(stage: Stage, targets: Sequence[str]) -> list[str]:
+def _chosen(stage: Any, targets: Sequence[str]) -> list[str]:
     """Return the layers that targets mean: names, or ends of names, canonical ones or those of the source."""
     if isinstance(targets, str) or not targets:
         raise _wrong("targets", "names of linear layers, as a list", quoted(targets))

@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from splitbundle.backends.torch.stage import Stage, unwrapped
+from splitbundle.backends.torch.stage import Stage, stages_in
 from splitbundle.backends.torch.training.lora import LoraLinear, adapters_of, add_lora, canonical_layers, linear_layers
 from splitbundle.backends.torch.training.safetensors_file import read_safetensors
 from splitbundle.backends.torch.weight_files import write_weights
@@ -83,7 +83,7 @@ def save_lora(
             ``output.*``.
     """
     found: dict[str, SourceAdapter] = {}
-    given = list(_stages(stages))
+    given = stages_in(stages)
     adapters = [adapter for stage in given for _, adapter in adapters_of(stage)]
     if not adapters:
         raise _wrong("stages", "stages with adapters (add_lora)", "none")
@@ -163,7 +163,7 @@ def load_lora(
             that no layer of the model has, or of another shape; ``file.*`` and ``json.*``.
     """
     config, found = _read(Path(path))
-    given = list(_stages(stages))
+    given = stages_in(stages)
     rslora, dropout = bool(config.get("use_rslora")), float(config.get("lora_dropout") or 0.0)
     plan: list[tuple[Stage, str, Tensor, Tensor, float]] = []
     known: set[str] = set()
@@ -215,15 +215,6 @@ def load_lora(
             adapter_of_stage.lora_a.requires_grad_(trainable)
             adapter_of_stage.lora_b.requires_grad_(trainable)
     return [part for _, part, *_ in plan]
-
-
-def _stages(stages: Any) -> Iterator[Stage]:
-    within = getattr(stages, "stages", stages)
-    for module in within if isinstance(within, list | tuple | nn.ModuleList) else [within]:
-        stage = unwrapped(module)
-        if stage is None:
-            raise _wrong("stages", "torch stages, or a pipeline of them", type(module).__name__)
-        yield stage
 
 
 def _weights(stage: Stage) -> Iterator[SourceName]:
