@@ -34,6 +34,7 @@ from splitbundle_converter.errors import refusal
 from splitbundle_converter.families import unused_fields
 from splitbundle_converter.families.composites import PARTS
 from splitbundle_converter.families.configuration import refuse_unchecked_code
+from splitbundle_converter.families.dropout import rates
 from splitbundle_converter.graphs import request
 from splitbundle_converter.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from splitbundle_converter.options import DTYPES, Note
@@ -180,6 +181,7 @@ def _convert(
                     context_length=_context_length(opened.values),
                     architecture=identity(architecture.to_bytes()),
                     fingerprint=fingerprint(listed, weight_files),
+                    dropout=rates(family.model_type, opened.values),
                 ),
                 storage=storage,
                 shards=make_shards(architecture, cuts, given_names, units, listed),

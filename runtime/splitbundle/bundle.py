@@ -176,7 +176,8 @@ class Bundle(BundleReader):
             checkpoint_activations: torch: whether a call with gradients keeps only the input of each layer, and
                 computes the layer a second time for the gradients. This takes less memory and more time.
             dropout: torch: the rates of dropout of a trainable stage in training mode, at some of ``"embedding"``,
-                ``"attention"`` and ``"residual"``; by default none.
+                ``"attention"``, ``"attention_output"`` and ``"mlp_output"``; or ``"source"`` for those of the source's
+                configuration; by default none.
             providers: onnxruntime: execution providers, the preferred first; by default the CPU's.
             threads: the number of threads that compute. By default torch's setting, or one for each core, but no more
                 than the affinity and the container's quota allow. The setting of the process doesn't change. With torch

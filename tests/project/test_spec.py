@@ -169,7 +169,7 @@ def tables() -> dict[tuple[str, str, str], list[str]]:
     return found
 
 
-MAY_BE_ABSENT = {"/model": {"parent"}, "/vectors": {"origin"}}
+MAY_BE_ABSENT = {"/model": {"parent", "dropout"}, "/vectors": {"origin"}}
 """A pointer -> the fields of its table that may be absent: "or absent" is the end of their type."""
 
 

@@ -30,7 +30,7 @@ class _TorchOnly(TypedDict, total=False):
     trainable: bool
     kernels: str | None
     checkpoint_activations: bool
-    dropout: Mapping[str, float] | None
+    dropout: Mapping[str, float] | str | None
 
 
 class _OnnxRuntimeOnly(TypedDict, total=False):

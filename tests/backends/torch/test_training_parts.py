@@ -92,7 +92,7 @@ def test_checkpointing_changes_no_bit() -> None:
     for on in (False, True):
         torch.manual_seed(3)
         dropped.append(
-            gradients_over_a_cut(whole, 2, checkpoint_activations=on, dropout={"residual": 0.1, "attention": 0.1})
+            gradients_over_a_cut(whole, 2, checkpoint_activations=on, dropout={"mlp_output": 0.1, "attention": 0.1})
         )
     assert all(torch.equal(dropped[0][name], dropped[1][name]) for name in plain)
     assert not torch.equal(dropped[0]["layers.0.mlp.up.weight"], plain["layers.0.mlp.up.weight"])

@@ -33,7 +33,7 @@ class Layer(nn.Module):
         )
         self.attention = Attention(kind.attention, hidden, layer)
         self.mlp = Mlp(kind.mlp, hidden)
-        self.dropout = 0.0
+        self.dropout = 0.0, 0.0  # of what attention and the feed-forward block add
 
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
         """Apply the layer. *Shape:* (batch, sequence, hidden) -> the same."""
@@ -44,19 +44,22 @@ class Layer(nn.Module):
         if self.placement in ("parallel", "parallel_two"):
             normed = through(self.attention_norm, x)
             other = normed if self.mlp_norm is None else self.mlp_norm(x)
-            return x + self._scaled(self._dropped(attend(normed)) + self._dropped(self.mlp(other)))
-        x = self._block(x, attend, self.attention_norm, self.attention_output_norm)
-        return self._block(x, self.mlp, self.mlp_norm, self.mlp_output_norm)
+            return x + self._scaled(self._dropped(attend(normed), 0) + self._dropped(self.mlp(other), 1))
+        x = self._block(0, x, attend, self.attention_norm, self.attention_output_norm)
+        return self._block(1, x, self.mlp, self.mlp_norm, self.mlp_output_norm)
 
-    def _block(self, x: Tensor, block: Callable[[Tensor], Tensor], norm: Norm | None, after: Norm | None) -> Tensor:
+    def _block(
+        self, which: int, x: Tensor, block: Callable[[Tensor], Tensor], norm: Norm | None, after: Norm | None
+    ) -> Tensor:
         if self.placement == "output":
-            return x + self._scaled(self._dropped(through(norm, block(x))))
+            return x + self._scaled(self._dropped(through(norm, block(x)), which))
         if self.placement == "post":
-            return through(norm, x + self._scaled(self._dropped(block(x))))
-        return x + self._scaled(self._dropped(through(after, block(through(norm, x)))))
+            return through(norm, x + self._scaled(self._dropped(block(x), which)))
+        return x + self._scaled(self._dropped(through(after, block(through(norm, x))), which))
 
-    def _dropped(self, x: Tensor) -> Tensor:
-        return functional.dropout(x, self.dropout) if self.dropout and self.training else x
+    def _dropped(self, x: Tensor, which: int) -> Tensor:
+        rate = self.dropout[which]
+        return functional.dropout(x, rate) if rate and self.training else x
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.multiplier == 1.0 else x * self.multiplier

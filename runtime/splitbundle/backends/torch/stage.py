@@ -304,13 +304,13 @@ def load_stages(
     threads: int | None = None,
     kernels: str | None = None,
     checkpoint_activations: bool = False,
-    dropout: Mapping[str, float] | None = None,
+    dropout: Mapping[str, float] | str | None = None,
 ) -> list[Stage]:
     """Load stages over mapped weights. Stages share one parameter for a common tensor. See ``Bundle.stage``."""
     target = compute_dtype(bundle, dtype)
     _check_device(device)
     number = checked(threads)
-    rates = parse_dropout(dropout, trainable)
+    rates = parse_dropout(dropout, trainable, bundle.manifest.model.dropout)
     if kernels is None:
         # With gradients, torch's own kernels compute. So a trainable stage uses them without gradients, too.
         choice = kernel_choice.PINNED if trainable else kernel_choice.from_environment()

@@ -23,6 +23,10 @@ EMBEDDING: Final = "embedding.token.weight"
 """The one logical tensor that a source may have twice: also as the projection of a tied head."""
 ROW: Final = "{row}"
 """The placeholder for the number of a row in the name of a source tensor, if each row is a tensor."""
+DROPOUT: Final = ("embedding", "attention", "attention_output", "mlp_output")
+"""The places of dropout. No dropout is applied but in training."""
+MAY_BE_ABSENT: Final = ("parent", "dropout")
+"""The fields of ``model`` that a document may lack."""
 MAX_CASES: Final = 64
 """The largest number of cases of golden vectors. Each case has a tensor for each layer. A reader names them all."""
 
@@ -43,6 +47,8 @@ class Model:
     fingerprint: str
     parent: str | None = None
     """The fingerprint of the bundle of which this one is a changed copy."""
+    dropout: dict[str, float] | None = None
+    """The rates of dropout with which the source's configuration trains, by the names of ``DROPOUT``, if known."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -158,7 +164,11 @@ class Manifest:
             "format_version": version_text(FORMAT_VERSION),
             "requires": [SELF_VECTORS] if self.vectors is not None and self.vectors.of_itself else [],
             "producer": self.producer,
-            "model": {key: value for key, value in members(self.model).items() if key != "parent" or value is not None},
+            "model": {
+                key: value
+                for key, value in members(self.model).items()
+                if value is not None or key not in MAY_BE_ABSENT
+            },
             "storage": members(self.storage),
             "shards": [as_dict(shard) for shard in self.shards],
             "boundaries": [{"at": cut, "tensors": {"hidden": hidden, "past": row, "count": row}} for cut in self.cuts],

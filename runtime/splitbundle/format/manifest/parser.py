@@ -11,10 +11,12 @@ from splitbundle.format.graph import VARIANTS, Graph, Port
 from splitbundle.format.manifest import rules as rules
 from splitbundle.format.manifest.document import (
     BOUNDARY_TENSORS,
+    DROPOUT,
     ENCODINGS,
     EXTENSIONS,
     FILE,
     MAX_CASES,
+    MAY_BE_ABSENT,
     SELF_VECTORS,
     File,
     Manifest,
@@ -112,7 +114,7 @@ def _check_version(document: Field) -> None:
 
 
 def _model(field: Field) -> Model:
-    members = field.members([name for name in types(Model) if name != "parent"], open=True)
+    members = field.members([name for name in types(Model) if name not in MAY_BE_ABSENT], open=True)
     optional = {key: None if members[key].is_null else members[key].string() for key in ("revision", "license")}
     context = members["context_length"]
     return Model(
@@ -130,7 +132,21 @@ def _model(field: Field) -> Model:
             if "parent" in members
             else None
         ),
+        dropout=_dropout(members["dropout"]) if "dropout" in members else None,
     )
+
+
+def _dropout(field: Field) -> dict[str, float]:
+    members, rates = field.members(DROPOUT), {}
+    for name in DROPOUT:
+        item = members[name]
+        if type(item.value) not in (int, float):
+            item.refuse("a number", code="field.type")
+        elif not 0 <= item.value < 1:
+            item.refuse("a number from 0 to below 1")
+        else:
+            rates[name] = float(item.value)
+    return rates
 
 
 def _storage(field: Field) -> Storage:

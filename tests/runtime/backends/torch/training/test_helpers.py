@@ -178,7 +178,7 @@ def test_dropout_is_off_unless_it_is_asked_for(gpt2: splitbundle.Bundle) -> None
     with torch.no_grad():
         expected = plain.train()(x)
         assert torch.equal(plain.eval()(x), expected)
-        dropped = gpt2.stage("trunk", trainable=True, dropout={"residual": 0.5, "attention": 0.5})
+        dropped = gpt2.stage("trunk", trainable=True, dropout={"attention_output": 0.5, "attention": 0.5})
         assert not torch.equal(dropped(x), expected)
         assert torch.equal(dropped.eval()(x), expected)
     pipeline = gpt2.pipeline(trainable=True, dropout={"embedding": 0.5})
@@ -189,11 +189,11 @@ def test_dropout_is_off_unless_it_is_asked_for(gpt2: splitbundle.Bundle) -> None
 def test_the_mean_over_many_masks_is_the_result_without_dropout(gpt2: splitbundle.Bundle) -> None:
     """What is dropped is made up for by what is kept: at the last step of each place, the mean stays."""
     x = torch.randn(1, 4, 48, generator=torch.Generator().manual_seed(1))
-    stage = gpt2.stage("trunk", trainable=True, dropout={"residual": 0.3})
+    stage = gpt2.stage("trunk", trainable=True, dropout={"attention_output": 0.3, "mlp_output": 0.3})
     layer = stage.layers["1"]
     torch.manual_seed(0)
     ones = torch.ones(1000, 48)
-    dropped = layer._dropped(ones)
+    dropped = layer._dropped(ones, 0)
     assert {round(float(value), 4) for value in dropped.unique()} == {0.0, round(1 / 0.7, 4)}
     assert abs(float(dropped.mean()) - 1) < 0.02
     embedding = gpt2.stage("bottom", trainable=True, dropout={"embedding": 0.25}).embedding
@@ -203,8 +203,15 @@ def test_the_mean_over_many_masks_is_the_result_without_dropout(gpt2: splitbundl
 
 
 def test_wrong_rates(gpt2: splitbundle.Bundle) -> None:
-    for wrong in ({"mlp": 0.1}, {"residual": 1.0}, {"residual": -0.1}, {"residual": "x"}, {"residual": True}, 0.1):
+    for wrong in (
+        {"mlp": 0.1},
+        {"mlp_output": 1.0},
+        {"mlp_output": -0.1},
+        {"mlp_output": "x"},
+        {"mlp_output": True},
+        0.1,
+    ):
         with pytest.raises(BundleError, match=r"\[input.value\] dropout: expected a rate from 0 to below 1"):
             gpt2.stage("trunk", trainable=True, dropout=wrong)  # type: ignore[call-overload]
     with pytest.raises(BundleError, match=r"\[input.value\] dropout: expected nothing, without trainable=True"):
-        gpt2.stage("trunk", dropout={"residual": 0.1})
+        gpt2.stage("trunk", dropout={"mlp_output": 0.1})
