@@ -244,8 +244,8 @@ class Bundle(BundleReader):
             stages: torch stages of this bundle: one, several, or a pipeline. Every other weight is taken over. Wrappers
                 such as ``DistributedDataParallel`` are looked through.
             dtype: ``"keep"`` stores each tensor in the dtype that it has in this bundle, and rounds to it. Or
-                ``"float32"``, ``"float16"`` or ``"bfloat16"``, in which all weights are stored. Graphs are left out
-                then, because they name the dtype.
+                ``"float32"``, ``"float16"`` or ``"bfloat16"``, in which all weights are stored. Graphs
+                name the dtype, so new ones are written then if ``onnx`` is installed. Otherwise they are left out.
             vectors: whether to compute golden vectors through the new bundle's own shards, if this bundle has some.
                 They prove that another machine gives the same numbers. They can't prove parity with an original model.
             force: whether to replace an existing bundle. It may be this one.

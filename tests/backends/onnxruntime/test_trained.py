@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,27 @@ from splitbundle.training import label_count, next_labels, token_loss
 from tests.support.models import TOLERANCE, checkpoint, token_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_graphs_of_another_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New graphs are written where onnx is installed. Elsewhere they are left out, and a note says so."""
+    bundle = splitbundle_converter.convert(checkpoint("llama-llama3"), tmp_path / "0.splitbundle", split=[2], onnx=True)
+    stage, ids, notes = bundle.stage("bottom"), torch.tensor(token_rows(5)), list[str]()
+    made = bundle.save_as(tmp_path / "1.splitbundle", stage, dtype="bfloat16", notes=notes.append)
+    assert notes == []
+    assert [shard.graph is not None for shard in made.shards] == [True, True]
+    with torch.no_grad():
+        expected = made.pipeline(dtype="float32")(ids)
+    got = torch.from_numpy(made.pipeline(backend="onnxruntime")(ids.numpy()))
+    assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    made.verify(exact=True)
+    made.run_vectors(backend="all")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else find(name))
+    made = bundle.save_as(tmp_path / "2.splitbundle", stage, dtype="bfloat16", notes=notes.append)
+    assert [shard.graph for shard in made.shards] == [None, None]
+    assert "The graphs are left out, as they name the old dtype" in notes[0]
+    made.verify(exact=True)
 
 
 @pytest.mark.parametrize("name", ["gpt2-by-layer", "llama-llama3", "bloom-nine-heads-untied"])

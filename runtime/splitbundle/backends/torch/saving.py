@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,11 +59,12 @@ def save_as(
         refuse_missing(bundle, bundle.manifest.weight_files())  # every weight is written anew
     target = Path(os.path.abspath(output))
     check_outside(bundle, target)
+    write_graphs = None if storage == bundle.manifest.storage else _graph_writer(bundle, storage, notes)
     with atomic_directory(target, force=force) as root, unchanged(bundle):
         listed = {path: bundle.manifest.files[path] for path in bundle.manifest.files if path in kept}
         copy_files(bundle, [path for path in kept if path not in bundle.absent()], root, check=True, progress=progress)
         written = _write_units(bundle, units, tensors, storage, root, progress)
-        manifest = _manifest(bundle, listed | written, storage, changed=bool(units), notes=notes)
+        manifest = _manifest(bundle, listed | written, storage, changed=bool(units))
         manifest = write_documents(root, manifest, bundle.architecture)
         if units and vectors and bundle.manifest.vectors is not None:
             found = _vectors_of_itself(bundle, root, progress)
@@ -72,6 +73,8 @@ def save_as(
             else:
                 manifest = replace(manifest, files=manifest.files | {found[0].file: found[1]}, vectors=found[0])
                 write_documents(root, manifest, bundle.architecture)
+        if write_graphs is not None:
+            write_graphs(root)
         made = read_documents(root)
     return type(bundle)(target, made.manifest, made.architecture, made.id)
 
@@ -208,24 +211,18 @@ def _files_of(bundle: BundleReader, unit: str) -> dict[str, Sequence[str]]:
     return {path: list(found.layout) for path, (_, found) in zip(paths, bundle.open_weights(unit), strict=True)}
 
 
-def _manifest(
-    bundle: BundleReader, listed: dict[str, File], storage: Storage, *, changed: bool, notes: Note | None
-) -> Manifest:
+def _manifest(bundle: BundleReader, listed: dict[str, File], storage: Storage, *, changed: bool) -> Manifest:
     """Return the draft of the new manifest: without golden vectors if the weights changed."""
     old = bundle.manifest
     weights = old.weight_files()
     model = old.model
     if changed:
         model = replace(model, fingerprint=fingerprint(listed, weights), parent=model.fingerprint)
-    graphs = [shard.graph for shard in old.shards if shard.graph is not None]
-    dropped = [graph for graph in graphs if graph.file not in listed]
-    if dropped:
-        _note(notes, "The graphs are left out, as they name the old dtype: splitbundle add-onnx makes new ones.")
     shards = tuple(
         replace(
             shard,
             bytes=sum(listed[path].size for unit in shard.units for path in old.units[unit]),
-            graph=None if dropped else shard.graph,
+            graph=shard.graph if shard.graph is not None and shard.graph.file in listed else None,
         )
         for shard in old.shards
     )
@@ -238,6 +235,30 @@ def _manifest(
         files=listed,
         vectors=None if changed else old.vectors,
     )
+
+
+def _graph_writer(bundle: BundleReader, storage: Storage, notes: Note | None) -> Callable[[Path], object] | None:
+    """Return a function that adds graphs for another dtype, or None if there were none, or if they can't be made here.
+
+    The converter writes graphs. It is found by the metadata of installed packages, because the runtime imports no
+    converter.
+    """
+    variants = {shard.graph.variant for shard in bundle.shards if shard.graph is not None}
+    if not variants:
+        return None
+    from importlib.metadata import entry_points
+
+    # Graphs that compute in float16 need weights in float16 alone.
+    variant = variants.pop() if storage.dtypes == ("float16",) else "standard"
+    try:
+        (found,) = entry_points(group="splitbundle.graphs")
+        writer: Any = found.load()(variant, genai=GENAI[0] in bundle.manifest.files)
+        writer.check(storage)
+    except (ValueError, ImportError, BundleError) as error:  # no converter, or no onnx
+        why = "" if isinstance(error, ValueError) else f" ({' '.join(str(error).split())[:200]})"
+        _note(notes, f"The graphs are left out, as they name the old dtype{why}: splitbundle add-onnx makes new ones.")
+        return None
+    return writer  # type: ignore[no-any-return]
 
 
 def _vectors_of_itself(bundle: BundleReader, root: Path, progress: Progress | None) -> tuple[Vectors, File] | None:
