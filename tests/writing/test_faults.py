@@ -21,9 +21,8 @@ GROUPS: Final = (  # which take about as long
         "a training checkpoint",
     ),
     (
-        *("convert --force", "add-onnx", "resplit --force", "resplit --force, after an interruption"),
-        "resplit --force, after two killed writers",
-        "save_as over itself",
+        *("convert --force", "add-onnx", "save_as over itself", "resplit --force"),
+        *("resplit --force, after an interruption", "resplit --force, after two killed writers"),
     ),
 )
 
