@@ -249,7 +249,7 @@ class Bundle(BundleReader):
             vectors: whether to compute golden vectors through the new bundle's own shards, if this bundle has some.
                 They prove that another machine gives the same numbers. They can't prove parity with an original model.
             force: whether to replace an existing bundle. It may be this one.
-            notes: called with a sentence for each thing that was left out.
+            notes: called with a sentence for each thing that was left out; by default, it becomes a warning.
             progress: called with the name of the work, the amount that is done, and the total amount.
 
         Returns:
@@ -257,7 +257,8 @@ class Bundle(BundleReader):
 
         Raises:
             BundleError: ``input.value`` for stages that don't fit this bundle, for adapters that weren't merged, and
-                for two values of a shared tensor; ``input.overflow``; ``output.*``; ``file.*``.
+                for two values of a tied table, also if the other end was saved into this bundle before;
+                ``input.overflow``; ``output.*``; ``file.*``.
         """
         saving = registry.module("torch", "saving")
         made: Bundle = saving.save_as(

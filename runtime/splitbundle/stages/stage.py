@@ -47,6 +47,7 @@ class StageBase:
     def _describe(self, bundle: BundleReader, selection: Selection) -> None:
         self.name = selection.name
         self.fingerprint = bundle.fingerprint
+        self.source = str(bundle.path), bundle.id
         self.layer_range = selection.layers
         self.architecture, self.source_names = bundle.architecture, bundle.manifest.source_names
         self.embeds, self.has_head = selection.embeds, selection.head

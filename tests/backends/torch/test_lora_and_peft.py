@@ -96,6 +96,32 @@ def test_trained_by_peft_and_loaded_onto_stages(name: str, rslora: bool, tmp_pat
         assert_near(logits([stage.eval() for stage in stages], ids), model(input_ids=ids).logits)
 
 
+def test_a_head_with_an_adapter(tmp_path: Path) -> None:
+    """PEFT stores the head itself, too. It must be the one that the stage has."""
+    ids, original = torch.tensor(token_rows(9)), load_original(checkpoint("llama"))
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(original, config).eval()
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            parameter.data.normal_(std=0.05)
+    model.save_pretrained(tmp_path / "a")
+    stages = stages_of("llama")
+    assert "head.projection" in load_lora(tmp_path / "a", stages)
+    with torch.no_grad():
+        assert_near(logits([stage.eval() for stage in stages], ids), model(input_ids=ids).logits)
+        original.get_output_embeddings().base_layer.weight.add_(1)
+    model.save_pretrained(tmp_path / "b")
+    if "base_layer" in str(list(splitbundle_keys(tmp_path / "b"))):
+        with pytest.raises(BundleError, match=r"lm_head.base_layer.weight: expected the weight that"):
+            load_lora(tmp_path / "b", stages_of("llama"))
+
+
+def splitbundle_keys(path: Path) -> list[str]:
+    from splitbundle.backends.torch.training.safetensors_file import read_safetensors
+
+    return list(read_safetensors(path, "adapter_model.safetensors"))
+
+
 def test_an_adapter_of_a_deeper_model_is_refused(tmp_path: Path) -> None:
     """Four layers onto two: loading what fits would give a model that nobody trained."""
     from transformers import AutoConfig, AutoModelForCausalLM

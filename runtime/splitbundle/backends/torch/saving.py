@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import torch
 from torch import Tensor
 
+from splitbundle.backends.torch.changes import loaded_weights, same_bits
 from splitbundle.backends.torch.stage import Stage, load_stages, stages_in
 from splitbundle.backends.torch.weight_files import write_weights
 from splitbundle.backends.torch.weights import DTYPES, map_tensors, rounded
@@ -17,7 +19,7 @@ from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import names, weight_layout
 from splitbundle.format.dtypes import WEIGHTS
 from splitbundle.format.genai import GENAI
-from splitbundle.format.manifest.document import File, Manifest, Storage, Vectors, fingerprint
+from splitbundle.format.manifest.document import EMBEDDING, File, Manifest, Storage, Vectors, fingerprint
 from splitbundle.records import replace
 from splitbundle.storage.documents import read_documents
 from splitbundle.storage.files import Progress
@@ -68,8 +70,8 @@ def save_as(
         manifest = write_documents(root, manifest, bundle.architecture)
         if units and vectors and bundle.manifest.vectors is not None:
             found = _vectors_of_itself(bundle, root, progress)
-            if found is None:
-                _note(notes, "The bundle is partial, so it has no golden vectors: they need every shard.")
+            if isinstance(found, str):
+                _note(notes, found)
             else:
                 manifest = replace(manifest, files=manifest.files | {found[0].file: found[1]}, vectors=found[0])
                 write_documents(root, manifest, bundle.architecture)
@@ -108,13 +110,43 @@ def tensors_of(bundle: BundleReader, stages: Stage | Pipeline | Sequence[Stage])
                 hint = "accelerate keeps it elsewhere: load the stage without offloading to save it"
                 raise _wrong("stages", f"a value for {quoted(name)}", "a tensor without data", hint)
             before = found.setdefault(name, (parameter.detach(), stage.name))
-            if before[0] is not parameter and not _equal(before[0], parameter.detach()):
+            if before[0] is not parameter and not same_bits(before[0], parameter.detach()):
                 expected = f"one value for {quoted(name)}, which {before[1]} and {stage.name} share"
-                hint = "Stages of one pipeline share it; in others, sum the gradients with splitbundle.training"
+                hint = "Stages of one pipeline share it; in others, sum its gradients: sum_tied_gradients"
                 raise _wrong("stages", expected, "two values", hint)
     if not found:
         raise _wrong("stages", "at least one stage", "none")
-    return {name: tensor for name, (tensor, _) in found.items()}
+    tensors = {name: tensor for name, (tensor, _) in found.items()}
+    if EMBEDDING in tensors and bundle.architecture.head.tied:
+        _settle_table(bundle, stages_in(stages), tensors)
+    return tensors
+
+
+def _settle_table(bundle: BundleReader, stages: Sequence[Stage], tensors: dict[str, Tensor]) -> None:
+    """Decide which tied table a bundle gets from one of its ends, if the other end was saved into it before.
+
+    A table that this end didn't change must not undo what the other end learned.
+
+    Raises:
+        BundleError: ``input.value`` if both ends changed it.
+    """
+    holders = [stage for stage in stages if stage.embedding is not None]
+    both = any(stage.embeds for stage in holders) and any(stage.has_head for stage in holders)
+    present = not any(path in bundle.absent() for path in bundle.manifest.units["embedding"])
+    if both or not present or all(stage.source[1] == bundle.id for stage in holders):
+        return
+    theirs = map_tensors(bundle, "embedding")[EMBEDDING]
+    ours = _to_store(EMBEDDING, tensors[EMBEDDING], theirs.dtype)
+    loaded = loaded_weights(holders[0])
+    before = None if loaded is None else _to_store(EMBEDDING, loaded[EMBEDDING], theirs.dtype)
+    if same_bits(ours, theirs) or (before is not None and same_bits(before, theirs)):
+        return
+    if before is not None and same_bits(ours, before):
+        del tensors[EMBEDDING]
+        return
+    hint = "Sum the gradients of both ends while you train (sum_tied_gradients), or give save_as both ends at once"
+    got = f"another in {bundle.path.name}, and another in {holders[0].name}"
+    raise _wrong("stages", f"one value for {quoted(EMBEDDING)}, which is tied", got, hint)
 
 
 def _names_of(bundle: BundleReader, stage: Stage) -> Iterator[str]:
@@ -142,15 +174,7 @@ def _differs(bundle: BundleReader, unit: str, tensors: Changed) -> bool:
     if any(path in bundle.absent() for path in bundle.manifest.units[unit]):
         return True
     stored = map_tensors(bundle, unit)
-    return any(not _equal(stored[name], _to_store(name, own, stored[name].dtype)) for name, own in tensors.items())
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors have the same bits. NaN equals itself here."""
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    one, other = (tensor.to("cpu").contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
-    return bool(torch.equal(one, other))
+    return any(not same_bits(stored[name], _to_store(name, own, stored[name].dtype)) for name, own in tensors.items())
 
 
 def _to_store(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -261,16 +285,16 @@ def _graph_writer(bundle: BundleReader, storage: Storage, notes: Note | None) ->
     return writer  # type: ignore[no-any-return]
 
 
-def _vectors_of_itself(bundle: BundleReader, root: Path, progress: Progress | None) -> tuple[Vectors, File] | None:
+def _vectors_of_itself(bundle: BundleReader, root: Path, progress: Progress | None) -> tuple[Vectors, File] | str:
     """Compute the new bundle's golden vectors through its own shards, one at a time, in float32, and write them.
 
-    The cases are those of the old vectors. Return None for a partial bundle, which can't compute them.
+    The cases are those of the old vectors. Return a reason in words if there are none.
     """
     old = bundle.manifest.vectors
     made = read_documents(root)
     new = BundleReader(root, made.manifest, made.architecture, made.id)
     if old is None or new.absent() or old.file in bundle.absent():
-        return None
+        return "The bundle is partial, so it has no golden vectors: they need every shard."
     given = map_tensors(bundle, VECTORS)
     cases, layers = range(len(old.lengths)), len(made.architecture.layers)
     tensors = {f"case.{case}.ids": given[f"case.{case}.ids"] for case in cases}
@@ -287,6 +311,8 @@ def _vectors_of_itself(bundle: BundleReader, root: Path, progress: Progress | No
         for case in cases:
             name = f"case.{case}.logits" if head else f"case.{case}.hidden.{step}"
             tensors[name] = states[case][0, -1] if head else states[case][0]
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        return "The bundle has no golden vectors: its weights give NaN or infinity."
     stored = new.stored_vectors(old.lengths)
     entry = write_weights(root / old.file, stored, tensors.__getitem__)()
     return Vectors(file=old.file, lengths=old.lengths, of_itself=True), entry
@@ -297,5 +323,7 @@ def _wrong(argument: str, expected: str, got: str, hint: str | None = None) -> B
 
 
 def _note(notes: Note | None, text: str) -> None:
-    if notes is not None:
+    if notes is None:
+        warnings.warn(text, stacklevel=5)
+    else:
         notes(text)

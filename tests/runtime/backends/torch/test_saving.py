@@ -200,6 +200,46 @@ def test_single_stages_in_different_processes(gpt2: splitbundle.Bundle, tmp_path
     made.run_vectors()
 
 
+def test_the_ends_of_a_tied_table_one_after_another(gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
+    """An end that didn't change the table keeps what the other end learned. Two different changes are refused."""
+
+    def ends() -> tuple[Stage, Stage]:
+        return gpt2.stage("bottom", trainable=True), gpt2.stage("top", trainable=True)
+
+    bottom, top = ends()
+    change(bottom)
+    first = gpt2.save_as(tmp_path / "1.splitbundle", bottom)
+    with torch.no_grad():
+        top.layers["2"].mlp.up.bias.add_(1)
+    second = first.save_as(tmp_path / "2.splitbundle", top)
+    table = second.stage("bottom").embedding.token.weight
+    assert torch.equal(table, bottom.embedding.token.weight)
+    assert torch.equal(second.stage("top").layers["2"].mlp.up.bias, top.layers["2"].mlp.up.bias)
+    bottom, top = ends()
+    change(bottom, 0.25)
+    change(top, 0.5)
+    first = gpt2.save_as(tmp_path / "3.splitbundle", bottom)
+    with pytest.raises(
+        BundleError, match=r"one value for 'embedding.token.weight', which is tied, got another in 3.split"
+    ):
+        first.save_as(tmp_path / "4.splitbundle", top)
+    with torch.no_grad():
+        top.embedding.token.weight.copy_(bottom.embedding.token.weight)  # as sum_tied_gradients keeps them
+    first.save_as(tmp_path / "4.splitbundle", top)
+    again = first.stage("top", trainable=True)
+    change(again)
+    first.save_as(tmp_path / "5.splitbundle", again)  # it was loaded from there
+
+
+def test_weights_that_are_no_numbers(gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
+    stage = gpt2.stage("trunk")
+    change(stage, float("nan"))
+    with pytest.warns(UserWarning, match="no golden vectors: its weights give NaN or infinity"):
+        made = gpt2.save_as(tmp_path / "nan.splitbundle", stage)
+    assert made.manifest.vectors is None
+    made.verify(exact=True)
+
+
 class Adapter(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

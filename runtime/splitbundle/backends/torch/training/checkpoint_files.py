@@ -64,9 +64,11 @@ def read_checkpoint(path: Path) -> Found:
     members["step"].integer(0, 10**16)
     for item in members["bundles"].items():
         item.string(names.IDENTITY, '"sha256:" and 64 digits of 0-9a-f')
-    state = members["state"].members(["optimizer", "schedule", "others", "random"])
-    if not isinstance(state["others"].value, dict):
-        state["others"].refuse("an object", code="field.type")
+    state = members["state"].members(["optimizer", "schedule", "others", "random", "adapters"])
+    objects = [item for _, item in state["others"].mapping()]
+    for item in [*objects, *([] if state["schedule"].is_null else [state["schedule"]])]:
+        item.members(["class", "state"])["class"].string()
+    state["adapters"].items()
     expected: dict[str, weight_layout.Tensor] = {}
     for item in members["tensors"].items():
         own = item.members(["name", "dtype", "shape"])

@@ -7,6 +7,7 @@ complete, or not at all. Nothing in it is a pickle.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import secrets
@@ -18,6 +19,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from splitbundle.backends.torch.changes import unchanged
 from splitbundle.backends.torch.stage import Stage, stages_in
 from splitbundle.backends.torch.training import random_state
 from splitbundle.backends.torch.training.checkpoint_files import (
@@ -29,6 +31,8 @@ from splitbundle.backends.torch.training.checkpoint_files import (
     as_json,
     read_checkpoint,
 )
+from splitbundle.backends.torch.training.lora import adapters_of
+from splitbundle.backends.torch.training.optimizer_state import check_optimizer, optimizer_state, set_optimizer
 from splitbundle.backends.torch.training.state_tree import encode
 from splitbundle.backends.torch.weight_files import write_weights
 from splitbundle.errors import BundleError, Problem, quoted
@@ -98,8 +102,8 @@ class Checkpoints:
     ) -> Path:
         """Save a checkpoint, and then remove those that are older than the last ``keep``.
 
-        Of the weights it has those that take gradients, and those that were changed since they were loaded. The rest is
-        in the bundle.
+        Of the weights it has those that take gradients, and those that aren't as the bundle has them. To know that, it
+        reads the frozen ones. If the bundle isn't where it was, it saves all of them.
 
         Args:
             step: the number of steps that were taken.
@@ -122,19 +126,25 @@ class Checkpoints:
         if number is None or not 0 <= number < 10**16:
             raise _wrong("step", "a number from 0", quoted(step))
         parameters = _parameters(stages)
+        left_out = {found for stage in stages_in(stages) for found in unchanged(stage)}
         tensors: dict[str, Tensor] = {
-            f"weights/{name}": parameter.detach() for name, parameter in parameters.items() if _is_changed(parameter)
+            f"weights/{name}": parameter.detach()
+            for name, parameter in parameters.items()
+            if id(parameter) not in left_out
         }
         state = {
-            "optimizer": None if optimizer is None else _optimizer_state(optimizer, parameters, tensors),
-            "schedule": None if schedule is None else encode(schedule.state_dict(), "schedule", tensors),
-            "others": {
-                name: encode(one.state_dict(), f"others/{name}", tensors) for name, one in (others or {}).items()
-            },
+            "optimizer": None if optimizer is None else optimizer_state(optimizer, parameters, tensors),
+            "schedule": None if schedule is None else _object_state(schedule, "schedule", tensors),
+            "others": {name: _object_state(one, f"others/{name}", tensors) for name, one in (others or {}).items()},
+            "adapters": _adapters(stages),
             "random": encode(random_state.capture(generators or {}), "random", tensors),
         }
         target = self.directory / f"step-{number:010d}"
         self._remove_leftovers()
+        if target.exists():
+            hint = "Remove it, or give another step or directory"
+            problem = Problem(code="output.exists", file=str(target), expected="no such step", got="one", hint=hint)
+            raise BundleError(problem)
         with atomic_directory(target, force=False) as root:
             stored = {name: _stored(tensor) for name, tensor in tensors.items()}
             entry = write_weights(root / TENSORS, stored, lambda name: tensors[name].to("cpu"))()
@@ -202,21 +212,23 @@ class Checkpoints:
         for name, one in given.items():
             found.check(name, one is not None, found.state[name] is not None)
         found.check("others", sorted(others or {}), sorted(found.state["others"]))
+        found.check("adapters", _adapters(stages), found.state["adapters"])
         random = found.value("random")
+        if not random_state.is_one(random):
+            raise found.refuse("random", "the random state of a process", quoted(random))
         found.check("generators", sorted(generators or {}), sorted(random["generators"]))
-        loaded = None if optimizer is None else _check_optimizer(found, optimizer, parameters)
-        values = {name: found.value("others", name) for name in found.state["others"]}
-        plan = None if schedule is None else found.value("schedule")
+        values: list[tuple[Stateful, Any]] = []
+        if optimizer is not None:
+            values.append((optimizer, check_optimizer(found, optimizer, parameters)))
+        objects = {"schedule": schedule, **{f"others/{name}": one for name, one in (others or {}).items()}}
+        for name, own in objects.items():
+            if own is not None:
+                found.check(f"class of {name}", type(own).__name__, found.value(*name.split("/"), "class"))
+                values.append((own, found.value(*name.split("/"), "state")))
+        _set_all(found, values, random, generators or {})
         with torch.no_grad():
             for name, value in weights.items():
                 parameters[name].copy_(value)
-        if optimizer is not None:
-            _set_optimizer(optimizer, loaded)
-        if schedule is not None:
-            schedule.load_state_dict(plan or {})
-        for name, one in (others or {}).items():
-            one.load_state_dict(values[name])
-        random_state.restore(random, generators or {})
         return Resumed(step=chosen, position=found.position)
 
     def _remove(self, step: int) -> None:
@@ -255,39 +267,27 @@ def _parameters(stages: Any) -> dict[str, nn.Parameter]:
     return found
 
 
-def _is_changed(parameter: nn.Parameter) -> bool:
-    # torch counts the changes of a tensor in its version.
-    return parameter.requires_grad or parameter._version > 0
+def _adapters(stages: Any) -> list[dict[str, Any]]:
+    """Return what belongs to adapters beside their weights."""
+    return [
+        {
+            "layer": path,
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+            "rslora": adapter.rslora,
+            "dropout": adapter.dropout.p,
+        }
+        for stage in stages_in(stages)
+        for path, adapter in adapters_of(stage)
+    ]
+
+
+def _object_state(own: Stateful, where: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {"class": type(own).__name__, "state": encode(dict(own.state_dict()), where, tensors)}
 
 
 def _stored(tensor: Tensor) -> weight_layout.Tensor:
     return weight_layout.Tensor(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
-
-
-def _names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    """Return the names of an optimizer's parameters in its order.
-
-    Raises:
-        BundleError: ``input.value`` for one that no stage has.
-    """
-    known = {id(parameter): name for name, parameter in parameters.items()}
-    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for i, parameter in enumerate(own):
-        if id(parameter) not in known:
-            got = f"its number {i}, of the shape {list(parameter.shape)}, which isn't"
-            raise _wrong("optimizer", "parameters of the given stages", got)
-    return [known[id(parameter)] for parameter in own]
-
-
-def _optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]
-) -> dict[str, Any]:
-    state = optimizer.state_dict()
-    return {
-        "class": type(optimizer).__name__,
-        "parameters": _names(optimizer, parameters),
-        "state": encode(dict(state), "optimizer", tensors),
-    }
 
 
 def _check_weights(found: Found, weights: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
@@ -304,33 +304,28 @@ def _check_weights(found: Found, weights: Mapping[str, Tensor], parameters: Mapp
             raise found.refuse("stages", f"{quoted(name)} of {value.dtype} {list(value.shape)}", got)
 
 
-def _check_optimizer(
-    found: Found, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, Any]:
-    """Return the stored state of an optimizer of the same class with the same parameters."""
-    stored = found.state["optimizer"]
-    if not isinstance(stored, dict) or stored.keys() != {"class", "parameters", "state"}:
-        raise found.refuse("optimizer", "an object with class, parameters and state", quoted(stored))
-    found.check("optimizer", type(optimizer).__name__, stored["class"])
-    found.check("optimizer", _names(optimizer, parameters), stored["parameters"])
-    state = found.value("optimizer", "state")
-    groups = state.get("param_groups") if isinstance(state, dict) else None
-    if not isinstance(groups, list) or [len(group["params"]) for group in groups] != [
-        len(group["params"]) for group in optimizer.param_groups
-    ]:
-        raise found.refuse("optimizer", "groups of the same sizes", f"{len(optimizer.param_groups)} groups")
-    return state  # type: ignore[no-any-return]
-
-
-def _set_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    optimizer.load_state_dict(state)
-    # torch converts the state to the dtype of the parameter. Put back what was saved, where this changed it.
-    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, own in state["state"].items():
-        place = optimizer.state[ordered[number]]
-        for key, value in own.items():
-            if isinstance(value, Tensor) and place[key].dtype != value.dtype:
-                place[key] = value.to(place[key].device)
+def _set_all(
+    found: Found,
+    values: Sequence[tuple[Stateful, Any]],
+    random: Mapping[str, Any],
+    generators: Mapping[str, torch.Generator],
+) -> None:
+    """Set the state of every object, or of none: a state that one of them doesn't take puts all of them back."""
+    before = [(own, copy.deepcopy(own.state_dict())) for own, _ in values]
+    drawn = random_state.capture(generators)
+    try:
+        for own, state in values:
+            if isinstance(own, torch.optim.Optimizer):
+                set_optimizer(own, state)
+            else:
+                own.load_state_dict(state)
+        random_state.restore(random, generators)
+    except Exception as error:  # whatever an object of the caller raises at a state of another one
+        for own, state in before:
+            own.load_state_dict(state)
+        random_state.restore(drawn, generators)
+        got = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise found.refuse("state", "states that these objects take", got) from error
 
 
 def _wrong(argument: str, expected: str, got: str, hint: str | None = None) -> BundleError:

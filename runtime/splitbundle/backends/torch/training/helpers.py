@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from splitbundle.backends.torch.stage import Stage, unwrapped
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.integers import as_integer
 
 IGNORED = -100
 """The label of a position that has no loss. torch and transformers use the same number."""
@@ -38,7 +39,7 @@ class Boundary:
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
             got = str(hidden.dtype) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise _wrong("hidden", "a hidden state, as a stage returns it", got)
-        self._before = hidden
+        self._before, self._done = hidden, False
         self.hidden = hidden.detach().requires_grad_()
         """The same numbers, for the part after the cut. Its gradient is collected here."""
 
@@ -63,11 +64,16 @@ class Boundary:
         Raises:
             BundleError: ``input.grad`` without a gradient; ``input.value`` for one of another shape or dtype.
         """
+        if self._done:
+            expected, hint = "one call", "Each boundary hands back one gradient: make a new one for the next batch"
+            raise BundleError(
+                Problem(code="input.grad", argument="hidden", expected=expected, got="a second", hint=hint)
+            )
         given = self.gradient if gradient is None else gradient
         if given.shape != self._before.shape or given.dtype != self._before.dtype:
             expected = f"{self._before.dtype} {list(self._before.shape)}, as hidden has it"
             raise _wrong("gradient", expected, f"{given.dtype} {list(given.shape)}")
-        self.hidden.grad = None
+        self.hidden.grad, self._done = None, True
         if self._before.requires_grad:  # False if everything before the cut is frozen
             self._before.backward(given.to(self._before.device))  # type: ignore[no-untyped-call]
 
@@ -77,7 +83,7 @@ def boundary(hidden: Tensor) -> Boundary:
     return Boundary(hidden)
 
 
-def freeze(*stages: nn.Module, but: Iterable[str] = ()) -> None:
+def freeze(*stages: nn.Module, but: Iterable[str] | None = None) -> None:
     """Let no parameter of some stages take gradients, except for those that are named.
 
     Args:
@@ -88,7 +94,7 @@ def freeze(*stages: nn.Module, but: Iterable[str] = ()) -> None:
     Raises:
         BundleError: ``input.value`` for a beginning that no parameter has, and for what is no module.
     """
-    wanted = [but] if isinstance(but, str) else list(but)
+    wanted = [but] if isinstance(but, str) else list(but or ())
     found: set[str] = set()
     chosen: dict[nn.Parameter, bool] = {}
     for module in _modules(stages):
@@ -122,9 +128,17 @@ def next_labels(token_ids: Tensor, count: Tensor | Sequence[int] | None = None) 
     Args:
         token_ids: the token ids.
         count: the number of tokens of each row; by default the whole sequence.
+
+    Raises:
+        BundleError: ``input.value`` for another shape.
     """
+    if not isinstance(token_ids, Tensor) or token_ids.ndim != 2 or token_ids.is_floating_point():
+        got = list(token_ids.shape) if isinstance(token_ids, Tensor) else type(token_ids).__name__
+        raise _wrong("token_ids", "integers of the shape (batch, sequence)", f"{got}")
     labels = functional.pad(token_ids[:, 1:].long(), (0, 1), value=IGNORED)
     if count is not None:
+        if len(count) != len(token_ids):
+            raise _wrong("count", f"a number for each of {len(token_ids)} rows", f"{len(count)}")
         last = torch.as_tensor(count, device=token_ids.device)[:, None] - 1
         labels = labels.masked_fill(torch.arange(labels.shape[1], device=labels.device)[None] >= last, IGNORED)
     return labels
@@ -144,16 +158,24 @@ def token_loss(logits: Tensor, labels: Tensor, tokens: int) -> Tensor:
         tokens: ``label_count`` of all micro-batches of the step.
 
     Raises:
-        BundleError: ``input.value`` if ``tokens`` is less than this micro-batch has, or zero.
+        BundleError: ``input.value`` if ``tokens`` is less than this micro-batch has, or zero; and for labels of another
+            shape, or that no token has.
     """
-    own = label_count(labels)
-    if not isinstance(tokens, int) or tokens < max(own, 1):
+    own, number = label_count(labels), as_integer(tokens)
+    if number is None or number < max(own, 1):
         expected = f"label_count of all micro-batches, at least {max(own, 1)}"
         raise _wrong("tokens", expected, quoted(tokens))
-    summed = functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return summed / tokens
+    if logits.ndim != 3 or labels.shape != logits.shape[:2]:
+        expected = f"labels of the shape {list(logits.shape[:2])}, as logits have it"
+        raise _wrong("labels", expected, f"{list(labels.shape)}")
+    known = labels[labels != IGNORED]
+    if own and not 0 <= int(known.min()) <= int(known.max()) < logits.shape[2]:
+        raise _wrong(
+            "labels", f"token ids from 0 to {logits.shape[2] - 1}", f"{int(known.min())} to {int(known.max())}"
+        )
+    flat = labels.flatten().long()
+    summed = functional.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=IGNORED, reduction="sum")
+    return summed / number
 
 
 def tied_gradient(stage: nn.Module) -> Tensor:

@@ -74,15 +74,21 @@ def add_lora(
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise _wrong("dropout", "a number from 0 to below 1", quoted(dropout))
     chosen = _chosen(stage, targets)
+    made = []
+    for path in chosen:
+        parent, name = _parent(stage, path)
+        layer = getattr(parent, name)
+        if isinstance(layer, LoraLinear):
+            raise _wrong("targets", "layers without an adapter", f"{quoted(path)}, which has one")
+        if number > max(layer.weight.shape):
+            raise _wrong("rank", f"at most {max(layer.weight.shape)}, the size of {path}", f"{number}")
+        made.append((parent, name, LoraLinear(layer, number, float(alpha), float(dropout), rslora)))
     stage.requires_grad_(False)
     for _, adapter in adapters_of(stage):
         adapter.lora_a.requires_grad_()
         adapter.lora_b.requires_grad_()
-    for path in chosen:
-        parent, name = _parent(stage, path)
-        if isinstance(getattr(parent, name), LoraLinear):
-            raise _wrong("targets", "layers without an adapter", f"{quoted(path)}, which has one")
-        setattr(parent, name, LoraLinear(getattr(parent, name), number, float(alpha), float(dropout), rslora))
+    for parent, name, adapter in made:
+        setattr(parent, name, adapter)
     return chosen
 
 

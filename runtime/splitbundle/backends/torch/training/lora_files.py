@@ -12,50 +12,25 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from splitbundle.backends.torch.stage import Stage, stages_in
+from splitbundle.backends.torch.training.adapter_files import (
+    BASE,
+    PREFIX,
+    WEIGHTS,
+    SourceAdapter,
+    read_adapters,
+    write_adapters,
+)
 from splitbundle.backends.torch.training.lora import LoraLinear, adapters_of, add_lora, canonical_layers, linear_layers
-from splitbundle.backends.torch.training.safetensors_file import read_safetensors
-from splitbundle.backends.torch.weight_files import write_weights
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.format import strict_json, weight_layout
 from splitbundle.format.fields import MAX_PROBLEMS
 from splitbundle.format.manifest.document import SourceName
-from splitbundle.records import record, replace
-from splitbundle.storage import files
-from splitbundle.writing.atomic_directory import atomic_directory
-
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = "adapter_model.safetensors"
-_PREFIX: Final = "base_model.model."
-_UNUSED: Final = (
-    "bias",
-    "modules_to_save",
-    "layer_replication",
-    "use_dora",
-    "trainable_token_indices",
-)
-"""Fields of a configuration that change the model in ways that a stage doesn't know, unless they are empty."""
-
-
-@record(frozen=True, slots=True, kw_only=True)
-class SourceAdapter:
-    """The adapter of one layer of the source model."""
-
-    a: Tensor
-    """*Shape:* (rank, inputs)."""
-    b: Tensor
-    """*Shape:* (outputs, rank)."""
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """Return the rank."""
-        return self.a.shape[0]
+from splitbundle.records import replace
 
 
 def save_lora(
@@ -104,7 +79,7 @@ def save_lora(
             expected = f"layers that the source has as linear layers, for {quoted(next(iter(own)))}"
             raise _wrong("stages", expected, "none in the manifest's source_names")
     config = _config(found, base_model, transposed, rslora=adapters[0].rslora, dropout=adapters[0].dropout.p)
-    return _write(Path(os.path.abspath(path)), config, _tensors(found), force=force)
+    return write_adapters(Path(os.path.abspath(path)), config, _tensors(found), force=force)
 
 
 def merge_adapters(
@@ -116,10 +91,12 @@ def merge_adapters(
         BundleError: ``input.value`` if two have the same layer, or if their scaling or base differs; ``output.*``; and
             the errors of reading them.
     """
+    if isinstance(paths, str | os.PathLike):
+        raise _wrong("paths", "a list of directories", quoted(paths))
     tensors: dict[str, SourceAdapter] = {}
     configs = []
     for one in paths:
-        config, found = _read(Path(one))
+        config, found, _ = read_adapters(Path(one))
         configs.append(config)
         both = tensors.keys() & found.keys()
         if both:
@@ -130,7 +107,7 @@ def merge_adapters(
     if not configs:
         raise _wrong("paths", "directories with adapters", "none")
     first = configs[0]
-    for key in ("use_rslora", "fan_in_fan_out", "base_model_name_or_path"):
+    for key in ("use_rslora", "fan_in_fan_out", "base_model_name_or_path", "lora_dropout"):
         if any(config.get(key) != first.get(key) for config in configs):
             raise _wrong("paths", f"the same {key} in all", ", ".join(quoted(config.get(key)) for config in configs))
     config = _config(
@@ -140,7 +117,7 @@ def merge_adapters(
         rslora=bool(first.get("use_rslora")),
         dropout=float(first.get("lora_dropout") or 0.0),
     )
-    return _write(Path(os.path.abspath(path)), config, _tensors(tensors), force=force)
+    return write_adapters(Path(os.path.abspath(path)), config, _tensors(tensors), force=force)
 
 
 def load_lora(
@@ -162,9 +139,12 @@ def load_lora(
         BundleError: ``adapter.config`` for a kind of adapter that isn't plain LoRA; ``adapter.tensor`` for each tensor
             that no layer of the model has, or of another shape; ``file.*`` and ``json.*``.
     """
-    config, found = _read(Path(path))
+    config, found, bases = read_adapters(Path(path))
     given = stages_in(stages)
     rslora, dropout = bool(config.get("use_rslora")), float(config.get("lora_dropout") or 0.0)
+    for stage in given:
+        for part, _ in adapters_of(stage):
+            raise _wrong("stages", "stages without adapters", f"{quoted(stage.name)} with one on {part}")
     plan: list[tuple[Stage, str, Tensor, Tensor, float]] = []
     known: set[str] = set()
     problems: list[Problem] = []
@@ -186,6 +166,7 @@ def load_lora(
                 problems.append(Problem(code="adapter.tensor", file=WEIGHTS, argument=name, expected=wanted, got=got))
                 continue
             own = linear_layers(stage)
+            problems += _wrong_bases(stage, name, parts, bases)
             for part, rows in zip(parts, _divided(adapter.b, entry, [rows for rows, _ in shapes]), strict=True):
                 if part in own:
                     plan.append((stage, part, adapter.a, rows, adapter.alpha))
@@ -215,6 +196,16 @@ def load_lora(
             adapter_of_stage.lora_a.requires_grad_(trainable)
             adapter_of_stage.lora_b.requires_grad_(trainable)
     return [part for _, part, *_ in plan]
+
+
+def _wrong_bases(stage: Stage, name: str, parts: Sequence[str], bases: Mapping[str, Tensor]) -> list[Problem]:
+    """Return a problem if the adapter was trained beside another weight than the stage has."""
+    stored = bases.get(name)
+    own = dict(stage.named_parameters(remove_duplicate=False)).get(f"{parts[0]}.weight")
+    if stored is None or own is None or (len(parts) == 1 and torch.equal(stored.to(own.dtype), own.detach().cpu())):
+        return []
+    expected = f"the weight that {quoted(stage.name)} has"
+    return [Problem(code="adapter.tensor", file=WEIGHTS, argument=name + BASE, expected=expected, got="another one")]
 
 
 def _weights(stage: Stage) -> Iterator[SourceName]:
@@ -294,66 +285,9 @@ def _number(value: float) -> float | int:
 def _tensors(found: Mapping[str, SourceAdapter]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, adapter in found.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = adapter.a.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = adapter.b.contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = adapter.a.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = adapter.b.contiguous()
     return tensors
-
-
-def _write(path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], *, force: bool) -> Path:
-    with atomic_directory(path, force=force, ours=_is_adapter) as root:
-        stored = {
-            name: weight_layout.Tensor(dtype=str(own.dtype).removeprefix("torch."), shape=tuple(own.shape))
-            for name, own in tensors.items()
-        }
-        write_weights(root / WEIGHTS, stored, tensors.__getitem__)
-        (root / CONFIG).write_bytes(strict_json.dump(config))
-    return path
-
-
-def _is_adapter(path: Path) -> bool:
-    return not path.is_symlink() and path.is_dir() and {entry.name for entry in path.iterdir()} <= {CONFIG, WEIGHTS}
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, SourceAdapter]]:
-    """Return the configuration of a directory, and its adapters by the names of the source's layers."""
-    raw = strict_json.parse(files.read_file(path, CONFIG, strict_json.MAX_BYTES), CONFIG)
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        got = quoted(raw.get("peft_type") if isinstance(raw, dict) else raw)
-        raise _config_problem("peft_type", '"LORA"', got)
-    for name in _UNUSED:
-        if raw.get(name) not in (None, False, "none", [], {}):
-            raise _config_problem(name, "none: a stage has plain LoRA", quoted(raw[name]))
-    tensors = read_safetensors(path, WEIGHTS)
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, end = key.removeprefix(_PREFIX).rpartition(".lora_")
-        if not key.startswith(_PREFIX) or end not in ("A.weight", "B.weight") or tensor.ndim != 2:
-            expected = f"{_PREFIX}LAYER.lora_A.weight or …lora_B.weight, a matrix"
-            got = f"{key!a} {list(tensor.shape)}"
-            raise BundleError(Problem(code="adapter.tensor", file=WEIGHTS, expected=expected, got=got))
-        found.setdefault(name, {})[end[0]] = tensor
-    adapters = {}
-    for name, pair in found.items():
-        if len(pair) < 2:
-            raise BundleError(
-                Problem(code="adapter.tensor", file=WEIGHTS, argument=name, expected="A and B", got="one of them")
-            )
-        adapters[name] = SourceAdapter(a=pair["A"], b=pair["B"], alpha=_alpha(raw, name))
-    return raw, adapters
-
-
-def _alpha(config: Mapping[str, Any], name: str) -> float:
-    """Return alpha for a layer: that of the first pattern that its name is or ends with."""
-    patterns = config.get("alpha_pattern") or {}
-    own = next((value for key, value in patterns.items() if name == key or name.endswith(f".{key}")), None)
-    alpha = config.get("lora_alpha", 8) if own is None else own
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-        raise _config_problem("lora_alpha", "a number above 0", quoted(alpha))
-    return float(alpha)
-
-
-def _config_problem(field: str, expected: str, got: str) -> BundleError:
-    return BundleError(Problem(code="adapter.config", file=CONFIG, pointer=f"/{field}", expected=expected, got=got))
 
 
 def _wrong(argument: str, expected: str, got: str) -> BundleError:

@@ -34,6 +34,12 @@ def capture(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
     return state
 
 
+def is_one(state: object) -> bool:
+    """Return whether a value has the members of a random state. ``restore`` checks their values."""
+    known = {"torch", "python", "generators", "devices", "numpy"}
+    return isinstance(state, dict) and state.keys() == known and isinstance(state["generators"], dict)
+
+
 def restore(state: Mapping[str, Any], generators: Mapping[str, torch.Generator]) -> None:
     """Set all generators to a captured state."""
     torch.set_rng_state(state["torch"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, gpt2: splitbundle.
     assert tensors[0] == tensors[1]
 
 
+@pytest.fixture
+def copy_of_gpt2(gpt2: splitbundle.Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(gpt2.path, tmp_path / "copy.splitbundle"))
+
+
 class Setup:
     """A trained stage, and what belongs to it."""
 
@@ -140,6 +147,51 @@ def test_what_it_holds(setup: Setup, gpt2: splitbundle.Bundle, tmp_path: Path) -
     path = Checkpoints(tmp_path / "fresh").save(0, fresh.stage)
     document = json.loads((path / "checkpoint.json").read_text())
     assert all("mlp" in item["name"] for item in document["tensors"] if item["name"].startswith("weights/"))
+
+
+def fused(own: Setup) -> None:
+    optimizer = torch.optim.AdamW(own.stage.parameters(), lr=1e-2, fused=True)
+    own.stage(torch.ones(1, 3, 48)).square().mean().backward()
+    optimizer.step()
+
+
+def by_data(own: Setup) -> None:
+    for parameter in own.stage.parameters():
+        parameter.data.mul_(1.5)
+
+
+def replaced(own: Setup) -> None:
+    own.stage.load_state_dict({name: value * 1.5 for name, value in own.stage.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", [fused, by_data, replaced])
+def test_weights_that_were_trained_and_then_frozen(
+    change: Callable[[Setup], None], gpt2: splitbundle.Bundle, tmp_path: Path
+) -> None:
+    """torch counts not every change of a tensor. So the bytes are compared with those of the bundle."""
+    own, other = Setup(gpt2), Setup(gpt2)
+    change(own)
+    for setup in (own, other):
+        setup.stage.requires_grad_(False)
+    path = Checkpoints(tmp_path).save(1, copy.deepcopy(own.stage))
+    Checkpoints(tmp_path).load(other.stage)
+    assert all(torch.equal(value, other.stage.state_dict()[name]) for name, value in own.weights().items())
+    document = json.loads((path / "checkpoint.json").read_text())
+    assert len([item for item in document["tensors"] if item["name"].startswith("weights/")]) > 8
+
+
+def test_frozen_weights_stay_in_the_bundle(copy_of_gpt2: Path, tmp_path: Path) -> None:
+    own = Setup(splitbundle.open(copy_of_gpt2))
+    own.stage.add_lora(2, 4, ["attention.query"])
+
+    def weights(path: Path) -> set[str]:
+        names = (item["name"] for item in json.loads((path / "checkpoint.json").read_text())["tensors"])
+        return {name for name in names if name.startswith("weights/")}
+
+    adapters = {f"weights/layers.1.attention.query.lora_{kind}" for kind in "ab"}
+    assert weights(Checkpoints(tmp_path / "a").save(1, own.stage)) == adapters
+    shutil.rmtree(copy_of_gpt2)  # nothing is known about the frozen ones now, so all are saved
+    assert len(weights(Checkpoints(tmp_path / "b").save(1, own.stage))) == len(list(own.stage.parameters()))
 
 
 def test_the_schema(setup: Setup, tmp_path: Path) -> None:
@@ -346,6 +398,69 @@ def test_a_checkpoint_of_something_else(setup: Setup, gpt2: splitbundle.Bundle, 
     trained = gpt2.save_as(tmp_path / "trained.splitbundle", setup.stage)
     with pytest.raises(BundleError, match=r"\[checkpoint.mismatch\] .*bundles"):
         checkpoints.load(Setup(trained).stage, setup.optimizer, setup.schedule)
+
+
+def test_other_adapters_and_classes(gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
+    own = Setup(gpt2)
+    own.stage.add_lora(2, 2, ["c_attn"])
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, own.stage, schedule=own.schedule, others={"odd": Odd(1)})
+    for alpha, options in ((64, {}), (2, {"rslora": True}), (2, {"dropout": 0.5})):
+        other = Setup(gpt2)
+        other.stage.add_lora(2, alpha, ["c_attn"], **options)
+        with pytest.raises(BundleError, match=r"\[checkpoint.mismatch\] .*adapters"):
+            checkpoints.load(other.stage, schedule=other.schedule, others={"odd": Odd(1)})
+    again = Setup(gpt2)
+    again.stage.add_lora(2, 2, ["c_attn"])
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(again.optimizer, 5)
+    with pytest.raises(BundleError, match=r"class of schedule: expected .*StepLR.*, got 'CosineAnnealingLR'"):
+        checkpoints.load(again.stage, schedule=cosine, others={"odd": Odd(1)})
+    with pytest.raises(BundleError, match="class of others/odd"):
+        checkpoints.load(again.stage, schedule=again.schedule, others={"odd": torch.amp.GradScaler("cpu")})
+    assert checkpoints.load(again.stage, schedule=again.schedule, others={"odd": Odd(1)}) is not None
+
+
+WILD = (None, True, "x", -1, 1e300, [], {}, {"list": []}, {"dict": []}, {"tensor": "weights/layers.1.mlp.up.bias"})
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the place of each value inside of a document."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        if key != "python":  # 625 numbers
+            yield from places(inner, (*path, key))
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_hostile_state_is_refused_and_nothing_is_set(
+    part: int, setup: Setup, gpt2: splitbundle.Bundle, tmp_path: Path
+) -> None:
+    """Each value of the state, replaced by others, gives an error of this package, or is taken."""
+    checkpoints = Checkpoints(tmp_path)
+    scaler, generator = torch.amp.GradScaler("cpu"), torch.Generator()
+    named: dict[str, Any] = {"others": {"scaler": scaler}, "generators": {"g": generator}}
+    path = checkpoints.save(1, setup.stage, setup.optimizer, setup.schedule, **named) / "checkpoint.json"
+    good = path.read_text()
+    other = Setup(gpt2)
+    before, refused = other.weights(), 0
+    for i, place in enumerate(places(json.loads(good)["state"])):
+        if i % 4 != part or not place:
+            continue
+        document = json.loads(good)
+        holder = document["state"]
+        for key in place[:-1]:
+            holder = holder[key]
+        holder[place[-1]] = WILD[i % len(WILD)]
+        path.write_text(json.dumps(document))
+        try:
+            checkpoints.load(other.stage, other.optimizer, other.schedule, **named)
+        except BundleError:
+            refused += 1
+            assert all(torch.equal(value, before[name]) for name, value in other.weights().items()), place
+        else:
+            other = Setup(gpt2)
+    assert refused > 20
 
 
 def test_a_damaged_checkpoint(setup: Setup, tmp_path: Path) -> None:

@@ -60,6 +60,10 @@ def test_wrong_boundaries(gpt2: splitbundle.Bundle) -> None:
     for wrong in (IDS, "hidden", None):
         with pytest.raises(BundleError, match=r"\[input.value\] hidden"):
             boundary(wrong)  # type: ignore[arg-type]
+    twice = boundary(bottom(IDS))
+    twice.backward(torch.ones_like(twice.hidden))
+    with pytest.raises(BundleError, match=r"\[input.grad\] hidden: expected one call, got a second"):
+        twice.backward(torch.ones_like(twice.hidden))
     freeze(bottom)
     frozen = boundary(bottom(IDS))
     frozen.hidden.sum().backward()
@@ -115,6 +119,20 @@ def test_the_shares_add_up_to_the_loss_of_the_batch() -> None:
     for wrong in (0, 2, 1.5, None):
         with pytest.raises(BundleError, match=r"\[input.value\] tokens: expected label_count of all micro-batches"):
             token_loss(logits, labels, wrong)  # type: ignore[arg-type]
+
+
+def test_wrong_labels() -> None:
+    logits, labels = torch.zeros(2, 4, 11), next_labels(IDS)
+    assert token_loss(logits, labels.int(), torch.tensor(6)) > 0  # type: ignore[arg-type]
+    assert token_loss(logits, torch.full((2, 4), -100), 3) == 0
+    for wrong in (labels[:1], labels[:, :2], labels + 11, torch.full((2, 4), -1)):
+        with pytest.raises(BundleError, match=r"\[input.value\] labels"):
+            token_loss(logits, wrong, 99)
+    for wrong_ids in (IDS[0], IDS.float(), [[1, 2]]):
+        with pytest.raises(BundleError, match=r"\[input.value\] token_ids"):
+            next_labels(wrong_ids)  # type: ignore[arg-type]
+    with pytest.raises(BundleError, match=r"\[input.value\] count"):
+        next_labels(IDS, [1])
 
 
 # Tied tables.

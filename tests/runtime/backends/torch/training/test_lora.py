@@ -216,6 +216,16 @@ def test_adapters_that_do_not_fit(gpt2: splitbundle.Bundle, tmp_path: Path) -> N
     for changed, code, text in (
         ({"peft_type": "IA3"}, "adapter.config", "IA3"),
         ({"use_dora": True}, "adapter.config", "use_dora"),
+        ({"a_future_field": 1}, "adapter.config", "a_future_field"),
+        ({"init_lora_weights": "pissa"}, "adapter.config", "pissa"),
+        ({"init_lora_weights": [1]}, "adapter.config", "init_lora_weights"),
+        ({"alora_invocation_tokens": [9]}, "adapter.config", "alora_invocation_tokens"),
+        ({"alpha_pattern": {r"h\\.[0-3]\\.attn": 50}}, "adapter.config", "alpha_pattern"),
+        ({"alpha_pattern": [1]}, "adapter.config", "alpha_pattern"),
+        ({"alpha_pattern": {"c_attn": "x"}}, "adapter.config", "lora_alpha"),
+        ({"lora_dropout": "x"}, "adapter.config", "lora_dropout"),
+        ({"lora_dropout": 1.5}, "adapter.config", "lora_dropout"),
+        ({"use_rslora": "no"}, "adapter.config", "use_rslora"),
         ({"bias": "all"}, "adapter.config", "bias"),
         ({"modules_to_save": ["lm_head"]}, "adapter.config", "modules_to_save"),
         ({"lora_alpha": 0}, "adapter.config", "lora_alpha"),
@@ -244,8 +254,37 @@ def test_adapters_that_do_not_fit(gpt2: splitbundle.Bundle, tmp_path: Path) -> N
         with pytest.raises(BundleError, match=r"\[(weights|json|file|field)\."):
             load_lora(path, gpt2.stage("trunk"))
     for broken in (tmp_path / "none", tmp_path):
-        with pytest.raises(BundleError, match=r"\[file.missing\] adapter_config.json"):
+        with pytest.raises(BundleError, match=r"\[file.missing\] .*expected a directory with adapter_config.json"):
             load_lora(broken, gpt2.stage("trunk"))
+
+
+def test_nothing_is_added_if_one_stage_has_adapters(gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
+    path = save_lora(tmp_path / "a", adapted(gpt2, "mlp.up"))
+    bottom, trunk, top = (gpt2.stage(shard.name) for shard in gpt2.shards)
+    top.add_lora(1, 1, ["mlp.down"])
+    with pytest.raises(BundleError, match=r"stages: expected stages without adapters, got 'top' with one"):
+        load_lora(path, [bottom, trunk, top])
+    assert not any("lora" in name for stage in (bottom, trunk) for name in stage.state_dict())
+    before = {name for name, p in trunk.named_parameters() if p.requires_grad}
+    with pytest.raises(BundleError, match=r"rank: expected at most"):
+        trunk.add_lora(10**9, 1, ["mlp.up"])
+    assert before == {name for name, p in trunk.named_parameters() if p.requires_grad}
+
+
+def test_names_of_alpha_patterns(gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
+    path = save_lora(tmp_path / "a", adapted(gpt2, "mlp.up", rank=2))
+    config = path / "adapter_config.json"
+    parsed = json.loads(config.read_text())
+    for pattern, expected in (
+        ({"h.1.mlp.c_fc": 7}, 7.0),
+        ({r"^transformer\.h\.1\.mlp\.c_fc": 8}, 8.0),
+        ({"^h.1.mlp.c_fc": 9}, 4.0),
+        ({"1.mlp.c_fc": 5, "c_fc": 6}, 5.0),
+    ):
+        config.write_text(json.dumps(parsed | {"alpha_pattern": pattern}))
+        stage = gpt2.stage("trunk")
+        load_lora(path, stage)
+        assert stage.layers["1"].mlp.up.alpha == expected, pattern
 
 
 def test_directories_that_do_not_fit_each_other(gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
@@ -262,6 +301,8 @@ def test_directories_that_do_not_fit_each_other(gpt2: splitbundle.Bundle, tmp_pa
             merge_adapters([tmp_path / path for path in paths], tmp_path / "all")
     with pytest.raises(BundleError, match=r"\[input.value\] stages: expected stages with adapters"):
         save_lora(tmp_path / "x", gpt2.stage("trunk"))
+    with pytest.raises(BundleError, match=r"paths: expected a list of directories"):
+        merge_adapters(str(tmp_path / "bottom"), tmp_path / "all")
     mixed = adapted(gpt2, rslora=True)[0], trunk
     with pytest.raises(BundleError, match=r"stages: expected one kind of scaling"):
         save_lora(tmp_path / "x", mixed)
