@@ -4,7 +4,7 @@
 
 A worker has imported everything, and runs a command again and again. ``syscalls`` puts a fault in place of one call at
 a time, out of those that touch the directory of the bundle. After each fault, ``Judge`` checks the conditions that must
-hold. The findings are printed as one JSON document. ``tests/writing/test_faults.py`` runs this module. By
+hold. The findings are printed as one JSON document. ``tests/converter/writing/test_faults.py`` runs this module. By
 default, the errors take turns over the calls. With ``--all``, every error is tried at every call. With ``--every N``,
 one fault of N is tried.
 """

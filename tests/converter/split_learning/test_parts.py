@@ -110,8 +110,14 @@ def test_three_parts_are_the_model(parts: Path, output: Path, name: str, inclusi
     assert all(torch.equal(source[key], whole[key]) for key in whole)
 
 
-@pytest.mark.parametrize("inclusive", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gpt_neox", "bloom"])
+@pytest.mark.parametrize(
+    ("name", "inclusive"),
+    [
+        ("gpt2", False),
+        ("llama", True),
+        *(pytest.param(name, False, marks=pytest.mark.long) for name in ("opt", "gpt_neox", "bloom")),
+    ],
+)
 def test_parts_that_are_the_state_dicts_of_stages(parts: Path, output: Path, name: str, inclusive: bool) -> None:
     """Their layers have global numbers. A tied head's table is in both ends."""
     stages = [bundle(name).stage(layers=layers, head=part == "top") for part, layers in RANGES.items()]

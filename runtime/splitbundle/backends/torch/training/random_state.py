@@ -37,7 +37,11 @@ def capture(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
 def is_one(state: object) -> bool:
     """Return whether a value has the members of a random state. ``restore`` checks their values."""
     known = {"torch", "python", "generators", "devices", "numpy"}
-    return isinstance(state, dict) and state.keys() == known and isinstance(state["generators"], dict)
+    if not isinstance(state, dict) or state.keys() != known or not isinstance(state["generators"], dict):
+        return False
+    own = state["python"]
+    # ``random.setstate`` takes anything as the number that it keeps for the next draw.
+    return isinstance(own, tuple) and len(own) == 3 and (own[2] is None or isinstance(own[2], float))
 
 
 def restore(state: Mapping[str, Any], generators: Mapping[str, torch.Generator]) -> None:

@@ -58,7 +58,7 @@ def test_a_unit_in_parts_computes_the_same(output: Path) -> None:
     assert all(len(files) > 1 for unit, files in made.manifest.units.items() if unit.startswith("layer"))
     made.verify(exact=True)
     ids = torch.tensor([[1, 2, 3, 4]])
-    assert torch.equal(made.pipeline()(ids), bundle("llama").pipeline()(ids))
+    assert torch.equal(made.pipeline(kernels="torch")(ids), bundle("llama").pipeline(kernels="torch")(ids))
 
 
 def test_every_pair_of_cuts_has_the_fingerprint_of_the_model(output: Path) -> None:
