@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -61,8 +62,10 @@ def _bytes(tensor: Tensor, stored: Stored, name: str) -> Iterator[memoryview]:
     if tuple(tensor.shape) != stored.shape or str(tensor.dtype) != f"torch.{stored.dtype}":
         raise ValueError(f"{name}: expected {stored}, got {tensor.dtype} {list(tensor.shape)}")
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    # torch's own way to a buffer is numpy, which an environment with torch alone doesn't have.
+    whole = memoryview((ctypes.c_ubyte * len(flat)).from_address(flat.data_ptr()))
     for start in range(0, len(flat), files.CHUNK):
-        yield flat[start : start + files.CHUNK].numpy().data
+        yield whole[start : start + files.CHUNK]
 
 
 def unit_files(

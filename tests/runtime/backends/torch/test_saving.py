@@ -240,6 +240,37 @@ def test_weights_that_are_no_numbers(gpt2: splitbundle.Bundle, tmp_path: Path) -
     made.verify(exact=True)
 
 
+def test_saving_and_training_need_torch_alone(gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
+    """No numpy, no safetensors, no jsonschema, no onnx."""
+    script = (
+        "import sys\n"
+        "for name in ('numpy', 'safetensors', 'jsonschema', 'onnx', 'onnxruntime', 'transformers', 'peft'):\n"
+        "    sys.modules[name] = None\n"
+        "import splitbundle\n"
+        "bundle = splitbundle.open(sys.argv[1])\n"
+        "stage = bundle.stage('trunk', trainable=True)\n"
+        "import torch\n"
+        "from splitbundle.training import Checkpoints, load_lora, save_lora\n"
+        "stage.add_lora(2, 4, ['c_attn'])\n"
+        "optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad], lr=0.1)\n"
+        "stage(torch.ones(1, 3, 48)).square().mean().backward()\n"
+        "optimizer.step()\n"
+        "checkpoints = Checkpoints(sys.argv[2] + '/run')\n"
+        "checkpoints.save(1, stage, optimizer)\n"
+        "assert checkpoints.load(stage, optimizer).step == 1\n"
+        "save_lora(sys.argv[2] + '/lora', stage)\n"
+        "load_lora(sys.argv[2] + '/lora', bundle.stage('trunk'))\n"
+        "stage.merge_lora()\n"
+        "made = bundle.save_as(sys.argv[2] + '/new.splitbundle', stage, notes=print)\n"
+        "made.verify(exact=True)\n"
+        "made.run_vectors()\n"
+    )
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", script, str(gpt2.path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
 class Adapter(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

@@ -210,7 +210,7 @@ class Checkpoints:
         _check_weights(found, weights, parameters)
         given = {"optimizer": optimizer, "schedule": schedule}
         for name, one in given.items():
-            found.check(name, one is not None, found.state[name] is not None)
+            found.check(name, "given" if one is not None else "none", "none" if found.state[name] is None else "given")
         found.check("others", sorted(others or {}), sorted(found.state["others"]))
         found.check("adapters", _adapters(stages), found.state["adapters"])
         random = found.value("random")
