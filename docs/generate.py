@@ -40,6 +40,8 @@ GROUPS: Final = {
     "pipeline": "Pipelines",
     "input": "Inputs of a call",
     "session": "Sessions",
+    "checkpoint": "Training checkpoints",
+    "adapter": "Adapters",
     "text": "Text",
     "source": "Checkpoints",
     "output": "Outputs",

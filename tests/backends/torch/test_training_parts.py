@@ -16,6 +16,7 @@ from splitbundle import Bundle
 from splitbundle.training import boundary, label_count, next_labels, sum_tied_gradients, token_loss
 from tests.backends.torch.test_training import source_gradients
 from tests.support.models import LAYERS, ONE_PER_FAMILY, bundle, checkpoint, load_original, token_rows
+from tests.support.tiers import FEW, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCHES = ((9, 9), (5,), (2, 2, 2))
@@ -66,9 +67,9 @@ def assert_equal(whole: Bundle, got: dict[str, Tensor], expected: dict[str, Tens
         assert (own[name] - gradient).abs().max() <= 1e-5 * largest, name
 
 
-@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+@pytest.mark.parametrize("name", thinned(ONE_PER_FAMILY, FEW))
 def test_gradients_over_a_cut(name: str) -> None:
-    """One cut and all options together; the long test has the others."""
+    """One cut and all options together; the long tests have the others."""
     cut = 1 + ONE_PER_FAMILY.index(name) % (LAYERS - 1)
     whole = bundle(name)
     assert_equal(whole, gradients_over_a_cut(whole, cut, checkpoint_activations=True), original_gradients(name))

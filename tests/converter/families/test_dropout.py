@@ -16,6 +16,7 @@ from splitbundle_converter.families import dropout
 from splitbundle_converter.families.table import FAMILIES
 from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY, bundle, checkpoint, token_rows
 from tests.support.paths import TESTS
+from tests.support.tiers import thinned
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 ATTENTION, OTHER = "attention", "hidden"
@@ -60,7 +61,9 @@ def set_rates(config: Any, model_type: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+@pytest.mark.parametrize(
+    "name", thinned(ONE_PER_FAMILY, [name for name in ONE_PER_FAMILY if CONFIGURATIONS[name][0] in dropout._FIELDS])
+)
 def test_the_same_is_dropped_as_by_the_family_s_own_class(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -45,7 +45,7 @@ class Boundary:
 
     @property
     def gradient(self) -> Tensor:
-        """Return the gradient that the part after the cut left. *Shape:* that of ``hidden``.
+        """Return the gradient that the part after the cut left. It has the shape of ``hidden``.
 
         Raises:
             BundleError: ``input.grad`` if there is none yet.
