@@ -85,6 +85,11 @@ class ParityError(VerificationError):
     """Computed values differ from the original model's by more than the tolerance."""
 
 
+def wrong_argument(argument: str, expected: str, got: str, hint: str | None = None) -> BundleError:
+    """Return the error of a call with a value that an argument can't have: ``input.value``."""
+    return BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got, hint=hint))
+
+
 def printable(text: str) -> str:
     """Return a text from outside as one line. Control characters and line breaks are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -123,7 +123,7 @@ def splitbundle_keys(path: Path) -> list[str]:
 
 
 def test_an_adapter_of_a_deeper_model_is_refused(tmp_path: Path) -> None:
-    """Four layers onto two: loading what fits would give a model that nobody trained."""
+    """An adapter for four layers is refused by a model of two. Nothing of it is loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import splitbundle_converter

@@ -15,7 +15,7 @@ from splitbundle.backends.torch.changes import loaded_weights, same_bits
 from splitbundle.backends.torch.stage import Stage, load_stages, stages_in
 from splitbundle.backends.torch.weight_files import write_weights
 from splitbundle.backends.torch.weights import DTYPES, map_tensors, rounded
-from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.errors import BundleError, quoted, wrong_argument
 from splitbundle.format import names, weight_layout
 from splitbundle.format.dtypes import WEIGHTS
 from splitbundle.format.genai import GENAI
@@ -52,7 +52,7 @@ def save_as(
 ) -> ReaderT:
     """Write a bundle with the weights of some stages. See ``Bundle.save_as``."""
     if dtype not in (KEEP, *WEIGHTS):
-        raise _wrong("dtype", f"{KEEP}, or one of {', '.join(WEIGHTS)}", quoted(dtype))
+        raise wrong_argument("dtype", f"{KEEP}, or one of {', '.join(WEIGHTS)}", quoted(dtype))
     tensors = tensors_of(bundle, stages)
     storage = bundle.manifest.storage if dtype == KEEP else Storage(encoding="plain", dtype=dtype)
     units = _changed_units(bundle, tensors, storage)
@@ -93,29 +93,29 @@ def tensors_of(bundle: BundleReader, stages: Stage | Pipeline | Sequence[Stage])
     for stage in stages_in(stages):
         if stage.architecture != bundle.architecture:
             expected = f"stages of a bundle with the architecture of {bundle.path.name}"
-            raise _wrong("stages", expected, f"{quoted(stage.name)}, of another architecture")
+            raise wrong_argument("stages", expected, f"{quoted(stage.name)}, of another architecture")
         own = dict(stage.named_parameters(remove_duplicate=False))
         expected_names = {name for name in _names_of(bundle, stage) if name in shapes}
         if own.keys() != expected_names:
             more = sorted(own.keys() - expected_names)
             got = f"{quoted(more[0])}, which no bundle has" if more else f"no {min(expected_names - own.keys())!r}"
             hint = "Merge adapters into their layers first: stage.merge_lora(), or merge_and_unload() of PEFT"
-            raise _wrong("stages", f"the parameters of {quoted(stage.name)}, under their own names", got, hint)
+            raise wrong_argument("stages", f"the parameters of {quoted(stage.name)}, under their own names", got, hint)
         for name, parameter in own.items():
             parameter = getattr(parameter, "full_tensor", lambda own=parameter: own)()  # FSDP divides its parameters
             if tuple(parameter.shape) != shapes[name] or not parameter.is_floating_point():
                 got = f"{quoted(name)} of {parameter.dtype} {list(parameter.shape)}"
-                raise _wrong("stages", f"numbers of the shape {list(shapes[name])}", got)
+                raise wrong_argument("stages", f"numbers of the shape {list(shapes[name])}", got)
             if parameter.is_meta:
                 hint = "accelerate keeps it elsewhere: load the stage without offloading to save it"
-                raise _wrong("stages", f"a value for {quoted(name)}", "a tensor without data", hint)
+                raise wrong_argument("stages", f"a value for {quoted(name)}", "a tensor without data", hint)
             before = found.setdefault(name, (parameter.detach(), stage.name))
             if before[0] is not parameter and not same_bits(before[0], parameter.detach()):
                 expected = f"one value for {quoted(name)}, which {before[1]} and {stage.name} share"
                 hint = "Stages of one pipeline share it; in others, sum its gradients: sum_tied_gradients"
-                raise _wrong("stages", expected, "two values", hint)
+                raise wrong_argument("stages", expected, "two values", hint)
     if not found:
-        raise _wrong("stages", "at least one stage", "none")
+        raise wrong_argument("stages", "at least one stage", "none")
     tensors = {name: tensor for name, (tensor, _) in found.items()}
     if EMBEDDING in tensors and bundle.architecture.head.tied:
         _settle_table(bundle, stages_in(stages), tensors)
@@ -146,7 +146,7 @@ def _settle_table(bundle: BundleReader, stages: Sequence[Stage], tensors: dict[s
         return
     hint = "Sum the gradients of both ends while you train (sum_tied_gradients), or give save_as both ends at once"
     got = f"another in {bundle.path.name}, and another in {holders[0].name}"
-    raise _wrong("stages", f"one value for {quoted(EMBEDDING)}, which is tied", got, hint)
+    raise wrong_argument("stages", f"one value for {quoted(EMBEDDING)}, which is tied", got, hint)
 
 
 def _names_of(bundle: BundleReader, stage: Stage) -> Iterator[str]:
@@ -316,10 +316,6 @@ def _vectors_of_itself(bundle: BundleReader, root: Path, progress: Progress | No
     stored = new.stored_vectors(old.lengths)
     entry = write_weights(root / old.file, stored, tensors.__getitem__)()
     return Vectors(file=old.file, lengths=old.lengths, of_itself=True), entry
-
-
-def _wrong(argument: str, expected: str, got: str, hint: str | None = None) -> BundleError:
-    return BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got, hint=hint))
 
 
 def _note(notes: Note | None, text: str) -> None:

@@ -35,7 +35,7 @@ from splitbundle.backends.torch.training.lora import adapters_of
 from splitbundle.backends.torch.training.optimizer_state import check_optimizer, optimizer_state, set_optimizer
 from splitbundle.backends.torch.training.state_tree import encode
 from splitbundle.backends.torch.weight_files import write_weights
-from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
 from splitbundle.format import weight_layout
 from splitbundle.integers import as_integer
 from splitbundle.records import as_dict, record
@@ -79,7 +79,7 @@ class Checkpoints:
         """
         number = as_integer(keep)
         if number is None or number < 1:
-            raise _wrong("keep", "a number from 1", quoted(keep))
+            raise wrong_argument("keep", "a number from 1", quoted(keep))
         self.directory, self.keep = Path(os.path.abspath(directory)), number
 
     def steps(self) -> list[int]:
@@ -124,7 +124,7 @@ class Checkpoints:
         """
         number = as_integer(step)
         if number is None or not 0 <= number < 10**16:
-            raise _wrong("step", "a number from 0", quoted(step))
+            raise wrong_argument("step", "a number from 0", quoted(step))
         parameters = _parameters(stages)
         left_out = {found for stage in stages_in(stages) for found in unchanged(stage)}
         tensors: dict[str, Tensor] = {
@@ -179,7 +179,7 @@ class Checkpoints:
     ) -> Resumed | None:
         """Go on from a checkpoint: set weights, optimizer, schedule and random state as they were.
 
-        Everything is read and checked before anything is set.
+        Everything is set, or nothing: if an object doesn't take its state, all objects get their own state back.
 
         Args:
             stages: stages of the same bundles, with the same parameters that take gradients.
@@ -202,7 +202,7 @@ class Checkpoints:
         chosen = known[-1] if step is None else step
         if chosen not in known:
             got = f"{quoted(step)}; there are {', '.join(map(str, known)) or 'none'}"
-            raise _wrong("step", f"the step of a checkpoint in {self.directory}", got)
+            raise wrong_argument("step", f"the step of a checkpoint in {self.directory}", got)
         found = read_checkpoint(self.directory / f"step-{chosen:010d}")
         parameters = _parameters(stages)
         found.check("bundles", sorted({stage.fingerprint for stage in stages_in(stages)}), found.bundles)
@@ -259,11 +259,12 @@ def _parameters(stages: Any) -> dict[str, nn.Parameter]:
         for name, parameter in stage.named_parameters(remove_duplicate=False):
             if hasattr(parameter, "full_tensor"):
                 hint = "torch.distributed.checkpoint saves such parameters"
-                raise _wrong("stages", "whole parameters", f"{quoted(name)}, divided among processes", hint)
-            if found.setdefault(name, parameter) is not parameter:
-                found[f"{stage.name}:{name}"] = parameter
+                raise wrong_argument("stages", "whole parameters", f"{quoted(name)}, divided among processes", hint)
+            own = f"{stage.name}:{name}"
+            if found.setdefault(name, parameter) is not parameter and found.setdefault(own, parameter) is not parameter:
+                raise wrong_argument("stages", "stages of different names", f"{quoted(stage.name)} twice")
     if not found:
-        raise _wrong("stages", "at least one stage", "none")
+        raise wrong_argument("stages", "at least one stage", "none")
     return found
 
 
@@ -326,7 +327,3 @@ def _set_all(
         random_state.restore(drawn, generators)
         got = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise found.refuse("state", "states that these objects take", got) from error
-
-
-def _wrong(argument: str, expected: str, got: str, hint: str | None = None) -> BundleError:
-    return BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got, hint=hint))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from splitbundle.backends.torch.stage import Stage, unwrapped
-from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
 from splitbundle.integers import as_integer
 
 IGNORED = -100
@@ -38,7 +38,7 @@ class Boundary:
         """
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
             got = str(hidden.dtype) if isinstance(hidden, Tensor) else type(hidden).__name__
-            raise _wrong("hidden", "a hidden state, as a stage returns it", got)
+            raise wrong_argument("hidden", "a hidden state, as a stage returns it", got)
         self._before, self._done = hidden, False
         self.hidden = hidden.detach().requires_grad_()
         """The same numbers, for the part after the cut. Its gradient is collected here."""
@@ -72,7 +72,7 @@ class Boundary:
         given = self.gradient if gradient is None else gradient
         if given.shape != self._before.shape or given.dtype != self._before.dtype:
             expected = f"{self._before.dtype} {list(self._before.shape)}, as hidden has it"
-            raise _wrong("gradient", expected, f"{given.dtype} {list(given.shape)}")
+            raise wrong_argument("gradient", expected, f"{given.dtype} {list(given.shape)}")
         self.hidden.grad, self._done = None, True
         if self._before.requires_grad:  # False if everything before the cut is frozen
             self._before.backward(given.to(self._before.device))  # type: ignore[no-untyped-call]
@@ -106,7 +106,9 @@ def freeze(*stages: nn.Module, but: Iterable[str] | None = None) -> None:
     for start in wanted:
         if start not in found:
             known = sorted({name for m in _modules(stages) for name, _ in m.named_parameters()})
-            raise _wrong("but", f"the beginning of a parameter's name, such as {quoted(known[0])}", quoted(start))
+            raise wrong_argument(
+                "but", f"the beginning of a parameter's name, such as {quoted(known[0])}", quoted(start)
+            )
     for parameter, trains in chosen.items():
         parameter.requires_grad_(trains)
 
@@ -134,11 +136,11 @@ def next_labels(token_ids: Tensor, count: Tensor | Sequence[int] | None = None) 
     """
     if not isinstance(token_ids, Tensor) or token_ids.ndim != 2 or token_ids.is_floating_point():
         got = list(token_ids.shape) if isinstance(token_ids, Tensor) else type(token_ids).__name__
-        raise _wrong("token_ids", "integers of the shape (batch, sequence)", f"{got}")
+        raise wrong_argument("token_ids", "integers of the shape (batch, sequence)", f"{got}")
     labels = functional.pad(token_ids[:, 1:].long(), (0, 1), value=IGNORED)
     if count is not None:
         if len(count) != len(token_ids):
-            raise _wrong("count", f"a number for each of {len(token_ids)} rows", f"{len(count)}")
+            raise wrong_argument("count", f"a number for each of {len(token_ids)} rows", f"{len(count)}")
         last = torch.as_tensor(count, device=token_ids.device)[:, None] - 1
         labels = labels.masked_fill(torch.arange(labels.shape[1], device=labels.device)[None] >= last, IGNORED)
     return labels
@@ -164,13 +166,13 @@ def token_loss(logits: Tensor, labels: Tensor, tokens: int) -> Tensor:
     own, number = label_count(labels), as_integer(tokens)
     if number is None or number < max(own, 1):
         expected = f"label_count of all micro-batches, at least {max(own, 1)}"
-        raise _wrong("tokens", expected, quoted(tokens))
+        raise wrong_argument("tokens", expected, quoted(tokens))
     if logits.ndim != 3 or labels.shape != logits.shape[:2]:
         expected = f"labels of the shape {list(logits.shape[:2])}, as logits have it"
-        raise _wrong("labels", expected, f"{list(labels.shape)}")
+        raise wrong_argument("labels", expected, f"{list(labels.shape)}")
     known = labels[labels != IGNORED]
     if own and not 0 <= int(known.min()) <= int(known.max()) < logits.shape[2]:
-        raise _wrong(
+        raise wrong_argument(
             "labels", f"token ids from 0 to {logits.shape[2] - 1}", f"{int(known.min())} to {int(known.max())}"
         )
     flat = labels.flatten().long()
@@ -215,7 +217,7 @@ def sum_tied_gradients(stage: nn.Module, other: Tensor | nn.Module) -> None:
         given = other
     if not isinstance(given, Tensor) or given.shape != table.shape or given.dtype != table.dtype:
         got = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-        raise _wrong("other", f"a gradient of {table.dtype} {list(table.shape)}", got)
+        raise wrong_argument("other", f"a gradient of {table.dtype} {list(table.shape)}", got)
     given = given.to(table.device)
     table.grad = given.clone() if table.grad is None else table.grad + given
 
@@ -224,7 +226,7 @@ def _tied_table(stage: nn.Module) -> nn.Parameter:
     inner = unwrapped(stage)
     if inner is None or inner.embedding is None or not inner.architecture.head.tied:
         got = type(stage).__name__ if inner is None else f"{quoted(inner.name)}, which has none"
-        raise _wrong("stage", "a stage with a tied token table: the first or the last one", got)
+        raise wrong_argument("stage", "a stage with a tied token table: the first or the last one", got)
     table: nn.Parameter = inner.embedding.token.weight  # type: ignore[assignment]
     return table
 
@@ -234,13 +236,9 @@ def _modules(given: Sequence[nn.Module]) -> list[nn.Module]:
     found: list[nn.Module] = []
     for module in given:
         if not isinstance(module, nn.Module):
-            raise _wrong("stages", "stages, pipelines, or parts of stages", type(module).__name__)
+            raise wrong_argument("stages", "stages, pipelines, or parts of stages", type(module).__name__)
         within = getattr(module, "stages", None)
         for one in within if isinstance(within, nn.ModuleList) else [module]:
             inner: Stage | None = unwrapped(one)
             found.append(one if inner is None else inner)
     return found
-
-
-def _wrong(argument: str, expected: str, got: str) -> BundleError:
-    return BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got))

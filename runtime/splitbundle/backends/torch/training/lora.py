@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from splitbundle.backends.torch.modules import Linear
-from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.errors import quoted, wrong_argument
 from splitbundle.format.manifest.document import SourceName
 from splitbundle.integers import as_integer
 
@@ -68,20 +68,20 @@ def add_lora(
     """Give linear layers of a stage an adapter each. See ``Stage.add_lora``."""
     number = as_integer(rank)
     if number is None or number < 1:
-        raise _wrong("rank", "a number from 1", quoted(rank))
+        raise wrong_argument("rank", "a number from 1", quoted(rank))
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-        raise _wrong("alpha", "a number above 0", quoted(alpha))
+        raise wrong_argument("alpha", "a number above 0", quoted(alpha))
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise _wrong("dropout", "a number from 0 to below 1", quoted(dropout))
+        raise wrong_argument("dropout", "a number from 0 to below 1", quoted(dropout))
     chosen = _chosen(stage, targets)
     made = []
     for path in chosen:
         parent, name = _parent(stage, path)
         layer = getattr(parent, name)
         if isinstance(layer, LoraLinear):
-            raise _wrong("targets", "layers without an adapter", f"{quoted(path)}, which has one")
+            raise wrong_argument("targets", "layers without an adapter", f"{quoted(path)}, which has one")
         if number > max(layer.weight.shape):
-            raise _wrong("rank", f"at most {max(layer.weight.shape)}, the size of {path}", f"{number}")
+            raise wrong_argument("rank", f"at most {max(layer.weight.shape)}, the size of {path}", f"{number}")
         made.append((parent, name, LoraLinear(layer, number, float(alpha), float(dropout), rslora)))
     stage.requires_grad_(False)
     for _, adapter in adapters_of(stage):
@@ -124,7 +124,7 @@ def canonical_layers(entry: SourceName) -> list[str]:
 def _chosen(stage: Any, targets: Sequence[str]) -> list[str]:
     """Return the layers that targets mean: names, or ends of names, canonical ones or those of the source."""
     if isinstance(targets, str) or not targets:
-        raise _wrong("targets", "names of linear layers, as a list", quoted(targets))
+        raise wrong_argument("targets", "names of linear layers, as a list", quoted(targets))
     layers = linear_layers(stage)
     chosen: list[str] = []
     for target in targets:
@@ -139,7 +139,7 @@ def _chosen(stage: Any, targets: Sequence[str]) -> list[str]:
             known = sorted({path.removeprefix(f"layers.{stage.layer_range[0]}.") for path in layers})
             such = f", such as {', '.join(known[:8])}, or the source's names" if known else ", which has none"
             expected = f"linear layers of {quoted(stage.name)}{such}"
-            raise _wrong("targets", expected, quoted(target))
+            raise wrong_argument("targets", expected, quoted(target))
         chosen += own
     return [path for path in layers if path in set(chosen)]
 
@@ -151,7 +151,3 @@ def _is_end(target: object, path: str) -> bool:
 def _parent(stage: nn.Module, path: str) -> tuple[nn.Module, str]:
     outer, _, name = path.rpartition(".")
     return stage.get_submodule(outer), name
-
-
-def _wrong(argument: str, expected: str, got: str) -> BundleError:
-    return BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got))

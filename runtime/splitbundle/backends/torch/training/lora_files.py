@@ -27,7 +27,7 @@ from splitbundle.backends.torch.training.adapter_files import (
     write_adapters,
 )
 from splitbundle.backends.torch.training.lora import LoraLinear, adapters_of, add_lora, canonical_layers, linear_layers
-from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
 from splitbundle.format.fields import MAX_PROBLEMS
 from splitbundle.format.manifest.document import SourceName
 from splitbundle.records import replace
@@ -61,9 +61,11 @@ def save_lora(
     given = stages_in(stages)
     adapters = [adapter for stage in given for _, adapter in adapters_of(stage)]
     if not adapters:
-        raise _wrong("stages", "stages with adapters (add_lora)", "none")
+        raise wrong_argument("stages", "stages with adapters (add_lora)", "none")
     if len({adapter.rslora for adapter in adapters}) > 1:
-        raise _wrong("stages", "one kind of scaling, as PEFT has one for all adapters", "with and without rslora")
+        raise wrong_argument(
+            "stages", "one kind of scaling, as PEFT has one for all adapters", "with and without rslora"
+        )
     transposed = False
     for stage in given:
         own = dict(adapters_of(stage))
@@ -77,7 +79,7 @@ def save_lora(
                     own.pop(part, None)
         if own:
             expected = f"layers that the source has as linear layers, for {quoted(next(iter(own)))}"
-            raise _wrong("stages", expected, "none in the manifest's source_names")
+            raise wrong_argument("stages", expected, "none in the manifest's source_names")
     config = _config(found, base_model, transposed, rslora=adapters[0].rslora, dropout=adapters[0].dropout.p)
     return write_adapters(Path(os.path.abspath(path)), config, _tensors(found), force=force)
 
@@ -92,7 +94,7 @@ def merge_adapters(
             the errors of reading them.
     """
     if isinstance(paths, str | os.PathLike):
-        raise _wrong("paths", "a list of directories", quoted(paths))
+        raise wrong_argument("paths", "a list of directories", quoted(paths))
     tensors: dict[str, SourceAdapter] = {}
     configs = []
     for one in paths:
@@ -100,16 +102,18 @@ def merge_adapters(
         configs.append(config)
         both = tensors.keys() & found.keys()
         if both:
-            raise _wrong(
+            raise wrong_argument(
                 "paths", "each layer in one directory", f"{quoted(min(both))} in two, the second {quoted(one)}"
             )
         tensors |= found
     if not configs:
-        raise _wrong("paths", "directories with adapters", "none")
+        raise wrong_argument("paths", "directories with adapters", "none")
     first = configs[0]
     for key in ("use_rslora", "fan_in_fan_out", "base_model_name_or_path", "lora_dropout"):
         if any(config.get(key) != first.get(key) for config in configs):
-            raise _wrong("paths", f"the same {key} in all", ", ".join(quoted(config.get(key)) for config in configs))
+            raise wrong_argument(
+                "paths", f"the same {key} in all", ", ".join(quoted(config.get(key)) for config in configs)
+            )
     config = _config(
         tensors,
         str(first.get("base_model_name_or_path") or ""),
@@ -144,7 +148,7 @@ def load_lora(
     rslora, dropout = bool(config.get("use_rslora")), float(config.get("lora_dropout") or 0.0)
     for stage in given:
         for part, _ in adapters_of(stage):
-            raise _wrong("stages", "stages without adapters", f"{quoted(stage.name)} with one on {part}")
+            raise wrong_argument("stages", "stages without adapters", f"{quoted(stage.name)} with one on {part}")
     plan: list[tuple[Stage, str, Tensor, Tensor, float]] = []
     known: set[str] = set()
     problems: list[Problem] = []
@@ -288,7 +292,3 @@ def _tensors(found: Mapping[str, SourceAdapter]) -> dict[str, Tensor]:
         tensors[f"{PREFIX}{name}.lora_A.weight"] = adapter.a.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = adapter.b.contiguous()
     return tensors
-
-
-def _wrong(argument: str, expected: str, got: str) -> BundleError:
-    return BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got))

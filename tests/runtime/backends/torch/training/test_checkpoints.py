@@ -272,6 +272,12 @@ def test_stages_that_were_loaded_apart(gpt2: splitbundle.Bundle, tmp_path: Path)
         assert torch.equal(one.embedding.token.weight, other.embedding.token.weight)
 
 
+def test_two_stages_of_one_name(gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
+    trunks = [gpt2.stage("trunk", trainable=True) for _ in range(3)]
+    with pytest.raises(BundleError, match=r"stages: expected stages of different names, got 'trunk' twice"):
+        Checkpoints(tmp_path).save(1, trunks)
+
+
 def test_other_objects_and_generators(setup: Setup, tmp_path: Path) -> None:
     generator, scaler = torch.Generator().manual_seed(5), torch.amp.GradScaler("cpu", init_scale=8.0)
     Checkpoints(tmp_path).save(1, setup.stage, others={"scaler": scaler}, generators={"mine": generator})
