@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from splitbundle_converter.conversion import convert
+    from splitbundle_converter.exporting.huggingface import export
     from splitbundle_converter.resplitting import add_onnx, resplit
     from splitbundle_converter.translation.restore import source_tensors
 
-__all__ = ["add_onnx", "convert", "resplit", "source_tensors"]
+__all__ = ["add_onnx", "convert", "export", "resplit", "source_tensors"]
 
 _LATER = {
     "add_onnx": "splitbundle_converter.resplitting",
     "convert": "splitbundle_converter.conversion",
+    "export": "splitbundle_converter.exporting.huggingface",
     "resplit": "splitbundle_converter.resplitting",
     "source_tensors": "splitbundle_converter.translation.restore",
 }

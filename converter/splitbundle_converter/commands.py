@@ -92,7 +92,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
         notes.append(text)
         console.note(f"note: {text}")
 
-    with _libraries(), _threads(args):
+    with libraries(), _threads(args):
         bundle = splitbundle_converter.convert(
             args.source,
             output,
@@ -135,7 +135,7 @@ def _no_check_argument(parser: argparse.ArgumentParser) -> None:
 
 def _resplit(args: argparse.Namespace, console: Console) -> int:
     output = args.output or args.bundle
-    with _libraries("onnx", "cut bundles again"), _threads(args):
+    with libraries("onnx", "cut bundles again"), _threads(args):
         bundle = splitbundle_converter.resplit(
             args.bundle,
             output,
@@ -168,7 +168,7 @@ def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_onnx(args: argparse.Namespace, console: Console) -> int:
-    with _libraries("onnx", "add graphs"), _threads(args):
+    with libraries("onnx", "add graphs"), _threads(args):
         bundle = splitbundle_converter.add_onnx(
             args.bundle,
             args.output,
@@ -186,7 +186,7 @@ def _families_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _families(args: argparse.Namespace, console: Console) -> int:
-    with _libraries("convert", "list the families"):
+    with libraries("convert", "list the families"):
         from splitbundle_converter.families import summary
 
         rows = list(summary.details())
@@ -247,7 +247,7 @@ def _report_part(part: dict[str, Any], console: Console) -> None:
 
 
 @contextmanager
-def _libraries(extra: str = "convert", purpose: str = "convert checkpoints") -> Iterator[None]:
+def libraries(extra: str = "convert", purpose: str = "convert checkpoints") -> Iterator[None]:
     """Raise ``MissingExtra`` with the install command if a library is missing. Some are imported only when needed."""
     try:
         yield

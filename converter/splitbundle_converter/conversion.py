@@ -29,7 +29,9 @@ from splitbundle.version import __version__
 from splitbundle.writing.atomic_directory import atomic_directory
 from splitbundle.writing.documents import write_documents, write_file
 from splitbundle.writing.shards import check_cuts, make_shards, shard_names
-from splitbundle_converter.checkpoint.source import TOKENIZER, Checkpoint, dtype_of
+from splitbundle_converter.carried_configuration import configuration_files
+from splitbundle_converter.checkpoint.file_names import TOKENIZER
+from splitbundle_converter.checkpoint.source import Checkpoint, dtype_of
 from splitbundle_converter.errors import refusal
 from splitbundle_converter.families import unused_fields
 from splitbundle_converter.families.composites import PARTS
@@ -43,6 +45,7 @@ from splitbundle_converter.reference.asked_fields import asked_fields
 from splitbundle_converter.reference.golden_vectors import reference_vectors
 from splitbundle_converter.reference.original_errors import explained
 from splitbundle_converter.text.text_files import text_files
+from splitbundle_converter.translation import constants
 from splitbundle_converter.translation.translate import Translation, translate
 
 
@@ -151,21 +154,22 @@ def _convert(
     check_cuts(cuts, len(architecture.layers))
     given_names = shard_names(cuts, None if names is None else tuple(names))
     translation = translate(checkpoint, family, architecture)
-    storage = _storage(checkpoint, translation, dtype)
+    storage, kept = _storage(checkpoint, translation, dtype)
     if graphs is not None:
         graphs.check(storage)
     stop_ids = checkpoint.stop_ids(opened.values)
     texts = {}
     if tokenizer:
         texts = text_files(checkpoint, family.model_type, architecture.vocab_size, notes, compare=check)
+    configuration, carried = configuration_files(opened, cast=not kept)
     with atomic_directory(target, force=force) as root:
         listed, units = _write_units(root, checkpoint, architecture, translation, storage, max_file_size, progress)
         listed[architectures.FILE] = write_file(root, architectures.FILE, architecture.to_bytes())
         vectors = None
         if check:
             vectors = _write_vectors(root, opened, dtype, listed, progress)
-        for name, data in texts.items():
-            listed[f"tokenizer/{name}"] = write_file(root, f"tokenizer/{name}", data)
+        for path, data in (carried | {f"tokenizer/{name}": data for name, data in texts.items()}).items():
+            listed[path] = write_file(root, path, data)
         weight_files = tuple(path for paths in units.values() for path in paths)
         write_documents(
             root,
@@ -182,6 +186,7 @@ def _convert(
                     architecture=identity(architecture.to_bytes()),
                     fingerprint=fingerprint(listed, weight_files),
                     dropout=rates(family.model_type, opened.values),
+                    source_configuration=configuration,
                 ),
                 storage=storage,
                 shards=make_shards(architecture, cuts, given_names, units, listed),
@@ -194,7 +199,9 @@ def _convert(
                 ),
                 vectors=vectors,
                 source_names=translation.source_names,
-                extensions=opened.extensions | unused_fields.extension(opened.not_used),
+                extensions=opened.extensions
+                | unused_fields.extension(opened.not_used)
+                | constants.extension(translation.constants),
             ),
             architecture,
         )
@@ -214,14 +221,14 @@ def _context_length(config: dict[str, Any]) -> int | None:
     return length if type(length) is int and length > 0 else None
 
 
-def _storage(source: Checkpoint, translation: Translation, dtype: str) -> Storage:
-    if dtype != "keep":
-        return Storage(encoding="plain", dtype=dtype)
+def _storage(source: Checkpoint, translation: Translation, dtype: str) -> tuple[Storage, bool]:
+    """Return how the weights will be stored, and whether each of them keeps its dtype."""
     kept = {name: dtype_of(source.tensors[origin.source]) or "" for name, origin in translation.origins.items()}
+    if dtype != "keep":
+        return Storage(encoding="plain", dtype=dtype), set(kept.values()) == {dtype}
     common = Counter(kept.values()).most_common(1)[0][0]
-    return Storage(
-        encoding="plain", dtype=common, exceptions={name: own for name, own in kept.items() if own != common}
-    )
+    exceptions = {name: own for name, own in kept.items() if own != common}
+    return Storage(encoding="plain", dtype=common, exceptions=exceptions), True
 
 
 def _write_units(

@@ -16,9 +16,10 @@ from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.storage.files import Progress
 from splitbundle.writing.atomic_directory import scratch_directory
 from splitbundle_converter.checkpoint.directory import CheckpointDirectory
+from splitbundle_converter.checkpoint.file_names import CONFIG
 from splitbundle_converter.checkpoint.hub import find_checkpoint
 from splitbundle_converter.checkpoint.pickles import BIN, read_model
-from splitbundle_converter.checkpoint.source import CONFIG, Checkpoint, Configuration, has_weights
+from splitbundle_converter.checkpoint.source import Checkpoint, Configuration, has_weights
 from splitbundle_converter.checkpoint.weight_files import SAFETENSORS
 from splitbundle_converter.errors import refusal, source_json
 from splitbundle_converter.families.composites import EXTENSION
@@ -26,6 +27,7 @@ from splitbundle_converter.families.configuration import an_object, read_configu
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.language_part.language_part import read_language_part
 from splitbundle_converter.language_part.original import load_original_part
+from splitbundle_converter.language_part.own_configuration import own_configuration
 from splitbundle_converter.reference.golden_vectors import load_original
 from splitbundle_converter.split_learning.parts import PartsCheckpoint, find_parts, read_parts
 
@@ -43,6 +45,8 @@ class OpenedCheckpoint:
     """The fields of the configuration that neither the family nor transformers uses."""
     load_original: Callable[[], tuple[Any, str]]
     """Loads the original model in float32. Returns it with the name of the module list that has its layers."""
+    part_configuration: dict[str, Any] | None = None
+    """The configuration of the language part for its own class, if only this part is converted."""
     extensions: dict[str, Any] = field(default_factory=dict)
     """The entries for the manifest's ``extensions``."""
 
@@ -120,6 +124,7 @@ def _judge(checkpoint: Checkpoint, part: str | None) -> OpenedCheckpoint:
             values=language.values,
             not_used=language.not_used,
             load_original=partial(load_original_part, language),
+            part_configuration=own_configuration(language),
             extensions={EXTENSION: language.extension()},
         )
     if isinstance(checkpoint, PartsCheckpoint):  # joining the parts has already checked their configuration

@@ -128,7 +128,7 @@ def test_directories_deeper_than_paths_are_long(tmp_path: Path, capsys: pytest.C
 def test_verify(bundle: Path, tmp_path: Path) -> None:
     done = call("verify", "--run", bundle)
     assert done.returncode == 0
-    assert "14 files" in done.stdout
+    assert "15 files" in done.stdout
     assert "logits" in done.stdout
     document = json.loads(call("verify", "--run", "--shard", "trunk", "--json", bundle).stdout)
     assert [place["where"] for place in document["differences"]] == ["hidden.4"]

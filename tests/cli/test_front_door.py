@@ -267,7 +267,7 @@ def hints() -> list[str]:
     found = []
     for root in (ROOT / "runtime", ROOT / "converter"):
         for path in root.rglob("*.py"):
-            if path.parent.name == "cli" or path.name in ("commands.py", "__main__.py"):
+            if path.parent.name == "cli" or path.name.endswith(("commands.py", "_command.py", "__main__.py")):
                 continue
             tree = ast.parse(path.read_text("utf-8"))
             documents = {

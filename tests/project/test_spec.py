@@ -169,13 +169,14 @@ def tables() -> dict[tuple[str, str, str], list[str]]:
     return found
 
 
-MAY_BE_ABSENT = {"/model": {"parent", "dropout"}, "/vectors": {"origin"}}
+MAY_BE_ABSENT = {"/model": {"parent", "dropout", "source_configuration"}, "/vectors": {"origin"}}
 """A pointer -> the fields of its table that may be absent: "or absent" is the end of their type."""
 
 
 WHERE = {
     ("bundle.md", "manifest.json", ""): "",
     ("bundle.md", "model", ""): "/model",
+    ("bundle.md", "model.source_configuration", ""): "/model/source_configuration",
     ("bundle.md", "storage", ""): "/storage",
     ("bundle.md", "shards[i]", ""): "/shards/0",
     ("bundle.md", "shards[i].graph", ""): "/shards/0/graph",
@@ -217,7 +218,8 @@ def example(table: tuple[str, str, str]) -> tuple[str, Any]:
     """Return a document that has the object of a table: a base, or an accepted vector."""
     file, path, kind = table
     if file == "bundle.md":
-        vector = json.loads((TESTS / "conformance" / "accept" / "manifest-graph.json").read_text("utf-8"))
+        name = "source-configuration-part" if path == "model.source_configuration" else "graph"
+        vector = json.loads((TESTS / "conformance" / "accept" / f"manifest-{name}.json").read_text("utf-8"))
         value = json.loads((BASES / "gpt2.manifest.json").read_text("utf-8"))
         for operation in vector["patch"]:
             put(value, operation["path"], operation["value"])

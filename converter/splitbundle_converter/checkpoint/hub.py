@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from splitbundle_converter.checkpoint.directory import CheckpointDirectory, local_name
-from splitbundle_converter.checkpoint.source import CARD, CONFIG, TEMPLATES, TEXT_FILES, has_weights, pickled
+from splitbundle_converter.checkpoint.file_names import CARD, CONFIG, GENERATION, TEMPLATES, TEXT_FILES
+from splitbundle_converter.checkpoint.source import has_weights, pickled
 from splitbundle_converter.checkpoint.weight_files import SAFETENSORS
 from splitbundle_converter.errors import line, refusal
 
@@ -44,7 +45,7 @@ def find_checkpoint(
     # An id has the form of a relative path. In a directory that exists, a path is meant.
     if not _HUB_ID.fullmatch(identifier) or ("/" in identifier and path.parent.is_dir()):
         raise refusal("source.missing", identifier, "a checkpoint directory or a hub id", "neither")
-    texts = [*TEXT_FILES, f"{TEMPLATES}/*.jinja"]
+    texts = [*TEXT_FILES, GENERATION, f"{TEMPLATES}/*.jinja"]
     directory = _fetch(identifier, revision, [CONFIG, "*.safetensors", SAFETENSORS.index, CARD, *texts])
     # The hub's cache names a snapshot by its commit.
     commit = directory.name if re.fullmatch(r"[0-9a-f]{40}", directory.name) else revision

@@ -17,6 +17,15 @@ from splitbundle.format import strict_json
 from splitbundle.format.dtypes import SAFETENSORS_CODES, WEIGHTS
 from splitbundle.storage.files import MAX_TEXT_BYTES
 from splitbundle_converter.checkpoint.directory import CheckpointDirectory
+from splitbundle_converter.checkpoint.file_names import (
+    ADAPTER,
+    CARD,
+    CONFIG,
+    GENERATION,
+    TEMPLATE,
+    TEMPLATES,
+    TEXT_FILES,
+)
 from splitbundle_converter.checkpoint.weight_files import (
     SAFETENSORS,
     Naming,
@@ -27,25 +36,6 @@ from splitbundle_converter.checkpoint.weight_files import (
 )
 from splitbundle_converter.errors import line, refusal, source_json
 
-CONFIG: Final = "config.json"
-TOKENIZER: Final = "tokenizer.json"
-GENERATION: Final = "generation_config.json"
-CARD: Final = "README.md"
-ADAPTER: Final = "adapter_config.json"
-TEXT_FILES: Final = (
-    TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    GENERATION,
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
-TEMPLATES: Final = "additional_chat_templates"
-"""The directory of a checkpoint's other chat templates."""
-_TEMPLATE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\.jinja")
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MISTRAL: Final = (
     "consolidated*.safetensors is the layout of Mistral's own programs, with params.json. Convert the same model in "
@@ -117,7 +107,7 @@ class Checkpoint:
     def text_files(self) -> tuple[str, ...]:
         """Return the names of the tokenizer files that exist, readable or not. Reading an unreadable one must fail."""
         more = sorted(path.name for path in (self.directory.path / TEMPLATES).glob("*.jinja"))
-        templates = [f"{TEMPLATES}/{name}" for name in more if _TEMPLATE.fullmatch(name)]
+        templates = [f"{TEMPLATES}/{name}" for name in more if TEMPLATE.fullmatch(name)]
         return (*(name for name in TEXT_FILES if self.directory.has(name)), *templates)
 
     def stop_ids(self, config: dict[str, Any]) -> tuple[int, ...]:

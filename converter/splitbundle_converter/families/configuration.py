@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,6 +12,7 @@ from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.format.architecture.sizes import MAX_LAYERS
 from splitbundle_converter.checkpoint import quantized
 from splitbundle_converter.checkpoint.source import Configuration
+from splitbundle_converter.code_fields import IMPLEMENTATION, without_fields
 from splitbundle_converter.errors import AGAIN, line, refusal
 from splitbundle_converter.families.composites import COMPOSITES, TEXT, family_hint, text_type
 from splitbundle_converter.families.config_reader import ConfigReader
@@ -33,9 +33,6 @@ _COUNTS: Final = {
 }
 """A field for which transformers builds a list -> the minimum and maximum length that is accepted."""
 UNREADABLE: Final = "Compare the file with the published one; transformers itself can't load this checkpoint"
-_IMPLEMENTATION: Final = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
-"""Fields that select the code of attention or experts. For some values, transformers fetches code from the hub and
-runs it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,24 +269,13 @@ def parse(raw: dict[str, Any]) -> tuple[Any, Exception | None]:
 
     try:
         with quiet():
-            return CONFIG_MAPPING[raw["model_type"]].from_dict(_without_implementations(raw)), None
+            return CONFIG_MAPPING[raw["model_type"]].from_dict(without_fields(raw, IMPLEMENTATION)), None
     except (ValueError, TypeError, LookupError, ArithmeticError, OSError, AttributeError) as error:
         return None, error
     except Exception as error:  # huggingface_hub's validation errors derive from Exception alone
         if not type(error).__module__.startswith("huggingface_hub"):
             raise
         return None, error
-
-
-def _without_implementations(value: Any) -> Any:
-    """Return a copy without the fields that select code. transformers may change the copy."""
-    if isinstance(value, dict):
-        return {
-            name: _without_implementations(inner)
-            for name, inner in value.items()
-            if not _IMPLEMENTATION.fullmatch(name)
-        }
-    return [_without_implementations(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _field_refusal(code: str, found: Configuration, field: str, expected: str, hint: str | None = None) -> BundleError:

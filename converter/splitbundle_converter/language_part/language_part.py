@@ -59,6 +59,8 @@ class LanguagePart:
     """The row of the part's model type, with the tensor names of the checkpoint."""
     own_names: dict[str, str]
     """A tensor's name in the checkpoint -> its name in the language model's own class."""
+    own_table: dict[str, str]
+    """The same for the names in the family's table, which may have ``{layer}`` and ``{row}``."""
     architecture: Architecture
     values: dict[str, Any]
     """The fields of the part's configuration."""
@@ -79,6 +81,7 @@ class LanguagePart:
                 for item in self.left_out
             ],
             "not_applied": self.not_applied,
+            "own_names": self.own_table,
         }
 
 
@@ -127,7 +130,7 @@ def read_language_part(source: Checkpoint) -> LanguagePart:
     # The runtime's parser must accept the architecture. The same rules apply here, before any byte is written.
     architecture = parse_architecture(architecture.to_bytes())
     outer = base.removesuffix(family.prefix) if base.endswith(f".{family.prefix}") else ""
-    renamed, own_names = _renamed(family, architecture, base, outer, head)
+    renamed, own_names, own_table = _renamed(family, architecture, base, outer, head)
     part = copy.copy(source)
     inside = {name for name in source.tensors if name.startswith(outer or base) or name == head}
     part.tensors = {name: tensor for name, tensor in source.tensors.items() if name in inside}
@@ -136,6 +139,7 @@ def read_language_part(source: Checkpoint) -> LanguagePart:
         source=part,
         family=renamed,
         own_names=own_names,
+        own_table=own_table,
         architecture=architecture,
         values=values | {"tie_word_embeddings": architecture.head.tied},
         not_used=unusual(top.not_used, found)
@@ -275,8 +279,10 @@ def _nowhere(source: Checkpoint, wanted: list[str], probe: str, candidates: list
 
 def _renamed(
     family: Family, architecture: Architecture, base: str, outer: str, head: str | None
-) -> tuple[Family, dict[str, str]]:
-    """Return the row with the names of the checkpoint, and a map from these names to the names of the row.
+) -> tuple[Family, dict[str, str], dict[str, str]]:
+    """Return the row with the names of the checkpoint, and two maps from these names to the names of the row.
+
+    The first map has the name of each tensor, and the second one the names of the table.
 
     ``outer`` is the prefix of the module that contains a complete language model, or empty. Within this module, the
     base model has the family's prefix.
@@ -287,7 +293,8 @@ def _renamed(
             return base + name.removeprefix(family.prefix)
         return head if head is not None and tensors == (PROJECTION,) else outer + name
 
-    table = tuple(replace(row, source=stored(row.source, row.tensors)) for row in family.names(architecture))
+    rows = family.names(architecture)
+    table = tuple(replace(row, source=stored(row.source, row.tensors)) for row in rows)
     shapes = architecture.tensors()
     own = {
         stored(name, entry.tensors): name
@@ -301,7 +308,14 @@ def _renamed(
         dropped=tuple(stored(name) for name in family.dropped),
         constants={stored(name): value for name, value in family.constants.items()},
     )
-    return renamed, own
+    layers = len(architecture.layers)
+
+    def is_used(row: SourceName) -> bool:
+        implied = any(all(name in shapes for name in entry.tensors) for entry in expand(row, layers))
+        return implied or row.tensors == (PROJECTION,)  # a source may keep the projection of a tied head
+
+    names = {new.source: row.source for new, row in zip(table, rows, strict=True) if is_used(row)}
+    return renamed, own, names | {stored(name): name for name in family.constants}
 
 
 def _equal(source: Checkpoint, family: Family, architecture: Architecture, base: str, head: str) -> bool:

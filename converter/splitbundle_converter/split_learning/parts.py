@@ -22,8 +22,9 @@ from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.fields import MAX_PROBLEMS, Field, Problems
 from splitbundle.storage.files import Progress
 from splitbundle_converter.checkpoint.directory import CheckpointDirectory
+from splitbundle_converter.checkpoint.file_names import CONFIG
 from splitbundle_converter.checkpoint.pickles import SUFFIXES, PickledCheckpoint, rewrite
-from splitbundle_converter.checkpoint.source import CONFIG, Configuration
+from splitbundle_converter.checkpoint.source import Configuration
 from splitbundle_converter.checkpoint.weight_files import SourceTensor, check_unwrapped, read_headers
 from splitbundle_converter.errors import problem, refusal, source_json
 from splitbundle_converter.families.configuration import JudgedConfiguration, read_configuration

@@ -19,7 +19,7 @@ from splitbundle.records import replace
 from splitbundle_converter.errors import refusal
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.split_learning.part import Part
-from splitbundle_converter.translation.translate import join
+from splitbundle_converter.translation.restore import join
 
 LAYER: Final = "{layer}"
 

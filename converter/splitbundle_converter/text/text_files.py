@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from splitbundle.errors import BundleError, quoted
 from splitbundle.text.huggingface import library
 from splitbundle.verification import tokenizer_rules
-from splitbundle_converter.checkpoint.source import TOKENIZER, Checkpoint
+from splitbundle_converter.checkpoint.file_names import TOKENIZER
+from splitbundle_converter.checkpoint.source import Checkpoint
 from splitbundle_converter.options import Note
 from splitbundle_converter.text import slow_tokenizer
 

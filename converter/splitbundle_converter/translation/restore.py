@@ -2,17 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
 
 import torch
+from torch import Tensor
 
-from splitbundle.backends.torch.weights import map_tensors
+from splitbundle.backends.torch.weights import DTYPES, map_tensors
 from splitbundle.bundle import Bundle
-from splitbundle.format.manifest.document import expand
-from splitbundle_converter.translation.translate import join
+from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.dtypes import ITEM_SIZES
+from splitbundle.format.manifest.document import ROW, Manifest, SourceName, expand, row_sources
+from splitbundle_converter.translation.constants import read_constants
 
 
-def source_tensors(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoredTensor:
+    """A tensor of the source, as the manifest's table describes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    entry: SourceName | None = None
+    """The entry of the table, with ``{layer}`` replaced. A constant has none."""
+    row: int | None = None
+    """The number of the row, if each row is a tensor of its own."""
+    value: float | None = None
+    """The value of a constant."""
+
+    @property
+    def size(self) -> int:
+        """Return the number of bytes."""
+        return ITEM_SIZES[self.dtype] * prod(self.shape)
+
+    def restore(self, tensors: Callable[[str], Tensor]) -> Tensor:
+        """Return the tensor, contiguous, from the logical tensors by name. It is exact to the bit."""
+        if self.entry is None:
+            return torch.full(self.shape, self.value or 0.0, dtype=DTYPES[self.dtype])
+        if self.row is not None:
+            return tensors(self.entry.tensors[0])[self.row].contiguous()
+        return join(self.entry, tensors)[self.name]
+
+
+def join(entry: SourceName, tensors: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Return the source tensors by name: the inverse of ``Origin.extract``, exact to the bit."""
+    rows = torch.cat([grouped(tensors(name), entry.groups) for name in entry.tensors], dim=1).flatten(0, 1)
+    if ROW in entry.source:
+        return dict(zip(row_sources(entry.source, len(rows)), rows, strict=True))
+    return {entry.source: rows.T.contiguous() if entry.transposed else rows}
+
+
+def grouped(rows: Tensor, groups: int) -> Tensor:
+    """Split the rows into groups. *Shape:* (rows, …) -> (groups, rows / groups, …)."""
+    return rows.reshape(groups, rows.shape[0] // groups, *rows.shape[1:])
+
+
+def restored_tensors(manifest: Manifest, architecture: Architecture) -> list[RestoredTensor]:
+    """Return every tensor of the source, in the order of the units of a bundle: embedding, layers, head, constants.
+
+    Raises:
+        BundleError: ``field.value`` if the manifest's constants can't be read.
+    """
+    shapes = architecture.tensors()
+    order = {name: i for i, name in enumerate(shapes)}
+    entries = [entry for template in manifest.source_names for entry in expand(template, len(architecture.layers))]
+    entries.sort(key=lambda entry: order[entry.tensors[0]])
+    carried = manifest.model.source_configuration
+    cast = manifest.storage.dtype if carried is not None and carried.cast else None
+    return [
+        *(tensor for entry in entries for tensor in _of_entry(manifest, entry, shapes)),
+        *(
+            RestoredTensor(name=own.name, dtype=cast or own.dtype, shape=own.shape, value=own.value)
+            for own in read_constants(manifest)
+        ),
+    ]
+
+
+def _of_entry(manifest: Manifest, entry: SourceName, shapes: dict[str, tuple[int, ...]]) -> Iterator[RestoredTensor]:
+    dtype = manifest.storage.dtype_of(entry.tensors[0])  # one dtype for all of them (SB-M-086)
+    first = shapes[entry.tensors[0]]
+    if ROW in entry.source:
+        for i, name in enumerate(row_sources(entry.source, first[0])):
+            yield RestoredTensor(name=name, dtype=dtype, shape=first[1:], entry=entry, row=i)
+        return
+    shape = (sum(shapes[name][0] for name in entry.tensors), *first[1:])
+    shape = shape[::-1] if entry.transposed else shape
+    yield RestoredTensor(name=entry.source, dtype=dtype, shape=shape, entry=entry)
+
+
+def logical_tensors(bundle: Bundle) -> Callable[[str], Tensor]:
+    """Return a function that gives a logical tensor by its name. The tensors are mapped, and the files stay open."""
+    units = {name: unit for unit, tensors in bundle.architecture.unit_tensors().items() for name in tensors}
+    mapped: dict[str, dict[str, Tensor]] = {}  # mapped tensors are not read, so keeping them costs no memory
+
+    def tensor(name: str) -> Tensor:
+        unit = units[name]
+        if unit not in mapped:
+            mapped[unit] = map_tensors(bundle, unit)
+        return mapped[unit][name]
+
+    return tensor
+
+
+def source_tensors(bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of the source checkpoint with its original name and layout, one at a time.
 
     The tensors have the stored dtype. They are exact to the bit, except for the rounding of ``--dtype``.
@@ -20,15 +113,6 @@ def source_tensors(bundle: Bundle) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         BundleError: A unit is absent, or differs from the manifest.
     """
-    units = {name: unit for unit, tensors in bundle.architecture.unit_tensors().items() for name in tensors}
-    mapped: dict[str, dict[str, torch.Tensor]] = {}  # mapped tensors are not read, so keeping them costs no memory
-
-    def tensor(name: str) -> torch.Tensor:
-        unit = units[name]
-        if unit not in mapped:
-            mapped[unit] = map_tensors(bundle, unit)
-        return mapped[unit][name]
-
-    for template in bundle.manifest.source_names:
-        for entry in expand(template, len(bundle.architecture.layers)):
-            yield from join(entry, tensor).items()
+    tensors = logical_tensors(bundle)
+    for tensor in restored_tensors(bundle.manifest, bundle.architecture):
+        yield tensor.name, tensor.restore(tensors)

@@ -1,8 +1,8 @@
-"""Translate source tensors into logical tensors and back: match names, split and join layouts."""
+"""Translate source tensors into logical tensors: match names and split layouts. ``restore`` is the way back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,7 +18,9 @@ from splitbundle_converter.checkpoint.source import Checkpoint, Reader, dtype_of
 from splitbundle_converter.checkpoint.weight_files import SourceTensor, check_unwrapped
 from splitbundle_converter.errors import problem
 from splitbundle_converter.families.row import Family
+from splitbundle_converter.translation.constants import Constant
 from splitbundle_converter.translation.heads import wrong_head
+from splitbundle_converter.translation.restore import grouped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,21 +40,8 @@ class Origin:
         if self.rows:
             return torch.stack([reader.get(name) for name in self.rows])
         whole = reader.get(self.source)
-        rows = _grouped(whole.T if self.transposed else whole, self.groups)
+        rows = grouped(whole.T if self.transposed else whole, self.groups)
         return rows[:, self.start : self.stop].flatten(0, 1).contiguous()
-
-
-def join(entry: SourceName, tensors: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Return the source tensors by name: the inverse of ``Origin.extract``, exact to the bit."""
-    rows = torch.cat([_grouped(tensors(name), entry.groups) for name in entry.tensors], dim=1).flatten(0, 1)
-    if ROW in entry.source:
-        return dict(zip(row_sources(entry.source, len(rows)), rows, strict=True))
-    return {entry.source: rows.T.contiguous() if entry.transposed else rows}
-
-
-def _grouped(rows: Tensor, groups: int) -> Tensor:
-    """Split the rows into groups. *Shape:* (rows, …) -> (groups, rows / groups, …)."""
-    return rows.reshape(groups, rows.shape[0] // groups, *rows.shape[1:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +51,8 @@ class Translation:
     origins: dict[str, Origin]
     source_names: tuple[SourceName, ...]
     """The entries of the table. An entry has ``{layer}`` in its names if it is valid for all layers."""
+    constants: tuple[Constant, ...] = ()
+    """The source tensors that the bundle doesn't store, because the decoder has their value."""
 
 
 def translate(source: Checkpoint, family: Family, architecture: Architecture) -> Translation:
@@ -102,12 +93,13 @@ def translate(source: Checkpoint, family: Family, architecture: Architecture) ->
         for pattern in family.dropped
         for i in range(layers)
     }
-    problems += _check_constants(source, family, prefix, layers, dropped)
+    constants = _check_constants(source, family, prefix, layers, problems)
+    dropped.update(constants)
     for name in sorted(source.tensors.keys() - claimed - dropped):
         problems.append(_extra(source, name, layers))
     if problems:
         raise BundleError(problems[:MAX_PROBLEMS])  # a wrong number of layers gives very many problems
-    return Translation(origins=origins, source_names=tuple(kept))
+    return Translation(origins=origins, source_names=tuple(kept), constants=tuple(constants.values()))
 
 
 def _stored_as_head(
@@ -120,22 +112,30 @@ def _stored_as_head(
     return replace(row, source=head) if head in source.tensors else row
 
 
-def _check_constants(source: Checkpoint, family: Family, prefix: bool, layers: int, dropped: set[str]) -> list[Problem]:
-    """Add the constants to ``dropped``, and return a problem for each that differs from the decoder's value."""
-    problems: list[Problem] = []
+def _check_constants(
+    source: Checkpoint, family: Family, prefix: bool, layers: int, problems: list[Problem]
+) -> dict[str, Constant]:
+    """Return the constants of the source by name. Add a problem for each that differs from the decoder's value."""
+    constants: dict[str, Constant] = {}
     with source.reader() as reader:
         for pattern, value in family.constants.items():
             for i in range(layers):
                 name = _stored_name(pattern, family, prefix).replace("{layer}", str(i))
                 if name not in source.tensors:
                     continue
-                dropped.add(name)
-                stored = reader.get(name).float().flatten()
+                whole = reader.get(name)
+                stored = whole.float().flatten()
                 wrong = stored[~torch.isin(stored, _roundings(value))]
-                if len(wrong):
-                    got = f"{wrong[0].item():g}"
+                constants[name] = Constant(
+                    name=name,
+                    value=stored[0].item() if len(stored) else value,
+                    dtype=str(whole.dtype).removeprefix("torch."),
+                    shape=tuple(whole.shape),
+                )
+                if len(wrong) or bool((stored != stored[:1]).any()):
+                    got = f"{(wrong if len(wrong) else stored)[-1].item():g}"
                     problems.append(_off(source.tensors[name], f"{value:g}, which the decoder uses", got, _FIXED))
-    return problems
+    return constants
 
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)

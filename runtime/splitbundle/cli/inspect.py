@@ -9,7 +9,7 @@ from splitbundle.bundle import Bundle
 from splitbundle.cli.console import Command, Console
 from splitbundle.format.manifest.document import BOUNDARY_TENSORS
 from splitbundle.opening import open_bundle
-from splitbundle.records import as_dict, members
+from splitbundle.records import as_dict
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +91,7 @@ def describe(bundle: Bundle) -> dict[str, object]:
         "fingerprint": bundle.fingerprint,
         "parent": bundle.manifest.model.parent,
         "architecture_id": bundle.architecture_id,
-        "model": members(model),
+        "model": as_dict(model),
         "architecture": bundle.architecture.as_json(),
         "storage": {"dtype": manifest.storage.dtype, "exceptions": manifest.storage.exceptions},
         "shards": [as_dict(shard) for shard in manifest.shards],

@@ -14,6 +14,8 @@ COMMANDS: Final = {
     "splitbundle_converter.add_onnx": "splitbundle add-onnx",
     "splitbundle_converter.resplit": "splitbundle resplit",
     "help(splitbundle_converter.convert)": "splitbundle convert --help",
+    "help(splitbundle_converter.export)": "splitbundle export --help",
+    "config=": "--config",
     "allow_pickle=True": "--allow-pickle",
     "check=False": "--no-check",
     "force=True": "--force",
@@ -40,10 +42,14 @@ def in_command(problem: Problem) -> Problem:
     hint = problem.hint
     if hint is None or hint.startswith("Any other part: stage("):  # no command computes any part
         return replace(problem, hint=None)
+    return replace(problem, hint=in_words(hint))
+
+
+def in_words(text: str) -> str:
+    """Return a hint or a note with the words of the command in place of Python's."""
     for python, command in COMMANDS.items():
-        hint = hint.replace(python, command)
-    hint = _SHARD.sub(r"--shard \1", hint)
-    return replace(problem, hint=hint)
+        text = text.replace(python, command)
+    return _SHARD.sub(r"--shard \1", text)
 
 
 def as_usage(error: BundleError, parser: argparse.ArgumentParser) -> BundleError:

@@ -73,6 +73,21 @@ def verify(bundle: BundleReader, shard: str | None, *, exact: bool, progress: Pr
     return Verification(files=tuple(listed), bytes=total, unlisted=tuple(unlisted))
 
 
+def check_digests(bundle: BundleReader, paths: Sequence[str], progress: Progress | None) -> None:
+    """Check the size and the digest of some listed files.
+
+    Raises:
+        BundleError: ``file.*``, every problem of every file.
+    """
+    listed = list(paths)
+    count = _counter("verifying", sum(bundle.manifest.files[path].size for path in listed), progress)
+    problems = [
+        each for found in _each(listed, bundle, lambda path: _check_digest(bundle, path, count)) for each in found
+    ]
+    if problems:
+        raise BundleError(problems)
+
+
 def _explain_partial(bundle: BundleReader, problems: list[Problem]) -> list[Problem]:
     """Return the problems, the first missing file with the shards that are whole, as such a bundle may be meant so."""
     first = next((i for i, problem in enumerate(problems) if problem.code == "file.missing"), None)

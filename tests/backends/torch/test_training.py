@@ -47,7 +47,7 @@ def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
 def source_gradients(whole: Bundle, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename gradients from canonical names to the source's names and layouts, by the manifest's own table."""
     from splitbundle.format.manifest.document import expand
-    from splitbundle_converter.translation.translate import join
+    from splitbundle_converter.translation.restore import join
 
     return {
         name: gradient

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import splitbundle_converter
 from splitbundle.format.manifest.document import SourceName
-from splitbundle_converter.translation.translate import join
+from splitbundle_converter.translation.restore import join
 from tests.support.checkpoints import (
     MISSING,
     QUERY,

@@ -242,6 +242,8 @@ def _manifest(bundle: BundleReader, listed: dict[str, File], storage: Storage, *
     model = old.model
     if changed:
         model = replace(model, fingerprint=fingerprint(listed, weights), parent=model.fingerprint)
+    if storage != old.storage and model.source_configuration is not None:
+        model = replace(model, source_configuration=replace(model.source_configuration, cast=True))
     shards = tuple(
         replace(
             shard,

@@ -43,7 +43,7 @@ def write_weights(path: Path, tensors: dict[str, Stored], produce: Produce) -> C
     with path.open("wb") as file:
         file.seek(space)
         for name, (stored, _) in layout.items():
-            for piece in _bytes(produce(name), stored, name):
+            for piece in tensor_bytes(produce(name), stored, name):
                 digest.update(piece)
                 file.write(piece)
         header = weight_layout.header(layout, digest.hexdigest())
@@ -58,7 +58,12 @@ def _second_pass(path: Path, size: int, header_sha256: str) -> File:
         return File(size=size, sha256=files.sha256(file), header_sha256=header_sha256)
 
 
-def _bytes(tensor: Tensor, stored: Stored, name: str) -> Iterator[memoryview]:
+def tensor_bytes(tensor: Tensor, stored: Stored, name: str) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor in pieces, in the order of its numbers. It needs no numpy.
+
+    Raises:
+        ValueError: It has another dtype or shape.
+    """
     if tuple(tensor.shape) != stored.shape or str(tensor.dtype) != f"torch.{stored.dtype}":
         raise ValueError(f"{name}: expected {stored}, got {tensor.dtype} {list(tensor.shape)}")
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)

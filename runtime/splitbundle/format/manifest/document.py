@@ -25,10 +25,31 @@ ROW: Final = "{row}"
 """The placeholder for the number of a row in the name of a source tensor, if each row is a tensor."""
 DROPOUT: Final = ("embedding", "attention", "attention_output", "mlp_output")
 """The places of dropout. No dropout is applied but in training."""
-MAY_BE_ABSENT: Final = ("parent", "dropout")
+MAY_BE_ABSENT: Final = ("parent", "dropout", "source_configuration")
 """The fields of ``model`` that a document may lack."""
+SOURCE: Final = "source/"
+"""The directory of the source's configuration files."""
 MAX_CASES: Final = 64
 """The largest number of cases of golden vectors. Each case has a tensor for each layer. A reader names them all."""
+
+
+@record(frozen=True, slots=True, kw_only=True)
+class SourceConfiguration:
+    """The configuration files of the source, as a bundle carries them. No reader computes with them."""
+
+    file: str
+    """The path of the source's ``config.json``."""
+    part: str | None
+    """The path of the configuration of the converted part alone, for the part's own class."""
+    generation: str | None
+    """The path of the source's ``generation_config.json``."""
+    cast: bool
+    """Whether the weights are stored in another dtype than in the source."""
+
+    def paths(self) -> dict[str, str]:
+        """Return the path of each file that there is, by the name of its field."""
+        named = {"file": self.file, "part": self.part, "generation": self.generation}
+        return {name: path for name, path in named.items() if path is not None}
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -49,6 +70,7 @@ class Model:
     """The fingerprint of the bundle of which this one is a changed copy."""
     dropout: dict[str, float] | None = None
     """The rates of dropout with which the source's configuration trains, by the names of ``DROPOUT``, if known."""
+    source_configuration: SourceConfiguration | None = None
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -166,7 +188,7 @@ class Manifest:
             "producer": self.producer,
             "model": {
                 key: value
-                for key, value in members(self.model).items()
+                for key, value in as_dict(self.model).items()
                 if value is not None or key not in MAY_BE_ABSENT
             },
             "storage": members(self.storage),

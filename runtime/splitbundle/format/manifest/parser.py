@@ -22,6 +22,7 @@ from splitbundle.format.manifest.document import (
     Manifest,
     Model,
     Shard,
+    SourceConfiguration,
     SourceName,
     Storage,
     Text,
@@ -133,6 +134,20 @@ def _model(field: Field) -> Model:
             else None
         ),
         dropout=_dropout(members["dropout"]) if "dropout" in members else None,
+        source_configuration=(
+            _source_configuration(members["source_configuration"]) if "source_configuration" in members else None
+        ),
+    )
+
+
+def _source_configuration(field: Field) -> SourceConfiguration:
+    members = field.members(list(types(SourceConfiguration)))
+    optional = {key: None if members[key].is_null else members[key].string() for key in ("part", "generation")}
+    return SourceConfiguration(
+        file=members["file"].string(),
+        part=optional["part"],
+        generation=optional["generation"],
+        cast=members["cast"].boolean(),
     )
 
 

@@ -13,11 +13,13 @@ from splitbundle.format.architecture.sizes import count
 from splitbundle.format.dtypes import ITEM_SIZES
 from splitbundle.format.fields import Problems, escape
 from splitbundle.format.graph import OPSET, VARIANTS, Graph, ports
-from splitbundle.format.manifest.document import EMBEDDING, FILE, ROW, Manifest, Shard, expand, fingerprint
+from splitbundle.format.manifest.document import EMBEDDING, FILE, ROW, SOURCE, Manifest, Shard, expand, fingerprint
 
 MAX_BESIDE_DATA: Final = 2**25
 """The largest number of bytes of a weight file besides its data. Its reader limits the header to half of them."""
 MAX_OTHER_FILE: Final = 2**28
+MAX_CONFIGURATION: Final = 2**24
+"""The largest size of a configuration file of the source, in bytes."""
 _ROW_NAME = re.compile(r"([^{}]+\.)?\{row\}(\.[^{}]+)?")
 
 
@@ -42,6 +44,14 @@ def check_files(manifest: Manifest, problems: Problems) -> None:
             listed.add(path)
     if manifest.text.tokenizer is not None and manifest.text.tokenizer not in manifest.files:
         problems.add("manifest.files", "/text/tokenizer", "a path of /files", quoted(manifest.text.tokenizer))
+    configuration = manifest.model.source_configuration
+    for name, path in {} if configuration is None else configuration.paths().items():
+        pointer = f"/model/source_configuration/{name}"
+        if path not in manifest.files or not path.startswith(SOURCE):
+            problems.add("manifest.files", pointer, f"a path of /files in {SOURCE}", quoted(path))
+        elif manifest.files[path].size > MAX_CONFIGURATION:
+            got = f"{manifest.files[path].size}"
+            problems.add("manifest.files", f"/files/{escape(path)}/size", f"at most {MAX_CONFIGURATION} bytes", got)
     vectors = manifest.vectors
     if vectors is not None and (
         vectors.file not in manifest.files or vectors.file in listed or not vectors.file.endswith(".safetensors")

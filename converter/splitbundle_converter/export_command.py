@@ -1,0 +1,65 @@
+"""The command ``export``: write a bundle as a checkpoint that other libraries load."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Final
+
+import splitbundle_converter
+from splitbundle.cli.arguments import positive
+from splitbundle.cli.console import Command, Console
+from splitbundle.cli.words import in_words
+from splitbundle_converter.commands import libraries
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a .splitbundle directory with all weights")
+    parser.add_argument("--to", choices=("hf",), default="hf", help="the form: hf, the default, is Hugging Face's")
+    parser.add_argument("--output", "-o", metavar="DIRECTORY", required=True, help="the new checkpoint")
+    parser.add_argument("--adapter", metavar="DIRECTORY", help="merge this LoRA into the weights first")
+    parser.add_argument("--config", metavar="FILE", help="write this config.json in place of the one in the bundle")
+    parser.add_argument(
+        "--max-shard-size",
+        type=positive,
+        default=5 * 10**9,
+        metavar="BYTES",
+        help="write larger weights as several files with an index; by default 5,000,000,000",
+    )
+    parser.add_argument(
+        "--no-check", dest="check", action="store_false", help="do not verify the weight files of the bundle"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint that was exported before")
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    noted: list[str] = []
+
+    def note(text: str) -> None:
+        noted.append(in_words(text))
+        console.note(f"note: {noted[-1]}")
+
+    with libraries("torch", "export weights"):
+        path = splitbundle_converter.export(
+            args.bundle,
+            args.output,
+            to=args.to,
+            adapter=args.adapter,
+            config=args.config,
+            max_shard_size=args.max_shard_size,
+            check=args.check,
+            force=args.force,
+            notes=note,
+            progress=console.progress,
+        )
+    console.end_progress()
+    sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    console.text(f"{args.output}: {len(sizes)} files, {sum(sizes.values()):,} bytes")
+    for name in sorted(sizes):
+        console.text(f"  {name}")
+    console.json({"ok": True, "path": str(args.output), "files": dict(sorted(sizes.items())), "notes": noted})
+    return 0
+
+
+EXPORT: Final = Command(
+    name="export", help="write a bundle as a Hugging Face checkpoint", configure=_add_arguments, run=_run
+)
