@@ -11,7 +11,7 @@ from typing import Any, Final
 import splitbundle_converter
 from splitbundle.backends import registry
 from splitbundle.bundle import Bundle
-from splitbundle.cli.arguments import add_threads_argument, integers, positive
+from splitbundle.cli.arguments import add_threads_argument, integers, positive, size
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import MissingExtra
 from splitbundle_converter.checkpoint.directory import local_name
@@ -23,8 +23,18 @@ LIBRARIES: Final = ("torch", "transformers", "safetensors", "jsonschema", "huggi
 
 
 def _shard_arguments(parser: argparse.ArgumentParser, uncut: str) -> None:
-    parser.add_argument(
+    cuts = parser.add_mutually_exclusive_group()
+    cuts.add_argument(
         "--split", type=integers, metavar="2,10", help=f"cut before these layers; by default there are no cuts{uncut}"
+    )
+    cuts.add_argument(
+        "--equal", type=positive, metavar="N", help="cut into N shards; the largest is as small as possible"
+    )
+    cuts.add_argument(
+        "--max-shard-size",
+        type=size,
+        metavar="SIZE",
+        help="cut into the fewest shards of at most this size, such as 2GB or 500MiB",
     )
     parser.add_argument(
         "--names",
@@ -62,9 +72,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-file-size",
-        type=positive,
-        metavar="BYTES",
-        help="split units that are larger into several files; a file with a single tensor may still be larger",
+        type=size,
+        metavar="SIZE",
+        help="split units that are larger than this into several files; a file with one tensor may still be larger",
     )
     parser.add_argument(
         "--no-tokenizer",
@@ -97,6 +107,8 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             args.source,
             output,
             split=args.split,
+            equal=args.equal,
+            max_shard_size=args.max_shard_size,
             names=args.names,
             dtype=args.dtype,
             revision=args.revision,
@@ -140,6 +152,8 @@ def _resplit(args: argparse.Namespace, console: Console) -> int:
             args.bundle,
             output,
             split=args.split or (),
+            equal=args.equal,
+            max_shard_size=args.max_shard_size,
             names=args.names,
             check=args.check,
             force=args.force,
@@ -210,9 +224,9 @@ def _example_arguments(parser: argparse.ArgumentParser) -> None:
 def _example(args: argparse.Namespace, console: Console) -> int:
     output = args.output or args.name
     directory = copy_example(args.name, output)
-    size = sum(path.stat().st_size for path in directory.iterdir())
-    console.text(f"{output}: {args.name}, {size:,} bytes")
-    console.json({"ok": True, "path": str(output), "name": args.name, "bytes": size})
+    total = sum(path.stat().st_size for path in directory.iterdir())
+    console.text(f"{output}: {args.name}, {total:,} bytes")
+    console.json({"ok": True, "path": str(output), "name": args.name, "bytes": total})
     return 0
 
 

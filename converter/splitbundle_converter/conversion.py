@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitbundle.backends.torch.weight_files import unit_files, write_weights
+from splitbundle.backends.torch.weight_files import UnitFiles, unit_files, write_weights
 from splitbundle.backends.torch.weights import DTYPES as TORCH_DTYPES
 from splitbundle.backends.torch.weights import rounded
 from splitbundle.bundle import Bundle
@@ -22,7 +22,10 @@ from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.sizes import count
 from splitbundle.format.manifest.document import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
 from splitbundle.format.weight_layout import Tensor as Stored
+from splitbundle.format.weight_layout import file_size
 from splitbundle.opening import open_bundle, relocated
+from splitbundle.planning.costs import ModelCosts, model_costs
+from splitbundle.planning.cuts import check_only_one, cuts_for
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import VECTORS
 from splitbundle.version import __version__
@@ -54,6 +57,8 @@ def convert(
     output: str | os.PathLike[str],
     *,
     split: Sequence[int] | None = None,
+    equal: int | None = None,
+    max_shard_size: int | None = None,
     names: Sequence[str] | None = None,
     dtype: str = "keep",
     revision: str | None = None,
@@ -76,7 +81,9 @@ def convert(
         source: A checkpoint directory, or a hub id.
         output: The directory of the bundle. It appears complete or not at all.
         split: The cuts: rising layer numbers from 0 to the number of layers. By default there are none; a source that
-            consists of parts keeps its own cuts.
+            consists of parts keeps its own cuts. Give at most one of ``split``, ``equal`` and ``max_shard_size``.
+        equal: The number of shards. The cuts make the largest shard as small as possible.
+        max_shard_size: The largest size of a shard's files in bytes. There are as few shards as possible.
         names: The names of the shards; by default bottom, trunk, top (trunk-1 … when there are more).
         dtype: "float32", "float16", "bfloat16", or "keep" to keep the dtype of each tensor.
         revision: The branch, tag or commit of a hub id.
@@ -108,6 +115,7 @@ def convert(
     if max_file_size is not None and (type(max_file_size) is not int or max_file_size < 1):
         expected, got = "a number of bytes from 1", quoted(max_file_size)
         raise refusal("usage.size", None, expected, got, argument="max_file_size")
+    check_only_one({"split": split, "equal": equal, "max_shard_size": max_shard_size})
     graphs = request.graph_writer(onnx, genai=genai)
     # The path is made absolute first: replacing the current directory of this process would change its meaning.
     target = Path(os.path.abspath(output))
@@ -122,6 +130,8 @@ def convert(
             opened,
             target,
             split=split,
+            equal=equal,
+            max_shard_size=max_shard_size,
             names=names,
             dtype=dtype,
             check=check,
@@ -139,6 +149,8 @@ def _convert(
     target: Path,
     *,
     split: Sequence[int] | None,
+    equal: int | None,
+    max_shard_size: int | None,
     names: Sequence[str] | None,
     dtype: str,
     check: bool,
@@ -150,11 +162,17 @@ def _convert(
     progress: Progress | None,
 ) -> Bundle:
     checkpoint, family, architecture = opened.checkpoint, opened.family, opened.architecture
-    cuts = checkpoint.cuts if split is None else tuple(split)
-    check_cuts(cuts, len(architecture.layers))
-    given_names = shard_names(cuts, None if names is None else tuple(names))
     translation = translate(checkpoint, family, architecture)
     storage, kept = _storage(checkpoint, translation, dtype)
+    plan = _files(architecture, storage, max_file_size)
+
+    def costs() -> ModelCosts:
+        sizes = {unit: sum(map(file_size, files.values())) for unit, files in plan.items()}
+        return model_costs(architecture, sizes, storage.dtype)
+
+    cuts = cuts_for(split, equal, max_shard_size, costs, default=checkpoint.cuts)
+    check_cuts(cuts, len(architecture.layers))
+    given_names = shard_names(cuts, None if names is None else tuple(names))
     if graphs is not None:
         graphs.check(storage)
     stop_ids = checkpoint.stop_ids(opened.values)
@@ -163,7 +181,7 @@ def _convert(
         texts = text_files(checkpoint, family.model_type, architecture.vocab_size, notes, compare=check)
     configuration, carried = configuration_files(opened, cast=not kept)
     with atomic_directory(target, force=force) as root:
-        listed, units = _write_units(root, checkpoint, architecture, translation, storage, max_file_size, progress)
+        listed, units = _write_units(root, checkpoint, translation, storage, plan, progress)
         listed[architectures.FILE] = write_file(root, architectures.FILE, architecture.to_bytes())
         vectors = None
         if check:
@@ -231,22 +249,23 @@ def _storage(source: Checkpoint, translation: Translation, dtype: str) -> tuple[
     return Storage(encoding="plain", dtype=common, exceptions=exceptions), True
 
 
+def _files(architecture: Architecture, storage: Storage, max_file_size: int | None) -> UnitFiles:
+    shapes = architecture.tensors()
+    return unit_files(
+        architecture, lambda name: Stored(dtype=storage.dtype_of(name), shape=shapes[name]), max_file_size
+    )
+
+
 def _write_units(
     root: Path,
     source: Checkpoint,
-    architecture: Architecture,
     translation: Translation,
     storage: Storage,
-    max_file_size: int | None,
+    plan: UnitFiles,
     progress: Progress | None,
 ) -> tuple[dict[str, File], dict[str, tuple[str, ...]]]:
-    shapes = architecture.tensors()
-
-    def stored(name: str) -> Stored:
-        return Stored(dtype=storage.dtype_of(name), shape=shapes[name])
-
-    plan = unit_files(architecture, stored, max_file_size)
-    total = sum(stored(name).size for name in shapes)
+    stored = {name: tensor for files in plan.values() for part in files.values() for name, tensor in part.items()}
+    total = sum(tensor.size for tensor in stored.values())
     done = 0
     started: dict[str, Future[File]] = {}
     with source.reader() as reader, ThreadPoolExecutor(max_workers=1) as pool:
@@ -255,7 +274,7 @@ def _write_units(
             nonlocal done
             if progress is not None:
                 progress("converting", done, total)
-            done += stored(name).size
+            done += stored[name].size
             origin = translation.origins[name]
             found = source.tensors[origin.source]
             return rounded(origin.extract(reader), TORCH_DTYPES[storage.dtype_of(name)], found.stored, found.file)

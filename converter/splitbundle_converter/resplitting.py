@@ -13,6 +13,8 @@ from splitbundle.errors import quoted
 from splitbundle.format.genai import GENAI
 from splitbundle.format.names import CARD
 from splitbundle.opening import open_bundle, relocated
+from splitbundle.planning.costs import bundle_costs
+from splitbundle.planning.cuts import cuts_for
 from splitbundle.storage.files import Progress
 from splitbundle.writing.atomic_directory import atomic_directory
 from splitbundle.writing.copying import check_outside, copy_files, refuse_missing, unchanged
@@ -28,6 +30,8 @@ def resplit(
     output: str | os.PathLike[str],
     *,
     split: Sequence[int] = (),
+    equal: int | None = None,
+    max_shard_size: int | None = None,
     names: Sequence[str] | None = None,
     check: bool = True,
     force: bool = False,
@@ -40,7 +44,9 @@ def resplit(
     Args:
         bundle: A complete bundle.
         output: The directory of the new bundle. With ``force``, it may be the directory of the old bundle.
-        split: The cuts, as for ``convert``.
+        split: The cuts, as for ``convert``. Give at most one of ``split``, ``equal`` and ``max_shard_size``.
+        equal: The number of shards, as for ``convert``.
+        max_shard_size: The largest size of a shard in bytes, as for ``convert``.
         names: The names of the shards, as for ``convert``.
         check: Whether to verify each copied file, and to compare new graphs with the golden vectors.
         force: Whether to replace an existing bundle.
@@ -67,7 +73,9 @@ def resplit(
     # The path is made absolute first: replacing the current directory of this process would change its meaning.
     target = Path(os.path.abspath(output))
     check_outside(old, target)
-    cuts = tuple(split)
+    cuts = cuts_for(
+        tuple(split) or None, equal, max_shard_size, lambda: bundle_costs(old.manifest, old.architecture), default=()
+    )
     given = None if names is None else tuple(names)
     left = {CARD, *old_graphs, *GENAI}
     kept = {path: file for path, file in old.manifest.files.items() if path not in left}

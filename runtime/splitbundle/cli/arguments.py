@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Literal
+import re
+from fractions import Fraction
+from typing import Final, Literal
 
 from splitbundle.format import names
+
+_SIZE: Final = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)(?:([kmgtp])(i?b)?|b)?", re.ASCII | re.IGNORECASE)
 
 
 def add_strict_argument(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +66,27 @@ def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 18 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1, of at most 18 digits, got {text!r}")
     return int(text)
+
+
+def size(text: str) -> int:
+    """Parse a number of bytes for argparse: ``1024``, ``500MB``, ``8GiB``, ``1.5G``. Letters may be small or capital.
+
+    KB, MB, GB, TB and PB are powers of 1000. K, M, G, T and P, and KiB to PiB, are powers of 1024, as in du and rsync.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    value = 0
+    if found is not None:
+        number, prefix, unit = found.groups()
+        base = 1000 if (unit or "").lower() == "b" else 1024
+        value = int(Fraction(number) * base ** ("kmgtp".index(prefix.lower()) + 1 if prefix else 0))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a size from 1 byte, as 8GB, 8GiB, 500MB or 1024, got {text!r}")
+    return value
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Parse ``8GB,16GB`` for argparse."""
+    return tuple(size(part) for part in text.split(","))
 
 
 def temperature(text: str) -> float:

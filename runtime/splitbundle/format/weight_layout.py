@@ -84,6 +84,11 @@ def header(layout: Layout, data_sha256: str) -> bytes:
     return length.to_bytes(8, "little") + text.ljust(length, b" ")
 
 
+def file_size(tensors: dict[str, Tensor]) -> int:
+    """Return the size in bytes of a weight file with these tensors."""
+    return len(header(lay_out(tensors), "0" * 64)) + sum(tensor.size for tensor in tensors.values())
+
+
 @record(frozen=True, slots=True, kw_only=True)
 class Weights:
     """The content of the header of one file."""

@@ -19,6 +19,8 @@ from splitbundle.storage import files
 
 Produce = Callable[[str], Tensor]
 """Returns a logical tensor by its name, in the dtype to store."""
+UnitFiles = dict[str, dict[str, dict[str, Stored]]]
+"""Unit -> its files -> their tensors."""
 
 
 def write_weights(path: Path, tensors: dict[str, Stored], produce: Produce) -> Callable[[], File]:
@@ -73,14 +75,12 @@ def tensor_bytes(tensor: Tensor, stored: Stored, name: str) -> Iterator[memoryvi
         yield whole[start : start + files.CHUNK]
 
 
-def unit_files(
-    architecture: Architecture, stored: Callable[[str], Stored], max_file_size: int | None
-) -> dict[str, dict[str, dict[str, Stored]]]:
+def unit_files(architecture: Architecture, stored: Callable[[str], Stored], max_file_size: int | None) -> UnitFiles:
     """Return for each unit its files, and for each file its tensors.
 
     A unit larger than ``max_file_size`` bytes has several numbered files. A tensor is never split.
     """
-    units: dict[str, dict[str, dict[str, Stored]]] = {}
+    units: UnitFiles = {}
     for unit, shapes in architecture.unit_tensors().items():
         parts: list[dict[str, Stored]] = [{}]
         size = weight_layout.ALIGNMENT
