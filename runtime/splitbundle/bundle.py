@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from splitbundle.backends.registry import AllOptions, OnnxRuntimeOptions, TorchOptions
     from splitbundle.backends.torch import pipeline as torch_pipeline
     from splitbundle.backends.torch import stage as torch_stage
+    from splitbundle.planning.plan import Plan
     from splitbundle.stages.golden import Difference
     from splitbundle.verification.verify import Verification
 
@@ -221,6 +222,49 @@ class Bundle(BundleReader):
                 return registry.module(chosen, "pipeline").load_pipeline(self, **own)
         with self._told():
             return registry.mixed_pipeline(self, backend, options)
+
+    def plan(
+        self,
+        *,
+        equal: int | None = None,
+        max_shard_size: int | None = None,
+        machines: Sequence[int] | None = None,
+        context: int | None = None,
+        batch: int = 1,
+        dtype: str | None = None,
+    ) -> Plan:
+        """Tell the costs of each shard, and propose other cuts. This reads the documents alone, and no weight.
+
+        At most one of ``equal``, ``max_shard_size`` and ``machines`` chooses the cuts. Without one, none are proposed.
+
+        Args:
+            equal: the number of shards; the largest one gets as few bytes as possible.
+            max_shard_size: the largest size of a shard's files in bytes; there are as few shards as possible.
+            machines: the memory of each machine in bytes, one shard for each in this order. The weights and the cache
+                must fit, and the largest use relative to the machine's memory is as small as possible.
+            context: the number of tokens of a row; by default 4096, or the context of a model with a shorter one.
+            batch: the number of rows.
+            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; by default the stored dtype.
+
+        Returns:
+            The costs of the present shards, the proposed cuts, and the costs of the shards between them.
+
+        Raises:
+            BundleError: ``usage.cut`` and ``usage.size`` for cuts that can't be made; ``input.value``,
+                ``input.dtype``.
+        """
+        from splitbundle.planning.plan import make_plan
+
+        return make_plan(
+            self.manifest,
+            self.architecture,
+            equal=equal,
+            max_shard_size=max_shard_size,
+            machines=machines,
+            context=context,
+            batch=batch,
+            dtype=dtype,
+        )
 
     def save_as(
         self,

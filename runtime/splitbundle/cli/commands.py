@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from splitbundle.cli import completion, generate, inspect, kernels, verify
+from splitbundle.cli import completion, generate, inspect, kernels, plan, verify
 
-COMMANDS: Final = (inspect.COMMAND, verify.COMMAND, generate.COMMAND, kernels.COMMAND, completion.COMMAND)
+COMMANDS: Final = (
+    inspect.COMMAND,
+    verify.COMMAND,
+    plan.COMMAND,
+    generate.COMMAND,
+    kernels.COMMAND,
+    completion.COMMAND,
+)

@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         (
             s.name,
             f"[{s.layers[0]}, {s.layers[1]})",
-            _parts(s.embeds, s.head),
+            ends(s.embeds, s.head),
             s.parameters,
             s.bytes,
             "-" if s.graph is None else s.graph.file,
@@ -75,7 +75,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _parts(embeds: bool, head: bool) -> str:
+def ends(embeds: bool, head: bool) -> str:
+    """Return what a shard has beside its layers, for people."""
     return " and ".join(part for part, there in (("embedding", embeds), ("head", head)) if there) or "-"
 
 
