@@ -46,7 +46,7 @@ MODELS = st.one_of(
         for number in (SMALL, LARGE)
     )
 )
-MANY = settings(max_examples=600, deadline=None, database=None)
+MANY = settings(max_examples=300, deadline=None, database=None)
 
 
 def all_cuts(costs: ModelCosts, shards: int) -> Iterator[Cuts]:
