@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from splitbundle.backends.registry import AllOptions, OnnxRuntimeOptions, TorchOptions
     from splitbundle.backends.torch import pipeline as torch_pipeline
     from splitbundle.backends.torch import stage as torch_stage
+    from splitbundle.comparison.records import Comparison
     from splitbundle.planning.plan import Plan
     from splitbundle.stages.golden import Difference
     from splitbundle.verification.verify import Verification
@@ -106,6 +107,32 @@ class Bundle(BundleReader):
         if self.manifest.vectors is not None:
             golden.check(differences, self.manifest.vectors.file)
         return differences
+
+    def diff(self, other: Bundle, *, only: Iterable[str] | None = None, progress: Progress | None = None) -> Comparison:
+        """Compare this bundle, A, with another one, B.
+
+        The documents are compared, with the digests that they list. Weights whose digests differ are mapped, their
+        headers are checked, and their values are compared with torch, if it is installed. ``Bundle.verify`` checks
+        that the files are those that a manifest lists.
+
+        Args:
+            other: the bundle B.
+            only: the aspects to compare, of ``"model"``, ``"cuts"``, ``"facts"``, ``"weights"``, ``"tokenizer"``,
+                ``"vectors"`` and ``"files"``; by default all.
+            progress: called with the name of the work, the amount that is done, and the total amount.
+
+        Returns:
+            The differences. ``differs`` says whether there are any, and ``as_json`` returns them for JSON.
+
+        Raises:
+            BundleError: ``input.value`` for an unknown aspect; ``file.*`` and ``weights.*`` for a weight file with
+                another size or header.
+        """
+        from splitbundle.comparison import documents, records
+
+        wanted = records.ASPECTS if only is None else only
+        with self._told(), other._told():
+            return documents.compare(self, other, only=wanted, measure=registry.measure, progress=progress)
 
     @overload
     def stage(

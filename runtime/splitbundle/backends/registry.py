@@ -13,6 +13,8 @@ from splitbundle import processors  # noqa: F401  # it prepares for a fork
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
 
 if TYPE_CHECKING:
+    from splitbundle.comparison.documents import UnitPair
+    from splitbundle.comparison.records import Values
     from splitbundle.stages import golden
     from splitbundle.storage.files import Progress
     from splitbundle.storage.reader import BundleReader
@@ -102,7 +104,7 @@ def module(backend: str, name: str) -> ModuleType:
     Args:
         backend: the backend.
         name: ``"stage"``, ``"pipeline"`` or ``"golden"``; with torch also ``"kernels"``, ``"kernel_choice"``,
-            ``"threads"``, ``"saving"`` and those of ``training``.
+            ``"threads"``, ``"saving"``, ``"differences"`` and those of ``training``.
     """
     full = f"splitbundle.backends.{backend}.{name}"
     if full in sys.modules:
@@ -135,6 +137,10 @@ def _import(backend: str, name: str) -> ModuleType:
 
             own = {"saving": saving, "training.checkpoints": checkpoints, "training.helpers": helpers}
             return own.get(name, lora_files)
+        if name == "differences":
+            from splitbundle.backends.torch import differences
+
+            return differences
         if name in ("kernels", "kernel_choice", "threads"):
             from splitbundle.backends.torch import kernel_choice, kernels, threads
 
@@ -220,6 +226,18 @@ def _run_both(
         *golden.compare(outputs, original, ("onnxruntime", side), tensors, tolerance),
         *golden.compare(outputs, torch_outputs, ("onnxruntime", "torch"), tensors, tolerance),
     ]
+
+
+def measure(
+    a: BundleReader, b: BundleReader, units: Sequence[UnitPair], progress: Progress | None
+) -> Mapping[str, Values] | None:
+    """Compare the values of two bundles' weights, or return None if torch isn't installed. See ``Bundle.diff``."""
+    try:
+        differences = module("torch", "differences")
+    except MissingExtra:
+        return None
+    found: Mapping[str, Values] = differences.measure(a, b, units, progress)
+    return found
 
 
 def installed_backend() -> str:

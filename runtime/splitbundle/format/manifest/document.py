@@ -133,6 +133,11 @@ class Vectors:
     of_itself: bool = False
     """Whether they were computed from this bundle, and so prove that it is reproduced, and not parity."""
 
+    @property
+    def origin(self) -> str:
+        """Return the model that they were computed from: ``"original"``, or ``"self"`` for this bundle."""
+        return "self" if self.of_itself else "original"
+
 
 @record(frozen=True, slots=True, kw_only=True)
 class SourceName:
