@@ -35,14 +35,18 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     console.text(f"  bundle id    {bundle.id}")
     console.text(f"  fingerprint  {bundle.fingerprint}")
     if bundle.manifest.model.parent is not None:
-        console.text(f"  parent       {bundle.manifest.model.parent}")
+        console.text(f"  parent       a changed copy of {bundle.manifest.model.parent}")
     console.text(f"  architecture {bundle.architecture_id}")
     text, vectors = bundle.manifest.text, bundle.manifest.vectors
     stops = f", stops at {', '.join(map(str, text.stop_ids))}" if text.stop_ids else ""
     console.text(f"  text         {text.tokenizer or 'no tokenizer'}{stops}")
     checked = "none" if vectors is None else f"sequences of {', '.join(map(str, vectors.lengths))} tokens"
-    own = ", computed from this bundle itself" if vectors is not None and vectors.of_itself else ""
+    own = "" if vectors is None else f", of {'this bundle itself' if vectors.of_itself else 'the original model'}"
     console.text(f"  vectors      {checked}{own}")
+    absent = set(bundle.absent())
+    whole = ", ".join(bundle.whole_shards()) or "none"
+    state = f"partial: {len(absent)} of {len(bundle.manifest.files)} files are absent; whole shards: {whole}"
+    console.text(f"  files        {state if absent else f'all {len(bundle.manifest.files)} are here'}")
     console.text("")
     console.text("shards")
     rows = [
@@ -65,7 +69,6 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         console.table(("where", "tensors"), rows_)
     console.text("")
     console.text("files")
-    absent = set(bundle.absent())
     units = {path: unit for unit, paths in bundle.manifest.units.items() for path in paths}
     files = [
         (path, file.size, file.sha256[:16], units.get(path, ""), "absent" if path in absent else "")
@@ -101,7 +104,10 @@ def describe(bundle: Bundle) -> dict[str, object]:
         "text": {"tokenizer": manifest.text.tokenizer, "stop_ids": list(manifest.text.stop_ids)},
         "files": {path: {"size": file.size, "sha256": file.sha256} for path, file in manifest.files.items()},
         "absent": list(bundle.absent()),
+        "partial": bool(bundle.absent()),
+        "whole_shards": list(bundle.whole_shards()),
         "vectors": None if manifest.vectors is None else list(manifest.vectors.lengths),
+        "vectors_origin": None if manifest.vectors is None else manifest.vectors.origin,
         "extensions": manifest.extensions,
     }
 
