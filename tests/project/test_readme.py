@@ -4,7 +4,8 @@ Each page runs in a directory of its own, its blocks in their order. One process
 libraries takes longer than the pages do:
 
 - In a ``console`` block, ``$ splitbundle …`` runs the command line. The lines below a command are what it prints, where
-  ``…`` stands for any text; on a line of its own it stands for any lines.
+  ``…`` stands for any text; on a line of its own it stands for any lines. A command must succeed; ``diff`` may find
+  differences.
 - A ``python`` block runs with the names of the page's blocks before it.
 - ``<!-- starts with: NAME … -->`` anywhere in a page copies a checkpoint or a bundle of ``PREPARED`` there first.
 - ``<!-- needs: MODULE -->`` before a block skips it where the module isn't installed.
@@ -71,7 +72,7 @@ def run(directory, blocks):
                     sys.argv = shlex.split(text)
                     runpy.run_module("splitbundle", run_name="__main__", alter_sys=True)
         except SystemExit as end:
-            if end.code:
+            if end.code and (end.code, sys.argv[1:2]) != (3, ["diff"]):
                 return printed, f"{where}: exit status {end.code} of {text}: {err.getvalue()}"
         except BaseException:
             return printed, f"{where}: {traceback.format_exc()}"
