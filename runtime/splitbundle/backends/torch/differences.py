@@ -14,8 +14,8 @@ from splitbundle.comparison.records import Values
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import BundleReader
 
-PIECE: Final = 2**20
-"""Values that are compared at once. They take some tens of MB."""
+PIECE: Final = 2**18
+"""Values that are compared at once. They take about 25 MB."""
 
 
 def measure(
