@@ -147,7 +147,7 @@ def _no_check_argument(parser: argparse.ArgumentParser) -> None:
 
 def _resplit(args: argparse.Namespace, console: Console) -> int:
     output = args.output or args.bundle
-    with libraries("onnx", "cut bundles again"), _threads(args):
+    with libraries("onnx", "cut bundles again"):
         bundle = splitbundle_converter.resplit(
             args.bundle,
             output,
@@ -157,6 +157,7 @@ def _resplit(args: argparse.Namespace, console: Console) -> int:
             names=args.names,
             check=args.check,
             force=args.force,
+            threads=args.threads,
             progress=console.progress,
         )
     return _report(bundle, output, console)
@@ -182,7 +183,7 @@ def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_onnx(args: argparse.Namespace, console: Console) -> int:
-    with libraries("onnx", "add graphs"), _threads(args):
+    with libraries("onnx", "add graphs"):
         bundle = splitbundle_converter.add_onnx(
             args.bundle,
             args.output,
@@ -190,6 +191,7 @@ def _add_onnx(args: argparse.Namespace, console: Console) -> int:
             check=args.check,
             force=args.force,
             genai=args.genai,
+            threads=args.threads,
             progress=console.progress,
         )
     return _report(bundle, args.output or args.bundle, console)

@@ -6,7 +6,7 @@ import argparse
 from typing import Final
 
 import splitbundle_converter
-from splitbundle.cli.arguments import positive
+from splitbundle.cli.arguments import size
 from splitbundle.cli.console import Command, Console
 from splitbundle.cli.words import in_words
 from splitbundle_converter.commands import libraries
@@ -20,10 +20,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="write this config.json in place of the one in the bundle")
     parser.add_argument(
         "--max-shard-size",
-        type=positive,
+        type=size,
         default=5 * 10**9,
-        metavar="BYTES",
-        help="write larger weights as several files with an index; by default 5,000,000,000",
+        metavar="SIZE",
+        help="write larger weights as several files with an index, as in 2GB; by default 5GB",
     )
     parser.add_argument(
         "--no-check", dest="check", action="store_false", help="do not verify the weight files of the bundle"

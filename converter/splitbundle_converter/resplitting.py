@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from splitbundle.backends import registry
 from splitbundle.bundle import Bundle
 from splitbundle.errors import quoted
 from splitbundle.format.genai import GENAI
@@ -37,6 +36,7 @@ def resplit(
     force: bool = False,
     onnx: bool | str | None = None,
     genai: bool | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Write a bundle with other cuts. The files are copied; the copies share disk blocks if the file system can.
@@ -54,6 +54,7 @@ def resplit(
             graphs of the same variant as the old shards, if these have graphs.
         genai: Whether to add the configuration that onnxruntime-genai needs to run the graphs. By default it is added
             if the old bundle has it.
+        threads: The number of threads that compare the graphs with the golden vectors; by default one for each core.
         progress: A function that is called with the current step, the amount done, and the total amount.
 
     Returns:
@@ -91,7 +92,6 @@ def resplit(
         made = open_bundle(root)
         check_schemas(made)
         if graphs is not None and check and made.manifest.vectors is not None:
-            threads = registry.module("torch", "threads").for_call(None)  # those of --threads, if it was given
             made.run_vectors(backend="onnxruntime", threads=threads, progress=progress)
     return relocated(made, target)
 
@@ -112,6 +112,7 @@ def add_onnx(
     check: bool = True,
     force: bool = False,
     genai: bool | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Add a graph for onnxruntime to each shard of a bundle. The weights, the cuts and the fingerprint do not change.
@@ -126,6 +127,7 @@ def add_onnx(
         force: Whether to replace an existing bundle at ``output``.
         genai: Whether to add the configuration that onnxruntime-genai needs to run the graphs. By default it is added
             if the old bundle has it.
+        threads: The number of threads that compare the graphs with the golden vectors; by default one for each core.
         progress: A function that is called with the current step, the amount done, and the total amount.
 
     Returns:
@@ -149,5 +151,6 @@ def add_onnx(
         force=force,
         onnx=variant or there or "standard",
         genai=genai,
+        threads=threads,
         progress=progress,
     )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from splitbundle.bundle import Bundle
     from splitbundle.format.selection import Selection
+    from splitbundle.opening import merge_bundles as merge
     from splitbundle.opening import open_bundle as open  # noqa: A004  # users write splitbundle.open
     from splitbundle.verification.verify import Verification
 
@@ -31,6 +32,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "__version__",
+    "merge",
     "open",
 ]
 
@@ -38,6 +40,7 @@ _LATER = {
     "Bundle": ("splitbundle.bundle", "Bundle"),
     "Selection": ("splitbundle.format.selection", "Selection"),
     "Verification": ("splitbundle.verification.verify", "Verification"),
+    "merge": ("splitbundle.opening", "merge_bundles"),
     "open": ("splitbundle.opening", "open_bundle"),
 }
 """A public name -> the module that defines it, imported at first use, and its name there."""

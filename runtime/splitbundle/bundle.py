@@ -42,19 +42,27 @@ class Bundle(BundleReader):
         return self
 
     def verify(
-        self, shard: str | None = None, *, exact: bool = False, progress: Progress | None = None
+        self,
+        shard: str | None = None,
+        *,
+        exact: bool = False,
+        whole: bool = False,
+        progress: Progress | None = None,
     ) -> Verification:
         """Check the size, digest and header of every file, or of the files of one ``shard``.
 
-        A listed file that is missing is always a problem. To check a partial bundle, name its shards.
+        A listed file that is missing is a problem. The exception is a partial bundle, as ``extract`` makes it: some
+        shards are whole, and nothing is there of the others. Then the files that are there are checked.
 
         Args:
             shard: the only shard to check; by default the whole bundle.
             exact: whether a file that the manifest doesn't list is a problem too.
+            whole: whether a partial bundle is a problem, too.
             progress: called with the name of the work, the bytes that are done, and the total in bytes.
 
         Returns:
-            The checked files with their size, and the files that the manifest doesn't list.
+            The checked files with their size, the files that the manifest doesn't list, and those that a partial bundle
+            lacks.
 
         Raises:
             BundleError: every problem of every file.
@@ -63,7 +71,7 @@ class Bundle(BundleReader):
         from splitbundle.verification.verify import verify
 
         with self._told():
-            return verify(self, shard, exact=exact, progress=progress)
+            return verify(self, shard, exact=exact, whole=whole, progress=progress)
 
     def run_vectors(
         self,
@@ -292,6 +300,90 @@ class Bundle(BundleReader):
             batch=batch,
             dtype=dtype,
         )
+
+    def paths(self, *shards: str, vectors: bool = False, text: bool = False) -> list[str]:
+        """Return the paths of the files that some shards need, relative to the bundle's directory.
+
+        These are the documents, the weight files and the graphs. A copy of these files is a partial bundle of the same
+        id.
+
+        Args:
+            shards: the names of the shards.
+            vectors: whether to include the golden vectors, which ``run_vectors`` needs.
+            text: whether to include the tokenizer.
+
+        Raises:
+            BundleError: ``stage.name``; ``input.value`` without a name.
+        """
+        from splitbundle.partial.shard_files import UNLISTED, listed_files
+
+        return [*UNLISTED, *listed_files(self, shards, vectors=vectors, text=text)]
+
+    def extract(
+        self,
+        path: str | os.PathLike[str],
+        *shards: str,
+        vectors: bool = True,
+        text: bool = False,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> Bundle:
+        """Write a partial bundle with some shards. Its files are unchanged, and so is the bundle id.
+
+        Each copy is verified. The new bundle appears complete, or not at all.
+
+        Args:
+            path: the directory of the new bundle.
+            shards: the names of the shards.
+            vectors: whether to include the golden vectors, which ``run_vectors`` needs.
+            text: whether to include the tokenizer.
+            force: whether to replace an existing bundle.
+            progress: called with the name of the work, the amount that is done, and the total amount.
+
+        Returns:
+            The new bundle, opened.
+
+        Raises:
+            BundleError: ``stage.name``; ``input.value`` without a name; ``output.*``; ``file.*``.
+        """
+        from splitbundle.partial.extracting import extract
+
+        with self._told():
+            return extract(self, path, shards, vectors=vectors, text=text, force=force, progress=progress)
+
+    def cast(
+        self,
+        path: str | os.PathLike[str],
+        dtype: str,
+        *,
+        vectors: bool = True,
+        force: bool = False,
+        notes: Callable[[str], None] | None = None,
+        progress: Progress | None = None,
+    ) -> Bundle:
+        """Write a bundle whose weights are all stored in another dtype. It needs torch, and no memory for the model.
+
+        A wider dtype changes no value, so the golden vectors stay. A narrower one rounds, and the golden vectors are
+        computed anew from the new bundle, as for ``save_as``.
+
+        Args:
+            path: the directory of the new bundle.
+            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+            vectors: as for ``save_as``.
+            force: whether to replace an existing bundle. It may be this one.
+            notes: as for ``save_as``.
+            progress: called with the name of the work, the amount that is done, and the total amount.
+
+        Returns:
+            The new bundle, opened.
+
+        Raises:
+            BundleError: ``input.value`` for another dtype; ``input.overflow``; ``output.*``; ``file.*``.
+        """
+        saving = registry.module("torch", "saving")
+        with self._told():
+            made: Bundle = saving.cast(self, path, dtype, vectors=vectors, force=force, notes=notes, progress=progress)
+        return made
 
     def save_as(
         self,

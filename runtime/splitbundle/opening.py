@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.storage.documents import find_bundle, read_documents
+from splitbundle.storage.files import Progress
 
 
 def open_bundle(
@@ -36,6 +38,34 @@ def open_bundle(
         raise BundleError(Problem(code="input.value", argument="verify", expected=expected, got=quoted(verify)))
     root = find_bundle(path)
     return Bundle(root, *read_documents(root, id), strict=verify == "always")
+
+
+def merge_bundles(
+    bundles: Sequence[str | os.PathLike[str] | Bundle],
+    output: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Merge partial bundles of one id into a fuller one. Each copied file is verified.
+
+    Args:
+        bundles: the bundles, or their directories. A file that several have is taken from the first of them.
+        output: the directory of the new bundle. It appears complete, or not at all.
+        force: whether to replace an existing bundle. It may be one of those to merge.
+        progress: called with the name of the work, the amount that is done, and the total amount.
+
+    Returns:
+        The new bundle, opened. ``whole_shards`` names the shards that are whole now.
+
+    Raises:
+        BundleError: ``input.value`` for bundles of different ids; ``file.*``; ``output.*``.
+    """
+    # Imported here, as most users of this module only open bundles.
+    from splitbundle.partial.merging import merge
+
+    opened = [bundle if isinstance(bundle, Bundle) else open_bundle(bundle) for bundle in bundles]
+    return merge(opened, output, force=force, progress=progress)
 
 
 def relocated(made: Bundle, target: Path) -> Bundle:

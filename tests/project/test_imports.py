@@ -34,7 +34,7 @@ FLOORS = {
         ("format",),
         ("storage",),
         ("writing",),
-        ("verification", "stages", "planning", "comparison"),
+        ("verification", "stages", "planning", "comparison", "partial"),
         ("backends.torch", "backends.onnxruntime", "text"),
         ("text_tokenizer",),  # a door to text.huggingface, for one release
         ("backends.registry",),

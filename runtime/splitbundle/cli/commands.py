@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Final
 
-from splitbundle.cli import completion, diff, generate, inspect, kernels, plan, verify
+from splitbundle.cli import cast, completion, diff, generate, inspect, kernels, parts, plan, verify
 
 COMMANDS: Final = (
     inspect.COMMAND,
     verify.COMMAND,
     plan.COMMAND,
     diff.COMMAND,
+    parts.FILES,
+    parts.EXTRACT,
+    parts.MERGE,
+    cast.COMMAND,
     generate.COMMAND,
     kernels.COMMAND,
     completion.COMMAND,

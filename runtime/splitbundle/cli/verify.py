@@ -21,6 +21,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exact", action="store_true", help="refuse a file or an empty directory that the manifest doesn't list"
     )
+    parser.add_argument("--whole", action="store_true", help="refuse a partial bundle")
     parser.add_argument("--id", metavar="sha256:…", type=bundle_id, help="the expected bundle id, as inspect shows it")
     parser.add_argument("--run", action="store_true", help="also compute the golden vectors of the original model")
     parser.add_argument(
@@ -40,7 +41,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace, console: Console) -> int:
     try:
         bundle = open_bundle(args.bundle, verify=verify_when(args), id=args.id)
-        found = bundle.verify(args.shard, exact=args.exact, progress=console.progress)
+        found = bundle.verify(args.shard, exact=args.exact, whole=args.whole, progress=console.progress)
     except BundleError as error:
         if error.codes == ("stage.name",) or error.problems[0].file == str(args.bundle):
             raise  # nothing was verified, as the bundle or the shard doesn't exist

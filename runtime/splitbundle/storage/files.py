@@ -17,6 +17,8 @@ from splitbundle.format.manifest.document import File
 CHUNK: Final = 2**20
 HASHED_AT_ONCE: Final = 2**17
 """Bytes that are read and hashed at once. They stay in the core's cache between the two."""
+THREAD_BYTES: Final = 2**20
+"""The calling thread copies or hashes any file with fewer bytes itself: to start a thread takes as long."""
 MAX_TEXT_BYTES: Final = 256 * 2**20
 """The largest tokenizer file, in bytes. A vocabulary of a million tokens takes some 100 MB."""
 

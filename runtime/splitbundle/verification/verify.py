@@ -17,7 +17,7 @@ from splitbundle.format.manifest import document
 from splitbundle.records import record, replace
 from splitbundle.storage import files
 from splitbundle.storage.documents import is_of_another_manifest
-from splitbundle.storage.files import Progress
+from splitbundle.storage.files import THREAD_BYTES, Progress
 from splitbundle.verification import genai_rules, onnx_rules, tokenizer_rules
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 
 REMOVE: Final = "Remove it if you don't know it"
-THREAD_BYTES: Final = 2**20
-"""The calling thread hashes any file with fewer bytes itself."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -36,16 +34,21 @@ class Verification:
     files: tuple[str, ...]
     bytes: int
     unlisted: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+    """The listed files that a partial bundle lacks, if all of it was verified."""
 
 
-def verify(bundle: BundleReader, shard: str | None, *, exact: bool, progress: Progress | None) -> Verification:
+def verify(
+    bundle: BundleReader, shard: str | None, *, exact: bool, whole: bool = False, progress: Progress | None
+) -> Verification:
     """See ``Bundle.verify``."""
-    listed = _listed(bundle, shard)
+    absent = bundle.absent() if shard is None and not whole and is_sound_part(bundle) else ()
+    listed = [path for path in _listed(bundle, shard) if path not in set(absent)]
     total = sum(bundle.manifest.files[path].size for path in listed)
     count = _counter("verifying", total, progress)
     # The manifest and a shard's own files are enough to verify the shard: a partial bundle may lack SHA256SUMS.
-    whole = shard is None or (bundle.path / names.SUMS).exists()
-    problems = _check_sums(bundle) if whole else []
+    needs_sums = (shard is None and not absent) or (bundle.path / names.SUMS).exists()
+    problems = _check_sums(bundle) if needs_sums else []
     for found in _each(listed, bundle, lambda path: _check_digest(bundle, path, count)):
         problems += found
     good = set(listed) - {problem.file for problem in problems}
@@ -70,7 +73,21 @@ def verify(bundle: BundleReader, shard: str | None, *, exact: bool, progress: Pr
         ]
     if problems:
         raise BundleError(_explain_partial(bundle, problems) if shard is None else problems)
-    return Verification(files=tuple(listed), bytes=total, unlisted=tuple(unlisted))
+    return Verification(files=tuple(listed), bytes=total, unlisted=tuple(unlisted), absent=tuple(absent))
+
+
+def is_sound_part(bundle: BundleReader) -> bool:
+    """Return whether a partial bundle is one on purpose, as ``extract`` makes it, by the files that are there.
+
+    Some shards are whole, others aren't, and no weight file or graph is there that only another shard needs. A file
+    that was lost leaves the others of its shard behind.
+    """
+    absent, whole = set(bundle.absent()), bundle.whole_shards()
+    if not whole or len(whole) == len(bundle.shards):
+        return False
+    needed = {path for name in whole for path in bundle.files_of(bundle.shard(name))}
+    there = {path for shard in bundle.shards for path in bundle.files_of(shard)} - absent
+    return there <= needed
 
 
 def check_digests(bundle: BundleReader, paths: Sequence[str], progress: Progress | None) -> None:
@@ -142,14 +159,12 @@ def _listed(bundle: BundleReader, shard: str | None) -> list[str]:
 
 
 def _check_sums(bundle: BundleReader) -> list[Problem]:
-    lines = {path: document.sums_line(file.sha256, path) for path, file in bundle.manifest.files.items()}
     digest = bundle.id.removeprefix("sha256:")
-    lines[document.FILE] = document.sums_line(digest, document.FILE)
     try:
         data = files.read_file(bundle.path, names.SUMS, strict_json.MAX_BYTES)
     except BundleError as error:
         return list(error.problems)
-    expected = [lines[path] for path in sorted(lines)]
+    expected = document.checksums(bundle.manifest.files, digest).decode("ascii").splitlines(keepends=True)
     got = data.decode("utf-8", "replace").splitlines(keepends=True)
     if got == expected:
         return []

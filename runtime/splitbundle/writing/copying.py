@@ -6,14 +6,25 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from splitbundle import processors
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format import strict_json
 from splitbundle.format.manifest import document
 from splitbundle.format.manifest.document import File
-from splitbundle.storage.files import FETCH, Progress, check_digest, missing, open_file, read_file, sha256
+from splitbundle.storage.files import (
+    FETCH,
+    THREAD_BYTES,
+    Progress,
+    check_digest,
+    missing,
+    open_file,
+    read_file,
+    sha256,
+)
 from splitbundle.storage.reader import BundleReader
 
 
@@ -41,14 +52,33 @@ def copy_files(
     """
     listed = {path: bundle.manifest.files[path] for path in paths}
     total, done = sum(file.size for file in listed.values()), 0
-    for path, file in listed.items():
-        if progress is not None:
-            progress("copying", done, total)
-        _copy(bundle.path, root, path, file)
+
+    def copy(path: str) -> None:
+        _copy(bundle.path, root, path, listed[path])
         if check:
             with open_file(root, path) as copied:
-                check_digest(path, file, sha256(copied))
-        done += file.size
+                check_digest(path, listed[path], sha256(copied))
+
+    def copy_large(path: str) -> None:
+        copy(path)
+        with open_file(root, path) as copied:
+            os.fsync(copied.fileno())  # the disk writes this file while the next one is copied and hashed
+
+    large = [path for path in paths if listed[path].size >= THREAD_BYTES]
+    workers = min(processors.usable(), len(large))
+    with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
+        running = {path: pool.submit(copy_large, path) for path in large} if workers > 1 else {}
+        try:
+            for path, file in listed.items():
+                if progress is not None:
+                    progress("copying", done, total)
+                if path in running:
+                    running[path].result()
+                else:
+                    copy(path)
+                done += file.size
+        finally:
+            pool.shutdown(cancel_futures=True)
     if progress is not None:
         progress("copying", total, total)
     return listed

@@ -33,8 +33,5 @@ def write_documents(root: Path, draft: Manifest, architecture: Architecture) -> 
     data = complete.to_bytes()
     rules.check_against(parse_manifest(data), architecture)
     write_file(root, document.FILE, data)
-    lines = {path: file.sha256 for path, file in complete.files.items()}
-    lines[document.FILE] = hashlib.sha256(data).hexdigest()
-    sums = "".join(document.sums_line(lines[path], path) for path in sorted(lines))
-    write_file(root, names.SUMS, sums.encode("ascii"))
+    write_file(root, names.SUMS, document.checksums(complete.files, hashlib.sha256(data).hexdigest()))
     return complete

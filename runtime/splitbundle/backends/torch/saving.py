@@ -53,11 +53,47 @@ def save_as(
     """Write a bundle with the weights of some stages. See ``Bundle.save_as``."""
     if dtype not in (KEEP, *WEIGHTS):
         raise wrong_argument("dtype", f"{KEEP}, or one of {', '.join(WEIGHTS)}", quoted(dtype))
-    tensors = tensors_of(bundle, stages)
     storage = bundle.manifest.storage if dtype == KEEP else Storage(encoding="plain", dtype=dtype)
+    tensors = tensors_of(bundle, stages)
+    return _save(
+        bundle, output, tensors, storage, vectors=vectors, exact=False, force=force, notes=notes, progress=progress
+    )
+
+
+def cast(
+    bundle: ReaderT,
+    output: str | os.PathLike[str],
+    dtype: str,
+    *,
+    vectors: bool = True,
+    force: bool = False,
+    notes: Note | None = None,
+    progress: Progress | None = None,
+) -> ReaderT:
+    """Write a bundle with all weights in another dtype. See ``Bundle.cast``."""
+    if dtype not in WEIGHTS:
+        raise wrong_argument("dtype", f"one of {', '.join(WEIGHTS)}", quoted(dtype))
+    exact = dtype == "float32" or set(bundle.manifest.storage.dtypes) == {dtype}
+    storage = Storage(encoding="plain", dtype=dtype)
+    return _save(bundle, output, {}, storage, vectors=vectors, exact=exact, force=force, notes=notes, progress=progress)
+
+
+def _save(
+    bundle: ReaderT,
+    output: str | os.PathLike[str],
+    tensors: Changed,
+    storage: Storage,
+    *,
+    vectors: bool,
+    exact: bool,
+    force: bool,
+    notes: Note | None,
+    progress: Progress | None,
+) -> ReaderT:
+    """Write a bundle with some changed tensors, in a storage. If it is ``exact``, no value changes."""
     units = _changed_units(bundle, tensors, storage)
-    kept = _kept_files(bundle, units, storage)
-    if dtype != KEEP:
+    kept = _kept_files(bundle, units, storage, exact=exact)
+    if storage != bundle.manifest.storage:
         refuse_missing(bundle, bundle.manifest.weight_files())  # every weight is written anew
     target = Path(os.path.abspath(output))
     check_outside(bundle, target)
@@ -66,9 +102,9 @@ def save_as(
         listed = {path: bundle.manifest.files[path] for path in bundle.manifest.files if path in kept}
         copy_files(bundle, [path for path in kept if path not in bundle.absent()], root, check=True, progress=progress)
         written = _write_units(bundle, units, tensors, storage, root, progress)
-        manifest = _manifest(bundle, listed | written, storage, changed=bool(units))
+        manifest = _manifest(bundle, listed | written, storage, changed=bool(units), exact=exact)
         manifest = write_documents(root, manifest, bundle.architecture)
-        if units and vectors and bundle.manifest.vectors is not None:
+        if units and vectors and not exact and bundle.manifest.vectors is not None:
             found = _vectors_of_itself(bundle, root, progress)
             if isinstance(found, str):
                 _note(notes, found)
@@ -181,12 +217,12 @@ def _to_store(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded(tensor.detach().to("cpu"), dtype, name)
 
 
-def _kept_files(bundle: BundleReader, units: Sequence[str], storage: Storage) -> list[str]:
+def _kept_files(bundle: BundleReader, units: Sequence[str], storage: Storage, *, exact: bool) -> list[str]:
     """Return the paths of the files that the new bundle takes over."""
     manifest = bundle.manifest
     written = {path for unit in units for path in manifest.units[unit]}
     left = {names.CARD, *written}
-    if units and manifest.vectors is not None:
+    if units and not exact and manifest.vectors is not None:
         left.add(manifest.vectors.file)
     if storage != manifest.storage:  # graphs name the dtype of each weight, and its place in the file
         left |= {shard.graph.file for shard in bundle.shards if shard.graph is not None} | set(GENAI)
@@ -235,7 +271,9 @@ def _files_of(bundle: BundleReader, unit: str) -> dict[str, Sequence[str]]:
     return {path: list(found.layout) for path, (_, found) in zip(paths, bundle.open_weights(unit), strict=True)}
 
 
-def _manifest(bundle: BundleReader, listed: dict[str, File], storage: Storage, *, changed: bool) -> Manifest:
+def _manifest(
+    bundle: BundleReader, listed: dict[str, File], storage: Storage, *, changed: bool, exact: bool
+) -> Manifest:
     """Return the draft of the new manifest: without golden vectors if the weights changed."""
     old = bundle.manifest
     weights = old.weight_files()
@@ -259,7 +297,7 @@ def _manifest(bundle: BundleReader, listed: dict[str, File], storage: Storage, *
         storage=storage,
         shards=shards,
         files=listed,
-        vectors=None if changed else old.vectors,
+        vectors=None if changed and not exact else old.vectors,
     )
 
 

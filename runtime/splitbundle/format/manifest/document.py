@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from splitbundle.format import names, strict_json
@@ -236,6 +236,12 @@ def fingerprint(files: dict[str, File], weight_files: tuple[str, ...]) -> str:
 def sums_line(sha256: str, path: str) -> str:
     """Return a line of SHA256SUMS, as ``sha256sum`` writes and checks it."""
     return f"{sha256}  {path}\n"
+
+
+def checksums(files: Mapping[str, File], manifest_sha256: str) -> bytes:
+    """Return the content of SHA256SUMS: a line for each listed file and for the manifest, sorted by path."""
+    digests = {path: file.sha256 for path, file in files.items()} | {FILE: manifest_sha256}
+    return "".join(sums_line(digests[path], path) for path in sorted(digests)).encode("ascii")
 
 
 def expand(entry: SourceName, layers: int) -> Iterator[SourceName]:

@@ -1,0 +1,74 @@
+"""Merge partial bundles of one id into a fuller one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+from splitbundle.errors import BundleError, wrong_argument
+from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE
+from splitbundle.partial.extracting import copy_documents
+from splitbundle.records import replace
+from splitbundle.storage.files import Progress
+from splitbundle.storage.reader import BundleReader
+from splitbundle.writing.atomic_directory import atomic_directory
+from splitbundle.writing.copying import check_outside, copy_files, unchanged
+
+ReaderT = TypeVar("ReaderT", bound=BundleReader)
+
+
+def merge(
+    bundles: Sequence[ReaderT],
+    output: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ReaderT:
+    """Write a bundle with the files of all given ones, which must have one id. See ``splitbundle.merge``."""
+    if not bundles:
+        raise wrong_argument("bundles", "at least one bundle", "none")
+    first = bundles[0]
+    for other in bundles[1:]:
+        if other.id != first.id:
+            raise _other_bundle(first, other)
+    target = Path(os.path.abspath(output))
+    sources = _sources(bundles)
+    for bundle in bundles:
+        check_outside(bundle, target)
+    with atomic_directory(target, force=force) as root, ExitStack() as stack:
+        for bundle in bundles:
+            stack.enter_context(unchanged(bundle))
+        for bundle, paths in zip(bundles, sources, strict=True):
+            try:
+                copy_files(bundle, paths, root, check=True, progress=progress)
+            except BundleError as error:
+                raise BundleError(
+                    replace(problem, file=str(bundle.path / problem.file)) if problem.file else problem
+                    for problem in error.problems
+                ) from error
+        copy_documents(first, root)
+    return type(first)(target, first.manifest, first.architecture, first.id)
+
+
+def _sources(bundles: Sequence[BundleReader]) -> list[list[str]]:
+    """Return the paths to copy from each bundle: each listed file from the first bundle that has it."""
+    taken: set[str] = set()
+    sources = []
+    for bundle in bundles:
+        absent = set(bundle.absent())
+        paths = [path for path in bundle.manifest.files if path not in absent and path not in taken]
+        taken.update(paths)
+        sources.append(paths)
+    sources[0] = [ARCHITECTURE, *(path for path in sources[0] if path != ARCHITECTURE)]  # every bundle has it
+    return sources
+
+
+def _other_bundle(first: BundleReader, other: BundleReader) -> BundleError:
+    if other.fingerprint == first.fingerprint:
+        hint = "They are of one model with other cuts or graphs. Extract the parts from one bundle"
+    else:
+        hint = "They are of two models, which nothing can merge"
+    return wrong_argument("bundles", f"parts of one bundle, {first.id}", f"{other.id}, at {other.path}", hint)
