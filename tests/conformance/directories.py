@@ -50,6 +50,13 @@ def _missing_cases() -> Iterator[Case]:
     def remove(path: str) -> Spoil:
         return lambda root: (root / path).unlink()
 
+    def remove_all(*paths: str) -> Spoil:
+        def spoil(root: Path) -> None:
+            for path in paths:
+                (root / path).unlink()
+
+        return spoil
+
     yield _spoilt("no-manifest", "no manifest", EVERY, remove("manifest.json"), "file.missing", None)
     yield _spoilt("no-directory", "nothing at all", EVERY, lambda root: shutil.rmtree(root), "file.missing", None)
     about = "no architecture"
@@ -57,6 +64,28 @@ def _missing_cases() -> Iterator[Case]:
     yield _spoilt("no-sums", "no SHA256SUMS", ("verify",), remove("SHA256SUMS"), "file.missing", "SHA256SUMS")
     yield _spoilt("no-layer-open", "a partial bundle opens", ("open",), remove(LAYER), None, None)
     yield _spoilt("no-layer", "a layer's file is missing", ("stage", "verify"), remove(LAYER), "file.missing", LAYER)
+    top = (LAYER, "head.safetensors", "top.onnx")
+    about = "the first shard alone"
+    yield _spoilt("part", about, ("open", "verify", "exact"), remove_all(*top), None, None)
+    beside = (VECTORS, TOKENIZER, "README.md", "SHA256SUMS", "tokenizer/generation_config.json")
+    about = "the first shard alone, with nothing beside it"
+    yield _spoilt("part-alone", about, ("open", "verify", "exact"), remove_all(*top, *beside), None, None)
+    for left in top:
+        about = f"the first shard, and {left} of the other one"
+        lost = [path for path in top if path != left]
+        yield _spoilt(f"part-and-{Path(left).stem}", about, ("verify",), remove_all(*lost), "file.missing", min(lost))
+    about = "no shard is whole"
+    gone = (*top, "embedding.safetensors")
+    yield _spoilt("no-shard", about, ("verify",), remove_all(*gone), "file.missing", "embedding.safetensors")
+    about = "the first shard alone, with another byte"
+
+    def damaged(root: Path) -> None:
+        remove_all(*top)(root)
+        data = bytearray((root / "embedding.safetensors").read_bytes())
+        data[-1] ^= 1
+        (root / "embedding.safetensors").write_bytes(data)
+
+    yield _spoilt("part-damaged", about, ("verify",), damaged, "file.digest", "embedding.safetensors")
     for path in (VECTORS, TOKENIZER, "README.md"):
         stem = Path(path).stem.lower()
         yield _spoilt(f"no-{stem}", f"{path} is missing", ("verify",), remove(path), "file.missing", path)

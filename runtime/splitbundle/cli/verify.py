@@ -67,7 +67,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     partial, whole = bool(bundle.absent()), bundle.whole_shards()
     if partial:
         console.note(f"The bundle is partial. These shards have all their files: {', '.join(whole) or 'none'}.")
-    console.text(f"{what}: {len(found.files)} files, {found.bytes:,} bytes, every size and digest as listed")
+    files = f"{len(found.files)} of {len(bundle.manifest.files)} files" if found.absent else f"{len(found.files)} files"
+    console.text(f"{what}: {files}, {found.bytes:,} bytes, every size and digest as listed")
     for difference in differences:
         one, other = difference.between
         what = described(other)
@@ -87,6 +88,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             "files": list(found.files),
             "bytes": found.bytes,
             "unlisted": list(found.unlisted),
+            "absent": list(bundle.absent()),
             "partial": partial,
             "whole_shards": list(whole),
             "proves": "reproduction" if itself else "parity" if differences else None,

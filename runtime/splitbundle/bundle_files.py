@@ -1,0 +1,180 @@
+"""The half of ``Bundle`` that computes nothing: verify, compare, plan and take apart, by the documents and files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from splitbundle.backends import registry
+from splitbundle.storage.documents import telling_of_replacement
+from splitbundle.storage.files import Progress
+from splitbundle.storage.reader import BundleReader
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from splitbundle.comparison.records import Comparison
+    from splitbundle.planning.plan import Plan
+    from splitbundle.verification.verify import Verification
+
+
+class BundleFiles(BundleReader):
+    """A bundle as files. The modules that a method needs are imported at its first call."""
+
+    def verify(
+        self,
+        shard: str | None = None,
+        *,
+        exact: bool = False,
+        whole: bool = False,
+        progress: Progress | None = None,
+    ) -> Verification:
+        """Check the size, digest and header of every file, or of the files of one ``shard``.
+
+        A listed file that is missing is a problem. The exception is a partial bundle, as ``extract`` makes it: some
+        shards are whole, and nothing is there of the others. Then the files that are there are checked.
+
+        Args:
+            shard: the only shard to check; by default the whole bundle.
+            exact: whether a file that the manifest doesn't list is a problem too.
+            whole: whether a partial bundle is a problem, too.
+            progress: called with the name of the work, the bytes that are done, and the total in bytes.
+
+        Returns:
+            The checked files with their size, the files that the manifest doesn't list, and those that a partial bundle
+            lacks.
+
+        Raises:
+            BundleError: every problem of every file.
+        """
+        # Imported here, as it loads the rules for graphs and tokenizers, which computing doesn't need.
+        from splitbundle.verification.verify import verify
+
+        with self._told():
+            return verify(self, shard, exact=exact, whole=whole, progress=progress)
+
+    def diff(
+        self, other: BundleFiles, *, only: Iterable[str] | None = None, progress: Progress | None = None
+    ) -> Comparison:
+        """Compare this bundle, A, with another one, B.
+
+        The documents are compared, with the digests that they list. Weights whose digests differ are mapped, their
+        headers are checked, and their values are compared with torch, if it is installed. ``Bundle.verify`` checks
+        that the files are those that a manifest lists.
+
+        Args:
+            other: the bundle B.
+            only: the aspects to compare, of ``"model"``, ``"cuts"``, ``"facts"``, ``"weights"``, ``"tokenizer"``,
+                ``"vectors"`` and ``"files"``; by default all.
+            progress: called with the name of the work, the amount that is done, and the total amount.
+
+        Returns:
+            The differences. ``differs`` says whether there are any, and ``as_json`` returns them for JSON.
+
+        Raises:
+            BundleError: ``input.value`` for an unknown aspect; ``file.*`` and ``weights.*`` for a weight file with
+                another size or header.
+        """
+        from splitbundle.comparison import documents, records
+
+        wanted = records.ASPECTS if only is None else only
+        with self._told(), other._told():
+            return documents.compare(self, other, only=wanted, measure=registry.measure, progress=progress)
+
+    def plan(
+        self,
+        *,
+        equal: int | None = None,
+        max_shard_size: int | None = None,
+        machines: Sequence[int] | None = None,
+        context: int | None = None,
+        batch: int = 1,
+        dtype: str | None = None,
+    ) -> Plan:
+        """Tell the costs of each shard, and propose other cuts. This reads the documents alone, and no weight.
+
+        At most one of ``equal``, ``max_shard_size`` and ``machines`` chooses the cuts. Without one, none are proposed.
+
+        Args:
+            equal: the number of shards; the largest one gets as few bytes as possible.
+            max_shard_size: the largest size of a shard's files in bytes; there are as few shards as possible.
+            machines: the memory of each machine in bytes, one shard for each in this order. The weights and the cache
+                must fit, and the largest use relative to the machine's memory is as small as possible.
+            context: the number of tokens of a row; by default 4096, or the context of a model with a shorter one.
+            batch: the number of rows.
+            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; by default the stored dtype.
+
+        Returns:
+            The costs of the present shards, the proposed cuts, and the costs of the shards between them.
+
+        Raises:
+            BundleError: ``usage.cut`` and ``usage.size`` for cuts that can't be made; ``input.value``,
+                ``input.dtype``.
+        """
+        from splitbundle.planning.plan import make_plan
+
+        return make_plan(
+            self.manifest,
+            self.architecture,
+            equal=equal,
+            max_shard_size=max_shard_size,
+            machines=machines,
+            context=context,
+            batch=batch,
+            dtype=dtype,
+        )
+
+    def paths(self, *shards: str, vectors: bool = False, text: bool = False) -> list[str]:
+        """Return the paths of the files that some shards need, relative to the bundle's directory.
+
+        These are the documents, the weight files and the graphs. A copy of these files is a partial bundle of the same
+        id.
+
+        Args:
+            shards: the names of the shards.
+            vectors: whether to include the golden vectors, which ``run_vectors`` needs.
+            text: whether to include the tokenizer.
+
+        Raises:
+            BundleError: ``stage.name``; ``input.value`` without a name.
+        """
+        from splitbundle.partial.shard_files import UNLISTED, listed_files
+
+        return [*UNLISTED, *listed_files(self, shards, vectors=vectors, text=text)]
+
+    def extract(
+        self,
+        path: str | os.PathLike[str],
+        *shards: str,
+        vectors: bool = True,
+        text: bool = False,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Write a partial bundle with some shards. Its files are unchanged, and so is the bundle id.
+
+        Each copy is verified. The new bundle appears complete, or not at all.
+
+        Args:
+            path: the directory of the new bundle.
+            shards: the names of the shards.
+            vectors: whether to include the golden vectors, which ``run_vectors`` needs.
+            text: whether to include the tokenizer.
+            force: whether to replace an existing bundle.
+            progress: called with the name of the work, the amount that is done, and the total amount.
+
+        Returns:
+            The new bundle, opened.
+
+        Raises:
+            BundleError: ``stage.name``; ``input.value`` without a name; ``output.*``; ``file.*``.
+        """
+        from splitbundle.partial.extracting import extract
+
+        with self._told():
+            return extract(self, path, shards, vectors=vectors, text=text, force=force, progress=progress)
+
+    def _told(self) -> AbstractContextManager[None]:
+        return telling_of_replacement(self.path, self.id)
