@@ -34,6 +34,7 @@ ALL = (
     "import",
     "size",
     "verify",
+    "resplit",
     "convert",
     "cold",
     "load",
@@ -117,7 +118,7 @@ def _count(text: str) -> int:
 def _run(args: argparse.Namespace, directory: Path) -> int:
     chosen = [name for name in (ALL if args.set == "all" else (args.set,)) if args.set != "all" or _takes(name, args)]
     require("splitbundle")
-    if {*chosen} - {"import", "size", "verify"}:  # size and verify need them only to make a bundle
+    if {*chosen} - {"import", "size", "verify", "resplit"}:  # the last three need them only to make a bundle
         require("torch", "transformers", "safetensors")
     results = Path(args.results or ROOT / "benchmarks" / "results")
     _writable("--directory", directory)

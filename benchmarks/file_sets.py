@@ -18,15 +18,23 @@ from benchmarks.processes import Failed, measured, require, say, seconds, warm
 from benchmarks.shapes import ITEM, SHAPES
 
 Measure = Callable[[], dict[str, Any]]
-NAMES: Final = ("import", "convert", "size", "verify")
-MODELS: Final = {"import": ("",), "convert": ("gpt2", "qwen2-0.5b"), "size": ("gpt2",), "verify": ("qwen2-0.5b",)}
+NAMES: Final = ("import", "convert", "size", "verify", "resplit")
+MODELS: Final = {
+    "import": ("",),
+    "convert": ("gpt2", "qwen2-0.5b"),
+    "size": ("gpt2",),
+    "verify": ("qwen2-0.5b",),
+    "resplit": ("qwen2-0.5b",),
+}
 """The name of a set -> its default models. Importing reads no model."""
-ROUNDS: Final = {"import": 10, "convert": 5, "size": 1, "verify": 7}
+ROUNDS: Final = {"import": 10, "convert": 5, "size": 1, "verify": 7, "resplit": 5}
 
 PASS: Final = "python -c pass"
 CONFIGURATION: Final = "the configuration, by transformers"
 COPY: Final = "cp, sync, openssl"
 CONVERT: Final = "splitbundle convert"
+COPY_AND_HASH: Final = "cp, openssl"
+RESPLIT: Final = "splitbundle resplit"
 PARAMETERS: Final = "the parameters"
 BUNDLE: Final = "splitbundle"
 
@@ -49,7 +57,8 @@ def plan(name: str, model: str, workshop: Workshop) -> Plan:
         Failed: The set can't be measured here.
         Missing: A library is not installed.
     """
-    return {"import": _import, "convert": _convert, "size": _size, "verify": _verify}[name](model, workshop)
+    plans = {"import": _import, "convert": _convert, "size": _size, "verify": _verify, "resplit": _resplit}
+    return plans[name](model, workshop)
 
 
 def _import(model: str, workshop: Workshop) -> Plan:
@@ -178,6 +187,55 @@ def _verify(model: str, workshop: Workshop) -> Plan:
             )
         )
     return Plan(contenders=contenders, reference="openssl on 1 core", figures=("files",), goals=tuple(goals))
+
+
+def _resplit(model: str, workshop: Workshop) -> Plan:
+    """Copy a bundle without graphs to other cuts, and hash each copy. A peer that waits for the disk does as much."""
+    _openssl()
+    import splitbundle_converter
+
+    bundle = workshop.directory / f"without-graphs-{model}.splitbundle"
+    # Graphs are written anew, which takes seconds of importing torch and onnx, whatever the size.
+    made = workshop.make("bundle", model, "float32")
+    splitbundle_converter.resplit(made, bundle, onnx=False, genai=False, force=True)
+    output = workshop.directory / f"cutting-{os.getpid()}.splitbundle"
+    copy = workshop.directory / f"copying-{os.getpid()}"
+    command = [sys.executable, "-m", "splitbundle", "resplit", str(bundle), "-o", str(output), "--split", "3,9", "-q"]
+
+    def resplit() -> dict[str, float]:
+        _remove(output)
+        try:
+            return {"process": seconds(command)}
+        finally:
+            _remove(output)
+
+    def by_hand(flush: str) -> dict[str, float]:
+        _remove(copy)
+        script = f'cp -r --reflink=never "$0" "$1" {flush} && find "$1" -type f -exec openssl dgst -sha256 {{}} +'
+        try:
+            return {"process": seconds(["sh", "-c", script, str(bundle), str(copy)])}
+        finally:
+            _remove(copy)
+
+    warm(bundle)
+    goals = tuple(
+        Goal(
+            what=f"cutting again, with the digest of each copy, against {other}",
+            own=Term(RESPLIT, "process"),
+            against=Term(other, "process"),
+            share=True,
+            at_most=1.0,
+        )
+        for other in (COPY_AND_HASH, COPY)
+    )
+    contenders: dict[str, Measure] = {
+        COPY_AND_HASH: lambda: by_hand(""),
+        COPY: lambda: by_hand('&& find "$1" -type f -exec sync {} +'),
+        RESPLIT: resplit,
+    }
+    # The goals are for 2 GB: for less, the start-up time dominates.
+    goals = goals if model == "qwen2-0.5b" else ()
+    return Plan(contenders=contenders, reference=COPY_AND_HASH, figures=("process",), goals=goals)
 
 
 def _in_process(task: dict[str, Any]) -> Measure:

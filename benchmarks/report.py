@@ -15,6 +15,7 @@ _TIMED: Final = "Of the calls in one process, a prompt's figure is the least, a 
 _ABOUT: Final = {
     "import": "Seconds from the start of a process to its end.",
     "size": "Bytes of the weight files beside those of the parameters' tensors.",
+    "resplit": "Seconds for copying a bundle to other cuts, and hashing every copied file, in memory already.",
     "verify": "Seconds for hashing all files of a bundle, in memory already.",
     "convert": "Seconds from the start of a process to its end; nothing is compared with the original.",
     "cold": "Seconds from the start of a process to its first token, and of them for importing the libraries.",

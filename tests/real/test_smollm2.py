@@ -92,6 +92,24 @@ def test_text_has_the_ids_of_the_published_tokenizer(smollm2: Path, bundle: spli
         assert tokenizer.decode(ids) == prompt
 
 
+def test_there_and_back(smollm2: Path, bundle: splitbundle.Bundle, tmp_path: Path) -> None:
+    """An export has equal tensors and gives equal text; a conversion of it has the same fingerprint."""
+    from safetensors.torch import load_file
+
+    notes: list[str] = []
+    back = splitbundle_converter.export(bundle, tmp_path / "back", notes=notes.append)
+    assert notes == []
+    source, own = load_file(smollm2 / "model.safetensors"), load_file(back / "model.safetensors")
+    assert own.keys() == source.keys()
+    assert all(own[name].dtype == tensor.dtype and torch.equal(own[name], tensor) for name, tensor in source.items())
+    for prompt in PROMPTS[:3]:
+        assert expected(back, prompt) == expected(smollm2, prompt)
+    again = splitbundle_converter.convert(back, tmp_path / "again", check=False)
+    assert again.fingerprint == bundle.fingerprint
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (back / name).read_bytes() == (smollm2 / name).read_bytes(), name
+
+
 @pytest.mark.parametrize(
     ("split", "dtype"),
     [
