@@ -19,7 +19,7 @@ from splitbundle import BundleError
 from splitbundle.cli import main
 from splitbundle_converter.families.table import FAMILIES
 from tests.support.checkpoints import MISSING, said
-from tests.support.models import bundle, checkpoint, make_model
+from tests.support.models import bundle, checkpoint, load_original, make_model, original_logits, token_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,6 +108,10 @@ def test_three_parts_are_the_model(parts: Path, output: Path, name: str, inclusi
     whole = make_model(name).state_dict()
     assert source.keys() == whole.keys()
     assert all(torch.equal(source[key], whole[key]) for key in whole)
+    # The configuration in the metadata of the parts becomes a file. So the model goes back to Hugging Face whole.
+    back = splitbundle_converter.export(made, parts / "back")
+    (ids,) = token_rows(5)
+    assert torch.equal(original_logits(load_original(back), ids), original_logits(load_original(checkpoint(name)), ids))
 
 
 @pytest.mark.parametrize(
