@@ -6,7 +6,8 @@ libraries takes longer than the pages do:
 - In a ``console`` block, ``$ splitbundle …`` runs the command line. The lines below a command are what it prints, where
   ``…`` stands for any text; on a line of its own it stands for any lines. A command must succeed; ``diff`` may find
   differences.
-- A ``python`` block runs with the names of the page's blocks before it.
+- A ``python`` block runs with the names of the page's blocks before it. After ``<!-- file: NAME -->`` it is saved under
+  this name instead, for later blocks to run.
 - ``<!-- starts with: NAME … -->`` anywhere in a page copies a checkpoint or a bundle of ``PREPARED`` there first.
 - ``<!-- needs: MODULE -->`` before a block skips it where the module isn't installed.
 - ``<!-- not run: REASON -->`` before a block leaves it out.
@@ -33,6 +34,7 @@ from splitbundle.cli.commands import COMMANDS
 from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
 from splitbundle_converter.families import summary
 from splitbundle_converter.families.table import FAMILIES
+from tests.support.pages import fences
 from tests.support.paths import ROOT
 
 DOCS: Final = ROOT / "docs"
@@ -55,7 +57,6 @@ PREPARED: Final = {
     "license-onnx.splitbundle": "add-onnx license.splitbundle -o license-onnx.splitbundle",
 }
 """A bundle or checkpoint that a page may start with -> the command that makes it."""
-_BLOCK: Final = re.compile(r"(?:<!-- ([a-z ]+): ([^>]*?) -->\n+)?^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _RUNNER: Final = """
 import contextlib, io, json, os, runpy, shlex, sys, traceback
 
@@ -66,7 +67,10 @@ def run(directory, blocks):
         out, err = io.StringIO(), io.StringIO()
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                if kind == "python":
+                if kind == "file":
+                    with open(where, "w", encoding="utf-8") as file:
+                        file.write(text)
+                elif kind == "python":
                     exec(compile(text, where, "exec"), names)
                 else:
                     sys.argv = shlex.split(text)
@@ -83,18 +87,21 @@ for line in sys.stdin:
     print(json.dumps(run(*json.loads(line))), flush=True)
 """
 Block = tuple[str, str, str]
-"""The kind (``python``, or ``command`` for one line of a console), where it is, and its text."""
+"""The kind (``python``, or ``command`` for one line of a console), where it is, and its text.
+
+The kind ``file`` has the file's name in place of where it is."""
 
 
 def blocks(page: str) -> Iterator[tuple[Block, str]]:
     """Yield the blocks of a page in order, each with the output that the page prints."""
-    text = (ROOT / page).read_text("utf-8")
-    for found in _BLOCK.finditer(text):
-        note, what, kind, body = found.groups()
-        where = f"{page}, line {text.count(chr(10), 0, found.start(4)) + 1}"
+    for line_number, note, about, kind, body in fences(page):
+        where = f"{page}, line {line_number}"
         if kind not in ("python", "console") or note == "not run":
             continue
-        if note == "needs" and find_spec(what) is None:
+        if note == "needs" and find_spec(about or "") is None:
+            continue
+        if note == "file":
+            yield ("file", about or "", body), ""
             continue
         if kind == "python":
             yield ("python", where, body), ""
