@@ -1,11 +1,13 @@
-"""Places where users meet deadlocks: torch alone, no model zoo, threads, forks, two OpenMP libraries.
+"""Places where users meet deadlocks: torch alone, no model zoo, threads, forks, two OpenMP libraries, two machines.
 
 Each test has a time limit.
 """
 
 from __future__ import annotations
 
+import ast
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -13,19 +15,22 @@ from pathlib import Path
 
 import pytest
 
+import splitbundle
 import splitbundle_converter
+from tests.support.pages import programs
 from tests.support.paths import ROOT
 
-WORKERS = ROOT / "tests" / "environments" / "workers.py"
+ENVIRONMENTS = ROOT / "tests" / "environments"
+WORKERS = ENVIRONMENTS / "workers.py"
 CHECKPOINT = ROOT / "examples" / "license-gpt2"
 SECONDS = 600
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The license model as three shards."""
+    """The license model as three shards, with graphs and golden vectors."""
     output = tmp_path_factory.mktemp("environments") / "license.splitbundle"
-    return splitbundle_converter.convert(CHECKPOINT, output, split=[2, 4], check=False, onnx=True).path
+    return splitbundle_converter.convert(CHECKPOINT, output, split=[2, 4], onnx=True).path
 
 
 def run(*command: str | Path, timeout: float = SECONDS, **variables: str) -> str:
@@ -118,3 +123,31 @@ def test_the_contrast_runs_the_same_script() -> None:
     """
     out = run(sys.executable, WORKERS, "transformers", "thread", CHECKPOINT)
     assert "worker [12, 221, 54, 268, 419, 593, 14, 16]" in out
+
+
+@pytest.mark.parametrize(("library", "other"), [("torch", "onnxruntime"), ("onnxruntime", "torch")])
+def test_a_second_machine_computes_the_trunk(bundle: Path, tmp_path: Path, library: str, other: str) -> None:
+    """It has the files of its shard, one library, and the program that the guide shows. The tokens are the same."""
+    there, barred = tmp_path / "trunk.splitbundle", (sys.executable, ENVIRONMENTS / "barred.py")
+    if library == "torch":
+        run(sys.executable, "-m", "splitbundle", "extract", bundle, "--shard", "trunk", "-o", there)
+    else:
+        listed = run(sys.executable, "-m", "splitbundle", "files", bundle, "--shard", "trunk", "--verify")
+        for path in listed.splitlines():
+            (there / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle / path, there / path)
+    assert splitbundle.open(there).whole_shards() == ("trunk",)
+
+    verify = (*barred, library, "-m", "splitbundle", "verify", "--shard", "trunk", "--run", there)
+    assert f"hidden.4     {library} differs" in run(*verify)
+    lacking = subprocess.run([*verify, "--backend", other], capture_output=True, text=True, timeout=SECONDS)
+    assert lacking.returncode == 4, lacking.stderr  # the other backend is barred
+
+    program = tmp_path / f"trunk_{library}.py"
+    program.write_text(programs("docs/guides/take-a-shard.md")[program.name], "utf-8")
+    # The first machine needs no more than torch, either.
+    first = (*barred, "torch", ENVIRONMENTS / "first_machine.py", bundle)
+    out = run(*first, *barred, library, program, there)
+    by_two_machines, by_one = map(ast.literal_eval, out.splitlines())
+    assert by_two_machines == by_one
+    assert [len(row) for row in by_one] == [12, 12]
