@@ -48,8 +48,9 @@ class Bundle(BundleFiles):
     ) -> list[Difference]:
         """Compute the golden vectors, and compare them with the original model.
 
-        The vectors run through all shards, or through one shard from its golden input. torch computes in float32, and
-        onnxruntime in the dtype of the graphs.
+        The vectors run through all shards, or through one shard from its golden input. In a partial bundle they run
+        through each whole shard from its golden input. torch computes in float32, and onnxruntime in the dtype of the
+        graphs.
 
         Args:
             shard: the only shard to run; by default all.
@@ -74,8 +75,14 @@ class Bundle(BundleFiles):
         if require_original:
             golden.check_original(self)
 
+        chosen, whole = backend or registry.installed_backend(), self.whole_shards()
+        parts = whole if shard is None and whole and len(whole) < len(self.shards) else (shard,)
         with self._told():
-            differences = registry.run_golden(self, shard, backend or registry.installed_backend(), threads, progress)
+            differences = [
+                difference
+                for part in parts
+                for difference in registry.run_golden(self, part, chosen, threads, progress)
+            ]
         if self.manifest.vectors is not None:
             golden.check(differences, self.manifest.vectors.file)
         return differences

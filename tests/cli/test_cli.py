@@ -252,6 +252,9 @@ def test_a_shard_is_verified_by_its_own_files(bundle: Path, tmp_path: Path) -> N
     for name in ("manifest.json", "architecture.json", "layer-002.safetensors", "layer-003.safetensors"):
         shutil.copy(bundle / name, part)
     assert call("verify", part, "--shard", "trunk").returncode == 0
+    assert call("verify", part).returncode == 0
+    assert call("verify", part, "--whole").returncode == 3
+    (part / "layer-003.safetensors").unlink()
     assert call("verify", part).returncode == 3
 
 

@@ -53,7 +53,7 @@ def test_a_part_has_unchanged_files_and_the_same_id(bundle: Bundle, tmp_path: Pa
     assert sorted((*verification.files, "manifest.json", "SHA256SUMS")) == sorted(found)
     assert set(verification.absent) == set(part.absent()) == set(whole) - set(found)
     for backend in ("torch", "onnxruntime"):
-        assert part.run_vectors("trunk", backend=backend)
+        assert part.run_vectors("trunk", backend=backend) == part.run_vectors(backend=backend)
     done = subprocess.run(
         ["sha256sum", "--ignore-missing", "--quiet", "-c", "SHA256SUMS"], cwd=part.path, capture_output=True, text=True
     )

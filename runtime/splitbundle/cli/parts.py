@@ -15,7 +15,7 @@ from splitbundle.storage.files import missing
 
 
 def _add_shards(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    what = "a shard to take; may be given several times" + ("" if required else "; by default all files of the bundle")
+    what = "a shard to take; may be given several times" + ("" if required else "; by default all files that are there")
     parser.add_argument("--shard", metavar="NAME", action="append", required=required, help=what)
 
 
@@ -28,16 +28,16 @@ def _files_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _files(args: argparse.Namespace, console: Console) -> int:
     bundle = open_bundle(args.bundle)
+    gone = set(bundle.absent())
     if args.shard is None:
-        paths = [*UNLISTED, *bundle.manifest.files]
+        paths = [*UNLISTED, *(path for path in bundle.manifest.files if path not in gone)]
     else:
         paths = bundle.paths(*args.shard, vectors=args.verify, text=args.text)
-    absent = [path for path in paths if not (bundle.path / path).exists()]
-    if absent:
+    if absent := [path for path in paths if path in gone]:
         raise BundleError(missing(path) for path in absent)
     for path in paths:
         console.text(path)
-    size = sum((bundle.path / path).stat().st_size for path in paths)
+    size = sum(bundle.manifest.files[path].size for path in paths if path not in UNLISTED)
     console.json({"ok": True, "bundle_id": bundle.id, "files": paths, "bytes": size})
     return 0
 
