@@ -9,9 +9,11 @@ from pathlib import Path
 from torch import Tensor
 
 from splitbundle.backends.torch.stage import load_stages
+from splitbundle.backends.torch.training.adapter_files import WEIGHTS, read_adapters
 from splitbundle.backends.torch.training.lora_files import load_lora
 from splitbundle.backends.torch.weights import DTYPES, rounded
 from splitbundle.bundle import Bundle
+from splitbundle_converter.errors import refusal
 
 
 def with_adapter(
@@ -50,6 +52,10 @@ def check_adapter(bundle: Bundle, adapter: str | os.PathLike[str]) -> None:
     Raises:
         BundleError: ``adapter.config``, ``adapter.tensor``, ``file.*``, ``json.*``.
     """
+    _, found, _ = read_adapters(Path(adapter))
+    if not found:
+        expected, hint = "at least one layer with an adapter", "Save it again with PEFT, or with save_lora"
+        raise refusal("adapter.tensor", WEIGHTS, expected, "none", hint)
     first = next(iter(bundle.architecture.unit_tensors()))
     _merged(bundle, adapter, first)
 

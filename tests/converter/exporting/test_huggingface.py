@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import splitbundle
@@ -173,6 +173,11 @@ def test_an_adapter_of_another_model_is_refused(bundle: Bundle, tmp_path: Path) 
     stage.add_lora(2, 4.0, ["c_attn"])
     adapter = save_lora(tmp_path / "adapter", stage)
     with pytest.raises(BundleError, match=r"\[adapter\.tensor\]"):
+        splitbundle_converter.export(bundle, tmp_path / "back", adapter=adapter)
+    save_file({}, adapter / "adapter_model.safetensors")
+    with pytest.raises(
+        BundleError, match=r"\[adapter\.tensor\] .* expected at least one layer with an adapter, got none"
+    ):
         splitbundle_converter.export(bundle, tmp_path / "back", adapter=adapter)
     assert not (tmp_path / "back").exists()
 
