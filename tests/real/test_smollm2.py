@@ -92,6 +92,7 @@ def test_text_has_the_ids_of_the_published_tokenizer(smollm2: Path, bundle: spli
         assert tokenizer.decode(ids) == prompt
 
 
+@pytest.mark.long
 def test_there_and_back(smollm2: Path, bundle: splitbundle.Bundle, tmp_path: Path) -> None:
     """An export has equal tensors and gives equal text; a conversion of it has the same fingerprint."""
     from safetensors.torch import load_file
