@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -40,15 +40,20 @@ def is_backup(place: Path) -> bool:
         return False
 
 
-def recover(target: Path) -> None:
+def recover(target: Path, ours: Callable[[Path], bool] = is_backup) -> None:
     """Put the old bundle back if its replacement was interrupted. Otherwise do nothing.
 
-    This never fails. If the system refuses the rename (on a read-only mount), the caller finds no bundle.
+    This fails only if ``ours`` does. If the system refuses the rename (on a read-only mount), the caller finds no
+    bundle.
+
+    Args:
+        target: the directory of the bundle.
+        ours: tells whether a directory may be the old one.
     """
     if not target.name or os.path.lexists(target):  # the root of a file system has no name, and is never replaced
         return
     old = backup_path(target)
-    if not is_backup(old):
+    if not ours(old):
         return
     with contextlib.suppress(OSError), directory_lock(target.parent):
         if not os.path.lexists(target):  # a running writer may have finished in the meantime

@@ -60,7 +60,7 @@ def atomic_directory(
                 _replace(staging, target, force, ours)
     except OSError as error:
         if made is not None and _is_there(made, target):
-            raise _not_durable(target, error) from error
+            raise _not_durable(target, error, ours) from error
         if error.filename is not None and not _is_ours(Path(os.fsdecode(error.filename)), target):
             raise  # an error about a file that was being read
         raise _unwritable(target, error) from error
@@ -120,11 +120,15 @@ def _prepare(target: Path, force: bool, ours: Callable[[Path], bool]) -> None:
 
     Unfinished bundles come from writers that were killed.
     """
-    recover(target)
+
+    def may_be_old(place: Path) -> bool:
+        return is_backup(place) or ours(place)
+
+    recover(target, may_be_old)
     with directory_lock(target.parent):  # while another writer replaces a bundle, the target is absent for a moment
         _refuse_existing(target, force, ours)
         old = backup_path(target)
-        if os.path.lexists(target) and is_backup(old):  # a writer replaced the bundle, and was killed then
+        if os.path.lexists(target) and may_be_old(old):  # a writer replaced the bundle, and was killed then
             # One rename moves the backup away. Removing it in place could leave half of it, and recovery would restore
             # this half.
             old.rename(_new_place(target))
@@ -280,7 +284,7 @@ def _replace(staging: Path, target: Path, force: bool, ours: Callable[[Path], bo
                 raise
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise _beaten(target) from error
+            raise _beaten(target, ours) from error
         raise
     try:
         _flush(target.parent)
@@ -288,7 +292,7 @@ def _replace(staging: Path, target: Path, force: bool, ours: Callable[[Path], bo
             old.rename(staging)
         # After an exchange, the old bundle is already at the path of ``staging``, which is removed at the end.
     except OSError as error:
-        raise _not_durable(target, error) from error
+        raise _not_durable(target, error, ours) from error
 
 
 def _is_there(made: os.stat_result, target: Path) -> bool:
@@ -340,16 +344,19 @@ def _remove(directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _beaten(target: Path) -> BundleError:
+def _beaten(target: Path, ours: Callable[[Path], bool]) -> BundleError:
+    got = "a new bundle" if ours is _is_bundle else "a new directory"
     hint = "Another writer was first; force=True replaces it"
-    return BundleError(
-        Problem(code="output.exists", file=str(target), expected="nothing there", got="a new bundle", hint=hint)
-    )
+    return BundleError(Problem(code="output.exists", file=str(target), expected="nothing there", got=got, hint=hint))
 
 
-def _not_durable(target: Path, error: OSError) -> BundleError:
-    expected = "a new bundle that survives a power failure"
-    hint = "The bundle is in place. Check it with splitbundle verify; free or replace the disk, and run this again"
+def _not_durable(target: Path, error: OSError, ours: Callable[[Path], bool]) -> BundleError:
+    if ours is _is_bundle:
+        expected = "a new bundle that survives a power failure"
+        hint = "The bundle is in place. Check it with splitbundle verify; free or replace the disk, and run this again"
+    else:
+        expected = "a new directory that survives a power failure"
+        hint = "The new directory is in place. Free or replace the disk, and run this again"
     return BundleError(Problem(code="output.failed", file=str(target), expected=expected, got=_line(error), hint=hint))
 
 

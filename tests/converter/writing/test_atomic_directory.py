@@ -167,6 +167,21 @@ def test_an_interrupted_exchange_is_mended_by_the_next_writer(bundle: Path) -> N
     assert splitbundle.open(bundle).id == before
 
 
+def test_an_interrupted_exchange_of_exports_is_mended_too(bundle: Path, tmp_path: Path) -> None:
+    """An export has no manifest by which it could be recognized."""
+    checkpoint, old = tmp_path / "checkpoint", tmp_path / ".checkpoint.old"
+    splitbundle_converter.export(bundle, checkpoint)
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    checkpoint.rename(old)
+    with pytest.raises(BundleError, match=r"\[output.exists\]"):
+        splitbundle_converter.export(bundle, checkpoint)
+    assert (checkpoint / "model.safetensors").read_bytes() == weights
+    shutil.copytree(checkpoint, old)  # a writer that was killed after the exchange leaves both
+    splitbundle_converter.export(bundle, checkpoint, force=True, max_shard_size=1)
+    assert not (checkpoint / "model.safetensors").exists()
+    assert names(tmp_path) == [checkpoint.name, bundle.name]
+
+
 @pytest.mark.rule("SB-D-012")
 @pytest.mark.parametrize("command", ["resplit", "add_onnx"])
 def test_a_bundle_that_is_replaced_while_it_is_copied_is_refused(bundle: Path, command: str) -> None:
