@@ -61,7 +61,8 @@ def _extract(args: argparse.Namespace, console: Console) -> int:
     made = bundle.extract(
         args.output, *args.shard, vectors=args.vectors, text=args.text, force=args.force, progress=console.progress
     )
-    return _report(made, args.output, console)
+    taken = bundle.paths(*args.shard, vectors=args.vectors, text=args.text)
+    return _report(made, set(made.manifest.files).difference(taken), args.output, console)
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,15 +74,18 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(args: argparse.Namespace, console: Console) -> int:
-    made = merge_bundles(args.bundles, args.output, force=args.force, progress=console.progress)
-    return _report(made, args.output, console)
+    bundles = [open_bundle(path) for path in args.bundles]
+    absent = set.intersection(*(set(bundle.absent()) for bundle in bundles))
+    made = merge_bundles(bundles, args.output, force=args.force, progress=console.progress)
+    return _report(made, absent, args.output, console)
 
 
-def _report(made: Bundle, output: str, console: Console) -> int:
+def _report(made: Bundle, absent: set[str], output: str, console: Console) -> int:
+    """Describe a bundle without a look at its files: this must not fail once the bundle is in place."""
     console.end_progress()
-    absent, whole = made.absent(), made.whole_shards()
+    whole = [shard.name for shard in made.shards if absent.isdisjoint(made.files_of(shard))]
     files = len(made.manifest.files) - len(absent)
-    size = sum(file.size for path, file in made.manifest.files.items() if path not in set(absent))
+    size = sum(file.size for path, file in made.manifest.files.items() if path not in absent)
     here = f"{files} of {len(made.manifest.files)} files" if absent else f"all {files} files"
     console.text(f"{output}: {here}, {size:,} bytes, with the shards {', '.join(whole) or 'none'}")
     console.text(f"  bundle id   {made.id}")
@@ -92,8 +96,8 @@ def _report(made: Bundle, output: str, console: Console) -> int:
             "bundle_id": made.id,
             "fingerprint": made.fingerprint,
             "bytes": size,
-            "whole_shards": list(whole),
-            "absent": list(absent),
+            "whole_shards": whole,
+            "absent": [path for path in made.manifest.files if path in absent],
         }
     )
     return 0
