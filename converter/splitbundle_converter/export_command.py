@@ -9,6 +9,7 @@ import splitbundle_converter
 from splitbundle.cli.arguments import size
 from splitbundle.cli.console import Command, Console
 from splitbundle.cli.words import in_words
+from splitbundle.errors import BundleError, Problem
 from splitbundle_converter.commands import libraries
 
 
@@ -52,7 +53,13 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             progress=console.progress,
         )
     console.end_progress()
-    sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    try:
+        sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    except OSError as error:
+        expected, hint = "a directory that can be listed", "The new directory is in place. Look at it yourself"
+        got = f"{error.strerror}"
+        problem = Problem(code="file.unreadable", file=args.output, expected=expected, got=got, hint=hint)
+        raise BundleError(problem) from error
     console.text(f"{args.output}: {len(sizes)} files, {sum(sizes.values()):,} bytes")
     for name in sorted(sizes):
         console.text(f"  {name}")
