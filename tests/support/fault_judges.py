@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from tests.support.fault_points import Point
 from tests.support.syscalls import Call, Fault
@@ -26,7 +26,7 @@ class Scenario:
     arguments: tuple[str, ...]
     target: str
     """The name of the bundle that it makes or replaces."""
-    prepare: Callable[[Path], None]
+    prepare: Callable[[Path], object]
     same: Callable[[Sequence[Call]], Sequence[Call]] = lambda calls: ()
     """Calls that another scenario makes too, in the same state."""
     always: Callable[[Call], Fault | None] = lambda call: None
@@ -60,16 +60,24 @@ class Judge:
     root: Path
     template: Path
     run: Callable[[Sequence[str]], int]
+    in_place: ClassVar[str] = "The bundle is in place"
     new: str = ""
-    """The id of the bundle that the command makes."""
+    """The identity of the bundle that the command makes."""
     _next: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
 
     def old(self) -> str | None:
-        """The id of the bundle that was there before."""
+        """Return the identity of the bundle that was there before; None if there was none."""
         place = self.template / self.scenario.target
         mended = self.template / f".{self.scenario.target}.old"
         there = next((path for path in (place, mended) if path.is_dir()), None)
-        return None if there is None else identity(there)
+        return None if there is None else self.identity(there)
+
+    def identity(self, path: Path) -> str:
+        """Return the digest of a bundle's manifest, and its files: parts of one bundle have the same manifest."""
+        manifest = path / "manifest.json"
+        if not manifest.exists():
+            return ""
+        return f"{hashlib.sha256(manifest.read_bytes()).hexdigest()} {' '.join(sorted(state(path)))}"
 
     def problems(self, point: Point, answer: Mapping[str, Any] | None) -> tuple[str, list[str]]:
         """Return which bundle is there now (old, new, none), and a list of what is wrong."""
@@ -83,37 +91,44 @@ class Judge:
             wrong += self._check_answer(now, point, answer)
         return now, wrong
 
-    def _then(self) -> tuple[str, list[str]]:
-        """Check the result of opening, and the files that the next run leaves."""
+    def there(self) -> str | None:
+        """Return the identity of the bundle that stands there; None if nothing does.
+
+        Raises:
+            BundleError: it can't be opened, or isn't whole.
+        """
         import splitbundle
         from splitbundle import BundleError
 
-        wrong, now = [], "something else"
         target = self.root / self.scenario.target
+        try:
+            splitbundle.open(target).verify(exact=True)
+        except BundleError as error:
+            if error.codes == ("file.missing",) and not target.exists():
+                return None
+            raise
+        return self.identity(target)
+
+    def _then(self) -> tuple[str, list[str]]:
+        """Check the result of opening, and the files that the next run leaves."""
+        from splitbundle import BundleError
+
+        wrong, now = [], "something else"
         old = self.old()
         try:
-            bundle = splitbundle.open(target)
-            bundle.verify(exact=True)
-            now = {self.new: "new", old: "old"}.get(bundle.id, now)
+            now = {self.new: "new", old: "none" if old is None else "old"}.get(self.there(), now)
         except BundleError as error:
-            if old is None and error.codes == ("file.missing",) and not target.exists():
-                now = "none"
-            else:
-                wrong.append(f"opening it: {error}")
+            wrong.append(f"opening it: {error}")
         if now == "something else":
-            wrong.append("neither the old bundle nor the new one stands there, whole")
-        said = io.StringIO()
+            wrong.append("neither the old one nor the new one stands there, whole")
         again = [*self.scenario.arguments, *(["--force"] if now == "new" and old is None else [])]
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            status = self.run(again)
+        status, said = self.rerun(again)
         if status != 0:
-            wrong.append(f"the next run: status {status}, {said.getvalue()}")
+            wrong.append(f"the next run: status {status}, {said}")
         else:
             try:
-                bundle = splitbundle.open(target)
-                bundle.verify(exact=True)
-                if bundle.id != self.new:
-                    wrong.append("the next run made another bundle")
+                if self.there() != self.new:
+                    wrong.append("the next run made another one")
             except BundleError as error:
                 wrong.append(f"the next run: {error}")
         expected = {self.scenario.target} | {path.name for path in self.template.iterdir() if path.name[0] != "."}
@@ -121,6 +136,13 @@ class Judge:
         if litter:
             wrong.append(f"the next run left or took {', '.join(litter)}")
         return now, wrong
+
+    def rerun(self, arguments: Sequence[str]) -> tuple[int, str]:
+        """Run a command without a fault. Return its exit status and its output."""
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            status = self.run(arguments)
+        return status, said.getvalue()
 
     def _check_answer(self, now: str, point: Point, answer: Mapping[str, Any]) -> list[str]:
         status, said = answer["status"], answer["said"]
@@ -135,7 +157,7 @@ class Judge:
             wrong.append(f"an interruption ends with status {status}: {said[-500:]}")
         if not interrupted and status != 1:
             wrong.append(f"status {status}: {said[-500:]}")
-        if not interrupted and now == "new" and "The bundle is in place" not in said:
+        if not interrupted and now == "new" and self.in_place not in said:
             wrong.append(f"status {status} where the new bundle stands, which nothing says: {said[-500:]}")
         return wrong
 
@@ -166,20 +188,28 @@ class CheckpointJudge(Judge):
                 wrong.append(f"checkpoint {step}: {error}")
             if float(next(stage.parameters()).flatten()[0]) != step:
                 wrong.append(f"checkpoint {step} has other weights")
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            status = self.run([*self.scenario.arguments[:-1], "--step=4"])
+        status, said = self.rerun([*self.scenario.arguments[:-1], "--step=4"])
         kept = [3, 4] if 3 in steps else [2, 4]
         names = sorted(path.name for path in checkpoints.directory.iterdir())
         if status != 0 or names != [f"step-{step:010d}" for step in kept]:
-            wrong.append(f"the next run: status {status}, {', '.join(names)}; {said.getvalue()}")
+            wrong.append(f"the next run: status {status}, {', '.join(names)}; {said}")
         return "new" if 3 in steps else "old", wrong
 
 
-def identity(path: Path) -> str:
-    if not (path / "manifest.json").exists():
-        return ""
-    return "sha256:" + hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
+class ExportJudge(Judge):
+    """Checks that an exported checkpoint has every file as an export without a fault makes it."""
+
+    in_place = "The new directory is in place"
+
+    def identity(self, path: Path) -> str:
+        return json.dumps(state(path), sort_keys=True) if path.is_dir() else ""
+
+    def there(self) -> str | None:
+        target = self.root / self.scenario.target
+        if not target.exists() and self.old() is not None:
+            # No reader of a checkpoint brings back the old one. The next export does, even if it replaces nothing.
+            self.rerun([argument for argument in self.scenario.arguments if argument != "--force"])
+        return self.identity(target) if target.exists() else None
 
 
 def checkpointed_stage(bundle: str | Path) -> Any:

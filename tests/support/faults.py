@@ -33,7 +33,7 @@ from typing import Any, Final
 
 from splitbundle.cli.console import Command, Console
 from tests.support import syscalls
-from tests.support.fault_judges import CheckpointJudge, Scenario, checkpointed_stage, identity, state
+from tests.support.fault_judges import CheckpointJudge, ExportJudge, Scenario, checkpointed_stage, state
 from tests.support.fault_points import points
 from tests.support.syscalls import Call, Fault, Tracee
 
@@ -161,7 +161,7 @@ def run_scenario(
         answer = worker.run(scenario.arguments, root, reference)
         if answer is None or answer["status"] != 0:
             raise RuntimeError(f"{scenario.name} without a fault: {answer}")
-    judge.new = identity(root / scenario.target)
+    judge.new = judge.identity(root / scenario.target)
     outcomes: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     wrong = []
@@ -245,6 +245,13 @@ def scenarios(sources: Path, root: Path) -> list[Scenario]:
     def interrupted(template: Path) -> None:
         shutil.copytree(made / "old", template / f".{target}.old")
 
+    def standing(name: str) -> Callable[[Path], object]:
+        """Another one of the bundles is there."""
+        return lambda template: shutil.copytree(made / name, template / target)
+
+    def exported(template: Path) -> None:
+        shutil.copytree(sources / "exported", template / "checkpoint")
+
     def littered(template: Path) -> None:
         bundle(template)
         for name in ("old", "tmp-0123456789abcdef", "tmp-fedcba9876543210"):
@@ -256,9 +263,19 @@ def scenarios(sources: Path, root: Path) -> list[Scenario]:
     resplit = ("resplit", place, "--split", "1", "--quiet")
     pickles = ("convert", str(sources / "pickles"), "-o", place, "--no-check", "--quiet", "--allow-pickle")
 
-    def scenario(name: str, arguments: tuple[str, ...], prepare: Callable[[Path], None], **more: Any) -> Scenario:
+    def scenario(name: str, arguments: tuple[str, ...], prepare: Callable[[Path], object], **more: Any) -> Scenario:
         return Scenario(name=name, arguments=arguments, target=target, prepare=prepare, **more)
 
+    def export(name: str, arguments: tuple[str, ...], prepare: Callable[[Path], object], **more: Any) -> Scenario:
+        return Scenario(name=name, arguments=arguments, target="checkpoint", prepare=prepare, judge=ExportJudge, **more)
+
+    extract = ("extract", str(made / "parts"), "--shard", "trunk", "-o", place, "--quiet")
+    merge = ("merge", str(made / "trunk"), str(made / "rest"), "-o", place, "--quiet")
+    merge_over = ("merge", place, str(made / "rest"), "-o", place, "--force", "--quiet")
+    cast = ("cast", str(made / "parts"), "--dtype", "bfloat16", "-o", place, "--threads", "1", "--quiet")
+    cast_over = ("cast", place, *cast[2:], "--force")
+    several = ("--max-shard-size", "300", "--quiet")  # three weight files and an index, in place of one file
+    exporting = ("export", str(made / "parts"), "-o", str(root / "checkpoint"), *several)
     elsewhere = ("resplit", str(made / "old"), "-o", place, "--split", "1", "--quiet")
     over = (*convert, "--split", "1", "--force")
     two_steps: dict[str, Any] = {"same": before_replacing, "always": no_exchange}
@@ -282,14 +299,27 @@ def scenarios(sources: Path, root: Path) -> list[Scenario]:
         scenario("resplit --force", (*resplit, "--force"), bundle),
         scenario("resplit --force, after an interruption", (*resplit, "--force"), interrupted, **mending),
         scenario("resplit --force, after two killed writers", (*resplit, "--force"), littered, same=after_beginning),
+        scenario("extract", extract, nothing),
+        scenario("extract --force", (*extract, "--force"), standing("bottom"), same=before_replacing),
+        scenario("merge", merge, nothing),
+        scenario("merge --force, over a part", merge_over, standing("trunk")),
+        scenario("cast", cast, nothing),
+        scenario("cast over itself", cast_over, standing("parts"), same=before_replacing),
+        export("export", exporting, nothing),
+        export("export --force", (*exporting, "--force"), exported),
+        export("export --force, in two steps", (*exporting, "--force"), exported, **two_steps),
     ]
 
 
 def make_sources(directory: Path) -> None:
-    """Make a checkpoint of one layer, the same checkpoint as a pickle, and bundles of it."""
+    """Make a checkpoint of one layer, the same checkpoint as a pickle, bundles of it, and an export of one.
+
+    The bundle ``parts`` has three shards and golden vectors. ``bottom``, ``trunk`` and ``rest`` are parts of it.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    import splitbundle
     import splitbundle_converter
 
     sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -299,8 +329,13 @@ def make_sources(directory: Path) -> None:
     (directory / "pickles").mkdir()
     shutil.copy(directory / "source" / "config.json", directory / "pickles")
     torch.save(model.state_dict(), directory / "pickles" / "pytorch_model.bin")
-    (directory / "bundles").mkdir()
-    splitbundle_converter.convert(directory / "source", directory / "bundles" / "old", check=False)
+    made = directory / "bundles"
+    splitbundle_converter.convert(directory / "source", made / "old", check=False)
+    splitbundle_converter.convert(directory / "source", made / "parts", split=(0, 1))
+    parts = splitbundle.open(made / "parts")
+    for name, shards in {"bottom": ["bottom"], "trunk": ["trunk"], "rest": ["bottom", "top"]}.items():
+        parts.extract(made / name, *shards)
+    splitbundle_converter.export(parts, directory / "exported")
 
 
 def _save_as_arguments(parser: argparse.ArgumentParser) -> None:
@@ -367,11 +402,13 @@ print(json.dumps({"done": len(request["files"])}), flush=True)
 
 def command(sources: Path) -> Callable[[Sequence[str]], int]:
     """The command line, with every import that a command needs. The metadata that names commands isn't read."""
-    from splitbundle.cli import main
+    from splitbundle.cli import cast, main, parts
     from splitbundle_converter.checkpoint import pickles
     from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
+    from splitbundle_converter.export_command import EXPORT
 
-    vars(main)["_commands"] = lambda arguments: [CONVERT, RESPLIT, ADD_ONNX, SAVE_AS, SAVE_CHECKPOINT]
+    found = [CONVERT, RESPLIT, ADD_ONNX, EXPORT, parts.EXTRACT, parts.MERGE, cast.COMMAND, SAVE_AS, SAVE_CHECKPOINT]
+    vars(main)["_commands"] = lambda arguments: found
     vars(pickles)["CHILD_CODE"] = CHILD.replace("SOURCE", repr(str(sources / "source" / "model.safetensors")))
     return main.main
 
