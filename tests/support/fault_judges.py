@@ -168,6 +168,8 @@ class CheckpointJudge(Judge):
     Checkpoints 1 and 2 are there, the command saves 3, and 2 are kept.
     """
 
+    in_place = "The new directory is in place"
+
     def old(self) -> str | None:
         return "1, 2"
 

@@ -145,7 +145,7 @@ class Checkpoints:
             hint = "Remove it, or give another step or directory"
             problem = Problem(code="output.exists", file=str(target), expected="no such step", got="one", hint=hint)
             raise BundleError(problem)
-        with atomic_directory(target, force=False) as root:
+        with atomic_directory(target, force=False, ours=lambda path: False) as root:  # none is ever replaced
             stored = {name: _stored(tensor) for name, tensor in tensors.items()}
             entry = write_weights(root / TENSORS, stored, lambda name: tensors[name].to("cpu"))()
             document = {
