@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from splitbundle.bundle import Bundle
-from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
 from splitbundle.storage.documents import find_bundle, read_documents
 from splitbundle.storage.files import Progress
 
@@ -64,6 +64,8 @@ def merge_bundles(
     # Imported here, as most users of this module only open bundles.
     from splitbundle.partial.merging import merge
 
+    if isinstance(bundles, str | os.PathLike):
+        raise wrong_argument("bundles", "a list of at least one bundle", quoted(bundles))
     opened = [bundle if isinstance(bundle, Bundle) else open_bundle(bundle) for bundle in bundles]
     return merge(opened, output, force=force, progress=progress)
 

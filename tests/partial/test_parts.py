@@ -106,6 +106,15 @@ def test_parts_of_parts_and_back(bundle: Bundle, tmp_path: Path) -> None:
     assert (again.id, digests(two.path)) == (bundle.id, digests(bundle.path))
 
 
+def test_no_file_is_lost_by_force(bundle: Bundle, tmp_path: Path) -> None:
+    """A part doesn't replace the bundle that it is taken from, and a merge never has less than its target."""
+    whole = Path(shutil.copytree(bundle.path, tmp_path / "whole"))
+    with pytest.raises(BundleError, match=r"\[output\.failed\].*This would remove its other shards"):
+        splitbundle.open(whole).extract(whole, "trunk", force=True)
+    splitbundle.merge([bundle.extract(tmp_path / "part", "trunk")], whole, force=True)
+    assert digests(whole) == digests(bundle.path)
+
+
 def test_parts_of_other_bundles_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     other = splitbundle_converter.resplit(bundle, tmp_path / "other", split=[3], onnx=False)
     stage = bundle.stage("trunk", trainable=True)
@@ -117,7 +126,7 @@ def test_parts_of_other_bundles_are_refused(bundle: Bundle, tmp_path: Path) -> N
             splitbundle.merge([trunk, wrong], tmp_path / "merged")
         assert str(caught.value).startswith(f"[input.value] bundles: expected parts of one bundle, {bundle.id}")
         assert why in str(caught.value)
-    with pytest.raises(BundleError, match=r"\[input\.value\] bundles: expected at least one bundle"):
+    with pytest.raises(BundleError, match=r"\[input\.value\] bundles: expected a list of at least one bundle"):
         splitbundle.merge([], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

@@ -115,6 +115,9 @@ def _names(bundle: Bundle, note: Note) -> Callable[[RestoredTensor], str]:
         BundleError: ``source.tensor`` if two tensors would have one name.
     """
     restored = restored_tensors(bundle.manifest, bundle.architecture)
+    wrong = next((tensor.name for tensor in restored if tensor.name in ("", "__metadata__")), None)
+    if wrong is not None:
+        raise refusal("source.tensor", "manifest.json", "a name that safetensors can hold", quoted(wrong))
     part = bundle.manifest.extensions.get("part")
     if part is None:
         return lambda tensor: tensor.name
@@ -130,7 +133,7 @@ def _names(bundle: Bundle, note: Note) -> Callable[[RestoredTensor], str]:
         stated = tensor.name if tensor.entry is None else tensor.entry.source
         name = own.get(stated, stated)
         name = name if tensor.row is None else name.replace("{row}", str(tensor.row))
-        if name in taken:
+        if name in taken or name in ("", "__metadata__"):  # safetensors keeps the second name for itself
             problems.append(name)
         taken.add(name)
         found[tensor.name] = name

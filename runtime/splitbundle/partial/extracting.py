@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from splitbundle.errors import BundleError, Problem
 from splitbundle.format.manifest.document import FILE, File, checksums, identity
 from splitbundle.format.names import SUMS
 from splitbundle.format.strict_json import MAX_BYTES
@@ -34,6 +35,10 @@ def extract(
     refuse_missing(bundle, paths)
     target = Path(os.path.abspath(output))
     check_outside(bundle, target)
+    if os.path.realpath(target) == os.path.realpath(bundle.path):
+        expected, got = "another place than the bundle that is read", f"{bundle.path} itself"
+        hint = "This would remove its other shards"
+        raise BundleError(Problem(code="output.failed", file=str(target), expected=expected, got=got, hint=hint))
     with atomic_directory(target, force=force) as root, unchanged(bundle):
         copy_files(bundle, paths, root, check=True, progress=progress)
         copy_documents(bundle, root)

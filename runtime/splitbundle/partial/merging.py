@@ -8,10 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
-from splitbundle.errors import BundleError, wrong_argument
+from splitbundle.errors import BundleError, quoted, wrong_argument
 from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE
+from splitbundle.format.manifest.document import FILE
 from splitbundle.partial.extracting import copy_documents
 from splitbundle.records import replace
+from splitbundle.storage.documents import read_documents
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import BundleReader
 from splitbundle.writing.atomic_directory import atomic_directory
@@ -28,16 +30,21 @@ def merge(
     progress: Progress | None = None,
 ) -> ReaderT:
     """Write a bundle with the files of all given ones, which must have one id. See ``splitbundle.merge``."""
-    if not bundles:
-        raise wrong_argument("bundles", "at least one bundle", "none")
+    if isinstance(bundles, str | os.PathLike) or not bundles:
+        raise wrong_argument("bundles", "a list of at least one bundle", quoted(bundles))
     first = bundles[0]
     for other in bundles[1:]:
         if other.id != first.id:
             raise _other_bundle(first, other)
     target = Path(os.path.abspath(output))
-    sources = _sources(bundles)
     for bundle in bundles:
         check_outside(bundle, target)
+    places = {os.path.realpath(bundle.path) for bundle in bundles}
+    if force and (target / FILE).is_file() and os.path.realpath(target) not in places:
+        found = read_documents(target)
+        if found.id == first.id:  # what is there already stays: a merge never has less than its target
+            bundles = [*bundles, type(first)(target, found.manifest, found.architecture, found.id)]
+    sources = _sources(bundles)
     with atomic_directory(target, force=force) as root, ExitStack() as stack:
         for bundle in bundles:
             stack.enter_context(unchanged(bundle))

@@ -24,6 +24,7 @@ from splitbundle.records import replace
 from splitbundle.storage.documents import read_documents
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import VECTORS, BundleReader
+from splitbundle.verification.verify import check_digests
 from splitbundle.version import __version__
 from splitbundle.writing.atomic_directory import atomic_directory
 from splitbundle.writing.copying import check_outside, copy_files, refuse_missing, unchanged
@@ -101,6 +102,11 @@ def _save(
     with atomic_directory(target, force=force) as root, unchanged(bundle):
         listed = {path: bundle.manifest.files[path] for path in bundle.manifest.files if path in kept}
         copy_files(bundle, [path for path in kept if path not in bundle.absent()], root, check=True, progress=progress)
+        # A weight that is taken over gets a new digest, so the old one must be right.
+        shapes, absent = bundle.architecture.unit_tensors(), bundle.absent()
+        taken = [unit for unit in units if any(name not in tensors for name in shapes[unit])]
+        paths = [path for unit in taken for path in bundle.manifest.units[unit] if path not in absent]
+        check_digests(bundle, paths, progress)
         written = _write_units(bundle, units, tensors, storage, root, progress)
         manifest = _manifest(bundle, listed | written, storage, changed=bool(units), exact=exact)
         manifest = write_documents(root, manifest, bundle.architecture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,17 @@ def test_the_same_dtype_is_a_copy(bundle: Bundle, tmp_path: Path) -> None:
     made = bundle.cast(tmp_path / "cast", "float32")
     assert (made.fingerprint, made.manifest.model.parent) == (bundle.fingerprint, bundle.manifest.model.parent)
     assert made.manifest.vectors == bundle.manifest.vectors
+
+
+def test_damage_gets_no_new_digest(bundle: Bundle, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(bundle.path, tmp_path / "damaged"))
+    path = bundle.manifest.units["layer-000"][0]
+    data = bytearray((damaged / path).read_bytes())
+    data[-1] ^= 1
+    (damaged / path).write_bytes(data)
+    with pytest.raises(BundleError, match=r"\[file\.digest\]"):
+        splitbundle.open(damaged).cast(tmp_path / "cast", "bfloat16")
+    assert not (tmp_path / "cast").exists()
 
 
 def test_what_cannot_be_cast(bundle: Bundle, tmp_path: Path) -> None:
