@@ -8,7 +8,7 @@ from typing import Any, Final
 IMPLEMENTATION: Final = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 """Fields that select the code of attention or experts. For some values, transformers fetches code from the hub and
 runs it."""
-REMOTE: Final = re.compile(r"auto_map|custom_pipelines")
+REMOTE: Final = re.compile(r"auto_map|custom_pipelines|custom_generate")
 """Fields that name the source's own code. transformers runs it if its user allows that."""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from splitbundle.bundle import Bundle
-from splitbundle.errors import quoted
+from splitbundle.errors import BundleError, quoted
 from splitbundle.format import strict_json
 from splitbundle.storage.files import MAX_TEXT_BYTES, read_file, read_listed
 from splitbundle_converter.checkpoint.file_names import GENERATION, TEMPLATE, TEMPLATES, TEXT_FILES
@@ -17,6 +17,7 @@ from splitbundle_converter.errors import refusal
 from splitbundle_converter.options import Note
 
 _TEXT: Final = "tokenizer/"
+_TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 _DTYPES: Final = ("dtype", "torch_dtype")
 """The field of a configuration for the dtype of the weights, in newer and in older versions of transformers."""
 
@@ -89,8 +90,24 @@ def other_files(bundle: Bundle, notes: Note) -> dict[str, bytes]:
     for path in listed:
         if path.startswith(_TEXT) and path not in known:
             notes(f"{path} is left out: it isn't a file of a checkpoint.")
-    return {
-        name: read_listed(bundle.path, path, listed[path], MAX_TEXT_BYTES)
-        for path, name in known.items()
-        if path in listed
-    }
+    found: dict[str, bytes] = {}
+    for path, name in known.items():
+        if path in listed:
+            data = read_listed(bundle.path, path, listed[path], MAX_TEXT_BYTES)
+            plain = _plain(path, data, notes) if name in (GENERATION, _TOKENIZER_CONFIG) else data
+            found |= {} if plain is None else {name: plain}
+    return found
+
+
+def _plain(path: str, data: bytes, notes: Note) -> bytes | None:
+    """Return a JSON file without the fields that select code, or None if it can't be read in one way only."""
+    try:
+        raw = strict_json.parse(data, path, constant=float)
+    except BundleError as error:
+        notes(f"{path} is left out: {error}")
+        return None
+    plain = without_fields(raw, IMPLEMENTATION, REMOTE)
+    if json.dumps(plain) == json.dumps(raw):
+        return data
+    notes(f"{path} lacks its fields that select code.")
+    return f"{json.dumps(plain, indent=2)}\n".encode()

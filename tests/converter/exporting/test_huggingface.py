@@ -194,12 +194,18 @@ def test_code_does_not_travel(tmp_path: Path) -> None:
         "attn_implementation": "evil/kernel",
     }
     (source / "config.json").write_text(json.dumps(config | code))
+    generation = json.loads((source / "generation_config.json").read_text())
+    (source / "generation_config.json").write_text(json.dumps(generation | {"custom_generate": "evil/repository"}))
     made = splitbundle_converter.convert(source, tmp_path / "b")
     assert json.loads((made.path / "source" / "config.json").read_text()) == config | code
     said: list[str] = []
     back = splitbundle_converter.export(made, tmp_path / "back", notes=said.append)
     assert json.loads((back / "config.json").read_text()) == config
-    assert said == ["config.json lacks the fields of its source that select code."]
+    assert json.loads((back / "generation_config.json").read_text()) == generation
+    assert said == [
+        "config.json lacks the fields of its source that select code.",
+        "source/generation_config.json lacks its fields that select code.",
+    ]
 
 
 def test_a_bundle_without_a_configuration(bundle: Bundle, tmp_path: Path) -> None:
