@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -257,3 +258,24 @@ def test_what_the_commands_say(bundle: Bundle, tmp_path: Path, capsys: pytest.Ca
     assert sorted(json.loads(capsys.readouterr().out)["files"]) == sorted(
         [*bundle.manifest.files, "manifest.json", "SHA256SUMS"]
     )
+
+
+def test_a_file_that_the_system_cannot_look_at_is_not_absent(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge onto its own part would remove it otherwise."""
+    part, rest = bundle.extract(tmp_path / "part", "trunk"), bundle.extract(tmp_path / "rest", "bottom", "top")
+    before, look = digests(part.path), os.stat
+
+    def stat(path: object, *more: object, **named: object) -> os.stat_result:
+        if str(path).endswith("part/layer-002.safetensors"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return look(path, *more, **named)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", stat)
+        patched.setattr(Path, "exists", lambda path: os.path.exists(path))  # as in Python 3.14
+        for call in (part.absent, lambda: splitbundle.merge([part, rest], part.path, force=True)):
+            with pytest.raises(BundleError, match=r"\[file.unreadable\] layer-002.safetensors: "):
+                call()
+    assert digests(part.path) == before

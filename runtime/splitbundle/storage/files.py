@@ -112,6 +112,24 @@ def unreadable(path: str, error: OSError) -> Problem:
     )
 
 
+def is_there(root: Path, path: str) -> bool:
+    """Return whether something is at ``root/path``.
+
+    ``Path.exists`` returns False for every error of the system since Python 3.14. But a file that this system can't
+    look at now isn't absent: a merge onto its own part would leave it out, and remove it.
+
+    Raises:
+        BundleError: ``file.unreadable`` if the system can't tell.
+    """
+    try:
+        os.stat(root / path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise BundleError(unreadable(path, error)) from error
+    return True
+
+
 def missing(path: str) -> Problem:
     """Return the problem of a file that is missing."""
     hint = "Copy it from a whole bundle with the same fingerprint"

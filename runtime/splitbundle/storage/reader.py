@@ -96,8 +96,12 @@ class BundleReader:
         return selection.select(self.architecture, shard, layers, embeds, head)
 
     def absent(self) -> tuple[str, ...]:
-        """Return the listed files that are missing: none in a whole bundle, some in a partial one."""
-        return tuple(path for path in self.manifest.files if not (self.path / path).exists())
+        """Return the listed files that are missing: none in a whole bundle, some in a partial one.
+
+        Raises:
+            BundleError: ``file.unreadable`` if the system can't tell.
+        """
+        return tuple(path for path in self.manifest.files if not files.is_there(self.path, path))
 
     def whole_shards(self) -> tuple[str, ...]:
         """Return the names of the shards whose weight files and graph are all there. A partial bundle lacks some."""

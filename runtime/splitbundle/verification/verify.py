@@ -47,7 +47,7 @@ def verify(
     total = sum(bundle.manifest.files[path].size for path in listed)
     count = _counter("verifying", total, progress)
     # The manifest and a shard's own files are enough to verify the shard: a partial bundle may lack SHA256SUMS.
-    needs_sums = (shard is None and not absent) or (bundle.path / names.SUMS).exists()
+    needs_sums = (shard is None and not absent) or files.is_there(bundle.path, names.SUMS)
     problems = _check_sums(bundle) if needs_sums else []
     for found in _each(listed, bundle, lambda path: _check_digest(bundle, path, count)):
         problems += found
