@@ -113,6 +113,8 @@ def telling_of_replacement(root: Path, id: str) -> Iterator[None]:  # noqa: A002
     try:
         yield
     except BundleError as error:
+        if any(code.startswith("output.") for code in error.codes):
+            raise  # the bundle may be another one because this very block replaced it
         now = None
         try:
             now = document.identity(files.read_file(root, document.FILE, strict_json.MAX_BYTES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import splitbundle
 from splitbundle import Bundle, BundleError
 from splitbundle.backends.torch.weights import DTYPES, map_tensors
+from splitbundle.writing import atomic_directory
 from tests.support.paths import TESTS
 
 GOLDEN = TESTS / "golden" / "v1.0"
@@ -83,3 +85,19 @@ def test_what_cannot_be_cast(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"\[file\.missing\]"):
         part.cast(tmp_path / "cast", "bfloat16")
     assert not (tmp_path / "cast").exists()
+
+
+def test_an_error_after_a_bundle_replaced_itself_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message isn't that another writer replaced the bundle."""
+    old = splitbundle.open(shutil.copytree(GOLDEN / "llama.splitbundle", tmp_path / "x.splitbundle"))
+    flush = atomic_directory._flush
+
+    def fail(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, "the disk failed")
+        flush(path)
+
+    monkeypatch.setattr(atomic_directory, "_flush", fail)
+    with pytest.raises(BundleError, match=r"\[output\.failed\] .*the disk failed.*The bundle is in place"):
+        old.cast(old.path, "bfloat16", vectors=False, force=True)
+    assert splitbundle.open(old.path).manifest.storage.dtype == "bfloat16"
