@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import mmap
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Final
 
@@ -81,6 +82,16 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
             )
         )
     return file
+
+
+@contextlib.contextmanager
+def closed_at_last(file: BinaryIO) -> Iterator[BinaryIO]:
+    """Close a file at the end of the block. Ignore an error of ``close``, because nothing was written to the file."""
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def _replaced() -> OSError:

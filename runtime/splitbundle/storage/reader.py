@@ -147,7 +147,7 @@ class BundleReader:
         paths = self.weight_groups()[group]
         for i, path in enumerate(paths):
             listed = self.manifest.files[path]
-            with files.open_file(self.path, path, listed) as file:
+            with files.closed_at_last(files.open_file(self.path, path, listed)) as file:
                 found = weight_headers.read_header(
                     file, path, listed, left, part=len(paths) > 1, more=i + 1 < len(paths)
                 )

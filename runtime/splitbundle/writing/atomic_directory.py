@@ -170,7 +170,7 @@ def _staging(target: Path) -> Iterator[Path]:
         staging = _new_place(target)
         lock = staging.with_name(staging.name + _LOCK)
         try:  # around all steps, because an interruption may come between any two of them
-            with _closed_at_last(lock.open("xb")) as held:
+            with files.closed_at_last(lock.open("xb")) as held:
                 _lock(held, wait=True)
                 # Before this process locked the file, another writer may have taken it for a killed writer's file
                 # and removed it.
@@ -184,16 +184,6 @@ def _staging(target: Path) -> Iterator[Path]:
             _remove(staging)
             with contextlib.suppress(OSError):
                 lock.unlink()
-
-
-@contextlib.contextmanager
-def _closed_at_last(file: BinaryIO) -> Iterator[BinaryIO]:
-    """Close a file at the end of the block. Ignore an error of ``close``, because nothing was written to the file."""
-    try:
-        yield file
-    finally:
-        with contextlib.suppress(OSError):
-            file.close()
 
 
 def _lock(file: BinaryIO, *, wait: bool) -> bool:
