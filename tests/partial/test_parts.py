@@ -116,6 +116,13 @@ def test_no_file_is_lost_by_force(bundle: Bundle, tmp_path: Path) -> None:
     assert digests(whole) == digests(bundle.path)
 
 
+def test_no_file_is_lost_by_force_after_an_interruption(bundle: Bundle, tmp_path: Path) -> None:
+    """A writer was killed between its two renames: the target is at the path of the old bundle."""
+    top, trunk = bundle.extract(tmp_path / "top", "top"), bundle.extract(tmp_path / "trunk", "trunk")
+    top.path.rename(tmp_path / ".top.old")
+    assert splitbundle.merge([trunk], top.path, force=True).whole_shards() == ("trunk", "top")
+
+
 def test_parts_of_other_bundles_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     other = splitbundle_converter.resplit(bundle, tmp_path / "other", split=[3], onnx=False)
     stage = bundle.stage("trunk", trainable=True)

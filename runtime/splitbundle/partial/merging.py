@@ -14,8 +14,9 @@ from splitbundle.format.manifest.document import FILE
 from splitbundle.partial.extracting import copy_documents
 from splitbundle.records import replace
 from splitbundle.storage.documents import read_documents
-from splitbundle.storage.files import Progress
+from splitbundle.storage.files import Progress, is_there
 from splitbundle.storage.reader import BundleReader
+from splitbundle.storage.recovery import recover
 from splitbundle.writing.atomic_directory import atomic_directory
 from splitbundle.writing.copying import check_outside, copy_files, unchanged
 
@@ -40,7 +41,9 @@ def merge(
     for bundle in bundles:
         check_outside(bundle, target)
     places = {os.path.realpath(bundle.path) for bundle in bundles}
-    if force and (target / FILE).is_file() and os.path.realpath(target) not in places:
+    if force:
+        recover(target)
+    if force and is_there(target, FILE) and os.path.realpath(target) not in places:
         found = read_documents(target)
         if found.id == first.id:  # what is there already stays: a merge never has less than its target
             bundles = [*bundles, type(first)(target, found.manifest, found.architecture, found.id)]
