@@ -11,6 +11,7 @@ from splitbundle.cli.console import Command, Console
 from splitbundle.errors import BundleError
 from splitbundle.opening import merge_bundles, open_bundle
 from splitbundle.partial.shard_files import UNLISTED
+from splitbundle.records import replace
 from splitbundle.storage.files import missing
 
 
@@ -61,8 +62,7 @@ def _extract(args: argparse.Namespace, console: Console) -> int:
     made = bundle.extract(
         args.output, *args.shard, vectors=args.vectors, text=args.text, force=args.force, progress=console.progress
     )
-    taken = bundle.paths(*args.shard, vectors=args.vectors, text=args.text)
-    return _report(made, set(made.manifest.files).difference(taken), args.output, console)
+    return _report(made, args.output, console)
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,15 +74,17 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(args: argparse.Namespace, console: Console) -> int:
-    bundles = [open_bundle(path) for path in args.bundles]
-    absent = set.intersection(*(set(bundle.absent()) for bundle in bundles))
-    made = merge_bundles(bundles, args.output, force=args.force, progress=console.progress)
-    return _report(made, absent, args.output, console)
+    made = merge_bundles(args.bundles, args.output, force=args.force, progress=console.progress)
+    return _report(made, args.output, console)
 
 
-def _report(made: Bundle, absent: set[str], output: str, console: Console) -> int:
-    """Describe a bundle without a look at its files: this must not fail once the bundle is in place."""
+def _report(made: Bundle, output: str, console: Console) -> int:
     console.end_progress()
+    try:
+        absent = set(made.absent())
+    except BundleError as error:
+        hint = "The bundle is in place. Check it with splitbundle verify"
+        raise BundleError(replace(problem, hint=hint) for problem in error.problems) from error
     whole = [shard.name for shard in made.shards if absent.isdisjoint(made.files_of(shard))]
     files = len(made.manifest.files) - len(absent)
     size = sum(file.size for path, file in made.manifest.files.items() if path not in absent)
