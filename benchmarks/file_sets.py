@@ -195,7 +195,7 @@ def _resplit(model: str, workshop: Workshop) -> Plan:
     import splitbundle_converter
 
     bundle = workshop.directory / f"without-graphs-{model}.splitbundle"
-    # Graphs are written anew, which takes seconds of importing torch and onnx, whatever the size.
+    # Graphs are written anew, which takes seconds for importing torch and onnx. Small models would measure that.
     made = workshop.make("bundle", model, "float32")
     splitbundle_converter.resplit(made, bundle, onnx=False, genai=False, force=True)
     output = workshop.directory / f"cutting-{os.getpid()}.splitbundle"

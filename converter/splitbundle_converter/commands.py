@@ -11,7 +11,7 @@ from typing import Any, Final
 import splitbundle_converter
 from splitbundle.backends import registry
 from splitbundle.bundle import Bundle
-from splitbundle.cli.arguments import add_threads_argument, integers, positive, size
+from splitbundle.cli.arguments import add_cut_arguments, add_threads_argument, integers, size
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import MissingExtra
 from splitbundle_converter.checkpoint.directory import local_name
@@ -27,15 +27,7 @@ def _shard_arguments(parser: argparse.ArgumentParser, uncut: str) -> None:
     cuts.add_argument(
         "--split", type=integers, metavar="2,10", help=f"cut before these layers; by default there are no cuts{uncut}"
     )
-    cuts.add_argument(
-        "--equal", type=positive, metavar="N", help="cut into N shards; the largest is as small as possible"
-    )
-    cuts.add_argument(
-        "--max-shard-size",
-        type=size,
-        metavar="SIZE",
-        help="cut into the fewest shards of at most this size, such as 2GB or 500MiB",
-    )
+    add_cut_arguments(cuts, "cut into")
     parser.add_argument(
         "--names",
         type=lambda text: tuple(text.split(",")),
@@ -97,11 +89,6 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
 def _convert(args: argparse.Namespace, console: Console) -> int:
     output = args.output or f"{local_name(Path(args.source))[0].rpartition('/')[2]}.splitbundle"
     notes: list[str] = []
-
-    def note(text: str) -> None:
-        notes.append(text)
-        console.note(f"note: {text}")
-
     with libraries(), _threads(args):
         bundle = splitbundle_converter.convert(
             args.source,
@@ -120,7 +107,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             genai=args.genai,
             allow_pickle=args.allow_pickle,
             tokenizer=args.tokenizer,
-            notes=note,
+            notes=console.collect(notes),
             progress=console.progress,
         )
     return _report(bundle, output, console, bundle.manifest.extensions.get(EXTENSION), notes)

@@ -20,6 +20,7 @@ from splitbundle.errors import quoted
 from splitbundle.format.architecture import decoder as architectures
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.sizes import count
+from splitbundle.format.manifest.document import TOKENIZER as DIRECTORY
 from splitbundle.format.manifest.document import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
 from splitbundle.format.weight_layout import Tensor as Stored
 from splitbundle.format.weight_layout import file_size
@@ -186,7 +187,7 @@ def _convert(
         vectors = None
         if check:
             vectors = _write_vectors(root, opened, dtype, listed, progress)
-        for path, data in (carried | {f"tokenizer/{name}": data for name, data in texts.items()}).items():
+        for path, data in (carried | {f"{DIRECTORY}{name}": data for name, data in texts.items()}).items():
             listed[path] = write_file(root, path, data)
         weight_files = tuple(path for paths in units.values() for path in paths)
         write_documents(
@@ -212,7 +213,7 @@ def _convert(
                 units=units,
                 files=listed,
                 text=Text(
-                    tokenizer=f"tokenizer/{TOKENIZER}" if TOKENIZER in texts else None,
+                    tokenizer=f"{DIRECTORY}{TOKENIZER}" if TOKENIZER in texts else None,
                     stop_ids=stop_ids,
                 ),
                 vectors=vectors,

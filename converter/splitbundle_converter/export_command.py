@@ -8,9 +8,9 @@ from typing import Final
 import splitbundle_converter
 from splitbundle.cli.arguments import size
 from splitbundle.cli.console import Command, Console
-from splitbundle.cli.words import in_words
 from splitbundle.errors import BundleError, Problem
 from splitbundle_converter.commands import libraries
+from splitbundle_converter.options import MAX_SHARD_SIZE
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size",
         type=size,
-        default=5 * 10**9,
+        default=MAX_SHARD_SIZE,
         metavar="SIZE",
         help="write larger weights as several files with an index, as in 2GB; by default 5GB",
     )
@@ -34,11 +34,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     noted: list[str] = []
-
-    def note(text: str) -> None:
-        noted.append(in_words(text))
-        console.note(f"note: {noted[-1]}")
-
     with libraries("torch", "export weights"):
         path = splitbundle_converter.export(
             args.bundle,
@@ -49,7 +44,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             max_shard_size=args.max_shard_size,
             check=args.check,
             force=args.force,
-            notes=note,
+            notes=console.collect(noted),
             progress=console.progress,
         )
     console.end_progress()

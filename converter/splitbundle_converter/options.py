@@ -8,5 +8,7 @@ from typing import Final, TypeAlias
 from splitbundle.format import dtypes
 
 DTYPES: Final = ("keep", *dtypes.WEIGHTS)
+MAX_SHARD_SIZE: Final = 5 * 10**9
+"""The default size in bytes above which an export writes the weights as several files."""
 Note: TypeAlias = Callable[[str], None]
 """A function that is called with a sentence for each thing that a conversion accepted, skipped or could not do."""

@@ -16,6 +16,7 @@ import splitbundle
 import splitbundle_converter
 from splitbundle.cli.comparison import LONGEST, shown
 from splitbundle.cli.main import main
+from tests.support.command_line import run
 from tests.support.paths import ROOT, TESTS
 
 CHECKPOINT = ROOT / "examples" / "license-gpt2"
@@ -42,12 +43,6 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("layer-003.safetensors", "SHA256SUMS"):
         (root / "partial" / name).unlink()
     return root
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 def lines(text: str) -> list[str]:

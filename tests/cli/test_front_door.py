@@ -22,7 +22,7 @@ import splitbundle_converter
 from splitbundle import BundleError
 from splitbundle.backends import registry
 from splitbundle.cli import words
-from splitbundle.cli.main import main
+from tests.support.command_line import run
 from tests.support.paths import ROOT
 
 CHECKPOINT = ROOT / "examples" / "license-gpt2"
@@ -41,16 +41,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def copy(bundle: str, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle, tmp_path / "copy.splitbundle"))
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run the command in this process, and return its status, its stdout and its stderr."""
-    try:
-        status = main([str(argument) for argument in arguments])
-    except SystemExit as left:
-        status = int(left.code or 0)
-    said = capsys.readouterr()
-    return status, said.out, said.err
 
 
 def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:

@@ -13,8 +13,8 @@ import pytest
 import splitbundle
 import splitbundle_converter
 from splitbundle.cli.arguments import size, sizes
-from splitbundle.cli.main import main
 from splitbundle.cli.plan import resplit_command
+from tests.support.command_line import run
 from tests.support.paths import ROOT
 
 CHECKPOINT = ROOT / "examples" / "license-gpt2"
@@ -25,16 +25,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The license model as three shards."""
     output = tmp_path_factory.mktemp("a place with spaces") / "license.splitbundle"
     return splitbundle_converter.convert(CHECKPOINT, output, split=[2, 4], check=False).path
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run the command in this process, and return its status, its stdout and its stderr."""
-    try:
-        status = main([str(argument) for argument in arguments])
-    except SystemExit as left:
-        status = int(left.code or 0)
-    said = capsys.readouterr()
-    return status, said.out, said.err
 
 
 def lines(out: str) -> list[str]:

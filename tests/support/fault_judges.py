@@ -30,7 +30,7 @@ class Scenario:
     same: Callable[[Sequence[Call]], Sequence[Call]] = lambda calls: ()
     """Calls that another scenario makes too, in the same state."""
     always: Callable[[Call], Fault | None] = lambda call: None
-    """The properties of the file system, whatever the fault."""
+    """The properties of the file system, which are the same for every fault."""
     judge: Callable[..., Judge] = lambda *given: Judge(*given)
 
 

@@ -10,13 +10,13 @@ from typing import Any, Final
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, quoted
 from splitbundle.format import strict_json
+from splitbundle.format.manifest.document import TOKENIZER
 from splitbundle.storage.files import MAX_TEXT_BYTES, read_file, read_listed
 from splitbundle_converter.checkpoint.file_names import GENERATION, TEMPLATE, TEMPLATES, TEXT_FILES
 from splitbundle_converter.code_fields import IMPLEMENTATION, REMOTE, without_fields
 from splitbundle_converter.errors import refusal
 from splitbundle_converter.options import Note
 
-_TEXT: Final = "tokenizer/"
 _TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 _DTYPES: Final = ("dtype", "torch_dtype")
 """The field of a configuration for the dtype of the weights, in newer and in older versions of transformers."""
@@ -78,17 +78,17 @@ def other_files(bundle: Bundle, notes: Note) -> dict[str, bytes]:
     """
     listed = bundle.manifest.files
     carried = bundle.manifest.model.source_configuration
-    known = {f"{_TEXT}{name}": name for name in (*TEXT_FILES, GENERATION)}
+    known = {f"{TOKENIZER}{name}": name for name in (*TEXT_FILES, GENERATION)}
     if carried is not None and carried.generation is not None:
         known[carried.generation] = GENERATION
-    prefix = f"{_TEXT}{TEMPLATES}/"
+    prefix = f"{TOKENIZER}{TEMPLATES}/"
     known |= {
-        path: path.removeprefix(_TEXT)
+        path: path.removeprefix(TOKENIZER)
         for path in listed
         if path.startswith(prefix) and TEMPLATE.fullmatch(path.removeprefix(prefix))
     }
     for path in listed:
-        if path.startswith(_TEXT) and path not in known:
+        if path.startswith(TOKENIZER) and path not in known:
             notes(f"{path} is left out: it isn't a file of a checkpoint.")
     found: dict[str, bytes] = {}
     for path, name in known.items():

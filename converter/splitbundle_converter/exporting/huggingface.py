@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,12 +22,10 @@ from splitbundle_converter.exporting.adapter import check_adapter, with_adapter
 from splitbundle_converter.exporting.card import exported_card, is_export
 from splitbundle_converter.exporting.configuration import config_file, other_files
 from splitbundle_converter.exporting.weight_shards import divide, write_shards
-from splitbundle_converter.options import Note
+from splitbundle_converter.options import MAX_SHARD_SIZE, Note
 from splitbundle_converter.translation.restore import RestoredTensor, logical_tensors, restored_tensors
 
 FORMS: Final = ("hf",)
-MAX_SHARD_SIZE: Final = 5 * 10**9
-"""The default size in bytes above which the weights are written as several files."""
 
 
 def export(
@@ -77,8 +75,8 @@ def export(
     refuse_missing(old, old.manifest.weight_files())
     target = Path(os.path.abspath(output))
     check_outside(old, target)
-    names = _names(old, note)
     restored = restored_tensors(old.manifest, old.architecture)
+    names = _names(old, restored, note)
     configuration = config_file(old, config, note)
     others = other_files(old, note)
     if adapter is not None:
@@ -106,15 +104,14 @@ def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=4)
 
 
-def _names(bundle: Bundle, note: Note) -> Callable[[RestoredTensor], str]:
+def _names(bundle: Bundle, restored: Sequence[RestoredTensor], note: Note) -> Callable[[RestoredTensor], str]:
     """Return a function that gives the name of a tensor in the checkpoint.
 
     A part of a source has the names of its own class, if the bundle knows them: so this class loads it.
 
     Raises:
-        BundleError: ``source.tensor`` if two tensors would have one name.
+        BundleError: ``source.tensor`` if two tensors would have one name, or a name that safetensors can't hold.
     """
-    restored = restored_tensors(bundle.manifest, bundle.architecture)
     wrong = next((tensor.name for tensor in restored if tensor.name in ("", "__metadata__")), None)
     if wrong is not None:
         raise refusal("source.tensor", "manifest.json", "a name that safetensors can hold", quoted(wrong))

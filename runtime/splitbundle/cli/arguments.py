@@ -41,6 +41,19 @@ def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_cut_arguments(group: argparse._MutuallyExclusiveGroup, verb: str) -> None:
+    """Add ``--equal`` and ``--max-shard-size``, which choose cuts. The verb begins their help."""
+    group.add_argument(
+        "--equal", type=positive, metavar="N", help=f"{verb} N shards; the largest is as small as possible"
+    )
+    group.add_argument(
+        "--max-shard-size",
+        type=size,
+        metavar="SIZE",
+        help=f"{verb} the fewest shards of at most this size, such as 2GB or 500MiB",
+    )
+
+
 def verify_when(args: argparse.Namespace) -> Literal["never", "always"]:
     """Return the argument ``verify`` of ``splitbundle.open`` for ``--strict``."""
     return "always" if args.strict else "never"

@@ -26,15 +26,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace, console: Console) -> int:
     bundle = open_bundle(args.bundle)
     noted: list[str] = []
-
-    def note(text: str) -> None:
-        noted.append(text)
-        console.note(f"note: {text}")
-
     threads = registry.module("torch", "threads")
     with threads.using(threads.checked(args.threads)):
         made = bundle.cast(
-            args.output, args.dtype, vectors=args.vectors, force=args.force, notes=note, progress=console.progress
+            args.output,
+            args.dtype,
+            vectors=args.vectors,
+            force=args.force,
+            notes=console.collect(noted),
+            progress=console.progress,
         )
     console.end_progress()
     size = sum(made.manifest.files[path].size for path in made.manifest.weight_files())

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TextIO
 
+from splitbundle.cli.words import in_words
 from splitbundle.errors import printable
 from splitbundle.records import record
 
@@ -85,6 +86,15 @@ class Console:
         self.end_progress()
         if not self._quiet:
             self.err.write(printable(text) + "\n")
+
+    def collect(self, notes: list[str]) -> Callable[[str], None]:
+        """Return a function that adds a sentence to ``notes``, in the words of the command, and writes it as a note."""
+
+        def note(text: str) -> None:
+            notes.append(in_words(text))
+            self.note(f"note: {notes[-1]}")
+
+        return note
 
     def error(self, text: str) -> None:
         """Write an error to stderr."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from splitbundle.cli.arguments import positive, size, sizes
+from splitbundle.cli.arguments import add_cut_arguments, positive, sizes
 from splitbundle.cli.console import Command, Console
 from splitbundle.cli.inspect import ends
 from splitbundle.format.dtypes import WEIGHTS
@@ -31,15 +31,7 @@ COLUMNS: Final = (
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a .splitbundle directory; its weights may be missing")
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument(
-        "--equal", type=positive, metavar="N", help="propose N shards; the largest is as small as possible"
-    )
-    choice.add_argument(
-        "--max-shard-size",
-        type=size,
-        metavar="SIZE",
-        help="propose the fewest shards of at most this size, such as 2GB or 500MiB",
-    )
+    add_cut_arguments(choice, "propose")
     choice.add_argument(
         "--machines",
         type=sizes,

@@ -27,12 +27,12 @@ from splitbundle.comparison.records import (
 )
 from splitbundle.errors import quoted, wrong_argument
 from splitbundle.format.fields import escape
+from splitbundle.format.manifest.document import TOKENIZER
 from splitbundle.format.weight_layout import Tensor
 from splitbundle.records import as_dict, record
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import BundleReader
 
-TOKENIZER: Final = "tokenizer/"
 COVERED: Final = ("architecture", "fingerprint")
 """The fields of ``model`` that say nothing more: the facts and the weights are compared themselves."""
 

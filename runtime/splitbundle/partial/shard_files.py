@@ -9,10 +9,9 @@ from splitbundle.errors import quoted, wrong_argument
 from splitbundle.format import names
 from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE
 from splitbundle.format.genai import GENAI
-from splitbundle.format.manifest.document import SOURCE
+from splitbundle.format.manifest.document import SOURCE, TOKENIZER
 from splitbundle.storage.reader import BundleReader
 
-_TEXT: Final = "tokenizer/"
 UNLISTED: Final = (names.MANIFEST, names.SUMS)
 """The files that every bundle has and that no manifest lists."""
 
@@ -40,5 +39,5 @@ def listed_files(bundle: BundleReader, shards: Sequence[str], *, vectors: bool, 
     if vectors and bundle.manifest.vectors is not None:
         found.append(bundle.manifest.vectors.file)
     if text:
-        found += [path for path in listed if path.startswith(_TEXT) or path in GENAI]
+        found += [path for path in listed if path.startswith(TOKENIZER) or path in GENAI]
     return list(dict.fromkeys(found))

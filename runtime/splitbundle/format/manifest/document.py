@@ -27,6 +27,8 @@ DROPOUT: Final = ("embedding", "attention", "attention_output", "mlp_output")
 """The places of dropout. No dropout is applied but in training."""
 MAY_BE_ABSENT: Final = ("parent", "dropout", "source_configuration")
 """The fields of ``model`` that a document may lack."""
+TOKENIZER: Final = "tokenizer/"
+"""The directory of the tokenizer's files."""
 SOURCE: Final = "source/"
 """The directory of the source's configuration files."""
 MAX_CASES: Final = 64
