@@ -61,7 +61,11 @@ def check_adapter(bundle: Bundle, adapter: str | os.PathLike[str]) -> None:
 
 
 def _merged(bundle: Bundle, adapter: str | os.PathLike[str], unit: str) -> dict[str, Tensor]:
-    """Return the weights of a unit's layers that have an adapter, merged, in float32."""
+    """Return the weights of a unit's layers that have an adapter, merged, in float32.
+
+    Raises:
+        BundleError: ``adapter.tensor`` if a merged weight isn't finite, and as for ``load_lora``.
+    """
     layers = len(bundle.architecture.layers)
     number = int(unit.removeprefix("layer-")) if unit.startswith("layer-") else None
     around = (number, number + 1) if number is not None else (0, 0) if unit == "embedding" else (layers, layers)
@@ -70,4 +74,9 @@ def _merged(bundle: Bundle, adapter: str | os.PathLike[str], unit: str) -> dict[
     chosen = load_lora(Path(adapter), stage, trainable=False)
     stage.merge_lora()
     parameters = dict(stage.named_parameters(remove_duplicate=False))
-    return {f"{name}.weight": parameters[f"{name}.weight"].detach() for name in chosen}
+    merged = {f"{name}.weight": parameters[f"{name}.weight"].detach() for name in chosen}
+    for name, weight in merged.items():
+        if not bool(weight.isfinite().all()):
+            expected, hint = f"finite numbers where it is merged into {name}", "Train the adapter again"
+            raise refusal("adapter.tensor", WEIGHTS, expected, "NaN or an infinity", hint)
+    return merged

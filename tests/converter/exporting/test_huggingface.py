@@ -204,7 +204,7 @@ def test_code_does_not_travel(tmp_path: Path) -> None:
     assert json.loads((back / "generation_config.json").read_text()) == generation
     assert said == [
         "config.json lacks the fields of its source that select code.",
-        "source/generation_config.json lacks its fields that select code.",
+        "source/generation_config.json lacks the fields of its source that select code.",
     ]
 
 
@@ -218,8 +218,45 @@ def test_a_bundle_without_a_configuration(bundle: Bundle, tmp_path: Path) -> Non
         "config.json is left out: the bundle carries no configuration of its source. Copy it from"
     )
     assert not (back / "config.json").exists()
-    given = splitbundle_converter.export(golden, tmp_path / "given", config=EXAMPLE / "config.json", notes=unexpected)
+    link = tmp_path / "config.json"  # as the hub's cache has it
+    link.symlink_to(EXAMPLE / "config.json")
+    given = splitbundle_converter.export(golden, tmp_path / "given", config=link, notes=unexpected)
     assert (given / "config.json").read_bytes() == (EXAMPLE / "config.json").read_bytes()
+    cast = golden.cast(tmp_path / "cast", "bfloat16", vectors=False)
+    splitbundle_converter.export(cast, tmp_path / "narrow", config=link, notes=said.append)
+    assert said[1:] == ["config.json says 'float32', in which the weights, stored as bfloat16, will be loaded."]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "expected a file with a configuration, got nothing there. Check the path"),
+        ('{"model_type": "llama"}', "/model_type: expected 'gpt2', got 'llama'. Give the config.json that was"),
+        ("[]", "expected an object, got []"),
+    ],
+)
+def test_a_wrong_configuration(bundle: Bundle, tmp_path: Path, content: str | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BundleError) as caught:
+        splitbundle_converter.export(bundle, tmp_path / "back", config=tmp_path / "config.json")
+    assert str(tmp_path / "config.json") in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_an_adapter_that_is_not_finite(bundle: Bundle, tmp_path: Path) -> None:
+    stage = bundle.stage("trunk", trainable=True)
+    stage.add_lora(2, 4.0, ["c_attn"])
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(float("nan"))
+    adapter = save_lora(tmp_path / "adapter", stage)
+    with pytest.raises(
+        BundleError, match=r"\[adapter\.tensor\].*expected finite numbers where it is merged into layers\.2"
+    ):
+        splitbundle_converter.export(bundle, tmp_path / "back", adapter=adapter)
+    assert not (tmp_path / "back").exists()
 
 
 def test_only_an_export_is_replaced(bundle: Bundle, tmp_path: Path) -> None:
