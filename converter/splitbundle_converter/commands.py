@@ -110,7 +110,8 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             notes=console.collect(notes),
             progress=console.progress,
         )
-    return _report(bundle, output, console, bundle.manifest.extensions.get(EXTENSION), notes)
+    checked = "checked against the original model" if args.check else "not checked"
+    return _report(bundle, output, console, checked, bundle.manifest.extensions.get(EXTENSION), notes)
 
 
 def _resplit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +148,7 @@ def _resplit(args: argparse.Namespace, console: Console) -> int:
             threads=args.threads,
             progress=console.progress,
         )
-    return _report(bundle, output, console)
+    return _report(bundle, output, console, _checked(args, bundle))
 
 
 def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +182,15 @@ def _add_onnx(args: argparse.Namespace, console: Console) -> int:
             threads=args.threads,
             progress=console.progress,
         )
-    return _report(bundle, args.output or args.bundle, console)
+    return _report(bundle, args.output or args.bundle, console, _checked(args, bundle))
+
+
+def _checked(args: argparse.Namespace, bundle: Bundle) -> str:
+    """Say what was checked of a bundle that was made of another one."""
+    if not args.check:
+        return "not checked"
+    graphs = bundle.manifest.vectors is not None and any(shard.graph is not None for shard in bundle.shards)
+    return "files verified, graphs checked against the golden vectors" if graphs else "files verified"
 
 
 def _families_arguments(parser: argparse.ArgumentParser) -> None:
@@ -223,12 +232,12 @@ def _report(
     bundle: Bundle,
     output: str,
     console: Console,
+    checked: str,
     part: dict[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> int:
     console.end_progress()
     shards = ", ".join(f"{shard.name} [{shard.layers[0]}, {shard.layers[1]})" for shard in bundle.shards)
-    checked = "not checked" if bundle.manifest.vectors is None else "checked against the original model"
     console.text(f"{output}: {shards}; {checked}")
     console.text(f"  fingerprint {bundle.fingerprint}")
     console.text(f"  bundle id   {bundle.id}")

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from splitbundle.backends import registry
+from splitbundle.errors import quoted, wrong_argument
 from splitbundle.storage.documents import telling_of_replacement
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import BundleReader
@@ -74,11 +75,13 @@ class BundleFiles(BundleReader):
             The differences. ``differs`` says whether there are any, and ``as_json`` returns them for JSON.
 
         Raises:
-            BundleError: ``input.value`` for an unknown aspect; ``file.*`` and ``weights.*`` for a weight file with
-                another size or header.
+            BundleError: ``input.value`` for an unknown aspect, and for another object than a bundle; ``file.*`` and
+                ``weights.*`` for a weight file with another size or header.
         """
         from splitbundle.comparison import documents, records
 
+        if not isinstance(other, BundleFiles):
+            raise wrong_argument("other", "a bundle, as splitbundle.open returns it", quoted(other))
         wanted = records.ASPECTS if only is None else only
         with self._told(), other._told():
             return documents.compare(self, other, only=wanted, measure=registry.measure, progress=progress)

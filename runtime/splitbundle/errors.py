@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from splitbundle.records import members, record
+from splitbundle.records import members, record, replace
 
 TYPE_CHECKING = False  # type checkers treat it as true; importing typing would be most of this import's time
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ class ParityError(VerificationError):
 def wrong_argument(argument: str, expected: str, got: str, hint: str | None = None) -> BundleError:
     """Return the error of a call with a value that an argument can't have: ``input.value``."""
     return BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got, hint=hint))
+
+
+def within(error: BundleError, place: object) -> list[Problem]:
+    """Return the problems of an error, their files with the path of their bundle, where several bundles are read."""
+    return [replace(each, file=f"{place}/{each.file}") if each.file else each for each in error.problems]
 
 
 def printable(text: str) -> str:

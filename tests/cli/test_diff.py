@@ -156,7 +156,7 @@ def test_verify_looks_behind_the_digests(bundles: Path, tmp_path: Path, capsys: 
         assert run(capsys, "diff", bundles / name, copy)[0] == 0
         status, out, err = run(capsys, "diff", bundles / name, copy, "--verify", "--json")
         assert (status, strict(out)["ok"]) == (3, False)
-        assert err.startswith("splitbundle: [file.digest] layer-000.safetensors:")
+        assert err.startswith(f"splitbundle: [file.digest] {copy}/layer-000.safetensors:")
         assert err.count("\n") == 1
 
 

@@ -221,6 +221,7 @@ def test_another_manifest_is_another_bundle(bundle: Bundle, tmp_path: Path) -> N
         (["extract", "B", "--shard", "trunk"], 2, "--output"),
         (["extract", "B", "--shard", "middle", "-o", "X"], 2, "[stage.name]"),
         (["merge", "-o", "X"], 2, "bundle"),
+        (["extract", "B", "--shard", "trunk", "-o", ""], 2, "expected a path, got an empty text"),
         (["merge", "B", "B", "-o", "B"], 1, "[output.exists]"),
         (["merge", "B", "nowhere", "-o", "X"], 1, "[file.missing]"),
         (["extract", "B", "--shard", "trunk", "-o", "B/inside"], 1, "[output.failed]"),

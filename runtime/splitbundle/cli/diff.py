@@ -9,7 +9,7 @@ from splitbundle.bundle import Bundle
 from splitbundle.cli.comparison import write
 from splitbundle.cli.console import Command, Console
 from splitbundle.comparison.records import ASPECTS, NO_TORCH, Comparison
-from splitbundle.errors import BundleError, VerificationError
+from splitbundle.errors import BundleError, VerificationError, within
 from splitbundle.format.names import SUMS
 from splitbundle.opening import open_bundle
 
@@ -58,7 +58,7 @@ def _verify(bundle: Bundle, console: Console) -> None:
         lacking = absent | {SUMS} if absent else absent
         problems = [each for each in error.problems if each.code != "file.missing" or each.file not in lacking]
         if problems:
-            raise VerificationError(problems) from error
+            raise VerificationError(within(BundleError(problems), bundle.path)) from error
 
 
 def _lacks_torch(comparison: Comparison) -> bool:

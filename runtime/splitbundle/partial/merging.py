@@ -8,11 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
-from splitbundle.errors import BundleError, quoted, wrong_argument
+from splitbundle.errors import BundleError, quoted, within, wrong_argument
 from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE
 from splitbundle.format.manifest.document import FILE
 from splitbundle.partial.extracting import copy_documents
-from splitbundle.records import replace
 from splitbundle.storage.documents import read_documents
 from splitbundle.storage.files import Progress, is_there
 from splitbundle.storage.reader import BundleReader
@@ -55,10 +54,7 @@ def merge(
             try:
                 copy_files(bundle, paths, root, check=True, progress=progress)
             except BundleError as error:
-                raise BundleError(
-                    replace(problem, file=str(bundle.path / problem.file)) if problem.file else problem
-                    for problem in error.problems
-                ) from error
+                raise BundleError(within(error, bundle.path)) from error
         copy_documents(first, root)
     return type(first)(target, first.manifest, first.architecture, first.id)
 
