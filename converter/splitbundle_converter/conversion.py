@@ -173,7 +173,7 @@ def _convert(
 
     cuts = cuts_for(split, equal, max_shard_size, costs, default=checkpoint.cuts)
     check_cuts(cuts, len(architecture.layers))
-    given_names = shard_names(cuts, None if names is None else tuple(names))
+    given_names = shard_names(cuts, names)
     if graphs is not None:
         graphs.check(storage)
     stop_ids = checkpoint.stop_ids(opened.values)

@@ -77,11 +77,10 @@ def resplit(
     cuts = cuts_for(
         tuple(split) or None, equal, max_shard_size, lambda: bundle_costs(old.manifest, old.architecture), default=()
     )
-    given = None if names is None else tuple(names)
     left = {CARD, *old_graphs, *GENAI}
     kept = {path: file for path, file in old.manifest.files.items() if path not in left}
     refuse_missing(old, list(kept))
-    shards = make_shards(old.architecture, cuts, given, old.manifest.units, kept)
+    shards = make_shards(old.architecture, cuts, names, old.manifest.units, kept)
     with atomic_directory(target, force=force) as root, unchanged(old):
         copy_files(old, list(kept), root, check=check, progress=progress)
         hidden_size = old.architecture.hidden_size if cuts else None

@@ -157,6 +157,7 @@ def test_names_and_refusals_when_a_bundle_is_written(bundle: Bundle, tmp_path: P
             ({"equal": 99}, r"\[usage.cut\] equal: expected 1 to \d shards"),
             ({"max_shard_size": 9}, r"\[usage.size\] max_shard_size: expected at least"),
             ({"equal": 2, "names": ["a"]}, r"\[usage.names\] names: expected 2 different names"),
+            ({"equal": 2, "names": "ab"}, r"\[usage.names\] names: .*, got the text .ab.\. Give one name"),
         ):
             with pytest.raises(BundleError, match=message):
                 call(**asked)

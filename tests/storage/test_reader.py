@@ -36,7 +36,9 @@ def test_a_partial_bundle_runs_the_part_that_is_there(whole: Bundle, copy: Path)
     partial = splitbundle.open(copy)
     ids = torch.tensor(token_rows(5))
     assert torch.equal(partial.stage("bottom")(ids), whole.stage("bottom")(ids))
-    missing = "expected a file that the manifest lists, got none. Copy it from a whole bundle with the same fingerprint"
+    missing = (
+        "expected a file that the manifest lists, got none. Copy it from the same bundle elsewhere, or merge the two"
+    )
     assert refusal(partial.stage, "trunk") == f"[file.missing] layer-001.safetensors: {missing}"
     assert refusal(partial.stage, layers=(0, 2)) == f"[file.missing] layer-001.safetensors: {missing}"
     assert refusal(partial.stage, layers=(4, 4)) == f"[file.missing] head.safetensors: {missing}"

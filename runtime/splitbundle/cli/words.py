@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "force=True": "--force",
     "genai=True": "--genai",
     "tokenizer=False": "--no-tokenizer",
+    "vectors=False": "--no-vectors",
     'part="language"': "--part language",
     "part=": "--part",
     'variant="standard"': "--variant standard",

@@ -72,7 +72,7 @@ def compute(
     """
     vectors = bundle.manifest.vectors
     if vectors is None:
-        hint = "It was converted with check=False; convert it again without this option"
+        hint = "It was written without them, by check=False or vectors=False; write it again without this option"
         raise BundleError(
             Problem(code="vectors.none", expected="golden vectors", got="a bundle without them", hint=hint)
         )

@@ -143,7 +143,7 @@ def is_there(root: Path, path: str) -> bool:
 
 def missing(path: str) -> Problem:
     """Return the problem of a file that is missing."""
-    hint = "Copy it from a whole bundle with the same fingerprint"
+    hint = "Copy it from the same bundle elsewhere, or merge the two"
     return Problem(code="file.missing", file=path, expected="a file that the manifest lists", got="none", hint=hint)
 
 

@@ -210,14 +210,16 @@ def _lock(file: BinaryIO, *, wait: bool) -> bool:
 def _refuse_existing(target: Path, force: bool, ours: Callable[[Path], bool]) -> None:
     if not os.path.lexists(target):
         return
-    if not force:
-        expected, got = "nothing there", "an existing file or directory"
-        hint = "force=True replaces it once the new one is complete"
-    elif not ours(target):
-        expected = "a bundle, to be replaced" if ours is _is_bundle else "one of the same kind, to be replaced"
-        got, hint = "something else", "Remove it yourself: force=True won't"
-    else:
+    replaceable = ours(target)
+    if replaceable and force:
         return
+    expected, got = "nothing there", "an existing file or directory"
+    hint = "force=True replaces it once the new one is complete"
+    if not replaceable:
+        hint = "Remove it yourself, or choose another output: force=True won't replace it"
+        if force:
+            expected = "a bundle, to be replaced" if ours is _is_bundle else "one of the same kind, to be replaced"
+            got = "something else"
     raise BundleError(Problem(code="output.exists", file=str(target), expected=expected, got=got, hint=hint))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
 
-from splitbundle.errors import BundleError, Problem
+from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import names
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.sizes import count
@@ -14,7 +15,7 @@ from splitbundle.format.manifest.document import File, Shard
 DEFAULT_NAMES: Final = {1: ("model",), 2: ("bottom", "top"), 3: ("bottom", "trunk", "top")}
 
 
-def shard_names(cuts: tuple[int, ...], given: tuple[str, ...] | None) -> tuple[str, ...]:
+def shard_names(cuts: tuple[int, ...], given: Sequence[str] | None) -> tuple[str, ...]:
     """Return the names of the shards: ``given``, or by default bottom, trunk, top (trunk-1 … when there are more).
 
     Raises:
@@ -24,17 +25,18 @@ def shard_names(cuts: tuple[int, ...], given: tuple[str, ...] | None) -> tuple[s
     if given is None:
         middle = tuple(f"trunk-{i}" for i in range(1, number - 1))
         return DEFAULT_NAMES.get(number, ("bottom", *middle, "top"))
-    if len(given) != number or len(set(given)) != number or not all(names.is_shard(n) for n in given):
+    listed = () if isinstance(given, str) else tuple(given)  # the letters of one text would pass for names
+    if len(listed) != number or len(set(listed)) != number or not all(names.is_shard(n) for n in listed):
         raise BundleError(
             Problem(
                 code="usage.names",
                 argument="names",
                 expected=f"{number} different names, one for each shard, each {names.SHARD_RULE}",
-                got=", ".join(given),
+                got=f"the text {quoted(given)}" if isinstance(given, str) else ", ".join(map(str, listed)),
                 hint="Give one name more than there are cuts, or none",
             )
         )
-    return given
+    return listed
 
 
 def check_cuts(cuts: tuple[int, ...], layers: int) -> None:
@@ -59,7 +61,7 @@ def check_cuts(cuts: tuple[int, ...], layers: int) -> None:
 def make_shards(
     architecture: Architecture,
     cuts: tuple[int, ...],
-    given: tuple[str, ...] | None,
+    given: Sequence[str] | None,
     units: dict[str, tuple[str, ...]],
     listed: dict[str, File],
 ) -> tuple[Shard, ...]:

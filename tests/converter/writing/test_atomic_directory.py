@@ -364,5 +364,5 @@ def test_what_is_no_bundle_is_not_replaced(output: Path, make: Callable[[Path], 
     make(output)
     assert str(refused(checkpoint("llama"), output, force=True)) == (
         f"[output.exists] {output}: expected a bundle, to be replaced, got something else. "
-        "Remove it yourself: force=True won't"
+        "Remove it yourself, or choose another output: force=True won't replace it"
     )

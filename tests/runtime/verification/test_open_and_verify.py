@@ -57,7 +57,7 @@ def test_a_partial_bundle_verifies_shard_by_shard(copy: Path) -> None:
         bundle.verify("trunk")
     assert str(caught.value) == (
         "[file.missing] layer-001.safetensors: expected a file that the manifest lists, got none. "
-        "Copy it from a whole bundle with the same fingerprint"
+        "Copy it from the same bundle elsewhere, or merge the two"
     )
     with pytest.raises(BundleError) as caught:
         bundle.verify()
