@@ -272,6 +272,8 @@ def libraries(extra: str = "convert", purpose: str = "convert checkpoints") -> I
 @contextmanager
 def _threads(args: argparse.Namespace) -> Iterator[None]:
     """Compute the block with the number of threads that ``--threads`` says, or with torch's own."""
+    import torch  # noqa: F401  # if it is missing, the error names the extra that converting needs
+
     threads = registry.module("torch", "threads")
     with threads.using(threads.checked(args.threads)):
         yield

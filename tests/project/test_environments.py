@@ -69,9 +69,11 @@ def test_a_backends_suite_passes_with_it_alone(
     assert f"{library}==" in listed
     for other in absent:
         assert f"\n{other}==" not in f"\n{listed}"
-    suite = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / folder, timeout=600)
+    suite = run(python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", ROOT / "tests" / folder, timeout=600)
     assert " passed" in suite
-    assert "skipped" not in suite or os.name == "nt"
+    skipped = [line for line in suite.splitlines() if line.startswith("SKIPPED")]
+    beside = ("could not import", "this kernel doesn't compute such products")
+    assert [line for line in skipped if not any(reason in line for reason in beside)] == [] or os.name == "nt"
 
 
 def test_the_runtime_suite_passes_with_model_zoos_barred(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from splitbundle_converter.errors import refusal
 from splitbundle_converter.options import Note
 
 _TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+_MAX_INTEGER: Final = 10**40
+"""The largest integer in these files: published ones have 10^30 as the longest text."""
 _DTYPES: Final = ("dtype", "torch_dtype")
 """The field of a configuration for the dtype of the weights, in newer and in older versions of transformers."""
 
@@ -145,7 +147,7 @@ def other_files(bundle: Bundle, notes: Note) -> dict[str, bytes]:
 def _plain(path: str, data: bytes, notes: Note) -> bytes | None:
     """Return a JSON file without the fields that select code, or None if it can't be read in one way only."""
     try:
-        raw = strict_json.parse(data, path, constant=float)
+        raw = strict_json.parse(data, path, constant=float, max_integer=_MAX_INTEGER)
     except BundleError as error:
         notes(f"{path} is left out: {error}")
         return None

@@ -34,10 +34,12 @@ def parse(
     max_bytes: int = MAX_BYTES,
     max_marks: int = MAX_MARKS,
     constant: Callable[[str], Any] | None = None,
+    max_integer: int = MAX_INTEGER,
 ) -> Any:
     """Return the value of a JSON document.
 
     ``constant`` returns the value of NaN and the infinities, which are no JSON. By default they are refused.
+    ``max_integer`` is the largest integer, and the negative of the smallest.
 
     Raises:
         BundleError: one problem, with a ``json.*`` code, that names ``file``.
@@ -60,7 +62,7 @@ def parse(
         value = json.loads(
             text,
             object_pairs_hook=_object,
-            parse_int=_integer,
+            parse_int=lambda digits: _integer(digits, max_integer),
             parse_float=_float,
             parse_constant=constant or _constant,
         )
@@ -96,10 +98,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _integer(digits: str) -> int:
+def _integer(digits: str, most: int) -> int:
     # Check the length first: the conversion of a million digits takes quadratic time.
-    if len(digits) > 17 or abs(int(digits)) > MAX_INTEGER:
-        raise _Refused("json.number", f"integers from -{MAX_INTEGER} to {MAX_INTEGER}", f"{len(digits)} digits")
+    if len(digits) > len(str(most)) + 1 or abs(int(digits)) > most:
+        raise _Refused("json.number", f"integers from -{most} to {most}", f"{len(digits)} digits")
     return int(digits)
 
 
