@@ -22,6 +22,7 @@ from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.sizes import count
 from splitbundle.format.manifest.document import TOKENIZER as DIRECTORY
 from splitbundle.format.manifest.document import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
+from splitbundle.format.text_document import FILE as TEXT
 from splitbundle.format.weight_layout import Tensor as Stored
 from splitbundle.format.weight_layout import file_size
 from splitbundle.opening import open_bundle, relocated
@@ -48,6 +49,7 @@ from splitbundle_converter.published_schemas import check_schemas
 from splitbundle_converter.reference.asked_fields import asked_fields
 from splitbundle_converter.reference.golden_vectors import reference_vectors
 from splitbundle_converter.reference.original_errors import explained
+from splitbundle_converter.text.golden_texts import text_document
 from splitbundle_converter.text.text_files import text_files
 from splitbundle_converter.translation import constants
 from splitbundle_converter.translation.translate import Translation, translate
@@ -181,6 +183,10 @@ def _convert(
     if tokenizer:
         texts = text_files(checkpoint, family.model_type, architecture.vocab_size, notes, compare=check)
     configuration, carried = configuration_files(opened, cast=not kept)
+    if TOKENIZER in texts:
+        generation = carried.get(configuration.generation or "")
+        document = text_document(texts, family.model_type, architecture.vocab_size, generation, notes, golden=check)
+        carried[TEXT] = document.to_bytes()
     with atomic_directory(target, force=force) as root:
         listed, units = _write_units(root, checkpoint, translation, storage, plan, progress)
         listed[architectures.FILE] = write_file(root, architectures.FILE, architecture.to_bytes())
@@ -206,6 +212,7 @@ def _convert(
                     fingerprint=fingerprint(listed, weight_files),
                     dropout=rates(family.model_type, opened.values),
                     source_configuration=configuration,
+                    text_file=TEXT if TEXT in carried else None,
                 ),
                 storage=storage,
                 shards=make_shards(architecture, cuts, given_names, units, listed),
@@ -231,6 +238,7 @@ def _convert(
             open_bundle(root).run_vectors(backend=backend, threads=threads, progress=progress)
         made = open_bundle(root)
         check_schemas(made)
+        made.check_texts()
         checkpoint.directory.check_unchanged()
     return relocated(made, target)
 

@@ -10,7 +10,7 @@ from splitbundle.storage.reader import BundleReader
 
 
 def check_schemas(bundle: BundleReader) -> None:
-    """Validate both documents of a bundle, so that other implementations can read them.
+    """Validate the documents of a bundle, so that other implementations can read them.
 
     Raises:
         jsonschema.ValidationError: A document does not match its schema.
@@ -20,6 +20,8 @@ def check_schemas(bundle: BundleReader) -> None:
     import splitbundle_schemas
 
     documents = {"manifest": document.FILE, "architecture": architectures.FILE}
+    if bundle.manifest.model.text_file is not None:
+        documents["text"] = bundle.manifest.model.text_file
     for schema, name in documents.items():
         value = json.loads((bundle.path / name).read_bytes())
         jsonschema.Draft202012Validator(splitbundle_schemas.load(schema)).validate(value)

@@ -199,9 +199,12 @@ class Bundle(BundleFiles):
             chosen = backend or registry.installed_backend()
             own = registry.own_options(chosen, options, "pipeline")
             with self._told():
-                return registry.module(chosen, "pipeline").load_pipeline(self, **own)
-        with self._told():
-            return registry.mixed_pipeline(self, backend, options)
+                made = registry.module(chosen, "pipeline").load_pipeline(self, **own)
+        else:
+            with self._told():
+                made = registry.mixed_pipeline(self, backend, options)
+        made.bundle = self  # for its tokenizer and its context length
+        return made
 
     def cast(
         self,

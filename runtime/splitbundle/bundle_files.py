@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from splitbundle.backends import registry
-from splitbundle.errors import quoted, wrong_argument
+from splitbundle.errors import BundleError, MissingExtra, Problem, quoted, wrong_argument
 from splitbundle.storage.documents import telling_of_replacement
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import BundleReader
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from splitbundle.comparison.records import Comparison
     from splitbundle.planning.plan import Plan
+    from splitbundle.text.huggingface import TextTokenizer
     from splitbundle.verification.verify import Verification
 
 
@@ -55,6 +56,50 @@ class BundleFiles(BundleReader):
 
         with self._told():
             return verify(self, shard, exact=exact, whole=whole, progress=progress)
+
+    def tokenizer(self) -> TextTokenizer:
+        """Load the bundle's tokenizer, which turns text and chats into token ids, and ids into text.
+
+        Loading takes up to seconds for a large vocabulary, so keep the result. Threads may share it. It needs the
+        libraries ``tokenizers`` and, for chats, ``jinja2``: the extra ``text``.
+
+        Raises:
+            MissingExtra: ``tokenizers`` isn't installed.
+            BundleError: ``text.none`` for a bundle without a tokenizer; ``file.*``, ``json.*``, ``text.*`` for one that
+                can't be used.
+        """
+        if self.manifest.text.tokenizer is None:
+            hint = "Use token ids, or convert the model with its tokenizer"
+            expected, got = "a tokenizer", "a bundle without one"
+            raise BundleError(Problem(code="text.none", file=str(self.path), expected=expected, got=got, hint=hint))
+        try:
+            from splitbundle.text.huggingface import TextTokenizer
+        except ModuleNotFoundError as error:
+            if error.name != "tokenizers":
+                raise
+            raise MissingExtra.of("tokenizers", "text", "turn text into token ids, and ids into text") from None
+        with self._told():
+            return TextTokenizer(self)
+
+    def check_texts(self) -> int:
+        """Hold the tokenizer against the golden texts of the bundle, and the chat template against its golden chats.
+
+        Returns:
+            The number of golden texts and chats that were checked: 0 for a bundle without any. Without ``jinja2``, no
+            chat is checked.
+
+        Raises:
+            MissingExtra: ``tokenizers`` isn't installed.
+            BundleError: ``text.ids`` for other ids or another text; as for ``tokenizer``.
+        """
+        if self.manifest.model.text_file is None:
+            return 0
+        tokenizer = self.tokenizer()
+        from importlib.util import find_spec
+
+        from splitbundle.text.golden import check
+
+        return check(tokenizer, chats=find_spec("jinja2") is not None)
 
     def diff(
         self, other: BundleFiles, *, only: Iterable[str] | None = None, progress: Progress | None = None

@@ -128,7 +128,7 @@ def test_directories_deeper_than_paths_are_long(tmp_path: Path, capsys: pytest.C
 def test_verify(bundle: Path, tmp_path: Path) -> None:
     done = call("verify", "--run", bundle)
     assert done.returncode == 0
-    assert "15 files" in done.stdout
+    assert "16 files" in done.stdout
     assert "logits" in done.stdout
     document = json.loads(call("verify", "--run", "--shard", "trunk", "--json", bundle).stdout)
     assert [place["where"] for place in document["differences"]] == ["hidden.4"]
@@ -193,13 +193,14 @@ def test_generate(bundle: Path) -> None:
     assert call("generate", bundle, "Licensed", "-n", 2, "--quiet").stderr == ""
     done = call("generate", bundle, "--ids", IDS, "-n", 4)
     assert done.stdout == "12,221,54,268\n"
-    document = json.loads(call("generate", bundle, "--ids", IDS, "-n", 4, "--json").stdout)
+    document = json.loads(call("generate", bundle, "--ids", IDS, "-n", 4, "--json").stdout.splitlines()[-1])
     assert document.pop("tokens_per_second") > 0
     assert document == {
         "ok": True,
         "prompt_ids": [int(i) for i in IDS.split(",")],
         "ids": [12, 221, 54, 268],
         "ended_by": "length",
+        "stopped_by": None,
     }
     piped = subprocess.run(
         [sys.executable, "-m", "splitbundle", "generate", str(bundle), "-n", "4"],
@@ -259,14 +260,16 @@ def test_a_shard_is_verified_by_its_own_files(bundle: Path, tmp_path: Path) -> N
 
 
 def test_a_control_token_in_a_prompt_stays_text(bundle: Path) -> None:
-    document = json.loads(call("generate", bundle, "<|endoftext|>", "-n", 1, "--json").stdout)
+    document = json.loads(call("generate", bundle, "<|endoftext|>", "-n", 1, "--json").stdout.splitlines()[-1])
     assert 0 not in document["prompt_ids"]
     assert len(document["prompt_ids"]) > 1
 
 
 def test_generation_stops_at_a_stop_id(bundle: Path) -> None:
     assert splitbundle.open(bundle).manifest.text.stop_ids == (0,)
-    document = json.loads(call("generate", bundle, "limitations under the License.", "-n", 60, "--json").stdout)
+    document = json.loads(
+        call("generate", bundle, "limitations under the License.", "-n", 60, "--json").stdout.splitlines()[-1]
+    )
     assert document["text"] == "\n"  # the license's last line ends, and the text ends with it
 
 

@@ -209,11 +209,11 @@ def test_values_are_shown_on_one_line() -> None:
 def test_inspect_says_whether_a_bundle_is_whole_and_trained(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parent = splitbundle.open(bundles / "license").fingerprint
     found = lines(run(capsys, "inspect", bundles / "license")[1])
-    assert "files all 15 are here" in found
+    assert "files all 16 are here" in found
     assert "vectors sequences of 1, 7, 24 tokens, of the original model" in found
     assert not any(line.startswith("parent") for line in found)
     found = lines(run(capsys, "inspect", bundles / "partial")[1])
-    assert "files partial: 1 of 15 files are absent; whole shards: bottom, top" in found
+    assert "files partial: 1 of 16 files are absent; whole shards: bottom, top" in found
     assert "vectors sequences of 1, 7, 24 tokens, of this bundle itself" in found
     assert f"parent a changed copy of {parent}" in found
     for name, expected in (

@@ -79,7 +79,7 @@ def test_a_prompt_that_looks_like_an_option(bundle: str, prompt: str, capsys: py
     tokens = splitbundle.open(bundle)
     from splitbundle.text.huggingface import TextTokenizer
 
-    assert json.loads(out)["prompt_ids"] == TextTokenizer(tokens).encode(prompt)
+    assert json.loads(out.splitlines()[-1])["prompt_ids"] == TextTokenizer(tokens).encode(prompt)
 
 
 def test_messages_show_what_was_typed_after_the_dashes(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,8 +141,8 @@ def test_only_one_line_end_is_dropped(
     _, out, _ = run(capsys, "generate", bundle, "-n", "1", "--json")
     pipe(monkeypatch, b"a\n")
     assert (
-        json.loads(out)["prompt_ids"]
-        != json.loads(run(capsys, "generate", bundle, "-n", "1", "--json")[1])["prompt_ids"]
+        json.loads(out.splitlines()[-1])["prompt_ids"]
+        != json.loads(run(capsys, "generate", bundle, "-n", "1", "--json")[1].splitlines()[-1])["prompt_ids"]
     )
 
 
@@ -159,11 +159,11 @@ def test_a_pipe_without_a_prompt(
 def test_the_text_ends_at_the_models_context(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
     ids = ",".join(["44"] * 250)
     status, out, err = run(capsys, "generate", bundle, "--ids", ids, "-n", "300", "--json")
-    document = json.loads(out)
+    document = json.loads(out.splitlines()[-1])
     assert (status, len(document["ids"]), document["ended_by"]) == (0, 7, "context")
     assert "it has reached the model's context of 256 tokens" in err
     status, out, _ = run(capsys, "generate", bundle, "--ids", ids, "-n", "7", "--json")
-    assert (status, json.loads(out)["ended_by"]) == (0, "length")
+    assert (status, json.loads(out.splitlines()[-1])["ended_by"]) == (0, "length")
 
 
 def test_a_prompt_beyond_the_context(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,9 +179,9 @@ def test_going_on_beyond_the_context(tmp_path: Path, bundle: str, capsys: pytest
     make_model("llama", max_position_embeddings=8).save_pretrained(tmp_path / "source")
     rotary = splitbundle_converter.convert(tmp_path / "source", tmp_path / "x.splitbundle", check=False).path
     status, out, err = run(capsys, "generate", rotary, "--ids", "1,2,3,4,5,6", "-n", "9", "--json")
-    assert (status, len(json.loads(out)["ids"])) == (0, 3), err
+    assert (status, len(json.loads(out.splitlines()[-1])["ids"])) == (0, 3), err
     status, out, err = run(capsys, "generate", rotary, "--ids", "1,2,3,4,5,6", "-n", "9", "--json", "--beyond-context")
-    assert (status, len(json.loads(out)["ids"])) == (0, 9), err
+    assert (status, len(json.loads(out.splitlines()[-1])["ids"])) == (0, 9), err
     status, _, err = run(capsys, "generate", bundle, "--ids", "1", "--beyond-context")
     assert status == 2
     assert "--beyond-context: expected a model whose positions have no limit, got one of 256 positions" in err

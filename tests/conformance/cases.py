@@ -13,6 +13,7 @@ from conformance.directories import directory_cases
 from conformance.documents import large_cases, vector_cases
 from conformance.headers import header_cases
 from conformance.text import tokenizer_cases
+from conformance.text_document import text_cases
 
 
 def cases() -> Iterator[Case]:
@@ -22,3 +23,4 @@ def cases() -> Iterator[Case]:
     yield from directory_cases()
     yield from header_cases()
     yield from tokenizer_cases()
+    yield from text_cases()

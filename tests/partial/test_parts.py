@@ -36,7 +36,7 @@ def test_the_files_of_a_shard(bundle: Bundle) -> None:
     assert sorted(bundle.paths("trunk")) == sorted(DOCUMENTS + SOURCE + trunk)
     assert sorted(bundle.paths("trunk", vectors=True)) == sorted([*DOCUMENTS, *SOURCE, *trunk, "vectors.safetensors"])
     more = set(bundle.paths("trunk", text=True)) - set(bundle.paths("trunk"))
-    assert more == {path for path in bundle.manifest.files if path.startswith(("tokenizer/", "genai"))}
+    assert more == {path for path in bundle.manifest.files if path.startswith(("tokenizer/", "genai", "text.json"))}
     everything = bundle.paths("bottom", "trunk", "top", vectors=True, text=True)
     assert sorted(everything) == sorted([*bundle.manifest.files, "manifest.json", "SHA256SUMS"])
     # The head is tied: the top needs the token table, and both ends name it once.

@@ -66,6 +66,9 @@ LIBRARIES = {
         "backends/torch/*.py": {"torch"},
         "backends/onnxruntime/*.py": {"onnxruntime", "numpy"},
         "text/huggingface.py": {"tokenizers"},
+        "text/control_tokens.py": {"tokenizers"},
+        "text/chat_template.py": {"jinja2"},
+        "text/template_*.py": {"jinja2"},
         "cli/completion.py": {"shtab"},
         "bundle*.py": {"typing_extensions"},  # only for annotations; type checkers bring it themselves
     },

@@ -64,7 +64,7 @@ REVEALED = (
 WRONG = """
 import splitbundle
 
-splitbundle.open("x").stage("bottom", thread=2)
+splitbundle.open("x").stage(2)
 splitbundle.open("x").pipeline(providers=["CPUExecutionProvider"])
 splitbundle.open(3)
 """

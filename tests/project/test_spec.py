@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import json
 import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import splitbundle_schemas
+from conformance.text_document import DOCUMENT
 from splitbundle.errors import BundleError
 from splitbundle.format.architecture import rotary
 from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.format.manifest.parser import parse_manifest
+from splitbundle.format.text_document import parse_text
 from tests.support.paths import ROOT, TESTS
 from tests.support.variants import BASES
 
@@ -45,7 +48,7 @@ def defined() -> list[str]:
 def held() -> dict[str, set[str]]:
     """Return the schemas, vectors and tests that hold each rule."""
     holders: dict[str, set[str]] = {}
-    for name in KINDS:
+    for name in (*KINDS, "text"):
         for comment in comments(splitbundle_schemas.load(name)):
             for rule in re.findall(RULE, comment):
                 holders.setdefault(rule, set()).add(f"{name}.schema.json")
@@ -169,10 +172,15 @@ def tables() -> dict[tuple[str, str, str], list[str]]:
     return found
 
 
-MAY_BE_ABSENT = {"/model": {"parent", "dropout", "source_configuration"}, "/vectors": {"origin"}}
+MAY_BE_ABSENT = {"/model": {"parent", "dropout", "source_configuration", "text_file"}, "/vectors": {"origin"}}
 """A pointer -> the fields of its table that may be absent: "or absent" is the end of their type."""
 
 
+PARSERS: dict[str, Callable[[bytes], object]] = {
+    "manifest": parse_manifest,
+    "architecture": parse_architecture,
+    "text": lambda data: parse_text(data, 24),
+}
 WHERE = {
     ("bundle.md", "manifest.json", ""): "",
     ("bundle.md", "model", ""): "/model",
@@ -190,6 +198,11 @@ WHERE = {
     ("bundle.md", "text", ""): "/text",
     ("bundle.md", "vectors", ""): "/vectors",
     ("bundle.md", "source_names[i]", ""): "/source_names/0",
+    ("bundle.md", "text.json", ""): "",
+    ("bundle.md", "templates[i]", ""): "/templates/0",
+    ("bundle.md", "defaults", ""): "/defaults",
+    ("bundle.md", "cases[i]", ""): "/cases/0",
+    ("bundle.md", "chats[i]", ""): "/chats/0",
     ("decoder.md", "architecture.json", ""): "",
     ("decoder.md", "embedding", ""): "/embedding",
     ("decoder.md", "embedding.position", "learned"): "/embedding/position",
@@ -217,6 +230,8 @@ WHERE = {
 def example(table: tuple[str, str, str]) -> tuple[str, Any]:
     """Return a document that has the object of a table: a base, or an accepted vector."""
     file, path, kind = table
+    if path.partition("[")[0] in {"text.json", *DOCUMENT}:
+        return "text", copy.deepcopy(DOCUMENT)
     if file == "bundle.md":
         name = "source-configuration-part" if path == "model.source_configuration" else "graph"
         vector = json.loads((TESTS / "conformance" / "accept" / f"manifest-{name}.json").read_text("utf-8"))
@@ -320,7 +335,7 @@ def schema_fields(document: str, instance: Any, pointer: str) -> set[str]:
 def parser_problems(document: str, value: Any) -> tuple[Any, ...]:
     data = json.dumps(value).encode("utf-8")
     with pytest.raises(BundleError) as raised_:
-        (parse_manifest if document == "manifest" else parse_architecture)(data)
+        PARSERS[document](data)
     return raised_.value.problems
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -96,7 +96,7 @@ def load_class(files: Mapping[str, bytes], model_type: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    config = {name: value for name, value in _config(files).items() if name in _KEPT}
+    config = {name: value for name, value in tokenizer_config(files).items() if name in _KEPT}
     if str(config.get("tokenizer_class")).removesuffix("Fast") not in _classes():
         config.pop("tokenizer_class", None)
     with tempfile.TemporaryDirectory(prefix="splitbundle-") as directory, quiet():
@@ -116,11 +116,16 @@ def _classes() -> frozenset[str]:
     return frozenset(str(name).removesuffix("Fast") for name in TOKENIZER_MAPPING_NAMES.values() if name)
 
 
-def _config(files: Mapping[str, bytes]) -> dict[str, Any]:
+def tokenizer_config(files: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the parsed tokenizer_config.json, or an empty object."""
+    return parsed(files.get(CONFIG, b"{}"))
+
+
+def parsed(data: bytes) -> dict[str, Any]:
+    """Return a JSON object, or an empty one for anything else."""
     try:
         # Its numbers may be beyond strict JSON: published files have 1e30 as the longest length.
-        document = json.loads(files.get(CONFIG, b"{}"))
+        document = json.loads(data)
     except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
@@ -141,7 +146,7 @@ def _of_merges(files: Mapping[str, bytes], model_type: str) -> bytes:
     """
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-    named = _config(files).get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(model_type) or "none"
+    named = tokenizer_config(files).get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(model_type) or "none"
     name = str(named[0] if isinstance(named, tuple) else named).removesuffix("Fast")
     if name not in _BYTE_LEVEL:
         known, own = ", ".join(_BYTE_LEVEL), "no class is named" if name == "none" else f"the class is {name[:40]!a}"
@@ -198,7 +203,7 @@ def _of_sentencepiece(files: Mapping[str, bytes], model_type: str) -> bytes:
         if ids != processor.encode(text):
             raise NoTokenizerError(f"{text[:20]!a} gets other ids from {SENTENCEPIECE} than from its tokenizer.json")
     document = json.loads(made.to_str())
-    document["post_processor"] = _begin(processor, _config(files))
+    document["post_processor"] = _begin(processor, tokenizer_config(files))
     return json.dumps(document, ensure_ascii=False).encode("utf-8")
 
 
@@ -217,17 +222,23 @@ def _begin(processor: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def other_ids(files: Mapping[str, bytes], model_type: str) -> str | None:
+def library_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
+    """Return tokenizer.json as the library loads it, without truncation and padding."""
+    own = Tokenizer.from_str(files[TOKENIZER].decode("utf-8"))
+    own.no_truncation()
+    own.no_padding()
+    return own
+
+
+def other_ids(files: Mapping[str, bytes], model_type: str, texts: Sequence[str]) -> str | None:
     """Return a sentence about a text that transformers' class gives other ids than tokenizer.json, or None.
 
     If transformers can't load the tokenizer, the sentence says that nothing was compared, and why.
     """
-    own = Tokenizer.from_str(files[TOKENIZER].decode("utf-8"))
-    own.no_truncation()
-    own.no_padding()
+    own = library_tokenizer(files)
     try:
         loaded = load_class(files, model_type)
-        text = next((text for text in PROBES if loaded(text).input_ids != own.encode(text).ids), None)
+        text = next((text for text in texts if loaded(text).input_ids != own.encode(text).ids), None)
     except Exception as error:  # noqa: BLE001  # a class may raise any error for files that do not suit it
         return (
             "transformers can't load the tokenizer, so its ids were not compared. The bundle has the ids of "

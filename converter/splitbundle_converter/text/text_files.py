@@ -14,6 +14,7 @@ from splitbundle_converter.checkpoint.file_names import TOKENIZER
 from splitbundle_converter.checkpoint.source import Checkpoint
 from splitbundle_converter.options import Note
 from splitbundle_converter.text import slow_tokenizer
+from splitbundle_converter.text.golden_texts import TEXTS
 
 WITHOUT: Final = "tokenizer=False converts without a tokenizer"
 _NO_TEXT: Final = "The bundle will have no text"
@@ -61,7 +62,7 @@ def text_files(
             f"tokenizer.json gives {quoted(token, 30)} the id {given}, and the library tokenizers gives it {own}. The "
             "bundle has the library's ids."
         )
-    if compare and notes is not None and (different := slow_tokenizer.other_ids(files, model_type)) is not None:
+    if compare and notes is not None and (different := slow_tokenizer.other_ids(files, model_type, TEXTS)) is not None:
         notes(different)
     return files
 

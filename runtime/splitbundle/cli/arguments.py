@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Final, Literal
 
@@ -116,6 +117,29 @@ def probability(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number above 0, and at most 1, got {text!r}")
     return value
+
+
+def number_in(least: float, most: float) -> Callable[[str], float]:
+    """Return a parser of a number in a closed range for argparse."""
+
+    def parse(text: str) -> float:
+        value = _number(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected a number from {least:g} to {most:g}, got {text!r}")
+        return value
+
+    return parse
+
+
+def number_of(least: int, most: int) -> Callable[[str], int]:
+    """Return a parser of an integer in a closed range for argparse."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not least <= int(text[:18]) <= most:
+            raise argparse.ArgumentTypeError(f"expected a number from {least} to {most}, got {text!r}")
+        return int(text)
+
+    return parse
 
 
 def _number(text: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from splitbundle.cli import cast, completion, diff, generate, inspect, kernels, parts, plan, verify
+from splitbundle.cli import cast, chat, completion, diff, generate, inspect, kernels, parts, perplexity, plan, verify
 
 COMMANDS: Final = (
     inspect.COMMAND,
@@ -16,6 +16,8 @@ COMMANDS: Final = (
     parts.MERGE,
     cast.COMMAND,
     generate.COMMAND,
+    chat.COMMAND,
+    perplexity.COMMAND,
     kernels.COMMAND,
     completion.COMMAND,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ QUIET_SECONDS: Final = 1.0
 
 
 class Console:
-    """The streams that a command writes to. It uses no colors, so NO_COLOR has nothing to switch off."""
+    """The streams that a command writes to. Only ``chat`` uses a style."""
 
     def __init__(self, *, as_json: bool, quiet: bool, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.as_json = as_json
@@ -86,6 +87,17 @@ class Console:
         self.end_progress()
         if not self._quiet:
             self.err.write(printable(text) + "\n")
+
+    def note_lines(self, text: str) -> None:
+        """Write a text of several lines for people to stderr."""
+        for line in text.splitlines():
+            self.note(line)
+
+    @property
+    def colors(self) -> bool:
+        """Return whether stdout is a terminal that shows styles, and the user wants them."""
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+        return self.out.isatty() and not plain and not self.as_json
 
     def collect(self, notes: list[str]) -> Callable[[str], None]:
         """Return a function that adds a sentence to ``notes``, in the words of the command, and writes it as a note."""

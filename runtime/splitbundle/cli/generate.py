@@ -6,28 +6,19 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import Any, Final
 
-from splitbundle.backends.registry import BACKENDS, installed_backend
 from splitbundle.bundle import Bundle
-from splitbundle.cli.arguments import (
-    add_compute_arguments,
-    add_strict_argument,
-    integers,
-    positive,
-    probability,
-    temperature,
-    verify_when,
-)
+from splitbundle.cli import text_options
+from splitbundle.cli.arguments import integers, number_of, verify_when
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, Problem
 from splitbundle.opening import open_bundle
+from splitbundle.records import replace
+from splitbundle.stages.text_generation import CONTEXT, context_of
 
 DEFAULT_TOKENS: Final = 64
-
-if TYPE_CHECKING:
-    from splitbundle.text.huggingface import TextTokenizer
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,118 +32,138 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ids", metavar="1,2,3", type=integers, help="the prompt as token ids; the output is token ids, too"
     )
     parser.add_argument(
-        "--max-new-tokens",
-        "-n",
-        type=positive,
-        metavar="N",
-        help="the largest number of new tokens; by default 64. The text ends earlier at the model's context length",
+        "--messages", metavar="FILE", help="the messages of a chat in a JSON file; the model answers the last one"
     )
+    parser.add_argument("--chat-template", metavar="NAME", help="with --messages: another chat template of the bundle")
     parser.add_argument(
         "--beyond-context",
         action="store_true",
         help="go on where the text reaches the model's context length; a model wasn't trained for that",
     )
     parser.add_argument(
-        "--temperature",
-        type=temperature,
-        default=0.0,
-        help="the divisor of the logits; 0, the default, takes the likeliest token",
+        "--logprobs",
+        type=number_of(0, 100),
+        metavar="N",
+        help="with --json: the logarithm of the probability of each new token, and of the N likeliest tokens there",
     )
-    parser.add_argument("--top-k", type=positive, metavar="K", help="draw among the K likeliest tokens")
-    parser.add_argument(
-        "--top-p", type=probability, metavar="P", help="draw among the likeliest tokens that reach probability P"
-    )
-    parser.add_argument("--seed", type=int, help="the seed of the draws; by default a different one each time")
-    parser.add_argument(
-        "--backend", choices=BACKENDS, help="the backend; by default torch, or onnxruntime if torch isn't installed"
-    )
-    parser.add_argument("--device", help="the device, by its name in torch")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="the dtype to compute in; by default the stored one",
-    )
-    add_compute_arguments(parser)
-    add_strict_argument(parser)
+    text_options.add_sampling_arguments(parser)
+    text_options.add_model_arguments(parser)
+
+
+class _Ids:
+    """The tokenizer of a prompt that is token ids: the new text is ids with commas between them."""
+
+    document = None
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.stop_ids = bundle.manifest.text.stop_ids
+        self._count = 0
+
+    def stream(self, prompt: Sequence[int]) -> _Ids:
+        """Return this object, which is also the stream."""
+        return self
+
+    def piece(self, token: int) -> str:
+        """Return the text of a token."""
+        self._count += 1
+        return f"{',' * (self._count > 1)}{token}"
+
+    def rest(self) -> str:
+        """Return nothing: each token has its own text."""
+        return ""
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     bundle = open_bundle(args.bundle, verify=verify_when(args))
-    text = None
-    if args.ids is None:
-        tokenizer = _tokenizer(bundle)
-        ids = tokenizer.encode(_prompt(args.prompt))
-        text = tokenizer.stream(ids)
-    else:
-        if args.prompt is not None:
-            raise _usage("text or --ids", "both")
-        ids = list(args.ids)
-        last = bundle.architecture.vocab_size - 1
-        if wrong := [token for token in ids if not 0 <= token <= last]:
-            raise _usage(f"token ids from 0 to {last}", str(wrong[0]))
-    if not ids:
-        raise _usage("a prompt of at least one token", "none")
-    room = _room(bundle, len(ids), beyond=args.beyond_context)
-    wanted = args.max_new_tokens or DEFAULT_TOKENS
-    tokens: list[int] = []
-    pieces: list[str] = []
-    times: list[float] = []
-    reason = "length"
-    for token in _tokens(bundle, ids, args, wanted if room is None else min(wanted, room)):
-        times.append(time.perf_counter())
-        if token in bundle.manifest.text.stop_ids:
-            reason = "stop"
-            break
-        tokens.append(token)
-        pieces.append(f"{',' * (len(tokens) > 1)}{token}" if text is None else text.piece(token))
-        console.stream(pieces[-1])
-    pieces.append("" if text is None else text.rest())
-    console.stream(pieces[-1] + "\n")
-    if reason == "length" and room is not None and room < wanted:
-        reason = "context"
-        console.note(f"The text ends here: it has reached the model's context of {_context(bundle)} tokens.")
-    speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else None
+    tokenizer, prompt, tools = _prompt(bundle, args)
+    pipeline = text_options.load_pipeline(bundle, args)
+    began: list[float] = []
+    with pipeline.stream_text(
+        prompt,
+        max_new_tokens=args.max_new_tokens or DEFAULT_TOKENS,
+        stop=args.stop,
+        logprobs=args.logprobs,
+        defaults=False,  # those of the options have them
+        beyond_context=args.beyond_context,
+        tools=tools,
+        chat_template=args.chat_template,
+        tokenizer=tokenizer,
+        **text_options.sampling(args, tokenizer.document, console),
+    ) as generation:
+        for piece in generation:
+            began.append(time.perf_counter())
+            console.stream(piece)
+            console.json({"piece": piece})
+        made = generation.completion()
+    console.stream("\n")
+    if made.finish_reason == CONTEXT:
+        context = context_of(pipeline)
+        console.note(f"The text ends here: it has reached the model's context of {context} tokens.")
+    speed = generation.tokens_per_second
     if speed is not None:
-        console.note(f"{len(tokens)} tokens, {speed:.1f} tokens/s after the first")
-    result: dict[str, object] = {"ok": True, "prompt_ids": ids, "ids": tokens, "ended_by": reason}
-    result |= {} if speed is None else {"tokens_per_second": round(speed, 2)}
-    console.json(result | ({} if text is None else {"text": "".join(pieces)}))
+        console.note(f"{len(made.ids)} tokens, {speed:.1f} tokens/s after the first")
+    result: dict[str, object] = {
+        "ok": True,
+        "prompt_ids": made.prompt_ids,
+        "ids": made.ids,
+        "ended_by": made.finish_reason,
+        "stopped_by": made.stopped_by,
+    }
+    if speed is not None:
+        result["tokens_per_second"] = round(speed, 2)
+    if made.logprobs is not None and made.top is not None:
+        result["logprobs"] = [
+            {"id": token, "logprob": logprob, "top": [{"id": each, "logprob": value} for each, value in top]}
+            for token, logprob, top in zip(made.ids, made.logprobs, made.top, strict=True)
+        ]
+    console.json(result if args.ids is not None else result | {"text": made.text})
     return 0
 
 
-def _context(bundle: Bundle) -> int | None:
-    """Return the model's context length in tokens, or None if nothing states it."""
-    known = (bundle.architecture.position_limit, bundle.manifest.model.context_length)
-    return min((length for length in known if length is not None), default=None)
+def _prompt(bundle: Bundle, args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Return the tokenizer, the prompt, and the tools of a chat."""
+    if sum(given is not None for given in (args.prompt, args.ids, args.messages)) > 1:
+        raise _usage("text, --ids or --messages", "several of them")
+    if args.messages is not None:
+        messages, tools = text_options.read_messages(args.messages)
+        return bundle.tokenizer(), messages, tools
+    if args.ids is None:
+        tokenizer = _tokenizer(bundle)
+        prompt = tokenizer.encode(_text(args.prompt))
+    else:
+        tokenizer, prompt = _Ids(bundle), list(args.ids)
+        last = bundle.architecture.vocab_size - 1
+        if wrong := [token for token in prompt if not 0 <= token <= last]:
+            raise _usage(f"token ids from 0 to {last}", str(wrong[0]))
+    if not prompt:
+        raise _usage("a prompt of at least one token", "none")
+    _check_room(bundle, len(prompt), beyond=args.beyond_context)
+    return tokenizer, prompt, None
 
 
-def _room(bundle: Bundle, prompt: int, *, beyond: bool) -> int | None:
-    """Return the number of tokens that may follow a prompt, or None if there is no limit.
-
-    The last token is drawn and not computed with, so it needs no position.
+def _check_room(bundle: Bundle, prompt: int, *, beyond: bool) -> None:
+    """Check before the weights are loaded that the model's context has room for a prompt.
 
     Raises:
         BundleError: ``usage.prompt`` for a prompt that is longer than the model's context.
     """
-    context, limit = _context(bundle), bundle.architecture.position_limit
+    limit = bundle.architecture.position_limit
+    known = (limit, bundle.manifest.model.context_length)
+    context = min((length for length in known if length is not None), default=None)
     if beyond:
         if limit is not None:
             expected, got = "a model whose positions have no limit", f"one of {limit} positions"
             raise BundleError(Problem(code="usage.arguments", argument="--beyond-context", expected=expected, got=got))
-        return None
-    if context is None:
-        return None
-    if prompt > context:
+    elif context is not None and prompt > context:
         hint = "Shorten it" if limit is not None else "Shorten it, or go on at your own risk: --beyond-context"
         raise _usage(f"at most {context} tokens, the model's context", f"{prompt}", hint)
-    return context - prompt + 1
 
 
 def _usage(expected: str, got: str, hint: str | None = None) -> BundleError:
     return BundleError(Problem(code="usage.prompt", argument="PROMPT", expected=expected, got=got, hint=hint))
 
 
-def _prompt(text: str | None) -> str:
+def _text(text: str | None) -> str:
     """Return the prompt, from the argument or from standard input, as UTF-8 in every locale."""
     try:
         if text is not None and text != "-":
@@ -166,40 +177,18 @@ def _prompt(text: str | None) -> str:
         raise _usage("text in UTF-8", "other bytes") from None
 
 
-def _tokenizer(bundle: Bundle) -> TextTokenizer:
-    if bundle.manifest.text.tokenizer is None:
-        hint = "Give the prompt as token ids: --ids 1,2,3"
-        raise BundleError(
-            Problem(
-                code="text.none", file=str(bundle.path), expected="a tokenizer", got="a bundle without one", hint=hint
-            )
-        )
+def _tokenizer(bundle: Bundle) -> Any:
+    hint = "Give the prompt as token ids: --ids 1,2,3"
     try:
-        from splitbundle.text.huggingface import TextTokenizer
-    except ModuleNotFoundError as error:
-        if error.name != "tokenizers":
+        return bundle.tokenizer()
+    except MissingExtra as error:
+        (problem,) = error.problems
+        raise MissingExtra(replace(problem, expected=f"{problem.expected} (or give --ids)")) from None
+    except BundleError as error:
+        if error.codes != ("text.none",):
             raise
-        raise MissingExtra.of("tokenizers", "text", "turn text into token ids (or give --ids)") from None
-    return TextTokenizer(bundle)
-
-
-def _tokens(bundle: Bundle, ids: list[int], args: argparse.Namespace, most: int) -> Iterator[int]:
-    pipeline = bundle.pipeline(
-        backend=args.backend or installed_backend(),
-        device=args.device,
-        dtype=args.dtype,
-        threads=args.threads,
-        kernels=args.kernels,
-    )
-    for drawn in pipeline.generate(
-        pipeline.token_ids([ids]),
-        max_new_tokens=most,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    ):
-        yield int(drawn[0])
+        (problem,) = error.problems
+        raise BundleError(replace(problem, hint=hint)) from None
 
 
 COMMAND: Final = Command(

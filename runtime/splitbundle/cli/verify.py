@@ -6,6 +6,7 @@ import argparse
 from typing import Final
 
 from splitbundle.backends.registry import BACKENDS, installed_backend
+from splitbundle.bundle import Bundle
 from splitbundle.cli.arguments import add_strict_argument, add_threads_argument, bundle_id, verify_when
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, VerificationError
@@ -60,6 +61,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             raise
         except BundleError as error:
             raise VerificationError(error.problems) from error
+    texts = 0
+    if args.shard is None and bundle.manifest.model.text_file is not None and not found.absent:
+        texts = _check_texts(bundle, console)
     console.end_progress()
     for path in found.unlisted:
         console.note(f"not listed in the manifest, and never opened: {path}")
@@ -69,6 +73,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         console.note(f"The bundle is partial. These shards have all their files: {', '.join(whole) or 'none'}.")
     files = f"{len(found.files)} of {len(bundle.manifest.files)} files" if found.absent else f"{len(found.files)} files"
     console.text(f"{what}: {files}, {found.bytes:,} bytes, every size and digest as listed")
+    if texts:
+        console.text(f"  {texts} golden texts and chats have the ids of the source's tokenizer")
     for difference in differences:
         one, other = difference.between
         what = described(other)
@@ -90,6 +96,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             "unlisted": list(found.unlisted),
             "absent": list(bundle.absent()),
             "partial": partial,
+            "golden_texts": texts,
             "whole_shards": list(whole),
             "proves": "reproduction" if itself else "parity" if differences else None,
             "differences": [
@@ -99,6 +106,17 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         }
     )
     return 0
+
+
+def _check_texts(bundle: Bundle, console: Console) -> int:
+    """Return the number of golden texts and chats that have the right ids, and 0 where the libraries are missing."""
+    try:
+        return bundle.check_texts()
+    except MissingExtra as error:
+        console.note(f"The golden texts weren't checked. {error}")
+        return 0
+    except BundleError as error:
+        raise VerificationError(error.problems) from error
 
 
 COMMAND: Final = Command(

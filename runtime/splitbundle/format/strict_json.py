@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
@@ -19,6 +20,8 @@ MAX_MARKS: Final = 2**20
 MAX_DEPTH: Final = 64
 MAX_INTEGER: Final = 2**53 - 1
 """The largest integer that every JSON implementation reads exactly (RFC 8259, section 6)."""
+_LONG: Final = re.compile(r"[0-9]{16}")
+"""An integer of fewer digits is within the limits."""
 
 
 class _Refused(ValueError):
@@ -62,7 +65,9 @@ def parse(
         value = json.loads(
             text,
             object_pairs_hook=_object,
-            parse_int=lambda digits: _integer(digits, max_integer),
+            # A tokenizer has a million integers and strings. Where no integer is long, and no escape could be a lone
+            # surrogate, the parser of the library needs no help.
+            parse_int=(lambda digits: _integer(digits, max_integer)) if _LONG.search(text) else None,
             parse_float=_float,
             parse_constant=constant or _constant,
         )
@@ -73,7 +78,9 @@ def parse(
         refuse("json.syntax", "one JSON document (RFC 8259)", error.msg, offset)
     except RecursionError:
         refuse("json.depth", f"at most {MAX_DEPTH} levels of nesting", "more than the parser can take")
-    _check_depth_and_text(value, refuse)
+    _check_depth(value, refuse)
+    if "\\ud" in text or "\\uD" in text:  # UTF-8 has no surrogates, so only an escape can write one
+        _check_texts(value, refuse)
     return value
 
 
@@ -116,13 +123,23 @@ def _constant(name: str) -> NoReturn:
     raise _Refused("json.number", "a JSON number", name)
 
 
-def _check_depth_and_text(value: Any, refuse: Any) -> None:
-    level: list[Any] = [value]
-    depth = 0
-    while level:
+def _check_depth(value: Any, refuse: Any) -> None:
+    level, depth = ([value] if isinstance(value, dict | list) else []), 1
+    while any(level):  # what these contain is one level deeper
         depth += 1
         if depth > MAX_DEPTH:
             refuse("json.depth", f"at most {MAX_DEPTH} levels of nesting", "more")
+        level = [
+            child
+            for item in level
+            for child in (item.values() if type(item) is dict else item)
+            if type(child) is dict or type(child) is list
+        ]
+
+
+def _check_texts(value: Any, refuse: Any) -> None:
+    level: list[Any] = [value]
+    while level:
         below: list[Any] = []
         for item in level:
             if isinstance(item, str):

@@ -10,6 +10,7 @@ from splitbundle.format import names
 from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE
 from splitbundle.format.genai import GENAI
 from splitbundle.format.manifest.document import SOURCE, TOKENIZER
+from splitbundle.format.text_document import FILE as TEXT
 from splitbundle.storage.reader import BundleReader
 
 UNLISTED: Final = (names.MANIFEST, names.SUMS)
@@ -25,7 +26,8 @@ def listed_files(bundle: BundleReader, shards: Sequence[str], *, vectors: bool, 
         bundle: the bundle. It may be partial.
         shards: the names of the shards.
         vectors: whether to include the golden vectors, which ``run_vectors`` needs.
-        text: whether to include the tokenizer, and the files of onnxruntime-genai, which turn text into ids and back.
+        text: whether to include the tokenizer with ``text.json``, and the files of onnxruntime-genai, which turn text
+            into ids and back.
 
     Raises:
         BundleError: ``stage.name``; ``input.value`` without a name.
@@ -39,5 +41,5 @@ def listed_files(bundle: BundleReader, shards: Sequence[str], *, vectors: bool, 
     if vectors and bundle.manifest.vectors is not None:
         found.append(bundle.manifest.vectors.file)
     if text:
-        found += [path for path in listed if path.startswith(TOKENIZER) or path in GENAI]
+        found += [path for path in listed if path.startswith(TOKENIZER) or path in GENAI or path == TEXT]
     return list(dict.fromkeys(found))

@@ -42,6 +42,7 @@ class CacheState:
 
     def __init__(self, architecture: Architecture, layers: tuple[int, int], batch_size: int, capacity: int) -> None:
         self.layers, self.batch_size, self.capacity = layers, batch_size, capacity
+        self.position_limit = architecture.position_limit
         self.lengths = [0] * batch_size
         self.thresholds: set[int] = set()
         """The lengths at which the rotation of some layer changes."""
@@ -110,6 +111,17 @@ class CacheState:
                         hint="Cached keys keep their rotation: start the row again from 0",
                     )
                 )
+
+    def grow(self, capacity: int) -> None:
+        """Give each row more slots.
+
+        Raises:
+            BundleError: ``session.capacity`` for more positions than the model has.
+        """
+        if self.position_limit is not None and capacity > self.position_limit:
+            expected, got = f"at most {self.position_limit}, the positions of the model", f"{capacity}"
+            raise BundleError(Problem(code="session.capacity", argument="capacity", expected=expected, got=got))
+        self.capacity = capacity
 
     def advance(self, call: Call) -> None:
         """Record that this call's tokens are stored."""

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.integers import as_integer, as_integers
-from splitbundle.stages.sampling import Sampling
+from splitbundle.stages.generation import GeneratingPipeline
+from splitbundle.stages.sampling import History, RowGenerators, Sampling
 from splitbundle.stages.session import Session
 from splitbundle.stages.stage import Array, LogitsWanted, StageBase
-
-STOPPED = -1
-"""The value that ``generate`` yields for a row that has stopped."""
+from splitbundle.stages.text_pipeline import TextPipeline
 
 
 def check_tiling(stages: Sequence[StageBase], *, same_weights: bool) -> None:
@@ -43,7 +40,7 @@ def check_tiling(stages: Sequence[StageBase], *, same_weights: bool) -> None:
         refuse("pipeline.tiling", "stages", "stages up to the last layer", f"up to {at}")
 
 
-class PipelineBase:
+class PipelineBase(GeneratingPipeline, TextPipeline):
     """Stages whose layer ranges tile the model, called as one model."""
 
     # Each backend defines these.
@@ -72,8 +69,16 @@ class PipelineBase:
         """Append zeros to the sequence. *Shape:* (batch, sequence, …) -> (batch, sequence + more, …)."""
         raise NotImplementedError
 
-    def _draw(self, logits: Array, sampling: Sampling, generator: random.Random) -> Array:
+    def _draw(self, logits: Array, sampling: Sampling, generators: RowGenerators, history: History | None) -> Array:
         """Draw the next token of each row. *Shape:* (batch, vocab) -> (batch), int64."""
+        raise NotImplementedError
+
+    def _scores(self, logits: Array, token_ids: Array) -> Array:
+        """Return the log-probability of each token. *Shape:* (batch, n, vocab), (batch, n) -> (batch, n)."""
+        raise NotImplementedError
+
+    def _likeliest(self, logits: Array, number: int) -> list[tuple[tuple[int, float], ...]]:
+        """Return the likeliest tokens of each row, with their log-probabilities. *Shape:* (batch, vocab)."""
         raise NotImplementedError
 
     def _row(self, values: list[int], like: Array) -> Array:
@@ -90,8 +95,15 @@ class PipelineBase:
         """Return the stage that takes token ids."""
         return self._in_order()[0]
 
-    def session(self, batch_size: int = 1, capacity: int | None = None) -> Session:
+    def session(self, batch_size: int = 1, capacity: int | None = None, *, grows: bool = False) -> Session:
         """Return an empty session of ``capacity`` slots a row; by default 512, or the positions of a smaller model.
+
+        One thread uses a session at a time. Threads with sessions of their own may share the pipeline.
+
+        Args:
+            batch_size: the number of rows.
+            capacity: the number of slots of a row.
+            grows: whether a call that needs more slots gets them, by a copy of the cache. Otherwise it is refused.
 
         Raises:
             BundleError: ``session.capacity`` for more positions than the model has.
@@ -99,7 +111,7 @@ class PipelineBase:
         if capacity is None:
             capacity = min(512, self.first.architecture.position_limit or 512)
         caches = [stage.cache(batch_size, capacity) for stage in self._in_order()]
-        return Session(caches, int(batch_size), int(capacity))
+        return Session(caches, int(batch_size), int(capacity), grows=grows)
 
     def forward(
         self,
@@ -137,6 +149,8 @@ class PipelineBase:
             starts, counts = self._runs(attention_mask, shape)
             token_ids = self._shift(token_ids, starts)
         past = None if session is None else session.past
+        if session is not None and session.grows:
+            session.make_room(shape, counts)
         # Every stage checks the call before any cache is written, so that a refusal changes nothing.
         call = stages[0].check(token_ids, past=past, count=counts, cache=caches[0], logits=logits)
         for stage, cache in zip(stages[1:], caches[1:], strict=True):
@@ -145,7 +159,7 @@ class PipelineBase:
         for stage, cache in zip(stages, caches, strict=True):
             x = stage(self._enter(x, stage), positions=stage.convert_call(call), cache=cache, logits=logits)
         if session is not None:
-            session.past = [before + n for before, n in zip(call.past, call.count, strict=True)]
+            session.advance(self._nested(token_ids) or [], call.count)
         if starts is not None and logits == "all":
             x = self._shift(self._lengthen(x, shape[1] - x.shape[1]), [-start for start in starts])
         return x
@@ -172,83 +186,3 @@ class PipelineBase:
             starts.append(ones[0] if ones else 0)
             counts.append(len(ones))
         return starts, counts
-
-    def generate(
-        self,
-        token_ids: Array,
-        *,
-        max_new_tokens: int = 20,
-        attention_mask: Array | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop_ids: Sequence[int] = (),
-        session: Session | None = None,
-    ) -> Iterator[Array]:
-        """Continue a prompt, one token of every row at a time.
-
-        *Shape:* (batch, sequence) -> up to ``max_new_tokens`` times (batch), int64.
-
-        A row ends with the first of ``stop_ids`` that it draws. That token is still yielded; then the row yields -1.
-
-        Args:
-            token_ids: the prompt.
-            max_new_tokens: the largest number of tokens to yield.
-            attention_mask: as for a call.
-            temperature: 0 for the likeliest token, else the divisor of the logits.
-            top_k: draw among the k likeliest.
-            top_p: draw among the likeliest tokens that together reach this probability.
-            seed: the seed of the draws; None for a different one each time.
-            stop_ids: tokens that end a row.
-            session: a session to continue; by default a new one that is large enough.
-        """
-        sampling = Sampling.of(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        most = as_integer(max_new_tokens)
-        if most is None or most < 0:
-            got = quoted(max_new_tokens)
-            raise BundleError(
-                Problem(code="input.value", argument="max_new_tokens", expected="a number from 0", got=got)
-            )
-        shape = tuple(getattr(token_ids, "shape", ()))
-        counts = None if attention_mask is None else self._runs(attention_mask, shape)[1]
-        longest = self.first.check(token_ids, count=counts).stop
-        if session is None and counts is not None and min(counts) == 0:
-            expected, got = "at least one token in every row to go on from", "a row of padding alone"
-            raise BundleError(Problem(code="input.mask", argument="attention_mask", expected=expected, got=got))
-        limit = self.first.architecture.position_limit
-        if session is None and limit is not None and longest + most - 1 > limit:
-            expected = f"at most {limit - longest + 1}: the model has {limit} positions, the prompt {longest} tokens"
-            raise BundleError(
-                Problem(code="input.position", argument="max_new_tokens", expected=expected, got=f"{most}")
-            )
-        if session is None:
-            # The last token is yielded and not fed again, so it needs no slot.
-            session = self.session(shape[0], max(1, longest + most - 1))
-        stops = frozenset(as_integers(stop_ids, "stop_ids"))
-        return self._generate(token_ids, attention_mask, most, sampling, stops, session)
-
-    def _generate(
-        self,
-        token_ids: Array,
-        attention_mask: Array | None,
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop_ids: frozenset[int],
-        session: Session,
-    ) -> Iterator[Array]:
-        generator = random.Random(sampling.seed)
-        running = [True] * token_ids.shape[0]
-        for _ in range(max_new_tokens):
-            with self._without_gradients():  # not around the loop, as the caller's code runs between two tokens
-                last = self.forward(token_ids, attention_mask=attention_mask, session=session, logits="last")[:, -1]
-                drawn = self._draw(last, sampling, generator)
-            tokens = drawn.tolist()
-            given = [token if alive else STOPPED for token, alive in zip(tokens, running, strict=True)]
-            yield self._row(given, token_ids)
-            running = [token >= 0 and token not in stop_ids for token in given]
-            if not any(running):
-                return
-            token_ids, attention_mask = self._row(tokens, token_ids)[:, None], None
-            if not all(running):
-                attention_mask = self._row([int(alive) for alive in running], token_ids)[:, None]

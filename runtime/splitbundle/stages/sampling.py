@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.integers import as_number
+from splitbundle.integers import as_integer, as_number
 from splitbundle.records import record
 
 NOT_FINITE: Final = Problem(
@@ -15,17 +18,36 @@ NOT_FINITE: Final = Problem(
     got="NaN or infinity",
     hint="Some weights are NaN or infinite, or the dtype is too narrow for this model: try another dtype",
 )
+MAX_BIASES: Final = 2**16
 
 
 @record(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. ``temperature`` 0 takes the likeliest token, and the lowest id among equals."""
+    """How tokens are drawn. ``temperature`` 0 takes the likeliest token, and the lowest id among equals.
+
+    The steps come in this order: the bias, the penalties (also at temperature 0), the temperature, ``top_k``,
+    ``top_p``, ``min_p``, ``typical_p``. Each works on what the one before left, as in transformers.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
     """Draw only among the k likeliest tokens."""
     top_p: float | None = None
     """Draw only among the likeliest tokens that reach this probability (Holtzman et al. 2020, arXiv:1904.09751)."""
+    min_p: float | None = None
+    """Draw only among tokens of at least this share of the likeliest one's probability (arXiv:2407.01082)."""
+    typical_p: float | None = None
+    """Draw only among the tokens whose surprise is nearest to the entropy, as many as reach this probability (Meister
+    et al. 2022, arXiv:2202.00666)."""
+    repetition_penalty: float | None = None
+    """Divide the positive logits of tokens of the prompt and of new tokens by this, and multiply negative ones (Keskar
+    et al. 2019, arXiv:1909.05858)."""
+    presence_penalty: float | None = None
+    """Subtract this from the logit of each new token that was drawn before, as OpenAI's interface does."""
+    frequency_penalty: float | None = None
+    """Subtract this from the logit of each new token, times the number of times that it was drawn before."""
+    logit_bias: Mapping[int, float] | None = None
+    """Add these numbers to the logits of these ids."""
     seed: int | None = None
 
     @classmethod
@@ -36,22 +58,95 @@ class Sampling:
             BundleError: ``input.value``.
         """
         numbers = {name: as_number(value) for name, value in given.items()}
-        return cls(**{name: value if numbers[name] is None else numbers[name] for name, value in given.items()})  # type: ignore[arg-type]
+        made: dict[str, Any] = {
+            name: value if numbers[name] is None else numbers[name] for name, value in given.items()
+        }
+        if isinstance(made.get("logit_bias"), Mapping):
+            made["logit_bias"] = {
+                as_integer(token): as_number(value) for token, value in list(made["logit_bias"].items())
+            }
+        return cls(**made)
 
     def __post_init__(self) -> None:
-        def is_number(value: object) -> bool:
-            return type(value) in (int, float)
+        def refuse(name: str, expected: str) -> None:
+            got = quoted(getattr(self, name))
+            raise BundleError(Problem(code="input.value", argument=name, expected=expected, got=got))
 
-        for name, good, expected in (
-            ("temperature", is_number(self.temperature) and 0 <= self.temperature < float("inf"), "a number from 0"),
-            ("top_k", self.top_k is None or (type(self.top_k) is int and self.top_k >= 1), "a number from 1, or None"),
-            (
-                "top_p",
-                self.top_p is None or (is_number(self.top_p) and 0 < self.top_p <= 1),
-                "a number above 0, up to 1, or None",
-            ),
-            ("seed", self.seed is None or type(self.seed) is int, "a number, or None"),
-        ):
-            if not good:
-                got = quoted(getattr(self, name))
-                raise BundleError(Problem(code="input.value", argument=name, expected=expected, got=got))
+        def within(name: str, least: float, most: float, expected: str, *, above: bool = False) -> None:
+            value = getattr(self, name)
+            if value is None:
+                return
+            if type(value) not in (int, float) or not least <= value <= most or (above and value == least):
+                refuse(name, expected)
+
+        if self.temperature is None:
+            refuse("temperature", "a number from 0")
+        within("temperature", 0, 1.7e308, "a number from 0")
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            refuse("top_k", "a number from 1, or None")
+        within("top_p", 0, 1, "a number above 0, up to 1, or None", above=True)
+        within("min_p", 0, 1, "a number from 0 to 1, or None")
+        within("typical_p", 0, 1, "a number above 0, up to 1, or None", above=True)
+        within("repetition_penalty", 0, 1e30, "a number above 0, or None", above=True)
+        within("presence_penalty", -1e30, 1e30, "a number, or None")
+        within("frequency_penalty", -1e30, 1e30, "a number, or None")
+        if self.seed is not None and type(self.seed) is not int:
+            refuse("seed", "a number, or None")
+        if self.logit_bias is not None and not _are_biases(self.logit_bias):
+            refuse("logit_bias", f"up to {MAX_BIASES} token ids, each with a finite number, or None")
+
+    @property
+    def adjusts(self) -> bool:
+        """Return whether logits are changed by a bias or a penalty."""
+        return bool(
+            self.logit_bias
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty not in (None, 1)
+        )
+
+    @property
+    def filters_least(self) -> bool:
+        """Return whether ``min_p`` or ``typical_p`` leaves out tokens."""
+        return bool(self.min_p) or self.typical_p not in (None, 1)
+
+
+def _are_biases(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) <= MAX_BIASES
+        and all(type(token) is int and token >= 0 for token in value)
+        and all(type(bias) in (int, float) and abs(bias) <= 1e30 for bias in value.values())
+    )
+
+
+class History:
+    """The tokens of each row that penalties count: all that the model has seen, and the new ones with their numbers."""
+
+    def __init__(self, rows: Sequence[Sequence[int]]) -> None:
+        self.seen = [set(row) for row in rows]
+        self.new: list[Counter[int]] = [Counter() for _ in rows]
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Count a new token of each row, or none where it is negative."""
+        for row, token in enumerate(tokens):
+            if token >= 0:
+                self.seen[row].add(token)
+                self.new[row][token] += 1
+
+
+class RowGenerators:
+    """A random generator for each row, so that the draws of a row don't depend on the other rows.
+
+    Row 0 draws as ``random.Random(seed)`` does, and row i as ``random.Random(f"{seed}/{i}")``.
+    """
+
+    def __init__(self, seed: int | None, rows: int) -> None:
+        self._rows = [random.Random(seed if not i or seed is None else f"{seed}/{i}") for i in range(rows)]
+        self._next = 0
+
+    def random(self) -> float:
+        """Return a number from [0, 1) of the next row. After the last row comes the first."""
+        generator = self._rows[self._next]
+        self._next = (self._next + 1) % len(self._rows)
+        return generator.random()

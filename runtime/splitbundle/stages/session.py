@@ -11,11 +11,56 @@ from splitbundle.stages.call import CacheState
 
 
 class Session:
-    """The state of one running batch: the KV cache of each stage, and the number of past positions of each row."""
+    """The state of one running batch: the KV cache of each stage, and the tokens that each row has in there.
 
-    def __init__(self, caches: Sequence[CacheState], batch_size: int, capacity: int) -> None:
-        self.caches, self.batch_size, self.capacity = caches, batch_size, capacity
+    One thread uses a session at a time.
+    """
+
+    def __init__(self, caches: Sequence[CacheState], batch_size: int, capacity: int, *, grows: bool = False) -> None:
+        self.caches, self.batch_size, self.capacity, self.grows = caches, batch_size, capacity, grows
         self.past = [0] * batch_size
+        self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
+        """The ids that each row has in the caches."""
+
+    def advance(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> None:
+        """Record that each row got the first ``counts[i]`` of some ids."""
+        for held, past, row, count in zip(self.tokens, self.past, rows, counts, strict=True):
+            held[past:] = row[:count]
+        self.past = [before + n for before, n in zip(self.past, counts, strict=True)]
+
+    def make_room(self, shape: Sequence[int], counts: Sequence[int] | None = None) -> None:
+        """Grow until a call of this shape fits: to twice the capacity at least, and never beyond the model's positions.
+
+        *Shape:* of ids, (batch, sequence); with ``counts``, the number of tokens of each row.
+        """
+        if len(shape) != 2 or shape[0] != self.batch_size:
+            return  # the call is refused
+        added = [shape[1]] * self.batch_size if counts is None else counts
+        needed = max(past + count for past, count in zip(self.past, added, strict=True))
+        limit = min((cache.position_limit for cache in self.caches if cache.position_limit is not None), default=None)
+        if needed > self.capacity and (limit is None or needed <= limit):
+            doubled = max(needed, 2 * self.capacity)
+            self.grow(doubled if limit is None else min(doubled, limit))
+
+    def grow(self, capacity: int) -> None:
+        """Give each row more slots. What the caches hold stays.
+
+        Raises:
+            BundleError: ``session.capacity`` for more positions than the model has.
+        """
+        wanted = as_integer(capacity)
+        if wanted is None or wanted < self.capacity:
+            raise BundleError(
+                Problem(
+                    code="input.value",
+                    argument="capacity",
+                    expected=f"a number from {self.capacity}, the present capacity",
+                    got=quoted(capacity),
+                )
+            )
+        for cache in self.caches:
+            cache.grow(wanted)
+        self.capacity = wanted
 
     def __copy__(self) -> Session:
         """Return a session of its own, with a copy of the caches. So ``copy.copy`` begins a second continuation."""
@@ -42,6 +87,8 @@ class Session:
                 if n:
                     cache.check_rollback(row, left[row])
         self.past = left
+        for held, kept in zip(self.tokens, left, strict=True):
+            del held[kept:]
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Continue row i from the former row ``rows[i]``. A row may be taken several times, as in beam search.
@@ -56,3 +103,4 @@ class Session:
         for cache in self.caches:
             cache.reorder(order)
         self.past = [self.past[row] for row in order]
+        self.tokens = [list(self.tokens[row]) for row in order]

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.verification import tokenizer_rules
+from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
+from splitbundle.format.text_document import DEFAULT
+from splitbundle.text.control_tokens import ControlTokens
+from splitbundle.verification import text_rules, tokenizer_rules
 
 if TYPE_CHECKING:
+    from splitbundle.format.text_document import TextDocument
     from splitbundle.storage.reader import BundleReader
+    from splitbundle.text.chat_template import ChatTemplate
+    from splitbundle.text.marked import Marked
+
+TOOL_USE: Final = "tool_use"
+"""The name of the template that is used if there are tools."""
 
 
 @contextmanager
@@ -35,11 +44,14 @@ def library(path: str) -> Iterator[None]:
 
 
 class TextTokenizer:
-    """A bundle's tokenizer. If a text spells a control token, the tokenizer encodes it as ordinary text.
+    """A bundle's tokenizer. ``Bundle.tokenizer`` makes one. Threads may share it.
+
+    A control token, such as ``<|im_end|>``, steers the model. Text that spells one stays text, unless the caller asks
+    for control tokens: otherwise anyone who writes a text could end a message and begin another.
 
     Raises:
-        BundleError: ``file.*`` if the file isn't the listed one; ``json.*`` and ``text.tokenizer`` if it doesn't fit
-            this model, or if the library refuses it.
+        BundleError: ``file.*`` if a file isn't the listed one; ``json.*``, ``field.*``, ``text.*`` if a file doesn't
+            fit this model, or if the library refuses it.
     """
 
     def __init__(self, bundle: BundleReader) -> None:
@@ -49,41 +61,184 @@ class TextTokenizer:
                 Problem(code="text.none", file=str(bundle.path), expected="a tokenizer", got="a bundle without one")
             )
         data = tokenizer_rules.read(bundle, path)
+        self._bundle = bundle
         self._path, self._vocab_size = path, bundle.architecture.vocab_size
+        self._document = text_rules.read(bundle)
+        self._lock = threading.Lock()
+        self._control: ControlTokens | None = None
+        self._compiled: dict[str, ChatTemplate] = {}
         with library(path):
             self._tokenizer = Tokenizer.from_str(data.decode("utf-8"))
-        self._tokenizer.encode_special_tokens = True
         # The file may ask the library to truncate or pad every text. That was for training batches, so turn it off.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if getattr(self._tokenizer.model, "dropout", None):
             self._tokenizer.model.dropout = None  # for training too: it leaves out merges at random
+        self.stop_ids = bundle.manifest.text.stop_ids
 
-    def encode(self, text: str) -> list[int]:
+    def __reduce__(self) -> tuple[type[TextTokenizer], tuple[BundleReader]]:
+        return type(self), (self._bundle,)  # a worker loads it again
+
+    def __copy__(self) -> TextTokenizer:
+        return self  # it doesn't change
+
+    def __deepcopy__(self, memo: object) -> TextTokenizer:
+        return self
+
+    @property
+    def document(self) -> TextDocument | None:
+        """Return what the bundle's ``text.json`` says, or None for a bundle without one."""
+        return self._document
+
+    def encode(self, text: str, *, control_tokens: bool = False) -> list[int]:
         """Return the token ids of a text, with the tokens that the tokenizer adds before and after it.
+
+        Args:
+            text: the text.
+            control_tokens: whether a control token that the text spells becomes that token. Give True only for a text
+                that you wrote. By default the characters are encoded like any others.
 
         Raises:
             BundleError: ``text.token`` if the text spells an added token that the model does not have;
                 ``text.tokenizer`` if the library fails.
         """
-        with library(self._path):
-            encoding = self._tokenizer.encode(text)
-        for number, token in zip(encoding.ids, encoding.tokens, strict=True):
-            if number >= self._vocab_size:
-                expected = f"a text of tokens that the model has, with ids below {self._vocab_size}"
-                got = f"{quoted(token)}, whose id is {number}"
-                hint = "Leave this token out of the text"
-                raise BundleError(Problem(code="text.token", argument="text", expected=expected, got=got, hint=hint))
-        return list(encoding.ids)
+        return self._checked(self._encode(text, control_tokens=control_tokens).ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, without control tokens."""
+    def encode_marked(self, text: str, marks: bytes) -> list[int]:
+        """Return the token ids of a rendered chat. Only its template makes control tokens.
+
+        Where no message spells a control token, these are the ids of the whole text. Otherwise the characters of that
+        spelling are encoded like any others, and the rest of the text as if it stood there.
+
+        Args:
+            text: the text.
+            marks: for each character, 0 if the template wrote it, 1 if the model did, 2 if anyone else did. What the
+                model wrote may hold added tokens that aren't special, such as ``<think>``.
+
+        Raises:
+            BundleError: as for ``encode``.
+        """
+        encoding = self._encode(text, control_tokens=True, around=False)
         with library(self._path):
-            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+            return self._checked(self._control_tokens().encode(text, marks, encoding))
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Return the token ids of a chat, as the model's template writes it.
+
+        Args:
+            messages: the messages, each with ``role`` and ``content``, and what else the template knows.
+            tools: the tools that the model may call, as JSON schemas.
+            documents: the documents that the model may cite.
+            add_generation_prompt: whether to end with the beginning of the model's answer.
+            chat_template: the name of another template of the bundle, or the text of a template. By default
+                ``tool_use`` if there are tools and such a template, otherwise ``default``.
+            variables: further variables of the template.
+
+        Raises:
+            BundleError: ``text.template`` for a bundle without chat templates, and for a template that fails or does
+                too much; as for ``encode``.
+        """
+        rendered = self.render_chat(
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=chat_template,
+            **variables,
+        )
+        return self.encode_marked(str.__str__(rendered), rendered.marks)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> Marked:
+        """Return the text of a chat. Its ``marks`` tell who wrote each character. See ``apply_chat_template``."""
+        return self._template(chat_template, tools=tools is not None).render(
+            messages, tools=tools, documents=documents, add_generation_prompt=add_generation_prompt, **variables
+        )
+
+    def decode(self, ids: Sequence[int], *, control_tokens: bool = False) -> str:
+        """Return the text of token ids.
+
+        Args:
+            ids: the ids.
+            control_tokens: whether to spell control tokens; by default they are left out.
+
+        Raises:
+            BundleError: ``text.tokenizer`` if the library fails.
+        """
+        with library(self._path):
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=not control_tokens))
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """Return a stream that turns the tokens after a prompt into text, one token at a time."""
         return TextStream(self, self._tokenizer, prompt)
+
+    def _encode(self, text: str, *, control_tokens: bool, around: bool = True) -> Encoding:
+        with self._lock, library(self._path):  # the library has one switch for all threads
+            self._tokenizer.encode_special_tokens = not control_tokens
+            return self._tokenizer.encode(text, add_special_tokens=around)
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        number = max(ids, default=0)
+        if number >= self._vocab_size:
+            expected = f"a text of tokens that the model has, with ids below {self._vocab_size}"
+            got = f"{quoted(self._tokenizer.id_to_token(number))}, whose id is {number}"
+            hint = "Leave this token out of the text"
+            raise BundleError(Problem(code="text.token", argument="text", expected=expected, got=got, hint=hint))
+        return ids
+
+    def _control_tokens(self) -> ControlTokens:
+        if self._control is None:
+            templates = () if self._document is None else tuple(self._document.templates.values())
+            self._control = ControlTokens(self._tokenizer, templates)
+        return self._control
+
+    def _template(self, asked: str | None, *, tools: bool) -> ChatTemplate:
+        """Return a compiled template: by name, of a text, or the usual one."""
+        known = {} if self._document is None else self._document.templates
+        name = asked or (TOOL_USE if tools and TOOL_USE in known else DEFAULT)
+        source = known.get(name) or (asked if asked is not None and _is_template(asked) else None)
+        if source is None:
+            raise _no_template(name, known)
+        if source not in self._compiled:
+            try:
+                from splitbundle.text.chat_template import ChatTemplate
+            except ModuleNotFoundError as error:
+                if error.name != "jinja2":
+                    raise
+                raise MissingExtra.of("jinja2", "text", "render chat templates") from None
+            variables = {} if self._document is None else self._document.variables
+            file = f"text.json, template {quoted(name)}" if name in known else "chat_template"
+            self._compiled[source] = ChatTemplate(source, file=file, variables=variables)
+        return self._compiled[source]
+
+
+def _is_template(text: str) -> bool:
+    return "{{" in text or "{%" in text
+
+
+def _no_template(name: str, known: Mapping[str, str]) -> BundleError:
+    names = ", ".join(known)
+    expected = f"one of the chat templates {names}" if known else "a bundle with a chat template"
+    got = quoted(name) if known else "one without"
+    hint = "Give the text of a template as chat_template, or convert the model again if its source has one"
+    return BundleError(Problem(code="text.template", argument="chat_template", expected=expected, got=got, hint=hint))
 
 
 class TextStream:

@@ -84,7 +84,8 @@ def _vocabulary(document: Any, path: str) -> tuple[dict[str, int], int]:
     vocabulary: dict[str, int] = _member(model, path, "/model", "vocab", dict)
     owners: dict[int, str] = {}
     for token, number in vocabulary.items():
-        _check_id(number, f"/model/vocab/{escape(token)}", path)
+        if type(number) is not int or not 0 <= number <= MAX_ID:
+            _check_id(number, f"/model/vocab/{escape(token)}", path)
         if owners.setdefault(number, token) != token:
             got = f"{number}, that of {quoted(owners[number])}"
             raise _problem(path, f"/model/vocab/{escape(token)}", "an id that no other token has", got)

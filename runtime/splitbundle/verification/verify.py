@@ -18,7 +18,7 @@ from splitbundle.records import record, replace
 from splitbundle.storage import files
 from splitbundle.storage.documents import is_of_another_manifest
 from splitbundle.storage.files import THREAD_BYTES, Progress
-from splitbundle.verification import genai_rules, onnx_rules, tokenizer_rules
+from splitbundle.verification import genai_rules, onnx_rules, text_rules, tokenizer_rules
 
 if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
@@ -132,6 +132,8 @@ def _judges(bundle: BundleReader, shard: str | None) -> Iterator[tuple[Sequence[
     tokenizer = bundle.manifest.text.tokenizer
     if tokenizer is not None:
         yield [tokenizer], partial(tokenizer_rules.read, bundle, tokenizer)
+    if bundle.manifest.model.text_file is not None:
+        yield [bundle.manifest.model.text_file], partial(text_rules.read, bundle)
     yield [path for path in genai.GENAI if path in bundle.manifest.files], partial(genai_rules.check, bundle)
 
 

@@ -208,6 +208,17 @@ def test_code_does_not_travel(tmp_path: Path) -> None:
     ]
 
 
+def test_the_large_numbers_of_published_files_travel(tmp_path: Path) -> None:
+    """Published tokenizer configurations have 10^30 as the longest text, which is no number of strict JSON."""
+    source = Path(shutil.copytree(EXAMPLE, tmp_path / "source"))
+    config = json.loads((source / "tokenizer_config.json").read_text("utf-8")) | {"model_max_length": 10**30}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    bundle = splitbundle_converter.convert(source, tmp_path / "b.splitbundle", check=False)
+    notes: list[str] = []
+    back = splitbundle_converter.export(bundle, tmp_path / "back", notes=notes.append)
+    assert (notes, json.loads((back / "tokenizer_config.json").read_text("utf-8"))) == ([], config)
+
+
 def test_a_bundle_without_a_configuration(bundle: Bundle, tmp_path: Path) -> None:
     """A bundle from before says that it has none, and takes one from the user."""
     golden = splitbundle.open(ROOT / "tests" / "golden" / "v1.0" / "gpt2.splitbundle")

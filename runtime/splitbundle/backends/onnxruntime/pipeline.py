@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from splitbundle.backends.onnxruntime.sampling import draw
+from splitbundle.backends.onnxruntime.sampling import draw, likeliest, log_probabilities
 from splitbundle.backends.onnxruntime.stage import load_stages
 from splitbundle.stages.pipeline import PipelineBase, check_tiling
-from splitbundle.stages.sampling import Sampling
+from splitbundle.stages.sampling import History, RowGenerators, Sampling
 from splitbundle.stages.session import Session
 
 if TYPE_CHECKING:
@@ -57,8 +56,16 @@ class Pipeline(PipelineBase):
     def _lengthen(self, x: numpy.ndarray, more: int) -> numpy.ndarray:
         return numpy.pad(x, ((0, 0), (0, more), (0, 0)))
 
-    def _draw(self, logits: numpy.ndarray, sampling: Sampling, generator: random.Random) -> numpy.ndarray:
-        return draw(logits, sampling, generator)
+    def _draw(
+        self, logits: numpy.ndarray, sampling: Sampling, generators: RowGenerators, history: History | None
+    ) -> numpy.ndarray:
+        return draw(logits, sampling, generators, history)
+
+    def _scores(self, logits: numpy.ndarray, token_ids: numpy.ndarray) -> numpy.ndarray:
+        return log_probabilities(logits, token_ids)
+
+    def _likeliest(self, logits: numpy.ndarray, number: int) -> list[tuple[tuple[int, float], ...]]:
+        return likeliest(logits, number)
 
     def _row(self, values: list[int], like: numpy.ndarray) -> numpy.ndarray:
         return numpy.array(values, dtype=numpy.int64)

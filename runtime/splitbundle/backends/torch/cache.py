@@ -59,6 +59,15 @@ class KVCache(CacheState):
                 stored[rows, :, slots] = new[rows, :, places].to(stored.dtype)  # under autocast, new may have another
         return self.keys[layer].narrow(2, 0, positions.stop), self.values[layer].narrow(2, 0, positions.stop)
 
+    def grow(self, capacity: int) -> None:
+        """Give each row more slots, by a copy."""
+        more = capacity - self.capacity
+        super().grow(capacity)
+        with torch.inference_mode(False):  # as in __init__
+            for stored in (self.keys, self.values):
+                for layer, tensor in stored.items():
+                    stored[layer] = torch.nn.functional.pad(tensor, (0, 0, 0, more))
+
     @property
     def kind(self) -> tuple[tuple[int, int], torch.dtype, torch.device]:
         """Return the layer range, the dtype and the device."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from splitbundle.backends.torch.sampling import draw
+from splitbundle.backends.torch.sampling import draw, likeliest, log_probabilities
 from splitbundle.backends.torch.stage import Stage, load_stages, unwrapped
 from splitbundle.errors import BundleError, Problem
 from splitbundle.stages.pipeline import PipelineBase, check_tiling
-from splitbundle.stages.sampling import Sampling
+from splitbundle.stages.sampling import History, RowGenerators, Sampling
 from splitbundle.stages.session import Session
 
 if TYPE_CHECKING:
@@ -85,8 +84,14 @@ class Pipeline(PipelineBase, nn.Module):
     def _lengthen(self, x: Tensor, more: int) -> Tensor:
         return functional.pad(x, (0, 0, 0, more))
 
-    def _draw(self, logits: Tensor, sampling: Sampling, generator: random.Random) -> Tensor:
-        return draw(logits, sampling, generator)
+    def _draw(self, logits: Tensor, sampling: Sampling, generators: RowGenerators, history: History | None) -> Tensor:
+        return draw(logits, sampling, generators, history)
+
+    def _scores(self, logits: Tensor, token_ids: Tensor) -> Tensor:
+        return log_probabilities(logits, token_ids.to(logits.device))
+
+    def _likeliest(self, logits: Tensor, number: int) -> list[tuple[tuple[int, float], ...]]:
+        return likeliest(logits, number)
 
     def _row(self, values: list[int], like: Tensor) -> Tensor:
         return torch.tensor(values, device=like.device)

@@ -25,7 +25,7 @@ ROW: Final = "{row}"
 """The placeholder for the number of a row in the name of a source tensor, if each row is a tensor."""
 DROPOUT: Final = ("embedding", "attention", "attention_output", "mlp_output")
 """The places of dropout. No dropout is applied but in training."""
-MAY_BE_ABSENT: Final = ("parent", "dropout", "source_configuration")
+MAY_BE_ABSENT: Final = ("parent", "dropout", "source_configuration", "text_file")
 """The fields of ``model`` that a document may lack."""
 TOKENIZER: Final = "tokenizer/"
 """The directory of the tokenizer's files."""
@@ -73,6 +73,8 @@ class Model:
     dropout: dict[str, float] | None = None
     """The rates of dropout with which the source's configuration trains, by the names of ``DROPOUT``, if known."""
     source_configuration: SourceConfiguration | None = None
+    text_file: str | None = None
+    """The path of ``text.json``: chat templates, defaults of generation, and golden texts."""
 
 
 @record(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from splitbundle.format.manifest.document import (
     Vectors,
     version_text,
 )
+from splitbundle.format.text_document import FILE as TEXT
 from splitbundle.records import types
 from splitbundle.version import FORMAT_VERSION
 
@@ -137,6 +138,7 @@ def _model(field: Field) -> Model:
         source_configuration=(
             _source_configuration(members["source_configuration"]) if "source_configuration" in members else None
         ),
+        text_file=members["text_file"].choice([TEXT]) if "text_file" in members else None,
     )
 
 

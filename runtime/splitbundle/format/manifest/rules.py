@@ -14,6 +14,8 @@ from splitbundle.format.dtypes import ITEM_SIZES
 from splitbundle.format.fields import Problems, escape
 from splitbundle.format.graph import OPSET, VARIANTS, Graph, ports
 from splitbundle.format.manifest.document import EMBEDDING, FILE, ROW, SOURCE, Manifest, Shard, expand, fingerprint
+from splitbundle.format.text_document import FILE as TEXT
+from splitbundle.format.text_document import MAX_BYTES as MAX_TEXT
 
 MAX_BESIDE_DATA: Final = 2**25
 """The largest number of bytes of a weight file besides its data. Its reader limits the header to half of them."""
@@ -21,6 +23,17 @@ MAX_OTHER_FILE: Final = 2**28
 MAX_CONFIGURATION: Final = 2**24
 """The largest size of a configuration file of the source, in bytes."""
 _ROW_NAME = re.compile(r"([^{}]+\.)?\{row\}(\.[^{}]+)?")
+
+
+def _check_text_file(manifest: Manifest, problems: Problems) -> None:
+    pointer = "/model/text_file"
+    if TEXT not in manifest.files:
+        problems.add("manifest.files", pointer, "a path of /files", quoted(TEXT))
+    elif manifest.files[TEXT].size > MAX_TEXT:
+        got = f"{manifest.files[TEXT].size}"
+        problems.add("manifest.files", f"/files/{TEXT}/size", f"at most {MAX_TEXT} bytes", got)
+    if manifest.text.tokenizer is None:
+        problems.add("manifest.files", pointer, "no text.json, as the bundle has no tokenizer", quoted(TEXT))
 
 
 def check_files(manifest: Manifest, problems: Problems) -> None:
@@ -52,6 +65,8 @@ def check_files(manifest: Manifest, problems: Problems) -> None:
         elif manifest.files[path].size > MAX_CONFIGURATION:
             got = f"{manifest.files[path].size}"
             problems.add("manifest.files", f"/files/{escape(path)}/size", f"at most {MAX_CONFIGURATION} bytes", got)
+    if manifest.model.text_file is not None:
+        _check_text_file(manifest, problems)
     vectors = manifest.vectors
     if vectors is not None and (
         vectors.file not in manifest.files or vectors.file in listed or not vectors.file.endswith(".safetensors")

@@ -1,0 +1,209 @@
+"""Make ``text.json``: the chat templates of a checkpoint, how it generates, and golden texts of its tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+from tokenizers import Tokenizer
+
+from splitbundle.errors import BundleError, quoted
+from splitbundle.format.text_document import (
+    DEFAULT,
+    MAX_TEMPLATE,
+    MAX_TEMPLATES,
+    MAX_TEXT,
+    Defaults,
+    GoldenChat,
+    GoldenText,
+    TextDocument,
+)
+from splitbundle.text.chat_template import ChatTemplate
+from splitbundle_converter.checkpoint.file_names import GENERATION, TEMPLATES
+from splitbundle_converter.errors import line, source_json
+from splitbundle_converter.options import Note
+from splitbundle_converter.text import slow_tokenizer
+
+TEMPLATE_FILE: Final = "chat_template.jinja"
+TEXTS: Final = (
+    *slow_tokenizer.PROBES,
+    "",
+    "Hello, world! How are you today?",
+    "¿Dónde está la biblioteca? Ça va très bien, merci. Straße, Æther, Ţară, İstanbul.",
+    "Το γρήγορο καφέ αλεπού; Съешь ещё этих мягких французских булок; Ґанок, їжак.",
+    "שלום עולם, كيف حالك اليوم؟ ۱۲۳ ٤٥٦",
+    "ภาษาไทยไม่มีช่องว่าง ພາສາລາວ ភាសាខ្មែរ မြန်မာဘာသာ བོད་ཡིག",
+    "नमस्ते दुनिया, বাংলা ভাষা, தமிழ் மொழி, తెలుగు, ಕನ್ನಡ, മലയാളം, ਪੰਜਾਬੀ, ગુજરાતી",
+    "ქართული ენა, Հայերեն, አማርኛ, ᏣᎳᎩ, ᐃᓄᒃᑎᑐᑦ",
+    "我能吞下玻璃而不伤身体。私はガラスを食べられます。나는 유리를 먹을 수 있어요. 𠮷野家",
+    "👍🏽 👨‍👩‍👧‍👦 🏳️‍🌈 🇺🇳 ☃️ ✌🏿 🫠",
+    "a\u0300 \u00e0 \uff21\uff22\uff23 \ufb03 \u2126 \u00a0\u2003\u200d\u202e\ufffd",
+    "x = [i ** 2 for i in range(10)]  # comment\nif (a && b) { return \"s\\n\"; }\t\t<p class='q'>&amp;</p>",
+    "https://example.org/a?b=c&d=%20#e user@example.org 192.168.0.1 2026-01-31T12:34:56Z",
+    "0 1 12 123 1234 12345 1234567 3.14159 1e-10 ½ Ⅷ ²",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa !!!!!!!! ........ --------",
+    "MiXeD CaSe ALLCAPS camelCaseWords snake_case_words kebab-case-words",
+    " ",
+    "   ",
+    "\t",
+    "\r\n",
+    "line one\nline two\n\nline four\n",
+)
+"""Texts in many scripts, with spaces, line ends, symbols and code."""
+MAX_CONTROL: Final = 8
+"""The largest number of control tokens that are spelled in golden texts."""
+_VARIABLES: Final = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_CHATS: Final[tuple[tuple[tuple[tuple[str, str], ...], bool], ...]] = (
+    ((("user", "Hello, who are you?"),), True),
+    ((("system", "You are brief."), ("user", "What is 2 + 2?")), True),
+    ((("user", " a\n"), ("assistant", "Yes — b."), ("user", "数字 🙂 and {{ braces }} {% x %}")), True),
+    ((("user", "What is the capital of France?"), ("assistant", "Paris.")), False),
+)
+_TELLS_THE_TIME: Final = "strftime_now"
+
+
+def text_document(
+    files: Mapping[str, bytes],
+    model_type: str,
+    vocab_size: int,
+    generation: bytes | None,
+    notes: Note | None,
+    *,
+    golden: bool,
+) -> TextDocument:
+    """Return the text document of a checkpoint that has a tokenizer.
+
+    Args:
+        files: The tokenizer files by name, ``tokenizer.json`` among them.
+        model_type: The type of the model, which tells the tokenizer's class.
+        vocab_size: The number of token ids that the model has.
+        generation: The content of ``generation_config.json``, or None.
+        notes: A function that is called with a sentence for each thing that was left out.
+        golden: Whether to add golden texts and golden chats. A chat is compared with what transformers makes of it.
+
+    Raises:
+        BundleError: ``json.*`` for a ``generation_config.json`` that isn't JSON.
+    """
+    say = notes or (lambda text: None)
+    config = slow_tokenizer.tokenizer_config(files)
+    variables = _variables(config, slow_tokenizer.parsed(files.get("special_tokens_map.json", b"{}")))
+    templates = _templates(files, config, say)
+    own = templates.get(DEFAULT)
+    return TextDocument(
+        variables=variables,
+        templates=templates,
+        defaults=_defaults(generation),
+        cases=_cases(files, vocab_size) if golden else (),
+        chats=_chats(files, model_type, own, variables, say) if golden and own is not None else (),
+    )
+
+
+def _cases(files: Mapping[str, bytes], vocab_size: int) -> tuple[GoldenText, ...]:
+    own = slow_tokenizer.library_tokenizer(files)
+    control = [token.content for _, token in sorted(own.get_added_tokens_decoder().items()) if token.special]
+    spelled = [text for token in control[:MAX_CONTROL] for text in (f"a{token}b", f" {token} ", f"{token}{token}")]
+    cases = [_case(own, text) for text in dict.fromkeys((*TEXTS, *spelled)) if len(text) <= MAX_TEXT]
+    return tuple(case for case in cases if max((*case.ids, *case.control_ids), default=0) < vocab_size)
+
+
+def _case(own: Tokenizer, text: str) -> GoldenText:
+    own.encode_special_tokens = True
+    ids = own.encode(text).ids
+    own.encode_special_tokens = False
+    control_ids = own.encode(text).ids
+    decoded = own.decode(control_ids, skip_special_tokens=True)
+    return GoldenText(text=text, ids=tuple(ids), control_ids=tuple(control_ids), decoded=decoded)
+
+
+def _chats(
+    files: Mapping[str, bytes], model_type: str, source: str, variables: Mapping[str, str], say: Note
+) -> tuple[GoldenChat, ...]:
+    """Return the chats that the template accepts, and that transformers renders to the same text."""
+    if _TELLS_THE_TIME in source:
+        return ()
+    try:
+        template = ChatTemplate(source, file="chat template", variables=variables)
+    except BundleError as error:
+        say(f"The chat template can't be used: {error}")
+        return ()
+    own, loaded, made = slow_tokenizer.library_tokenizer(files), None, []
+    for turns, prompted in _CHATS:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            text = str.__str__(template.render(messages, add_generation_prompt=prompted))
+        except BundleError:
+            continue  # many templates take no system message, or want turns in another order
+        # transformers sets no limits, but this template has just been rendered within ours.
+        try:
+            loaded = loaded or slow_tokenizer.load_class(files, model_type)
+            theirs = loaded.apply_chat_template(
+                messages, chat_template=source, add_generation_prompt=prompted, tokenize=False
+            )
+        except Exception as error:  # noqa: BLE001  # a class may raise any error for files that do not suit it
+            say(f"transformers can't use the chat template, so its chats were not compared. The reason: {line(error)}")
+            return ()
+        if theirs != text:
+            say("transformers renders the chat template to another text, so the bundle has no golden chats.")
+            return ()
+        ids = tuple(own.encode(text, add_special_tokens=False).ids)
+        made.append(GoldenChat(messages=turns, add_generation_prompt=prompted, ids=ids))
+    return tuple(made)
+
+
+def _variables(config: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for name in _VARIABLES:
+        value = config.get(name, special.get(name))
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str) and len(value) <= MAX_TEXT:
+            found[name] = value
+    return found
+
+
+def _templates(files: Mapping[str, bytes], config: Mapping[str, Any], say: Note) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, text in _each_template(files, config):
+        if len(text) > MAX_TEMPLATE or len(found) == MAX_TEMPLATES:
+            say(f"The chat template {quoted(name, 30)} was left out: it is too long, or there are too many.")
+        elif re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+            found[name] = text
+    return found
+
+
+def _each_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the names and texts of chat templates. As in transformers, files go before the configuration."""
+    in_config = config.get("chat_template")
+    if isinstance(in_config, str):
+        yield DEFAULT, in_config
+    for entry in in_config if isinstance(in_config, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str):
+            yield entry["name"], entry["template"]
+    for path, data in files.items():
+        if path == TEMPLATE_FILE:
+            yield DEFAULT, data.decode("utf-8", "replace")
+        elif path.startswith(TEMPLATES):
+            yield PurePosixPath(path).stem, data.decode("utf-8", "replace")
+
+
+def _defaults(generation: bytes | None) -> Defaults:
+    config = source_json(generation, GENERATION) if generation is not None else {}
+    values = config if isinstance(config, dict) else {}
+
+    def number(name: str, most: float = 1e37, *, zero: bool = False) -> float | None:
+        value = values.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        return float(value) if 1e-37 <= value <= most or (zero and value == 0) else None
+
+    top_k, sample = values.get("top_k"), values.get("do_sample")
+    return Defaults(
+        sample=sample if isinstance(sample, bool) else None,
+        temperature=number("temperature", zero=True),
+        top_k=top_k if type(top_k) is int and 0 < top_k < 2**53 else None,  # transformers takes 0 for no limit
+        top_p=number("top_p", 1),
+        min_p=number("min_p", 1, zero=True),
+        typical_p=number("typical_p", 1),
+        repetition_penalty=number("repetition_penalty"),
+    )

@@ -1,0 +1,337 @@
+"""The command ``chat``: talk with a model on a terminal, or through a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from splitbundle.cli import text_options
+from splitbundle.cli.arguments import verify_when
+from splitbundle.cli.console import Command, Console
+from splitbundle.errors import BundleError, printable
+from splitbundle.opening import open_bundle
+from splitbundle.stages.text_generation import CANCELLED, CONTEXT, LENGTH, TextGeneration, context_of
+from splitbundle.stages.thinking import Thinking
+
+HELP: Final = """\
+/help          this list
+/reset         begin a new chat; the system message stays
+/system TEXT   set the system message, and begin a new chat
+/undo          take back the last question and its answer
+/save FILE     write the chat to a JSON file, which --messages reads
+/exit          end; so does the end of the input (Ctrl-D)
+Ctrl-C stops an answer. A line that ends with \\ goes on in the next line. Three quotation marks (\"\"\") on a line
+of their own begin and end a text of several lines."""
+RESERVE: Final = 64
+"""The number of tokens of the context that a chat leaves for an answer before old turns are left out."""
+_QUOTES: Final = '"""'
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a .splitbundle directory")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--messages", metavar="FILE", help="go on with the chat of a JSON file")
+    parser.add_argument(
+        "--thinking",
+        choices=("show", "hide"),
+        default="show",
+        help="show what the model thinks before it answers, apart from the answer, or hide it; by default show",
+    )
+    parser.add_argument("--chat-template", metavar="NAME", help="another chat template of the bundle")
+    text_options.add_sampling_arguments(parser)
+    text_options.add_model_arguments(parser)
+
+
+class Chat:
+    """The messages of a chat, the pipeline that answers, and the session that remembers what it computed."""
+
+    def __init__(self, pipeline: Any, args: argparse.Namespace, console: Console) -> None:
+        self.pipeline, self.args, self.console = pipeline, args, console
+        self.tokenizer = pipeline.tokenizer()
+        self.sampling = text_options.sampling(args, self.tokenizer.document, console)
+        self.messages: list[dict[str, Any]] = []
+        self.tools: list[dict[str, Any]] | None = None
+        self.session = pipeline.session(1)
+        if args.messages is not None:
+            self.messages, self.tools = text_options.read_messages(args.messages)
+        if args.system is not None:
+            self.set_system(args.system)
+
+    def set_system(self, text: str) -> None:
+        """Replace the system message."""
+        self.messages = [{"role": "system", "content": text}, *self.turns]
+
+    @property
+    def system(self) -> list[dict[str, Any]]:
+        """Return the system message, in a list, if there is one."""
+        return self.messages[: len(self.messages) - len(self.turns)]
+
+    @property
+    def turns(self) -> list[dict[str, Any]]:
+        """Return the messages after the system message."""
+        begins = bool(self.messages) and self.messages[0].get("role") in ("system", "developer")
+        return self.messages[1:] if begins else self.messages
+
+    def ask(self, question: str) -> None:
+        """Write the model's answer to a question, and remember both.
+
+        Raises:
+            BundleError: for a question that can't be answered. Then the chat is as it was.
+        """
+        before = self.messages
+        self.messages = [*before, {"role": "user", "content": question}]
+        try:
+            prompt = self._fitting_prompt()
+            answer = self._answer(prompt)
+        except BaseException:
+            self.messages = before
+            raise
+        self.messages.append({"role": "assistant", "content": answer})
+
+    def undo(self) -> None:
+        """Take back the last question and what follows it."""
+        turns = self.turns
+        last = max((i for i, each in enumerate(turns) if each.get("role") == "user"), default=0)
+        self.messages = [*self.system, *turns[:last]]
+
+    def _fitting_prompt(self) -> list[int]:
+        """Return the ids of the chat. The oldest whole turns are left out if it is too long for the context."""
+        context, dropped = context_of(self.pipeline), 0
+        while True:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                self.messages,
+                tools=self.tools,
+                add_generation_prompt=True,
+                chat_template=self.args.chat_template,
+            )
+            following = [i for i, each in enumerate(self.turns) if each.get("role") == "user" and i > 0]
+            reserve = min(RESERVE, context // 4) if context is not None else 0
+            if context is None or len(ids) + reserve <= context or not following:
+                break
+            self.messages = [*self.system, *self.turns[following[0] :]]
+            dropped += 1
+        if dropped:
+            turns = "turn was" if dropped == 1 else f"{dropped} turns were"
+            self.console.note(
+                f"The oldest {turns} left out: the chat is longer than the model's context of {context} tokens."
+            )
+        return ids
+
+    def _answer(self, prompt: list[int]) -> str:
+        thinking = Thinking(self.tokenizer.decode(prompt[-32:], control_tokens=True))
+        view = _View(self.console, hidden=self.args.thinking == "hide")
+        began = first = time.perf_counter()
+        with self.pipeline.stream_text(
+            prompt,
+            max_new_tokens=self.args.max_new_tokens,
+            stop=self.args.stop,
+            session=self.session,
+            defaults=False,  # self.sampling has them
+            **self.sampling,
+        ) as generation:
+            try:
+                with _interruptible(generation):
+                    for piece in generation:
+                        first = first if generation.text != piece else time.perf_counter()
+                        for part in thinking.feed(piece):
+                            view.show(*part)
+                for part in thinking.rest():
+                    view.show(*part)
+            except KeyboardInterrupt:
+                # A token may be half computed, so what the session holds can't be trusted.
+                generation.close()
+                self.session = self.pipeline.session(1)
+        view.end()
+        self._report(generation, began, first)
+        answer: str = generation.text
+        return answer
+
+    def _report(self, generation: TextGeneration, began: float, first: float) -> None:
+        now, count = time.perf_counter(), len(generation.ids)
+        speed = f", {(count - 1) / (now - first):.1f} tokens/s" if count > 1 and now > first else ""
+        computed = len(generation.prompt_ids) - generation.reused
+        self.console.note(
+            f"[{count} tokens{speed}; the first after {first - began:.2f} s, for {computed} new tokens of a prompt of "
+            f"{len(generation.prompt_ids)}]"
+        )
+        ends = {
+            CANCELLED: "The answer was stopped.",
+            CONTEXT: "The answer ends here, as the model's context is full.",
+            LENGTH: f"The answer ends after {count} tokens, as --max-new-tokens says.",
+        }
+        if generation.finish_reason in ends:
+            self.console.note(ends[generation.finish_reason])
+        self.console.json(
+            {
+                "role": "assistant",
+                "content": generation.text,
+                "finish_reason": generation.finish_reason,
+                "prompt_tokens": len(generation.prompt_ids),
+                "reused_tokens": generation.reused,
+                "new_tokens": count,
+            }
+        )
+
+
+class _View:
+    """Show an answer piece by piece, and what the model thinks apart from it."""
+
+    def __init__(self, console: Console, *, hidden: bool) -> None:
+        self._console, self._hidden = console, hidden
+        self._thinks: bool | None = None
+        self._colors = console.colors
+
+    def show(self, thinks: bool, text: str) -> None:
+        """Show a piece."""
+        self._console.json({"thinking" if thinks else "text": text})
+        if thinks and self._hidden:
+            return
+        if thinks != self._thinks:
+            if thinks:
+                self._console.stream("\033[2m" if self._colors else "[thinking]\n")
+            elif self._thinks:
+                self._console.stream("\033[0m\n" if self._colors else "\n[answer]\n")
+                text = text.lstrip("\n")
+            self._thinks = thinks
+        self._console.stream(text)
+
+    def end(self) -> None:
+        """End the answer with a line end."""
+        self._console.stream("\033[0m\n" if self._thinks and self._colors else "\n")
+
+
+@contextmanager
+def _interruptible(generation: TextGeneration) -> Iterator[None]:
+    """Let the first Ctrl-C end the generation before its next token. A second one raises KeyboardInterrupt."""
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        if stopped:
+            raise KeyboardInterrupt
+        stopped = True
+        generation.cancel()
+
+    try:
+        before = signal.signal(signal.SIGINT, stop)
+    except ValueError:  # not in the main thread: the calling program handles its signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _questions(console: Console) -> Iterator[str]:
+    """Yield what the user writes: a line, or several lines, until the end of the input."""
+    terminal = sys.stdin is not None and sys.stdin.isatty() and not console.as_json
+    if terminal:
+        import contextlib
+
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # input() then has a history, and keys that edit
+    while True:
+        try:
+            line = _line("> ", terminal)
+            if line.strip() == _QUOTES:
+                lines = []
+                while (more := _line("… ", terminal)).strip() != _QUOTES:
+                    lines.append(more)
+                line = "\n".join(lines)
+            while line.endswith("\\"):
+                line = line[:-1] + "\n" + _line("… ", terminal)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            console.note("To end, write /exit, or press Ctrl-D.")
+            continue
+        yield line
+
+
+def _line(prompt: str, terminal: bool) -> str:
+    if terminal:
+        return input(prompt)
+    line = sys.stdin.buffer.readline() if sys.stdin is not None else b""
+    if not line:
+        raise EOFError
+    return line.decode("utf-8", "replace").rstrip("\r\n")
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    bundle = open_bundle(args.bundle, verify=verify_when(args))
+    chat = Chat(text_options.load_pipeline(bundle, args), args, console)
+    if sys.stdin is not None and sys.stdin.isatty():
+        console.note(f"{printable(bundle.manifest.model.name)}: write a message, or /help.")
+    for line in _questions(console):
+        text = line.strip()
+        if not text:
+            continue
+        if text in ("/exit", "/quit"):
+            break
+        try:
+            if text.startswith("/") and _command(chat, text):
+                continue
+            chat.ask(line)
+        except BundleError as error:
+            if not chat.messages or sys.stdin is None or not sys.stdin.isatty():
+                raise
+            console.error(str(error))
+    return 0
+
+
+def _command(chat: Chat, text: str) -> bool:
+    """Do what a line that begins with / asks for. Return False for a line that is no command."""
+    name, _, rest = text.partition(" ")
+    if name == "/help":
+        chat.console.note_lines(HELP)
+    elif name == "/reset":
+        chat.messages = chat.system
+        chat.console.note("A new chat begins.")
+    elif name == "/undo":
+        chat.undo()
+    elif name == "/system":
+        chat.messages = []
+        if rest.strip():
+            chat.set_system(rest.strip())
+    elif name == "/save":
+        _save(chat, rest.strip())
+    else:
+        return False
+    return True
+
+
+def _save(chat: Chat, path: str) -> None:
+    """Write the chat to a new file, which appears complete or not at all."""
+    if not path:
+        chat.console.note("Give the name of a file: /save FILE")
+        return
+    data = json.dumps({"messages": chat.messages} | ({"tools": chat.tools} if chat.tools else {}), indent=2) + "\n"
+    target = Path(path)
+    staging = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        staging.write_text(data, encoding="utf-8")
+        try:
+            os.link(staging, target)  # unlike a rename, it never replaces a file
+        except FileExistsError:
+            chat.console.note(f"{path} exists already. Give another name.")
+            return
+        finally:
+            staging.unlink()
+    except OSError as error:
+        chat.console.note(f"{path} can't be written: {error.strerror or error}")
+        return
+    chat.console.note(f"The chat was written to {path}.")
+
+
+COMMAND: Final = Command(name="chat", help="talk with a model, through all shards", configure=_add_arguments, run=_run)

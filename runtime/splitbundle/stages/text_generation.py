@@ -1,0 +1,320 @@
+"""Continue texts and chats: stop strings, pieces of text while they are made, and the reason of the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
+from splitbundle.integers import as_integer, as_integers
+from splitbundle.records import record
+
+if TYPE_CHECKING:
+    from splitbundle.stages.session import Session
+
+SAMPLING: Final = (
+    *("temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed"),
+)
+"""The arguments that choose how tokens are drawn."""
+MAX_STOPS: Final = 64
+DEFAULT_TOKENS: Final = 512
+"""The largest number of new tokens of a model whose context is unknown, unless the caller gives another."""
+FIRST_TOKENS: Final = 256
+"""The number of new tokens for which a new session has room at first."""
+STOP, LENGTH, CONTEXT, CANCELLED = "stop", "length", "context", "cancelled"
+
+
+@record(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A text that a model made, and how it ended."""
+
+    text: str
+    """The new text, without the stop string."""
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    """The new tokens, without the one that ended the text."""
+    finish_reason: str
+    """``"stop"`` at a stop id or a stop string, ``"length"`` at the number of tokens that was asked for, ``"context"``
+    where the model's context is full, ``"cancelled"`` if the caller ended it."""
+    stopped_by: str | int | None = None
+    """The stop string or the stop id."""
+    reused: int = 0
+    """The number of tokens of the prompt that were in the session already, and were not computed again."""
+    logprobs: tuple[float, ...] | None = None
+    """The natural logarithm of the probability of each new token, if asked for."""
+    top: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    """For each new token, the likeliest tokens with the logarithms of their probabilities, if asked for."""
+
+
+class StopStrings:
+    """Find the first stop string in a text that comes in pieces. No part of a stop string is ever returned."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found: str | None = None
+
+    def feed(self, piece: str) -> str:
+        """Return the text that can't belong to a stop string. After ``found`` is set, all further text is dropped."""
+        if self.found is not None:
+            return ""
+        held = self._held + piece
+        hits = [(at, -len(stop), stop) for stop in self._stops if (at := held.find(stop)) >= 0]
+        if hits:
+            at, _, self.found = min(hits)
+            self._held = ""
+            return held[:at]
+        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def rest(self) -> str:
+        """Return the text that was held back, at the end."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of a text that begins a stop string."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the stop strings of a caller.
+
+    Raises:
+        BundleError: ``input.value``.
+    """
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stops) > MAX_STOPS or not all(isinstance(each, str) and each for each in stops):
+        raise wrong_argument("stop", f"a text, or up to {MAX_STOPS} texts, none of them empty", quoted(stop))
+    return stops
+
+
+def with_defaults(given: Mapping[str, Any], document: Any) -> dict[str, Any]:
+    """Return the arguments of sampling, those that aren't given from the defaults of the model's makers.
+
+    Args:
+        given: the arguments of the caller; None where it gave none.
+        document: the bundle's text document, or None for no defaults.
+    """
+    found = {name: value for name, value in given.items() if value is not None}
+    if document is None:
+        return found
+    defaults = document.defaults
+    if defaults.repetition_penalty is not None:
+        found.setdefault("repetition_penalty", defaults.repetition_penalty)
+    if found.get("temperature", 1.0 if defaults.sample else 0.0) == 0:
+        return found
+    for name in ("top_k", "top_p", "min_p", "typical_p") if defaults.sample else ():
+        if (value := getattr(defaults, name)) is not None:
+            found.setdefault(name, value)
+    if defaults.sample:
+        found.setdefault("temperature", 1.0 if defaults.temperature is None else defaults.temperature)
+    return found
+
+
+class TextGeneration:
+    """The text that a model makes, as an iterator of its pieces. ``Pipeline.stream_text`` makes one.
+
+    A piece is never half a character, and never part of a stop string. ``close`` ends the generation, and frees the
+    cache of a session that it made itself. It is also a context manager, which closes it.
+
+    One thread uses it at a time. ``close`` may be called from another thread: then the generation ends before its next
+    token.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        tokenizer: Any,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int | None,
+        stop: str | Sequence[str],
+        stop_ids: Sequence[int] | None,
+        session: Session | None,
+        logprobs: int | None,
+        beyond_context: bool,
+        sampling: Mapping[str, Any],
+    ) -> None:
+        self.prompt_ids = tuple(as_integers(prompt_ids, "prompt"))
+        if not self.prompt_ids:
+            raise wrong_argument("prompt", "at least one token", "none")
+        room = room_after(pipeline, len(self.prompt_ids), beyond=beyond_context)
+        wanted = None if max_new_tokens is None else as_integer(max_new_tokens)
+        if max_new_tokens is not None and (wanted is None or wanted < 0):
+            raise wrong_argument("max_new_tokens", "a number from 0, or None", quoted(max_new_tokens))
+        limits = [limit for limit in (wanted, room) if limit is not None]
+        self._most = min(limits) if limits else DEFAULT_TOKENS
+        self._full = room is not None and (wanted is None or room < wanted)
+        self._stop_ids = frozenset(tokenizer.stop_ids if stop_ids is None else as_integers(stop_ids, "stop_ids"))
+        self._stops = StopStrings(stop_strings(stop))
+        self._stream = tokenizer.stream(self.prompt_ids)
+        self._wants_logprobs = logprobs
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.top: list[tuple[tuple[int, float], ...]] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.stopped_by: str | int | None = None
+        self.reused = 0
+        self._times: list[float] = []  # of the first token and of the last
+        self._drawn = 0
+        self._closed = False
+        rest = list(self.prompt_ids)
+        if session is None:
+            # The number of new tokens is only a limit, so the session grows with the text.
+            session = pipeline.session(1, max(1, len(rest) + min(self._most, FIRST_TOKENS) - 1), grows=True)
+        else:
+            if session.batch_size != 1:
+                raise wrong_argument("session", "a session of one row", f"one of {session.batch_size}")
+            session.grows = True
+            self.reused = resume(session, self.prompt_ids)
+            rest = rest[self.reused :]
+        self._steps = pipeline.steps(
+            pipeline.token_ids([rest]),
+            max_new_tokens=self._most,
+            stop_ids=sorted(self._stop_ids),
+            session=session,
+            logprobs=logprobs,
+            **sampling,
+        )
+        self._pieces = self._make()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def __enter__(self) -> TextGeneration:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def cancel(self) -> None:
+        """End the generation before its next token. A handler of signals, or another thread, may call this."""
+        self._closed = True
+
+    def close(self) -> None:
+        """End the generation. Its ``finish_reason`` is ``"cancelled"`` unless it had ended before."""
+        self._closed = True
+        try:
+            self._pieces.close()
+        except ValueError:
+            return  # another thread is computing a token: it sees the mark, and ends
+        if self.finish_reason is None:
+            self._finish(CANCELLED)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the speed after the first token, or None before there are two."""
+        if len(self._times) < 2 or self._times[1] <= self._times[0]:
+            return None
+        return (self._drawn - 1) / (self._times[1] - self._times[0])
+
+    def completion(self) -> Completion:
+        """Make the rest of the text, and return all of it."""
+        for _ in self:
+            pass
+        asked = self._wants_logprobs is not None
+        return Completion(
+            text=self.text,
+            prompt_ids=self.prompt_ids,
+            ids=tuple(self.ids),
+            finish_reason=self.finish_reason or CANCELLED,
+            stopped_by=self.stopped_by,
+            reused=self.reused,
+            logprobs=tuple(self.logprobs) if asked else None,
+            top=tuple(self.top) if asked else None,
+        )
+
+    def _make(self) -> Generator[str, None, None]:
+        try:
+            for step in self._steps:
+                if self._closed:
+                    self._finish(CANCELLED)
+                    return
+                (token,) = step.ids
+                self._times = [*self._times[:1], time.perf_counter()]
+                self._drawn += 1
+                if token in self._stop_ids:
+                    self._finish(STOP, token)
+                    break
+                self.ids.append(token)
+                if self._wants_logprobs is not None:
+                    self.logprobs.append(step.logprobs[0])
+                    self.top.append(step.top[0])
+                yield from self._released(self._stops.feed(self._stream.piece(token)))
+                if self._stops.found is not None:
+                    self._finish(STOP, self._stops.found)
+                    return
+            # A character that isn't whole, or the beginning of a stop string that didn't come.
+            rest = self._stops.feed(self._stream.rest())
+            if self._stops.found is not None:
+                self._finish(STOP, self._stops.found)
+            yield from self._released(rest + self._stops.rest())
+            if self.finish_reason is None:
+                self._finish(CONTEXT if self._full else LENGTH)
+        finally:
+            self._steps.close()
+
+    def _released(self, piece: str) -> Iterator[str]:
+        self.text += piece
+        if piece:
+            yield piece
+
+    def _finish(self, reason: str, stopped_by: str | int | None = None) -> None:
+        self.finish_reason, self.stopped_by = reason, stopped_by
+        self._steps.close()
+
+
+def context_of(pipeline: Any) -> int | None:
+    """Return the number of tokens that a model can take, or None if nothing states it."""
+    known = (pipeline.first.architecture.position_limit, pipeline.context_length)
+    return min((length for length in known if length is not None), default=None)
+
+
+def room_after(pipeline: Any, prompt: int, *, beyond: bool) -> int | None:
+    """Return the number of tokens that may follow a prompt, or None if there is no limit.
+
+    The last token is drawn and not computed with, so it needs no position.
+
+    Args:
+        pipeline: the pipeline.
+        prompt: the number of tokens of the prompt.
+        beyond: whether the text may go beyond the context length that the model was made for.
+
+    Raises:
+        BundleError: ``input.position`` for a prompt that is longer than the context.
+    """
+    context = pipeline.first.architecture.position_limit if beyond else context_of(pipeline)
+    if context is None:
+        return None
+    if prompt > context:
+        expected, got = f"at most {context} tokens, the model's context", f"{prompt}"
+        raise BundleError(Problem(code="input.position", argument="prompt", expected=expected, got=got))
+    return context - prompt + 1
+
+
+def resume(session: Session, prompt: Sequence[int]) -> int:
+    """Take back what a session has beyond a prompt's beginning, and return the number of tokens that stay.
+
+    At least one token of the prompt is left to compute, as its logits are needed.
+    """
+    (held,) = session.tokens
+    same = next((i for i, (a, b) in enumerate(zip(held, prompt, strict=False)) if a != b), min(len(held), len(prompt)))
+    same = min(same, len(prompt) - 1)
+    if same < len(held):
+        try:
+            session.rollback(len(held) - same)
+        except BundleError as error:
+            if error.codes != ("session.rollback",):
+                raise
+            session.rollback(len(held))  # rotations depend on the length here, so nothing can stay
+            return 0
+    return same

@@ -1,0 +1,155 @@
+"""The methods of a pipeline for text: continue a prompt or a chat, and score a text."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
+from splitbundle.stages import text_generation
+from splitbundle.stages.text_generation import Completion, TextGeneration
+
+if TYPE_CHECKING:
+    from splitbundle.stages.session import Session
+
+_LOCK: Final = threading.Lock()
+
+
+class TextPipeline:
+    """The half of a pipeline that takes and gives text. ``bundle`` is what it was loaded from, if it was."""
+
+    bundle: Any = None
+    _tokenizer: Any = None
+
+    @property
+    def context_length(self) -> int | None:
+        """Return the number of tokens that the model was made for, or None if the bundle doesn't say."""
+        return None if self.bundle is None else self.bundle.manifest.model.context_length
+
+    def tokenizer(self) -> Any:
+        """Return the bundle's tokenizer. It is loaded once.
+
+        Raises:
+            BundleError: ``text.none`` without a tokenizer; the errors of ``Bundle.tokenizer``.
+        """
+        if self.bundle is None:
+            expected, got = (
+                "a pipeline of a bundle, or a tokenizer as an argument",
+                "a pipeline that was made of stages",
+            )
+            raise BundleError(Problem(code="text.none", argument="tokenizer", expected=expected, got=got))
+        with _LOCK:
+            if self._tokenizer is None:
+                self._tokenizer = self.bundle.tokenizer()
+        return self._tokenizer
+
+    def stream_text(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]] | Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] | None = None,
+        session: Session | None = None,
+        logprobs: int | None = None,
+        defaults: bool = True,
+        beyond_context: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
+        **sampling: Any,
+    ) -> TextGeneration:
+        """Continue a text, or answer in a chat, and yield the new text piece by piece.
+
+        Args:
+            prompt: a text, the messages of a chat, or token ids.
+            max_new_tokens: the largest number of new tokens; by default as many as the model's context has room for.
+            stop: texts that end the answer. They aren't part of it.
+            stop_ids: tokens that end the answer; by default those of the bundle.
+            session: a session of one row, of ``session()``. What it holds of the prompt isn't computed again; what it
+                holds beyond that is discarded. It is extended where it is too small. By default a new one.
+            logprobs: the number of likeliest tokens to report for each new token, with the logarithms of their
+                probabilities; 0 for that of the new token alone; None for none.
+            defaults: whether the model's own way of sampling holds for arguments that aren't given
+                (``generation_config.json`` of the source).
+            beyond_context: whether the text may go beyond the context length that the model was made for.
+            tools: for a chat, the tools that the model may call, as JSON schemas.
+            chat_template: for a chat, the name or the text of another template.
+            template_variables: for a chat, further variables of the template.
+            tokenizer: the tokenizer; by default the bundle's.
+            sampling: as for ``generate``: ``temperature``, ``top_k``, ``seed`` and so on.
+
+        Returns:
+            An iterator of pieces. It also has the text, the ids, the reason of the end, and ``close``.
+
+        Raises:
+            BundleError: ``input.value``; ``input.position`` for a prompt that is longer than the context; the errors of
+                the tokenizer and of ``generate``.
+        """
+        own = self.tokenizer() if tokenizer is None else tokenizer
+        ids = _prompt_ids(own, prompt, tools=tools, chat_template=chat_template, variables=template_variables)
+        return TextGeneration(
+            self,
+            own,
+            ids,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            stop_ids=stop_ids,
+            session=session,
+            logprobs=logprobs,
+            beyond_context=beyond_context,
+            sampling=_sampling(sampling, own.document if defaults else None),
+        )
+
+    def complete_text(self, prompt: str | Sequence[Mapping[str, Any]] | Sequence[int], **options: Any) -> Completion:
+        """Continue a text, or answer in a chat, and return the whole answer. The arguments are those of stream_text."""
+        return self.stream_text(prompt, **options).completion()
+
+    def log_probabilities(self, token_ids: Any, *, last: int | None = None) -> list[list[float]]:
+        """Return the natural logarithm of the probability of each token, given those before it.
+
+        *Shape:* (batch, sequence) -> batch lists of ``sequence - 1`` numbers, or of ``last``.
+
+        Args:
+            token_ids: rows of ids, as ``token_ids`` makes them.
+            last: the number of tokens at the end to score; by default all but the first, which has none before it.
+
+        Raises:
+            BundleError: ``input.*``.
+        """
+        shape = tuple(getattr(token_ids, "shape", ()))
+        if len(shape) != 2 or shape[1] < 2:
+            raise wrong_argument("token_ids", "rows of at least two tokens", quoted(shape))
+        wanted = shape[1] - 1 if last is None else last
+        if type(wanted) is not int or not 0 < wanted < shape[1]:
+            raise wrong_argument("last", f"a number from 1 to {shape[1] - 1}", quoted(last))
+        with self._without_gradients():  # type: ignore[attr-defined]
+            logits = self.forward(token_ids, logits=wanted + 1)  # type: ignore[attr-defined]
+            scores = self._scores(logits[:, :-1], token_ids[:, shape[1] - wanted :])  # type: ignore[attr-defined]
+        return scores.tolist()  # type: ignore[no-any-return]
+
+
+def _prompt_ids(
+    tokenizer: Any,
+    prompt: object,
+    *,
+    tools: object,
+    chat_template: str | None,
+    variables: Mapping[str, Any] | None,
+) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)  # type: ignore[no-any-return]
+    if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+        return tokenizer.apply_chat_template(  # type: ignore[no-any-return]
+            prompt, tools=tools, add_generation_prompt=True, chat_template=chat_template, **(variables or {})
+        )
+    return list(prompt)  # type: ignore[call-overload, no-any-return]
+
+
+def _sampling(given: Mapping[str, Any], document: Any) -> dict[str, Any]:
+    unknown = sorted(given.keys() - set(text_generation.SAMPLING))
+    if unknown:
+        raise TypeError(f"stream_text() got an unexpected keyword argument {unknown[0]!r}")
+    return text_generation.with_defaults(given, document)
