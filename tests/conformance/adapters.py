@@ -53,7 +53,7 @@ def _command(step: str, path: str) -> Verdict:
     name, *options = COMMANDS[step]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main.main([name, path, *options, "--json"])
-    said = json.loads(out.getvalue())
+    said = json.loads(out.getvalue().splitlines()[-1])
     if said.get("ok", True) != (status == 0) or "Traceback" in err.getvalue():
         raise RuntimeError(f"exit status {status}, and {out.getvalue()[:200]} {err.getvalue()[:200]}")
     return {"verdict": "accepted"} if status == 0 else {"verdict": "refused", "problems": said["problems"]}
