@@ -28,7 +28,7 @@ _LONGEST: Final = 2**20
 _LONG_NUMBER: Final = re.compile(r"[0-9_]{200}")
 """Jinja reads numbers of any length, in a time that grows with the square of it."""
 _TOKENS: Final = 30_000
-"""The tokens that a template may have, spaces included. TBD."""
+"""The tokens that a template may have, spaces included. Those in ``tests/text/templates`` have up to 1,400."""
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _BITS: Final = 1024
 _FAULTS: Final = (

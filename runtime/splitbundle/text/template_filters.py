@@ -44,7 +44,7 @@ def _method(name: str) -> Callable[..., Any]:
 
 def _title(value: Any) -> Marked:
     whole, at, parts = text(value), 0, []
-    spend(8 * len(whole))
+    spend(16 * len(whole))
     for found in _BETWEEN_WORDS.finditer(str.__str__(whole)):
         spend(2 * OBJECT)
         parts += [whole[at : found.start()], whole[found.start() : found.end()]]

@@ -26,7 +26,7 @@ _ALLOWED: Final = (
 _STATEMENTS: Final = 32
 """How deep statements may be nested. Python allows 20 loops in each other, and 100 levels in all."""
 _NODES: Final = 40_000
-"""How many pieces of syntax a template may have. The longest published ones have about 5,000."""
+"""How many pieces of syntax a template may have."""
 
 
 def guarded(tree: nodes.Template) -> nodes.Template:

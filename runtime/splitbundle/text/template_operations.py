@@ -55,7 +55,7 @@ _TEXT_METHODS: Final = {
     **dict.fromkeys(("strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "partition", "rpartition"), 1),
     **dict.fromkeys(("rfind", "rindex", "split", "rsplit", "splitlines", "replace", "join", "format"), 1),
     **dict.fromkeys(("center", "ljust", "rjust", "zfill", "expandtabs"), 1),
-    **dict.fromkeys(("upper", "lower", "casefold", "swapcase", "title", "capitalize"), 8),
+    **dict.fromkeys(("upper", "lower", "casefold", "swapcase", "title", "capitalize"), 16),
 }
 """The methods of strings that templates may call, and what they cost for each character."""
 _METHODS: Final = {
