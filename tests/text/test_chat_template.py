@@ -7,27 +7,23 @@ import json
 import re
 import string
 import threading
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jinja2 import TemplateError
-from transformers.utils import chat_template_utils as transformers
 
 from splitbundle import BundleError
 from splitbundle.text.chat_template import ChatTemplate
 from splitbundle.text.marked import MODEL, TEMPLATE, USER, Marked
 from splitbundle.text.template_json import as_json
 from splitbundle.text.template_limits import budget
+from tests.support.conversations import CONTROL, CONVERSATIONS, DOCUMENTS, TIME, TOOLS, changed, transformers_text
 from tests.support.paths import TESTS
-from tests.text.conversations import CONTROL, CONVERSATIONS, DOCUMENTS, TOOLS, changed
 
 FORMATS: Final = sorted(path.stem for path in (TESTS / "text" / "templates").glob("*.jinja"))
 VARIABLES: Final = {"bos_token": "<s>", "eos_token": "</s>"}
-TIME: Final = datetime(2026, 2, 3, 4, 5, 6)
 CYRILLIC: Final = "абвгдежзийклмнопрстуфхцчшщАБВГДЕЖЗИЙКЛМНОПРСТУФХЦЧШЩ"
 ARMENIAN: Final = "աբգդեզէըթժիլխծկհձղճմյնշոչպԱԲԳԴԵԶԷԸԹԺԻԼԽԾԿՀՁՂՃՄՅՆՇՈՉՊ"
 
@@ -45,26 +41,9 @@ def rendered(text: str, **variables: Any) -> Marked:
     return template(text).render([{"role": "user", "content": "a<b"}], **variables)
 
 
-def original(text: str, conversation: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> str | None:
-    """Return what transformers renders, or None if the template fails."""
-
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Clock:
-            return cls(*TIME.timetuple()[:6])
-
-    monkeypatch.setattr(transformers, "datetime", Clock)
-    others = VARIABLES | {name: value for name, value in conversation.items() if name != "messages"}
-    messages = transformers._normalize_chat_messages(conversation["messages"])
-    try:
-        return str(transformers.render_jinja_template([messages], chat_template=text, **others)[0][0])
-    except (TemplateError, TypeError, ValueError, LookupError):
-        return None
-
-
-def compare(text: str, conversation: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Assert that both give the same, and return whether that is a text."""
-    expected = original(text, conversation, monkeypatch)
+def same(text: str, conversation: dict[str, Any]) -> bool:
+    """Assert that transformers renders the same, and return whether that is a text."""
+    expected = transformers_text(text, conversation, VARIABLES)
     if expected is None:
         with pytest.raises(BundleError) as caught:
             template(text).render(**conversation)
@@ -79,9 +58,9 @@ def test_there_are_thirty_conversations() -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_formats_render_as_in_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_formats_render_as_in_transformers(name: str) -> None:
     text = source(name)
-    given_texts = [each for each in CONVERSATIONS if compare(text, CONVERSATIONS[each], monkeypatch)]
+    given_texts = [each for each in CONVERSATIONS if same(text, CONVERSATIONS[each])]
     assert len(given_texts) >= 15  # the rest are roles, tools or parts that the format doesn't have
 
 
@@ -222,8 +201,8 @@ JINJA: Final = (TESTS / "text" / "templates" / "jinja.txt").read_text("utf-8").s
 
 
 @pytest.mark.parametrize("text", JINJA)
-def test_jinja_means_what_it_means_in_transformers(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compare(text, {"messages": [{"role": "user", "content": "Say\n'é'"}]}, monkeypatch)
+def test_jinja_means_what_it_means_in_transformers(text: str) -> None:
+    assert same(text, {"messages": [{"role": "user", "content": "Say\n'é'"}]})
 
 
 def test_roles_and_types_are_the_programs() -> None:

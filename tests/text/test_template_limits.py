@@ -14,9 +14,9 @@ import pytest
 from splitbundle import BundleError
 from splitbundle.text.chat_template import ChatTemplate
 from splitbundle.text.template_limits import WORK, LimitReached, budget, spend
+from tests.support.hostile_templates import HOSTILE, LARGE
 from tests.support.paths import ROOT
 from tests.support.yardsticks import at_most, parsing
-from tests.text.hostile_templates import HOSTILE, LARGE
 
 SOON: Final = 10
 """How many times longer than parsing 16 MiB of JSON a template may take. That is about two seconds."""

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any, Final
+from unittest import mock
 
+from jinja2 import TemplateError
+
+TIME: Final = datetime(2026, 2, 3, 4, 5, 6)
+"""The time that templates write."""
 CONTROL: Final = (
     *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<bos>"),
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|header_start|>", "<|eot|>"),
@@ -145,3 +151,22 @@ def changed(value: Any, change: Callable[[str], str]) -> Any:
         kept = ("role", "type", "id", "tool_call_id", "required", "enable_thinking", "reasoning_effort")
         return {key: copy.deepcopy(each) if key in kept else changed(each, change) for key, each in value.items()}
     return value
+
+
+class _Clock(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> _Clock:
+        return cls(*TIME.timetuple()[:6])
+
+
+def transformers_text(template: str, conversation: Mapping[str, Any], variables: Mapping[str, str]) -> str | None:
+    """Return what ``apply_chat_template`` renders at ``TIME``, or None if the template fails."""
+    from transformers.utils import chat_template_utils as library
+
+    others = dict(variables) | {name: value for name, value in conversation.items() if name != "messages"}
+    messages = library._normalize_chat_messages(conversation["messages"])
+    with mock.patch.object(library, "datetime", _Clock):
+        try:
+            return str(library.render_jinja_template([messages], chat_template=template, **others)[0][0])
+        except (TemplateError, TypeError, ValueError, LookupError):
+            return None
