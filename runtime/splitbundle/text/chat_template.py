@@ -25,7 +25,7 @@ __all__ = ["ChatTemplate"]
 
 _LONGEST: Final = 2**20
 """The characters that a template may have."""
-_LONG_NUMBER: Final = re.compile(r"[0-9_]{200}")
+_LONG_NUMBER: Final = re.compile(r"[0-9][0-9_]{199}")
 """Jinja reads numbers of any length, in a time that grows with the square of it."""
 _TOKENS: Final = 30_000
 """The tokens that a template may have, spaces included. Those in ``tests/text/templates`` have up to 1,400."""
