@@ -17,6 +17,7 @@ from splitbundle.text.huggingface import TextTokenizer
 from tests.support.paths import ROOT
 
 EXAMPLE = ROOT / "examples" / "license-gpt2"
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = ("<unk>", "<s>", "</s>", "▁", "a", "b", "c", "s", "<", "/", ">", "|", "t", "h", "i", "n", "k", "e", "d")
 
 

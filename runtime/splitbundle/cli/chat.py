@@ -16,6 +16,7 @@ from typing import Any, Final
 from splitbundle.cli import text_options
 from splitbundle.cli.arguments import verify_when
 from splitbundle.cli.console import Command, Console
+from splitbundle.cli.words import in_command
 from splitbundle.errors import BundleError, printable
 from splitbundle.opening import open_bundle
 from splitbundle.stages.text_generation import CANCELLED, CONTEXT, LENGTH, TextGeneration, context_of
@@ -102,6 +103,10 @@ class Chat:
         last = max((i for i, each in enumerate(turns) if each.get("role") == "user"), default=0)
         self.messages = [*self.system, *turns[:last]]
 
+    def forget(self) -> None:
+        """Begin another session: after an interruption, a token of this one may be half computed."""
+        self.session = self.pipeline.session(1)
+
     def _fitting_prompt(self) -> list[int]:
         """Return the ids of the chat. The oldest whole turns are left out if it is too long for the context."""
         context, dropped = context_of(self.pipeline), 0
@@ -146,9 +151,8 @@ class Chat:
                 for part in thinking.rest():
                     view.show(*part)
             except KeyboardInterrupt:
-                # A token may be half computed, so what the session holds can't be trusted.
                 generation.close()
-                self.session = self.pipeline.session(1)
+                self.forget()
         view.end()
         self._report(generation, began, first)
         answer: str = generation.text
@@ -233,7 +237,7 @@ def _interruptible(generation: TextGeneration) -> Iterator[None]:
 
 def _questions(console: Console) -> Iterator[str]:
     """Yield what the user writes: a line, or several lines, until the end of the input."""
-    terminal = sys.stdin is not None and sys.stdin.isatty() and not console.as_json
+    terminal = _on_terminal(console)
     if terminal:
         import contextlib
 
@@ -259,6 +263,10 @@ def _questions(console: Console) -> Iterator[str]:
         yield line
 
 
+def _on_terminal(console: Console) -> bool:
+    return sys.stdin is not None and sys.stdin.isatty() and not console.as_json
+
+
 def _line(prompt: str, terminal: bool) -> str:
     if terminal:
         return input(prompt)
@@ -271,7 +279,7 @@ def _line(prompt: str, terminal: bool) -> str:
 def _run(args: argparse.Namespace, console: Console) -> int:
     bundle = open_bundle(args.bundle, verify=verify_when(args))
     chat = Chat(text_options.load_pipeline(bundle, args), args, console)
-    if sys.stdin is not None and sys.stdin.isatty():
+    if _on_terminal(console):
         console.note(f"{printable(bundle.manifest.model.name)}: write a message, or /help.")
     for line in _questions(console):
         text = line.strip()
@@ -283,10 +291,15 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             if text.startswith("/") and _command(chat, text):
                 continue
             chat.ask(line)
-        except BundleError as error:
-            if not chat.messages or sys.stdin is None or not sys.stdin.isatty():
+        except KeyboardInterrupt:
+            if not _on_terminal(console):
                 raise
-            console.error(str(error))
+            chat.forget()
+            console.note("The answer was stopped.")
+        except BundleError as error:
+            if not _on_terminal(console):
+                raise
+            console.error(str(in_command(error.problems[0])))
     return 0
 
 
