@@ -1,7 +1,8 @@
 """Run a program where one backend is the only library: ``barred LIBRARY PROGRAM …``, or ``barred LIBRARY -m MODULE …``.
 
 The program can import splitbundle, the standard library, and ``torch`` or ``onnxruntime`` with the libraries that it
-requires. No other module is found, as in an environment that lacks the library.
+requires. No other module is found, as in an environment that lacks the library. ``onnxruntime,text`` adds the libraries
+of the extra ``text``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ ALLOWED = {
         "filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "sympy", "typing_extensions",
     },
     "onnxruntime": {"onnxruntime", "flatbuffers", "google", "numpy", "packaging"},
+    "numpy": {"numpy"},
+    "text": {"tokenizers", "jinja2", "markupsafe"},
 }  # fmt: skip
 
 
@@ -36,8 +39,9 @@ class Only:
 
 def main() -> None:
     """Bar what isn't allowed, and run the program with its own arguments."""
-    library, sys.argv = sys.argv[1], sys.argv[2:]
-    allowed = ALLOWED[library] | {"splitbundle"} | sys.stdlib_module_names
+    libraries, sys.argv = sys.argv[1].split(","), sys.argv[2:]
+    allowed = {"splitbundle"} | sys.stdlib_module_names
+    allowed = allowed.union(*(ALLOWED[library] for library in libraries))
     for name in list(sys.modules):  # an environment may import some modules at its start
         if not name.startswith("_") and name.partition(".")[0] not in allowed:
             del sys.modules[name]
