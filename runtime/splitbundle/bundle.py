@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from splitbundle import logs
 from splitbundle.backends import registry
 from splitbundle.bundle_files import BundleFiles
 from splitbundle.storage.documents import find_bundle, read_documents
@@ -173,7 +174,9 @@ class Bundle(BundleFiles):
         chosen = backend or registry.installed_backend()
         own = registry.own_options(chosen, options, "stage")
         with self._told():
-            return registry.module(chosen, "stage").load_stages(self, [selection], **own)[0]
+            made = registry.module(chosen, "stage").load_stages(self, [selection], **own)[0]
+        logs.debug("loaded layers [%d, %d) with %s", *selection.layers, chosen)
+        return made
 
     @overload
     def pipeline(
@@ -195,14 +198,15 @@ class Bundle(BundleFiles):
         ``{"bottom": "onnxruntime"}``; torch computes the other shards. A pipeline of two backends takes and returns
         numpy arrays.
         """
-        if not isinstance(backend, Mapping):
-            chosen = backend or registry.installed_backend()
+        chosen = backend if isinstance(backend, Mapping) else backend or registry.installed_backend()
+        if not isinstance(chosen, Mapping):
             own = registry.own_options(chosen, options, "pipeline")
             with self._told():
                 made = registry.module(chosen, "pipeline").load_pipeline(self, **own)
         else:
             with self._told():
-                made = registry.mixed_pipeline(self, backend, options)
+                made = registry.mixed_pipeline(self, chosen, options)
+        logs.debug("loaded a pipeline with %s", chosen)
         made.bundle = self  # for its tokenizer and its context length
         return made
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from splitbundle import logs
 from splitbundle.bundle import Bundle
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
 from splitbundle.storage.documents import find_bundle, read_documents
@@ -37,7 +38,9 @@ def open_bundle(
         expected = "never or always"
         raise BundleError(Problem(code="input.value", argument="verify", expected=expected, got=quoted(verify)))
     root = find_bundle(path)
-    return Bundle(root, *read_documents(root, id), strict=verify == "always")
+    bundle = Bundle(root, *read_documents(root, id), strict=verify == "always")
+    logs.debug("opened %s, bundle id %s", root, bundle.id)
+    return bundle
 
 
 def merge_bundles(

@@ -28,7 +28,7 @@ PACKAGES = {
 }
 FLOORS = {
     "splitbundle": (
-        ("records", "version"),
+        ("records", "version", "logs"),
         ("errors",),
         ("integers", "processors"),
         ("format",),

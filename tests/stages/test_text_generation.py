@@ -153,6 +153,13 @@ def test_closing_frees_the_session(pipeline: Any, monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_messages_for_a_log_hold_no_text(pipeline: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "splitbundle"):
+        pipeline.complete_text(PROMPT, max_new_tokens=3)
+    assert "a text ended (length): 7 tokens of prompt, 0 of them reused, 3 new" in caplog.messages
+    assert not any("Licensed" in message or "Version" in message for message in caplog.messages)
+
+
 def test_log_probabilities(pipeline: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(EXAMPLE)
     made = pipeline.complete_text(PROMPT, max_new_tokens=5, logprobs=3, temperature=0.7, top_k=5, seed=1)

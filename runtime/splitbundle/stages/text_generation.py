@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from splitbundle import logs
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
 from splitbundle.integers import as_integer, as_integers
 from splitbundle.records import record
@@ -271,6 +272,10 @@ class TextGeneration:
     def _finish(self, reason: str, stopped_by: str | int | None = None) -> None:
         self.finish_reason, self.stopped_by = reason, stopped_by
         self._steps.close()
+        prompt, new = len(self.prompt_ids), len(self.ids)
+        logs.debug(
+            "a text ended (%s): %d tokens of prompt, %d of them reused, %d new", reason, prompt, self.reused, new
+        )
 
 
 def context_of(pipeline: Any) -> int | None:

@@ -16,6 +16,7 @@ from typing import Final
 
 import torch
 
+from splitbundle import logs
 from splitbundle.errors import BundleError, Problem, quoted
 
 VARIABLE: Final = "SPLITBUNDLE_KERNELS"
@@ -157,5 +158,6 @@ class Measured:
             self.rates[place] = {name: size / seconds for name, seconds in times.items()}
         first = next(iter(kernels))
         best = min(times, key=times.__getitem__)
-        self._found[place] = best if times[best] < _PREFERRED * times[first] else first
-        return self._found[place]
+        chosen = self._found[place] = best if times[best] < _PREFERRED * times[first] else first
+        logs.debug("chose the kernel %s for %s rows with %d threads", chosen, *place)
+        return chosen
