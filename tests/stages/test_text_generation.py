@@ -153,6 +153,34 @@ def test_closing_frees_the_session(pipeline: Any, monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_another_thread_closes_while_a_token_is_made(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token that is being made is the last one, wherever in it the other thread closes."""
+    for step in ("piece", "_draw"):
+        generation = pipeline.stream_text(PROMPT, max_new_tokens=50)
+        owner = generation._stream if step == "piece" else pipeline
+        real = getattr(owner, step)
+
+        def closing(*args: Any, generation: Any = generation, real: Any = real) -> Any:
+            with ThreadPoolExecutor(1) as other:
+                other.submit(generation.close).result()
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, closing)
+            pieces = list(generation)
+        assert pieces == ([","] if step == "piece" else [])
+        assert generation.text == "".join(pieces)
+        assert generation.finish_reason == "cancelled"
+        assert generation.completion().finish_reason == "cancelled"
+
+    generation = pipeline.stream_text(PROMPT, max_new_tokens=50)
+    real = generation._stream.piece
+    with monkeypatch.context() as patch:
+        patch.setattr(generation._stream, "piece", lambda token: (generation.cancel(), real(token))[1])
+        assert next(generation) == ","
+    assert generation.finish_reason == "cancelled"  # also if the caller doesn't ask for a further piece
+
+
 def test_messages_for_a_log_hold_no_text(pipeline: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("DEBUG", "splitbundle"):
         pipeline.complete_text(PROMPT, max_new_tokens=3)

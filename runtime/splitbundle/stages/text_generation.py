@@ -189,7 +189,10 @@ class TextGeneration:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        piece = next(self._pieces)
+        if self._closed:  # by another thread, while this piece was made
+            self.close()
+        return piece
 
     def __enter__(self) -> TextGeneration:
         return self
