@@ -91,6 +91,43 @@ def test_a_forked_worker(backend: str, bundle: splitbundle.Bundle, complete: Cal
     assert out == complete(PROMPT, max_new_tokens=40) + "\n"
 
 
+FORK = """
+import os, signal, sys, threading
+import splitbundle
+from splitbundle.stages.text_pipeline import TextPipeline
+
+bundle = splitbundle.open(sys.argv[1])
+pipeline, loading, go = TextPipeline(), threading.Event(), threading.Event()
+
+class Slow:
+    def tokenizer(self):
+        loading.set()
+        go.wait()
+        return bundle.tokenizer()
+
+pipeline.bundle = Slow()
+thread = threading.Thread(target=pipeline.tokenizer)
+thread.start()
+loading.wait()
+child = os.fork()
+if not child:
+    signal.alarm(120)  # a child that hangs ends by this signal
+    own = TextPipeline()
+    own.bundle = bundle
+    print(len(own.tokenizer().encode("Licensed under")), flush=True)
+    os._exit(0)
+status = os.waitpid(child, 0)[1]
+go.set()
+thread.join()
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_while_another_thread_loads_a_tokenizer(bundle: splitbundle.Bundle) -> None:
+    assert run(sys.executable, "-c", FORK, bundle.path) == "4\n"
+
+
 @pytest.mark.parametrize(
     "backends",
     [

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
 from splitbundle.stages import text_generation
@@ -13,7 +14,17 @@ from splitbundle.stages.text_generation import Completion, TextGeneration
 if TYPE_CHECKING:
     from splitbundle.stages.session import Session
 
-_LOCK: Final = threading.Lock()
+
+class _Loading:
+    lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    _Loading.lock = threading.Lock()  # a thread of the parent may hold the other one forever
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class TextPipeline:
@@ -39,7 +50,7 @@ class TextPipeline:
                 "a pipeline that was made of stages",
             )
             raise BundleError(Problem(code="text.none", argument="tokenizer", expected=expected, got=got))
-        with _LOCK:
+        with _Loading.lock:
             if self._tokenizer is None:
                 self._tokenizer = self.bundle.tokenizer()
         return self._tokenizer
