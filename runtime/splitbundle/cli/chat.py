@@ -138,6 +138,7 @@ class Chat:
             prompt,
             max_new_tokens=self.args.max_new_tokens,
             stop=self.args.stop,
+            prompt_lookup=self.args.prompt_lookup,
             session=self.session,
             defaults=False,  # self.sampling has them
             **self.sampling,

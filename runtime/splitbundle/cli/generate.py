@@ -82,6 +82,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         prompt,
         max_new_tokens=args.max_new_tokens or DEFAULT_TOKENS,
         stop=args.stop,
+        prompt_lookup=args.prompt_lookup,
         logprobs=args.logprobs,
         defaults=False,  # those of the options have them
         beyond_context=args.beyond_context,

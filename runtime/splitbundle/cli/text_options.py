@@ -13,6 +13,7 @@ from splitbundle.cli.arguments import (
     add_compute_arguments,
     add_strict_argument,
     number_in,
+    number_of,
     positive,
     probability,
     temperature,
@@ -77,6 +78,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="a text that ends the answer; may be repeated"
+    )
+    parser.add_argument(
+        "--prompt-lookup",
+        type=number_of(1, 64),
+        metavar="N",
+        help="guess N tokens from the text itself and check them at once; pays where a text repeats itself",
     )
     parser.add_argument(
         "--max-new-tokens",

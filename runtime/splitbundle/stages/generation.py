@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
 from splitbundle.integers import as_integer, as_integers
 from splitbundle.records import record
+from splitbundle.stages.prompt_lookup import guess
 from splitbundle.stages.sampling import History, RowGenerators, Sampling
 from splitbundle.stages.session import Session
 from splitbundle.stages.stage import Array
 
+MAX_GUESSES: Final = 64
 STOPPED = -1
 """The value that ``generate`` yields for a row that has stopped."""
 
@@ -40,6 +42,7 @@ class GeneratingPipeline:
         attention_mask: Array | None = None,
         stop_ids: Sequence[int] = (),
         session: Session | None = None,
+        prompt_lookup: int | None = None,
         **sampling: Any,
     ) -> Iterator[Array]:
         """Continue a prompt, one token of every row at a time.
@@ -58,6 +61,9 @@ class GeneratingPipeline:
             attention_mask: as for a call.
             stop_ids: tokens that end a row.
             session: a session to continue; by default a new one that is large enough.
+            prompt_lookup: the number of tokens to guess from the text itself and to check in one call, for one row; by
+                default none. The tokens are those of ordinary decoding, up to the rounding of calls of other lengths.
+                It pays where a text repeats itself, and costs time elsewhere.
             sampling: how tokens are drawn. ``temperature``: 0, the default, for the likeliest token, else the divisor
                 of the logits. ``top_k``, ``top_p``, ``min_p``, ``typical_p``: which tokens may be drawn.
                 ``repetition_penalty``, ``presence_penalty``, ``frequency_penalty``: what makes tokens that are there
@@ -74,6 +80,7 @@ class GeneratingPipeline:
             attention_mask=attention_mask,
             stop_ids=stop_ids,
             session=session,
+            prompt_lookup=prompt_lookup,
             **sampling,
         )
         return (self._row(list(step.ids), token_ids) for step in steps)  # type: ignore[attr-defined]
@@ -87,6 +94,7 @@ class GeneratingPipeline:
         stop_ids: Sequence[int] = (),
         session: Session | None = None,
         logprobs: int | None = None,
+        prompt_lookup: int | None = None,
         **sampling: Any,
     ) -> Iterator[Step]:
         """Continue a prompt like ``generate``, and yield records with log-probabilities.
@@ -99,6 +107,7 @@ class GeneratingPipeline:
             session: a session to continue; by default a new one that is large enough.
             logprobs: the number of likeliest tokens to report with each token; 0 for that of the token alone; None
                 for no log-probabilities.
+            prompt_lookup: as for ``generate``.
             sampling: as for ``generate``.
 
         Raises:
@@ -118,7 +127,12 @@ class GeneratingPipeline:
         wanted = None if logprobs is None else as_integer(logprobs)
         if logprobs is not None and (wanted is None or not 0 <= wanted <= vocab_size):
             raise wrong_argument("logprobs", f"a number from 0 to {vocab_size}, or None", quoted(logprobs))
+        guesses = 0 if prompt_lookup is None else as_integer(prompt_lookup)
+        if guesses is None or not 0 <= guesses <= MAX_GUESSES:
+            raise wrong_argument("prompt_lookup", f"a number from 0 to {MAX_GUESSES}, or None", quoted(prompt_lookup))
         shape = tuple(getattr(token_ids, "shape", ()))
+        if guesses and shape[:1] != (1,):
+            raise wrong_argument("prompt_lookup", "None for a batch of several rows", quoted(prompt_lookup))
         counts = None if attention_mask is None else pipeline._runs(attention_mask, shape)[1]
         longest = pipeline.first.check(token_ids, count=counts).stop
         if session is None and counts is not None and min(counts) == 0:
@@ -134,42 +148,86 @@ class GeneratingPipeline:
             # The last token is yielded and not fed again, so it needs no slot.
             session = pipeline.session(shape[0], max(1, longest + most - 1))
         stops = frozenset(as_integers(stop_ids, "stop_ids"))
-        return _steps(pipeline, token_ids, attention_mask, most, chosen, stops, session, wanted)
+        drawing = _Drawing(pipeline, chosen, stops, session, wanted, shape[0])
+        if guesses:
+            return drawing.guessed_steps(token_ids, attention_mask, most, guesses)
+        return drawing.steps(token_ids, attention_mask, most)
 
 
-def _steps(
-    pipeline: Any,
-    token_ids: Array,
-    attention_mask: Array | None,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_ids: frozenset[int],
-    session: Session,
-    logprobs: int | None,
-) -> Iterator[Step]:
-    rows = token_ids.shape[0]
-    generators, history = RowGenerators(sampling.seed, rows), None
-    running = [True] * rows
-    for _ in range(max_new_tokens):
-        with pipeline._without_gradients():  # not around the loop, as the caller's code runs between two tokens
-            last = pipeline.forward(token_ids, attention_mask=attention_mask, session=session, logits="last")
-            if history is None and sampling.adjusts:
-                history = History(session.tokens)
-            drawn = pipeline._draw(last[:, -1], sampling, generators, history)
-            chances = None if logprobs is None else pipeline._scores(last, drawn[:, None])[:, 0].tolist()
-            top = pipeline._likeliest(last[:, -1], logprobs) if logprobs is not None else None
+class _Drawing:
+    """The tokens of one call of ``steps``: how they are drawn, and what has been drawn."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        session: Session,
+        logprobs: int | None,
+        rows: int,
+    ) -> None:
+        self._pipeline, self._sampling, self._stop_ids = pipeline, sampling, stop_ids
+        self._session, self._logprobs = session, logprobs
+        self._generators = RowGenerators(sampling.seed, rows)
+        self._history: History | None = None
+        self._running = [True] * rows
+
+    def steps(self, token_ids: Array, attention_mask: Array | None, most: int) -> Iterator[Step]:
+        """Yield one step for each call of the pipeline."""
+        pipeline = self._pipeline
+        for _ in range(most):
+            with pipeline._without_gradients():  # not around the loop, as the caller's code runs between two tokens
+                last = self._forward(token_ids, attention_mask, "last")
+                step, drawn = self._step(last)
+            yield step
+            self._running = [token >= 0 and token not in self._stop_ids for token in step.ids]
+            if not any(self._running):
+                return
+            token_ids, attention_mask = pipeline._row(drawn, token_ids)[:, None], None
+            if not all(self._running):
+                attention_mask = pipeline._row([int(alive) for alive in self._running], token_ids)[:, None]
+
+    def guessed_steps(self, token_ids: Array, attention_mask: Array | None, most: int, number: int) -> Iterator[Step]:
+        """Yield the steps of one row. A call of the pipeline checks some guessed tokens, and may make several steps."""
+        pipeline, made, guessed = self._pipeline, 0, list[int]()
+        while made < most:
+            with pipeline._without_gradients():
+                logits = self._forward(token_ids, attention_mask, len(guessed) + 1)
+                steps = []
+                for place in range(len(guessed) + 1):
+                    step, _ = self._step(logits[:, place : place + 1])
+                    steps.append(step)
+                    ended = step.ids[0] in self._stop_ids
+                    if ended or place == len(guessed) or step.ids[0] != guessed[place]:
+                        break
+            if wrong := len(guessed) + 1 - len(steps):
+                self._session.rollback(wrong)
+            yield from steps
+            made += len(steps)
+            if ended:
+                return
+            drawn = steps[-1].ids[0]
+            known = [*self._session.tokens[0], drawn]
+            # Above such a length, rotations depend on the length of the row, and so on the number of guesses.
+            limits = [limit for cache in self._session.caches for limit in cache.thresholds]
+            room = min([number, most - made - 1, *(limit - len(known) for limit in limits)])
+            guessed = guess(known, room) if room > 0 else []
+            token_ids, attention_mask = pipeline.token_ids([[drawn, *guessed]]), None
+
+    def _forward(self, token_ids: Array, attention_mask: Array | None, logits: Any) -> Array:
+        made = self._pipeline.forward(token_ids, attention_mask=attention_mask, session=self._session, logits=logits)
+        if self._history is None and self._sampling.adjusts:
+            self._history = History(self._session.tokens)
+        return made
+
+    def _step(self, last: Array) -> tuple[Step, list[int]]:
+        """Draw a token of each row. *Shape:* (batch, 1, vocab) -> the step, and the tokens of all rows."""
+        pipeline, logprobs = self._pipeline, self._logprobs
+        drawn = pipeline._draw(last[:, -1], self._sampling, self._generators, self._history)
+        chances = None if logprobs is None else tuple(pipeline._scores(last, drawn[:, None])[:, 0].tolist())
+        top = None if logprobs is None else tuple(pipeline._likeliest(last[:, -1], logprobs))
         tokens = drawn.tolist()
-        given = [token if alive else STOPPED for token, alive in zip(tokens, running, strict=True)]
-        yield Step(
-            ids=tuple(given),
-            logprobs=None if chances is None else tuple(chances),
-            top=None if top is None else tuple(top),
-        )
-        running = [token >= 0 and token not in stop_ids for token in given]
-        if not any(running):
-            return
-        if history is not None:
-            history.add(given)
-        token_ids, attention_mask = pipeline._row(tokens, token_ids)[:, None], None
-        if not all(running):
-            attention_mask = pipeline._row([int(alive) for alive in running], token_ids)[:, None]
+        given = tuple(token if alive else STOPPED for token, alive in zip(tokens, self._running, strict=True))
+        if self._history is not None:
+            self._history.add(given)
+        return Step(ids=given, logprobs=chances, top=top), tokens

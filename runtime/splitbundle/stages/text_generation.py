@@ -139,6 +139,7 @@ class TextGeneration:
         session: Session | None,
         logprobs: int | None,
         beyond_context: bool,
+        prompt_lookup: int | None,
         sampling: Mapping[str, Any],
     ) -> None:
         self.prompt_ids = tuple(as_integers(prompt_ids, "prompt"))
@@ -181,6 +182,7 @@ class TextGeneration:
             stop_ids=sorted(self._stop_ids),
             session=session,
             logprobs=logprobs,
+            prompt_lookup=prompt_lookup,
             **sampling,
         )
         self._pieces = self._make()

@@ -66,6 +66,7 @@ class TextPipeline:
         logprobs: int | None = None,
         defaults: bool = True,
         beyond_context: bool = False,
+        prompt_lookup: int | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         template_variables: Mapping[str, Any] | None = None,
@@ -86,6 +87,7 @@ class TextPipeline:
             defaults: whether the model's own way of sampling holds for arguments that aren't given
                 (``generation_config.json`` of the source).
             beyond_context: whether the text may go beyond the context length that the model was made for.
+            prompt_lookup: the number of tokens to guess from the text itself, as for ``generate``.
             tools: for a chat, the tools that the model may call, as JSON schemas.
             chat_template: for a chat, the name or the text of another template.
             template_variables: for a chat, further variables of the template.
@@ -111,6 +113,7 @@ class TextPipeline:
             session=session,
             logprobs=logprobs,
             beyond_context=beyond_context,
+            prompt_lookup=prompt_lookup,
             sampling=_sampling(sampling, own.document if defaults else None),
         )
 
