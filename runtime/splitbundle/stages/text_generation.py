@@ -123,6 +123,10 @@ class TextGeneration:
     A piece is never half a character, and never part of a stop string. ``close`` ends the generation, and frees the
     cache of a session that it made itself. It is also a context manager, which closes it.
 
+    ``text``, ``ids``, ``logprobs`` and ``top`` have what has come so far; ``prompt_ids`` the prompt, and ``reused`` the
+    number of its tokens that weren't computed again. ``finish_reason`` is None until the end; ``Completion`` says what
+    it and ``stopped_by`` mean.
+
     One thread uses it at a time. ``close`` may be called from another thread: then the generation ends before its next
     token.
     """
