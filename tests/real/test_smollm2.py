@@ -142,6 +142,7 @@ def test_a_chat_has_the_ids_of_transformers(smollm2: Path, bundle: splitbundle.B
     )  # of the template's system message, and of this
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 def test_text_with_stop_strings(smollm2: Path, bundle: splitbundle.Bundle, backend: str) -> None:
     from transformers import AutoTokenizer
@@ -169,6 +170,7 @@ def test_text_with_stop_strings(smollm2: Path, bundle: splitbundle.Bundle, backe
         assert found.text == (text[: min(ends)] if ends else text), prompt
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 def test_perplexity(
     smollm2: Path, bundle: splitbundle.Bundle, backend: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
