@@ -147,6 +147,23 @@ def test_a_text_that_spells_a_control_token_on_purpose(made: tuple[TextTokenizer
     assert "<|end|>" not in tokenizer.decode(ids)
 
 
+def test_a_prompt_makes_no_control_token_of_any_kind(made: tuple[TextTokenizer, Tokenizer]) -> None:
+    """Those that only a template spells aren't special in the file."""
+    tokenizer, library = made
+    control = control_ids(library, "<|end|>", "<think>")
+    assert not control & set(tokenizer.encode("a <think> b <|end|> c"))
+    assert library.token_to_id("<think>") in tokenizer.encode("a <think> b", control_tokens=True)
+    assert tokenizer.encode("a b") == library.encode("a b").ids
+
+
+def test_what_a_template_of_the_caller_spells_is_a_control_token(made: tuple[TextTokenizer, Tokenizer]) -> None:
+    tokenizer, library = made
+    number = library.token_to_id("zzz")
+    template = "{{ messages[0].content }}zzz"
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "a zzz b"}], chat_template=template)
+    assert (ids.count(number), ids[-1]) == (1, number)
+
+
 def test_a_bundle_without_a_template_says_so(tmp_path: Path) -> None:
     tokenizer = splitbundle_converter.convert(EXAMPLE, tmp_path / "b", check=False).tokenizer()
     messages: list[dict[str, Any]] = [{"role": "user", "content": "a"}]

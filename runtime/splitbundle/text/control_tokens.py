@@ -51,8 +51,8 @@ class ControlTokens:
 
         Args:
             text: the text of a rendered chat.
-            marks: who wrote each character: 0 the template, 1 the model, 2 anyone else. In what the model wrote, added
-                tokens that aren't special, such as ``<think>``, are tokens.
+            marks: who wrote each character: 0 the template, 1 the model, 2 anyone else. In what the model wrote, tokens
+                such as ``<think>`` are tokens: they aren't special, and not written ``<|…|>``.
             whole: the text with all its control tokens, as the tokenizer encodes it.
 
         Raises:
@@ -67,7 +67,7 @@ class ControlTokens:
             at = text.find(token.content, start, stop)  # the offsets may include spaces around it
             first, end = (start, stop) if at < 0 else (at, at + len(token.content))
             mark = max(marks[first:end], default=TEMPLATE)
-            if mark == TEMPLATE or (mark == MODEL and not token.special):
+            if mark == TEMPLATE or (mark == MODEL and _is_of_the_model(token)):
                 kept.append((first, end, number))
             else:
                 forged.append(first + 1)
@@ -81,6 +81,17 @@ class ControlTokens:
         expected, got = "a text that can be encoded without control tokens", "one whose spelling always becomes one"
         hint = f"Leave this out of the messages: {quoted(text[forged[0] - 1 : forged[0] + 30])}"
         raise BundleError(Problem(code="text.token", argument="messages", expected=expected, got=got, hint=hint))
+
+    def as_text(self, text: str, ids: list[int]) -> list[int]:
+        """Return the ids of a text in which no control token is one.
+
+        Args:
+            text: the text.
+            ids: its ids with the special tokens as text. These are returned if they hold no other control token.
+        """
+        if not any(number in self.tokens and not self.tokens[number].special for number in ids):
+            return ids
+        return list(self._without_control_tokens().encode(text).ids)
 
     def _ids(self, text: str, kept: Sequence[tuple[int, int, int]], gaps: Sequence[int]) -> list[int] | None:
         """Return the ids with the kept control tokens and no others; None if that can't be."""
@@ -127,3 +138,8 @@ class ControlTokens:
                 plain.encode_special_tokens = True
                 self._plain = plain
             return self._plain
+
+
+def _is_of_the_model(token: AddedToken) -> bool:
+    """Return whether a model may write a token into its message: it thinks, or calls a tool, and begins no turn."""
+    return not token.special and not _MARKER.fullmatch(token.content)

@@ -65,6 +65,7 @@ class TextTokenizer:
         self._path, self._vocab_size = path, bundle.architecture.vocab_size
         self._document = text_rules.read(bundle)
         self._lock = threading.Lock()
+        self._sources = () if self._document is None else tuple(self._document.templates.values())
         self._control: ControlTokens | None = None
         self._compiled: dict[str, ChatTemplate] = {}
         with library(path):
@@ -102,7 +103,11 @@ class TextTokenizer:
             BundleError: ``text.token`` if the text spells an added token that the model does not have;
                 ``text.tokenizer`` if the library fails.
         """
-        return self._checked(self._encode(text, control_tokens=control_tokens).ids)
+        ids = self._encode(text, control_tokens=control_tokens).ids
+        if not control_tokens:
+            with library(self._path):
+                ids = self._control_tokens().as_text(text, ids)
+        return self._checked(ids)
 
     def encode_marked(self, text: str, marks: bytes) -> list[int]:
         """Return the token ids of a rendered chat. Only its template makes control tokens.
@@ -113,7 +118,7 @@ class TextTokenizer:
         Args:
             text: the text.
             marks: for each character, 0 if the template wrote it, 1 if the model did, 2 if anyone else did. What the
-                model wrote may hold added tokens that aren't special, such as ``<think>``.
+                model wrote may hold tokens such as ``<think>``: they aren't special, and not written ``<|…|>``.
 
         Raises:
             BundleError: as for ``encode``.
@@ -205,8 +210,7 @@ class TextTokenizer:
 
     def _control_tokens(self) -> ControlTokens:
         if self._control is None:
-            templates = () if self._document is None else tuple(self._document.templates.values())
-            self._control = ControlTokens(self._tokenizer, templates)
+            self._control = ControlTokens(self._tokenizer, self._sources)
         return self._control
 
     def _template(self, asked: str | None, *, tools: bool) -> ChatTemplate:
@@ -217,6 +221,9 @@ class TextTokenizer:
         if source is None:
             raise _no_template(name, known)
         if source not in self._compiled:
+            if source not in self._sources:
+                # What this template spells is a control token, too.
+                self._sources, self._control = (*self._sources, source), None
             try:
                 from splitbundle.text.chat_template import ChatTemplate
             except ModuleNotFoundError as error:
