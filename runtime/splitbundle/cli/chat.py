@@ -331,9 +331,9 @@ def _save(chat: Chat, path: str) -> None:
         chat.console.note("Give the name of a file: /save FILE")
         return
     data = json.dumps({"messages": chat.messages} | ({"tools": chat.tools} if chat.tools else {}), indent=2) + "\n"
-    target = Path(path)
-    staging = target.with_name(f".{target.name}.{os.getpid()}")
+    target = Path(path).expanduser()
     try:
+        staging = target.with_name(f".{target.name}.{os.getpid()}")
         staging.write_text(data, encoding="utf-8")
         try:
             os.link(staging, target)  # unlike a rename, it never replaces a file
@@ -342,8 +342,8 @@ def _save(chat: Chat, path: str) -> None:
             return
         finally:
             staging.unlink()
-    except OSError as error:
-        chat.console.note(f"{path} can't be written: {error.strerror or error}")
+    except (OSError, ValueError) as error:  # the latter for names that no file can have
+        chat.console.note(f"{path} can't be written: {getattr(error, 'strerror', None) or error}")
         return
     chat.console.note(f"The chat was written to {path}.")
 
