@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 
-from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.errors import quoted, wrong_argument
 
 
 def as_integer(value: object) -> int | None:
@@ -40,5 +40,20 @@ def as_integers(values: Iterable[int], argument: str) -> list[int]:
     try:
         return [operator.index(value) for value in values]
     except TypeError:
-        expected, got = "integers", quoted(values)
-        raise BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got)) from None
+        raise wrong_argument(argument, "integers", quoted(values)) from None
+
+
+def as_token_ids(values: Iterable[int], argument: str, vocab_size: int) -> list[int]:
+    """Return token ids as a list of ``int``.
+
+    Raises:
+        BundleError: ``input.value``, which names ``argument``, for bytes, for values that aren't integers, and for
+            integers that aren't from 0 to ``vocab_size - 1``.
+    """
+    if isinstance(values, bytes | bytearray):
+        raise wrong_argument(argument, "token ids", quoted(values))
+    ids = as_integers(values, argument)
+    wrong = next((number for number in ids if not 0 <= number < vocab_size), None)
+    if wrong is not None:
+        raise wrong_argument(argument, f"token ids from 0 to {vocab_size - 1}", str(wrong))
+    return ids

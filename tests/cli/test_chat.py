@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 import splitbundle_converter
-from splitbundle.cli import chat, main, perplexity
+from splitbundle.cli import chat_terminal, main, perplexity
 from splitbundle.cli.console import Console
 from tests.support.paths import ROOT
 
@@ -107,9 +108,48 @@ def test_a_chat_is_saved_and_goes_on(talk: Any, tmp_path: Path) -> None:
 
 def test_several_lines_are_one_message(talk: Any, tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
-    talk(f'a \\\nb\n"""\nc\n\n/d\n"""\n/nothing like it\n/save {path}\n/exit\nmore\n')
+    _, _, err = talk(f'a \\\nb\n"""\nc\n\n/d\n"""\n /nothing\n/nothing\n/etc/x\n/save "{path}"\n/exit\nmore\n')
     questions = [each["content"] for each in json.loads(path.read_text())["messages"] if each["role"] == "user"]
-    assert questions == ["a \nb", "c\n\n/d", "/nothing like it"]
+    assert questions == ["a \nb", "c\n\n/d", " /nothing", "/etc/x"]
+    assert "There is no command '/nothing': /help lists them." in err
+
+
+@pytest.mark.parametrize(
+    "lines", ['"""\nLicensed under\nthe Apache', "Licensed under\\\nthe Apache", "Licensed under the\\"]
+)
+def test_the_end_of_the_input_ends_a_message(talk: Any, lines: str) -> None:
+    status, out, err = talk(lines)
+    assert (status, "[5 tokens" in err) == (0, True)
+    assert out.strip()
+
+
+def test_a_line_on_a_terminal_that_is_no_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python raises or keeps surrogates, as the locale is. readline may leave the bytes out."""
+    lines = [UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "no"), "caf\udce9", "caf\udcc3\udca9", EOFError()]
+
+    def read(prompt: str) -> str:
+        line = lines.pop(0)
+        if isinstance(line, Exception):
+            raise line
+        return str(line)
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(chat_terminal, "on_terminal", lambda console: True)
+    err = io.StringIO()
+    assert list(chat_terminal.questions(Console(as_json=False, quiet=False, err=err))) == ["café"]
+    assert err.getvalue().count("This line isn't UTF-8. It was left out.") == 2
+
+
+def test_a_chat_is_saved_where_files_have_one_name(talk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "chat.json"
+    _, _, err = talk(f"{QUESTION}\n/save {path}\n/save {path}\n")
+    assert len(json.loads(path.read_text())["messages"]) == 2
+    assert "exists already" in err
+    assert [each.name for each in tmp_path.iterdir()] == ["chat.json"]
 
 
 def test_a_chat_that_is_too_long_loses_its_oldest_turns(talk: Any) -> None:
@@ -126,6 +166,12 @@ def test_a_template_that_refuses_says_why(talk: Any, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps([{"role": "oracle", "content": "a"}]))
     status, _, err = talk("b\n", "--messages", str(tmp_path / "x.json"))
     assert (status, "no such role" in err) == (1, True)
+    (tmp_path / "x.json").write_text(json.dumps([{"role": "user", "content": QUESTION}]), encoding="utf-8-sig")
+    assert talk("b\n", "--messages", str(tmp_path / "x.json"))[0] == 0
+    (tmp_path / "x.json").write_text(json.dumps([{"role": "user", "content": QUESTION}, 3]))
+    status, _, err = talk("b\n", "--messages", str(tmp_path / "x.json"))
+    assert (status, "got 3 as messages[1]" in err) == (2, True)
+    assert talk("b\n", "--messages", "-")[0] == 2
     for content in ("{", "[]", "[1]", '{"messages": [{"role": "user"}], "tools": 3}', b"\xff".decode("latin-1")):
         (tmp_path / "x.json").write_text(content, encoding="latin-1")
         assert talk("b\n", "--messages", str(tmp_path / "x.json"))[0] == 2
@@ -135,11 +181,11 @@ def test_a_template_that_refuses_says_why(talk: Any, tmp_path: Path) -> None:
 def test_thinking_is_shown_apart_or_hidden() -> None:
     for hidden, expected in ((False, "[thinking]\nso\n[answer]\nthis\n"), (True, "this\n")):
         out = io.StringIO()
-        view = chat._View(Console(as_json=False, quiet=False, out=out), hidden=hidden)
-        for thinks, text in ((True, "s"), (True, "o"), (False, "\n\nth"), (False, "is")):
+        view = chat_terminal.View(Console(as_json=False, quiet=False, out=out), hidden=hidden)
+        for thinks, text in ((True, "s"), (True, "o"), (False, "\n"), (False, "\nth"), (False, "is")):
             view.show(thinks, text)
         view.end()
-        assert out.getvalue().lstrip("\n") == expected
+        assert out.getvalue() == expected
 
 
 def test_generate_answers_a_chat_of_a_file(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,8 +201,35 @@ def test_generate_answers_a_chat_of_a_file(bundle: Path, tmp_path: Path, capsys:
     assert all(each["top"][0]["id"] == each["id"] and len(each["top"]) == 2 for each in last["logprobs"])
     with pytest.raises(SystemExit):
         main.main(["generate", str(bundle), "x", "--min-p", "2"])
-    assert main.main(["generate", str(bundle), "x", "--messages", str(path)]) == 2
+    wrong: tuple[tuple[str, ...], ...] = (
+        ("x", "--messages", str(path)),
+        ("x", "--chat-template", "default"),
+        ("x", "--logprobs", "2"),
+        ("--ids", "1,2", "--stop", "4"),
+    )
+    for options in wrong:
+        assert main.main(["generate", str(bundle), *options]) == 2
+    with pytest.raises(SystemExit):
+        main.main(["generate", str(bundle), "x", "--logit-bias", "1:2,1:3"])
     capsys.readouterr()
+
+
+def test_verify_checks_the_texts_of_a_part(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, options, some in (("with", ["--text"], True), ("without", [], False)):
+        part = str(tmp_path / name)
+        assert main.main(["extract", str(bundle), "--shard", "bottom", "-o", part, "-q", *options]) == 0
+        capsys.readouterr()
+        assert main.main(["verify", part, "--json"]) == 0
+        assert (json.loads(capsys.readouterr().out)["golden_texts"] > 0) is some
+
+
+def test_messages_from_standard_input(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = json.dumps([{"role": "user", "content": QUESTION}]).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(chat), "utf-8"))
+    assert main.main(["generate", str(bundle), "--messages", "-", "-n", "5"]) == 0
+    assert capsys.readouterr().out == f"{ANSWER}\n"
 
 
 def test_sampling_by_the_command(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +238,11 @@ def test_sampling_by_the_command(bundle: Path, capsys: pytest.CaptureFixture[str
         return capsys.readouterr().out
 
     greedy = text()
+    assert text("--seed", "1") == greedy
+    # A filter without a temperature draws at temperature 1.
+    assert text("--top-k", "9", "--seed", "2") == text("--top-k", "9", "--seed", "2", "--temperature", "1")
+    assert len({text("--top-k", "400", "--logit-bias", "12:9", "--seed", str(seed)) for seed in range(6)}) > 1
+    assert text("--top-k", "9", "--seed", "2", "--temperature", "0") == greedy
     assert text("--temperature", "3", "--top-k", "1") == greedy
     assert text("--temperature", "3", "--min-p", "1") == greedy
     assert text("--temperature", "3", "--seed", "1") != greedy
@@ -176,8 +254,9 @@ def test_sampling_by_the_command(bundle: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no pseudo-terminals")
-def test_ctrl_c_stops_the_answer_and_not_the_program(bundle: Path) -> None:
-    """On a terminal: a long answer is stopped, and the next question is answered."""
+@pytest.mark.parametrize("ending", ["exit", "SIGTERM"])
+def test_ctrl_c_stops_the_answer_and_not_the_program(bundle: Path, ending: str) -> None:
+    """On a terminal: a long answer is stopped, and the next question is answered. SIGTERM ends the program."""
     primary, secondary = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "splitbundle", "chat", str(bundle), "--stop", "nothing ends it", "--threads", "1"],
@@ -213,8 +292,18 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(bundle: Path) -> None:
             # A signal that comes just before readline waits is seen after the next key, so it may take another one.
             os.write(primary, b"\x03")
         until("To end, write /exit, or press Ctrl-D.")
-        os.write(primary, b"/exit\n")
-        assert process.wait(60) == 0
+        os.write(primary, b"/save /no/such/place\n")
+        until("can't be written")
+        if ending == "exit":
+            os.write(primary, b"/exit\n")
+            assert process.wait(60) == 0
+        else:
+            for _ in range(60):
+                process.terminate()  # again, as one that comes just before readline waits is seen after the next key
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+                    break
+            assert process.returncode == 130
     finally:
         process.kill()
         os.close(primary)

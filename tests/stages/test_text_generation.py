@@ -273,3 +273,23 @@ def test_the_defaults_of_the_makers(tmp_path: Path) -> None:
     greedy = text(temperature=0)
     assert greedy == text(defaults=False, repetition_penalty=1.05)
     assert text(seed=1, top_k=1) == text(seed=1, defaults=False, **{**named, "top_k": 1})
+
+
+def test_prompts_that_are_none(pipeline: Any) -> None:
+    for wrong in (None, 3, b"hi", [-1], [10**9]):
+        with pytest.raises(BundleError, match=r"\[input.value\] prompt: expected"):
+            pipeline.stream_text(wrong)
+    for named in ({"tools": []}, {"chat_template": "default"}, {"template_variables": {}}):
+        with pytest.raises(BundleError, match="expected None for a prompt that isn't a list of messages"):
+            pipeline.stream_text(PROMPT, **named)
+    assert pipeline.complete_text(PROMPT, max_new_tokens=2, stop=None).text == ", "
+
+
+def test_a_filter_without_a_temperature_draws(pipeline: Any) -> None:
+    named: dict[str, Any] = {"max_new_tokens": 8, "seed": 3, "logit_bias": {12: 9.0}}
+    ids = pipeline.token_ids([pipeline.tokenizer().encode(PROMPT)])
+    for name, value in (("top_k", 300), ("top_p", 0.99), ("min_p", 1e-9), ("typical_p", 0.99)):
+        drawn = [each.tolist() for each in pipeline.generate(ids, temperature=1.0, **named, **{name: value})]
+        assert [each.tolist() for each in pipeline.generate(ids, **named, **{name: value})] == drawn
+        one = pipeline.complete_text(PROMPT, **named, **{name: value})
+        assert one == pipeline.complete_text(PROMPT, temperature=1.0, **named, **{name: value})

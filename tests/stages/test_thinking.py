@@ -34,7 +34,9 @@ def test_a_block_in_pieces_of_any_size(sizes: list[int]) -> None:
         ("so</think>this", "<|Assistant|><think>\n", ("so", "this")),  # the template began the block
         ("this", "<think>\n\n</think>\n\n", ("", "this")),  # the template made an empty one
         ("<think>never ends", "", ("never ends", "")),
-        ("a<think>b</think>c<think>d</think>", "", ("bd", "ac")),
+        ("<think>a</think>\n<think>b</think>c", "", ("ab", "\nc")),
+        ("a <think>b</think> c", "", ("", "a <think>b</think> c")),  # the answer explains the marks
+        ("<think>a</think>b<think>c</think>", "", ("a", "b<think>c</think>")),
         ("<thinking>b</thinking>c", "", ("b", "c")),
         ("ends with <thi", "", ("", "ends with <thi")),
     ],

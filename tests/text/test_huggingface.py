@@ -225,3 +225,73 @@ def test_the_former_module_is_a_door_to_this_one() -> None:
 
     assert text_tokenizer.TextTokenizer is TextTokenizer
     assert "splitbundle.text.huggingface" in (text_tokenizer.__doc__ or "")
+
+
+def test_what_is_no_text_and_no_token(bundle: splitbundle.Bundle) -> None:
+    tokenizer = TextTokenizer(bundle)
+    for wrong in ("a\ud800b", None, b"a"):
+        with pytest.raises(BundleError, match=r"\[input.value\] text: expected a text without lone surrogates"):
+            tokenizer.encode(wrong)  # type: ignore[arg-type]
+    for ids in ([-1], [10**9], b"hi", ["a"]):
+        with pytest.raises(BundleError, match=r"\[input.value\] ids"):
+            tokenizer.decode(ids)  # type: ignore[arg-type]
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(BundleError, match=r"messages\[0\]\['content'\]: expected a text without lone surrogates"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "\udfff"}], chat_template=template)
+    with pytest.raises(TypeError, match=r"tokenize is an argument of transformers. .* render_chat returns the text"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=False)
+    with pytest.raises(BundleError, match=r"\[text.template\] chat_template"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template="")
+
+
+def test_a_text_without_the_tokens_around_it(tmp_path: Path) -> None:
+    library = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    from tokenizers import processors
+
+    library.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    library.add_tokens(["<|tool|>"])
+    source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
+    document = json.loads(library.to_str())
+    document["added_tokens"] = [each for each in document["added_tokens"] if each["content"] != "<|tool|>"]
+    (source / "tokenizer.json").write_text(json.dumps(document))
+    tokenizer = TextTokenizer(splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False))
+    ids = tokenizer.encode("Licensed")
+    assert ids[0] == 0
+    assert tokenizer.encode("Licensed", add_special_tokens=False) == ids[1:]
+
+
+def test_golden_texts_spell_control_tokens_that_are_not_special(tmp_path: Path) -> None:
+    """A tokenizer whose library lets such a token into a text is noticed."""
+    source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
+    document = json.loads((source / "tokenizer.json").read_text())
+    last, number = max(document["model"]["vocab"].items(), key=lambda entry: entry[1])
+    del document["model"]["vocab"][last]
+    document["model"]["vocab"]["<zig>"] = number
+    document["model"]["merges"].pop()
+    own = {"id": number, "content": "<zig>", "special": False, "single_word": False, "lstrip": False, "rstrip": False}
+    document["added_tokens"].append({**own, "normalized": False})
+    (source / "tokenizer.json").write_text(json.dumps(document))
+    (source / "chat_template.jinja").write_text("{% for m in messages %}<zig>{{ m.content }}{% endfor %}")
+    bundle = splitbundle_converter.convert(source, tmp_path / "x.splitbundle")
+    tokenizer = TextTokenizer(bundle)
+    assert tokenizer.document is not None
+    (case,) = [each for each in tokenizer.document.cases if each.text == "a<zig>b"]
+    assert number in case.control_ids
+    assert number not in case.ids
+    assert tuple(tokenizer.encode("a<zig>b")) == case.ids
+    assert bundle.check_texts() >= len(tokenizer.document.cases)
+
+
+def test_what_the_makers_ask_for_and_is_not_done_is_said(tmp_path: Path) -> None:
+    source, notes = Path(shutil.copytree(CHECKPOINT, tmp_path / "source")), list[str]()
+    config = {
+        "eos_token_id": 0,
+        "num_beams": 1,
+        "no_repeat_ngram_size": 3,
+        "stop_strings": ["x"],
+        "suppress_tokens": None,
+    }
+    (source / "generation_config.json").write_text(json.dumps(config))
+    splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False, notes=notes.append)
+    expected = "generation_config.json also has no_repeat_ngram_size, stop_strings, by which no text is generated here."
+    assert expected in notes

@@ -21,6 +21,7 @@ from splitbundle.format.text_document import (
     TextDocument,
 )
 from splitbundle.text.chat_template import ChatTemplate
+from splitbundle.text.control_tokens import ControlTokens
 from splitbundle_converter.checkpoint.file_names import GENERATION, TEMPLATES
 from splitbundle_converter.errors import line, source_json
 from splitbundle_converter.options import Note
@@ -53,7 +54,9 @@ TEXTS: Final = (
 )
 """Texts in many scripts, with spaces, line ends, symbols and code."""
 MAX_CONTROL: Final = 8
-"""The largest number of control tokens that are spelled in golden texts."""
+"""The largest number of control tokens that are spelled in golden texts, the special ones first."""
+MAX_OTHERS: Final = 4
+"""The largest number of further ones that aren't special."""
 _VARIABLES: Final = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _CHATS: Final[tuple[tuple[tuple[tuple[str, str], ...], bool], ...]] = (
     ((("user", "Hello, who are you?"),), True),
@@ -61,6 +64,16 @@ _CHATS: Final[tuple[tuple[tuple[tuple[str, str], ...], bool], ...]] = (
     ((("user", " a\n"), ("assistant", "Yes — b."), ("user", "数字 🙂 and {{ braces }} {% x %}")), True),
     ((("user", "What is the capital of France?"), ("assistant", "Paris.")), False),
 )
+_UNUSED: Final = {
+    **dict.fromkeys(("stop_strings", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")),
+    **dict.fromkeys(
+        ("forced_bos_token_id", "forced_eos_token_id", "sequence_bias", "guidance_scale", "watermarking_config")
+    ),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_new_tokens", "min_length"), 0),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), 0.0),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "encoder_repetition_penalty"), 1),
+}
+"""Fields of ``generation_config.json`` that change what transformers generates -> their value that changes nothing."""
 _TELLS_THE_TIME: Final = "strftime_now"
 
 
@@ -94,23 +107,31 @@ def text_document(
     return TextDocument(
         variables=variables,
         templates=templates,
-        defaults=_defaults(generation),
-        cases=_cases(files, vocab_size) if golden else (),
+        defaults=_defaults(generation, say),
+        cases=_cases(files, vocab_size, tuple(templates.values())) if golden else (),
         chats=_chats(files, model_type, own, variables, say) if golden and own is not None else (),
     )
 
 
-def _cases(files: Mapping[str, bytes], vocab_size: int) -> tuple[GoldenText, ...]:
+def _cases(files: Mapping[str, bytes], vocab_size: int, templates: tuple[str, ...]) -> tuple[GoldenText, ...]:
     own = slow_tokenizer.library_tokenizer(files)
-    control = [token.content for _, token in sorted(own.get_added_tokens_decoder().items()) if token.special]
-    spelled = [text for token in control[:MAX_CONTROL] for text in (f"a{token}b", f" {token} ", f"{token}{token}")]
-    cases = [_case(own, text) for text in dict.fromkeys((*TEXTS, *spelled)) if len(text) <= MAX_TEXT]
+    control = ControlTokens(own, templates)
+    tokens = [token for _, token in sorted(control.tokens.items())]
+    # A library that keeps special tokens out of texts may still let the others in.
+    some = [token.content for special in (True, False) for token in tokens if token.special is special][:MAX_CONTROL]
+    others = [token.content for token in tokens if not token.special][:MAX_OTHERS]
+    spelled = [text for token in dict.fromkeys((*some, *others)) for text in _spelled(token)]
+    cases = [_case(own, control, text) for text in dict.fromkeys((*TEXTS, *spelled)) if len(text) <= MAX_TEXT]
     return tuple(case for case in cases if max((*case.ids, *case.control_ids), default=0) < vocab_size)
 
 
-def _case(own: Tokenizer, text: str) -> GoldenText:
+def _spelled(token: str) -> tuple[str, ...]:
+    return f"a{token}b", f" {token} ", f"{token}{token}"
+
+
+def _case(own: Tokenizer, control: ControlTokens, text: str) -> GoldenText:
     own.encode_special_tokens = True
-    ids = own.encode(text).ids
+    ids = control.as_text(text, own.encode(text).ids)
     own.encode_special_tokens = False
     control_ids = own.encode(text).ids
     decoded = own.decode(control_ids, skip_special_tokens=True)
@@ -187,9 +208,12 @@ def _each_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> Ite
             yield PurePosixPath(path).stem, data.decode("utf-8", "replace")
 
 
-def _defaults(generation: bytes | None) -> Defaults:
+def _defaults(generation: bytes | None, say: Note) -> Defaults:
     config = source_json(generation, GENERATION) if generation is not None else {}
     values = config if isinstance(config, dict) else {}
+    unused = sorted(name for name, usual in _UNUSED.items() if values.get(name, usual) not in (usual, None, []))
+    if unused:
+        say(f"{GENERATION} also has {', '.join(unused)}, by which no text is generated here.")
 
     def number(name: str, most: float = 1e37, *, zero: bool = False) -> float | None:
         value = values.get(name)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from splitbundle.bundle import Bundle
 from splitbundle.cli import text_options
 from splitbundle.cli.arguments import verify_when
+from splitbundle.cli.chat_terminal import View, handling, interruptible, on_terminal, questions
 from splitbundle.cli.console import Command, Console
 from splitbundle.cli.words import in_command
-from splitbundle.errors import BundleError, printable
+from splitbundle.errors import BundleError, Problem, printable, quoted
 from splitbundle.opening import open_bundle
 from splitbundle.stages.text_generation import CANCELLED, CONTEXT, LENGTH, TextGeneration, context_of
 from splitbundle.stages.thinking import Thinking
@@ -33,7 +34,7 @@ Ctrl-C stops an answer. A line that ends with \\ goes on in the next line. Three
 of their own begin and end a text of several lines."""
 RESERVE: Final = 64
 """The number of tokens of the context that a chat leaves for an answer before old turns are left out."""
-_QUOTES: Final = '"""'
+_COMMAND: Final = re.compile(r"/[a-z]+(\s|$)")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +48,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show what the model thinks before it answers, apart from the answer, or hide it; by default show",
     )
     parser.add_argument("--chat-template", metavar="NAME", help="another chat template of the bundle")
-    text_options.add_sampling_arguments(parser)
+    text_options.add_sampling_arguments(parser, default="by default as many as the context has room for")
     text_options.add_model_arguments(parser)
 
 
@@ -61,6 +62,9 @@ class Chat:
         self.messages: list[dict[str, Any]] = []
         self.tools: list[dict[str, Any]] | None = None
         self.session = pipeline.session(1)
+        if args.messages == "-":
+            expected, got = "a file, as questions come on standard input", "-"
+            raise BundleError(Problem(code="usage.messages", argument="--messages", expected=expected, got=got))
         if args.messages is not None:
             self.messages, self.tools = text_options.read_messages(args.messages)
         if args.system is not None:
@@ -132,7 +136,7 @@ class Chat:
 
     def _answer(self, prompt: list[int]) -> str:
         thinking = Thinking(self.tokenizer.decode(prompt[-32:], control_tokens=True))
-        view = _View(self.console, hidden=self.args.thinking == "hide")
+        view = View(self.console, hidden=self.args.thinking == "hide")
         began = first = time.perf_counter()
         with self.pipeline.stream_text(
             prompt,
@@ -144,7 +148,7 @@ class Chat:
             **self.sampling,
         ) as generation:
             try:
-                with _interruptible(generation):
+                with interruptible(generation):
                     for piece in generation:
                         first = first if generation.text != piece else time.perf_counter()
                         for part in thinking.feed(piece):
@@ -186,126 +190,46 @@ class Chat:
         )
 
 
-class _View:
-    """Show an answer piece by piece, and what the model thinks apart from it."""
-
-    def __init__(self, console: Console, *, hidden: bool) -> None:
-        self._console, self._hidden = console, hidden
-        self._thinks: bool | None = None
-        self._colors = console.colors
-
-    def show(self, thinks: bool, text: str) -> None:
-        """Show a piece."""
-        self._console.json({"thinking" if thinks else "text": text})
-        if thinks and self._hidden:
-            return
-        if thinks != self._thinks:
-            if thinks:
-                self._console.stream("\033[2m" if self._colors else "[thinking]\n")
-            elif self._thinks:
-                self._console.stream("\033[0m\n" if self._colors else "\n[answer]\n")
-                text = text.lstrip("\n")
-            self._thinks = thinks
-        self._console.stream(text)
-
-    def end(self) -> None:
-        """End the answer with a line end."""
-        self._console.stream("\033[0m\n" if self._thinks and self._colors else "\n")
-
-
-@contextmanager
-def _interruptible(generation: TextGeneration) -> Iterator[None]:
-    """Let the first Ctrl-C end the generation before its next token. A second one raises KeyboardInterrupt."""
-    stopped = False
-
-    def stop(*_: object) -> None:
-        nonlocal stopped
-        if stopped:
-            raise KeyboardInterrupt
-        stopped = True
-        generation.cancel()
-
-    try:
-        before = signal.signal(signal.SIGINT, stop)
-    except ValueError:  # not in the main thread: the calling program handles its signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _questions(console: Console) -> Iterator[str]:
-    """Yield what the user writes: a line, or several lines, until the end of the input."""
-    terminal = _on_terminal(console)
-    if terminal:
-        import contextlib
-
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # input() then has a history, and keys that edit
-    while True:
-        try:
-            line = _line("> ", terminal)
-            if line.strip() == _QUOTES:
-                lines = []
-                while (more := _line("… ", terminal)).strip() != _QUOTES:
-                    lines.append(more)
-                line = "\n".join(lines)
-            while line.endswith("\\"):
-                line = line[:-1] + "\n" + _line("… ", terminal)
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            if not terminal:
-                raise
-            console.note("To end, write /exit, or press Ctrl-D.")
-            continue
-        yield line
-
-
-def _on_terminal(console: Console) -> bool:
-    return sys.stdin is not None and sys.stdin.isatty() and not console.as_json
-
-
-def _line(prompt: str, terminal: bool) -> str:
-    if terminal:
-        return input(prompt)
-    line = sys.stdin.buffer.readline() if sys.stdin is not None else b""
-    if not line:
-        raise EOFError
-    return line.decode("utf-8", "replace").rstrip("\r\n")
-
-
 def _run(args: argparse.Namespace, console: Console) -> int:
     bundle = open_bundle(args.bundle, verify=verify_when(args))
+    if not on_terminal(console):
+        return _talk(bundle, args, console)
+    # Ctrl-C at the prompt, or in an answer, doesn't end the command, so it mustn't count as the reason of a later end.
+    with handling(signal.default_int_handler):
+        return _talk(bundle, args, console)
+
+
+def _talk(bundle: Bundle, args: argparse.Namespace, console: Console) -> int:
     chat = Chat(text_options.load_pipeline(bundle, args), args, console)
-    if _on_terminal(console):
+    if on_terminal(console):
         console.note(f"{printable(bundle.manifest.model.name)}: write a message, or /help.")
-    for line in _questions(console):
+    for line in questions(console):
         text = line.strip()
         if not text:
             continue
         if text in ("/exit", "/quit"):
             break
         try:
-            if text.startswith("/") and _command(chat, text):
-                continue
-            chat.ask(line)
-        except KeyboardInterrupt:
-            if not _on_terminal(console):
+            if _COMMAND.match(line):
+                _command(chat, text)
+            else:
+                chat.ask(line)
+        except KeyboardInterrupt as error:
+            if not on_terminal(console) or type(error) is not KeyboardInterrupt:
                 raise
             chat.forget()
             console.note("The answer was stopped.")
-        except BundleError as error:
-            if not _on_terminal(console):
+        except Exception as error:
+            if not on_terminal(console) or isinstance(error, OSError) or args.debug:
                 raise
-            console.error(str(in_command(error.problems[0])))
+            chat.forget()
+            problems = error.problems if isinstance(error, BundleError) else ()
+            console.error(str(in_command(problems[0])) if problems else f"{type(error).__name__}: {error}")
     return 0
 
 
-def _command(chat: Chat, text: str) -> bool:
-    """Do what a line that begins with / asks for. Return False for a line that is no command."""
+def _command(chat: Chat, text: str) -> None:
+    """Do what a line such as ``/reset`` asks for."""
     name, _, rest = text.partition(" ")
     if name == "/help":
         chat.console.note_lines(HELP)
@@ -314,15 +238,22 @@ def _command(chat: Chat, text: str) -> bool:
         chat.console.note("A new chat begins.")
     elif name == "/undo":
         chat.undo()
+        chat.console.note(f"The chat has {len(chat.messages)} messages now.")
     elif name == "/system":
         chat.messages = []
         if rest.strip():
             chat.set_system(rest.strip())
+        chat.console.note(f"A new chat begins, with{'' if chat.messages else 'out'} a system message.")
     elif name == "/save":
-        _save(chat, rest.strip())
+        _save(chat, _unquoted(rest.strip()))
     else:
-        return False
-    return True
+        chat.console.note(
+            f"There is no command {quoted(name)}: /help lists them. A space before it makes it a message."
+        )
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
 def _save(chat: Chat, path: str) -> None:
@@ -336,7 +267,7 @@ def _save(chat: Chat, path: str) -> None:
         staging = target.with_name(f".{target.name}.{os.getpid()}")
         staging.write_text(data, encoding="utf-8")
         try:
-            os.link(staging, target)  # unlike a rename, it never replaces a file
+            _name(staging, target)
         except FileExistsError:
             chat.console.note(f"{path} exists already. Give another name.")
             return
@@ -346,6 +277,21 @@ def _save(chat: Chat, path: str) -> None:
         chat.console.note(f"{path} can't be written: {getattr(error, 'strerror', None) or error}")
         return
     chat.console.note(f"The chat was written to {path}.")
+
+
+def _name(staging: Path, target: Path) -> None:
+    """Give a file a second name, which no file has.
+
+    Raises:
+        FileExistsError: a file has it.
+    """
+    try:
+        os.link(staging, target)  # unlike a rename, it never replaces a file
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links, such as FAT: then the name is taken first
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o666))
+        shutil.copyfile(staging, target)
 
 
 COMMAND: Final = Command(name="chat", help="talk with a model, through all shards", configure=_add_arguments, run=_run)

@@ -17,6 +17,7 @@ from splitbundle.errors import BundleError, MissingExtra, Problem
 from splitbundle.opening import open_bundle
 from splitbundle.records import replace
 from splitbundle.stages.text_generation import CONTEXT, context_of
+from splitbundle.verification import text_rules
 
 DEFAULT_TOKENS: Final = 64
 
@@ -46,16 +47,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --json: the logarithm of the probability of each new token, and of the N likeliest tokens there",
     )
-    text_options.add_sampling_arguments(parser)
+    text_options.add_sampling_arguments(parser, default=f"by default {DEFAULT_TOKENS}")
     text_options.add_model_arguments(parser)
 
 
 class _Ids:
     """The tokenizer of a prompt that is token ids: the new text is ids with commas between them."""
 
-    document = None
-
     def __init__(self, bundle: Bundle) -> None:
+        self.document = text_rules.read(bundle)
         self.stop_ids = bundle.manifest.text.stop_ids
         self._count = 0
 
@@ -125,6 +125,12 @@ def _prompt(bundle: Bundle, args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Return the tokenizer, the prompt, and the tools of a chat."""
     if sum(given is not None for given in (args.prompt, args.ids, args.messages)) > 1:
         raise _usage("text, --ids or --messages", "several of them")
+    if args.chat_template is not None and args.messages is None:
+        raise _unused("--chat-template", "a chat (--messages FILE)")
+    if args.logprobs is not None and not args.json:
+        raise _unused("--logprobs", "--json, whose last line has them")
+    if args.ids is not None and args.stop:
+        raise _unused("--stop", "text, as a prompt or in --messages")
     if args.messages is not None:
         messages, tools = text_options.read_messages(args.messages)
         return bundle.tokenizer(), messages, tools
@@ -162,6 +168,10 @@ def _check_room(bundle: Bundle, prompt: int, *, beyond: bool) -> None:
 
 def _usage(expected: str, got: str, hint: str | None = None) -> BundleError:
     return BundleError(Problem(code="usage.prompt", argument="PROMPT", expected=expected, got=got, hint=hint))
+
+
+def _unused(option: str, needed: str) -> BundleError:
+    return BundleError(Problem(code="usage.arguments", argument=option, expected=needed, got=f"{option} without it"))
 
 
 def _text(text: str | None) -> str:

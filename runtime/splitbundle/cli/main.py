@@ -82,6 +82,10 @@ def _every_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
     return build_parsers(all_commands())
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. A command that goes on after Ctrl-C ends all the same."""
+
+
 class _Interruption:
     """Raise KeyboardInterrupt on Ctrl-C and SIGTERM, so that half-written files are removed, and remember it."""
 
@@ -89,9 +93,9 @@ class _Interruption:
         self.came = False
         self._before: dict[signal.Signals, Any] = {}
 
-    def _interrupt(self, *_: object) -> None:
+    def _interrupt(self, number: int, _: object) -> None:
         self.came = True
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
     def __enter__(self) -> _Interruption:
         for number in (signal.SIGINT, signal.SIGTERM):

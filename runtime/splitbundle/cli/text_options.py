@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,21 +20,23 @@ from splitbundle.cli.arguments import (
     temperature,
 )
 from splitbundle.cli.console import Console
-from splitbundle.errors import BundleError, Problem
+from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.stages.sampling import drawing
 from splitbundle.stages.text_generation import with_defaults
 
 _NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 MAX_MESSAGES_BYTES: Final = 2**24
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose how tokens are drawn."""
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """Add the options that choose how tokens are drawn. ``default`` says how many tokens there are by default."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--temperature",
         type=temperature,
         metavar="T",
-        help="the divisor of the logits; 0 takes the likeliest token. The default is the model's own, else 0",
+        help="the divisor of the logits; 0 takes the likeliest token. The default is the model's own; else 1 with one "
+        "of the next four options, and 0 without",
     )
     group.add_argument("--top-k", type=positive, metavar="K", help="draw among the K likeliest tokens")
     group.add_argument(
@@ -90,7 +93,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "-n",
         type=positive,
         metavar="N",
-        help="the largest number of new tokens. The text ends earlier where the model's context is full",
+        help=f"the largest number of new tokens, {default}. The text ends earlier where the model's context is full",
     )
 
 
@@ -131,7 +134,9 @@ def sampling(args: argparse.Namespace, document: Any, console: Console) -> dict[
     names = (*_NUMBERS, "presence_penalty", "frequency_penalty", "logit_bias", "seed")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     found = with_defaults(given, document if args.defaults else None)
-    said = [f"{name.replace('_', '-')} {found[name]:g}" for name in _NUMBERS if name in found and name not in given]
+    asked = drawing(given)
+    theirs = [name for name in _NUMBERS if name in found and found[name] != asked.get(name)]
+    said = [f"{name.replace('_', '-')} {found[name]:g}" for name in theirs]
     if said:
         console.note(f"Sampling as the model's makers do: {', '.join(said)} (--no-defaults: the likeliest token)")
     return found
@@ -139,39 +144,59 @@ def sampling(args: argparse.Namespace, document: Any, console: Console) -> dict[
 
 def biases(text: str) -> dict[int, float]:
     """Parse ``50256:-100,11:1.5`` for argparse."""
+    found: dict[int, float] = {}
     try:
-        pairs = [part.split(":") for part in text.split(",")]
-        return {int(token): float(bias) for token, bias in pairs}
+        for part in text.split(","):
+            token, bias = part.split(":")
+            if int(token) in found:
+                raise argparse.ArgumentTypeError(f"expected each ID once, got {text!r}")
+            found[int(token)] = float(bias)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected ID:X with commas between them, got {text!r}") from None
+    return found
 
 
 def read_messages(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Return the messages of a JSON file, and its tools if it has any.
 
-    The file has an array of messages, or an object with ``messages`` and perhaps ``tools``.
+    The file has an array of messages, or an object with ``messages`` and perhaps ``tools``. ``-`` is standard input.
 
     Raises:
         BundleError: ``usage.messages``.
     """
     try:
-        with Path(path).open("rb") as file:
-            value = json.loads(file.read(MAX_MESSAGES_BYTES).decode("utf-8"))
+        data = _read(path)
     except OSError as error:
         raise _wrong(path, "a file that can be read", error.strerror or str(error)) from None
+    if len(data) > MAX_MESSAGES_BYTES:
+        raise _wrong(path, f"at most {MAX_MESSAGES_BYTES:,} bytes", "more")
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise _wrong(path, "JSON in UTF-8", str(error)) from None
     tools = value.get("tools") if isinstance(value, dict) else None
     messages = value.get("messages") if isinstance(value, dict) else value
-    if not _objects(messages) or not messages:
-        raise _wrong(path, "an array of messages, each an object with role and content", "something else")
-    if tools is not None and not _objects(tools):
-        raise _wrong(path, "an array of objects as tools", "something else")
+    _check_objects(path, messages, "messages", "an array of messages, each an object with role and content")
+    if not messages:
+        raise _wrong(path, "at least one message", "an empty array")
+    if tools is not None:
+        _check_objects(path, tools, "tools", "an array of objects as tools")
     return messages, tools
 
 
-def _objects(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(each, dict) for each in value)
+def _read(path: str) -> bytes:
+    if path != "-":
+        with Path(path).open("rb") as file:
+            return file.read(MAX_MESSAGES_BYTES + 1)
+    return b"" if sys.stdin is None else sys.stdin.buffer.read(MAX_MESSAGES_BYTES + 1)
+
+
+def _check_objects(path: str, value: object, name: str, expected: str) -> None:
+    if not isinstance(value, list):
+        raise _wrong(path, expected, quoted(value))
+    for number, each in enumerate(value):
+        if not isinstance(each, dict):
+            raise _wrong(path, expected, f"{quoted(each)} as {name}[{number}]")
 
 
 def _wrong(path: str, expected: str, got: str) -> BundleError:

@@ -62,7 +62,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         except BundleError as error:
             raise VerificationError(error.problems) from error
     texts = 0
-    if args.shard is None and bundle.manifest.model.text_file is not None and not found.absent:
+    needed = {bundle.manifest.model.text_file, bundle.manifest.text.tokenizer}
+    if args.shard is None and None not in needed and not needed & set(found.absent):
         texts = _check_texts(bundle, console)
     console.end_progress()
     for path in found.unlisted:

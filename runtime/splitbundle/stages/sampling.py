@@ -19,6 +19,8 @@ NOT_FINITE: Final = Problem(
     hint="Some weights are NaN or infinite, or the dtype is too narrow for this model: try another dtype",
 )
 MAX_BIASES: Final = 2**16
+FILTERS: Final = ("top_k", "top_p", "min_p", "typical_p")
+"""The arguments that leave out unlikely tokens."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -54,9 +56,12 @@ class Sampling:
     def of(cls, **given: object) -> Sampling:
         """Return the sampling for the arguments of a caller, whose numbers may be of any library.
 
+        A filter without a temperature means temperature 1.
+
         Raises:
             BundleError: ``input.value``.
         """
+        given = drawing(given)
         numbers = {name: as_number(value) for name, value in given.items()}
         made: dict[str, Any] = {
             name: value if numbers[name] is None else numbers[name] for name, value in given.items()
@@ -109,6 +114,15 @@ class Sampling:
     def filters_least(self) -> bool:
         """Return whether ``min_p`` or ``typical_p`` leaves out tokens."""
         return bool(self.min_p) or self.typical_p not in (None, 1)
+
+
+def drawing(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of sampling with temperature 1 if they have a filter and no temperature.
+
+    A filter means nothing where the likeliest token is taken, so a caller who gives one wants draws.
+    """
+    filtered = "temperature" not in given and any(given.get(name) is not None for name in FILTERS)
+    return {"temperature": 1.0, **given} if filtered else dict(given)
 
 
 def _are_biases(value: object) -> bool:

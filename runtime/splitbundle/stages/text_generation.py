@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from splitbundle import logs
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
-from splitbundle.integers import as_integer, as_integers
+from splitbundle.integers import as_integer, as_integers, as_token_ids
 from splitbundle.records import record
+from splitbundle.stages.sampling import FILTERS, drawing
 
 if TYPE_CHECKING:
     from splitbundle.stages.session import Session
@@ -67,7 +68,7 @@ class StopStrings:
             at, _, self.found = min(hits)
             self._held = ""
             return held[:at]
-        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        keep = max((overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
 
@@ -77,18 +78,18 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of a text that begins a stop string."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+def overlap(text: str, sought: str) -> int:
+    """Return the length of the longest end of a text that begins another text, and isn't all of it."""
+    return next((n for n in range(min(len(text), len(sought) - 1), 0, -1) if text.endswith(sought[:n])), 0)
 
 
-def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Return the stop strings of a caller.
 
     Raises:
         BundleError: ``input.value``.
     """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if len(stops) > MAX_STOPS or not all(isinstance(each, str) and each for each in stops):
         raise wrong_argument("stop", f"a text, or up to {MAX_STOPS} texts, none of them empty", quoted(stop))
     return stops
@@ -103,17 +104,18 @@ def with_defaults(given: Mapping[str, Any], document: Any) -> dict[str, Any]:
     """
     found = {name: value for name, value in given.items() if value is not None}
     if document is None:
-        return found
+        return drawing(found)
     defaults = document.defaults
     if defaults.repetition_penalty is not None:
         found.setdefault("repetition_penalty", defaults.repetition_penalty)
-    if found.get("temperature", 1.0 if defaults.sample else 0.0) == 0:
+    if not defaults.sample:
+        return drawing(found)
+    if found.get("temperature") == 0:
         return found
-    for name in ("top_k", "top_p", "min_p", "typical_p") if defaults.sample else ():
+    for name in FILTERS:
         if (value := getattr(defaults, name)) is not None:
             found.setdefault(name, value)
-    if defaults.sample:
-        found.setdefault("temperature", 1.0 if defaults.temperature is None else defaults.temperature)
+    found.setdefault("temperature", 1.0 if defaults.temperature is None else defaults.temperature)
     return found
 
 
@@ -138,7 +140,7 @@ class TextGeneration:
         prompt_ids: Sequence[int],
         *,
         max_new_tokens: int | None,
-        stop: str | Sequence[str],
+        stop: str | Sequence[str] | None,
         stop_ids: Sequence[int] | None,
         session: Session | None,
         logprobs: int | None,
@@ -146,7 +148,7 @@ class TextGeneration:
         prompt_lookup: int | None,
         sampling: Mapping[str, Any],
     ) -> None:
-        self.prompt_ids = tuple(as_integers(prompt_ids, "prompt"))
+        self.prompt_ids = tuple(as_token_ids(prompt_ids, "prompt", pipeline.first.architecture.vocab_size))
         if not self.prompt_ids:
             raise wrong_argument("prompt", "at least one token", "none")
         room = room_after(pipeline, len(self.prompt_ids), beyond=beyond_context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
@@ -60,7 +60,7 @@ class TextPipeline:
         prompt: str | Sequence[Mapping[str, Any]] | Sequence[int],
         *,
         max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         stop_ids: Sequence[int] | None = None,
         session: Session | None = None,
         logprobs: int | None = None,
@@ -153,13 +153,18 @@ def _prompt_ids(
     chat_template: str | None,
     variables: Mapping[str, Any] | None,
 ) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt)  # type: ignore[no-any-return]
     if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         return tokenizer.apply_chat_template(  # type: ignore[no-any-return]
             prompt, tools=tools, add_generation_prompt=True, chat_template=chat_template, **(variables or {})
         )
-    return list(prompt)  # type: ignore[call-overload, no-any-return]
+    for name, value in (("tools", tools), ("chat_template", chat_template), ("template_variables", variables)):
+        if value is not None:
+            raise wrong_argument(name, "None for a prompt that isn't a list of messages", quoted(value))
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)  # type: ignore[no-any-return]
+    if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Iterable):
+        raise wrong_argument("prompt", "a text, a list of messages, or token ids", quoted(prompt))
+    return list(prompt)
 
 
 def _sampling(given: Mapping[str, Any], document: Any) -> dict[str, Any]:

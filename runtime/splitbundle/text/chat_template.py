@@ -16,7 +16,7 @@ from jinja2 import Template
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError, UndefinedError
 
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
-from splitbundle.text.marked import MODEL, USER, Marked, greatest
+from splitbundle.text.marked import MODEL, USER, Marked, greatest, is_unicode
 from splitbundle.text.template_environment import ChatEnvironment, Refused
 from splitbundle.text.template_guard import guarded
 from splitbundle.text.template_limits import DEPTH, ITEM, OBJECT, LimitReached, budget
@@ -198,6 +198,8 @@ class _Given:
         """Return a string with the mark, or with its own if that is greater."""
         if not isinstance(value, str):
             raise wrong_argument(place, "a string", f"a {type(value).__name__}")
+        if not is_unicode(value):
+            raise wrong_argument(place, "a text without lone surrogates", quoted(str.__str__(value)))
         self.size += len(value) + OBJECT
         return Marked(str.__str__(value), max(mark, greatest(value)))
 
@@ -214,7 +216,7 @@ def _line_of_source(error: BaseException) -> int | None:
 
 def _problem(error: BaseException, file: str, line: int | None) -> Problem:
     """Return the problem of an error that parsing, compiling or rendering raised."""
-    message = " ".join(str(error).split())[:300] or type(error).__name__
+    message = " ".join(str(error).split())[:300].replace(Marked.__name__, "str") or type(error).__name__
     if isinstance(error, Refused):
         expected, hint = "messages that this template accepts", "Change the messages: the template itself refuses them"
     elif isinstance(error, RecursionError | MemoryError):

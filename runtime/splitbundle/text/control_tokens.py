@@ -82,16 +82,17 @@ class ControlTokens:
         hint = f"Leave this out of the messages: {quoted(text[forged[0] - 1 : forged[0] + 30])}"
         raise BundleError(Problem(code="text.token", argument="messages", expected=expected, got=got, hint=hint))
 
-    def as_text(self, text: str, ids: list[int]) -> list[int]:
+    def as_text(self, text: str, ids: list[int], *, around: bool = True) -> list[int]:
         """Return the ids of a text in which no control token is one.
 
         Args:
             text: the text.
             ids: its ids with the special tokens as text. These are returned if they hold no other control token.
+            around: whether ``ids`` have the tokens that the tokenizer adds before and after a text.
         """
         if not any(number in self.tokens and not self.tokens[number].special for number in ids):
             return ids
-        return list(self._without_control_tokens().encode(text).ids)
+        return list(self._without_control_tokens().encode(text, add_special_tokens=around).ids)
 
     def _ids(self, text: str, kept: Sequence[tuple[int, int, int]], gaps: Sequence[int]) -> list[int] | None:
         """Return the ids with the kept control tokens and no others; None if that can't be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from splitbundle.errors import BundleError, Problem, quoted
@@ -37,7 +38,7 @@ def check(tokenizer: TextTokenizer, *, chats: bool) -> int:
             "decoded": tokenizer.decode(case.control_ids),
         }
         problems += [
-            _problem(f"/cases/{i}/{name}", getattr(case, name), value)
+            _problem(f"/cases/{i}/{name}", getattr(case, name), value, f"the text {quoted(case.text)}")
             for name, value in found.items()
             if value != getattr(case, name)
         ]
@@ -45,11 +46,17 @@ def check(tokenizer: TextTokenizer, *, chats: bool) -> int:
         messages = [{"role": role, "content": content} for role, content in chat.messages]
         ids = tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=chat.add_generation_prompt))
         if ids != chat.ids:
-            problems.append(_problem(f"/chats/{i}/ids", chat.ids, ids))
+            what = f"the chat that begins with {quoted(chat.messages[0][1])}"
+            problems.append(_problem(f"/chats/{i}/ids", chat.ids, ids, what))
     if problems:
         raise BundleError(problems)
     return len(document.cases) + (len(document.chats) if chats else 0)
 
 
-def _problem(pointer: str, expected: object, got: object) -> Problem:
-    return Problem(code="text.ids", file=FILE, pointer=pointer, expected=quoted(expected), got=quoted(got), hint=_HINT)
+def _problem(pointer: str, expected: Sequence[object], got: Sequence[object], what: str) -> Problem:
+    """Return the problem of a difference, with the values from shortly before the first place where they differ."""
+    pairs = enumerate(zip(expected, got, strict=False))
+    place = next((i for i, (one, other) in pairs if one != other), min(len(expected), len(got)))
+    first = max(0, place - 2)
+    wanted, found = (f"{quoted(each[first : first + 8])} from place {first} on" for each in (expected, got))
+    return Problem(code="text.ids", file=FILE, pointer=pointer, expected=f"{wanted}, for {what}", got=found, hint=_HINT)

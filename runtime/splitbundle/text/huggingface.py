@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 from tokenizers import Encoding, Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
+from splitbundle.errors import BundleError, MissingExtra, Problem, quoted, wrong_argument
 from splitbundle.format.text_document import DEFAULT
+from splitbundle.integers import as_token_ids
 from splitbundle.text.control_tokens import ControlTokens
+from splitbundle.text.marked import is_unicode
 from splitbundle.verification import text_rules, tokenizer_rules
 
 if TYPE_CHECKING:
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 
 TOOL_USE: Final = "tool_use"
 """The name of the template that is used if there are tools."""
+_OF_TRANSFORMERS: Final = frozenset(
+    {"tokenize", "return_tensors", "return_dict", "continue_final_message", "padding", "truncation", "max_length"}
+    | {"return_assistant_tokens_mask", "tokenizer_kwargs", "conversation"}
+)
+"""Arguments of ``apply_chat_template`` in transformers, which no template should get as variables."""
 
 
 @contextmanager
@@ -91,22 +98,23 @@ class TextTokenizer:
         """Return what the bundle's ``text.json`` says, or None for a bundle without one."""
         return self._document
 
-    def encode(self, text: str, *, control_tokens: bool = False) -> list[int]:
-        """Return the token ids of a text, with the tokens that the tokenizer adds before and after it.
+    def encode(self, text: str, *, control_tokens: bool = False, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a text.
 
         Args:
             text: the text.
             control_tokens: whether a control token that the text spells becomes that token. Give True only for a text
                 that you wrote. By default the characters are encoded like any others.
+            add_special_tokens: whether the ids also have the tokens that the tokenizer adds before and after a text.
 
         Raises:
-            BundleError: ``text.token`` if the text spells an added token that the model does not have;
-                ``text.tokenizer`` if the library fails.
+            BundleError: ``input.value`` for what isn't text; ``text.token`` if the text spells an added token that the
+                model does not have; ``text.tokenizer`` if the library fails.
         """
-        ids = self._encode(text, control_tokens=control_tokens).ids
+        ids = self._encode(text, control_tokens=control_tokens, around=add_special_tokens).ids
         if not control_tokens:
             with library(self._path):
-                ids = self._control_tokens().as_text(text, ids)
+                ids = self._control_tokens().as_text(text, ids, around=add_special_tokens)
         return self._checked(ids)
 
     def encode_marked(self, text: str, marks: bytes) -> list[int]:
@@ -149,6 +157,7 @@ class TextTokenizer:
             variables: further variables of the template.
 
         Raises:
+            TypeError: a variable has the name of an argument that only transformers has, such as ``tokenize``.
             BundleError: ``text.template`` for a bundle without chat templates, and for a template that fails or does
                 too much; as for ``encode``.
         """
@@ -173,6 +182,11 @@ class TextTokenizer:
         **variables: Any,
     ) -> Marked:
         """Return the text of a chat. Its ``marks`` tell who wrote each character. See ``apply_chat_template``."""
+        if foreign := sorted(variables.keys() & _OF_TRANSFORMERS):
+            raise TypeError(
+                f"{foreign[0]} is an argument of transformers. Here apply_chat_template returns a list of ids, and "
+                "render_chat returns the text"
+            )
         return self._template(chat_template, tools=tools is not None).render(
             messages, tools=tools, documents=documents, add_generation_prompt=add_generation_prompt, **variables
         )
@@ -185,16 +199,19 @@ class TextTokenizer:
             control_tokens: whether to spell control tokens; by default they are left out.
 
         Raises:
-            BundleError: ``text.tokenizer`` if the library fails.
+            BundleError: ``input.value`` for what is no token id of the model; ``text.tokenizer`` if the library fails.
         """
+        known = as_token_ids(ids, "ids", self._vocab_size)
         with library(self._path):
-            return str(self._tokenizer.decode(list(ids), skip_special_tokens=not control_tokens))
+            return str(self._tokenizer.decode(known, skip_special_tokens=not control_tokens))
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """Return a stream that turns the tokens after a prompt into text, one token at a time."""
         return TextStream(self, self._tokenizer, prompt)
 
     def _encode(self, text: str, *, control_tokens: bool, around: bool = True) -> Encoding:
+        if not isinstance(text, str) or not is_unicode(text):
+            raise wrong_argument("text", "a text without lone surrogates", quoted(text))
         with self._lock, library(self._path):  # the library has one switch for all threads
             self._tokenizer.encode_special_tokens = not control_tokens
             return self._tokenizer.encode(text, add_special_tokens=around)
@@ -216,7 +233,7 @@ class TextTokenizer:
     def _template(self, asked: str | None, *, tools: bool) -> ChatTemplate:
         """Return a compiled template: by name, of a text, or the usual one."""
         known = {} if self._document is None else self._document.templates
-        name = asked or (TOOL_USE if tools and TOOL_USE in known else DEFAULT)
+        name = asked if asked is not None else (TOOL_USE if tools and TOOL_USE in known else DEFAULT)
         source = known.get(name) or (asked if asked is not None and _is_template(asked) else None)
         if source is None:
             raise _no_template(name, known)
@@ -244,7 +261,7 @@ def _no_template(name: str, known: Mapping[str, str]) -> BundleError:
     names = ", ".join(known)
     expected = f"one of the chat templates {names}" if known else "a bundle with a chat template"
     got = quoted(name) if known else "one without"
-    hint = "Give the text of a template as chat_template, or convert the model again if its source has one"
+    hint = "Give one of these names" if known else "Convert the model again if its source has a chat template"
     return BundleError(Problem(code="text.template", argument="chat_template", expected=expected, got=got, hint=hint))
 
 

@@ -10,7 +10,7 @@ import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, SupportsIndex
 
-__all__ = ["MODEL", "TEMPLATE", "USER", "Marked", "greatest"]
+__all__ = ["MODEL", "TEMPLATE", "USER", "Marked", "greatest", "is_unicode"]
 
 TEMPLATE: Final = 0
 """The mark of a character that the template wrote."""
@@ -273,6 +273,15 @@ class Marked(str):
 def marks_of(text: str) -> bytes:
     """Return the marks of a text. A plain string was written by the template."""
     return text.marks if isinstance(text, Marked) else bytes(len(text))
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no lone surrogate. UTF-8, and so the library ``tokenizers``, has none."""
+    try:
+        str.encode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def greatest(*values: object) -> int:
