@@ -131,6 +131,7 @@ def test_a_full_size_gpt2(tmp_path: Path) -> None:
     assert over(tmp_path / "deep", tmp_path / "deep.splitbundle") <= taken + 16 * MEBI
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_sharded_checkpoints_of_two_sizes(tmp_path: Path) -> None:
     """A model of twice the size takes no more memory, and no tensor is copied: the largest has 125 MiB."""

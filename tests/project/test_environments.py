@@ -76,7 +76,8 @@ def test_a_backends_suite_passes_with_it_alone(
     assert [line for line in skipped if not any(reason in line for reason in beside)] == [] or os.name == "nt"
 
 
-def test_the_runtime_suite_passes_with_model_zoos_barred(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["stages", pytest.param("", marks=pytest.mark.long, id="everything")])
+def test_the_runtime_suite_passes_with_model_zoos_barred(tmp_path: Path, part: str) -> None:
     """Run in this environment, where the libraries are installed but can't be imported."""
     plugin = tmp_path / "barred.py"
     plugin.write_text(
@@ -85,7 +86,7 @@ def test_the_runtime_suite_passes_with_model_zoos_barred(tmp_path: Path) -> None
         "    sys.modules[name] = None  # any import of it raises ModuleNotFoundError\n"
     )
     suite = run(
-        sys.executable, "-m", "pytest", "-q", "-p", "barred", "-p", "no:cacheprovider", ROOT / "tests" / "runtime",
+        sys.executable, "-m", "pytest", "-q", "-p", "barred", "-p", "no:cacheprovider", ROOT / "tests" / "runtime" / part,
         timeout=600, PYTHONPATH=str(tmp_path),
     )  # fmt: skip
     assert " passed" in suite

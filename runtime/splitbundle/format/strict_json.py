@@ -6,9 +6,12 @@ about one file, that is a security hole. So a document that can be read in two w
 
 from __future__ import annotations
 
+import gc
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Final, NoReturn
 
 from splitbundle.errors import BundleError, Problem, quoted
@@ -23,6 +26,9 @@ _LONG: Final = b"0" * 16
 """An integer of fewer digits is within the limits."""
 _ZEROS: Final = bytes(ord("0") if chr(byte).isascii() and chr(byte).isdigit() else byte for byte in range(256))
 """Makes every digit a zero. A search for zeros after it is ten times as fast as one with a regular expression."""
+
+
+_LARGE: Final = 2**20
 
 
 class _Refused(ValueError):
@@ -63,15 +69,16 @@ def parse(
     except UnicodeDecodeError as error:
         refuse("json.encoding", "UTF-8", f"byte 0x{data[error.start]:02x}", error.start)
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_object,
-            # A tokenizer has a million integers and strings. Where no integer is long, and no escape could be a lone
-            # surrogate, the parser of the library needs no help.
-            parse_int=(lambda digits: _integer(digits, max_integer)) if _LONG in data.translate(_ZEROS) else None,
-            parse_float=_float,
-            parse_constant=constant or _constant,
-        )
+        with _without_collection(len(data) > _LARGE):
+            value = json.loads(
+                text,
+                object_pairs_hook=_object,
+                # A tokenizer has a million integers and strings. Where no integer is long, and no escape could be a
+                # lone surrogate, the parser of the library needs no help.
+                parse_int=(lambda digits: _integer(digits, max_integer)) if _LONG in data.translate(_ZEROS) else None,
+                parse_float=_float,
+                parse_constant=constant or _constant,
+            )
     except _Refused as refused:
         refuse(refused.code, refused.expected, refused.got)
     except json.JSONDecodeError as error:
@@ -93,6 +100,19 @@ def dump(value: object) -> bytes:
 def dump_compact(value: object) -> bytes:
     """Return ``value`` on one line without spaces: the form of safetensors headers."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+@contextmanager
+def _without_collection(large: bool) -> Iterator[None]:
+    """Let the garbage collector rest: parsed values have no cycles, and it would look at them again and again."""
+    collects = large and gc.isenabled()
+    if collects:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -130,12 +150,10 @@ def _check_depth(value: Any, refuse: Any) -> None:
         depth += 1
         if depth > MAX_DEPTH:
             refuse("json.depth", f"at most {MAX_DEPTH} levels of nesting", "more")
-        level = [
-            child
-            for item in level
-            for child in (item.values() if type(item) is dict else item)
-            if type(child) is dict or type(child) is list
-        ]
+        below = [item.values() if type(item) is dict else item for item in level]
+        # A tokenizer has a million arrays of strings alone. A set of types tells that soon.
+        deeper = {dict, list} & set(map(type, chain.from_iterable(below)))
+        level = [child for child in chain.from_iterable(below) if type(child) in deeper] if deeper else []
 
 
 def _check_texts(value: Any, refuse: Any) -> None:

@@ -46,9 +46,9 @@ def run(group: int, *options: str) -> list[dict[str, Any]]:
 
 @pytest.mark.rule("SB-D-009")
 @pytest.mark.parametrize("group", range(len(GROUPS)))
-def test_one_fault_in_nineteen_of_every_scenario(group: int) -> None:
-    found = run(group, "--every", "19")
-    assert min(scenario["points"] for scenario in found) > 5
+def test_one_fault_in_41_of_every_scenario(group: int) -> None:
+    found = run(group, "--every", "41")
+    assert min(scenario["points"] for scenario in found) > 2
     ends = {what.partition(", ")[0] for scenario in found for what in scenario["outcomes"]}
     assert ends == {"0", "1", "130", "killed"}
 
