@@ -86,8 +86,8 @@ def test_the_runtime_suite_passes_with_model_zoos_barred(tmp_path: Path, part: s
         "    sys.modules[name] = None  # any import of it raises ModuleNotFoundError\n"
     )
     suite = run(
-        sys.executable, "-m", "pytest", "-q", "-p", "barred", "-p", "no:cacheprovider", ROOT / "tests" / "runtime" / part,
-        timeout=600, PYTHONPATH=str(tmp_path),
+        sys.executable, "-m", "pytest", "-q", "-p", "barred", "-p", "no:cacheprovider",
+        ROOT / "tests" / "runtime" / part, timeout=600, PYTHONPATH=str(tmp_path),
     )  # fmt: skip
     assert " passed" in suite
 
