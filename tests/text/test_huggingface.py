@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 import splitbundle
 import splitbundle_converter
@@ -244,32 +245,36 @@ def test_what_is_no_text_and_no_token(bundle: splitbundle.Bundle) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template="")
 
 
+def with_token(document: dict[str, Any], token: str) -> int:
+    """Make the last token of a tokenizer an added one that isn't special. Return its id."""
+    last, number = max(document["model"]["vocab"].items(), key=lambda entry: entry[1])
+    del document["model"]["vocab"][last]
+    document["model"]["vocab"][token] = number
+    document["model"]["merges"].pop()
+    flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    document["added_tokens"].append({"id": number, "content": token, **flags})
+    return number
+
+
 def test_a_text_without_the_tokens_around_it(tmp_path: Path) -> None:
     library = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-    from tokenizers import processors
-
     library.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    library.add_tokens(["<|tool|>"])
     source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
     document = json.loads(library.to_str())
-    document["added_tokens"] = [each for each in document["added_tokens"] if each["content"] != "<|tool|>"]
+    number = with_token(document, "<|tool|>")
     (source / "tokenizer.json").write_text(json.dumps(document))
     tokenizer = TextTokenizer(splitbundle_converter.convert(source, tmp_path / "x.splitbundle", check=False))
-    ids = tokenizer.encode("Licensed")
-    assert ids[0] == 0
-    assert tokenizer.encode("Licensed", add_special_tokens=False) == ids[1:]
+    for text in ("Licensed", "a <|tool|> b"):  # the second one is encoded in another way
+        ids = tokenizer.encode(text)
+        assert (ids[0], number in ids) == (0, False)
+        assert tokenizer.encode(text, add_special_tokens=False) == ids[1:]
 
 
 def test_golden_texts_spell_control_tokens_that_are_not_special(tmp_path: Path) -> None:
     """A tokenizer whose library lets such a token into a text is noticed."""
     source = Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
     document = json.loads((source / "tokenizer.json").read_text())
-    last, number = max(document["model"]["vocab"].items(), key=lambda entry: entry[1])
-    del document["model"]["vocab"][last]
-    document["model"]["vocab"]["<zig>"] = number
-    document["model"]["merges"].pop()
-    own = {"id": number, "content": "<zig>", "special": False, "single_word": False, "lstrip": False, "rstrip": False}
-    document["added_tokens"].append({**own, "normalized": False})
+    number = with_token(document, "<zig>")
     (source / "tokenizer.json").write_text(json.dumps(document))
     (source / "chat_template.jinja").write_text("{% for m in messages %}<zig>{{ m.content }}{% endfor %}")
     bundle = splitbundle_converter.convert(source, tmp_path / "x.splitbundle")

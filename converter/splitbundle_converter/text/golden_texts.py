@@ -53,10 +53,10 @@ TEXTS: Final = (
     "line one\nline two\n\nline four\n",
 )
 """Texts in many scripts, with spaces, line ends, symbols and code."""
-MAX_CONTROL: Final = 8
-"""The largest number of control tokens that are spelled in golden texts, the special ones first."""
+MAX_SPECIAL: Final = 8
+"""The largest number of special tokens that are spelled in golden texts."""
 MAX_OTHERS: Final = 4
-"""The largest number of further ones that aren't special."""
+"""The largest number of other control tokens that are."""
 _VARIABLES: Final = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _CHATS: Final[tuple[tuple[tuple[tuple[str, str], ...], bool], ...]] = (
     ((("user", "Hello, who are you?"),), True),
@@ -66,12 +66,10 @@ _CHATS: Final[tuple[tuple[tuple[tuple[str, str], ...], bool], ...]] = (
 )
 _UNUSED: Final = {
     **dict.fromkeys(("stop_strings", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")),
-    **dict.fromkeys(
-        ("forced_bos_token_id", "forced_eos_token_id", "sequence_bias", "guidance_scale", "watermarking_config")
-    ),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "sequence_bias", "watermarking_config")),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_new_tokens", "min_length"), 0),
-    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), 0.0),
-    **dict.fromkeys(("num_beams", "num_beam_groups", "encoder_repetition_penalty"), 1),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), 0),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "encoder_repetition_penalty", "guidance_scale"), 1),
 }
 """Fields of ``generation_config.json`` that change what transformers generates -> their value that changes nothing."""
 _TELLS_THE_TIME: Final = "strftime_now"
@@ -118,15 +116,11 @@ def _cases(files: Mapping[str, bytes], vocab_size: int, templates: tuple[str, ..
     control = ControlTokens(own, templates)
     tokens = [token for _, token in sorted(control.tokens.items())]
     # A library that keeps special tokens out of texts may still let the others in.
-    some = [token.content for special in (True, False) for token in tokens if token.special is special][:MAX_CONTROL]
+    special = [token.content for token in tokens if token.special][:MAX_SPECIAL]
     others = [token.content for token in tokens if not token.special][:MAX_OTHERS]
-    spelled = [text for token in dict.fromkeys((*some, *others)) for text in _spelled(token)]
+    spelled = [text for token in (*special, *others) for text in (f"a{token}b", f" {token} ", f"{token}{token}")]
     cases = [_case(own, control, text) for text in dict.fromkeys((*TEXTS, *spelled)) if len(text) <= MAX_TEXT]
     return tuple(case for case in cases if max((*case.ids, *case.control_ids), default=0) < vocab_size)
-
-
-def _spelled(token: str) -> tuple[str, ...]:
-    return f"a{token}b", f" {token} ", f"{token}{token}"
 
 
 def _case(own: Tokenizer, control: ControlTokens, text: str) -> GoldenText:

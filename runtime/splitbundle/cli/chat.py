@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -207,7 +206,7 @@ def _talk(bundle: Bundle, args: argparse.Namespace, console: Console) -> int:
         text = line.strip()
         if not text:
             continue
-        if text in ("/exit", "/quit"):
+        if line.rstrip() in ("/exit", "/quit"):
             break
         try:
             if _COMMAND.match(line):
@@ -219,12 +218,14 @@ def _talk(bundle: Bundle, args: argparse.Namespace, console: Console) -> int:
                 raise
             chat.forget()
             console.note("The answer was stopped.")
-        except Exception as error:
+        except Exception as error:  # whatever fails in one turn, the user keeps the chat
             if not on_terminal(console) or isinstance(error, OSError) or args.debug:
                 raise
-            chat.forget()
-            problems = error.problems if isinstance(error, BundleError) else ()
-            console.error(str(in_command(problems[0])) if problems else f"{type(error).__name__}: {error}")
+            if isinstance(error, BundleError):
+                console.error(str(in_command(error.problems[0])))
+                continue
+            chat.forget()  # it may have been interrupted within a token
+            console.error(f"{type(error).__name__}: {error}")
     return 0
 
 
@@ -272,7 +273,7 @@ def _save(chat: Chat, path: str) -> None:
             chat.console.note(f"{path} exists already. Give another name.")
             return
         finally:
-            staging.unlink()
+            staging.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # the latter for names that no file can have
         chat.console.note(f"{path} can't be written: {getattr(error, 'strerror', None) or error}")
         return
@@ -291,7 +292,7 @@ def _name(staging: Path, target: Path) -> None:
         raise
     except OSError:  # a file system without links, such as FAT: then the name is taken first
         os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o666))
-        shutil.copyfile(staging, target)
+        os.replace(staging, target)
 
 
 COMMAND: Final = Command(name="chat", help="talk with a model, through all shards", configure=_add_arguments, run=_run)

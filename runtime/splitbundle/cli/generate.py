@@ -33,7 +33,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ids", metavar="1,2,3", type=integers, help="the prompt as token ids; the output is token ids, too"
     )
     parser.add_argument(
-        "--messages", metavar="FILE", help="the messages of a chat in a JSON file; the model answers the last one"
+        "--messages",
+        metavar="FILE",
+        help="the messages of a chat in a JSON file, or - for standard input; the model answers the last one",
     )
     parser.add_argument("--chat-template", metavar="NAME", help="with --messages: another chat template of the bundle")
     parser.add_argument(

@@ -21,7 +21,6 @@ from splitbundle.cli.arguments import (
 )
 from splitbundle.cli.console import Console
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.stages.sampling import drawing
 from splitbundle.stages.text_generation import with_defaults
 
 _NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
@@ -134,9 +133,7 @@ def sampling(args: argparse.Namespace, document: Any, console: Console) -> dict[
     names = (*_NUMBERS, "presence_penalty", "frequency_penalty", "logit_bias", "seed")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     found = with_defaults(given, document if args.defaults else None)
-    asked = drawing(given)
-    theirs = [name for name in _NUMBERS if name in found and found[name] != asked.get(name)]
-    said = [f"{name.replace('_', '-')} {found[name]:g}" for name in theirs]
+    said = [f"{name.replace('_', '-')} {found[name]:g}" for name in _NUMBERS if name in found and name not in given]
     if said:
         console.note(f"Sampling as the model's makers do: {', '.join(said)} (--no-defaults: the likeliest token)")
     return found

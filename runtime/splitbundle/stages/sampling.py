@@ -61,7 +61,7 @@ class Sampling:
         Raises:
             BundleError: ``input.value``.
         """
-        given = drawing(given)
+        given = _drawing(given)
         numbers = {name: as_number(value) for name, value in given.items()}
         made: dict[str, Any] = {
             name: value if numbers[name] is None else numbers[name] for name, value in given.items()
@@ -116,7 +116,7 @@ class Sampling:
         return bool(self.min_p) or self.typical_p not in (None, 1)
 
 
-def drawing(given: Mapping[str, Any]) -> dict[str, Any]:
+def _drawing(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of sampling with temperature 1 if they have a filter and no temperature.
 
     A filter means nothing where the likeliest token is taken, so a caller who gives one wants draws.

@@ -10,7 +10,7 @@ from splitbundle import logs
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
 from splitbundle.integers import as_integer, as_integers, as_token_ids
 from splitbundle.records import record
-from splitbundle.stages.sampling import FILTERS, drawing
+from splitbundle.stages.sampling import FILTERS
 
 if TYPE_CHECKING:
     from splitbundle.stages.session import Session
@@ -104,13 +104,11 @@ def with_defaults(given: Mapping[str, Any], document: Any) -> dict[str, Any]:
     """
     found = {name: value for name, value in given.items() if value is not None}
     if document is None:
-        return drawing(found)
+        return found
     defaults = document.defaults
     if defaults.repetition_penalty is not None:
         found.setdefault("repetition_penalty", defaults.repetition_penalty)
-    if not defaults.sample:
-        return drawing(found)
-    if found.get("temperature") == 0:
+    if not defaults.sample or found.get("temperature") == 0:
         return found
     for name in FILTERS:
         if (value := getattr(defaults, name)) is not None:

@@ -226,9 +226,10 @@ class TextTokenizer:
         return ids
 
     def _control_tokens(self) -> ControlTokens:
-        if self._control is None:
-            self._control = ControlTokens(self._tokenizer, self._sources)
-        return self._control
+        with self._lock:  # so that no thread keeps one from before a template came
+            if self._control is None:
+                self._control = ControlTokens(self._tokenizer, self._sources)
+            return self._control
 
     def _template(self, asked: str | None, *, tools: bool) -> ChatTemplate:
         """Return a compiled template: by name, of a text, or the usual one."""
@@ -238,9 +239,10 @@ class TextTokenizer:
         if source is None:
             raise _no_template(name, known)
         if source not in self._compiled:
-            if source not in self._sources:
-                # What this template spells is a control token, too.
-                self._sources, self._control = (*self._sources, source), None
+            with self._lock:
+                if source not in self._sources:
+                    # What this template spells is a control token, too.
+                    self._sources, self._control = (*self._sources, source), None
             try:
                 from splitbundle.text.chat_template import ChatTemplate
             except ModuleNotFoundError as error:
