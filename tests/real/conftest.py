@@ -46,7 +46,11 @@ def published_tokenizer() -> Callable[[str], Path]:
                 made = Path(private) / "made"
                 made.mkdir()
                 (_mistral if name == "mistral" else _of_npm)(name, Path(private), made)
-                made.rename(target)
+                try:
+                    made.rename(target)
+                except OSError:
+                    if not target.exists():  # otherwise another worker was sooner
+                        raise
         return target
 
     return find
