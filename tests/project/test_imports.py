@@ -35,7 +35,7 @@ FLOORS = {
         ("storage",),
         ("writing",),
         ("verification", "stages", "planning", "comparison", "partial"),
-        ("backends.torch", "backends.onnxruntime", "text"),
+        ("backends.torch", "backends.onnxruntime", "text", "sharing"),
         ("text_tokenizer",),  # a door to text.huggingface, for one release
         ("backends.registry",),
         ("training",),
@@ -70,6 +70,8 @@ LIBRARIES = {
         "text/chat_template.py": {"jinja2"},
         "text/template_*.py": {"jinja2"},
         "cli/completion.py": {"shtab"},
+        "sharing/hub.py": {"huggingface_hub"},
+        "sharing/filesystems.py": {"fsspec"},
         "bundle*.py": {"typing_extensions"},  # only for annotations; type checkers bring it themselves
     },
     "splitbundle_converter": {

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import Final
 
-from splitbundle.cli import cast, chat, completion, diff, generate, inspect, kernels, parts, perplexity, plan, verify
+from splitbundle.cli import (
+    cast,
+    chat,
+    completion,
+    diff,
+    generate,
+    inspect,
+    kernels,
+    parts,
+    perplexity,
+    plan,
+    share,
+    verify,
+)
 
 COMMANDS: Final = (
     inspect.COMMAND,
@@ -14,6 +27,11 @@ COMMANDS: Final = (
     parts.FILES,
     parts.EXTRACT,
     parts.MERGE,
+    share.PUSH,
+    share.PULL,
+    share.TAG,
+    share.UNTAG,
+    share.LIST,
     cast.COMMAND,
     generate.COMMAND,
     chat.COMMAND,

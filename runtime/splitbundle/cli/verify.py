@@ -39,9 +39,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_strict_argument(parser)
 
 
+def _remote_shard(args: argparse.Namespace) -> str | None:
+    """Return the only shard to pull, if the bundle is on another machine."""
+    return args.shard if "://" in args.bundle else None
+
+
 def _run(args: argparse.Namespace, console: Console) -> int:
     try:
-        bundle = open_bundle(args.bundle, verify=verify_when(args), id=args.id)
+        bundle = open_bundle(
+            args.bundle, verify=verify_when(args), id=args.id, shard=_remote_shard(args), progress=console.transfer
+        )
         found = bundle.verify(args.shard, exact=args.exact, whole=args.whole, progress=console.progress)
     except BundleError as error:
         if error.codes == ("stage.name",) or error.problems[0].file == str(args.bundle):
