@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from splitbundle.backends import registry
@@ -54,7 +54,7 @@ class BundleFiles(BundleReader):
         # Imported here, as it loads the rules for graphs and tokenizers, which computing doesn't need.
         from splitbundle.verification.verify import verify
 
-        with self._told():
+        with self._told(shard):
             return verify(self, shard, exact=exact, whole=whole, progress=progress)
 
     def tokenizer(self) -> TextTokenizer:
@@ -224,5 +224,15 @@ class BundleFiles(BundleReader):
         with self._told():
             return extract(self, path, shards, vectors=vectors, text=text, force=force, progress=progress)
 
-    def _told(self) -> AbstractContextManager[None]:
-        return telling_of_replacement(self.path, self.id)
+    @contextmanager
+    def _told(self, shard: str | None = None) -> Iterator[None]:
+        """If the block fails, say so where the bundle was replaced, and where an absent file can be pulled from."""
+        try:
+            with telling_of_replacement(self.path, self.id):
+                yield
+        except BundleError as error:
+            if "file.missing" not in error.codes:
+                raise
+            from splitbundle.sharing.origins import with_origin  # imported here, as it loads the cache
+
+            raise with_origin(self, error, shard) from error

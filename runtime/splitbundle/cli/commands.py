@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from splitbundle.cli import (
+    cache,
     cast,
     chat,
     completion,
@@ -32,6 +33,7 @@ COMMANDS: Final = (
     share.TAG,
     share.UNTAG,
     share.LIST,
+    cache.COMMAND,
     cast.COMMAND,
     generate.COMMAND,
     chat.COMMAND,

@@ -166,6 +166,11 @@ class Cache:
         with self.writing():
             write_whole(self._reference(reference), strict_json.dump(document))
 
+    def forget(self, reference: str) -> None:
+        """Forget what a reference meant."""
+        with contextlib.suppress(FileNotFoundError):
+            self._reference(reference).unlink()
+
     def recall(self, reference: str) -> Remembered | None:
         """Return what a reference meant when it was last asked, or None."""
         return self._remembered(self._reference(reference))

@@ -141,6 +141,10 @@ def _pull_from(
         return made
     if output is None and reference.scheme:
         cache.remember(str(reference), content.documents.id, resolved.revision)
+    elif reference.scheme:
+        with contextlib.suppress(BundleError):  # a machine without a place for a cache
+            cache.prepare()
+            cache.remember(str(reference), content.documents.id, resolved.revision)
     now = source.moved()
     if now is not None:
         note = f"{reference.unpinned} means {now} now. The bundle that was pulled is the whole of {resolved.revision}"
@@ -256,6 +260,8 @@ def _known(cache: Cache, bundle_id: str, wanted: Wanted) -> Pulled | None:
     if any(not files.is_there(root, path) for path in listed):
         return None
     size = sum(file.size for file in listed.values())
+    with contextlib.suppress(OSError):  # for cache list, and for prune --older-than
+        os.utime(root)
     return Pulled(path=root, documents=found, paths=tuple(listed), bytes=size)
 
 
