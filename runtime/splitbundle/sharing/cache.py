@@ -207,7 +207,7 @@ class Cache:
             yield
         except OSError as error:
             got = f"{type(error).__name__}: {error}"
-            hint = f"{VARIABLE} names another directory for the cache; --output pulls without it"
+            hint = f"{VARIABLE} names another directory for the cache; output= pulls without it"
             expected = "a cache that can be written"
             problem = Problem(code="output.failed", file=str(self.root), expected=expected, got=got, hint=hint)
             raise BundleError(problem) from error

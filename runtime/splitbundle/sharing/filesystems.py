@@ -193,7 +193,7 @@ class FileSystemDestination:
         )
         if not same:
             if not force:
-                hint = "Choose another place, or --force replaces it. Nobody can pull from there meanwhile"
+                hint = "Choose another place, or force=True replaces it. Nobody can pull from there meanwhile"
                 raise BundleError(
                     Problem(
                         code="output.exists",

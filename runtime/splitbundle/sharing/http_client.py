@@ -158,7 +158,7 @@ def check_url(url: str) -> None:
     if not good or "@" in parts.netloc:
         hint = None
         if parts.scheme == "http":
-            hint = f"If you trust the network up to there: SPLITBUNDLE_PLAIN_HTTP={host}, or --plain-http"
+            hint = f"If you trust the network up to there: SPLITBUNDLE_PLAIN_HTTP={host}"
         raise network_error("network.redirect", without_query(url), "a URL with https://", quoted(url), hint)
 
 

@@ -206,7 +206,7 @@ class HubDestination:
         here = {name.removeprefix(folder) for name in place.names if name.startswith(folder)}
         old = self._old() if FILE in here else {}
         if FILE not in here and here.difference(OWN_FILES) and not force:
-            hint = f"Push into a folder: hf://{place.reference.path}/FOLDER. --force writes beside these files"
+            hint = f"Push into a folder: hf://{place.reference.path}/FOLDER. force=True writes beside these files"
             expected, got = "an empty place, or a bundle", f"other files, such as {quoted(min(here))}"
             problem = Problem(code="output.exists", file=str(place.reference), expected=expected, got=got, hint=hint)
             raise BundleError(problem)

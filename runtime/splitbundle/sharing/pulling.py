@@ -270,5 +270,5 @@ def _local(path: Path) -> Reference:
 
 
 def _not_in_cache(reference: Reference) -> BundleError:
-    hint = "Pull it once with the network. Offline mode comes from --offline, SPLITBUNDLE_OFFLINE or HF_HUB_OFFLINE"
+    hint = "Pull it once with the network. offline=True, SPLITBUNDLE_OFFLINE or HF_HUB_OFFLINE forbids it"
     return network_error("network", str(reference), "a bundle with these files in the cache", "offline, and none", hint)

@@ -168,7 +168,7 @@ def check_space(store: Store, needed: int) -> None:
     """
     free = store.free_bytes()
     if free is not None and free < needed:
-        hint = "Free some space, choose another place with --output, or set SPLITBUNDLE_CACHE"
+        hint = "Free some space, choose another output, or set SPLITBUNDLE_CACHE"
         raise BundleError(
             Problem(
                 code="output.space",
