@@ -22,6 +22,8 @@ WEIGHT_TYPE: Final = "application/vnd.cncf.model.weight.v1.raw"
 DOCUMENT_TYPE: Final = "application/vnd.cncf.model.weight.config.v1.raw"
 CARD_TYPE: Final = "application/vnd.cncf.model.doc.v1.raw"
 FILE_PATH: Final = "org.cncf.model.filepath"
+TITLE: Final = "org.opencontainers.image.title"
+"""The name under which general tools for registries, such as oras, write a layer."""
 BUNDLE_ID: Final = "splitbundle.bundle-id"
 MAX_BYTES: Final = 4 * 2**20
 """The largest manifest that registries have to take."""
@@ -74,7 +76,7 @@ def image_manifest(bundle_id: str, config: bytes, layers: Mapping[str, File]) ->
             {
                 "mediaType": _media_type(path),
                 **_descriptor(file.size, file.sha256),
-                "annotations": {FILE_PATH: path},
+                "annotations": {FILE_PATH: path, TITLE: path},
             }
             for path, file in layers.items()
         ],
