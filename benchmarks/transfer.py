@@ -32,7 +32,7 @@ ACCEPT: Final = {"Accept": "application/vnd.oci.image.manifest.v1+json"}
 CONFIGURATION: Final = """
 version: 0.1
 log: {{level: error, accesslog: {{disabled: true}}}}
-storage: {{filesystem: {{rootdirectory: {root}}}}}
+storage: {{filesystem: {{rootdirectory: {root}}}, delete: {{enabled: true}}}}
 http: {{addr: "{address}"}}
 """
 

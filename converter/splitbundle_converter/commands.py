@@ -135,6 +135,8 @@ def _no_check_argument(parser: argparse.ArgumentParser) -> None:
 
 def _resplit(args: argparse.Namespace, console: Console) -> int:
     output = args.output or args.bundle
+    if "://" in output:
+        args.parser.error("argument --output/-o: it is needed for a bundle on another machine")
     with libraries("onnx", "cut bundles again"):
         bundle = splitbundle_converter.resplit(
             args.bundle,

@@ -97,8 +97,6 @@ def _is_ours(path: Path, target: Path) -> bool:
 
 def _destination(destination: str | os.PathLike[str]) -> Path:
     target = Path(os.path.abspath(destination))  # not resolved, because a link must be refused, not followed
-    if "://" in str(destination):
-        raise _unwritable(target, "a reference to another machine, where a path of this one is needed")
     if not target.name or "\0" in str(target):
         raise _unwritable(target, "no name for a directory")
     made = []
