@@ -16,6 +16,7 @@ from splitbundle.cli import (
     parts,
     perplexity,
     plan,
+    serve_files,
     share,
     verify,
 )
@@ -34,6 +35,7 @@ COMMANDS: Final = (
     share.UNTAG,
     share.LIST,
     cache.COMMAND,
+    serve_files.COMMAND,
     cast.COMMAND,
     generate.COMMAND,
     chat.COMMAND,
