@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from splitbundle.format.selection import Selection
     from splitbundle.opening import merge_bundles as merge
     from splitbundle.opening import open_bundle as open  # noqa: A004  # users write splitbundle.open
+    from splitbundle.opening import unpack_archive as unpack
     from splitbundle.verification.verify import Verification
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "merge",
     "open",
+    "unpack",
 ]
 
 _LATER = {
@@ -42,6 +44,7 @@ _LATER = {
     "Verification": ("splitbundle.verification.verify", "Verification"),
     "merge": ("splitbundle.opening", "merge_bundles"),
     "open": ("splitbundle.opening", "open_bundle"),
+    "unpack": ("splitbundle.opening", "unpack_archive"),
 }
 """A public name -> the module that defines it, imported at first use, and its name there."""
 

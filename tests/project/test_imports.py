@@ -35,7 +35,7 @@ FLOORS = {
         ("storage",),
         ("writing",),
         ("verification", "stages", "planning", "comparison", "partial"),
-        ("backends.torch", "backends.onnxruntime", "text"),
+        ("backends.torch", "backends.onnxruntime", "text", "sharing"),
         ("text_tokenizer",),  # a door to text.huggingface, for one release
         ("backends.registry",),
         ("training",),
@@ -69,6 +69,7 @@ LIBRARIES = {
         "text/control_tokens.py": {"tokenizers"},
         "text/chat_template.py": {"jinja2"},
         "text/template_*.py": {"jinja2"},
+        "sharing/signing.py": {"cryptography"},
         "cli/completion.py": {"shtab"},
         "bundle*.py": {"typing_extensions"},  # only for annotations; type checkers bring it themselves
     },

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from typing import Final
 
-from splitbundle.cli import cast, chat, completion, diff, generate, inspect, kernels, parts, perplexity, plan, verify
+from splitbundle.cli import (
+    archives,
+    cast,
+    chat,
+    completion,
+    diff,
+    generate,
+    inspect,
+    kernels,
+    parts,
+    perplexity,
+    plan,
+    sign,
+    verify,
+)
 
 COMMANDS: Final = (
     inspect.COMMAND,
@@ -14,6 +28,9 @@ COMMANDS: Final = (
     parts.FILES,
     parts.EXTRACT,
     parts.MERGE,
+    archives.PACK,
+    archives.UNPACK,
+    sign.COMMAND,
     cast.COMMAND,
     generate.COMMAND,
     chat.COMMAND,
