@@ -6,7 +6,7 @@ import json
 from importlib.resources import files
 from typing import Any, Final
 
-NAMES: Final = ("manifest", "architecture", "checkpoint", "text")
+NAMES: Final = ("manifest", "architecture", "checkpoint", "text", "signature", "statement")
 
 
 def load(name: str, version: int = 1) -> dict[str, Any]:

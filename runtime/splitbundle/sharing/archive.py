@@ -166,11 +166,12 @@ def _open_archive(path: Path) -> Iterator[BinaryIO]:
     except (OSError, ValueError) as error:  # ValueError for a NUL in the path
         os_error = error if isinstance(error, OSError) else OSError(0, str(error))
         raise BundleError(unreadable(str(path), os_error)) from error
-    with os.fdopen(handle, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            expected, got = "a tar archive, a regular file", "something else"
-            hint = "Save the archive as a file first. A bundle's directory needs no unpacking"
-            raise BundleError(Problem(code="archive.kind", file=str(path), expected=expected, got=got, hint=hint))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        expected, got = "a tar archive, a regular file", "something else"
+        hint = "Save the archive as a file first. A bundle's directory needs no unpacking"
+        raise BundleError(Problem(code="archive.kind", file=str(path), expected=expected, got=got, hint=hint))
+    with closed_at_last(os.fdopen(handle, "rb", buffering=0)) as file:
         kind = archive_kind.kind_of(read_fully(file, BLOCKSIZE))
         if kind not in (None, archive_kind.TAR):
             hint = archive_kind.next_step(str(path), kind)

@@ -17,7 +17,7 @@ from splitbundle.storage.files import read_fully
 MAX_MEMBERS: Final = 2**15
 """The largest number of headers in an archive. A reader has them all in memory, and takes some 20 µs for each."""
 MAX_NAME: Final = 1024
-"""The largest header for a long name, in bytes. The longest path in a bundle has 505 characters."""
+"""The largest header for a long name, in bytes. The longest path in a bundle has 504 characters."""
 MAX_ZEROS: Final = 2**20
 """The largest number of zeros after the end of an archive. tar fills the last of its records with them."""
 _ZEROS: Final = bytes(BLOCKSIZE)
