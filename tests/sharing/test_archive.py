@@ -587,7 +587,7 @@ def test_what_the_commands_say(bundle: Bundle, tmp_path: Path, capsys: pytest.Ca
     assert out == f"{tmp_path}/x.tar: 16 files, 348,160 bytes\n  bundle id   {bundle.id}\n"
     status, out, err = run(capsys, "unpack", tmp_path / "x.tar", "-o", tmp_path / "y", "--id", bundle.id)
     assert (status, err) == (0, "")
-    assert out.splitlines()[0] == f"{tmp_path}/y: all 12 files, 313,173 bytes, every size and digest as listed"
+    assert out.splitlines()[0] == f"{tmp_path}/y: all 12 files, 313,173 bytes, with the shards bottom, trunk, top"
     status, out, err = run(capsys, "unpack", tmp_path / "x.tar", "-o", tmp_path / "y", "--json")
     assert status == 1
     assert re.search(r'"code": "output\.exists".*--force replaces it', out)

@@ -8,6 +8,7 @@ from typing import Final
 
 from splitbundle.cli.arguments import bundle_id
 from splitbundle.cli.console import Command, Console
+from splitbundle.cli.parts import report
 from splitbundle.opening import open_bundle, unpack_archive
 
 
@@ -44,26 +45,7 @@ def _unpack_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _unpack(args: argparse.Namespace, console: Console) -> int:
     made = unpack_archive(args.archive, args.output, id=args.id, force=args.force, progress=console.progress)
-    console.end_progress()
-    absent = made.absent()
-    whole = made.whole_shards()
-    files = len(made.manifest.files) - len(absent)
-    size = sum(file.size for path, file in made.manifest.files.items() if path not in set(absent))
-    here = f"{files} of {len(made.manifest.files)} files" if absent else f"all {files} files"
-    console.text(f"{args.output}: {here}, {size:,} bytes, every size and digest as listed")
-    console.text(f"  bundle id   {made.id}")
-    console.json(
-        {
-            "ok": True,
-            "path": str(Path(args.output)),
-            "bundle_id": made.id,
-            "fingerprint": made.fingerprint,
-            "bytes": size,
-            "whole_shards": list(whole),
-            "absent": list(absent),
-        }
-    )
-    return 0
+    return report(made, args.output, console)
 
 
 PACK: Final = Command(name="pack", help="write a bundle into one tar archive", configure=_pack_arguments, run=_pack)

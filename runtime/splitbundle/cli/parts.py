@@ -64,7 +64,7 @@ def _extract(args: argparse.Namespace, console: Console) -> int:
     made = bundle.extract(
         args.output, *args.shard, vectors=args.vectors, text=args.text, force=args.force, progress=console.progress
     )
-    return _report(made, args.output, console)
+    return report(made, args.output, console)
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,10 +77,15 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _merge(args: argparse.Namespace, console: Console) -> int:
     made = merge_bundles(args.bundles, args.output, force=args.force, progress=console.progress)
-    return _report(made, args.output, console)
+    return report(made, args.output, console)
 
 
-def _report(made: Bundle, output: str, console: Console) -> int:
+def report(made: Bundle, output: str, console: Console) -> int:
+    """Say which files of a bundle were written, and return the exit status.
+
+    Raises:
+        BundleError: the system can't tell which files are there; the hint says that the bundle is in place.
+    """
     console.end_progress()
     try:
         absent = set(made.absent())

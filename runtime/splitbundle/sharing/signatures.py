@@ -76,7 +76,8 @@ def sign(
     if output is None:
         _check_number(bundle, path)
     target = bundle.path / path if output is None else Path(os.path.abspath(output))
-    with atomic_file(target, force=force, ours=_is_signature) as file:
+    beside = _beside(bundle.path) if output is None else None
+    with atomic_file(target, force=force, ours=_is_signature, beside=beside) as file:
         file.write(data)
     said = path if output is None else str(output)
     return Signature(path=said, key=f"sha256:{digest}", files=len(digests))
@@ -158,6 +159,19 @@ def _check_files(bundle: BundleReader, progress: Progress | None) -> None:
     if is_there(bundle.path, names.SUMS) and read_file(bundle.path, names.SUMS, strict_json.MAX_BYTES) != sums:
         expected, got = "the digests of the manifest", "other lines"
         raise BundleError(Problem(code="sums.mismatch", file=names.SUMS, expected=expected, got=got))
+
+
+def _beside(root: Path) -> Path | None:
+    """Return the path beside which an unfinished signature lies.
+
+    It is the bundle's: where the process is killed, the bundle has no file that isn't listed. But the directory above
+    the bundle may be another file system, or one that this user can't write to.
+    """
+    try:
+        usable = os.access(root.parent, os.W_OK) and root.parent.stat().st_dev == root.stat().st_dev
+    except OSError:
+        return None
+    return root if usable else None
 
 
 def _check_number(bundle: BundleReader, path: str) -> None:

@@ -30,36 +30,43 @@ Ours = Callable[[Path], bool]
 
 
 @contextlib.contextmanager
-def atomic_file(destination: str | os.PathLike[str], *, force: bool, ours: Ours) -> Iterator[BinaryIO]:
+def atomic_file(
+    destination: str | os.PathLike[str], *, force: bool, ours: Ours, beside: Path | None = None
+) -> Iterator[BinaryIO]:
     """Open a new file to write into. It becomes ``destination`` if the block succeeds, and is removed otherwise.
 
     Args:
         destination: the file.
         force: whether to replace what is there, if it is one of ours.
         ours: tells whether a regular file may be replaced.
+        beside: a path on the same file system, beside which the unfinished file lies; by default the destination.
 
     Raises:
         BundleError: ``output.exists`` if ``destination`` exists and ``force`` is false, or if it is not one of ours;
             ``output.failed`` if the system refuses to write.
     """
     target = absolute_target(destination)
+    anchor = beside or target
     made: os.stat_result | None = None
+    placed = False
     try:
         with directory_lock(target.parent):
             _refuse_existing(target, force, ours)
-        _remove_unfinished(target)
-        with _temporary(target) as (place, file):
+        _remove_unfinished(anchor)
+        with _temporary(anchor) as (place, file):
             yield file
             file.flush()
             os.fsync(file.fileno())
             made = os.fstat(file.fileno())
             with directory_lock(target.parent):
                 _place(place, target, force, ours)
+                placed = True
             flush(target.parent)
     except OSError as error:
-        if made is not None and _is_there(made, target):
+        if placed or (made is not None and _is_there(made, target)):
             raise _not_durable(target, error) from error
-        if error.filename is not None and not belongs_to(Path(os.fsdecode(error.filename)), target):
+        named = None if error.filename is None else Path(os.fsdecode(error.filename))
+        if named is not None and not belongs_to(named, target) and not belongs_to(named, anchor):
             raise  # an error about a file that was being read
         raise unwritable(target, error) from error
 
@@ -68,7 +75,7 @@ def atomic_file(destination: str | os.PathLike[str], *, force: bool, ours: Ours)
 def _temporary(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """Open a new file beside the target. It stays locked until the block or the process ends.
 
-    Whoever can lock such a file knows that its writer was killed.
+    A process that can lock such a file knows that its writer was killed.
     """
     claimed = False
     while not claimed:
