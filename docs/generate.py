@@ -42,6 +42,8 @@ GROUPS: Final = {
     "session": "Sessions",
     "checkpoint": "Training checkpoints",
     "adapter": "Adapters",
+    "signature": "Signatures",
+    "archive": "Archives",
     "text": "Text",
     "source": "Checkpoints",
     "output": "Outputs",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from splitbundle.opening import open_bundle as open  # noqa: A004  # users write splitbundle.open
     from splitbundle.opening import pull_bundle as pull
     from splitbundle.opening import push_bundle as push
+    from splitbundle.opening import unpack_archive as unpack
     from splitbundle.verification.verify import Verification
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "open",
     "pull",
     "push",
+    "unpack",
 ]
 
 _LATER = {
@@ -48,6 +50,7 @@ _LATER = {
     "open": ("splitbundle.opening", "open_bundle"),
     "pull": ("splitbundle.opening", "pull_bundle"),
     "push": ("splitbundle.opening", "push_bundle"),
+    "unpack": ("splitbundle.opening", "unpack_archive"),
 }
 """A public name -> the module that defines it, imported at first use, and its name there."""
 

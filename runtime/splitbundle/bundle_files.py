@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from splitbundle.backends import registry
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from splitbundle.comparison.records import Comparison
     from splitbundle.planning.plan import Plan
+    from splitbundle.sharing.archive import Archive
+    from splitbundle.sharing.signatures import Signature
     from splitbundle.text.huggingface import TextTokenizer
     from splitbundle.verification.verify import Verification
 
@@ -177,8 +180,8 @@ class BundleFiles(BundleReader):
     def paths(self, *shards: str, vectors: bool = False, text: bool = False) -> list[str]:
         """Return the paths of the files that some shards need, relative to the bundle's directory.
 
-        These are the documents, the weight files and the graphs. A copy of these files is a partial bundle of the same
-        id.
+        These are the documents, the weight files, the graphs and the signatures. A copy of these files is a partial
+        bundle of the same id.
 
         Args:
             shards: the names of the shards.
@@ -189,8 +192,10 @@ class BundleFiles(BundleReader):
             BundleError: ``stage.name``; ``input.value`` without a name.
         """
         from splitbundle.partial.shard_files import UNLISTED, listed_files
+        from splitbundle.storage.signature_files import signature_files
 
-        return [*UNLISTED, *listed_files(self, shards, vectors=vectors, text=text)]
+        listed = listed_files(self, shards, vectors=vectors, text=text)
+        return [*UNLISTED, *listed, *signature_files(self.path)]
 
     def extract(
         self,
@@ -201,7 +206,7 @@ class BundleFiles(BundleReader):
         force: bool = False,
         progress: Progress | None = None,
     ) -> Self:
-        """Write a partial bundle with some shards. Its files are unchanged, and so is the bundle id.
+        """Write a partial bundle with some shards. Its files, its signatures and its bundle id are unchanged.
 
         Each copy is verified. The new bundle appears complete, or not at all.
 
@@ -224,6 +229,93 @@ class BundleFiles(BundleReader):
         with self._told():
             return extract(self, path, shards, vectors=vectors, text=text, force=force, progress=progress)
 
+    def pack(self, path: str | os.PathLike[str], *, force: bool = False, progress: Progress | None = None) -> Archive:
+        """Write the bundle into one tar archive, without compression. ``splitbundle.unpack`` reads it.
+
+        Each file that is there is hashed. The signatures are taken along. Bundles of one id with the same files
+        give the same bytes. A partial bundle may be packed, too. The archive appears complete, or not at all.
+
+        Args:
+            path: the archive.
+            force: whether to replace an existing tar archive.
+            progress: called with the name of the work, the bytes that are done, and the total in bytes.
+
+        Returns:
+            The path and the size of the archive, and the files that are in it.
+
+        Raises:
+            BundleError: ``file.*``; ``output.*``; ``archive.member`` for more files than an archive may have.
+        """
+        from splitbundle.sharing.archive import pack
+
+        with self._told():
+            return pack(self, path, force=force, progress=progress)
+
+    def sign(
+        self,
+        key: str | os.PathLike[str],
+        *,
+        output: str | os.PathLike[str] | None = None,
+        name: str | None = None,
+        password: str | Callable[[], str | None] | None = None,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> Signature:
+        """Sign the bundle, and so all files that its manifest lists. It needs the library ``cryptography``.
+
+        The digests of the files that are there are checked first. The signature has the form of OpenSSF model signing,
+        and lies in the bundle's directory, in ``signatures/``. The bundle id stays.
+
+        Args:
+            key: a private key in PEM: Ed25519, or ECDSA on P-256, P-384 or P-521.
+            output: a file to write the signature to, in place of the bundle's directory.
+            name: the name of the signature in the bundle; by default 16 digits of the digest of the public key.
+            password: the passphrase of an encrypted key, or a function that returns it if it is needed.
+            force: whether to replace an existing signature of this name.
+            progress: called with the name of the work, the bytes that are done, and the total in bytes.
+
+        Returns:
+            The path of the signature, the digest of the public key, and the number of files that are signed.
+
+        Raises:
+            MissingExtra: ``cryptography`` isn't installed.
+            BundleError: ``signature.key``; ``file.*`` and ``sums.mismatch`` for a bundle that isn't as its manifest
+                says; ``output.*``; ``input.value`` for another name.
+        """
+        with self._told():
+            made: Signature = _signatures().sign(
+                self, key, output=output, name=name, password=password, force=force, progress=progress
+            )
+        return made
+
+    def verify_signature(
+        self,
+        public_keys: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        signature: str | os.PathLike[str] | None = None,
+    ) -> Signature:
+        """Check that one of some keys signed this bundle. It needs the library ``cryptography``.
+
+        This proves the manifest, and so the digests that it lists. ``verify`` compares the files with them, also those
+        of a part of the bundle.
+
+        Args:
+            public_keys: public keys in PEM, or one. A signature by any of them suffices.
+            signature: the file of the signature; by default those in the bundle's directory.
+
+        Returns:
+            The signature that holds, and the key that proved it.
+
+        Raises:
+            MissingExtra: ``cryptography`` isn't installed.
+            VerificationError: ``signature.missing``, ``signature.invalid``, ``signature.files``, ``json.*`` and
+                ``field.*`` of every signature that was looked at.
+            BundleError: ``signature.key`` for a file that isn't a public key; ``file.*``.
+        """
+        with self._told():
+            found: Signature = _signatures().verify(self, public_keys, signature=signature)
+        return found
+
     @contextmanager
     def _told(self, shard: str | None = None) -> Iterator[None]:
         """If the block fails, say so where the bundle was replaced, and where an absent file can be pulled from."""
@@ -236,3 +328,18 @@ class BundleFiles(BundleReader):
             from splitbundle.sharing.origins import with_origin  # imported here, as it loads the cache
 
             raise with_origin(self, error, shard) from error
+
+
+def _signatures() -> ModuleType:
+    """Return the module that signs bundles.
+
+    Raises:
+        MissingExtra: ``cryptography`` isn't installed.
+    """
+    try:
+        from splitbundle.sharing import signatures
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "cryptography":
+            raise
+        raise MissingExtra.of("cryptography", "share", "sign a bundle, and to check a signature") from None
+    return signatures

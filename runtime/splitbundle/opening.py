@@ -193,6 +193,39 @@ def merge_bundles(
     return merge(opened, output, force=force, progress=progress)
 
 
+def unpack_archive(
+    archive: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    id: str | None = None,  # noqa: A002
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Unpack a tar archive with a bundle: one of ``Bundle.pack``, or a plain one that tar made of a bundle's directory.
+
+    Only the files that the manifest lists are written, with their listed sizes, and each is hashed on its way.
+
+    Args:
+        archive: the archive, a file without compression.
+        output: the directory of the new bundle. It appears complete, or not at all.
+        id: the expected bundle id. It is checked before anything is parsed.
+        force: whether to replace an existing bundle.
+        progress: called with the name of the work, the bytes that are done, and the total in bytes.
+
+    Returns:
+        The new bundle, opened. It is partial if the archive is one of a partial bundle.
+
+    Raises:
+        BundleError: ``archive.*`` for an archive that has something else, or that isn't whole; ``file.*``; the errors
+            of ``splitbundle.open``; ``output.*``.
+    """
+    # Imported here, as most users of this module only open bundles.
+    from splitbundle.sharing.archive import unpack
+
+    documents = unpack(archive, output, id=id, force=force, progress=progress)
+    return Bundle(Path(os.path.abspath(output)), *documents)
+
+
 def relocated(made: Bundle, target: Path) -> Bundle:
     """Return a bundle with its final path. It is not opened again, because this could fail after the rename."""
     return Bundle(target, made.manifest, made.architecture, made.id)

@@ -11,6 +11,8 @@ NAMES: Final = (
     "architecture",
     "checkpoint",
     "text",
+    "signature",
+    "statement",
     "image-manifest",
     "model-config",
     "cached-reference",

@@ -69,6 +69,7 @@ LIBRARIES = {
         "text/control_tokens.py": {"tokenizers"},
         "text/chat_template.py": {"jinja2"},
         "text/template_*.py": {"jinja2"},
+        "sharing/signing.py": {"cryptography"},
         "cli/completion.py": {"shtab"},
         "sharing/hub.py": {"huggingface_hub"},
         "sharing/filesystems.py": {"fsspec"},

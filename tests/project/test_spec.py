@@ -48,7 +48,7 @@ def defined() -> list[str]:
 def held() -> dict[str, set[str]]:
     """Return the schemas, vectors and tests that hold each rule."""
     holders: dict[str, set[str]] = {}
-    for name in (*KINDS, "text", "image-manifest", "model-config"):
+    for name in (*KINDS, "text", "signature", "statement", "image-manifest", "model-config"):
         for comment in comments(splitbundle_schemas.load(name)):
             for rule in re.findall(RULE, comment):
                 holders.setdefault(rule, set()).add(f"{name}.schema.json")

@@ -214,6 +214,34 @@ class ExportJudge(Judge):
         return self.identity(target) if target.exists() else None
 
 
+class ArchiveJudge(Judge):
+    """Checks that an archive has every byte of one that was packed without a fault."""
+
+    in_place = "The new file is in place"
+
+    def identity(self, path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+    def old(self) -> str | None:
+        return self.identity(self.template / self.scenario.target) or None
+
+    def there(self) -> str | None:
+        target = self.root / self.scenario.target
+        return self.identity(target) if target.exists() else None
+
+
+class SignatureJudge(Judge):
+    """Checks that a bundle stays whole with or without its signature. An empty directory for signatures is none."""
+
+    in_place = "The new file is in place"
+
+    def identity(self, path: Path) -> str:
+        return json.dumps({name: what for name, what in state(path).items() if name != "signatures"}, sort_keys=True)
+
+    def rerun(self, arguments: Sequence[str]) -> tuple[int, str]:
+        return super().rerun([*arguments, *(["--force"] if "--force" not in arguments else [])])
+
+
 def checkpointed_stage(bundle: str | Path) -> Any:
     import splitbundle
 

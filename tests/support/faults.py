@@ -33,7 +33,15 @@ from typing import Any, Final
 
 from splitbundle.cli.console import Command, Console
 from tests.support import syscalls
-from tests.support.fault_judges import CheckpointJudge, ExportJudge, Scenario, checkpointed_stage, state
+from tests.support.fault_judges import (
+    ArchiveJudge,
+    CheckpointJudge,
+    ExportJudge,
+    Scenario,
+    SignatureJudge,
+    checkpointed_stage,
+    state,
+)
 from tests.support.fault_points import points
 from tests.support.syscalls import Call, Fault, Tracee
 
@@ -259,6 +267,16 @@ def scenarios(sources: Path, root: Path) -> list[Scenario]:
             (template / f".{target}.{name}" / "manifest.json").write_text("{}")
         (template / f".{target}.tmp-0123456789abcdef.lock").touch()  # the other scenario's bundle was removed first
 
+    def with_source(prepare: Callable[[Path], object]) -> Callable[[Path], object]:
+        """The bundle or the archive that is read lies beside the target, so that reading meets faults too."""
+
+        def both(template: Path) -> None:
+            shutil.copytree(made / "parts", template / "parts")
+            shutil.copy(sources / "parts.tar", template)
+            prepare(template)
+
+        return both
+
     convert = ("convert", str(sources / "source"), "-o", place, "--no-check", "--quiet")
     resplit = ("resplit", place, "--split", "1", "--quiet")
     pickles = ("convert", str(sources / "pickles"), "-o", place, "--no-check", "--quiet", "--allow-pickle")
@@ -275,6 +293,10 @@ def scenarios(sources: Path, root: Path) -> list[Scenario]:
     cast = ("cast", str(made / "parts"), "--dtype", "bfloat16", "-o", place, "--threads", "1", "--quiet")
     cast_over = ("cast", place, *cast[2:], "--force")
     several = ("--max-shard-size", "300", "--quiet")  # three weight files and an index, in place of one file
+    pack = ("pack", str(root / "parts"), "-o", str(root / "x.tar"), "--quiet")
+    unpack = ("unpack", str(root / "parts.tar"), "-o", place, "--quiet")
+    sign = ("sign", place, "--key", str(sources / "key.pem"), "--quiet")
+    archive: dict[str, Any] = {"target": "x.tar", "judge": ArchiveJudge}
     exporting = ("export", str(made / "parts"), "-o", str(root / "checkpoint"), *several)
     elsewhere = ("resplit", str(made / "old"), "-o", place, "--split", "1", "--quiet")
     over = (*convert, "--split", "1", "--force")
@@ -305,6 +327,16 @@ def scenarios(sources: Path, root: Path) -> list[Scenario]:
         scenario("merge --force, over a part", merge_over, standing("trunk")),
         scenario("cast", cast, nothing),
         scenario("cast over itself", cast_over, standing("parts"), same=before_replacing),
+        Scenario(name="pack", arguments=pack, prepare=with_source(nothing), **archive),
+        Scenario(
+            name="pack --force",
+            arguments=(*pack, "--force"),
+            prepare=with_source(lambda template: shutil.copy(sources / "old.tar", template / "x.tar")),
+            **archive,
+        ),
+        scenario("unpack", unpack, with_source(nothing)),
+        scenario("unpack --force", (*unpack, "--force"), with_source(standing("old"))),
+        scenario("sign", sign, standing("parts"), judge=SignatureJudge),
         export("export", exporting, nothing),
         export("export --force", (*exporting, "--force"), exported),
         export("export --force, in two steps", (*exporting, "--force"), exported, **two_steps),
@@ -317,6 +349,8 @@ def make_sources(directory: Path) -> None:
     The bundle ``parts`` has three shards and golden vectors. ``bottom``, ``trunk`` and ``rest`` are parts of it.
     """
     import torch
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import splitbundle
@@ -336,6 +370,11 @@ def make_sources(directory: Path) -> None:
     for name, shards in {"bottom": ["bottom"], "trunk": ["trunk"], "rest": ["bottom", "top"]}.items():
         parts.extract(made / name, *shards)
     splitbundle_converter.export(parts, directory / "exported")
+    parts.pack(directory / "parts.tar")
+    splitbundle.open(made / "old").pack(directory / "old.tar")
+    key = Ed25519PrivateKey.generate()  # its signatures are the same each time
+    data = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (directory / "key.pem").write_bytes(data)
 
 
 def _save_as_arguments(parser: argparse.ArgumentParser) -> None:
@@ -402,12 +441,13 @@ print(json.dumps({"done": len(request["files"])}), flush=True)
 
 def command(sources: Path) -> Callable[[Sequence[str]], int]:
     """The command line, with every import that a command needs. The metadata that names commands isn't read."""
-    from splitbundle.cli import cast, main, parts
+    from splitbundle.cli import archives, cast, main, parts, sign
     from splitbundle_converter.checkpoint import pickles
     from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
     from splitbundle_converter.export_command import EXPORT
 
     found = [CONVERT, RESPLIT, ADD_ONNX, EXPORT, parts.EXTRACT, parts.MERGE, cast.COMMAND, SAVE_AS, SAVE_CHECKPOINT]
+    found += [archives.PACK, archives.UNPACK, sign.COMMAND]
     vars(main)["_commands"] = lambda arguments: found
     vars(pickles)["CHILD_CODE"] = CHILD.replace("SOURCE", repr(str(sources / "source" / "model.safetensors")))
     return main.main

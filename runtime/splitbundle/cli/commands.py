@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from splitbundle.cli import (
+    archives,
     cache,
     cast,
     chat,
@@ -18,6 +19,7 @@ from splitbundle.cli import (
     plan,
     serve_files,
     share,
+    sign,
     verify,
 )
 
@@ -36,6 +38,9 @@ COMMANDS: Final = (
     share.LIST,
     cache.COMMAND,
     serve_files.COMMAND,
+    archives.PACK,
+    archives.UNPACK,
+    sign.COMMAND,
     cast.COMMAND,
     generate.COMMAND,
     chat.COMMAND,

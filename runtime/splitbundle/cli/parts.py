@@ -13,6 +13,7 @@ from splitbundle.opening import merge_bundles, open_bundle
 from splitbundle.partial.shard_files import UNLISTED
 from splitbundle.records import replace
 from splitbundle.storage.files import missing
+from splitbundle.storage.signature_files import signature_files
 
 
 def _add_shards(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -32,13 +33,14 @@ def _files(args: argparse.Namespace, console: Console) -> int:
     gone = set(bundle.absent())
     if args.shard is None:
         paths = [*UNLISTED, *(path for path in bundle.manifest.files if path not in gone)]
+        paths += signature_files(bundle.path)
     else:
         paths = bundle.paths(*args.shard, vectors=args.verify, text=args.text)
     if absent := [path for path in paths if path in gone]:
         raise BundleError(missing(path) for path in absent)
     for path in paths:
         console.text(path)
-    size = sum(bundle.manifest.files[path].size for path in paths if path not in UNLISTED)
+    size = sum(bundle.manifest.files[path].size for path in paths if path in bundle.manifest.files)
     console.json({"ok": True, "bundle_id": bundle.id, "files": paths, "bytes": size})
     return 0
 
@@ -62,7 +64,7 @@ def _extract(args: argparse.Namespace, console: Console) -> int:
     made = bundle.extract(
         args.output, *args.shard, vectors=args.vectors, text=args.text, force=args.force, progress=console.progress
     )
-    return _report(made, args.output, console)
+    return report(made, args.output, console)
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,10 +77,15 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _merge(args: argparse.Namespace, console: Console) -> int:
     made = merge_bundles(args.bundles, args.output, force=args.force, progress=console.progress)
-    return _report(made, args.output, console)
+    return report(made, args.output, console)
 
 
-def _report(made: Bundle, output: str, console: Console) -> int:
+def report(made: Bundle, output: str, console: Console) -> int:
+    """Say which files of a bundle were written, and return the exit status.
+
+    Raises:
+        BundleError: the system can't tell which files are there; the hint says that the bundle is in place.
+    """
     console.end_progress()
     try:
         absent = set(made.absent())

@@ -11,7 +11,9 @@ from splitbundle.cli.arguments import add_strict_argument, add_threads_argument,
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, VerificationError
 from splitbundle.opening import open_bundle
+from splitbundle.records import members
 from splitbundle.stages.golden import ITSELF, described, side
+from splitbundle.storage.signature_files import signature_files
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +26,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--whole", action="store_true", help="refuse a partial bundle")
     parser.add_argument("--id", metavar="sha256:…", type=bundle_id, help="the expected bundle id, as inspect shows it")
+    parser.add_argument(
+        "--public-key",
+        metavar="FILE",
+        action="append",
+        help="a public key in PEM; the bundle must be signed by it, or by one of several",
+    )
+    parser.add_argument(
+        "--signature", metavar="FILE", help="with --public-key: the signature, if it isn't in the bundle's directory"
+    )
     parser.add_argument("--run", action="store_true", help="also compute the golden vectors of the original model")
     parser.add_argument(
         "--backend",
@@ -45,11 +56,18 @@ def _remote_shard(args: argparse.Namespace) -> str | None:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
+    if args.signature is not None and args.public_key is None:
+        args.parser.error("argument --signature: it needs --public-key, the key to check it with")
+    signature = None
     try:
         bundle = open_bundle(
             args.bundle, verify=verify_when(args), id=args.id, shard=_remote_shard(args), progress=console.transfer
         )
+        if args.public_key is not None:
+            signature = bundle.verify_signature(args.public_key, signature=args.signature)
         found = bundle.verify(args.shard, exact=args.exact, whole=args.whole, progress=console.progress)
+    except MissingExtra:
+        raise
     except BundleError as error:
         if error.codes == ("stage.name",) or error.problems[0].file == str(args.bundle):
             raise  # nothing was verified, as the bundle or the shard doesn't exist
@@ -81,6 +99,11 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         console.note(f"The bundle is partial. These shards have all their files: {', '.join(whole) or 'none'}.")
     files = f"{len(found.files)} of {len(bundle.manifest.files)} files" if found.absent else f"{len(found.files)} files"
     console.text(f"{what}: {files}, {found.bytes:,} bytes, every size and digest as listed")
+    if signature is not None:
+        console.text(f"  signed by {signature.public_key}, {signature.key}, in {signature.path}")
+    elif there := len(signature_files(bundle.path)):
+        signatures = "a signature" if there == 1 else f"{there} signatures"
+        console.note(f"The bundle has {signatures}, not checked: --public-key checks who signed it.")
     if texts:
         console.text(f"  {texts} golden texts and chats have the ids of the source's tokenizer")
     for difference in differences:
@@ -105,6 +128,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             "absent": list(bundle.absent()),
             "partial": partial,
             "golden_texts": texts,
+            "signature": None if signature is None else members(signature),
             "whole_shards": list(whole),
             "proves": "reproduction" if itself else "parity" if differences else None,
             "differences": [

@@ -15,6 +15,7 @@ COMMANDS: Final = {
     "splitbundle_converter.resplit": "splitbundle resplit",
     "help(splitbundle_converter.convert)": "splitbundle convert --help",
     "help(splitbundle_converter.export)": "splitbundle export --help",
+    "Bundle.pack": "splitbundle pack",
     "config=": "--config",
     "allow_pickle=True": "--allow-pickle",
     "check=False": "--no-check",

@@ -12,6 +12,8 @@ from typing import Final
 MANIFEST: Final = "manifest.json"
 SUMS: Final = "SHA256SUMS"
 CARD: Final = "README.md"
+SIGNATURES: Final = "signatures"
+"""The directory of signatures. No manifest lists a file in it."""
 
 _PART = re.compile(r"[a-z0-9_][a-z0-9._-]{0,99}")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
@@ -20,6 +22,8 @@ SHARD_RULE: Final = "1 to 64 of a-z 0-9 _ -, not first _ or -, and no name that 
 SHA256: Final = re.compile(r"[0-9a-f]{64}")
 IDENTITY: Final = re.compile(r"sha256:[0-9a-f]{64}")
 MAX_DEPTH: Final = 4
+_SIGNATURE: Final = ".sigstore.json"
+_DIRECTORY: Final = ".splitbundle"
 
 
 def is_path(path: str) -> bool:
@@ -31,8 +35,8 @@ def is_path(path: str) -> bool:
 
 
 def is_own(path: str) -> bool:
-    """Return whether ``path`` or its first directory would clash with a file that every bundle has but doesn't list."""
-    return path.partition("/")[0].lower() in (MANIFEST, SUMS.lower())
+    """Return whether ``path`` or its first directory would clash with one that the format has and no manifest lists."""
+    return path.partition("/")[0].lower() in (MANIFEST, SUMS.lower(), SIGNATURES)
 
 
 def is_shard(name: str) -> bool:
@@ -43,6 +47,23 @@ def is_shard(name: str) -> bool:
 def is_part(part: str) -> bool:
     """Return whether ``part`` may name a file or a directory."""
     return bool(_PART.fullmatch(part)) and not part.endswith(".") and not _RESERVED.fullmatch(part)
+
+
+def is_signature(path: str) -> bool:
+    """Return whether ``path`` is that of a signature: ``signatures/NAME.sigstore.json``."""
+    directory, _, name = path.partition("/")
+    return directory == SIGNATURES and is_part(name) and name.endswith(_SIGNATURE) and name != _SIGNATURE
+
+
+def signature_path(name: str) -> str:
+    """Return the path of a signature in a bundle. ``is_signature`` says whether the name is one that may be used."""
+    return f"{SIGNATURES}/{name}{_SIGNATURE}"
+
+
+def directory_name(model: str) -> str:
+    """Return the name of a bundle's directory that follows from the model's name: a part within the grammar."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", model.lower())[:80].strip("-.") or "model"
+    return name + _DIRECTORY if is_part(name + _DIRECTORY) else f"model-{name}{_DIRECTORY}"
 
 
 PATH_RULE: Final = (

@@ -14,6 +14,7 @@ from splitbundle.format.strict_json import MAX_BYTES
 from splitbundle.partial.shard_files import listed_files
 from splitbundle.storage.files import Progress, check_digest, read_file
 from splitbundle.storage.reader import BundleReader
+from splitbundle.storage.signature_files import copy_signatures
 from splitbundle.writing.atomic_directory import atomic_directory
 from splitbundle.writing.copying import check_outside, copy_files, refuse_missing, unchanged
 
@@ -42,6 +43,7 @@ def extract(
     with atomic_directory(target, force=force) as root, unchanged(bundle):
         copy_files(bundle, paths, root, check=True, progress=progress)
         copy_documents(bundle, root)
+        copy_signatures(bundle.path, root)
     return type(bundle)(target, bundle.manifest, bundle.architecture, bundle.id)
 
 

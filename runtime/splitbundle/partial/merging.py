@@ -16,6 +16,7 @@ from splitbundle.storage.documents import read_documents
 from splitbundle.storage.files import Progress, is_there
 from splitbundle.storage.reader import BundleReader
 from splitbundle.storage.recovery import recover
+from splitbundle.storage.signature_files import copy_signatures
 from splitbundle.writing.atomic_directory import atomic_directory
 from splitbundle.writing.copying import check_outside, copy_files, unchanged
 
@@ -56,6 +57,11 @@ def merge(
             except BundleError as error:
                 raise BundleError(within(error, bundle.path)) from error
         copy_documents(first, root)
+        for bundle in bundles:
+            try:
+                copy_signatures(bundle.path, root)
+            except BundleError as error:
+                raise BundleError(within(error, bundle.path)) from error
     return type(first)(target, first.manifest, first.architecture, first.id)
 
 

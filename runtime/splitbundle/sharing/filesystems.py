@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from splitbundle.errors import BundleError, MissingExtra, Problem, VerificationError, quoted
-from splitbundle.format import strict_json
+from splitbundle.format import names, strict_json
 from splitbundle.format.manifest.document import FILE, File, Manifest
 from splitbundle.format.manifest.parser import parse_manifest
 from splitbundle.sharing.network import NetworkError, Pace, Patience, network_error, persistently
 from splitbundle.sharing.reference import Reference
-from splitbundle.sharing.signature_paths import is_signature
 from splitbundle.sharing.transport import LocalFile, Resolved
 
 try:
@@ -138,7 +137,7 @@ class FileSystemSource:
         except NetworkError:
             return []
         paths = [f"signatures/{str(each).rstrip('/').rpartition('/')[2]}" for each in found]
-        return sorted(path for path in paths if is_signature(path))
+        return sorted(path for path in paths if names.is_signature(path))
 
     def moved(self) -> str | None:
         """Return None. If the bundle was replaced, a digest of a file differs."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
-from splitbundle.format import strict_json
+from splitbundle.format import names, strict_json
 from splitbundle.format.manifest.document import FILE, File, Manifest
 from splitbundle.format.manifest.parser import parse_manifest
 from splitbundle.sharing.http_client import HttpClient
@@ -21,7 +21,6 @@ from splitbundle.sharing.http_files import HttpStream, open_from, read_small
 from splitbundle.sharing.local import LocalStream
 from splitbundle.sharing.network import NetworkError, Patience, network_error, persistently
 from splitbundle.sharing.reference import Reference
-from splitbundle.sharing.signature_paths import is_signature
 from splitbundle.sharing.transport import LocalFile, Resolved
 
 try:
@@ -44,7 +43,7 @@ class HubPlace:
         self.api = huggingface_hub.HfApi()
         self.client = HttpClient(patience)
         self.commit = ""
-        self.names: list[str] = []
+        self.paths: list[str] = []
         token = huggingface_hub.get_token()
         self.ask = partial(self.client.ask, authorization=f"Bearer {token}" if token else None)
 
@@ -60,10 +59,10 @@ class HubPlace:
                 found = self.api.model_info(
                     self.reference.path, revision=self.reference.revision, timeout=self.client.patience.timeout
                 )
-            names = [each.rfilename for each in found.siblings or []]
-            return str(found.sha), names
+            paths = [each.rfilename for each in found.siblings or []]
+            return str(found.sha), paths
 
-        commit, self.names = persistently(once, self.client.patience)
+        commit, self.paths = persistently(once, self.client.patience)
         return commit
 
     def path_of(self, path: str) -> str:
@@ -162,8 +161,8 @@ class HubSource:
     def signatures(self) -> list[str]:
         """Return the paths of the signatures."""
         folder = self._place.path_of("")
-        inside = [name.removeprefix(folder) for name in self._place.names if name.startswith(folder)]
-        return sorted(name for name in inside if is_signature(name))
+        inside = [name.removeprefix(folder) for name in self._place.paths if name.startswith(folder)]
+        return sorted(name for name in inside if names.is_signature(name))
 
     def moved(self) -> str | None:
         """Return the commit that the revision means now, if it is another one."""
@@ -203,14 +202,16 @@ class HubDestination:
                 place.api.create_repo(place.reference.path, private=None, exist_ok=True)
             place.commit = place.look()
         folder = place.path_of("")
-        here = {name.removeprefix(folder) for name in place.names if name.startswith(folder)}
+        here = {name.removeprefix(folder) for name in place.paths if name.startswith(folder)}
         old = self._old() if FILE in here else {}
         if FILE not in here and here.difference(OWN_FILES) and not force:
             hint = f"Push into a folder: hf://{place.reference.path}/FOLDER. force=True writes beside these files"
             expected, got = "an empty place, or a bundle", f"other files, such as {quoted(min(here))}"
             problem = Problem(code="output.exists", file=str(place.reference), expected=expected, got=got, hint=hint)
             raise BundleError(problem)
-        self._removes = sorted(path for path in (old.keys() | set(filter(is_signature, here))) & here - listed.keys())
+        self._removes = sorted(
+            path for path in (old.keys() | set(filter(names.is_signature, here))) & here - listed.keys()
+        )
         return {path for path, file in listed.items() if path in here and old.get(path) == (file.size, file.sha256)}
 
     def _old(self) -> dict[str, tuple[int, str]]:

@@ -12,6 +12,7 @@ from splitbundle.sharing.reference import Reference
 from splitbundle.sharing.transport import Resolved
 from splitbundle.storage import files
 from splitbundle.storage.documents import find_bundle
+from splitbundle.storage.signature_files import signature_files
 
 
 class LocalStream:
@@ -57,7 +58,7 @@ class LocalSource:
 
     def signatures(self) -> list[str]:
         """Return the paths of the signatures."""
-        return []
+        return list(signature_files(self._root))
 
     def moved(self) -> str | None:
         """Return None: a directory has no revisions."""

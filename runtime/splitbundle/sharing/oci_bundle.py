@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from splitbundle.errors import BundleError, Problem, VerificationError
+from splitbundle.format import names
 from splitbundle.format.manifest.document import FILE, File, Manifest, identity
 from splitbundle.sharing import model_pack
 from splitbundle.sharing.http_files import HttpStream
@@ -16,7 +17,6 @@ from splitbundle.sharing.jobs import JOBS, run_jobs
 from splitbundle.sharing.network import Patience, network_error, persistently
 from splitbundle.sharing.reference import DEFAULT_TAG, Reference
 from splitbundle.sharing.registry import Registry, check_layer
-from splitbundle.sharing.signature_paths import is_signature
 from splitbundle.sharing.transport import LocalFile, Resolved
 
 
@@ -76,7 +76,7 @@ class OciSource:
 
     def signatures(self) -> list[str]:
         """Return the paths of the signatures."""
-        return sorted(path for path in self._files if is_signature(path))
+        return sorted(path for path in self._files if names.is_signature(path))
 
     def moved(self) -> str | None:
         """Return the digest that the tag has now, if it is another one."""

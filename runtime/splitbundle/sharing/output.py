@@ -20,6 +20,7 @@ from splitbundle.sharing.store import Store, is_file_of
 from splitbundle.storage import files
 from splitbundle.storage.documents import Documents, read_documents
 from splitbundle.storage.recovery import recover
+from splitbundle.storage.signature_files import copy_signatures
 from splitbundle.writing.atomic_directory import atomic_directory
 
 if sys.platform != "win32":
@@ -152,7 +153,8 @@ class DirectoryOutput:
     def finish(self, paths: Sequence[str], extra: Mapping[str, bytes]) -> None:
         """Write the directory from what was downloaded, and from what was there."""
         found, digest = self._content.documents, self._content.documents.id.removeprefix("sha256:")
-        if self._old is not None and self._old.id == found.id and self._good.issuperset(paths) and not extra:
+        same = self._old is not None and self._old.id == found.id
+        if same and self._good.issuperset(paths) and all(self._has(path, data) for path, data in extra.items()):
             return
         force = self._force or self._old is not None
         with atomic_directory(self.root, force=force) as root:
@@ -164,6 +166,8 @@ class DirectoryOutput:
                 else:
                     _join(self.store.blob(found.manifest.files[path].sha256), place)
                     place.chmod(0o644)
+            if same:
+                copy_signatures(self.root, root)
             for path, data in {
                 **extra,
                 FILE: self._content.manifest,
@@ -171,6 +175,12 @@ class DirectoryOutput:
             }.items():
                 (root / path).parent.mkdir(exist_ok=True)
                 (root / path).write_bytes(data)
+
+    def _has(self, path: str, data: bytes) -> bool:
+        try:
+            return files.read_file(self.root, path, len(data)) == data
+        except BundleError:
+            return False
 
 
 def _join(source: Path, place: Path) -> None:

@@ -24,8 +24,8 @@ from splitbundle.sharing.output import CacheOutput, Content, DirectoryOutput, Ou
 from splitbundle.sharing.places import open_source
 from splitbundle.sharing.reference import Reference
 from splitbundle.sharing.store import check_space
-from splitbundle.sharing.transport import MAX_SIGNATURES, Source, another_bundle
-from splitbundle.storage import files
+from splitbundle.sharing.transport import Source, another_bundle
+from splitbundle.storage import files, signature_files
 from splitbundle.storage.documents import Documents, read_documents
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import BundleReader
@@ -231,7 +231,8 @@ def _explain_change(source: Source, content: Content) -> None:
 
 
 def _signatures(source: Source) -> dict[str, bytes]:
-    return {path: source.read(path, strict_json.MAX_BYTES) for path in source.signatures()[:MAX_SIGNATURES]}
+    paths = source.signatures()[: signature_files.MAX_NUMBER]
+    return {path: source.read(path, signature_files.MAX_BYTES) for path in paths}
 
 
 def _in_cache(cache: Cache, reference: Reference, wanted: Wanted, *, current: bool) -> Pulled | None:

@@ -17,7 +17,7 @@ from splitbundle.sharing.network import Patience, patience
 from splitbundle.sharing.places import open_destination
 from splitbundle.sharing.reference import Reference
 from splitbundle.sharing.transport import LocalFile
-from splitbundle.storage import files
+from splitbundle.storage import files, signature_files
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import BundleReader
 from splitbundle.verification.verify import check_digests
@@ -99,7 +99,7 @@ def push(bundle: BundleReader, reference: Reference, how: PushHow) -> Pushed:
 
 
 def all_files(bundle: BundleReader) -> dict[str, File]:
-    """Return every file of a bundle: the manifest, its checksums, the listed files, and the signatures.
+    """Return every file of a bundle in order: the manifest, its checksums, the listed files, and the signatures.
 
     Raises:
         BundleError: ``file.*``; ``sums.mismatch``.
@@ -107,7 +107,7 @@ def all_files(bundle: BundleReader) -> dict[str, File]:
     found: dict[str, File] = {}
     for path in (FILE, names.SUMS):
         data = files.read_file(bundle.path, path, strict_json.MAX_BYTES)
-        found[path] = File(size=len(data), sha256=document.identity(data).removeprefix("sha256:"))
+        found[path] = _entry(data)
         sums = document.checksums(bundle.manifest.files, bundle.id.removeprefix("sha256:"))
         if path == names.SUMS and data != sums:
             expected, got = "the digests of the manifest", "others"
@@ -115,7 +115,14 @@ def all_files(bundle: BundleReader) -> dict[str, File]:
     if f"sha256:{found[FILE].sha256}" != bundle.id:
         expected, got = f"the bundle id {bundle.id}, as when it was opened", f"sha256:{found[FILE].sha256}"
         raise BundleError(Problem(code="file.digest", file=FILE, expected=expected, got=got, hint="Open it again"))
-    return found | bundle.manifest.files
+    found |= bundle.manifest.files
+    for path in signature_files.signature_files(bundle.path):
+        found[path] = _entry(signature_files.read_signature(bundle.path, path))
+    return found
+
+
+def _entry(data: bytes) -> File:
+    return File(size=len(data), sha256=document.identity(data).removeprefix("sha256:"))
 
 
 def _pieces(

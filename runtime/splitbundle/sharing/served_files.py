@@ -15,8 +15,8 @@ from splitbundle.errors import BundleError, Problem
 from splitbundle.format import names, strict_json
 from splitbundle.format.manifest.document import FILE, Manifest, identity
 from splitbundle.format.manifest.parser import parse_manifest
+from splitbundle.format.names import is_signature
 from splitbundle.records import record
-from splitbundle.sharing.signature_paths import is_signature
 from splitbundle.storage import files
 
 BUNDLE: Final = ".splitbundle"

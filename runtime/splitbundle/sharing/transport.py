@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 from splitbundle.errors import BundleError, Problem, VerificationError
 from splitbundle.format.manifest.document import File, Manifest
 from splitbundle.records import record
-
-MAX_SIGNATURES: Final = 64
-"""The largest number of signatures that are taken from another machine."""
 
 
 @record(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from splitbundle.format.manifest import document, rules
 from splitbundle.format.manifest.document import Manifest
 from splitbundle.format.manifest.parser import parse_manifest
 from splitbundle.storage import files
+from splitbundle.storage.archive_kind import file_kind, next_step
 from splitbundle.storage.recovery import recover
 
 MAX_REPLACEMENTS: Final = 8
@@ -40,23 +41,26 @@ def find_bundle(path: str | os.PathLike[str]) -> Path:
         BundleError: ``file.missing`` if there is no bundle; ``file.unreadable``.
     """
     root = Path(os.path.abspath(path))  # so that the path stays right if the process changes its directory
-    there = ""
+    there, archive = "", None
     try:
         recover(root)
         if not (root / document.FILE).exists():
-            there = "a directory without it" if root.is_dir() else "a file" if root.exists() else "nothing there"
+            archive = None if root.is_dir() else file_kind(root)
+            file = "a file" if archive is None else f"a {archive} archive"
+            there = "a directory without it" if root.is_dir() else file if root.exists() else "nothing there"
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise BundleError(files.unreadable(str(path), error)) from error
         there = f"{error.strerror}"
     if there:
+        hint = 'splitbundle_converter.convert(SOURCE, "NAME.splitbundle") makes one'
         raise BundleError(
             Problem(
                 code="file.missing",
                 file=str(path),
                 expected=f"a bundle, a directory with a {document.FILE}",
                 got=there,
-                hint='splitbundle_converter.convert(SOURCE, "NAME.splitbundle") makes one',
+                hint=hint if archive is None else next_step(str(path), archive),
             )
         )
     return root

@@ -18,6 +18,7 @@ from splitbundle.records import record, replace
 from splitbundle.storage import files
 from splitbundle.storage.documents import is_of_another_manifest
 from splitbundle.storage.files import THREAD_BYTES, Progress
+from splitbundle.storage.signature_files import signature_files
 from splitbundle.verification import genai_rules, onnx_rules, text_rules, tokenizer_rules
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ def verify(
                 good.difference_update(paths)
     unlisted: list[str] = []
     try:
-        unlisted = files.unlisted(bundle.path, {*bundle.manifest.files, document.FILE, names.SUMS})
+        signatures = signature_files(bundle.path)  # known by their names and sizes, and not opened here
+        unlisted = files.unlisted(bundle.path, {*bundle.manifest.files, document.FILE, names.SUMS, *signatures})
+        unlisted = [path for path in unlisted if path != f"{names.SIGNATURES}/"]
     except BundleError as error:
         problems += error.problems
     if exact:

@@ -27,7 +27,7 @@ if sys.platform != "win32":
 
 _AT_FDCWD: Final = -100
 _LOCK: Final = ".lock"
-_TEMPORARY: Final = re.compile(r"\.tmp-[0-9a-f]{16}(\.lock)?\Z")
+TEMPORARY: Final = re.compile(r"\.tmp-[0-9a-f]{16}(\.lock)?\Z")
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 """The error numbers of file systems that do not support locks."""
 
@@ -48,7 +48,7 @@ def atomic_directory(
             ``output.failed`` if the system refuses to write.
     """
     ours = _is_bundle if ours is None else ours
-    target = _destination(destination)
+    target = absolute_target(destination)
     made: os.stat_result | None = None
     try:
         _prepare(target, force, ours)
@@ -61,9 +61,9 @@ def atomic_directory(
     except OSError as error:
         if made is not None and _is_there(made, target):
             raise _not_durable(target, error, ours) from error
-        if error.filename is not None and not _is_ours(Path(os.fsdecode(error.filename)), target):
+        if error.filename is not None and not belongs_to(Path(os.fsdecode(error.filename)), target):
             raise  # an error about a file that was being read
-        raise _unwritable(target, error) from error
+        raise unwritable(target, error) from error
 
 
 @contextlib.contextmanager
@@ -76,18 +76,18 @@ def scratch_directory(destination: str | os.PathLike[str], *, force: bool) -> It
     Raises:
         BundleError: ``output.exists`` and ``output.failed``, as for ``atomic_directory``, but before the work begins.
     """
-    target = _destination(destination)
+    target = absolute_target(destination)
     with contextlib.ExitStack() as stack:
         try:
             _prepare(target, force, _is_bundle)
             directory = stack.enter_context(_staging(target))
             directory.chmod(0o700)
         except OSError as error:
-            raise _unwritable(target, error) from error
+            raise unwritable(target, error) from error
         yield directory
 
 
-def _is_ours(path: Path, target: Path) -> bool:
+def belongs_to(path: Path, target: Path) -> bool:
     """Return whether the path in an error is the target, a temporary entry beside it, or their parent directory."""
     if not path.is_relative_to(target.parent):
         return False
@@ -95,10 +95,15 @@ def _is_ours(path: Path, target: Path) -> bool:
     return not inside or inside[0] == target.name or inside[0].startswith(f".{target.name}.")
 
 
-def _destination(destination: str | os.PathLike[str]) -> Path:
+def absolute_target(destination: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a destination, and make the directories above it.
+
+    Raises:
+        BundleError: ``output.failed``.
+    """
     target = Path(os.path.abspath(destination))  # not resolved, because a link must be refused, not followed
     if not target.name or "\0" in str(target):
-        raise _unwritable(target, "no name for a directory")
+        raise unwritable(target, "no name for a file or a directory")
     made = []
     for place in target.parents:
         if os.path.lexists(place):
@@ -107,11 +112,11 @@ def _destination(destination: str | os.PathLike[str]) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for place in made:
-            _flush(place.parent)
+            flush(place.parent)
     except FileExistsError as error:
-        raise _unwritable(target, f"{target.parent} is a file") from error
+        raise unwritable(target, f"{target.parent} is a file") from error
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise unwritable(target, error) from error
     return target
 
 
@@ -131,34 +136,36 @@ def _prepare(target: Path, force: bool, ours: Callable[[Path], bool]) -> None:
         if os.path.lexists(target) and may_be_old(old):  # a writer replaced the bundle, and was killed then
             # One rename moves the backup away. Removing it in place could leave half of it, and recovery would restore
             # this half.
-            old.rename(_new_place(target))
+            old.rename(temporary_path(target))
     remove_unfinished(target)
 
 
 def remove_unfinished(target: Path) -> None:
     """Remove unfinished directories of this target, and their lock files, if no writer is at work on them."""
     for place in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
-        if not _TEMPORARY.search(place.name):
+        if not TEMPORARY.search(place.name):
             continue  # another program's or the user's entry
         if place.name.endswith(_LOCK):
-            if not _is_file(place):
+            if not is_file(place):
                 continue
             with contextlib.suppress(OSError), place.open("rb") as left:
-                if _lock(left, wait=False):
+                if lock_file(left, wait=False):
                     _remove(place.with_name(place.name.removesuffix(_LOCK)))
                     place.unlink()
         elif not os.path.lexists(place.with_name(place.name + _LOCK)):  # a running writer has a lock file
             _remove(place)
 
 
-def _is_file(place: Path) -> bool:
+def is_file(place: Path) -> bool:
+    """Return whether a regular file, and no link, is there."""
     try:
         return stat.S_ISREG(place.lstat().st_mode)
     except OSError:
         return False  # it was removed meanwhile
 
 
-def _new_place(target: Path) -> Path:
+def temporary_path(target: Path) -> Path:
+    """Return a new path beside the target, in the form that ``remove_unfinished`` knows."""
     return target.with_name(f".{target.name}.tmp-{secrets.token_hex(8)}")
 
 
@@ -167,11 +174,11 @@ def _staging(target: Path) -> Iterator[Path]:
     """Create a new directory beside the target, and a lock file that stays locked until the block or process ends."""
     claimed = False
     while not claimed:
-        staging = _new_place(target)
+        staging = temporary_path(target)
         lock = staging.with_name(staging.name + _LOCK)
         try:  # around all steps, because an interruption may come between any two of them
             with files.closed_at_last(lock.open("xb")) as held:
-                _lock(held, wait=True)
+                lock_file(held, wait=True)
                 # Before this process locked the file, another writer may have taken it for a killed writer's file
                 # and removed it.
                 claimed = os.path.lexists(lock)
@@ -186,7 +193,7 @@ def _staging(target: Path) -> Iterator[Path]:
                 lock.unlink()
 
 
-def _lock(file: BinaryIO, *, wait: bool) -> bool:
+def lock_file(file: BinaryIO, *, wait: bool) -> bool:
     """Lock a file until it is closed or the process ends.
 
     Returns:
@@ -242,11 +249,12 @@ def _make_durable(staging: Path) -> None:
 
     for directory, _, names in os.walk(staging, onerror=fail):
         for name in names:
-            _flush(Path(directory, name))
-        _flush(Path(directory))
+            flush(Path(directory, name))
+        flush(Path(directory))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Flush a file or a directory to disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows can't flush a directory
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -262,9 +270,9 @@ def _replace(staging: Path, target: Path, force: bool, ours: Callable[[Path], bo
     old, two_steps = backup_path(target), False
     try:
         if not os.path.lexists(target):
-            if not _rename(staging, target, exchange=False):
+            if not rename(staging, target, exchange=False):
                 staging.rename(target)
-        elif not _rename(staging, target, exchange=True):
+        elif not rename(staging, target, exchange=True):
             # Two renames. If an interruption comes between them, the next reader or writer of the bundle recovers it.
             two_steps = True
             target.rename(old)
@@ -279,7 +287,7 @@ def _replace(staging: Path, target: Path, force: bool, ours: Callable[[Path], bo
             raise _beaten(target, ours) from error
         raise
     try:
-        _flush(target.parent)
+        flush(target.parent)
         if two_steps:
             old.rename(staging)
         # After an exchange, the old bundle is already at the path of ``staging``, which is removed at the end.
@@ -295,7 +303,7 @@ def _is_there(made: os.stat_result, target: Path) -> bool:
         return False
 
 
-def _rename(source: Path, target: Path, *, exchange: bool) -> bool:
+def rename(source: Path, target: Path, *, exchange: bool) -> bool:
     """Rename to a free path, or exchange two directories, in one step. Return False if the system can't do this.
 
     Linux has renameat2 with RENAME_NOREPLACE (1) and RENAME_EXCHANGE (2), macOS renamex_np with RENAME_EXCL (4) and
@@ -349,15 +357,19 @@ def _not_durable(target: Path, error: OSError, ours: Callable[[Path], bool]) -> 
     else:
         expected = "a new directory that survives a power failure"
         hint = "The new directory is in place. Free or replace the disk, and run this again"
-    return BundleError(Problem(code="output.failed", file=str(target), expected=expected, got=_line(error), hint=hint))
+    return BundleError(
+        Problem(code="output.failed", file=str(target), expected=expected, got=line_of(error), hint=hint)
+    )
 
 
-def _unwritable(target: Path, got: str | OSError) -> BundleError:
+def unwritable(target: Path, got: str | OSError) -> BundleError:
+    """Return the error of a target that can't be written: ``output.failed``."""
     hint = "Choose another output, or make room there"
     expected = "a place that can be written"
-    said = got if isinstance(got, str) else _line(got)
+    said = got if isinstance(got, str) else line_of(got)
     return BundleError(Problem(code="output.failed", file=str(target), expected=expected, got=said, hint=hint))
 
 
-def _line(error: OSError) -> str:
+def line_of(error: OSError) -> str:
+    """Return an error of the system as one line."""
     return f"{type(error).__name__}: {error}"

@@ -109,7 +109,7 @@ def test_the_old_bundle_stays_until_the_new_one_is_there(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(writing, "_rename", lambda *arguments, **named: False)
+        monkeypatch.setattr(writing, "rename", lambda *arguments, **named: False)
     before = splitbundle.open(bundle).id
     with pytest.raises(RuntimeError), atomic_directory(bundle, force=True) as staging:
         (staging / "manifest.json").write_text("half")
@@ -287,9 +287,9 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
 
 def _race(place: Path, together: Barrier, answers: SimpleQueue[tuple[int, str]]) -> None:
     """Two writers race several times, over nothing and over an old bundle, in one step and in two."""
-    exchanging = writing._rename
+    exchanging = writing.rename
     for kind in KINDS:
-        vars(writing)["_rename"] = exchanging if kind[1] == "1" else lambda *arguments, **named: False
+        vars(writing)["rename"] = exchanging if kind[1] == "1" else lambda *arguments, **named: False
         together.wait(600)
         for _ in range(ROUNDS):
             try:

@@ -19,12 +19,14 @@ GROUPS: Final = (  # which take about as long
         "resplit",
         "save_as",
         "a training checkpoint",
-        *("extract", "merge --force, over a part", "export", "export --force, in two steps"),
+        *("extract", "merge --force, over a part", "pack", "unpack --force", "sign"),
+        *("export", "export --force, in two steps"),
     ),
     (
         *("convert --force", "add-onnx", "save_as over itself", "resplit --force"),
         *("resplit --force, after an interruption", "resplit --force, after two killed writers"),
-        *("extract --force", "merge", "cast", "cast over itself", "export --force"),
+        *("extract --force", "merge", "cast", "cast over itself", "pack --force", "unpack"),
+        "export --force",
     ),
 )
 

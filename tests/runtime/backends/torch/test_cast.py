@@ -90,14 +90,14 @@ def test_what_cannot_be_cast(bundle: Bundle, tmp_path: Path) -> None:
 def test_an_error_after_a_bundle_replaced_itself_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message isn't that another writer replaced the bundle."""
     old = splitbundle.open(shutil.copytree(GOLDEN / "llama.splitbundle", tmp_path / "x.splitbundle"))
-    flush = atomic_directory._flush
+    flush = atomic_directory.flush
 
     def fail(path: Path) -> None:
         if path == tmp_path:
             raise OSError(errno.EIO, "the disk failed")
         flush(path)
 
-    monkeypatch.setattr(atomic_directory, "_flush", fail)
+    monkeypatch.setattr(atomic_directory, "flush", fail)
     with pytest.raises(BundleError, match=r"\[output\.failed\] .*the disk failed.*The bundle is in place"):
         old.cast(old.path, "bfloat16", vectors=False, force=True)
     assert splitbundle.open(old.path).manifest.storage.dtype == "bfloat16"
