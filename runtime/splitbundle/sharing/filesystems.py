@@ -10,10 +10,10 @@ from typing import Any
 from splitbundle.errors import BundleError, MissingExtra, Problem, VerificationError, quoted
 from splitbundle.format import names, strict_json
 from splitbundle.format.manifest.document import FILE, File, Manifest
-from splitbundle.format.manifest.parser import parse_manifest
+from splitbundle.sharing.jobs import Stopped
 from splitbundle.sharing.network import NetworkError, Pace, Patience, network_error, persistently
 from splitbundle.sharing.reference import Reference
-from splitbundle.sharing.transport import LocalFile, Resolved
+from splitbundle.sharing.transport import LocalFile, Resolved, files_there
 
 try:
     import fsspec
@@ -70,7 +70,7 @@ class FileSystemPlace:
         place = str(self.reference)
         try:
             yield
-        except BundleError:
+        except (BundleError, Stopped):
             raise
         except FileNotFoundError as error:
             hint = "Check the spelling of the reference"
@@ -183,14 +183,13 @@ class FileSystemDestination:
             if error.codes != ("network.missing",):
                 raise
             return set()
+        before: dict[str, tuple[int, str]] = {}
         try:
-            before = {path: (file.size, file.sha256) for path, file in parse_manifest(old).files.items()}
-        except BundleError:
-            before = {}
-        same = len(old) == listed[FILE].size and all(
-            before.get(path) == (file.size, file.sha256) for path, file in listed.items() if path in manifest.files
-        )
-        if not same:
+            before = files_there(old)
+        except BundleError as error:
+            if any(code.startswith("json.") for code in error.codes):
+                return set()  # an interrupted push left it, so there is no bundle to lose
+        if before.get(FILE) != (listed[FILE].size, listed[FILE].sha256):
             if not force:
                 hint = "Choose another place, or force=True replaces it. Nobody can pull from there meanwhile"
                 raise BundleError(
@@ -234,9 +233,14 @@ class FileSystemDestination:
             target = place.path_of(path)
             with place.failures():
                 system.makedirs(target.rpartition("/")[0], exist_ok=True)
-                with system.open(target, "wb", block_size=2**23) as file:
+                file = system.open(target, "wb", block_size=2**23)
+                try:
                     for piece in local.pieces():
                         file.write(piece)
+                    file.close()
+                except BaseException:
+                    _give_up(system, file, target)
+                    raise
             size = self._size(path)
             if size != listed.size:
                 expected = f"{listed.size} bytes there"
@@ -249,6 +253,15 @@ class FileSystemDestination:
         if self._last is not None:
             self._write(FILE, *self._last)
         return None
+
+
+def _give_up(system: Any, file: Any, target: str) -> None:
+    """Leave no half of a file, as far as the file system lets us."""
+    with contextlib.suppress(Exception):
+        file.discard()
+    file.closed = True  # otherwise the object would upload what it has when it is collected
+    with contextlib.suppress(Exception):
+        system.rm_file(target)
 
 
 def _said(error: BaseException) -> str:

@@ -15,13 +15,12 @@ from typing import Any
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
 from splitbundle.format import names, strict_json
 from splitbundle.format.manifest.document import FILE, File, Manifest
-from splitbundle.format.manifest.parser import parse_manifest
 from splitbundle.sharing.http_client import HttpClient
 from splitbundle.sharing.http_files import HttpStream, open_from, read_small
 from splitbundle.sharing.local import LocalStream
 from splitbundle.sharing.network import NetworkError, Patience, network_error, persistently
 from splitbundle.sharing.reference import Reference
-from splitbundle.sharing.transport import LocalFile, Resolved
+from splitbundle.sharing.transport import LocalFile, Resolved, files_there
 
 try:
     import huggingface_hub
@@ -220,7 +219,7 @@ class HubDestination:
             data = read_small(
                 self._place.ask, self._place.url(FILE), strict_json.MAX_BYTES, self._place.client.patience
             )
-            return {path: (file.size, file.sha256) for path, file in parse_manifest(data).files.items()}
+            return files_there(data)
         except BundleError:
             return {}
 

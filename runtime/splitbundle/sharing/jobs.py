@@ -65,7 +65,8 @@ def run_jobs(work: list[Callable[[], bool]], jobs: int, stop: threading.Event) -
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.2)
-    finally:
+    except BaseException:
         stop.set()
+        raise
     if errors:
         raise errors[0]

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Protocol
 
 from splitbundle.errors import BundleError, Problem, VerificationError
-from splitbundle.format.manifest.document import File, Manifest
+from splitbundle.format import names
+from splitbundle.format.manifest.document import FILE, File, Manifest, checksums, identity
+from splitbundle.format.manifest.parser import parse_manifest
 from splitbundle.records import record
 
 
@@ -91,6 +93,19 @@ class Destination(Protocol):
 
     def finish(self) -> str | None:
         """Make the bundle visible, after all files are there. Return the name of its revision."""
+
+
+def files_there(data: bytes) -> dict[str, tuple[int, str]]:
+    """Return the size and the digest of each file of a bundle that is there, from the bytes of its manifest.
+
+    Raises:
+        BundleError: the manifest can't be read.
+    """
+    files = dict(parse_manifest(data).files)
+    sums = checksums(files, identity(data).removeprefix("sha256:"))
+    for path, content in ((FILE, data), (names.SUMS, sums)):
+        files[path] = File(size=len(content), sha256=identity(content).removeprefix("sha256:"))
+    return {path: (file.size, file.sha256) for path, file in files.items()}
 
 
 def another_bundle(expected: str, got: str, place: str) -> BundleError:
