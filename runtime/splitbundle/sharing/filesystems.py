@@ -41,7 +41,9 @@ class FileSystemPlace:
             # fsspec keeps file systems for reuse, and would hand one with a dead connection to the next caller. And
             # some of them have one connection, which serves one file at a time.
             with self.failures():
-                system, path = fsspec.core.url_to_fs(self.reference.unpinned, skip_instance_cache=True)
+                # sshfs believes any host unless it is told where to look. An empty tuple is SSH's own configuration.
+                options = {"known_hosts": ()} if self.reference.scheme in ("sftp", "ssh") else {}
+                system, path = fsspec.core.url_to_fs(self.reference.unpinned, skip_instance_cache=True, **options)
                 if type(system).__module__ == "fsspec.implementations.sftp":
                     raise ImportError("only fsspec's own client, which believes any host key")
             found = self._own.found = system, str(path).rstrip("/")
@@ -90,8 +92,12 @@ class FileSystemPlace:
         except Exception as error:  # each file system raises the errors of its own library
             self._own.found = None
             named = type(error).__name__
+            if "HostKey" in named:
+                hint = "Log in with ssh once, to see the host's key and to keep it in ~/.ssh/known_hosts"
+                raise network_error("network.auth", place, "a host that SSH knows", _said(error), hint) from error
             if any(word in named for word in ("Auth", "Credential", "Permission")):
-                raise network_error("network.auth", place, "access", f"{named}: {_said(error)}") from error
+                hint = "Set the login as the library for this scheme wants it: docs/guides/share.md has a list"
+                raise network_error("network.auth", place, "access", f"{named}: {_said(error)}", hint) from error
             raise network_error(
                 "network", place, "an answer from there", f"{named}: {_said(error)}", "Run this again", transient=True
             ) from error
