@@ -5,11 +5,19 @@ It needs only pytest, because all suites load it.
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pytest
+
+# No test reads or fills the cache of the user who runs it.
+os.environ["SPLITBUNDLE_CACHE"] = tempfile.mkdtemp(prefix="splitbundle-cache-")
+atexit.register(shutil.rmtree, os.environ["SPLITBUNDLE_CACHE"], ignore_errors=True)
 
 _COUNTED: Final = "model type"
 _TALLIED: Final = "tally"
