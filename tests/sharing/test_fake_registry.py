@@ -275,6 +275,7 @@ def test_a_bundle_goes_there_and_back(options: dict[str, object], home: Path) ->
         assert 0 <= registry.received - stored < 20_000  # manifests and forms
         credentials = {seen.host: seen.authorization for seen in registry.requests if seen.authorization}
         assert registry.storage_host not in credentials
+        assert len(registry.token_requests) <= 3  # one to look, one to push, one to pull, however many threads
         if options:
             (home / "config.json").write_text("{}")
             with pytest.raises(BundleError, match=r"network\.auth"):
