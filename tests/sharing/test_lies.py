@@ -114,6 +114,14 @@ def test_other_sizes(root: Path, name: str, stated: int | None, sent: int) -> No
         assert body[: len(TRUE)] == TRUE[:sent]
 
 
+def test_chunks(root: Path) -> None:
+    with served(root, "chunks") as server:
+        status, head, body = split(get(server))
+        assert "Transfer-Encoding: chunked" in head
+        assert body == b"%x\r\n" % len(TRUE) + TRUE + b"\r\n0\r\n\r\n"
+        assert server.sent == len(TRUE)
+
+
 def _whole_or_reset(server: StaticFiles) -> None:
     host, port = server.host.split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:

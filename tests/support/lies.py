@@ -140,6 +140,20 @@ def _no_length(exchange: Exchange, data: bytes) -> None:
     exchange.close()
 
 
+@_lie("chunks", "A")
+def _chunks(exchange: Exchange, data: bytes) -> None:
+    """Send the true bytes in chunks of odd sizes."""
+    status, headers, body = _part(exchange, data)
+    del headers["Content-Length"]
+    exchange.head(status, {**headers, "Transfer-Encoding": "chunked"})
+    for at in range(0, len(body), 9973):
+        piece = body[at : at + 9973]
+        exchange.raw(b"%x\r\n" % len(piece))
+        exchange.body_bytes(piece)
+        exchange.raw(b"\r\n")
+    exchange.raw(b"0\r\n\r\n")
+
+
 def _endless(exchange: Exchange, data: bytes, headers: dict[str, str], wrap: Callable[[bytes], bytes]) -> None:
     exchange.head(200, {"Content-Type": "application/octet-stream", **headers})
     exchange.body_bytes(wrap(data))
