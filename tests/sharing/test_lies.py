@@ -116,7 +116,7 @@ def test_other_sizes(root: Path, name: str, stated: int | None, sent: int) -> No
 
 def test_chunks(root: Path) -> None:
     with served(root, "chunks") as server:
-        status, head, body = split(get(server))
+        _, head, body = split(get(server))
         assert "Transfer-Encoding: chunked" in head
         assert body == b"%x\r\n" % len(TRUE) + TRUE + b"\r\n0\r\n\r\n"
         assert server.sent == len(TRUE)
