@@ -18,6 +18,7 @@ from splitbundle.errors import BundleError
 from tests.support import lies
 from tests.support.fake_registry import FakeRegistry
 from tests.support.paths import TESTS
+from tests.support.real_registry import real_registry
 
 GOLDEN = TESTS / "golden" / "v1.0" / "gpt2.splitbundle"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -251,6 +252,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("REGISTRY_AUTH_FILE", raising=False)
     monkeypatch.delenv("SPLITBUNDLE_TOKEN", raising=False)
     return tmp_path
+
+
+def test_a_real_registry_with_a_login(home: Path) -> None:
+    with real_registry(home / "storage", login=True) as address:
+        status, headers, _ = ask(f"http://{address}/v2/")
+        assert (status, headers["Www-Authenticate"]) == (401, 'Basic realm="test"')
+        assert ask(f"http://{address}/v2/", headers=BASIC)[0] == 200
+        (home / "config.json").write_text(json.dumps({"auths": {address: {"auth": BASIC["Authorization"].split()[1]}}}))
+        bundle = splitbundle.open(GOLDEN)
+        splitbundle.push(bundle, f"oci://{address}/a/b:v1")
+        assert splitbundle.pull(f"oci://{address}/a/b:v1", output=home / "pulled.splitbundle").id == bundle.id
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,12 @@ from tests.support.file_servers import Server, ftp_server, s3_server, sftp_serve
 fsspec = pytest.importorskip("fsspec")
 DATA = os.urandom(2**20) * 5
 Run = Callable[[Path], contextlib.AbstractContextManager[Server]]
-SERVERS = {"s3": lambda root: s3_server(), "sftp": sftp_server, "ftp": ftp_server}
+SERVERS = {
+    "s3": lambda root: s3_server(),
+    "sftp": sftp_server,
+    "ftp": ftp_server,
+    "anonymous ftp": lambda root: ftp_server(root, anonymous=True),
+}
 
 
 @pytest.fixture(params=SERVERS)

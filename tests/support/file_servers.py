@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
+import warnings
 from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -38,6 +40,7 @@ def s3_server() -> Iterator[Server]:
     pytest.importorskip("s3fs", reason="the client for S3 needs s3fs")
     import boto3
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = server_module.ThreadedMotoServer(ip_address=HOST, port=0, verbose=False)
     server.start()
     try:
@@ -148,7 +151,7 @@ def ftp_server(root: Path, *, anonymous: bool = False) -> Iterator[Server]:
 
     Args:
         root: what it serves.
-        anonymous: whether it needs no login. Then the URL has none.
+        anonymous: whether everybody may read and write. Then the URL has no login, as in references.
     """
     pytest.importorskip("pyftpdlib", reason="the FTP server needs pyftpdlib")
     pytest.importorskip("fsspec", reason="the client for FTP needs fsspec")
@@ -161,7 +164,9 @@ def ftp_server(root: Path, *, anonymous: bool = False) -> Iterator[Server]:
     authorizer = DummyAuthorizer()
     rights = "elradfmwMT"
     if anonymous:
-        authorizer.add_anonymous(str(root), perm="elr")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of everybody who may write
+            authorizer.add_anonymous(str(root), perm=rights)
     else:
         authorizer.add_user(USER, PASSWORD, str(root), perm=rights)
     handler = type("Handler", (FTPHandler,), {"authorizer": authorizer, "banner": "test", "auth_failed_timeout": 0})
