@@ -75,7 +75,8 @@ class Exchange:
         """Return the body of the request."""
         if self._body is None:
             self._body = self._read_body()
-            self.server.received += len(self._body)
+            with self.server.lock:
+                self.server.received += len(self._body)
         return self._body
 
     def _read_body(self) -> bytes:
@@ -104,8 +105,9 @@ class Exchange:
 
     def body_bytes(self, data: bytes) -> None:
         """Write bytes of a body, and count them."""
+        with self.server.lock:  # before the client has them, so that a test that has them sees the count
+            self.server.sent += len(data)
         self._handler.wfile.write(data)
-        self.server.sent += len(data)
 
     def head(self, status: int, headers: Mapping[str, str] | list[tuple[str, str]]) -> None:
         """Write a status and headers."""
