@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,20 +84,24 @@ def measure(folder: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def registry(root: Path) -> Iterator[str]:
-    """Run a registry, and yield its host and port."""
+def registry(root: Path, more: str = "") -> Iterator[str]:
+    """Run a registry, with more lines of configuration, and yield its host and port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{found.getsockname()[1]}"
     root.mkdir()
     configuration = root / "configuration.yml"
-    configuration.write_text(CONFIGURATION.format(root=root, address=address))
+    configuration.write_text(CONFIGURATION.format(root=root, address=address) + more)
     with subprocess.Popen(["docker-registry", "serve", str(configuration)], stderr=subprocess.DEVNULL) as process:
         try:
             for _ in range(100):
-                with contextlib.suppress(OSError):
+                try:
                     urllib.request.urlopen(f"http://{address}/v2/").close()
                     break
+                except urllib.error.HTTPError:  # it runs, and wants a login
+                    break
+                except OSError:
+                    pass
                 time.sleep(0.1)
             yield address
         finally:

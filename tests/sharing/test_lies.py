@@ -114,6 +114,14 @@ def test_other_sizes(root: Path, name: str, stated: int | None, sent: int) -> No
         assert body[: len(TRUE)] == TRUE[:sent]
 
 
+def test_chunks(root: Path) -> None:
+    with served(root, "chunks") as server:
+        _, head, body = split(get(server))
+        assert "Transfer-Encoding: chunked" in head
+        assert body == b"%x\r\n" % len(TRUE) + TRUE + b"\r\n0\r\n\r\n"
+        assert server.sent == len(TRUE)
+
+
 def _whole_or_reset(server: StaticFiles) -> None:
     host, port = server.host.split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
@@ -150,14 +158,14 @@ def test_endless_bodies(root: Path, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, lie in LIES.items() if lie.waits])
 def test_slow_answers(root: Path, name: str) -> None:
     with served(root, name) as server:
-        got = get(server, seconds=1.0)
+        got = get(server, seconds=0.5)
         body = got.partition(b"\r\n\r\n")[2]
         if name == "silence":
             assert got == b""
         elif name == "drip of headers":
             assert got.startswith(b"HTTP/1.1 200 OK\r\n")
             assert b"\r\n\r\n" not in got
-            assert len(got) < 40
+            assert len(got) < 30
         else:
             assert 0 < len(body) <= 10
 

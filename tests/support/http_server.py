@@ -35,9 +35,19 @@ class Seen(NamedTuple):
     method: str
     path: str
     """The path with its escapes, without the query."""
-    query: dict[str, str]
+    raw_query: str
     headers: dict[str, str]
     """By their names in lower case."""
+
+    @property
+    def query(self) -> dict[str, str]:
+        """Return the parameters. Of several with one name, it has the last."""
+        return dict(self.queries)
+
+    @property
+    def queries(self) -> list[tuple[str, str]]:
+        """Return the parameters in order."""
+        return urllib.parse.parse_qsl(self.raw_query, keep_blank_values=True)
 
     @property
     def authorization(self) -> str | None:
@@ -65,7 +75,8 @@ class Exchange:
         """Return the body of the request."""
         if self._body is None:
             self._body = self._read_body()
-            self.server.received += len(self._body)
+            with self.server.lock:
+                self.server.received += len(self._body)
         return self._body
 
     def _read_body(self) -> bytes:
@@ -76,7 +87,11 @@ class Exchange:
                 self._handler.rfile.readline()
             self._handler.rfile.readline()
             return b"".join(pieces)
-        return self._handler.rfile.read(int(self.headers.get("content-length", 0)))
+        size = int(self.headers.get("content-length", 0))
+        data = self._handler.rfile.read(size)
+        if len(data) != size:
+            raise ConnectionError("the client broke off")
+        return data
 
     @property
     def range_start(self) -> int:
@@ -90,8 +105,9 @@ class Exchange:
 
     def body_bytes(self, data: bytes) -> None:
         """Write bytes of a body, and count them."""
+        with self.server.lock:  # before the client has them, so that a test that has them sees the count
+            self.server.sent += len(data)
         self._handler.wfile.write(data)
-        self.server.sent += len(data)
 
     def head(self, status: int, headers: Mapping[str, str] | list[tuple[str, str]]) -> None:
         """Write a status and headers."""
@@ -248,9 +264,8 @@ class LoopbackServer:
     def serve(self, handler: _Handler, respond: Callable[[Exchange], None]) -> None:
         """Answer one request of a connection."""
         target = urllib.parse.urlsplit(handler.path)
-        query = dict(urllib.parse.parse_qsl(target.query, keep_blank_values=True))
         headers = {name.lower(): value for name, value in handler.headers.items()}
-        seen = Seen(handler.server.place, handler.command, target.path, query, headers)
+        seen = Seen(handler.server.place, handler.command, target.path, target.query, headers)
         with self.lock:
             self.requests.append(seen)
             for hook in self.before:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import http.client
+import io
 import os
 import socket
 import ssl
@@ -50,7 +51,12 @@ class Answer:
             NetworkError: ``network``, also for a body that ends early or drips.
         """
         with _failures(self.url):
-            count: int = self._response.readinto(view)
+            if getattr(self._response, "chunked", False):
+                piece = self._response.read1(len(view))
+                count = len(piece)
+                view[:count] = piece
+            else:
+                count = self._response.readinto(view)
         left = getattr(self._response, "length", None)
         if not count and left:
             raise lost(self.url, f"the end of the answer, {left} bytes too early")
@@ -288,11 +294,23 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return request
 
 
+class _Arrived(io.BufferedReader):
+    """A reader that returns the bytes that are there, so that the pace of a drip is seen.
+
+    The base class would wait until it has as many bytes as the caller has room for.
+    """
+
+    def readinto(self, buffer: Any) -> int:
+        return self.readinto1(buffer)
+
+
 class _Response(http.client.HTTPResponse):
     """A response whose status and headers have to be there within the timeout, however slowly their bytes come."""
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
+        self.fp.close()
+        self.fp = _Arrived(sock.makefile("rb", buffering=0), 2**16)
         self._socket = sock
 
     def begin(self) -> None:

@@ -210,9 +210,7 @@ class Registry:
                 return answer
             with answer:
                 challenge = answer.headers.get("WWW-Authenticate", "")
-                if sent is not None:
-                    self._authorizer.forget(scope)
-                if not own or not again or not self._authorizer.answer(challenge, scope):
+                if not own or not again or not self._authorizer.answer(challenge, scope, sent):
                     raise self._refused(answer)
             if body is not None and not isinstance(body, bytes):
                 raise network_error("network", url, "a login that lasts", "one that ran out", transient=True)

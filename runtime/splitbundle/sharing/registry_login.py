@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+import threading
 import urllib.parse
 from pathlib import Path
 from typing import Any, Final
@@ -144,36 +145,42 @@ class Authorizer:
         self._login: Login | None = None
         self._looked = False
         self._tokens: dict[str, str] = {}
+        self._lock = threading.Lock()
 
     def header(self, scope: str) -> str | None:
         """Return the header for a scope, as far as it is known now."""
         return self._fixed or self._tokens.get(scope) or self._tokens.get("")
 
-    def answer(self, challenge: str, scope: str) -> bool:
+    def answer(self, challenge: str, scope: str, sent: str | None) -> bool:
         """Follow the header WWW-Authenticate of a registry. Return whether another try has a chance.
+
+        Args:
+            challenge: the header.
+            scope: what the request needs.
+            sent: the header that the registry refused. A token may have run out.
 
         Raises:
             NetworkError: ``network.auth`` for a token server that the login isn't for.
         """
-        if self._fixed is not None:
-            return False
-        if not self._looked:
-            self._login, self._looked = find_login(self._host), True
-        kind, _, rest = challenge.strip().partition(" ")
-        if kind.lower() == "basic":
-            if self._login is None or not self._login.user or self._tokens.get("") == self._login.basic:
+        with self._lock:  # several threads come here at once, and one of them has to log in
+            if self._fixed is not None:
                 return False
-            self._tokens[""] = self._login.basic
+            if self.header(scope) not in (None, sent):
+                return True  # another thread has logged in meanwhile
+            self._tokens.pop(scope, None)
+            if not self._looked:
+                self._login, self._looked = find_login(self._host), True
+            kind, _, rest = challenge.strip().partition(" ")
+            if kind.lower() == "basic":
+                if self._login is None or not self._login.user or self._tokens.get("") == self._login.basic:
+                    return False
+                self._tokens[""] = self._login.basic
+                return True
+            if kind.lower() != "bearer":
+                return False
+            parameters = {(a or c).lower(): b or d for a, b, c, d in _PARAMETER.findall(rest)}
+            self._tokens[scope] = f"Bearer {self._token(parameters, scope)}"
             return True
-        if kind.lower() != "bearer" or scope in self._tokens:
-            return False
-        parameters = {(a or c).lower(): b or d for a, b, c, d in _PARAMETER.findall(rest)}
-        self._tokens[scope] = f"Bearer {self._token(parameters, scope)}"
-        return True
-
-    def forget(self, scope: str) -> None:
-        """Forget a token that the registry refused: it may have run out."""
-        self._tokens.pop(scope, None)
 
     def _token(self, parameters: dict[str, str], scope: str) -> str:
         """Ask the token server (https://distribution.github.io/distribution/spec/auth/token/)."""
