@@ -47,6 +47,8 @@ GROUPS: Final = {
     "text": "Text",
     "source": "Checkpoints",
     "output": "Outputs",
+    "network": "Other machines",
+    "remote": "What other machines have",
     "usage": "Arguments",
     "": "Other codes",
 }

@@ -133,8 +133,15 @@ def _no_check_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _refuse_remote_output(args: argparse.Namespace) -> None:
+    """End with a usage error if a bundle of another machine would be replaced."""
+    if args.output is None and "://" in args.bundle:
+        args.parser.error("argument --output/-o: it is needed for a bundle on another machine")
+
+
 def _resplit(args: argparse.Namespace, console: Console) -> int:
     output = args.output or args.bundle
+    _refuse_remote_output(args)
     with libraries("onnx", "cut bundles again"):
         bundle = splitbundle_converter.resplit(
             args.bundle,
@@ -171,6 +178,7 @@ def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_onnx(args: argparse.Namespace, console: Console) -> int:
+    _refuse_remote_output(args)
     with libraries("onnx", "add graphs"):
         bundle = splitbundle_converter.add_onnx(
             args.bundle,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from splitbundle.format.selection import Selection
     from splitbundle.opening import merge_bundles as merge
     from splitbundle.opening import open_bundle as open  # noqa: A004  # users write splitbundle.open
+    from splitbundle.opening import pull_bundle as pull
+    from splitbundle.opening import push_bundle as push
     from splitbundle.opening import unpack_archive as unpack
     from splitbundle.verification.verify import Verification
 
@@ -35,6 +37,8 @@ __all__ = [
     "__version__",
     "merge",
     "open",
+    "pull",
+    "push",
     "unpack",
 ]
 
@@ -44,6 +48,8 @@ _LATER = {
     "Verification": ("splitbundle.verification.verify", "Verification"),
     "merge": ("splitbundle.opening", "merge_bundles"),
     "open": ("splitbundle.opening", "open_bundle"),
+    "pull": ("splitbundle.opening", "pull_bundle"),
+    "push": ("splitbundle.opening", "push_bundle"),
     "unpack": ("splitbundle.opening", "unpack_archive"),
 }
 """A public name -> the module that defines it, imported at first use, and its name there."""

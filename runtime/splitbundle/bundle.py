@@ -78,7 +78,7 @@ class Bundle(BundleFiles):
 
         chosen, whole = backend or registry.installed_backend(), self.whole_shards()
         parts = whole if shard is None and whole and len(whole) < len(self.shards) else (shard,)
-        with self._told():
+        with self._told(shard):
             differences = [
                 difference
                 for part in parts
@@ -173,7 +173,7 @@ class Bundle(BundleFiles):
         selection = self.select(name, layers=layers, embeds=embeds, head=head)
         chosen = backend or registry.installed_backend()
         own = registry.own_options(chosen, options, "stage")
-        with self._told():
+        with self._told(name):
             made = registry.module(chosen, "stage").load_stages(self, [selection], **own)[0]
         logs.debug("loaded layers [%d, %d) with %s", *selection.layers, chosen)
         return made

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -57,7 +57,7 @@ class BundleFiles(BundleReader):
         # Imported here, as it loads the rules for graphs and tokenizers, which computing doesn't need.
         from splitbundle.verification.verify import verify
 
-        with self._told():
+        with self._told(shard):
             return verify(self, shard, exact=exact, whole=whole, progress=progress)
 
     def tokenizer(self) -> TextTokenizer:
@@ -316,8 +316,18 @@ class BundleFiles(BundleReader):
             found: Signature = _signatures().verify(self, public_keys, signature=signature)
         return found
 
-    def _told(self) -> AbstractContextManager[None]:
-        return telling_of_replacement(self.path, self.id)
+    @contextmanager
+    def _told(self, shard: str | None = None) -> Iterator[None]:
+        """If the block fails, say so where the bundle was replaced, and where an absent file can be pulled from."""
+        try:
+            with telling_of_replacement(self.path, self.id):
+                yield
+        except BundleError as error:
+            if "file.missing" not in error.codes:
+                raise
+            from splitbundle.sharing.origins import with_origin  # imported here, as it loads the cache
+
+            raise with_origin(self, error, shard) from error
 
 
 def _signatures() -> ModuleType:

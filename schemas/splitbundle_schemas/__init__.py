@@ -6,7 +6,17 @@ import json
 from importlib.resources import files
 from typing import Any, Final
 
-NAMES: Final = ("manifest", "architecture", "checkpoint", "text", "signature", "statement")
+NAMES: Final = (
+    "manifest",
+    "architecture",
+    "checkpoint",
+    "text",
+    "signature",
+    "statement",
+    "image-manifest",
+    "model-config",
+    "cached-reference",
+)
 
 
 def load(name: str, version: int = 1) -> dict[str, Any]:

@@ -71,6 +71,8 @@ LIBRARIES = {
         "text/template_*.py": {"jinja2"},
         "sharing/signing.py": {"cryptography"},
         "cli/completion.py": {"shtab"},
+        "sharing/hub.py": {"huggingface_hub"},
+        "sharing/filesystems.py": {"fsspec"},
         "bundle*.py": {"typing_extensions"},  # only for annotations; type checkers bring it themselves
     },
     "splitbundle_converter": {

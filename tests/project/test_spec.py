@@ -48,7 +48,7 @@ def defined() -> list[str]:
 def held() -> dict[str, set[str]]:
     """Return the schemas, vectors and tests that hold each rule."""
     holders: dict[str, set[str]] = {}
-    for name in (*KINDS, "text", "signature", "statement"):
+    for name in (*KINDS, "text", "signature", "statement", "image-manifest", "model-config"):
         for comment in comments(splitbundle_schemas.load(name)):
             for rule in re.findall(RULE, comment):
                 holders.setdefault(rule, set()).add(f"{name}.schema.json")
@@ -83,7 +83,7 @@ def test_every_obligation_has_an_id(name: str) -> None:
         if "MUST" in paragraph.replace('"MUST"', "").replace('"MUST NOT"', ""):
             found += 1
             assert re.search(rf"\*\*\[{RULE}\]\*\*", paragraph), paragraph
-    assert found > 30
+    assert found > 10
 
 
 @pytest.mark.parametrize("name", SPEC)
@@ -128,7 +128,7 @@ def _code_arguments(call: ast.Call) -> Iterator[ast.expr]:
     yield from (keyword.value for keyword in call.keywords if keyword.arg == "code")
     function = call.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-    noting = name in {"add", "refuse", "_refuse", "refusal", "_field_refusal", "problem", "_Refused"}
+    noting = name in {"add", "refuse", "_refuse", "refusal", "_field_refusal", "problem", "_Refused", "network_error"}
     if noting and call.args and re.fullmatch(r"[a-z]+\.[a-z-]+|network|memory", " ".join(_constants(call.args[0]))):
         yield call.args[0]
 
@@ -143,7 +143,7 @@ def test_the_table_of_codes_is_the_codes() -> None:
     listed = [code for code, _, _ in rows]
     assert len(listed) == len(set(listed))
     assert set(listed) == raised()
-    assert {step for _, step, _ in rows} == {"open", "stage", "verify", "call", "convert", "train", "command"}
+    assert {step for _, step, _ in rows} == {"open", "stage", "verify", "call", "convert", "train", "share", "command"}
 
 
 def test_every_code_of_the_documents_has_a_vector() -> None:

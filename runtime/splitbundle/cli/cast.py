@@ -24,7 +24,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    bundle = open_bundle(args.bundle)
+    bundle = open_bundle(args.bundle, progress=console.transfer)
     noted: list[str] = []
     threads = registry.module("torch", "threads")
     with threads.using(threads.checked(args.threads)):

@@ -190,7 +190,7 @@ class Chat:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    bundle = open_bundle(args.bundle, verify=verify_when(args))
+    bundle = open_bundle(args.bundle, verify=verify_when(args), progress=console.transfer)
     if not on_terminal(console):
         return _talk(bundle, args, console)
     # Ctrl-C at the prompt, or in an answer, doesn't end the command, so it mustn't count as the reason of a later end.

@@ -6,6 +6,7 @@ from typing import Final
 
 from splitbundle.cli import (
     archives,
+    cache,
     cast,
     chat,
     completion,
@@ -16,6 +17,8 @@ from splitbundle.cli import (
     parts,
     perplexity,
     plan,
+    serve_files,
+    share,
     sign,
     verify,
 )
@@ -28,6 +31,13 @@ COMMANDS: Final = (
     parts.FILES,
     parts.EXTRACT,
     parts.MERGE,
+    share.PUSH,
+    share.PULL,
+    share.TAG,
+    share.UNTAG,
+    share.LIST,
+    cache.COMMAND,
+    serve_files.COMMAND,
     archives.PACK,
     archives.UNPACK,
     sign.COMMAND,

@@ -33,6 +33,7 @@ class Console:
         self._what = ""
         self._shown = 0.0
         self._width = 0
+        self._moving, self._moved, self._since = "", 0, 0.0
 
     def text(self, text: str) -> None:
         """Write a line of data for people. ``--json`` leaves it out."""
@@ -59,14 +60,14 @@ class Console:
             cells = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)]
             self.text("  " + "  ".join(cells).rstrip())
 
-    def progress(self, what: str, done: int, total: int) -> None:
+    def progress(self, what: str, done: int, total: int, detail: str = "") -> None:
         """Show progress: a changing line on a terminal; elsewhere a line for each step, then one every ten seconds."""
         now = time.monotonic()
         if self._quiet or (what == self._what and now - self._shown < (0.1 if self._terminal else 10.0)):
             return
         if not self._terminal and now - self._began < QUIET_SECONDS:
             return
-        line = what if what != self._what or not total else f"{what} {100 * done // total:3d} %"
+        line = what if what != self._what or not total else f"{what} {100 * done // total:3d} %  {detail}".rstrip()
         self._what, self._shown = what, now
         if self._terminal:
             self.err.write("\r" + line.ljust(self._width))
@@ -74,6 +75,17 @@ class Console:
         else:
             self.err.write(line + "\n")
         self.err.flush()
+
+    def transfer(self, what: str, done: int, total: int) -> None:
+        """Show the progress of a transfer, as ``progress`` does: its bytes, its rate, and the time that is left."""
+        now = time.monotonic()
+        if what != self._moving:
+            self._moving, self._moved, self._since = what, done, now
+        rate = (done - self._moved) / max(now - self._since, 1e-3)
+        detail = f"{in_bytes(done)} of {in_bytes(total)}"
+        if now - self._since >= QUIET_SECONDS and rate > 0:
+            detail += f", {in_bytes(round(rate))}/s, {max(total - done, 0) / rate:.0f} s left"
+        self.progress(what, done, total, detail)
 
     def end_progress(self) -> None:
         """Remove the changing line."""
@@ -112,6 +124,14 @@ class Console:
         """Write an error to stderr."""
         self.end_progress()
         self.err.write(f"splitbundle: {text}\n")
+
+
+def in_bytes(number: int) -> str:
+    """Return a number of bytes for people, in powers of 1000."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} bytes"
 
 
 @record(frozen=True, slots=True, kw_only=True)

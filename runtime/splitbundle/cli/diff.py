@@ -32,7 +32,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    a, b = open_bundle(args.a), open_bundle(args.b)
+    a, b = (open_bundle(place, progress=console.transfer) for place in (args.a, args.b))
     if args.verify:
         for bundle in (a, b):
             _verify(bundle, console)

@@ -76,7 +76,7 @@ class _Ids:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    bundle = open_bundle(args.bundle, verify=verify_when(args))
+    bundle = open_bundle(args.bundle, verify=verify_when(args), progress=console.transfer)
     tokenizer, prompt, tools = _prompt(bundle, args)
     pipeline = text_options.load_pipeline(bundle, args)
     began: list[float] = []

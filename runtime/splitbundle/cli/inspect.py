@@ -17,7 +17,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    bundle = open_bundle(args.bundle)
+    bundle = open_bundle(args.bundle, shard=(), progress=console.transfer)
     console.json(describe(bundle))
     model, architecture = bundle.manifest.model, bundle.architecture
     revision = f" at {model.revision}" if model.revision else ""

@@ -130,7 +130,7 @@ def exit_status(error: BundleError) -> int:
         return MISSING_EXTRA
     if isinstance(error, VerificationError):
         return NOT_VERIFIED
-    if any(code == "network" for code in error.codes):
+    if any(code.partition(".")[0] in ("network", "remote") for code in error.codes):
         return NETWORK
     if all(code.startswith("usage.") or code == "stage.name" for code in error.codes):
         return USAGE
@@ -165,6 +165,8 @@ def _parse_in_any_order(parser: argparse.ArgumentParser, arguments: Sequence[str
     args = parser.parse_intermixed_args(given, argparse.Namespace(parser=parser, every_parser=_every_parser))
     if getattr(args, "output", None) == "":  # it would mean the current directory
         parser.error("argument --output/-o: expected a path, got an empty text")
+    if "://" in (getattr(args, "output", None) or ""):
+        parser.error("argument --output/-o: expected a path of this machine; splitbundle push sends a bundle away")
     for name, value in vars(args).items():
         if isinstance(value, str) and value in plain:
             setattr(args, name, plain[value])

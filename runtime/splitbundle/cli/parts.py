@@ -29,7 +29,7 @@ def _files_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _files(args: argparse.Namespace, console: Console) -> int:
-    bundle = open_bundle(args.bundle)
+    bundle = open_bundle(args.bundle, shard=(), progress=console.transfer)
     gone = set(bundle.absent())
     if args.shard is None:
         paths = [*UNLISTED, *(path for path in bundle.manifest.files if path not in gone)]
@@ -60,7 +60,7 @@ def _extract_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _extract(args: argparse.Namespace, console: Console) -> int:
-    bundle = open_bundle(args.bundle)
+    bundle = open_bundle(args.bundle, progress=console.transfer)
     made = bundle.extract(
         args.output, *args.shard, vectors=args.vectors, text=args.text, force=args.force, progress=console.progress
     )

@@ -35,7 +35,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    bundle = open_bundle(args.bundle, verify=verify_when(args))
+    bundle = open_bundle(args.bundle, verify=verify_when(args), progress=console.transfer)
     tokenizer = bundle.tokenizer()
     ids = tokenizer.encode(_text(args.file))
     pipeline = text_options.load_pipeline(bundle, args)

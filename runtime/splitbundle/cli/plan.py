@@ -49,7 +49,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    bundle = open_bundle(args.bundle)
+    bundle = open_bundle(args.bundle, shard=(), progress=console.transfer)
     plan = bundle.plan(
         equal=args.equal,
         max_shard_size=args.max_shard_size,

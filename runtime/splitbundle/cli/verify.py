@@ -50,12 +50,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_strict_argument(parser)
 
 
+def _remote_shard(args: argparse.Namespace) -> str | None:
+    """Return the only shard to pull, if the bundle is on another machine."""
+    return args.shard if "://" in args.bundle else None
+
+
 def _run(args: argparse.Namespace, console: Console) -> int:
     if args.signature is not None and args.public_key is None:
         args.parser.error("argument --signature: it needs --public-key, the key to check it with")
     signature = None
     try:
-        bundle = open_bundle(args.bundle, verify=verify_when(args), id=args.id)
+        bundle = open_bundle(
+            args.bundle, verify=verify_when(args), id=args.id, shard=_remote_shard(args), progress=console.transfer
+        )
         if args.public_key is not None:
             signature = bundle.verify_signature(args.public_key, signature=args.signature)
         found = bundle.verify(args.shard, exact=args.exact, whole=args.whole, progress=console.progress)

@@ -108,6 +108,17 @@ class BundleReader:
         absent = set(self.absent())
         return tuple(shard.name for shard in self.shards if absent.isdisjoint(self.files_of(shard)))
 
+    def require(self, *shards: str) -> None:
+        """Check that the files of some shards are there.
+
+        Raises:
+            BundleError: ``stage.name``; ``file.missing``.
+        """
+        needed = {path for name in shards for path in self.files_of(self.shard(name))}
+        absent = [path for path in self.absent() if path in needed]
+        if absent:
+            raise BundleError(files.missing(path) for path in absent)
+
     def files_of(self, shard: Shard) -> list[str]:
         """Return the paths of a shard's weight files and of its graph."""
         graphs = [] if shard.graph is None else [shard.graph.file]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from splitbundle import processors
 from splitbundle.errors import BundleError, Problem
@@ -125,18 +126,28 @@ def _copy(old: Path, new: Path, path: str, listed: File) -> None:
     place = new / path
     place.parent.mkdir(parents=True, exist_ok=True)
     with open_file(old, path, listed) as source, place.open("wb") as target:
-        size = listed.size
-        if hasattr(os, "copy_file_range"):
-            try:
-                while size and (copied := os.copy_file_range(source.fileno(), target.fileno(), size)):
-                    size -= copied
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-        if size:
-            source.seek(0)
-            target.seek(0)
-            shutil.copyfileobj(source, target, 2**20)
-            if target.tell() != listed.size:
-                expected, got = f"{listed.size} bytes", f"{target.tell()}, while it was copied"
-                raise BundleError(Problem(code="file.size", file=path, expected=expected, got=got, hint=FETCH))
+        copied = copy_bytes(source, target, listed.size)
+        if copied != listed.size:
+            expected, got = f"{listed.size} bytes", f"{copied}, while it was copied"
+            raise BundleError(Problem(code="file.size", file=path, expected=expected, got=got, hint=FETCH))
+
+
+def copy_bytes(source: BinaryIO, target: BinaryIO, size: int) -> int:
+    """Copy a file of ``size`` bytes from its beginning, and return the bytes that were copied.
+
+    The copy shares disk blocks where the file system can.
+    """
+    left = size
+    if hasattr(os, "copy_file_range"):
+        try:
+            while left and (copied := os.copy_file_range(source.fileno(), target.fileno(), left)):
+                left -= copied
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+    if left:
+        source.seek(0)
+        target.seek(0)
+        shutil.copyfileobj(source, target, 2**20)
+        return target.tell()
+    return size
