@@ -36,6 +36,9 @@ def directory_cases() -> Iterator[Case]:
         make=lambda root: Draft().seal().write(root),
     )
     yield sealed
+    about = "a signature, which no manifest lists"
+    sign = _at("signatures/a.sigstore.json", lambda place: place.write_text("not opened"))
+    yield _spoilt("signature", about, (*EVERY, "exact"), sign, None, None)
     yield from _missing_cases()
     yield from _kind_cases()
     yield from _other_content_cases()

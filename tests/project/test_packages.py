@@ -188,7 +188,7 @@ def test_the_pages_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     venv.create(environment, with_pip=True)
     pip = [python_of(environment), "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
     run(*pip, "torch", cwd=tmp_path)  # first: a loose requirement brings gigabytes of GPU packages
-    run(*pip, f"{wheel}[onnx]", "peft", cwd=tmp_path)  # a guide hands an adapter to peft
+    run(*pip, f"{wheel}[onnx,share]", "peft", cwd=tmp_path)  # a guide hands an adapter to peft
     settings = os.environ | {"SPLITBUNDLE_DOCS_PYTHON": str(python_of(environment))}
     pages = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/project/test_readme.py"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Fuzz the readers of bytes from strangers: documents, headers of weight files, graphs, tokenizers.
+"""Fuzz the readers of bytes from strangers: documents, headers of weight files, graphs, tokenizers, archives.
 
     python -m tests.support.fuzzing TARGET --seconds 600 [--corpus DIRECTORY]
 
@@ -126,18 +126,78 @@ def tokenizer_target() -> Target:
     return run
 
 
+def archive_target() -> Target:
+    """Read the headers of an archive, and hold them against its manifest. Every checksum counts as right."""
+    import tarfile
+    from unittest import mock
+
+    from splitbundle.format.manifest.parser import parse_manifest
+    from splitbundle.sharing import archive, tar_members
+
+    class _Anything:
+        def __contains__(self, value: object) -> bool:
+            return True
+
+    def run(data: bytes) -> None:
+        file = io.BytesIO(data)
+        with mock.patch.object(tarfile, "calc_chksums", return_value=_Anything()):
+            inside = archive._inside(tar_members.read_members(file, len(data), "x.tar"), "x.tar")
+        manifest = parse_manifest(archive._manifest(file, inside["manifest.json"], "x.tar", None))
+        archive._check_members(inside, manifest, "x.tar")
+
+    return run
+
+
+def signature_target() -> Target:
+    """Read a signature and the statement in it. Every signature counts as one by the right key."""
+    import splitbundle
+    from splitbundle.format import signature_document
+
+    bundle = splitbundle.open(BUNDLE)
+    expected = signature_document.digests_of(bundle.manifest.files, bundle.id.removeprefix("sha256:"))
+
+    def run(data: bytes) -> None:
+        envelope = signature_document.parse_envelope(data, "signatures/x.sigstore.json")
+        statement = signature_document.parse_statement(envelope.payload, "signatures/x.sigstore.json")
+        signature_document.check_statement(statement, expected, "signatures/x.sigstore.json")
+
+    return run
+
+
+def first_archive() -> bytes:
+    import splitbundle
+
+    with tempfile.TemporaryDirectory() as temporary:
+        return splitbundle.open(BUNDLE).pack(Path(temporary) / "x.tar").path.read_bytes()
+
+
+def first_signature() -> bytes:
+    import splitbundle
+    from splitbundle.format import signature_document
+
+    bundle = splitbundle.open(BUNDLE)
+    digests = signature_document.digests_of(bundle.manifest.files, bundle.id.removeprefix("sha256:"))
+    return signature_document.make_envelope(signature_document.make_statement("x", digests), b"x" * 64, "0" * 64)
+
+
+MADE: Final[dict[str, Callable[[], bytes]]] = {"archive": first_archive, "signature": first_signature}
+"""Name -> the function that makes the input that fuzzing begins with, where the small bundle has no file for it."""
 TARGETS: Final[dict[str, tuple[Callable[[], Target], str]]] = {
     "manifest": (manifest_target, "manifest.json"),
     "architecture": (architecture_target, "architecture.json"),
     "weights": (weights_target, "*.safetensors"),
     "graph": (graph_target, "*.onnx"),
     "tokenizer": (tokenizer_target, "tokenizer/tokenizer.json"),
+    "archive": (archive_target, "*.tar"),
+    "signature": (signature_target, "signatures/*.json"),
 }
 """Name -> the function that makes the reader, and the files of the small bundle that fuzzing begins with."""
 
 
 def seeds(name: str, directory: Path) -> None:
     """Write the first inputs: the small bundle's own files, and the conformance vectors of the kind."""
+    if name in MADE:
+        (directory / "made").write_bytes(MADE[name]())
     for path in BUNDLE.glob(TARGETS[name][1]):
         (directory / path.name).write_bytes(path.read_bytes()[:LENGTH])
     for path in (TESTS / "conformance").glob("*/*.json"):
