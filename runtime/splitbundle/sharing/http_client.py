@@ -198,6 +198,9 @@ def status_error(response: Any, place: str) -> NetworkError:
         return network_error("network.auth", place, "access", got, hint)
     if status in (404, 410):
         return network_error("network.missing", place, expected, got, "Check the spelling of the reference")
+    if status in (301, 302, 303, 307, 308):
+        where = quoted(response.headers.get("Location"), 120)
+        return network_error("network.redirect", place, "a redirect that can be followed", f"{status} to {where}")
     wait = retry_after(response.headers.get("Retry-After"))
     if status in (429, 503):
         hint = "The server is busy: run this again later"
@@ -335,6 +338,9 @@ class _Response(http.client.HTTPResponse):
             if late.is_set():
                 raise TimeoutError from error
             raise
+        else:
+            if late.is_set():  # an end within the headers is taken for the end of the headers
+                raise TimeoutError
         finally:
             timer.cancel()
             del self._socket  # a reference would keep the connection open
