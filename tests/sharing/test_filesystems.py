@@ -35,7 +35,7 @@ def serving(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         for name, value in server.variables.items():
             monkeypatch.setenv(name, value)
         _, _, rest = server.url.partition("://")
-        yield f"{scheme}://{rest}/models"
+        yield f"{scheme}://{rest}/{tmp_path.name}"  # moto's servers have one memory
 
 
 @pytest.fixture(autouse=True)
