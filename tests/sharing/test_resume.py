@@ -74,6 +74,26 @@ def test_ten_kills(kind: str, output: bool, bundle: Bundle, tmp_path: Path, monk
     assert splitbundle.open(root).verify(exact=True, whole=True).bytes == size
 
 
+def test_a_holder_that_is_stopped(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has a file, and makes no progress, doesn't hold up the others for ever."""
+    environment = os.environ | {"SPLITBUNDLE_CACHE": str(tmp_path / "cache")}
+    with static_server(bundle.path.parent) as server:
+        monkeypatch.setattr(Exchange, "body_bytes", in_pieces)
+        command = [sys.executable, "-m", "splitbundle", "pull", f"{server.url}/b.splitbundle"]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as first:
+            while not list((tmp_path / "cache").glob("parts/*")):
+                time.sleep(0.005)
+            first.send_signal(signal.SIGSTOP)
+            held = list((tmp_path / "cache").glob("parts/*"))
+            subprocess.run([*command, "--timeout", "0.5"], env=environment, check=True, stdout=subprocess.DEVNULL)
+            first.send_signal(signal.SIGCONT)
+            assert first.wait() == 0
+        assert held
+    monkeypatch.setenv("SPLITBUNDLE_CACHE", str(tmp_path / "cache"))
+    assert splitbundle.open(Cache().path_of(bundle.id)).verify(exact=True, whole=True)
+    assert not list((tmp_path / "cache").glob("parts/*"))
+
+
 def in_pieces(exchange: Exchange, data: bytes) -> None:
     """Send a body at some 50 MB/s, so that a kill comes in the middle of it, and little is under way at that moment."""
     for at in range(0, len(data), PIECE):
