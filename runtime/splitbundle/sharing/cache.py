@@ -106,13 +106,17 @@ class Cache:
     def begin(self, bundle_id: str, manifest: Manifest, data: bytes) -> Path:
         """Make the directory of a bundle with its manifest and checksums, and return it. It appears with both."""
         target = self.path_of(bundle_id)
-        if is_file_of(target / FILE, len(data)):
-            return target
         digest = bundle_id.removeprefix("sha256:")
+        documents = {FILE: data, names.SUMS: checksums(manifest.files, digest)}
         with self.writing():
+            if target.is_dir():
+                for name, content in documents.items():
+                    if not _has(target / name, content):  # it was damaged
+                        write_whole(target / name, content)
+                return target
             staging = self.bundles / f".{digest[:16]}.{secrets.token_hex(8)}"
             staging.mkdir()
-            for name, content in ((FILE, data), (names.SUMS, checksums(manifest.files, digest))):
+            for name, content in documents.items():
                 (staging / name).write_bytes(content)
                 (staging / name).chmod(READ_ONLY)
             try:
@@ -211,6 +215,13 @@ class Cache:
             expected = "a cache that can be written"
             problem = Problem(code="output.failed", file=str(self.root), expected=expected, got=got, hint=hint)
             raise BundleError(problem) from error
+
+
+def _has(place: Path, content: bytes) -> bool:
+    try:
+        return is_file_of(place, len(content)) and place.read_bytes() == content
+    except OSError:
+        return False
 
 
 def write_whole(place: Path, data: bytes) -> None:

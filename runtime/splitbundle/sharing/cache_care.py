@@ -11,8 +11,9 @@ from pathlib import Path
 
 from splitbundle.errors import BundleError, Problem, VerificationError, quoted
 from splitbundle.format import names
+from splitbundle.format.manifest.document import checksums
 from splitbundle.records import record
-from splitbundle.sharing.cache import Cache
+from splitbundle.sharing.cache import Cache, write_whole
 from splitbundle.storage import files
 from splitbundle.storage.documents import read_documents
 from splitbundle.storage.files import Progress
@@ -127,7 +128,7 @@ def prune(
 
 
 def verify(cache: Cache, progress: Progress | None) -> tuple[int, int]:
-    """Hash every file of the cache, and remove those whose digest isn't their name.
+    """Hash every file of the cache, remove those whose digest isn't their name, and mend the documents of bundles.
 
     Returns:
         The number of files, and their bytes.
@@ -156,9 +157,31 @@ def verify(cache: Cache, progress: Progress | None) -> tuple[int, int]:
             problems.append(
                 Problem(code="file.digest", file=str(blob), expected=f"sha256 {expected}", got=got, hint=hint)
             )
+        for bundle in _bundles(cache):
+            problems += _mend_documents(bundle)
         if problems:
             raise VerificationError(problems)
         return len(blobs), total
+
+
+def _mend_documents(bundle: Path) -> list[Problem]:
+    """Write damaged checksums of a bundle anew. Remove its directory if the manifest is damaged: no file is lost."""
+    bundle_id = f"sha256:{bundle.name}"
+    try:
+        found = read_documents(bundle, bundle_id)
+    except BundleError as error:
+        os.rename(bundle, bundle.with_name(f".{bundle.name}.removed"))
+        hint = "The directory was removed. The next pull makes it from the files, which are still here"
+        first = error.problems[0]
+        got = f"{first.file}: {first.got}"
+        return [Problem(code="file.digest", file=str(bundle), expected=f"the bundle {bundle_id}", got=got, hint=hint)]
+    sums = checksums(found.manifest.files, bundle.name)
+    place = bundle / names.SUMS
+    if place.is_file() and place.read_bytes() == sums:
+        return []
+    write_whole(place, sums)
+    expected, hint = "the digests of the manifest", "It was written anew"
+    return [Problem(code="file.digest", file=str(place), expected=expected, got="others", hint=hint)]
 
 
 def _is_meant(bundle: CachedBundle, name: str) -> bool:
