@@ -323,11 +323,14 @@ class BundleFiles(BundleReader):
             with telling_of_replacement(self.path, self.id):
                 yield
         except BundleError as error:
-            if "file.missing" not in error.codes:
+            if not any(code.startswith("file.") for code in error.codes):
                 raise
             from splitbundle.sharing.origins import with_origin  # imported here, as it loads the cache
 
-            raise with_origin(self, error, shard) from error
+            told = with_origin(self, error, shard)
+            if told is error:
+                raise
+            raise told from error
 
 
 def _signatures() -> ModuleType:

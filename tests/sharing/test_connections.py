@@ -183,3 +183,79 @@ def test_free_space_is_checked_before_anything_moves(monkeypatch: pytest.MonkeyP
             splitbundle.pull(f"{server.url}/gpt2.splitbundle")
         assert caught.value.codes == ("output.space",)
         assert not server.seen("GET", "*.safetensors")
+
+
+@pytest.mark.rule("SB-S-005")
+def test_this_machine_is_never_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPLITBUNDLE_TOKEN", "s3cret")
+    with static_server(GOLDEN, token="s3cret") as server, static_server(GOLDEN) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert splitbundle.pull(f"{server.url}/gpt2.splitbundle").verify()
+        assert not proxy.requests
+
+
+def test_a_proxy_is_named_where_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://me:s3cret@127.0.0.1:1")
+    with pytest.raises(BundleError) as caught:
+        splitbundle.pull("https://example.invalid/a")
+    assert "127.0.0.1:1" in str(caught.value.problems[0].hint)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.rule("SB-S-005")
+@pytest.mark.parametrize("scheme", ["http", "oci"])
+def test_a_token_that_no_header_may_have_is_not_shown(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with static_server(GOLDEN) as server:
+        for token in ("bad\ntok", "bad\x7ftok", "bäd"):
+            monkeypatch.setenv("SPLITBUNDLE_TOKEN", token)
+            with pytest.raises(BundleError) as caught:
+                splitbundle.pull(f"{scheme}://{server.host}/gpt2.splitbundle")
+            assert "SPLITBUNDLE_TOKEN" in str(caught.value)
+            assert "tok" not in str(caught.value).replace("token", "").replace("TOKEN", "")
+        monkeypatch.setenv("SPLITBUNDLE_TOKEN", "good\n")
+        if scheme == "http":
+            assert splitbundle.pull(f"{server.url}/gpt2.splitbundle").verify()
+
+
+@pytest.mark.parametrize("value", ["1", "true", "maybe"])
+@pytest.mark.parametrize(
+    "arguments", [("push", str(GOLDEN / "gpt2.splitbundle"), "R"), ("tag", "R", "x"), ("untag", "R:x"), ("list", "R")]
+)
+def test_offline_is_offline(
+    arguments: tuple[str, ...], value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPLITBUNDLE_OFFLINE", value)
+    with static_server(GOLDEN) as server:
+        given = [
+            argument.replace("R", f"oci://{server.host}/a") if argument[0] == "R" else argument
+            for argument in arguments
+        ]
+        assert main([*given, "--json"]) == 5
+        assert not server.requests
+    assert json.loads(capsys.readouterr().out)["problems"][0]["got"] == "offline"
+
+
+def test_a_place_with_a_part_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    splitbundle.open(GOLDEN / "gpt2.splitbundle").extract(tmp_path / "part.splitbundle", "trunk")
+    with static_server(tmp_path) as server:
+        with pytest.raises(BundleError) as caught:
+            splitbundle.pull(f"{server.url}/part.splitbundle")
+        assert caught.value.codes == ("network.missing",)
+        assert "only a part" in str(caught.value.problems[0].hint)
+        assert splitbundle.pull(f"{server.url}/part.splitbundle", shards=["trunk"]).whole_shards() == ("trunk",)
+
+
+def test_an_output_is_judged_before_anything_is_pulled(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").write_text("x")
+    (tmp_path / "file").write_text("x")
+    with static_server(GOLDEN) as server:
+        for name in ("other", "file"):
+            for force in (False, True):
+                with pytest.raises(BundleError) as caught:
+                    splitbundle.pull(f"{server.url}/gpt2.splitbundle", tmp_path / name, force=force)
+                assert caught.value.codes == ("output.exists",)
+        assert not server.requests
+        assert splitbundle.pull(f"{server.url}/gpt2.splitbundle", tmp_path / "empty").verify(exact=True)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

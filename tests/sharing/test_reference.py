@@ -58,6 +58,9 @@ def test_forms(text: str, scheme: str, host: str, path: str, folder: str, revisi
         "https://host/\u00e9",
         "sftp://me:secret@host/x",
         "https://host/x\n",
+        "oci://host:99999/x",
+        "https://host:0/x",
+        "oci://host/x:v1@sha256:abc",
     ],
 )
 def test_other_forms_are_refused(text: str) -> None:
@@ -68,9 +71,13 @@ def test_other_forms_are_refused(text: str) -> None:
 
 
 def test_a_secret_is_not_repeated() -> None:
-    with pytest.raises(BundleError) as caught:
-        parse_reference("https://user:secret@host/x")
-    assert "secret" not in str(caught.value)
+    for text in (
+        *("https://user:secret@host/x", "oci://user:secret@host/x:y", "sftp://user:secret@host/x"),
+        *("https://host/x?token=secret", "https://host/x#secret", "hf://user:secret@host/x"),
+    ):
+        with pytest.raises(BundleError) as caught:
+            parse_reference(text)
+        assert "secret" not in str(caught.value)
 
 
 @pytest.mark.rule("SB-S-006")

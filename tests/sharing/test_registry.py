@@ -110,7 +110,7 @@ def test_two_cuts_take_the_space_of_one(
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 def test_one_shard_computes_under_both_backends(address: str, bundle: Bundle, run: Command, backend: str) -> None:
     reference = f"oci://{address}/shard:v1"
-    run("push", bundle.path, reference)
+    revision = run("push", bundle.path, reference)["revision"]
     planned = run("pull", reference, "--shard", "trunk", "--dry-run")
     found = run("pull", reference, "--shard", "trunk")
     assert planned["moved"] == found["moved"]
@@ -120,15 +120,15 @@ def test_one_shard_computes_under_both_backends(address: str, bundle: Bundle, ru
     assert opened.run_vectors("trunk", backend=backend)
     with pytest.raises(BundleError) as caught:
         opened.stage("top", backend=backend)
-    assert caught.value.problems[0].hint == f"Pull it: splitbundle pull {reference} --shard top"
+    assert caught.value.problems[0].hint == f"Pull it: splitbundle pull oci://{address}/shard@{revision} --shard top"
 
 
 def test_a_directory_grows(address: str, bundle: Bundle, run: Command, tmp_path: Path, cache: Path) -> None:
     reference, output = f"oci://{address}/grows:v1", tmp_path / "out.splitbundle"
-    run("push", bundle.path, reference)
+    revision = run("push", bundle.path, reference)["revision"]
     run("pull", reference, "--shard", "trunk", "-o", output)
     hint = run("verify", "--shard", "top", output, status=3)["problems"][0]["hint"]
-    assert hint == f"Pull it: splitbundle pull {reference} --shard top -o {output}"
+    assert hint == f"Pull it: splitbundle pull oci://{address}/grows@{revision} --shard top -o {output}"
     more = run("pull", reference, "--shard", "top", "-o", output)
     assert more["whole_shards"] == ["trunk", "top"]
     assert more["moved"] < size(bundle)

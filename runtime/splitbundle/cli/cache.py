@@ -8,7 +8,6 @@ from typing import Final
 
 from splitbundle.cli.arguments import number_in
 from splitbundle.cli.console import Command, Console, in_bytes
-from splitbundle.errors import wrong_argument
 
 DAY: Final = 86400.0
 
@@ -28,7 +27,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
     cache = Cache()
     if args.action != "prune" and (args.bundle or args.all or args.older_than is not None):
-        raise wrong_argument("action", "prune, with these arguments", args.action)
+        args.parser.error(f"cache {args.action} takes no bundles, no --all and no --older-than")
     if args.action == "verify":
         count, size = cache_care.verify(cache, console.transfer)
         console.end_progress()

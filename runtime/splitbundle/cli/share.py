@@ -69,8 +69,12 @@ def _pull_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _pull(args: argparse.Namespace, console: Console) -> int:
     from splitbundle.sharing.pulling import PullHow, Wanted, pull
+    from splitbundle.sharing.reference import wrong_reference
 
     reference = _reference(args, args.reference)
+    if not reference.scheme and not os.path.lexists(reference.path):
+        expected = "a bundle of this machine, or a reference that begins with oci://, hf://, https:// …"
+        raise wrong_reference(args.reference, expected, "neither")
     if not reference.scheme and args.output is None:
         raise wrong_argument("output", "--output, to copy a bundle of this machine", "none")
     if args.id is not None:
@@ -116,8 +120,12 @@ def _pull(args: argparse.Namespace, console: Console) -> int:
 
 def _push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a .splitbundle directory")
-    parser.add_argument("reference", help=REFERENCE.removesuffix(", or a path"))
-    parser.add_argument("--force", action="store_true", help="replace another bundle, or write beside other files")
+    parser.add_argument("reference", help="oci://HOST/NAME:TAG, hf://ORG/NAME@REVISION, s3://, sftp:// or ftp://")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace another bundle where no revisions are kept; on the Hub, write beside other files",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be pushed")
     parser.add_argument("--no-check", dest="check", action="store_false", help="don't check the digests first")
     add_network_arguments(parser)

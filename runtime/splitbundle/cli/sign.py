@@ -29,6 +29,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
+    if "://" in args.bundle and args.output is None:
+        args.parser.error("argument --output/-o: it is needed for a bundle on another machine, which sign can't change")
+
     def password() -> str | None:
         given = os.environ.get(PASSWORD)
         if given or sys.stdin is None or not sys.stdin.isatty():

@@ -50,6 +50,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_strict_argument(parser)
 
 
+_NOT_ABOUT_THE_BUNDLE: Final = ("network", "remote.", "usage.", "output.", "input.")
+"""The codes of errors that say nothing about a bundle: the network, the cache, the arguments."""
+
+
 def _remote_shard(args: argparse.Namespace) -> str | None:
     """Return the only shard to pull, if the bundle is on another machine."""
     return args.shard if "://" in args.bundle else None
@@ -71,6 +75,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     except BundleError as error:
         if error.codes == ("stage.name",) or error.problems[0].file == str(args.bundle):
             raise  # nothing was verified, as the bundle or the shard doesn't exist
+        if all(code.startswith(_NOT_ABOUT_THE_BUNDLE) for code in error.codes):
+            raise  # nothing was verified, as the bundle didn't come here
         raise VerificationError(error.problems) from error
     differences = []
     if args.run or args.require_original or args.backend is not None:

@@ -24,6 +24,7 @@ from splitbundle.errors import BundleError, Problem
 from splitbundle.format import names, strict_json
 from splitbundle.format.manifest.document import FILE, File, Manifest, checksums
 from splitbundle.records import record
+from splitbundle.sharing.network import network_error
 from splitbundle.sharing.store import READ_ONLY, Store, is_file_of
 from splitbundle.storage import files
 
@@ -58,8 +59,19 @@ def cache_root() -> Path:
 
 
 def is_offline() -> bool:
-    """Return whether the environment forbids the network."""
-    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in OFFLINE)
+    """Return whether the environment forbids the network. Every value but those that say no forbids it."""
+    return any(os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off") for name in OFFLINE)
+
+
+def refuse_offline(place: str) -> None:
+    """Refuse to ask another machine while the environment forbids it.
+
+    Raises:
+        NetworkError: ``network``.
+    """
+    if is_offline():
+        hint = f"Take away {' and '.join(name for name in OFFLINE if os.environ.get(name))}"
+        raise network_error("network", place, "a network that may be used", "offline", hint)
 
 
 class Cache:

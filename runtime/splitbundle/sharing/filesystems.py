@@ -238,7 +238,8 @@ class FileSystemDestination:
             system, _ = place.system()
             target = place.path_of(path)
             with place.failures():
-                system.makedirs(target.rpartition("/")[0], exist_ok=True)
+                if place.reference.scheme != "s3":  # there, it would make a bucket of a misspelled name
+                    system.makedirs(target.rpartition("/")[0], exist_ok=True)
                 file = system.open(target, "wb", block_size=2**23)
                 try:
                     for piece in local.pieces():

@@ -23,7 +23,7 @@ from typing import IO, Any, Final
 
 from splitbundle.errors import quoted
 from splitbundle.sharing.network import NetworkError, Pace, Patience, lost, network_error
-from splitbundle.sharing.reference import may_be_plain
+from splitbundle.sharing.reference import is_loopback, may_be_plain
 from splitbundle.version import __version__
 
 MAX_REDIRECTS: Final = 5
@@ -132,6 +132,8 @@ class HttpClient:
         sent = {"User-Agent": f"splitbundle/{__version__}", "Accept-Encoding": "identity", **(headers or {})}
         request = urllib.request.Request(url, data=body, headers=sent, method=method)  # noqa: S310  # checked above
         if authorization is not None:
+            if not authorization.isprintable():  # the error of http.client would show it
+                raise network_error("network.auth", place, "a login of printable characters", "another")
             request.add_unredirected_header("Authorization", authorization)
         with _failures(place):
             try:
@@ -191,7 +193,7 @@ def status_error(response: Any, place: str) -> NetworkError:
     got = f"status {status} {quoted(response.reason or '', 60)}" + (f": {quoted(said, 200)}" if said else "")
     expected = "an answer with the content"
     if status == 401:
-        hint = "It wants a login: see the guide docs/guides/share.md for this kind of server"
+        hint = "It wants a login, or refuses this one: SPLITBUNDLE_TOKEN has a token for this host"
         return network_error("network.auth", place, "access", got, hint)
     if status == 403:
         hint = "The login isn't allowed to do this, or the model's license has to be accepted on its page first"
@@ -236,25 +238,27 @@ def _failures(place: str) -> Iterator[None]:
 
 
 def _failure(place: str, error: object) -> NetworkError:
+    proxy = proxy_of(place)
+    through = None if proxy is None else f"It was asked through the proxy {quoted(proxy)}: check that one first"
     if isinstance(error, ssl.SSLCertVerificationError):
         hint = "SSL_CERT_FILE names a file with further certificates, for instance those of a company's proxy"
         return network_error("network.auth", place, "a valid certificate", error.verify_message or str(error), hint)
     if isinstance(error, socket.gaierror):
-        hint = "Check the host's name and the network"
+        hint = through or "Check the host's name and the network"
         return network_error("network", place, "a host of this name", error.strerror or "none", hint, transient=True)
     if isinstance(error, TimeoutError):
-        return lost(place, "none in time")
+        return lost(place, "none in time", through)
     if isinstance(error, http.client.HTTPException | ValueError):  # not HTTP, or headers without an end
         text = f"{type(error).__name__} {error}".strip()
         return network_error("network.answer", place, "an answer by the rules of HTTP", quoted(text), transient=True)
-    return lost(place, getattr(error, "strerror", None) or error)
+    return lost(place, getattr(error, "strerror", None) or error, through)
 
 
 def _opener() -> urllib.request.OpenerDirector:
     """Return an opener for HTTP alone: urllib's own default would also read files and ask FTP servers."""
     opener = urllib.request.OpenerDirector()
     handlers = (
-        urllib.request.ProxyHandler(),
+        _Proxies(),
         _Redirects(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
@@ -267,12 +271,32 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _certificates() -> ssl.SSLContext:
+    named = os.environ.get("SSL_CERT_FILE")
+    if named and not os.path.isfile(named):
+        expected, hint = "a file of certificates", "Correct the variable, or take it away"
+        raise network_error("network.auth", "SSL_CERT_FILE", expected, f"{quoted(named)}, which isn't a file", hint)
     context = ssl.create_default_context()  # it reads SSL_CERT_FILE and SSL_CERT_DIR
     if not any(os.environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR")):
         for place in filter(None, map(os.environ.get, _CERTIFICATES)):
             with contextlib.suppress(OSError):
                 context.load_verify_locations(**{"capath" if os.path.isdir(place) else "cafile": place})
     return context
+
+
+class _Proxies(urllib.request.ProxyHandler):
+    def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> Any:  # noqa: A002
+        if is_loopback(req.host or ""):
+            return None  # this machine is asked directly: a proxy would ask itself, and see the credential
+        return super().proxy_open(req, proxy, type)
+
+
+def proxy_of(url: str) -> str | None:
+    """Return the proxy through which a URL is asked, without its credentials, or None."""
+    parts = urllib.parse.urlsplit(url)
+    if is_loopback(parts.netloc) or urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    found = urllib.request.getproxies().get(parts.scheme)
+    return None if not found else found.rpartition("@")[2].rpartition("//")[2]
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

@@ -16,7 +16,7 @@ from splitbundle.format import names
 from splitbundle.format.manifest.document import FILE, File, checksums
 from splitbundle.records import record
 from splitbundle.sharing.cache import Cache
-from splitbundle.sharing.store import Store, is_file_of
+from splitbundle.sharing.store import Store, is_file, is_file_of
 from splitbundle.storage import files
 from splitbundle.storage.documents import Documents, read_documents
 from splitbundle.storage.recovery import recover
@@ -80,6 +80,30 @@ class CacheOutput:
             self._cache.add(root, path, data)
 
 
+def check_output(output: str | os.PathLike[str], *, force: bool) -> Path:
+    """Return the absolute path of an output, before anything is pulled for it.
+
+    Raises:
+        BundleError: ``output.exists`` for a path where no bundle may be written, whatever is pulled.
+    """
+    target = Path(os.path.abspath(output))
+    recover(target)
+    if os.path.lexists(target) and (target.is_symlink() or not _is_bundle_or_empty(target)):
+        hint = "Choose another output"
+        expected = "nothing there, an empty directory, or a bundle"
+        raise BundleError(
+            Problem(code="output.exists", file=str(target), expected=expected, got="something else", hint=hint)
+        )
+    return target
+
+
+def _is_bundle_or_empty(target: Path) -> bool:
+    try:
+        return target.is_dir() and (not any(target.iterdir()) or is_file(target / FILE))
+    except OSError as error:
+        raise BundleError(files.unreadable(str(target), error)) from error
+
+
 class DirectoryOutput:
     """A directory of the user. It appears with all that was asked for, or not at all.
 
@@ -105,13 +129,17 @@ class DirectoryOutput:
         Raises:
             BundleError: ``output.exists``, ``output.failed``.
         """
-        target = Path(os.path.abspath(output))
-        recover(target)
+        target = check_output(output, force=force)
         with _alone(target.with_name(f".{target.name}.pull")) as place:
             store = Store(place)
             with _writing(target):
                 store.prepare()
-            yield cls(target, store, cache, content, force=force)
+            try:
+                yield cls(target, store, cache, content, force=force)
+            except BaseException:
+                if not any(path.is_file() for path in place.rglob("*")):
+                    shutil.rmtree(place, ignore_errors=True)  # nothing to go on from
+                raise
             shutil.rmtree(place, ignore_errors=True)
 
     def _existing(self) -> Documents | None:
@@ -156,7 +184,7 @@ class DirectoryOutput:
         same = self._old is not None and self._old.id == found.id
         if same and self._good.issuperset(paths) and all(self._has(path, data) for path, data in extra.items()):
             return
-        force = self._force or self._old is not None
+        force = self._force or self._old is not None or self.root.is_dir()  # an empty one, as was checked
         with atomic_directory(self.root, force=force) as root:
             for path in sorted(self._good.union(paths)):
                 place = root / path

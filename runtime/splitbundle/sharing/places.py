@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from splitbundle.sharing.cache import refuse_offline
 from splitbundle.sharing.network import Patience
 from splitbundle.sharing.reference import Reference, wrong_reference
 from splitbundle.sharing.transport import Destination, Source
@@ -16,6 +17,9 @@ def open_source(reference: Reference, patience: Patience) -> Source:
     """
     # Imported here, as each transport loads its own libraries.
     if reference.scheme in ("http", "https"):
+        if reference.path.endswith(".tar"):
+            hint = "Download the file, and run: splitbundle unpack FILE.tar -o NAME.splitbundle"
+            raise wrong_reference(str(reference), "the URL of a bundle's directory", "that of an archive", hint)
         from splitbundle.sharing.static_server import StaticServer
 
         return StaticServer(reference, patience)
@@ -43,6 +47,7 @@ def open_destination(reference: Reference, patience: Patience) -> Destination:
         MissingExtra: as for ``open_source``.
         BundleError: ``usage.reference`` for a place that can't be pushed to.
     """
+    refuse_offline(str(reference))
     if reference.pin is not None:
         raise wrong_reference(str(reference), "a reference without @sha256:", "one with a pin")
     if reference.scheme == "oci":

@@ -19,8 +19,8 @@ from splitbundle.records import field, record, replace
 from splitbundle.sharing.cache import Cache, is_offline
 from splitbundle.sharing.downloading import Downloads
 from splitbundle.sharing.jobs import JOBS
-from splitbundle.sharing.network import Patience, network_error, patience
-from splitbundle.sharing.output import CacheOutput, Content, DirectoryOutput, Output
+from splitbundle.sharing.network import NetworkError, Patience, network_error, patience
+from splitbundle.sharing.output import CacheOutput, Content, DirectoryOutput, Output, check_output
 from splitbundle.sharing.places import open_source
 from splitbundle.sharing.reference import Reference
 from splitbundle.sharing.store import check_space
@@ -101,6 +101,8 @@ def pull(
 ) -> Pulled:
     """Pull a bundle into the cache, or into the directory ``output``. See ``splitbundle.pull``."""
     cache = Cache()
+    if output is not None:
+        check_output(output, force=how.force)
     offline = bool(reference.scheme) and (offline or is_offline())
     known = _in_cache(cache, reference, wanted, current=offline)
     if known is not None and output is None:
@@ -187,6 +189,11 @@ def _fill(place: Output, source: Source, content: Content, architecture: bytes, 
     except VerificationError:
         _explain_change(source, content)
         raise
+    except NetworkError as error:
+        if error.codes != ("network.missing",):
+            raise
+        hint = "That place may have only a part of the bundle: name the shards to pull. inspect shows their names"
+        raise NetworkError(replace(each, hint=hint) for each in error.problems) from error
     place.finish(list(missing), _signatures(source))
     return replace(made, moved=downloads.received + len(architecture) * (ARCHITECTURE in made.fetched))
 

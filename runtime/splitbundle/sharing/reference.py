@@ -31,7 +31,8 @@ _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _PIN: Final = re.compile(r"@(sha256:[0-9a-f]{64})\Z")
 _NAME: Final = r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?"
 _HOST: Final = re.compile(rf"(?:{_NAME}|\[[0-9A-Fa-f:.]{{2,45}}\])(?::[0-9]{{1,5}})?")
-_PASSWORD: Final = re.compile(r"(://[^/@]*:)[^/]*@")
+_PASSWORD: Final = re.compile(r"://[^/@:]*:([^/]+)@")
+_QUERY: Final = re.compile(r"[?#](.+)")
 _REPOSITORY: Final = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 _TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _HUB_PART: Final = re.compile(r"[A-Za-z0-9_.-]{1,96}")
@@ -89,6 +90,8 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
         BundleError: ``usage.reference``.
     """
     found = _PIN.search(text)
+    if found is None and "@sha256:" in text:
+        raise wrong_reference(text, "@sha256: and 64 of 0-9a-f at the end", "a pin of another form")
     pin = found[1] if found else None
     rest = text[: found.start()] if found else text
     scheme = _SCHEME.match(rest)
@@ -107,6 +110,9 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
         made = _registry(text, inside)
     else:
         made = _url(text, name, inside)
+    port = made.host.rpartition(":")[2] if ":" in made.host.rpartition("]")[2] else "1"
+    if not 0 < int(port) < 65536:
+        raise wrong_reference(text, "a port from 1 to 65535", port)
     return replace(made, pin=pin, revision=revision if revision is not None else made.revision)
 
 
@@ -152,7 +158,10 @@ def _url(text: str, scheme: str, inside: str) -> Reference:
 def wrong_reference(text: str, expected: str, got: str, hint: str | None = None) -> BundleError:
     """Return the error of a reference that can't be followed."""
     said = hint or "docs/guides/share.md has the grammar of references"
-    shown = _PASSWORD.sub(r"\1…@", text)
+    shown = text
+    for pattern in (_PASSWORD, _QUERY):
+        for secret in pattern.findall(text):
+            shown, got = shown.replace(secret, "…"), got.replace(secret, "…")
     return BundleError(
         Problem(code="usage.reference", argument=quoted(shown, 120), expected=expected, got=got, hint=said)
     )

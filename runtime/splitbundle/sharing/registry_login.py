@@ -16,12 +16,12 @@ from typing import Any, Final
 
 from splitbundle.errors import quoted
 from splitbundle.records import record
+from splitbundle.sharing.credentials import bearer
 from splitbundle.sharing.http_client import HttpClient, origin
 from splitbundle.sharing.network import network_error
 from splitbundle.sharing.reference import host_name, is_loopback
 
-TOKEN: Final = "SPLITBUNDLE_TOKEN"  # noqa: S105  # the name of a variable
-HELPER_TIMEOUT: Final = 30.0
+HELPER_TIMEOUT: Final = 10.0
 MAX_ANSWER: Final = 2**20
 DOCKER_HUB: Final = "registry-1.docker.io"
 DOCKER_HUB_LOGIN: Final = "auth.docker.io"
@@ -121,7 +121,7 @@ def _ask_helper(helper: str, key: str, *, required: bool) -> Login | None:
         )
         answer = json.loads(ran.stdout) if ran.returncode == 0 else None
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        if not required:
+        if not required and not isinstance(error, subprocess.TimeoutExpired):
             return None
         hint = f"Install {program}, or take it out of Docker's configuration"
         raise network_error("network.auth", key, "a login from the helper", type(error).__name__, hint) from None
@@ -140,8 +140,7 @@ class Authorizer:
         self._client = client
         self._host = host
         self._url = url
-        token = os.environ.get(TOKEN)
-        self._fixed = f"Bearer {token}" if token else None
+        self._fixed = bearer()
         self._login: Login | None = None
         self._looked = False
         self._tokens: dict[str, str] = {}

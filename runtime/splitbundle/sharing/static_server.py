@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
-from typing import Final
 
 from splitbundle.format.manifest.document import File
+from splitbundle.sharing.credentials import bearer
 from splitbundle.sharing.http_client import HttpClient
 from splitbundle.sharing.http_files import HttpStream, open_from, read_small
 from splitbundle.sharing.network import Patience
 from splitbundle.sharing.reference import Reference
 from splitbundle.sharing.transport import Resolved
-
-TOKEN: Final = "SPLITBUNDLE_TOKEN"  # noqa: S105  # the name of a variable
-"""The variable with a token for the host of the reference. No other host gets it."""
 
 
 class StaticServer:
@@ -24,8 +20,7 @@ class StaticServer:
         self._pin = reference.pin
         self._url = f"{reference.scheme}://{reference.host}/{reference.path}"
         self._client = HttpClient(patience)
-        token = os.environ.get(TOKEN)
-        self._ask = partial(self._client.ask, authorization=f"Bearer {token}" if token else None)
+        self._ask = partial(self._client.ask, authorization=bearer())
 
     def resolve(self) -> Resolved:
         """Return the pin: a static server has no revisions."""

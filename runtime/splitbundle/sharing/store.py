@@ -151,6 +151,14 @@ class Store:
             return None
 
 
+def is_file(place: Path) -> bool:
+    """Return whether a regular file is at a path."""
+    try:
+        return stat.S_ISREG(os.lstat(place).st_mode)
+    except OSError:
+        return False
+
+
 def is_file_of(place: Path, size: int) -> bool:
     """Return whether a regular file of this size is at a path."""
     try:
@@ -168,7 +176,9 @@ def check_space(store: Store, needed: int) -> None:
     """
     free = store.free_bytes()
     if free is not None and free < needed:
-        hint = "Free some space, choose another output, or set SPLITBUNDLE_CACHE"
+        hint = (
+            "Free some space, choose another output, set SPLITBUNDLE_CACHE, or empty the cache: splitbundle cache prune"
+        )
         raise BundleError(
             Problem(
                 code="output.space",

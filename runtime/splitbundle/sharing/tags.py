@@ -8,6 +8,7 @@ from typing import Final
 from splitbundle.errors import BundleError, quoted
 from splitbundle.records import record
 from splitbundle.sharing import model_pack
+from splitbundle.sharing.cache import refuse_offline
 from splitbundle.sharing.network import Patience, network_error
 from splitbundle.sharing.reference import DEFAULT_TAG, Reference, wrong_reference
 from splitbundle.sharing.registry import Registry
@@ -34,6 +35,7 @@ def add_tag(reference: Reference, tag: str, patience: Patience) -> str:
     Raises:
         BundleError: ``usage.reference``; ``network.*``.
     """
+    refuse_offline(str(reference))
     if not _TAG.fullmatch(tag):
         raise wrong_reference(tag, "a tag of 1 to 128 of A-Z a-z 0-9 _ . -, not first . or -", quoted(tag))
     if reference.scheme == "hf":
@@ -57,6 +59,7 @@ def remove_tag(reference: Reference, patience: Patience) -> None:
     Raises:
         BundleError: ``usage.reference``; ``network.*``.
     """
+    refuse_offline(str(reference))
     if reference.revision is None or reference.pin is not None:
         raise wrong_reference(str(reference), "a reference with a tag and without @sha256:", "one without a tag")
     if reference.scheme == "hf":
@@ -74,6 +77,7 @@ def list_tags(reference: Reference, patience: Patience) -> list[Tag]:
     Raises:
         BundleError: ``usage.reference``; ``network.*``.
     """
+    refuse_offline(str(reference))
     if reference.scheme == "hf":
         from splitbundle.sharing import hub_tags
 
