@@ -47,8 +47,17 @@ def killed(command: list[str], environment: dict[str, str], server: LoopbackServ
 
 
 @pytest.mark.rule("SB-S-008")
-@pytest.mark.parametrize("kind", ["ranges", "no ranges", "registry"])
-@pytest.mark.parametrize("output", [False, True], ids=["cache", "directory"])
+@pytest.mark.parametrize(
+    ("kind", "output"),
+    [
+        ("ranges", False),
+        ("no ranges", True),
+        ("registry", False),
+        pytest.param("ranges", True, marks=pytest.mark.long),
+        pytest.param("no ranges", False, marks=pytest.mark.long),
+        pytest.param("registry", True, marks=pytest.mark.long),
+    ],
+)
 def test_ten_kills(kind: str, output: bool, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random_ = random.Random(kind)
     size = sum(file.size for file in bundle.manifest.files.values())
