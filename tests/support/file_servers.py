@@ -157,10 +157,11 @@ def ftp_server(root: Path, *, anonymous: bool = False) -> Iterator[Server]:
     pytest.importorskip("fsspec", reason="the client for FTP needs fsspec")
     from pyftpdlib.authorizers import DummyAuthorizer
     from pyftpdlib.handlers import FTPHandler
-    from pyftpdlib.log import config_logging
     from pyftpdlib.servers import ThreadedFTPServer
 
-    config_logging(level=50)
+    # Without a handler, it would configure logging for the whole process.
+    logging.getLogger("pyftpdlib").addHandler(logging.NullHandler())
+    logging.getLogger("pyftpdlib").setLevel(logging.CRITICAL)
     authorizer = DummyAuthorizer()
     rights = "elradfmwMT"
     if anonymous:
