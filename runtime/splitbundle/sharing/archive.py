@@ -20,6 +20,7 @@ from splitbundle.format.manifest.parser import parse_manifest
 from splitbundle.records import record
 from splitbundle.sharing.tar_members import MAX_MEMBERS, REPACK, Member, read_members, refuse
 from splitbundle.storage import archive_kind, signature_files
+from splitbundle.storage.counting import counter
 from splitbundle.storage.documents import Documents, read_documents
 from splitbundle.storage.files import (
     CHUNK,
@@ -67,7 +68,7 @@ def pack(
         expected, got = f"at most {MAX_MEMBERS // 2} files", f"{len(listed)} files"
         raise BundleError(Problem(code="archive.member", file=str(bundle.path), expected=expected, got=got))
     top = names.directory_name(bundle.manifest.model.name)
-    count = _counter("packing", sum(file.size for file in listed.values()), progress)
+    count = counter("packing", sum(file.size for file in listed.values()), progress)
     with atomic_file(target, force=force, ours=_is_archive) as out, unchanged(bundle):
         data = read_file(bundle.path, FILE, strict_json.MAX_BYTES)
         digest = bundle.id.removeprefix("sha256:")
@@ -121,7 +122,7 @@ def _write(
 ) -> Documents:
     listed = {path: manifest.files[path] for path in inside if path in manifest.files}
     sums = checksums(manifest.files, identity(data).removeprefix("sha256:"))
-    count = _counter("unpacking", sum(each.size for each in listed.values()), progress)
+    count = counter("unpacking", sum(each.size for each in listed.values()), progress)
     with atomic_directory(output, force=force) as root:
         (root / FILE).write_bytes(data)
         (root / names.SUMS).write_bytes(sums)
@@ -321,15 +322,3 @@ def _pad(out: BinaryIO, size: int, unit: int) -> None:
 def _is_archive(path: Path) -> bool:
     """Return whether an existing file may be replaced: a tar archive, or an empty file."""
     return archive_kind.file_kind(path) == archive_kind.TAR or path.stat().st_size == 0
-
-
-def _counter(what: str, total: int, progress: Progress | None) -> Callable[[int], None]:
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(what, done, total)
-
-    return advance

@@ -92,7 +92,7 @@ class Downloads:
 
     def _complete(self, part: BinaryIO, path: str, listed: File) -> None:
         done = os.fstat(part.fileno()).st_size
-        state = _State(part, listed, self._advance)
+        state = _State(part, self._advance)
         resumed = 0 < done <= listed.size
         if resumed:
             state.resume(done, self._stop)
@@ -152,12 +152,11 @@ class Downloads:
 class _State:
     """An unfinished file, and the digest of its bytes so far."""
 
-    def __init__(self, part: BinaryIO, listed: File, advance: Advance) -> None:
+    def __init__(self, part: BinaryIO, advance: Advance) -> None:
         self._part = part
         self._advance = advance
         self.digest = hashlib.sha256()
         self.done = 0
-        self._size = listed.size
 
     def resume(self, done: int, stop: threading.Event) -> None:
         """Hash the bytes that an earlier try left."""

@@ -197,7 +197,7 @@ class FileSystemDestination:
                 return set()  # an interrupted push left it, so there is no bundle to lose
         if before.get(FILE) != (listed[FILE].size, listed[FILE].sha256):
             if not force:
-                hint = "Choose another place, or force=True replaces it. Nobody can pull from there meanwhile"
+                hint = "Choose another place, or force=True replaces it. No pull works there until that is done"
                 raise BundleError(
                     Problem(
                         code="output.exists",

@@ -98,7 +98,7 @@ class HubPlace:
                     "network.auth", place, "access", f"status {status}: {_said(error)}", hint
                 ) from error
             if status in (409, 412):
-                hint = "Somebody else has pushed there meanwhile. Run this again"
+                hint = "Another push came in between. Run this again"
                 got = f"status {status}: {_said(error)}"
                 raise network_error("remote.changed", place, "the commit of the beginning", got, hint) from error
             busy = status in (429, 503)
@@ -228,7 +228,7 @@ class HubDestination:
         self._adds[path] = file.place
 
     def finish(self) -> str | None:
-        """Upload all files, and commit them, unless somebody else has committed meanwhile."""
+        """Upload all files, and commit them, unless another commit came in between."""
         place = self._place
         operations: list[Any] = [
             huggingface_hub.CommitOperationAdd(place.path_of(path), str(file)) for path, file in self._adds.items()

@@ -115,7 +115,7 @@ class OciDestination:
         now = self._registry.digest_of(self._tag)
         if now not in (self._before, identity(self._manifest)):
             expected, got = f"the tag {self._tag} at {self._before or 'nothing'}, as at the beginning", str(now)
-            hint = "Somebody else has pushed there meanwhile. Run this again to replace it"
+            hint = "Another push came in between. Run this again to replace it"
             raise network_error("remote.changed", self._reference.unpinned, expected, got, hint)
         return self._registry.put_manifest(self._tag, self._manifest)
 

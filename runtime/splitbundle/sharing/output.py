@@ -80,7 +80,7 @@ class CacheOutput:
             self._cache.add(root, path, data)
 
 
-def check_output(output: str | os.PathLike[str], *, force: bool) -> Path:
+def check_output(output: str | os.PathLike[str]) -> Path:
     """Return the absolute path of an output, before anything is pulled for it.
 
     Raises:
@@ -129,7 +129,7 @@ class DirectoryOutput:
         Raises:
             BundleError: ``output.exists``, ``output.failed``.
         """
-        target = check_output(output, force=force)
+        target = check_output(output)
         with _alone(target.with_name(f".{target.name}.pull")) as place:
             store = Store(place)
             with _writing(target):

@@ -26,6 +26,7 @@ from splitbundle.sharing.reference import Reference
 from splitbundle.sharing.store import check_space
 from splitbundle.sharing.transport import Source, another_bundle
 from splitbundle.storage import files, signature_files
+from splitbundle.storage.counting import counter
 from splitbundle.storage.documents import Documents, read_documents
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import BundleReader
@@ -102,7 +103,7 @@ def pull(
     """Pull a bundle into the cache, or into the directory ``output``. See ``splitbundle.pull``."""
     cache = Cache()
     if output is not None:
-        check_output(output, force=how.force)
+        check_output(output)
     offline = bool(reference.scheme) and (offline or is_offline())
     known = _in_cache(cache, reference, wanted, current=offline)
     if known is not None and output is None:
@@ -175,14 +176,7 @@ def _fill(place: Output, source: Source, content: Content, architecture: bytes, 
     check_space(place.store, left)
     if ARCHITECTURE in absent:
         place.store.add(architecture, absent.pop(ARCHITECTURE))
-    total, done = sum(file.size for file in unique.values()), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if how.progress is not None:
-            how.progress(WHAT, min(done, total), total)
-
+    advance = counter(WHAT, sum(file.size for file in unique.values()), how.progress)
     downloads = Downloads(source, place.store, how.patience, advance)
     try:
         downloads.run(absent, how.jobs)

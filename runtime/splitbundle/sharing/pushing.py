@@ -18,6 +18,7 @@ from splitbundle.sharing.places import open_destination
 from splitbundle.sharing.reference import Reference
 from splitbundle.sharing.transport import LocalFile
 from splitbundle.storage import files, signature_files
+from splitbundle.storage.counting import counter
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import BundleReader
 from splitbundle.verification.verify import check_digests
@@ -78,14 +79,7 @@ def push(bundle: BundleReader, reference: Reference, how: PushHow) -> Pushed:
     )
     if how.dry_run:
         return made
-    done, lock, stop = 0, threading.Lock(), threading.Event()
-
-    def advance(count: int) -> None:
-        nonlocal done
-        with lock:
-            done += count
-            if how.progress is not None:
-                how.progress(WHAT, min(done, total), total)
+    advance, stop = counter(WHAT, total, how.progress), threading.Event()
 
     def send(path: str) -> bool:
         pieces = partial(_pieces, bundle, path, listed[path], advance, stop)

@@ -68,23 +68,9 @@ class Reference:
         mark = "" if self.revision is None else f":{self.revision}" if self.scheme == "oci" else f"@{self.revision}"
         return f"{self.scheme}://{place}{mark}"
 
-    @property
-    def host_name(self) -> str:
-        """Return the host without its port."""
-        return host_name(self.host)
 
-
-def is_reference(place: object) -> bool:
-    """Return whether a text names a place on another machine, or has a pin. Everything else is a plain path."""
-    return isinstance(place, str) and (_SCHEME.match(place) is not None or _PIN.search(place) is not None)
-
-
-def parse_reference(text: str, *, revision: str | None = None) -> Reference:
+def parse_reference(text: str) -> Reference:
     """Parse a reference.
-
-    Args:
-        text: the reference.
-        revision: a tag or a revision in place of the one in the text.
 
     Raises:
         BundleError: ``usage.reference``.
@@ -113,7 +99,7 @@ def parse_reference(text: str, *, revision: str | None = None) -> Reference:
     port = made.host.rpartition(":")[2] if ":" in made.host.rpartition("]")[2] else "1"
     if not 0 < int(port) < 65536:
         raise wrong_reference(text, "a port from 1 to 65535", port)
-    return replace(made, pin=pin, revision=revision if revision is not None else made.revision)
+    return replace(made, pin=pin)
 
 
 def _hub(text: str, inside: str) -> Reference:

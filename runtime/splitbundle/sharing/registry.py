@@ -241,7 +241,7 @@ def check_layer(files: Mapping[str, File], path: str, listed: File, place: str) 
     """
     there = files.get(path)
     if there is None:
-        hint = "Whoever pushed it has to push the whole bundle"
+        hint = "The bundle has to be pushed again, as a whole"
         expected, got = "a file that the registry has", "none"
         raise BundleError(Problem(code="file.missing", file=path, expected=expected, got=got, hint=hint))
     if (there.size, there.sha256) != (listed.size, listed.sha256):

@@ -148,7 +148,7 @@ def _proving(envelope: Envelope, keys: list[tuple[str, PublicKey]], file: str) -
 
 
 def _check_files(bundle: BundleReader, progress: Progress | None) -> None:
-    """Check every file that is there, so that nobody signs a damaged bundle.
+    """Check every file that is there, so that no damaged bundle is signed.
 
     Raises:
         BundleError: ``file.*``, ``sums.mismatch``.

@@ -1,4 +1,4 @@
-"""Files by their digests: whole ones that nobody changes any more, and unfinished ones that a later pull completes."""
+"""Files by their digests: whole ones, which don't change any more, and unfinished ones that a later pull completes."""
 
 from __future__ import annotations
 

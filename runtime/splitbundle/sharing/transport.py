@@ -110,7 +110,7 @@ def files_there(data: bytes) -> dict[str, tuple[int, str]]:
 
 def another_bundle(expected: str, got: str, place: str) -> BundleError:
     """Return the error of a place that has another bundle than the pinned one."""
-    hint = "Another bundle is there now. Ask whoever gave you the id, or leave the id out to take this one"
+    hint = "Another bundle is there now. Ask the person who gave you the id, or leave the id out to take this one"
     wanted = f"the bundle id {expected}"
     return VerificationError(
         Problem(code="file.digest", file=f"{place} manifest.json", expected=wanted, got=got, hint=hint)

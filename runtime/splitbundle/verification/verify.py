@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from splitbundle.format.architecture import decoder as architectures
 from splitbundle.format.manifest import document
 from splitbundle.records import record, replace
 from splitbundle.storage import files
+from splitbundle.storage.counting import counter
 from splitbundle.storage.documents import is_of_another_manifest
 from splitbundle.storage.files import THREAD_BYTES, Progress
 from splitbundle.storage.signature_files import signature_files
@@ -46,7 +46,7 @@ def verify(
     absent = bundle.absent() if shard is None and not whole and is_sound_part(bundle) else ()
     listed = [path for path in _listed(bundle, shard) if path not in set(absent)]
     total = sum(bundle.manifest.files[path].size for path in listed)
-    count = _counter("verifying", total, progress)
+    count = counter("verifying", total, progress)
     # The manifest and a shard's own files are enough to verify the shard: a partial bundle may lack SHA256SUMS.
     needs_sums = (shard is None and not absent) or files.is_there(bundle.path, names.SUMS)
     problems = _check_sums(bundle) if needs_sums else []
@@ -100,7 +100,7 @@ def check_digests(bundle: BundleReader, paths: Sequence[str], progress: Progress
         BundleError: ``file.*``, every problem of every file.
     """
     listed = list(paths)
-    count = _counter("verifying", sum(bundle.manifest.files[path].size for path in listed), progress)
+    count = counter("verifying", sum(bundle.manifest.files[path].size for path in listed), progress)
     problems = [
         each for found in _each(listed, bundle, lambda path: _check_digest(bundle, path, count)) for each in found
     ]
@@ -200,18 +200,3 @@ def _check_digest(bundle: BundleReader, path: str, count: Callable[[int], None])
     except OSError as error:
         return [files.unreadable(path, error)]
     return []
-
-
-def _counter(what: str, total: int, progress: Progress | None) -> Callable[[int], None]:
-    """Return a function that counts the bytes that are done, and reports them. Any thread may call it."""
-    done = 0
-    lock = threading.Lock()
-
-    def advance(count: int) -> None:
-        nonlocal done
-        if progress is not None:
-            with lock:
-                done += count
-                progress(what, done, total)
-
-    return advance
