@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import operator
 import os
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -56,6 +58,8 @@ def main() -> int:
     print("| round | pull | curl, then openssl | pull's speed / theirs |\n|---|---|---|---|")
     for i, (ours, theirs) in enumerate(zip(found["pull"], found["peer"], strict=True)):
         print(f"| {i + 1} | {ours:.2f} s | {theirs:.2f} s | {theirs / ours:.2f} |")
+    ratio = statistics.median(map(operator.truediv, found["peer"], found["pull"]))
+    print(f"\nMedian: {ratio:.2f}")
     memory = f"push {found['push_memory'] / 2**20:.0f} MiB, pull {found['pull_memory'] / 2**20:.0f} MiB"
     print(f"\n{found['bytes'] / 1e9:.2f} GB. Private memory: {memory}.")
     return 0
@@ -73,10 +77,12 @@ def measure(folder: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
         reference = f"oci://{address}/benchmark:v1"
         _, push_memory = ran(["push", str(bundle.path), reference], folder / "cache")
         for _ in range(rounds):
+            os.sync()  # what is still to be written to the disk would slow down the one that comes next
             seconds, memory = ran(["pull", reference], folder / "cache")
             shutil.rmtree(folder / "cache")
             pull.append(seconds)
             pull_memory = max(pull_memory, memory)
+            os.sync()
             peer.append(fetched(address, folder / "fetched"))
             shutil.rmtree(folder / "fetched")
     size = sum(file.size for file in bundle.manifest.files.values())

@@ -15,10 +15,13 @@ from splitbundle.errors import BundleError, Problem, VerificationError
 from splitbundle.format.manifest.document import File
 from splitbundle.sharing.jobs import JOBS, Stopped, run_jobs
 from splitbundle.sharing.network import Patience, lost, network_error, persistently
-from splitbundle.sharing.store import Store
+from splitbundle.sharing.store import Store, start_writing
 from splitbundle.sharing.transport import Source
 
-CHUNK: Final = 2**20
+CHUNK: Final = 2**18
+"""The bytes that are read, written and hashed at once. The chunks of all threads fit into a processor's cache."""
+WRITTEN_AT_ONCE: Final = 2**22
+"""The bytes after which the system is asked to write them to the disk. The end then waits for the last ones alone."""
 NEW_BYTES: Final = 2**20
 """A try that brings at least so many bytes more than every try before it has made progress."""
 
@@ -157,6 +160,7 @@ class _State:
         self._advance = advance
         self.digest = hashlib.sha256()
         self.done = 0
+        self._on_the_way = 0
 
     def resume(self, done: int, stop: threading.Event) -> None:
         """Hash the bytes that an earlier try left."""
@@ -169,11 +173,12 @@ class _State:
             self.done += count
             self._advance(count)
         self._part.seek(self.done)
+        self._on_the_way = self.done
 
     def restart(self) -> None:
         """Throw away what is there."""
         self._advance(-self.done)
-        self.done = 0
+        self.done = self._on_the_way = 0
         self.digest = hashlib.sha256()
         self._part.seek(0)
         self._part.truncate()
@@ -185,4 +190,7 @@ class _State:
             done += self._part.write(data[done:])
         self.digest.update(data)
         self.done += len(data)
+        if self.done - self._on_the_way >= WRITTEN_AT_ONCE:
+            start_writing(self._part, self._on_the_way, self.done)
+            self._on_the_way = self.done
         self._advance(len(data))
