@@ -268,6 +268,8 @@ def test_what_the_commands_say(bundle: Bundle, tmp_path: Path, capsys: pytest.Ca
     assert (status, told["bytes"], len(told["files"])) == (0, (tmp_path / "x.tar").stat().st_size, 16)
     assert run(capsys, "unpack", tmp_path / "x.tar")[0] == 2
     assert run(capsys, "unpack", tmp_path / "x.tar", "-o", tmp_path / "z", "--id", "1")[0] == 2
+    assert run(capsys, "unpack", tmp_path / "x.tar", "-o", tmp_path / "z", "--id", f"sha256:{64 * '0'}")[0] == 3
+    assert run(capsys, "pack", bundle.path, "-o", "-")[0] == 2
     data = bytearray((tmp_path / "x.tar").read_bytes())
     data += b"x"
     (tmp_path / "x.tar").write_bytes(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import time
@@ -17,7 +18,9 @@ import splitbundle
 import splitbundle_schemas
 from splitbundle import BundleError
 from splitbundle.cli.main import main
+from splitbundle.format.manifest.document import File
 from splitbundle.sharing.cache import Cache, cache_root
+from splitbundle.sharing.store import Store
 from tests.support.paths import TESTS
 from tests.support.static_server import StaticFiles, static_server
 
@@ -130,6 +133,7 @@ def test_a_file_system_without_hard_links(
 
 def test_a_cache_that_cannot_be_written(server: StaticFiles, run: Run, tmp_path: Path, cache: Path) -> None:
     cache.write_text("a file")
+    assert run("cache", "list", status=1)["problems"][0]["code"] == "output.failed"
     problem = run("pull", f"{server.url}/gpt2.splitbundle", status=1)["problems"][0]
     assert problem["code"] == "output.failed"
     assert "SPLITBUNDLE_CACHE" in problem["hint"]
@@ -162,3 +166,36 @@ def test_records_that_say_nothing(text: str, server: StaticFiles, cache: Path) -
     assert Cache().remembered() == []
     assert splitbundle.open(reference).verify()
     assert Cache().recall(reference) is not None
+
+
+def test_a_small_file_is_whole_where_the_system_writes_it_in_parts(cache: Path) -> None:
+    class Half:
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def write(self, data: memoryview) -> int:
+            count: int = self._file.write(data[: max(1, len(data) // 2)])
+            return count
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+    data = bytes(range(256))
+    listed = File(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    store = Store(cache)
+    store.prepare()
+    claim = store.claim_own
+    store.claim_own = lambda listed: Half(claim(listed))  # type: ignore[method-assign, assignment, return-value]
+    store.add(data, listed)
+    assert store.blob(listed.sha256).read_bytes() == data
+
+
+def test_a_bundle_appears_with_its_files(server: StaticFiles, run: Run, cache: Path) -> None:
+    """``cache verify`` finds no damage in a bundle of which the pull was ended before its last links."""
+    bundle = Path(run("pull", f"{server.url}/gpt2.splitbundle")["path"])
+    (cache / ".CACHEDIR.TAG.0123456789abcdef").touch()
+    (cache / ".kept").touch()
+    (bundle / "layer-001.safetensors").unlink()
+    run("cache", "verify")
+    run("cache", "prune")
+    assert sorted(place.name for place in cache.glob(".*")) == [".kept"]

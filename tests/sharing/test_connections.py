@@ -114,7 +114,7 @@ def test_without_tls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert main(["pull", "http://nas.example/a", "--json"]) == 5
     problem = json.loads(capsys.readouterr().out)["problems"][0]
     assert problem["code"] == "network.redirect"
-    assert "SPLITBUNDLE_PLAIN_HTTP=nas.example" in problem["hint"]
+    assert "--plain-http, or SPLITBUNDLE_PLAIN_HTTP=nas.example" in problem["hint"]
     with static_server(GOLDEN) as server:
         monkeypatch.setenv("http_proxy", server.url)
         monkeypatch.setenv("SPLITBUNDLE_PLAIN_HTTP", "")
@@ -259,3 +259,24 @@ def test_an_output_is_judged_before_anything_is_pulled(tmp_path: Path) -> None:
         assert not server.requests
         assert splitbundle.pull(f"{server.url}/gpt2.splitbundle", tmp_path / "empty").verify(exact=True)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_proxy_of_another_kind_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "socks5h://127.0.0.1:1")
+    with pytest.raises(BundleError) as caught:
+        splitbundle.pull("https://example.invalid/a")
+    assert caught.value.problems[0].got == "one by 'socks5h'"
+
+
+def test_each_wait_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["pull", "https://127.0.0.1:1/a", "--retries", "1"]
+    assert main(command) == 5
+    assert "Trying again in 0.5 s" in capsys.readouterr().err
+    assert main([*command, "--quiet"]) == 5
+    assert "Trying again" not in capsys.readouterr().err
+
+
+def test_options_that_would_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["pull", "https://127.0.0.1:1/a", "--text"])
+    assert "they need --shard" in capsys.readouterr().err

@@ -21,7 +21,7 @@ import pytest
 import splitbundle
 from splitbundle.cli.main import main
 from splitbundle.errors import BundleError
-from splitbundle.sharing.file_requests import byte_range, path_of
+from splitbundle.sharing.file_requests import byte_range, path_of, pull_command
 from splitbundle.sharing.file_server import MAX_HEAD, FileServer
 from splitbundle.sharing.served_files import ServedFiles
 from tests.support.command_line import run as run_command
@@ -489,6 +489,15 @@ def test_what_the_command_refuses(
     assert (status, "[usage.arguments] --host" in err) == (2, True)
     status, _, err = run_command(capsys, "serve-files", directory, "--port", "65536")
     assert status == 2
+
+
+def test_a_part_and_a_name_that_no_url_has(directory: Path, tmp_path: Path) -> None:
+    splitbundle.open(directory / NAME).extract(tmp_path / "more" / "part.splitbundle", "trunk")
+    (tmp_path / "more" / "my model.splitbundle").mkdir()
+    served = ServedFiles(tmp_path / "more")
+    assert [(each.name, each.shards) for each in served.bundles()] == [("part.splitbundle", ("trunk",))]
+    assert [(name, problem.code) for name, problem in served.left_out()] == [("my model.splitbundle", "input.value")]
+    assert pull_command("http://127.0.0.1:1/", "x", ("trunk",)).endswith("http://127.0.0.1:1/x --shard trunk")
 
 
 def test_a_note_where_others_can_read(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:

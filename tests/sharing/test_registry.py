@@ -17,6 +17,7 @@ import splitbundle
 import splitbundle_converter
 from splitbundle import Bundle, BundleError
 from splitbundle.cli.main import main
+from splitbundle.sharing.cache import Cache
 from tests.support.paths import ROOT
 from tests.support.real_registry import real_registry
 
@@ -174,6 +175,9 @@ def test_tags(address: str, bundle: Bundle, run: Command) -> None:
     ]
     assert run("pull", f"{reference}:v1", status=5)["problems"][0]["code"] == "network.missing"
     assert run("pull", f"{reference}:v2")["bundle_id"] == bundle.id
+    assert run("list", f"{reference}:v2", status=2)["problems"][0]["code"] == "usage.reference"
+    got = run("list", f"oci://{address}/nowhere", status=5)["problems"][0]["got"]
+    assert got == "status 404 'Not Found': 'repository name not known to registry'"
     assert run("untag", f"{reference}:v1", status=5)["problems"][0]["code"] == "network.missing"
     assert run("tag", f"{reference}:v2", "-x y", status=2)["problems"][0]["code"] == "usage.reference"
 
@@ -185,6 +189,13 @@ def test_offline(address: str, bundle: Bundle, run: Command, monkeypatch: pytest
     assert "offline" in run("pull", reference, status=5)["problems"][0]["got"]
     monkeypatch.delenv("SPLITBUNDLE_OFFLINE")
     run("pull", reference, "--shard", "trunk")
+    with monkeypatch.context() as patch:  # a cache that this user can only read serves what it has
+
+        def refuse(cache: Cache) -> None:
+            raise AssertionError
+
+        patch.setattr(Cache, "prepare", refuse)
+        assert run("pull", reference, "--shard", "trunk")["moved"] == 0
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run("pull", reference, "--shard", "trunk", "-o", tmp_path / "trunk")["moved"] == 0
     assert splitbundle.open(tmp_path / "trunk").whole_shards() == ("trunk",)

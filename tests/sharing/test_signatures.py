@@ -385,7 +385,9 @@ def test_what_the_commands_say(bundle: Bundle, keys: Keys, capsys: pytest.Captur
     assert problem["file"].startswith("signatures/")
     shutil.rmtree(bundle.path / "signatures")
     assert run(capsys, "verify", bundle.path, "--public-key", public)[0] == 3
-    assert run(capsys, "verify", bundle.path, "--public-key", private)[0] == 3
+    assert run(capsys, "verify", bundle.path, "--public-key", private)[0] == 1  # nothing was checked
+    status, _, err = run(capsys, "verify", bundle.path, "--public-key", "none.pem")
+    assert (status, "[file.missing] none.pem: expected a key in PEM" in err) == (1, True)
     for wrong in (
         ["verify", bundle.path, "--signature", "x"],
         ["sign", bundle.path],

@@ -14,7 +14,20 @@ from tests.support.syscalls import Call, Fault
 WRITE_FLAGS: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES: Final = frozenset(
     {"open", "openat", "write", "pwrite64", "writev", "copy_file_range", "sendfile", "fallocate", "truncate"}
-    | {"ftruncate", "mkdir", "mkdirat", "rename", "renameat", "renameat2", "rmdir", "unlink", "unlinkat", "chmod"}
+    | {
+        "ftruncate",
+        "mkdir",
+        "mkdirat",
+        "link",
+        "linkat",
+        "rename",
+        "renameat",
+        "renameat2",
+        "rmdir",
+        "unlink",
+        "unlinkat",
+        "chmod",
+    }
     | {"fchmod", "fchmodat"}
 )
 """Calls that change files on the disk. A kill before another call is like a kill before the next of these."""

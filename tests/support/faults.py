@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from splitbundle.cli.console import Command, Console
-from tests.support import syscalls
+from tests.support import fault_sharing, syscalls
 from tests.support.fault_judges import (
     ArchiveJudge,
     CheckpointJudge,
@@ -238,8 +238,8 @@ def no_exchange(call: Call) -> Fault | None:
     return Fault(error=errno.EINVAL, last=False) if call.name == "renameat2" else None
 
 
-def scenarios(sources: Path, root: Path) -> list[Scenario]:
-    """Every command that writes, and every state that it may find."""
+def scenarios(sources: Path, root: Path, servers: fault_sharing.Servers | None = None) -> list[Scenario]:
+    """Every command that writes, and every state that it may find. Those that share need servers."""
     made = sources / "bundles"
     target = "x.splitbundle"
     place = str(root / target)
@@ -337,6 +337,7 @@ def scenarios(sources: Path, root: Path) -> list[Scenario]:
         scenario("unpack", unpack, with_source(nothing)),
         scenario("unpack --force", (*unpack, "--force"), with_source(standing("old"))),
         scenario("sign", sign, standing("parts"), judge=SignatureJudge),
+        *fault_sharing.scenarios(made, root, servers),
         export("export", exporting, nothing),
         export("export --force", (*exporting, "--force"), exported),
         export("export --force, in two steps", (*exporting, "--force"), exported, **two_steps),
@@ -441,13 +442,13 @@ print(json.dumps({"done": len(request["files"])}), flush=True)
 
 def command(sources: Path) -> Callable[[Sequence[str]], int]:
     """The command line, with every import that a command needs. The metadata that names commands isn't read."""
-    from splitbundle.cli import archives, cast, main, parts, sign
+    from splitbundle.cli import archives, cache, cast, main, parts, share, sign
     from splitbundle_converter.checkpoint import pickles
     from splitbundle_converter.commands import ADD_ONNX, CONVERT, RESPLIT
     from splitbundle_converter.export_command import EXPORT
 
     found = [CONVERT, RESPLIT, ADD_ONNX, EXPORT, parts.EXTRACT, parts.MERGE, cast.COMMAND, SAVE_AS, SAVE_CHECKPOINT]
-    found += [archives.PACK, archives.UNPACK, sign.COMMAND]
+    found += [archives.PACK, archives.UNPACK, sign.COMMAND, cache.COMMAND, share.PULL, share.PUSH]
     vars(main)["_commands"] = lambda arguments: found
     vars(pickles)["CHILD_CODE"] = CHILD.replace("SOURCE", repr(str(sources / "source" / "model.safetensors")))
     return main.main
@@ -497,9 +498,11 @@ def main() -> int:
             make_sources(directory)
         run = command(directory)
         found = []
-        for scenario in scenarios(directory, directory / "root"):
-            if not args.scenario or scenario.name in args.scenario:
-                found.append(run_scenario(scenario, directory, run, args.all, args.every))
+        os.environ["SPLITBUNDLE_CACHE"] = str(directory / "root" / "cache")
+        with fault_sharing.servers(directory / "bundles") as servers:
+            for scenario in scenarios(directory, directory / "root", servers):
+                if not args.scenario or scenario.name in args.scenario:
+                    found.append(run_scenario(scenario, directory, run, args.all, args.every))
         json.dump({"scenarios": found}, sys.stdout)
     return 0
 

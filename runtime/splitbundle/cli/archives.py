@@ -19,6 +19,8 @@ def _pack_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _pack(args: argparse.Namespace, console: Console) -> int:
+    if args.output == "-":
+        args.parser.error("argument --output/-o: an archive isn't written to stdout; name a file, such as ./model.tar")
     bundle = open_bundle(args.bundle)
     made = bundle.pack(args.output, force=args.force, progress=console.progress)
     console.end_progress()

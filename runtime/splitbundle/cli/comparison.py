@@ -25,15 +25,18 @@ LONGEST: Final = 60
 """Characters of a value that are shown."""
 
 
-def write(comparison: Comparison, bundles: tuple[Bundle, Bundle], console: Console, *, tensors: bool) -> None:
+def write(
+    comparison: Comparison, bundles: tuple[Bundle, Bundle], given: tuple[str, str], console: Console, *, tensors: bool
+) -> None:
     """Write the differences, a section for each aspect, and then the aspects without one.
 
-    ``tensors`` asks for a line for each tensor in place of one for each layer.
+    ``given`` are the paths or references of the bundles. ``tensors`` asks for a line for each tensor in place of one
+    for each layer.
     """
     console.text(_headline(comparison))
     ids = [
-        (side, str(bundle.path), own.name, own.fingerprint[:19], own.bundle_id[:19])
-        for side, bundle, own in zip("AB", bundles, (comparison.a, comparison.b), strict=True)
+        (side, place, own.name, own.fingerprint[:19], own.bundle_id[:19])
+        for side, place, own in zip("AB", given, (comparison.a, comparison.b), strict=True)
     ]
     console.table(("", "bundle", "name", "fingerprint", "bundle id"), ids)
     for side, bundle in zip("AB", bundles, strict=True):

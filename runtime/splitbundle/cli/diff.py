@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     console.end_progress()
     if _lacks_torch(comparison):
         console.note('torch compares the values of weights, and it isn\'t installed: pip install "splitbundle[torch]"')
-    write(comparison, (a, b), console, tensors=args.tensors)
+    write(comparison, (a, b), (args.a, args.b), console, tensors=args.tensors)
     console.json({"ok": True, **comparison.as_json()})
     return DIFFERENT if comparison.differs else 0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -80,6 +82,16 @@ def _merge(args: argparse.Namespace, console: Console) -> int:
     return report(made, args.output, console)
 
 
+@contextlib.contextmanager
+def in_place() -> Iterator[None]:
+    """Say that the bundle is in place where it can't be read after it was written."""
+    try:
+        yield
+    except BundleError as error:
+        hint = "The bundle is in place. Check it with splitbundle verify"
+        raise BundleError(replace(problem, hint=hint) for problem in error.problems) from error
+
+
 def report(made: Bundle, output: str, console: Console) -> int:
     """Say which files of a bundle were written, and return the exit status.
 
@@ -87,11 +99,8 @@ def report(made: Bundle, output: str, console: Console) -> int:
         BundleError: the system can't tell which files are there; the hint says that the bundle is in place.
     """
     console.end_progress()
-    try:
+    with in_place():
         absent = set(made.absent())
-    except BundleError as error:
-        hint = "The bundle is in place. Check it with splitbundle verify"
-        raise BundleError(replace(problem, hint=hint) for problem in error.problems) from error
     whole = [shard.name for shard in made.shards if absent.isdisjoint(made.files_of(shard))]
     files = len(made.manifest.files) - len(absent)
     size = sum(file.size for path, file in made.manifest.files.items() if path not in absent)

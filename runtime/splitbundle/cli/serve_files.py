@@ -34,7 +34,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     try:
         console.text(f"{server.url} has {len(bundles)} bundles and {len(archives)} archives; Ctrl-C ends it")
         for bundle in bundles:
-            console.text(f"  {bundle.id}  {pull_command(server.url, bundle.name)}")
+            console.text(f"  {bundle.id}  {pull_command(server.url, bundle.name, bundle.shards)}")
         for name in archives:
             console.text(f"  {server.url}{name}")
         console.json(

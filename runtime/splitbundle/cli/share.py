@@ -9,6 +9,7 @@ from typing import Any, Final
 from splitbundle.bundle import Bundle
 from splitbundle.cli.arguments import bundle_id, number_in, number_of
 from splitbundle.cli.console import Command, Console
+from splitbundle.cli.parts import in_place
 from splitbundle.errors import wrong_argument
 from splitbundle.opening import open_bundle
 from splitbundle.records import replace
@@ -31,10 +32,10 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plain-http", action="store_true", help="ask this host without TLS; loopback needs no option")
 
 
-def _patience(args: argparse.Namespace) -> Any:
+def _patience(args: argparse.Namespace, console: Console) -> Any:
     from splitbundle.sharing.network import patience
 
-    return patience(args.timeout, args.retries)
+    return replace(patience(args.timeout, args.retries), tell=None if args.quiet else console.note)
 
 
 def _reference(args: argparse.Namespace, text: str) -> Any:
@@ -71,8 +72,10 @@ def _pull(args: argparse.Namespace, console: Console) -> int:
     from splitbundle.sharing.pulling import PullHow, Wanted, pull
     from splitbundle.sharing.reference import wrong_reference
 
+    if args.shard is None and (args.text or not args.vectors):
+        args.parser.error("arguments --text and --no-vectors: they need --shard; without it, every file is pulled")
     reference = _reference(args, args.reference)
-    if not reference.scheme and not os.path.lexists(reference.path):
+    if not reference.scheme and _is_absent(reference.path):
         expected = "a bundle of this machine, or a reference that begins with oci://, hf://, https:// …"
         raise wrong_reference(args.reference, expected, "neither")
     if not reference.scheme and args.output is None:
@@ -80,7 +83,7 @@ def _pull(args: argparse.Namespace, console: Console) -> int:
     if args.id is not None:
         reference = replace(reference, pin=args.id)
     shards = None if args.shard is None else tuple(args.shard)
-    how = PullHow(patience=_patience(args), force=args.force, dry_run=args.dry_run, progress=console.transfer)
+    how = PullHow(patience=_patience(args, console), force=args.force, dry_run=args.dry_run, progress=console.transfer)
     how = how if args.jobs is None else replace(how, jobs=args.jobs)
     wanted = Wanted(shards=shards, vectors=args.vectors, text=args.text)
     done = pull(reference, wanted, how, output=args.output, offline=args.offline)
@@ -98,7 +101,8 @@ def _pull(args: argparse.Namespace, console: Console) -> int:
     console.text(f"  bundle id   {found.id}")
     if done.revision is not None:
         console.text(f"  revision    {done.revision}")
-    whole = [] if args.dry_run else list(Bundle(done.path, *found).whole_shards())
+    with in_place():
+        whole = [] if args.dry_run else list(Bundle(done.path, *found).whole_shards())
     if whole:
         console.text(f"  shards      {', '.join(whole)}")
     console.json(
@@ -116,6 +120,17 @@ def _pull(args: argparse.Namespace, console: Console) -> int:
         }
     )
     return 0
+
+
+def _is_absent(path: str) -> bool:
+    """Return whether nothing is at a path. Where the system can't tell, reading it says why."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _push_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +152,7 @@ def _push(args: argparse.Namespace, console: Console) -> int:
     reference = _reference(args, args.reference)
     bundle = open_bundle(args.bundle, progress=console.transfer)
     how = PushHow(
-        patience=_patience(args),
+        patience=_patience(args, console),
         force=args.force,
         dry_run=args.dry_run,
         check=args.check,
@@ -175,7 +190,7 @@ def _tag_arguments(parser: argparse.ArgumentParser) -> None:
 def _tag(args: argparse.Namespace, console: Console) -> int:
     from splitbundle.sharing.tags import add_tag
 
-    revision = add_tag(_reference(args, args.reference), args.tag, _patience(args))
+    revision = add_tag(_reference(args, args.reference), args.tag, _patience(args, console))
     console.text(f"{args.tag}: {revision}")
     console.json({"ok": True, "tag": args.tag, "revision": revision})
     return 0
@@ -190,7 +205,7 @@ def _untag(args: argparse.Namespace, console: Console) -> int:
     from splitbundle.sharing.tags import remove_tag
 
     reference = _reference(args, args.reference)
-    remove_tag(reference, _patience(args))
+    remove_tag(reference, _patience(args, console))
     console.text(f"{reference} is removed")
     console.json({"ok": True, "reference": str(reference)})
     return 0
@@ -204,7 +219,7 @@ def _list_arguments(parser: argparse.ArgumentParser) -> None:
 def _list(args: argparse.Namespace, console: Console) -> int:
     from splitbundle.sharing.tags import list_tags
 
-    found = list_tags(_reference(args, args.reference), _patience(args))
+    found = list_tags(_reference(args, args.reference), _patience(args, console))
     rows = [(each.tag, each.bundle_id or "-", each.revision) for each in found]
     console.table(("tag", "bundle id", "revision"), rows)
     console.json(

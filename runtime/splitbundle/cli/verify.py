@@ -50,8 +50,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_strict_argument(parser)
 
 
-_NOT_ABOUT_THE_BUNDLE: Final = ("network", "remote.", "usage.", "output.", "input.")
-"""The codes of errors that say nothing about a bundle: the network, the cache, the arguments."""
+_NOT_ABOUT_THE_BUNDLE: Final = ("network", "remote.", "usage.", "output.", "input.", "signature.key")
+"""The codes of errors that say nothing about a bundle: the network, the cache, the arguments, a key."""
 
 
 def _remote_shard(args: argparse.Namespace) -> str | None:
@@ -73,8 +73,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     except MissingExtra:
         raise
     except BundleError as error:
-        if error.codes == ("stage.name",) or error.problems[0].file == str(args.bundle):
-            raise  # nothing was verified, as the bundle or the shard doesn't exist
+        if error.codes == ("stage.name",) or error.problems[0].file in (args.bundle, *(args.public_key or ())):
+            raise  # nothing was verified, as the bundle, the shard or the key doesn't exist
         if all(code.startswith(_NOT_ABOUT_THE_BUNDLE) for code in error.codes):
             raise  # nothing was verified, as the bundle didn't come here
         raise VerificationError(error.problems) from error

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from tarfile import BLOCKSIZE
 from typing import BinaryIO, Final
 
-from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.errors import BundleError, Problem, VerificationError, quoted
 from splitbundle.format import names, strict_json
 from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE
 from splitbundle.format.manifest.document import FILE, File, Manifest, checksums, identity
@@ -261,7 +261,8 @@ def _manifest(file: BinaryIO, member: Member, archive: str, wanted: str | None) 
     data = _data(file, member, strict_json.MAX_BYTES, archive)
     if wanted not in (None, identity(data)):
         expected, hint = f"the bundle id {quoted(wanted)}", "It is another bundle, or a changed one"
-        raise BundleError(Problem(code="file.digest", file=FILE, expected=expected, got=identity(data), hint=hint))
+        problem = Problem(code="file.digest", file=FILE, expected=expected, got=identity(data), hint=hint)
+        raise VerificationError(problem)
     return data
 
 

@@ -14,9 +14,11 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +37,8 @@ VARIABLE: Final = "SPLITBUNDLE_CACHE"
 OFFLINE: Final = ("SPLITBUNDLE_OFFLINE", "HF_HUB_OFFLINE")
 TAG: Final = "Signature: 8a477f597d28d172789f06886806bc55\n# splitbundle's cache: backups may leave it out\n"
 """The content of CACHEDIR.TAG (https://bford.info/cachedir/)."""
+UNFINISHED: Final = re.compile(r"\.[0-9a-f]{16}\Z")
+"""The end of the name of a small file that is being written, or of which the writer was killed."""
 _NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
@@ -115,8 +119,8 @@ class Cache:
                 fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             yield
 
-    def begin(self, bundle_id: str, manifest: Manifest, data: bytes) -> Path:
-        """Make the directory of a bundle with its manifest and checksums, and return it. It appears with both."""
+    def begin(self, bundle_id: str, manifest: Manifest, data: bytes, paths: Sequence[str]) -> Path:
+        """Make the directory of a bundle, and return it. It appears with its manifest, checksums and these files."""
         target = self.path_of(bundle_id)
         digest = bundle_id.removeprefix("sha256:")
         documents = {FILE: data, names.SUMS: checksums(manifest.files, digest)}
@@ -131,12 +135,12 @@ class Cache:
             for name, content in documents.items():
                 (staging / name).write_bytes(content)
                 (staging / name).chmod(READ_ONLY)
+            for path in paths:
+                self.link(staging, path, manifest.files[path])
             try:
                 os.rename(staging, target)
             except OSError:
-                for name in (FILE, names.SUMS):
-                    (staging / name).unlink()
-                staging.rmdir()
+                shutil.rmtree(staging, ignore_errors=True)
                 if not is_file_of(target / FILE, len(data)):  # another process was first
                     raise
         return target

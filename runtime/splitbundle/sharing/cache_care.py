@@ -13,7 +13,7 @@ from splitbundle.errors import BundleError, Problem, VerificationError, quoted
 from splitbundle.format import names
 from splitbundle.format.manifest.document import checksums
 from splitbundle.records import record
-from splitbundle.sharing.cache import Cache, write_whole
+from splitbundle.sharing.cache import UNFINISHED, Cache, write_whole
 from splitbundle.storage import files
 from splitbundle.storage.documents import read_documents
 from splitbundle.storage.files import Progress
@@ -42,7 +42,9 @@ def every_bundle(cache: Cache) -> list[CachedBundle]:
     """Return the bundles in the cache, the last used first."""
     remembered = cache.remembered()
     found = []
-    for place in _bundles(cache):
+    with cache.writing():
+        places = _bundles(cache)
+    for place in places:
         bundle_id = f"sha256:{place.name}"
         name, size = "", 0
         shards: tuple[str, ...] = ()
@@ -124,6 +126,10 @@ def prune(
                 blob.unlink()
         for part in cache.store.parts.glob("*"):
             part.unlink()
+        for place in (cache.root, cache.references):
+            for unfinished in place.glob(".*"):
+                if UNFINISHED.search(unfinished.name):
+                    unfinished.unlink()
         return gone, before - total_bytes(cache)
 
 

@@ -15,7 +15,7 @@ from splitbundle.errors import BundleError, Problem, VerificationError
 from splitbundle.format.manifest.document import File
 from splitbundle.sharing.jobs import JOBS, Stopped, run_jobs
 from splitbundle.sharing.network import Patience, lost, network_error, persistently
-from splitbundle.sharing.store import Store, start_writing
+from splitbundle.sharing.store import Store, start_writing, write_all
 from splitbundle.sharing.transport import Source
 
 CHUNK: Final = 2**18
@@ -185,9 +185,7 @@ class _State:
 
     def add(self, data: memoryview) -> None:
         """Write and hash the next bytes."""
-        done = 0
-        while done < len(data):
-            done += self._part.write(data[done:])
+        write_all(self._part, data)
         self.digest.update(data)
         self.done += len(data)
         if self.done - self._on_the_way >= WRITTEN_AT_ONCE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import urllib.parse
+from collections.abc import Sequence
 from typing import Final
 
 from splitbundle.sharing.reference import is_loopback
@@ -11,10 +12,11 @@ from splitbundle.sharing.reference import is_loopback
 _RANGE: Final = re.compile(r"bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*")
 
 
-def pull_command(url: str, name: str) -> str:
+def pull_command(url: str, name: str, shards: Sequence[str] | None) -> str:
     """Return the command that pulls a bundle from the server at ``url``, which ends with ``/``."""
     plain = "" if is_loopback(urllib.parse.urlsplit(url).netloc) else " --plain-http"
-    return f"splitbundle pull {url}{name}{plain}"
+    parts = "".join(f" --shard {shard}" for shard in shards or ())
+    return f"splitbundle pull {url}{name}{parts}{plain}"
 
 
 def path_of(target: str) -> str | None:

@@ -259,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
             lines += [
                 bundle.name,
                 f"  bundle id   {bundle.id}",
-                f"  {pull_command(f'http://{host}/', bundle.name)}",
+                f"  {pull_command(f'http://{host}/', bundle.name, bundle.shards)}",
                 "",
             ]
         lines += [f"{name}\n  http://{host}/{name}\n" for name in self.server.served.archives()]

@@ -76,7 +76,7 @@ class FileSystemPlace:
             raise
         except FileNotFoundError as error:
             hint = "Check the spelling of the reference"
-            raise network_error("network.missing", place, "a file there", _said(error), hint) from error
+            raise network_error("network.missing", place, "a file there", f"none: {_said(error)}", hint) from error
         except PermissionError as error:
             hint = "Set the login as the library for this scheme wants it: docs/guides/share.md has a list"
             raise network_error("network.auth", place, "access", _said(error), hint) from error

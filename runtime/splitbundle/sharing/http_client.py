@@ -7,14 +7,12 @@ that it was given for. Proxies and certificates come from the usual variables.
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import http.client
 import io
 import os
 import socket
 import ssl
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -22,13 +20,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, Final
 
 from splitbundle.errors import quoted
+from splitbundle.sharing.http_errors import status_error
 from splitbundle.sharing.network import NetworkError, Pace, Patience, lost, network_error
 from splitbundle.sharing.reference import is_loopback, may_be_plain
 from splitbundle.version import __version__
 
 MAX_REDIRECTS: Final = 5
-MAX_ERROR_BYTES: Final = 4096
-"""The bytes of an error's body that are read, for its message."""
 _CERTIFICATES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 """Variables of other programs, for a machine where ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` aren't set."""
 
@@ -166,7 +163,7 @@ def check_url(url: str) -> None:
     if not good or "@" in parts.netloc:
         hint = None
         if parts.scheme == "http":
-            hint = f"If you trust the network up to there: SPLITBUNDLE_PLAIN_HTTP={host}"
+            hint = f"If you trust the network up to there: --plain-http, or SPLITBUNDLE_PLAIN_HTTP={host}"
         raise network_error("network.redirect", without_query(url), "a URL with https://", quoted(url), hint)
 
 
@@ -180,48 +177,6 @@ def origin(url: str) -> tuple[str, str, int | None]:
     """Return the scheme, the host and the port of a URL. Credentials belong to these."""
     parts = urllib.parse.urlsplit(url)
     return parts.scheme, (parts.hostname or "").lower(), parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
-def status_error(response: Any, place: str) -> NetworkError:
-    """Return the error for a status that isn't the expected one. The body's first bytes may explain it."""
-    status: int = response.status
-    said = ""
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        kind = response.headers.get("Content-Type", "")
-        if "html" not in kind:
-            said = " ".join(response.read(MAX_ERROR_BYTES).decode("utf-8", "replace").split())[:200]
-    got = f"status {status} {quoted(response.reason or '', 60)}" + (f": {quoted(said, 200)}" if said else "")
-    expected = "an answer with the content"
-    if status == 401:
-        hint = "It wants a login, or refuses this one: SPLITBUNDLE_TOKEN has a token for this host"
-        return network_error("network.auth", place, "access", got, hint)
-    if status == 403:
-        hint = "The login isn't allowed to do this, or the model's license has to be accepted on its page first"
-        return network_error("network.auth", place, "access", got, hint)
-    if status in (404, 410):
-        return network_error("network.missing", place, expected, got, "Check the spelling of the reference")
-    if status in (301, 302, 303, 307, 308):
-        where = quoted(response.headers.get("Location"), 120)
-        return network_error("network.redirect", place, "a redirect that can be followed", f"{status} to {where}")
-    wait = retry_after(response.headers.get("Retry-After"))
-    if status in (429, 503):
-        hint = "The server is busy: run this again later"
-        return network_error("network.busy", place, expected, got, hint, transient=True, wait=wait)
-    if status in (408, 425, 500, 502, 504):
-        return network_error("network", place, expected, got, "Run this again", transient=True, wait=wait)
-    return network_error("network.answer", place, expected, got)
-
-
-def retry_after(text: str | None) -> float | None:
-    """Return the seconds of a header ``Retry-After``, a number or a date (RFC 9110, section 10.2.3), or None."""
-    if not text:
-        return None
-    if text.isascii() and text.isdigit():
-        return float(text[:10])
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
 
 
 @contextlib.contextmanager
@@ -287,6 +242,13 @@ class _Proxies(urllib.request.ProxyHandler):
     def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> Any:  # noqa: A002
         if is_loopback(req.host or ""):
             return None  # this machine is asked directly: a proxy would ask itself, and see the credential
+        scheme, mark, _ = proxy.partition("://")
+        if mark and scheme.lower() not in ("http", "https"):
+            place, hint = (
+                without_query(req.full_url),
+                "Name one whose URL begins with http://, or take the variable away",
+            )
+            raise network_error("network", place, "a proxy that speaks HTTP", f"one by {quoted(scheme)}", hint)
         return super().proxy_open(req, proxy, type)
 
 

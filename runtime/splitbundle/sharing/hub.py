@@ -193,8 +193,12 @@ class HubDestination:
         try:
             place.commit = place.look()
         except NetworkError as error:
-            if error.codes != ("network.missing",) or place.reference.revision is not None:
+            if error.codes != ("network.missing",):
                 raise
+            if place.reference.revision is not None:
+                hint = "Make the repository and the branch on the Hub first, or push to its main branch, without @"
+                expected, got = f"a branch {quoted(place.reference.revision)}", "none: a push goes to one that is there"
+                raise network_error("network.missing", str(place.reference), expected, got, hint) from error
             if dry_run:
                 return set()
             with place.failures():

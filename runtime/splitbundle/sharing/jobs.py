@@ -22,6 +22,7 @@ def run_jobs(work: list[Callable[[], bool]], jobs: int, stop: threading.Event) -
     """Run functions in several threads, until each has returned True. One that returns False is called again later.
 
     The threads are daemons: a process that is interrupted doesn't wait for a server. The first error stops all of them.
+    One job at a time needs no further thread.
 
     Raises:
         BaseException: the first error of a function, or an interruption of this thread.
@@ -58,8 +59,11 @@ def run_jobs(work: list[Callable[[], bool]], jobs: int, stop: threading.Event) -
             if not finished:
                 time.sleep(POLL)
 
-    threads = [threading.Thread(target=worker, daemon=True) for _ in range(min(jobs, len(work)))]
+    several = 0 if jobs == 1 else min(jobs, len(work))
+    threads = [threading.Thread(target=worker, daemon=True) for _ in range(several)]
     try:
+        if not several:
+            worker()
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -40,6 +40,8 @@ class Patience:
     """How often to try again without any progress. A try that moves bytes doesn't count."""
     backoff: float = 0.5
     """Seconds before the second try. Each further wait is twice as long, up to ``LONGEST_WAIT``."""
+    tell: Callable[[str], object] | None = None
+    """A function for a line that says what failed, before the next try."""
 
 
 def patience(timeout: float | None = None, retries: int | None = None) -> Patience:
@@ -90,6 +92,9 @@ def persistently(
             wait = error.wait if error.wait is not None else patience.backoff * 2 ** (tries - 1)
             if tries > patience.retries or (error.wait or 0) > LONGEST_WAIT:
                 raise
+            if patience.tell is not None:
+                problem = error.problems[0]
+                patience.tell(f"{problem.file}: {problem.got}. Trying again in {min(wait, LONGEST_WAIT):.1f} s")
         # Clients that lost one server shouldn't all come back in the same moment.
         time.sleep(min(wait, LONGEST_WAIT) * random.uniform(0.8, 1.2))
 

@@ -21,7 +21,7 @@ from splitbundle.storage import files
 from splitbundle.storage.documents import Documents, read_documents
 from splitbundle.storage.recovery import recover
 from splitbundle.storage.signature_files import copy_signatures
-from splitbundle.writing.atomic_directory import atomic_directory
+from splitbundle.writing.atomic_directory import atomic_directory, remove_unfinished
 
 if sys.platform != "win32":
     import fcntl
@@ -72,10 +72,10 @@ class CacheOutput:
 
     def finish(self, paths: Sequence[str], extra: Mapping[str, bytes]) -> None:
         """Link the files into the bundle's directory."""
-        manifest = self._content.documents.manifest
-        root = self._cache.begin(self._content.documents.id, manifest, self._content.manifest)
+        found = self._content.documents
+        root = self._cache.begin(found.id, found.manifest, self._content.manifest, paths)
         for path in paths:
-            self._cache.link(root, path, manifest.files[path])
+            self._cache.link(root, path, found.manifest.files[path])
         for path, data in extra.items():
             self._cache.add(root, path, data)
 
@@ -130,6 +130,8 @@ class DirectoryOutput:
             BundleError: ``output.exists``, ``output.failed``.
         """
         target = check_output(output)
+        with _writing(target):
+            remove_unfinished(target)
         with _alone(target.with_name(f".{target.name}.pull")) as place:
             store = Store(place)
             with _writing(target):
@@ -137,10 +139,12 @@ class DirectoryOutput:
             try:
                 yield cls(target, store, cache, content, force=force)
             except BaseException:
-                if not any(path.is_file() for path in place.rglob("*")):
-                    shutil.rmtree(place, ignore_errors=True)  # nothing to go on from
+                with contextlib.suppress(OSError):
+                    if not any(path.is_file() for path in place.rglob("*")):
+                        shutil.rmtree(place)  # nothing to go on from
                 raise
-            shutil.rmtree(place, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the next pull removes it
+                shutil.rmtree(place)
 
     def _existing(self) -> Documents | None:
         """Return the documents of the bundle that is there already."""
@@ -241,7 +245,8 @@ def _alone(place: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        os.close(handle)
+        with contextlib.suppress(OSError):  # nothing was written through it
+            os.close(handle)
 
 
 def _lock(place: Path) -> int:

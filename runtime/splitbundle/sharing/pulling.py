@@ -24,7 +24,7 @@ from splitbundle.sharing.output import CacheOutput, Content, DirectoryOutput, Ou
 from splitbundle.sharing.places import open_source
 from splitbundle.sharing.reference import Reference
 from splitbundle.sharing.store import check_space
-from splitbundle.sharing.transport import Source, another_bundle
+from splitbundle.sharing.transport import Resolved, Source, another_bundle
 from splitbundle.storage import files, signature_files
 from splitbundle.storage.counting import counter
 from splitbundle.storage.documents import Documents, read_documents
@@ -112,26 +112,27 @@ def pull(
         raise _not_in_cache(reference)
     source = open_source(_local(known.path) if known is not None else reference, how.patience)
     if output is not None:
-        return _pull_from(source, reference, wanted, how, cache, output)
+        return _pull_from(source, source.resolve(), reference, wanted, how, cache, output)
+    resolved = source.resolve()
+    remembered = cache.recall(str(reference)) if resolved.revision else None
+    if remembered is not None and remembered.revision == resolved.revision:
+        known = _known(cache, remembered.bundle_id, wanted)
+        if known is not None:
+            return replace(known, revision=resolved.revision)
     cache.prepare()
     with cache.lock(alone=False):
-        return _pull_from(source, reference, wanted, how, cache, None)
+        return _pull_from(source, resolved, reference, wanted, how, cache, None)
 
 
 def _pull_from(
     source: Source,
+    resolved: Resolved,
     reference: Reference,
     wanted: Wanted,
     how: PullHow,
     cache: Cache,
     output: str | os.PathLike[str] | None,
 ) -> Pulled:
-    resolved = source.resolve()
-    remembered = cache.recall(str(reference)) if reference.scheme and resolved.revision else None
-    if remembered is not None and output is None and remembered.revision == resolved.revision:
-        known = _known(cache, remembered.bundle_id, wanted)
-        if known is not None:
-            return replace(known, revision=resolved.revision)
     content, architecture = _read_documents(source, resolved.bundle_id, str(reference))
     with contextlib.ExitStack() as stack:
         if output is None:

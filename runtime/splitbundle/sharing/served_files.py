@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
-from splitbundle.errors import BundleError, Problem
+from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import names, strict_json
 from splitbundle.format.manifest.document import FILE, Manifest, identity
 from splitbundle.format.manifest.parser import parse_manifest
 from splitbundle.format.names import is_signature
 from splitbundle.records import record
 from splitbundle.storage import files
+from splitbundle.storage.documents import read_documents
+from splitbundle.storage.reader import BundleReader
 
 BUNDLE: Final = ".splitbundle"
 ARCHIVE: Final = ".tar"
@@ -43,6 +45,8 @@ class ServedBundle:
     """The first part of the paths of its URLs."""
     id: str
     """Its bundle id."""
+    shards: tuple[str, ...] | None
+    """The shards that are whole, if only a part of the bundle is there."""
 
 
 class _Known(NamedTuple):
@@ -81,19 +85,25 @@ class ServedFiles:
     def bundles(self) -> list[ServedBundle]:
         """Return the bundles that can be served now."""
         found = []
-        for name in self._names(BUNDLE) if self._only is None else [self._only]:
+        for name in [self._only] if self._only is not None else self._names(BUNDLE):
             with contextlib.suppress(BundleError):
-                found.append(ServedBundle(name=name, id=self._read(name).id))
+                found.append(ServedBundle(name=name, id=self._read(name).id, shards=self._whole_shards(name)))
         return found
+
+    def _whole_shards(self, name: str) -> tuple[str, ...] | None:
+        root = self._root if self._only is not None else self._root / name
+        reader = BundleReader(root, *read_documents(root))
+        return reader.whole_shards() if reader.absent() else None
 
     def archives(self) -> list[str]:
         """Return the names of the archives that can be served now."""
-        return [] if self._only is not None else list(self._names(ARCHIVE))
+        return list(self._names(ARCHIVE))
 
     def left_out(self) -> list[tuple[str, Problem]]:
         """Return the names of bundles that aren't served, each with the first problem of it."""
-        found = []
-        for name in self._names(BUNDLE) if self._only is None else ():
+        found = [(name, _unfit(name)) for name in self._entries(BUNDLE) if not _NAME.fullmatch(name)]
+        found += [(name, _unfit(name)) for name in self._entries(ARCHIVE) if not _NAME.fullmatch(name)]
+        for name in self._names(BUNDLE):
             try:
                 self._read(name)
             except BundleError as error:
@@ -149,13 +159,17 @@ class ServedFiles:
     def _inside(self, name: str, path: str) -> str:
         return path if self._only is not None else f"{name}/{path}"
 
-    def _names(self, suffix: str) -> Iterator[str]:
+    def _entries(self, suffix: str) -> list[str]:
+        if self._only is not None:
+            return []
         try:
-            found = sorted(name for name in os.listdir(self._root) if name.endswith(suffix) and _NAME.fullmatch(name))
+            return sorted(name for name in os.listdir(self._root) if name.endswith(suffix))
         except OSError:
-            return
+            return []
+
+    def _names(self, suffix: str) -> Iterator[str]:
         directory = suffix == BUNDLE
-        for name in found[:MAX_NAMES]:
+        for name in [name for name in self._entries(suffix) if _NAME.fullmatch(name)][:MAX_NAMES]:
             place = self._root / name
             if not place.is_symlink() and (place.is_dir() if directory else place.is_file()):
                 yield name
@@ -182,3 +196,8 @@ class ServedFiles:
                 self._known.clear()
             self._known[name] = known
         return known
+
+
+def _unfit(name: str) -> Problem:
+    expected, hint = "a name of A-Z a-z 0-9 . _ -, as it is a part of a URL", "Rename it"
+    return Problem(code="input.value", file=name, expected=expected, got=quoted(name), hint=hint)

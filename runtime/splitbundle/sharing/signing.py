@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from splitbundle.errors import BundleError, Problem
+from splitbundle.records import replace
 from splitbundle.storage.files import read_file
 
 PrivateKey = Ed25519PrivateKey | EllipticCurvePrivateKey
@@ -32,6 +33,10 @@ Password = Callable[[], str | None]
 """A function that returns the passphrase of an encrypted key. It is called only if the key is encrypted."""
 MAX_KEY_BYTES: Final = 2**16
 KINDS: Final = "a key for Ed25519, or for ECDSA on P-256, P-384 or P-521"
+HINT: Final = (
+    "openssl genpkey -algorithm ed25519 -out key.pem makes one; "
+    "openssl pkey -in key.pem -pubout -out pub.pem gives its public key"
+)
 _HASHES: Final = {"secp256r1": hashes.SHA256(), "secp384r1": hashes.SHA384(), "secp521r1": hashes.SHA512()}
 """The curves for ECDSA, and the hash function of each."""
 
@@ -118,12 +123,15 @@ def _is_known(key: PublicKey) -> bool:
 
 def _read(path: str | os.PathLike[str]) -> bytes:
     place = Path(os.path.realpath(path))  # a link to a key is the user's own
-    return read_file(place.parent, place.name, MAX_KEY_BYTES)
+    try:
+        return read_file(place.parent, place.name, MAX_KEY_BYTES)
+    except BundleError as error:
+        problems = [replace(problem, file=str(path), expected="a key in PEM", hint=HINT) for problem in error.problems]
+        raise BundleError(problems) from error
 
 
 def _bad_key(path: str | os.PathLike[str], expected: str, got: str) -> BundleError:
-    hint = "openssl genpkey -algorithm ed25519 -out key.pem makes one"
-    hint += "; openssl pkey -in key.pem -pubout -out pub.pem gives its public key"
+    hint = HINT
     if "passphrase" in expected:
         hint = "Set SPLITBUNDLE_KEY_PASSWORD, or run the command on a terminal"
     return BundleError(Problem(code="signature.key", file=str(path), expected=expected, got=got, hint=hint))

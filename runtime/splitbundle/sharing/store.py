@@ -107,7 +107,7 @@ class Store:
         """
         if not self.has(listed):
             with contextlib.closing(self.claim_own(listed)) as part:
-                part.write(data)
+                write_all(part, data)
                 self.keep(part, listed)
 
     def take(self, root: Path, path: str, listed: File) -> bool:
@@ -149,6 +149,13 @@ class Store:
             return shutil.disk_usage(self.root).free
         except OSError:
             return None
+
+
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Write bytes to a file without a buffer. The system may take a part of them at a time."""
+    done, view = 0, memoryview(data)
+    while done < len(view):
+        done += file.write(view[done:])
 
 
 def start_writing(file: BinaryIO, start: int, end: int) -> None:

@@ -78,6 +78,8 @@ def list_tags(reference: Reference, patience: Patience) -> list[Tag]:
         BundleError: ``usage.reference``; ``network.*``.
     """
     refuse_offline(str(reference))
+    if reference.revision is not None or reference.pin is not None:
+        raise wrong_reference(str(reference), "a repository, without a tag or a pin", "one with it")
     if reference.scheme == "hf":
         from splitbundle.sharing import hub_tags
 

@@ -71,7 +71,7 @@ class BundleReader:
             Problem(
                 code="stage.name",
                 argument="shard",
-                expected=f"a shard of {self.path.name}: {', '.join(s.name for s in self.shards)}",
+                expected=f"a shard of {self.manifest.model.name}: {', '.join(s.name for s in self.shards)}",
                 got=quoted(name),
                 hint=f"Any other part: stage(layers=(start, stop)) within 0..{len(self.architecture.layers)}",
             )

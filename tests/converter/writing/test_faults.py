@@ -20,13 +20,14 @@ GROUPS: Final = (  # which take about as long
         "save_as",
         "a training checkpoint",
         *("extract", "merge --force, over a part", "pack", "unpack --force", "sign"),
+        *("pull", "pull, into the cache"),
         *("export", "export --force, in two steps"),
     ),
     (
         *("convert --force", "add-onnx", "save_as over itself", "resplit --force"),
         *("resplit --force, after an interruption", "resplit --force, after two killed writers"),
         *("extract --force", "merge", "cast", "cast over itself", "pack --force", "unpack"),
-        "export --force",
+        *("pull --force", "pull, of which a part is there", "push", "export --force"),
     ),
 )
 
@@ -63,7 +64,8 @@ def test_every_system_call_may_fail_or_be_the_last(group: int, tally: Callable[[
         # Every call has an error, an interruption, and, if it changes anything, the process's end.
         assert scenario["points"] > 2 * scenario["calls"] > 80
         ends = {what.partition(", ")[0] for what in scenario["outcomes"]}
-        assert ends == {"0", "1", "130", "killed"}
+        # A push changes nothing on this machine, so a kill is like its last interruption.
+        assert ends == {"0", "1", "130", "killed"} - ({"killed"} if scenario["scenario"] == "push" else set())
         tally("system calls of commands that write", scenario["calls"])
         tally("faults in place of them", scenario["points"])
 
