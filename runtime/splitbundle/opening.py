@@ -116,7 +116,7 @@ def pull_bundle(
     if isinstance(shards, str):
         raise wrong_argument("shards", "names of shards, as a list", quoted(shards))
     wanted = Wanted(shards=None if shards is None else tuple(shards), vectors=vectors, text=text)
-    how = PullHow(patience=_patience(timeout, retries), force=force, progress=progress)
+    how = PullHow(patience=_patience(timeout, retries), force=force, signatures=True, progress=progress)
     how = how if jobs is None else replace(how, jobs=_positive("jobs", jobs))
     done = _pull(reference, wanted, how, id=id, output=output, offline=offline)
     if done.note is not None and notes is not None:

@@ -22,7 +22,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def test_a_shard_that_does_not_exist(whole: Bundle) -> None:
     assert refusal(whole.stage, "middle") == (
-        "[stage.name] shard: expected a shard of llama.splitbundle: bottom, trunk, top, got 'middle'. "
+        "[stage.name] shard: expected a shard of llama-float32: bottom, trunk, top, got 'middle'. "
         "Any other part: stage(layers=(start, stop)) within 0..4"
     )
 

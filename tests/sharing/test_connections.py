@@ -6,6 +6,7 @@ import datetime
 import ipaddress
 import json
 import os
+import re
 import ssl
 import subprocess
 import sys
@@ -111,9 +112,9 @@ def test_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.rule("SB-S-006")
 def test_without_tls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["pull", "http://nas.example/a", "--json"]) == 5
+    assert main(["pull", "http://nas.example/a", "--json"]) == 2
     problem = json.loads(capsys.readouterr().out)["problems"][0]
-    assert problem["code"] == "network.redirect"
+    assert problem["code"] == "usage.reference"
     assert "--plain-http, or SPLITBUNDLE_PLAIN_HTTP=nas.example" in problem["hint"]
     with static_server(GOLDEN) as server:
         monkeypatch.setenv("http_proxy", server.url)
@@ -280,3 +281,61 @@ def test_options_that_would_change_nothing(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit, match="2"):
         main(["pull", "https://127.0.0.1:1/a", "--text"])
     assert "they need --shard" in capsys.readouterr().err
+
+
+def test_the_users_own_files_stay(tmp_path: Path) -> None:
+    """A pull into a part of the same bundle adds files. It replaces nothing but wrong ones."""
+    target = tmp_path / "mine.splitbundle"
+    with static_server(GOLDEN) as server:
+        reference = f"{server.url}/gpt2.splitbundle"
+        splitbundle.pull(reference, target, shards=["trunk"])
+        (target / "logs").mkdir()
+        (target / "logs" / "notes").write_text("mine")
+        kept = (target / "layer-001.safetensors").stat()
+        (target / "layer-002.safetensors").write_bytes(b"")
+        splitbundle.pull(reference, target)
+    assert (target / "logs" / "notes").read_text() == "mine"
+    assert (target / "layer-001.safetensors").stat().st_ino == kept.st_ino
+    assert splitbundle.open(target).verify().unlisted == ("logs/notes",)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_current_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with static_server(GOLDEN) as server:
+        for force in (False, True):
+            with pytest.raises(BundleError, match=r"\[output\.exists\].*Name a new directory"):
+                splitbundle.pull(f"{server.url}/gpt2.splitbundle", ".", force=force)
+        assert not server.seen("GET", "*.safetensors")
+        splitbundle.pull(f"{server.url}/gpt2.splitbundle", "part", shards=["trunk"])
+        monkeypatch.chdir(tmp_path / "part")
+        assert splitbundle.pull(f"{server.url}/gpt2.splitbundle", ".").verify(exact=True)
+    assert (Path.cwd() / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("text", ["https://h/a?token=p", "sftp://u:p@h/x", "oci://me:p@h/a:v1"])
+def test_a_secret_in_a_reference_is_masked_and_the_rest_is_readable(text: str) -> None:
+    with pytest.raises(BundleError) as caught:
+        splitbundle.pull(text)
+    said = str(caught.value)
+    assert "***" in said
+    assert not re.search(r"[:=?]p[@' ]|\\u2026|token=p", said)
+    assert "reference" in said or "expected" in said
+
+
+def test_a_directory_that_another_thread_made() -> None:
+    from splitbundle.sharing.filesystems import _make_directory
+
+    class System:
+        def __init__(self, there: bool) -> None:
+            self.there = there
+
+        def makedirs(self, path: str, *, exist_ok: bool) -> None:
+            raise RuntimeError("550 File exists.")
+
+        def isdir(self, path: str) -> bool:
+            return self.there
+
+    _make_directory(System(there=True), "x")
+    with pytest.raises(RuntimeError):
+        _make_directory(System(there=False), "x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from splitbundle.cli.main import main
 from splitbundle.sharing.cache import Cache
 from tests.support.paths import ROOT
 from tests.support.real_registry import real_registry
+from tests.support.signing_keys import Keys
 
 EXAMPLE = ROOT / "examples" / "license-gpt2"
 Command = Callable[..., dict[str, Any]]
@@ -180,6 +182,25 @@ def test_tags(address: str, bundle: Bundle, run: Command) -> None:
     assert got == "status 404 'Not Found': 'repository name not known to registry'"
     assert run("untag", f"{reference}:v1", status=5)["problems"][0]["code"] == "network.missing"
     assert run("tag", f"{reference}:v2", "-x y", status=2)["problems"][0]["code"] == "usage.reference"
+
+
+def test_new_signatures_come_to_a_bundle_that_is_here(
+    address: str, bundle: Bundle, run: Command, tmp_path: Path, cache: Path
+) -> None:
+    """Also to one that came under another tag, into a directory, or by its pin."""
+    private, public = Keys(tmp_path).make("ed25519")
+    reference = f"oci://{address}/signed"
+    run("push", bundle.path, f"{reference}:v1")
+    run("pull", f"{reference}:v1")
+    copy = splitbundle.pull(f"{reference}:v1", tmp_path / "copy.splitbundle")
+    copy.sign(private)
+    run("push", copy.path, f"{reference}:v2")
+    run("pull", f"{reference}:v2", "-o", tmp_path / "x")
+    assert run("verify", f"{reference}:v2", "--public-key", public)["signature"]["files"]
+    shutil.rmtree(Path(splitbundle.pull(f"{reference}:v2").path) / "signatures")
+    assert run("verify", f"{reference}:v2@{bundle.id}", "--public-key", public)["bundle_id"] == bundle.id
+    assert run("pull", f"{reference}:v2@{bundle.id}", "-o", tmp_path / "y")["moved"] == 0
+    assert list((tmp_path / "y" / "signatures").iterdir())
 
 
 def test_offline(address: str, bundle: Bundle, run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

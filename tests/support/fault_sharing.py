@@ -71,7 +71,7 @@ def scenarios(made: Path, root: Path, there: Servers | None) -> list[Scenario]:
             arguments=pull,
             target=TARGET,
             prepare=with_source("trunk"),
-            judge=PullJudge,
+            judge=GrownJudge,
         ),
         Scenario(
             name="pull, into the cache",
@@ -96,6 +96,29 @@ class PullJudge(Judge):
     def rerun(self, arguments: Any) -> tuple[int, str]:
         given = self.scenario.arguments
         return super().rerun(given)
+
+
+class GrownJudge(PullJudge):
+    """Checks a part to which files are added one by one: each that is there is whole, and the next pull adds the rest."""
+
+    in_place = ""  # a pull that fails may have added all of them
+
+    def _then(self) -> tuple[str, list[str]]:
+        import splitbundle
+        from splitbundle import BundleError
+
+        wrong, target = [], self.root / self.scenario.target
+        try:
+            before = splitbundle.open(target).verify(exact=True)
+        except BundleError as error:
+            return "something else", [f"opening it: {error}"]
+        status, said = self.rerun(self.scenario.arguments)
+        if status != 0 or self.there() != self.new:
+            wrong.append(f"the next run: status {status}, {said}")
+        litter = {path.name for path in self.root.iterdir()} - {self.scenario.target, "parts", "parts.tar", "cache"}
+        if litter:
+            wrong.append(f"the next run left {', '.join(sorted(litter))}")
+        return "part" if before.absent else "new", wrong
 
 
 class CacheJudge(Judge):

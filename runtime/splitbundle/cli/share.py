@@ -83,7 +83,13 @@ def _pull(args: argparse.Namespace, console: Console) -> int:
     if args.id is not None:
         reference = replace(reference, pin=args.id)
     shards = None if args.shard is None else tuple(args.shard)
-    how = PullHow(patience=_patience(args, console), force=args.force, dry_run=args.dry_run, progress=console.transfer)
+    how = PullHow(
+        patience=_patience(args, console),
+        force=args.force,
+        dry_run=args.dry_run,
+        signatures=not args.dry_run,
+        progress=console.transfer,
+    )
     how = how if args.jobs is None else replace(how, jobs=args.jobs)
     wanted = Wanted(shards=shards, vectors=args.vectors, text=args.text)
     done = pull(reference, wanted, how, output=args.output, offline=args.offline)

@@ -10,7 +10,7 @@ from splitbundle.bundle import Bundle
 from splitbundle.cli.arguments import add_strict_argument, add_threads_argument, bundle_id, verify_when
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, VerificationError
-from splitbundle.opening import open_bundle
+from splitbundle.opening import open_bundle, pull_bundle
 from splitbundle.records import members
 from splitbundle.stages.golden import ITSELF, described, side
 from splitbundle.storage.signature_files import signature_files
@@ -68,6 +68,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             args.bundle, verify=verify_when(args), id=args.id, shard=_remote_shard(args), progress=console.transfer
         )
         if args.public_key is not None:
+            if args.signature is None and "://" in args.bundle and not signature_files(bundle.path):
+                pull_bundle(args.bundle, shards=[])  # it may have been signed since it was pulled
             signature = bundle.verify_signature(args.public_key, signature=args.signature)
         found = bundle.verify(args.shard, exact=args.exact, whole=args.whole, progress=console.progress)
     except MissingExtra:

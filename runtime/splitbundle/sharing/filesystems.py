@@ -239,7 +239,7 @@ class FileSystemDestination:
             target = place.path_of(path)
             with place.failures():
                 if place.reference.scheme != "s3":  # there, it would make a bucket of a misspelled name
-                    system.makedirs(target.rpartition("/")[0], exist_ok=True)
+                    _make_directory(system, target.rpartition("/")[0])
                 file = system.open(target, "wb", block_size=2**23)
                 try:
                     for piece in local.pieces():
@@ -260,6 +260,15 @@ class FileSystemDestination:
         if self._last is not None:
             self._write(FILE, *self._last)
         return None
+
+
+def _make_directory(system: Any, path: str) -> None:
+    """Make a directory. Another thread may make it at the same moment, which some servers take for an error."""
+    try:
+        system.makedirs(path, exist_ok=True)
+    except Exception:  # each file system raises the errors of its own library
+        if not system.isdir(path):
+            raise
 
 
 def _give_up(system: Any, file: Any, target: str) -> None:

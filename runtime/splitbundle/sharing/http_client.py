@@ -202,7 +202,8 @@ def _failure(place: str, error: object) -> NetworkError:
         hint = through or "Check the host's name and the network"
         return network_error("network", place, "a host of this name", error.strerror or "none", hint, transient=True)
     if isinstance(error, TimeoutError):
-        return lost(place, "none in time", through)
+        plain = "Run this again. If the server has no TLS: a reference with http://, and --plain-http"
+        return lost(place, "none in time", through or (plain if place.startswith("https:") else None))
     if isinstance(error, http.client.HTTPException | ValueError):  # not HTTP, or headers without an end
         text = f"{type(error).__name__} {error}".strip()
         return network_error("network.answer", place, "an answer by the rules of HTTP", quoted(text), transient=True)

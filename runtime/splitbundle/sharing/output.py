@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -20,7 +21,6 @@ from splitbundle.sharing.store import Store, is_file, is_file_of
 from splitbundle.storage import files
 from splitbundle.storage.documents import Documents, read_documents
 from splitbundle.storage.recovery import recover
-from splitbundle.storage.signature_files import copy_signatures
 from splitbundle.writing.atomic_directory import atomic_directory, remove_unfinished
 
 if sys.platform != "win32":
@@ -148,19 +148,27 @@ class DirectoryOutput:
 
     def _existing(self) -> Documents | None:
         """Return the documents of the bundle that is there already."""
-        if not os.path.lexists(self.root) or (self.root.is_dir() and not any(self.root.iterdir())):
+        if not os.path.lexists(self.root):
             return None
         try:
             found = None if self.root.is_symlink() else read_documents(self.root)
         except BundleError:
             found = None
         same = found is not None and found.id == self._content.documents.id
+        if not same and Path.cwd().is_relative_to(self.root):
+            expected, got = "another directory than the one where this runs", "that one"
+            raise self._refused(expected, got, "Name a new directory: this one would be replaced")
+        if self.root.is_dir() and not any(self.root.iterdir()):
+            return None
         if not same and not self._force:
             got = "something else" if found is None else "another bundle"
             hint = "Choose another output, or force=True replaces a bundle there"
-            expected = "nothing there, or a part of the same bundle"
-            raise BundleError(Problem(code="output.exists", file=str(self.root), expected=expected, got=got, hint=hint))
+            raise self._refused("nothing there, or a part of the same bundle", got, hint)
         return found
+
+    def _refused(self, expected: str, got: str, hint: str) -> BundleError:
+        problem = Problem(code="output.exists", file=str(self.root), expected=expected, got=got, hint=hint)
+        return BundleError(problem)
 
     def missing(self, wanted: Mapping[str, File]) -> dict[str, File]:
         """Return the files that the directory doesn't have, or has with other bytes."""
@@ -185,21 +193,16 @@ class DirectoryOutput:
     def finish(self, paths: Sequence[str], extra: Mapping[str, bytes]) -> None:
         """Write the directory from what was downloaded, and from what was there."""
         found, digest = self._content.documents, self._content.documents.id.removeprefix("sha256:")
-        same = self._old is not None and self._old.id == found.id
-        if same and self._good.issuperset(paths) and all(self._has(path, data) for path, data in extra.items()):
+        if self._old is not None and self._old.id == found.id:
+            self._add(paths, extra)
             return
         force = self._force or self._old is not None or self.root.is_dir()  # an empty one, as was checked
         with atomic_directory(self.root, force=force) as root:
-            for path in sorted(self._good.union(paths)):
+            for path in sorted(paths):
                 place = root / path
                 place.parent.mkdir(parents=True, exist_ok=True)
-                if path in self._good:
-                    _join(self.root / path, place)
-                else:
-                    _join(self.store.blob(found.manifest.files[path].sha256), place)
-                    place.chmod(0o644)
-            if same:
-                copy_signatures(self.root, root)
+                _join(self.store.blob(found.manifest.files[path].sha256), place)
+                place.chmod(0o644)
             for path, data in {
                 **extra,
                 FILE: self._content.manifest,
@@ -207,6 +210,26 @@ class DirectoryOutput:
             }.items():
                 (root / path).parent.mkdir(exist_ok=True)
                 (root / path).write_bytes(data)
+
+    def _add(self, paths: Sequence[str], extra: Mapping[str, bytes]) -> None:
+        """Add files to the part of this bundle that is there. Each appears whole, and the user's own files stay."""
+        listed = self._content.documents.manifest.files
+        with _writing(self.root):
+            for path in sorted(set(paths) - self._good):
+                staged = self.store.parts / secrets.token_hex(16)
+                _join(self.store.blob(listed[path].sha256), staged)
+                staged.chmod(0o644)
+                self._place(staged, path)
+            for path, data in extra.items():
+                if not self._has(path, data):
+                    staged = self.store.parts / secrets.token_hex(16)
+                    staged.write_bytes(data)
+                    self._place(staged, path)
+
+    def _place(self, staged: Path, path: str) -> None:
+        place = self.root / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged, place)
 
     def _has(self, path: str, data: bytes) -> bool:
         try:

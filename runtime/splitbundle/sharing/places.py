@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from splitbundle.sharing.cache import refuse_offline
 from splitbundle.sharing.network import Patience
-from splitbundle.sharing.reference import Reference, wrong_reference
+from splitbundle.sharing.reference import PLAIN_HTTP, Reference, may_be_plain, wrong_reference
 from splitbundle.sharing.transport import Destination, Source
 
 
@@ -17,6 +17,9 @@ def open_source(reference: Reference, patience: Patience) -> Source:
     """
     # Imported here, as each transport loads its own libraries.
     if reference.scheme in ("http", "https"):
+        if reference.scheme == "http" and not may_be_plain(reference.host):
+            hint = f"If you trust the network up to there: --plain-http, or {PLAIN_HTTP}={reference.host}"
+            raise wrong_reference(str(reference), "https://, or a host that may be asked without TLS", "http://", hint)
         if reference.path.endswith(".tar"):
             hint = "Download the file, and run: splitbundle unpack FILE.tar -o NAME.splitbundle"
             raise wrong_reference(str(reference), "the URL of a bundle's directory", "that of an archive", hint)

@@ -89,6 +89,8 @@ class PullHow:
     force: bool = False
     dry_run: bool = False
     jobs: int = JOBS
+    signatures: bool = False
+    """Whether to ask for new signatures of a bundle that is in the cache, where nothing else has to be asked."""
     progress: Progress | None = None
 
 
@@ -106,6 +108,9 @@ def pull(
         check_output(output)
     offline = bool(reference.scheme) and (offline or is_offline())
     known = _in_cache(cache, reference, wanted, current=offline)
+    if known is not None and how.signatures and not offline:
+        with contextlib.suppress(BundleError):  # the bundle is here, also without the network
+            _bring_signatures(cache, known, open_source(reference, how.patience))
     if known is not None and output is None:
         return known
     if offline and known is None:
@@ -118,6 +123,8 @@ def pull(
     if remembered is not None and remembered.revision == resolved.revision:
         known = _known(cache, remembered.bundle_id, wanted)
         if known is not None:
+            with contextlib.suppress(BundleError):
+                _bring_signatures(cache, known, source)
             return replace(known, revision=resolved.revision)
     cache.prepare()
     with cache.lock(alone=False):
@@ -235,6 +242,13 @@ def _explain_change(source: Source, content: Content) -> None:
 def _signatures(source: Source) -> dict[str, bytes]:
     paths = source.signatures()[: signature_files.MAX_NUMBER]
     return {path: source.read(path, signature_files.MAX_BYTES) for path in paths}
+
+
+def _bring_signatures(cache: Cache, known: Pulled, source: Source) -> None:
+    """Put the signatures that a source has now beside a bundle in the cache. No digest of the bundle covers them."""
+    source.resolve()
+    for path, data in _signatures(source).items():
+        cache.add(known.path, path, data)
 
 
 def _in_cache(cache: Cache, reference: Reference, wanted: Wanted, *, current: bool) -> Pulled | None:

@@ -31,8 +31,8 @@ _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _PIN: Final = re.compile(r"@(sha256:[0-9a-f]{64})\Z")
 _NAME: Final = r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?"
 _HOST: Final = re.compile(rf"(?:{_NAME}|\[[0-9A-Fa-f:.]{{2,45}}\])(?::[0-9]{{1,5}})?")
-_PASSWORD: Final = re.compile(r"://[^/@:]*:([^/]+)@")
-_QUERY: Final = re.compile(r"[?#](.+)")
+_PASSWORD: Final = re.compile(r"(://[^/@:]*:)([^/]+)@")
+_QUERY: Final = re.compile(r"([?#])(.+)")
 _REPOSITORY: Final = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 _TAG: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _HUB_PART: Final = re.compile(r"[A-Za-z0-9_.-]{1,96}")
@@ -144,10 +144,10 @@ def _url(text: str, scheme: str, inside: str) -> Reference:
 def wrong_reference(text: str, expected: str, got: str, hint: str | None = None) -> BundleError:
     """Return the error of a reference that can't be followed."""
     said = hint or "docs/guides/share.md has the grammar of references"
-    shown = text
-    for pattern in (_PASSWORD, _QUERY):
-        for secret in pattern.findall(text):
-            shown, got = shown.replace(secret, "…"), got.replace(secret, "…")
+    shown = _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
+    for secret in (found[2] for pattern in (_PASSWORD, _QUERY) for found in pattern.finditer(text)):
+        for before, after in ((":", "@"), ("?", ""), ("#", "")):
+            got = got.replace(f"{before}{secret}{after}", f"{before}***{after}")
     return BundleError(
         Problem(code="usage.reference", argument=quoted(shown, 120), expected=expected, got=got, hint=said)
     )

@@ -211,14 +211,15 @@ class Registry:
             with answer:
                 challenge = answer.headers.get("WWW-Authenticate", "")
                 if not own or not again or not self._authorizer.answer(challenge, scope, sent):
-                    raise self._refused(answer)
+                    raise self._refused(answer, sent)
             if body is not None and not isinstance(body, bytes):
                 raise network_error("network", url, "a login that lasts", "one that ran out", transient=True)
         raise AssertionError  # the second round returns or raises
 
-    def _refused(self, answer: Answer) -> NetworkError:
+    def _refused(self, answer: Answer, sent: str | None) -> NetworkError:
+        got = "status 401: no login was found" if sent is None else "status 401: the login that was sent is refused"
         hint = f"Log in: docker login {self._host}. Or SPLITBUNDLE_TOKEN has a token. Or check the spelling"
-        return network_error("network.auth", answer.url, "access to the repository", "status 401", hint)
+        return network_error("network.auth", answer.url, "access to the repository", got, hint)
 
     def _scheme(self) -> str:
         """Return ``https``; on this machine and where it is allowed, what the registry speaks."""

@@ -106,5 +106,6 @@ def _unknown(tag: str) -> Tag:
 
 def _registry(reference: Reference, patience: Patience) -> Registry:
     if reference.scheme != "oci":
-        raise wrong_reference(str(reference), "a reference to a registry or the Hub, which have tags", reference.scheme)
+        got = f"{reference.scheme}://" if reference.scheme else "a path of this machine"
+        raise wrong_reference(str(reference), "a reference to a registry or the Hub, which have tags", got)
     return Registry(reference, patience)
