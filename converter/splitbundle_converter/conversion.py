@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -225,6 +225,7 @@ def _convert(
                 ),
                 vectors=vectors,
                 source_names=translation.source_names,
+                features=architecture.extensions,
                 extensions=opened.extensions
                 | unused_fields.extension(opened.not_used)
                 | constants.extension(translation.constants),
@@ -279,14 +280,15 @@ def _write_units(
     started: dict[str, Future[File]] = {}
     with source.reader() as reader, ThreadPoolExecutor(max_workers=1) as pool:
 
-        def produce(name: str) -> Tensor:
+        def produce(name: str) -> Iterator[Tensor]:
             nonlocal done
             if progress is not None:
                 progress("converting", done, total)
             done += stored[name].size
             origin = translation.origins[name]
             found = source.tensors[origin.source]
-            return rounded(origin.extract(reader), TORCH_DTYPES[storage.dtype_of(name)], found.stored, found.file)
+            for piece in origin.pieces(reader):
+                yield rounded(piece, TORCH_DTYPES[storage.dtype_of(name)], found.stored, found.file)
 
         for files in plan.values():
             for path, tensors in files.items():

@@ -21,7 +21,7 @@ from tests.support.paths import TESTS
 from tests.support.yardsticks import at_most, parsing
 
 HERE = TESTS / "conformance"
-BASES = ("gpt2", "llama3")
+BASES = ("gpt2", "llama3", "experts")
 KINDS = ("manifest", "architecture")
 VALIDATORS = {kind: jsonschema.Draft202012Validator(splitbundle_schemas.load(kind)) for kind in KINDS}
 

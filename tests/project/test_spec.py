@@ -172,7 +172,11 @@ def tables() -> dict[tuple[str, str, str], list[str]]:
     return found
 
 
-MAY_BE_ABSENT = {"/model": {"parent", "dropout", "source_configuration", "text_file"}, "/vectors": {"origin"}}
+MAY_BE_ABSENT = {
+    "/model": {"parent", "dropout", "source_configuration", "text_file"},
+    "/vectors": {"origin"},
+    "/source_names/0": {"axis"},
+}
 """A pointer -> the fields of its table that may be absent: "or absent" is the end of their type."""
 
 
@@ -222,6 +226,10 @@ WHERE = {
         if scaling != "none"
     },
     ("decoder.md", "layer_kinds.NAME.mlp", ""): "/layer_kinds/full/mlp",
+    ("decoder.md", "layer_kinds.NAME.mlp", "experts"): "/layer_kinds/full/mlp",
+    ("decoder.md", "layer_kinds.NAME.mlp.router", ""): "/layer_kinds/full/mlp/router",
+    ("decoder.md", "layer_kinds.NAME.mlp.router.groups", ""): "/layer_kinds/full/mlp/router/groups",
+    ("decoder.md", "layer_kinds.NAME.mlp.shared", ""): "/layer_kinds/full/mlp/shared",
     ("decoder.md", "head", ""): "/head",
 }
 """Each table of fields, and an object that it describes."""
@@ -239,6 +247,8 @@ def example(table: tuple[str, str, str]) -> tuple[str, Any]:
         for operation in vector["patch"]:
             put(value, operation["path"], operation["value"])
         return "manifest", value
+    if kind == "experts" or path.endswith(("router", "groups", "shared")):
+        return "architecture", accepted("experts")
     if kind in ("", "learned", "rotary", "llama3") and path.rpartition(".")[2] not in (
         "query_key_norm",
         "query_temperature",
@@ -246,12 +256,16 @@ def example(table: tuple[str, str, str]) -> tuple[str, Any]:
         name = "gpt2" if kind == "learned" else "llama3"
         return "architecture", json.loads((BASES / f"{name}.architecture.json").read_text("utf-8"))
     scaling = "scaling-" if path.endswith(".scaling") else ""
-    name = f"{scaling}{kind}" if kind else path.rpartition(".")[2].replace("_", "-")
+    return "architecture", accepted(f"{scaling}{kind}" if kind else path.rpartition(".")[2].replace("_", "-"))
+
+
+def accepted(name: str) -> Any:
+    """Return the architecture of an accepted vector."""
     vector = json.loads((TESTS / "conformance" / "accept" / f"architecture-{name}.json").read_text("utf-8"))
     value = json.loads((BASES / f"{vector['base']}.architecture.json").read_text("utf-8"))
     (operation,) = vector["patch"]
     put(value, operation["path"], operation["value"])
-    return "architecture", value
+    return value
 
 
 def put(value: Any, pointer: str, new: object) -> None:
@@ -303,12 +317,19 @@ def schema_fields(document: str, instance: Any, pointer: str) -> set[str]:
         if "$ref" in schema:
             parts += resolve(root["$defs"][schema["$ref"].removeprefix("#/$defs/")], instance)
         for branch in (schema, *schema.get("allOf", ())):
-            if "then" in branch and all(
-                "const" in rule and instance.get(key) == rule["const"]
-                for key, rule in branch["if"].get("properties", {}).items()
-                if isinstance(instance, dict)
-            ):
+            if "then" not in branch:
+                continue
+            holds = not isinstance(instance, dict) or (
+                all(name in instance for name in branch["if"].get("required", ()))
+                and all(
+                    "const" in rule and instance.get(key) == rule["const"]
+                    for key, rule in branch["if"].get("properties", {}).items()
+                )
+            )
+            if holds:
                 parts += resolve(branch["then"], instance)
+            elif "else" in branch:
+                parts += resolve(branch["else"], instance)
         return parts
 
     parts = resolve(root, instance)

@@ -99,7 +99,7 @@ class PullJudge(Judge):
 
 
 class GrownJudge(PullJudge):
-    """Checks a part to which files are added one by one: each that is there is whole, and the next pull adds the rest."""
+    """Checks a part to which files are added: each that is there is whole, and the next pull adds the rest."""
 
     in_place = ""  # a pull that fails may have added all of them
 

@@ -164,6 +164,18 @@ def signature_target() -> Target:
     return run
 
 
+def with_loop(data: bytes) -> bytes:
+    """Return a graph with a loop, which the graphs of the small bundle don't have."""
+    from onnx import ModelProto
+
+    from tests.support.graph_case import written
+    from tests.support.graph_loop_cases import add_loop
+
+    model = ModelProto.FromString(data)
+    add_loop(model)
+    return written(model)
+
+
 def first_archive() -> bytes:
     import splitbundle
 
@@ -200,6 +212,8 @@ def seeds(name: str, directory: Path) -> None:
         (directory / "made").write_bytes(MADE[name]())
     for path in BUNDLE.glob(TARGETS[name][1]):
         (directory / path.name).write_bytes(path.read_bytes()[:LENGTH])
+        if name == "graph":
+            (directory / f"loop-{path.name}").write_bytes(with_loop(path.read_bytes()))
     for path in (TESTS / "conformance").glob("*/*.json"):
         vector: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if vector.get("document") == name and ("text" in vector or "hex" in vector):

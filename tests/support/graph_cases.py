@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -24,43 +24,14 @@ from splitbundle.format.manifest import document
 from splitbundle.verification import onnx_reader, onnx_rules
 from splitbundle.writing.documents import write_file
 from splitbundle_converter.graphs.add_graphs import add_graphs
+from tests.support import graph_loop_cases  # noqa: F401  # adds its cases to the list
 from tests.support.bundles import write_llama3
+from tests.support.graph_case import CASES, Case, Change, case, changed, varint, written
 
 SHARD: Final = "bottom"
 """The shard whose graph is changed: an embedding and a layer, in bfloat16."""
 TABLE: Final = "embedding.token.weight"
 FILE: Final = "embedding.safetensors"
-Change = Callable[[ModelProto], bytes | None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """A case: its fault in words, its change, and its code.
-
-    The change edits the model, or returns bytes in its place.
-    """
-
-    name: str
-    code: str
-    change: Change
-
-
-CASES: Final[list[Case]] = []
-
-
-def case(code: str, name: str, change: Change) -> None:
-    """Add a case to ``CASES``."""
-    CASES.append(Case(name=name, code=code, change=change))
-
-
-def changed(code: str) -> Callable[[Change], Change]:
-    """Add a function that is named after its case."""
-
-    def add(change: Change) -> Change:
-        case(code, change.__name__.replace("_", "-"), change)
-        return change
-
-    return add
 
 
 # External data.
@@ -311,7 +282,7 @@ def inner() -> GraphProto:
 added("graph.operator", "operator-unknown", "NoSuchOperator", "past")
 added("graph.operator", "operator-empty", "", "past")
 added("graph.operator", "operator-of-other-case", "add", "past", "past")
-added("graph.operator", "operator-not-listed", "Loop", "past", "", body=inner())
+added("graph.operator", "operator-not-listed", "Det", "past")
 added("graph.operator", "operator-scan", "Scan", "past", body=inner(), num_scan_inputs=1)
 added("graph.operator", "operator-if", "If", "past", then_branch=inner(), else_branch=inner())
 added("graph.operator", "operator-constant", "Constant", value=outside())
@@ -585,11 +556,6 @@ def constant_from_elsewhere(model: ModelProto) -> None:
 # Bytes.
 
 
-def written(model: ModelProto) -> bytes:
-    """The bytes as the writer writes them."""
-    return model.SerializeToString(deterministic=True)
-
-
 def bytes_case(code: str, name: str, change: Callable[[bytes], bytes]) -> None:
     """A case that changes the bytes."""
     case(code, f"bytes-{name}", lambda model: change(written(model)))
@@ -629,16 +595,7 @@ def bytes_packed(model: ModelProto) -> bytes:
     more = b"\x42\x04more" + b"\x10\x01" + b"\x0a\x02\x01\x01" + b"\x4a\x04" + bytes(4)
     graph = model.graph.SerializeToString(deterministic=True) + b"\x2a" + bytes([len(more)]) + more
     model.ClearField("graph")
-    return written(model) + b"\x3a" + helper_varint(len(graph)) + graph
-
-
-def helper_varint(value: int) -> bytes:
-    """A number in protobuf's encoding."""
-    found = bytearray()
-    while value > 127:
-        found.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*found, value])
+    return written(model) + b"\x3a" + varint(len(graph)) + graph
 
 
 @changed("graph.size")

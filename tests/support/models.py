@@ -21,7 +21,8 @@ from torch import Tensor
 
 import splitbundle
 import splitbundle_converter
-from tests.support import models_layer_norm, models_rms_norm
+from splitbundle_converter.reference.golden_vectors import learned_tensors
+from tests.support import models_experts, models_layer_norm, models_rms_norm
 
 LAYERS: Final = 4
 VOCAB: Final = 61
@@ -114,12 +115,15 @@ _FIRST: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         | {"rope_parameters": _LINEAR, "hidden_act": "gelu"},
     ),
 }
-CONFIGURATIONS: Final = _FIRST | models_rms_norm.CONFIGURATIONS | models_layer_norm.CONFIGURATIONS
+CONFIGURATIONS: Final = (
+    _FIRST | models_rms_norm.CONFIGURATIONS | models_layer_norm.CONFIGURATIONS | models_experts.CONFIGURATIONS
+)
 """Name -> the family, and the fields of its configuration that differ from their defaults."""
 ONE_PER_FAMILY: Final = (
     *("gpt2-by-layer", "qwen2-mixed", "gemma-one-kv-biased", "llama-llama3", "mistral-window"),
     *models_rms_norm.ONE_PER_FAMILY,
     *models_layer_norm.ONE_PER_FAMILY,
+    *models_experts.ONE_PER_FAMILY,
 )
 """The configuration of each family that has the most ways to go wrong."""
 BY_PIECES: Final = frozenset(models_rms_norm.BY_PIECES)
@@ -157,7 +161,11 @@ def make_model(name: str, **changes: Any) -> Any:
     # withholds the gradient of a padding id's row, which here is a token as any.
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     config = AutoConfig.for_model(family, **(ids | fields | changes))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = (
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+        .float()
+        .eval()
+    )
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -165,6 +173,9 @@ def make_model(name: str, **changes: Any) -> Any:
             flat = parameter.ndim == 1 or (parameter.ndim == 2 and "_norm." in parameter_name)
             norm = flat and parameter_name.endswith("weight") and family not in WEIGHT_OFFSET_FAMILIES
             parameter.copy_(1 + 0.3 * values if norm else 0.2 * values)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("bias"):  # a router's correction of its scores
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 
 
@@ -196,15 +207,36 @@ def load_original(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Load a checkpoint with transformers."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+
+
+def source_gradients(model: Any) -> dict[str, Tensor]:
+    """Return the gradients of a model under the names that its checkpoint has. The model is lost.
+
+    transformers joins experts when it loads them, and takes them apart when it saves them.
+    """
+    from safetensors.torch import load_file
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias"):  # a router's correction has no gradient
+                buffer.zero_()
+    path = Path(tempfile.mkdtemp(dir=scratch()))
+    model.save_pretrained(path)
+    buffers = {name for name, _ in model.named_buffers()}
+    return {name: tensor for name, tensor in load_file(path / "model.safetensors").items() if name not in buffers}
 
 
 def original_of(path: Path, stored: torch.dtype, computed: torch.dtype = torch.float32) -> Any:
     """Load the model in transformers with the weights as they are stored."""
     model = load_original(path)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(stored))
+        for tensor in learned_tensors(model):
+            tensor.copy_(tensor.to(stored))
     return model.to(computed)
 
 

@@ -83,7 +83,7 @@ def make_composite(config: Any, seed: int = 0) -> Any:
     import transformers
     from transformers.initialization import no_init_weights
 
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     with quiet(), no_init_weights():
         model = getattr(transformers, COMPOSITES[config.model_type].class_name)(config).float().eval()
     model.tie_weights()

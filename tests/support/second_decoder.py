@@ -145,12 +145,82 @@ class Reference:
         return score
 
     def mlp(self, name: str, mlp: dict[str, Any], x: Vector) -> Vector:
+        if mlp.get("kind") == "experts":
+            return self.experts(name, mlp, x)
         learned = [self.tensors.get(f"{name}.activation.{which}", [0.0])[0] for which in ("alpha_p", "alpha_n")]
         up = self.linear(f"{name}.up", x)
         if not mlp["gated"]:
             return self.linear(f"{name}.down", [activate(mlp["activation"], a, *learned) for a in up])
         gate = [activate(mlp["activation"], a, *learned) for a in self.linear(f"{name}.gate", x)]
         return self.linear(f"{name}.down", [a * b for a, b in zip(gate, up, strict=True)])
+
+    def weights(self, name: str, mlp: dict[str, Any], x: Vector) -> dict[int, float]:
+        """The chosen experts with their weights: SB-C-033 to SB-C-036."""
+        router, count = mlp["router"], mlp["count"]
+        z, cap = self.linear(name, x), router["logit_cap"]
+        z = z if cap is None else [cap * math.tanh(a / cap) for a in z]
+        if router["function"] == "sparsemixer":
+            chosen: dict[int, float] = {}
+            for _ in range(2):
+                left = [i for i in range(count) if i not in chosen]
+                best = max(left, key=lambda i: (z[i], -i))
+                near = [i for i in left if (z[best] - z[i]) / max(abs(z[i]), z[best]) <= 2 * router["epsilon"]]
+                whole = sum(math.exp(z[i] - z[best]) for i in near)
+                chosen[best] = router["scale"] / whole
+            return chosen
+        if router["function"] == "softmax":
+            powers = [math.exp(a - max(z)) for a in z]
+            s = [a / sum(powers) for a in powers]
+        else:
+            s = [1 / (1 + math.exp(-a)) for a in z]
+        t = list(z if router["correction"] == "logit" else s)
+        if router["correction"] is not None:
+            t = added(t, self.tensors[f"{name}.correction"])
+        candidates = list(range(count))
+        if router["groups"] is not None:
+            size = count // router["groups"]["count"]
+            groups = [range(start, start + size) for start in range(0, count, size)]
+            most = 1 if router["groups"]["score"] == "max" else 2
+            score = [sum(sorted((t[i] for i in group), reverse=True)[:most]) for group in groups]
+            kept = sorted(range(len(groups)), key=lambda g: (-score[g], g))[: router["groups"]["kept"]]
+            candidates = [i for g in kept for i in groups[g]]
+        found = sorted(candidates, key=lambda i: (-t[i], i))[: mlp["per_token"]]
+        whole = sum(s[i] for i in found) + router["epsilon"] if router["normalised"] else 1.0
+        return {i: router["scale"] * s[i] / whole for i in found}
+
+    def experts(self, name: str, mlp: dict[str, Any], x: Vector) -> Vector:
+        """SB-C-037 and SB-C-038."""
+        y = [0.0] * len(x)
+        for i, weight in self.weights(f"{name}.router", mlp, x).items():
+            into = mlp["router"]["weighs"] == "input"
+            output = self.expert(f"{name}.experts", i, mlp, times(weight, x) if into else x)
+            y = added(y, output if into else times(weight, output))
+        if mlp["shared"] is None:
+            return y
+        dense = {key: mlp[key] for key in ("gated", "activation", "bias")}
+        shared = self.mlp(f"{name}.shared", dense, x)
+        if mlp["shared"]["gate"]:
+            (logit,) = self.linear(f"{name}.shared_gate", x)
+            shared = times(1 / (1 + math.exp(-logit)), shared)
+        return times(0.5 if mlp["shared"]["average"] else 1.0, added(y, shared))
+
+    def expert(self, name: str, i: int, mlp: dict[str, Any], x: Vector) -> Vector:
+        def linear(part: str, x: Vector) -> Vector:
+            product = [dot(row, x) for row in self.tensors[f"{name}.{part}.weight"][i]]
+            return added(product, self.tensors[f"{name}.{part}.bias"][i]) if mlp["bias"] else product
+
+        clamp, slope = mlp["clamp"], mlp["gate_slope"]
+        up = linear("up", x)
+        if clamp is not None:
+            up = [max(-clamp, min(clamp, a)) for a in up]
+        if not mlp["gated"]:
+            return linear("down", [activate(mlp["activation"], a) for a in up])
+        gate = [a if clamp is None else min(clamp, a) for a in linear("gate", x)]
+        if mlp["activation"] == "silu":
+            gate = [a / (1 + math.exp(-slope * a)) for a in gate]
+        else:
+            gate = [activate(mlp["activation"], a) for a in gate]
+        return linear("down", [a * (b + mlp["up_offset"]) for a, b in zip(gate, up, strict=True)])
 
     def layer(self, at: str, kind: dict[str, Any], rows: list[Vector]) -> list[Vector]:
         """SB-C-004."""

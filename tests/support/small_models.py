@@ -70,7 +70,9 @@ def small_model(model_type: str) -> Any:
         raise ValueError(f"{size:,} parameters: more of its fields have to be cut down")
     with torch.random.fork_rng():
         torch.manual_seed(0)  # without a seed, a model would depend on the process's earlier random numbers
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+        ).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 # Much more, and where scores aren't scaled (Granite's default) float32 differs from float64 by 2e-5.

@@ -37,9 +37,11 @@ FEW: Final = frozenset(
         "apertus-biased",
         "cohere2-biased-untied",
         "falcon-new",
+        "qwen2_moe",
     }
 )
-"""Both norms, all placements, caps, offsets, ALiBi, sinks, windows, chunks, temperatures, xIELU, fused projections."""
+"""Both norms, all placements, caps, offsets, ALiBi, sinks, windows, chunks, temperatures, xIELU, fused projections, and
+experts."""
 
 
 def thinned(values: Iterable[Any], kept: Collection[Any]) -> list[Any]:

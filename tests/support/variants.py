@@ -123,6 +123,44 @@ def ungated_xielu(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str
     full["mlp"] |= {"activation": "xielu", "gated": False, "bias": True}
 
 
+def experts(router: dict[str, Any] | None = None, **block: Any) -> Change:
+    """Experts in the layers of one kind; the others stay dense."""
+    plain = {
+        "kind": "experts",
+        "count": 8,
+        "per_token": 3,
+        "gated": True,
+        "activation": "silu",
+        "intermediate_size": 10,
+        "bias": False,
+        "clamp": None,
+        "gate_slope": 1.0,
+        "up_offset": 0,
+        "router": {
+            "function": "softmax",
+            "bias": False,
+            "logit_cap": None,
+            "correction": None,
+            "groups": None,
+            "normalised": False,
+            "epsilon": 0,
+            "scale": 1.0,
+            "weighs": "output",
+        }
+        | (router or {}),
+        "shared": None,
+    }
+
+    def change(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str, Any]) -> None:
+        full["mlp"] = plain | block
+
+    return change
+
+
+GROUPS = {"count": 4, "kept": 2, "score": "top_two"}
+SHARED = {"intermediate_size": 9, "gate": True, "average": True}
+
+
 def scaling(layout: str, **of_full: Any) -> Change:
     """Layers of both kinds rotate channels by one scaling; layers of the kind ``full`` rotate all of them."""
 
@@ -177,6 +215,24 @@ VARIANTS: dict[str, Change] = {
     "yarn with parts of pairs": scaling("half", **(YARN | {"truncate": False})),
     "yarn without a ramp": scaling("half", **(YARN | {"original_positions": 1})),
     "proportional": scaling("half", kind="proportional", factor=2.0, pairs=2),
+    "experts": experts(),
+    "experts with every option": experts(
+        {"function": "sigmoid", "bias": True, "logit_cap": 2.0, "correction": "score", "groups": GROUPS}
+        | {"normalised": True, "epsilon": 0.3, "scale": 2.5},
+        bias=True,
+        clamp=0.8,
+        gate_slope=1.702,
+        up_offset=1,
+        shared=SHARED,
+    ),
+    "experts with corrected logits and weighed inputs": experts(
+        {"correction": "logit", "groups": GROUPS | {"score": "max"}, "weighs": "input", "scale": 0.7},
+        activation="gelu",
+        shared=SHARED | {"gate": False, "average": False},
+    ),
+    "experts without gates": experts(gated=False, activation="relu_squared", clamp=0.5, per_token=1),
+    "all experts": experts({"normalised": True}, per_token=8, shared=SHARED | {"average": False}),
+    "sparsemixer": experts({"function": "sparsemixer", "epsilon": 0.2}, per_token=2),
 }
 
 

@@ -31,6 +31,8 @@ def test_what_fuzzers_begin_with_reaches_the_reader(name: str) -> None:
         target(path.read_bytes())
         with pytest.raises(BundleError):
             target(path.read_bytes()[:-3] if name != "weights" else path.read_bytes()[:4000])
+        if name == "graph":
+            target(fuzzing.with_loop(path.read_bytes()))
 
 
 @pytest.mark.parametrize("name", fuzzing.MADE)

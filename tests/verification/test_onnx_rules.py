@@ -24,7 +24,9 @@ from splitbundle.format.graph import Graph
 from splitbundle.format.weight_layout import Stored
 from splitbundle.verification import onnx_reader, onnx_rules
 from splitbundle.verification.onnx_reader import Schema
-from tests.support.graph_cases import CASES, SHARD, Case, changed_graph, good_bundle, relist, write_all, written
+from tests.support.graph_case import CASES, Case, written
+from tests.support.graph_cases import SHARD, changed_graph, good_bundle, relist, write_all
+from tests.support.graph_loop_cases import add_loop
 from tests.support.models import scratch
 from tests.support.paths import ROOT, TESTS
 from tests.support.yardsticks import at_most, parsing
@@ -84,6 +86,7 @@ def test_graphs_as_they_should_be() -> None:
     "SB-O-013",
     "SB-O-014",
     "SB-O-015",
+    "SB-O-019",
 )
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
 def test_every_reader_refuses_alike(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +104,23 @@ def test_every_reader_refuses_alike(case: Case, capsys: pytest.CaptureFixture[st
         (problem,) = json.loads(said.out)["problems"]
         assert (problem["code"], problem["file"]) == (case.code, GRAPH)
         assert "Traceback" not in said.err
+
+
+@pytest.mark.rule("SB-O-019")
+def test_a_loop_as_it_should_be() -> None:
+    """The graph that the hostile cases of loops begin with is good, for the rules and for onnxruntime."""
+    root = copied()
+    relist(root, GRAPH, looped(SHARD))
+    bundle = splitbundle.open(root)
+    bundle.verify(SHARD)
+    bundle.stage(SHARD, backend="onnxruntime", threads=1)
+
+
+def looped(shard: str) -> bytes:
+    """Return a good graph with a loop."""
+    model = ModelProto.FromString((good() / f"{shard}.onnx").read_bytes())
+    add_loop(model)
+    return written(model)
 
 
 @pytest.mark.rule("SB-O-013")
@@ -138,8 +158,9 @@ def test_names_of_cases_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.rule("SB-O-008")
-def test_every_truncation_is_refused() -> None:
-    data = (good() / "top.onnx").read_bytes()
+@pytest.mark.parametrize("loop", [False, True])
+def test_every_truncation_is_refused(loop: bool) -> None:
+    data = smallest(loop)
     found = [judge_top(data[:length]) for length in range(len(data))]
     assert set(found) == {"graph.syntax", "graph.version"}
     assert found.index("graph.version") > len(data) - 20  # only the version of the operators is removed there
@@ -164,10 +185,16 @@ def judge_top(data: bytes) -> str:
     return ""
 
 
+@cache
+def smallest(loop: bool) -> bytes:
+    """Return the bytes of the smallest graph, or of it with a loop."""
+    return looped("top") if loop else (good() / "top.onnx").read_bytes()
+
+
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """Change, remove, insert or repeat bytes of the smallest graph, or make any bytes."""
-    data = bytearray((good() / "top.onnx").read_bytes())
+    """Change, remove, insert or repeat bytes of the smallest graph, with or without a loop, or make any bytes."""
+    data = bytearray(smallest(draw(st.booleans())))
     if draw(st.integers(0, 9)) == 0:
         return draw(st.binary(max_size=200))
     for _ in range(draw(st.integers(1, 4))):
@@ -184,9 +211,10 @@ def test_any_bytes_are_taken_or_refused(data: bytes) -> None:
     assert judge_top(data) == "" or judge_top(data).startswith("graph.")
 
 
-def test_every_flipped_bit_is_taken_or_refused() -> None:
+@pytest.mark.parametrize("loop", [False, True])
+def test_every_flipped_bit_is_taken_or_refused(loop: bool) -> None:
     """A graph that passes differs from the writer's graph only in parts without a place in memory or in a file."""
-    data = (good() / "top.onnx").read_bytes()
+    data = smallest(loop)
     model = ModelProto.FromString(data)
     weights = [each for each in model.graph.initializer if each.external_data]
     for at in range(len(data)):
@@ -276,14 +304,16 @@ def rows(heading: str) -> Iterator[list[str]]:
 @pytest.mark.rule("SB-O-010")
 def test_operators_are_those_of_the_specification() -> None:
     found = {}
+    outputs = {name.encode(): 2 for name in re.findall(r"A node of `(\w+)` has two outputs", SPEC)}
+    assert outputs.keys() == {b"TopK"}
     for operators, inputs, attributes in rows("| operators | inputs | attributes |"):
         least, _, most = inputs.replace(" or ", " to ").partition(" to ")
         kinds = {name.encode(): kind for name, kind in re.findall(r"`(\w+)` \((\w+)\)", attributes)}
         for name in re.findall(r"`(\w+)`", operators):
-            found[name.encode()] = (int(least), int(most or least), kinds)
-    types = {"f": "FLOAT", "i": "INT", "s": "STRING", "ints": "INTS"}
+            found[name.encode()] = (int(least), int(most or least), kinds, outputs.get(name.encode(), 1))
+    types = {"f": "FLOAT", "i": "INT", "s": "STRING", "ints": "INTS", "g": "GRAPH"}
     assert found == {
-        name: (one.minimum, one.maximum, {key: types[kind] for key, kind in one.attributes.items()})
+        name: (one.minimum, one.maximum, {key: types[kind] for key, kind in one.attributes.items()}, one.outputs)
         for name, one in graph_operators.OPERATORS.items()
     }
 
@@ -301,7 +331,7 @@ def test_fields_are_those_of_the_specification() -> None:
         ):
             tag = int(number) << 3 | int(wire or 2)
             own[tag] = (name, int(most.replace(",", "") or 0), not any_ and not most)
-        found[message.strip("`")] = own
+        found[message.replace("`", "")] = own
     schemas = {value.name: value for value in vars(onnx_reader).values() if isinstance(value, Schema)}
     assert found == {
         name: {tag: (key, most, key in schema.required) for tag, (key, _, most) in schema.by_tag.items()}

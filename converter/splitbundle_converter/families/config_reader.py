@@ -42,6 +42,10 @@ class ConfigReader:
             value if isinstance(value, dict) else {}, self._evidence, self._file, f"{self._pointer}/{name}"
         )
 
+    def apart(self) -> ConfigReader:
+        """Return a reader of the same fields. What it reads and refuses is not noted here."""
+        return ConfigReader(self._values, self._evidence, self._file, self._pointer)
+
     def add(self, inner: ConfigReader) -> None:
         """Add the problems and the unused fields of a reader of an inner object."""
         self.problems += inner.problems

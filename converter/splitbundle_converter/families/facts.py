@@ -8,12 +8,14 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from splitbundle.format.architecture.attention import Attention, QueryKeyNorm
 from splitbundle.format.architecture.decoder import Architecture, Embedding, Head, LayerKind
+from splitbundle.format.architecture.experts import Experts
 from splitbundle.format.architecture.feedforward import Mlp
 from splitbundle.format.architecture.norms import Norm
 from splitbundle.format.architecture.positions import Alibi, Learned, QueryTemperature, Sinusoidal, Unpositioned
 from splitbundle.format.architecture.rotary import Rotary
 from splitbundle.format.architecture.sizes import MAX_LAYERS
 from splitbundle_converter.families.config_reader import ConfigReader
+from splitbundle_converter.families.experts import ExpertFacts
 from splitbundle_converter.families.rotary import rotary
 
 ACTIVATIONS: Final = {
@@ -136,6 +138,8 @@ class Facts:
     activation: Fact[str] = "hidden_act"
     inner: Fact[int] | str = "intermediate_size"
     mlp_bias: bool | str | None = None
+    experts: ExpertFacts | None = None
+    """The facts of a mixture of experts, which some or all layers have in place of the feed-forward block."""
 
     # The embedding and the head.
     embedding_size: str | None = None
@@ -144,7 +148,7 @@ class Facts:
     embedding_position: Fact[Learned | Sinusoidal | None] = None
     embedding_norm: bool = False
     head_norm: Fact[bool] = True
-    head_bias: bool = False
+    head_bias: bool | str = False
     head_multiplier: Fact[float] | str = 1.0
     head_logit_cap: Fact[float | None] | str = None
 
@@ -171,6 +175,7 @@ class Facts:
         placement = _read(self.placement, sizes)
         residual_multiplier = _read(self.residual_multiplier, sizes, config.number)
         attention = self._attention(sizes, norm)
+        blocks = [mlp] * sizes.layers if self.experts is None else self.experts.read(config, mlp, sizes.layers)
 
         def layer(index: int) -> LayerKind:
             own = {name: fact[index] if isinstance(fact, list) else fact for name, fact in attention.items()}
@@ -180,7 +185,7 @@ class Facts:
                 norm=norm,
                 residual_multiplier=residual_multiplier,
                 attention=Attention(heads=sizes.heads, head_dim=sizes.head_dim, **own),
-                mlp=mlp,
+                mlp=blocks[index],
             )
 
         kinds, layers = _name([layer(index) for index in range(sizes.layers)])
@@ -198,7 +203,7 @@ class Facts:
             head=Head(
                 norm=norm if _read(self.head_norm, sizes) else None,
                 tied=config.boolean("tie_word_embeddings"),
-                bias=self.head_bias,
+                bias=_read(self.head_bias, sizes, config.boolean),
                 multiplier=_read(self.head_multiplier, sizes, config.number),
                 logit_cap=_read(self.head_logit_cap, sizes, config.optional_number),
             ),
@@ -259,8 +264,10 @@ def _read(fact: Any, sizes: Sizes, of_field: Callable[[str], Any] = str) -> Any:
 def _name(layers: list[LayerKind]) -> tuple[dict[str, LayerKind], tuple[str, ...]]:
     """Return the different kinds of layers by name, and the name of each layer's kind. Equal layers share a kind.
 
-    A kind is named after its attention: full or sliding, with or without positions.
+    A kind is named after its attention: full or sliding, with or without positions. If there are dense layers too, a
+    kind with experts is named so.
     """
+    mixed = len({type(kind.mlp) for kind in layers}) > 1
     turned = any(not isinstance(kind.attention.position, Unpositioned) for kind in layers)
     kinds: dict[str, LayerKind] = {}
     order: list[str] = []
@@ -268,6 +275,8 @@ def _name(layers: list[LayerKind]) -> tuple[dict[str, LayerKind], tuple[str, ...
         stem = "full" if kind.attention.window is None else "sliding"
         if turned and isinstance(kind.attention.position, Unpositioned):
             stem += "_unpositioned"
+        if mixed and isinstance(kind.mlp, Experts):
+            stem += "_experts"
         name, number = stem, 1
         while kinds.setdefault(name, kind) != kind:
             number += 1

@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Final
 
 from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.experts import Shared
 from splitbundle.format.architecture.positions import QueryTemperature
 from splitbundle.format.architecture.rotary import Rotary, Unscaled
 from splitbundle.format.architecture.sizes import MAX_LAYERS
 from splitbundle_converter.families.config_reader import ConfigReader
+from splitbundle_converter.families.experts import ExpertFacts
 from splitbundle_converter.families.facts import (
     TORCH_EPS,
     Facts,
@@ -25,7 +27,16 @@ from splitbundle_converter.families.facts import (
     rotary_positions,
 )
 from splitbundle_converter.families.rotary import rotary
-from splitbundle_converter.families.row import QUERY_KEY_VALUE, Names, OneTensor, in_layers, q_k_v, renamed, row
+from splitbundle_converter.families.row import (
+    QUERY_KEY_VALUE,
+    Names,
+    OneTensor,
+    Stacked,
+    in_layers,
+    q_k_v,
+    renamed,
+    row,
+)
 
 NAMES: Final[Names] = {
     "model.embed_tokens": "embedding.token",
@@ -84,6 +95,44 @@ COHERE: Final = BIASED.replace(
 )
 
 
+def _llama4_layers(config: ConfigReader, layers: int) -> list[bool]:
+    numbers = config.raw("moe_layers")
+    if not isinstance(numbers, list) or any(type(each) is not int or not 0 <= each < layers for each in numbers):
+        config.refuse("moe_layers", f"numbers of layers, below {layers}")
+        numbers = []
+    return [i in numbers for i in range(layers)]
+
+
+def _llama4_shared(config: ConfigReader) -> Shared:
+    return Shared(intermediate_size=config.integer("intermediate_size"), gate=False, average=False)
+
+
+LLAMA4: Final = ExpertFacts(
+    count="num_local_experts",
+    inner="intermediate_size",
+    layers=_llama4_layers,
+    function="sigmoid",
+    normalised=False,
+    weighs="input",
+    shared=_llama4_shared,
+)
+PARTS: Final = ("gate", "up", "down")
+LLAMA4_NAMES: Final[Names] = {
+    **renamed(NAMES, {f"feed_forward.{part}_proj": f"mlp.{part}" for part in PARTS}),
+    **in_layers(
+        "model.layers",
+        {"feed_forward.router": "mlp.router"},
+        {
+            "feed_forward.experts.gate_up_proj": Stacked(
+                ("mlp.experts.gate.weight", "mlp.experts.up.weight"), transposed=True
+            ),
+            "feed_forward.experts.down_proj": Stacked(("mlp.experts.down.weight",), transposed=True),
+        },
+        {f"feed_forward.shared_expert.{part}_proj": f"mlp.shared.{part}" for part in PARTS},
+    ),
+}
+
+
 def ministral3(config: ConfigReader) -> Architecture:
     """Return the architecture of Ministral 3 (Mistral AI 2025): queries grow with the position, as in Llama 4."""
     inner = config.inside("rope_parameters")
@@ -99,7 +148,7 @@ def ministral3(config: ConfigReader) -> Architecture:
     )(config)
 
 
-def _exaone4_positions(sizes: Sizes) -> Rotary | list[Position]:
+def exaone4_positions(sizes: Sizes) -> Rotary | list[Position]:
     """Return the positions. If some layers have a window, the layers without one use no positions."""
     return rotary_positions()(sizes) if one_window(sizes) is None else rotary_on_windowed_layers()(sizes)
 
@@ -123,7 +172,7 @@ def _smollm3_positions(sizes: Sizes) -> list[Position]:
     return [position if turns else None for turns in turning]
 
 
-def _granite_swa_positions(sizes: Sizes) -> list[Position]:
+def granite_swa_positions(sizes: Sizes) -> list[Position]:
     """Return the positions of each layer. Each layer has its own base; a base of 0 means no positions."""
     config, bases = sizes.config, sizes.config.raw("layer_rope_theta")
     position = rotary_positions()(sizes)
@@ -135,16 +184,13 @@ def _granite_swa_positions(sizes: Sizes) -> list[Position]:
 
 
 def llama4(config: ConfigReader) -> Architecture:
-    """Return the architecture of Llama 4 (Meta 2025) without experts.
+    """Return the architecture of Llama 4 (Meta 2025). ``moe_layers`` are the layers with experts.
 
     Layers with positions attend within one chunk, and normalize queries and keys after the rotation. On layers without
     positions, the queries grow with the position.
     """
-    # transformers converts the first three fields into other fields. The rest is about experts, and there are none.
-    config.ignored(["interleave_moe_layer_step", "no_rope_layer_interval", "layer_types", "intermediate_size"])
-    config.ignored(["num_experts_per_tok", "num_local_experts", "output_router_logits", "router_aux_loss_coef"])
-    config.ignored(["router_jitter_noise"])
-    config.allowed("moe_layers", [])
+    # transformers converts the first two fields into other fields.
+    config.ignored(["interleave_moe_layer_step", "no_rope_layer_interval", "router_jitter_noise"])
     layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     knowing, types = config.raw("no_rope_layers"), config.raw("layer_types")
     if not isinstance(knowing, list) or len(knowing) < layers or any(knows not in (0, 1) for knows in knowing):
@@ -167,6 +213,7 @@ def llama4(config: ConfigReader) -> Architecture:
 
     return BIASED.replace(
         inner="intermediate_size_mlp",
+        experts=LLAMA4,
         chunk=[chunk if kind == "chunked_attention" else None for kind in types],
         position=positions,
         query_key_norm=["head" if normed and knows else None for knows in knowing[:layers]],
@@ -176,7 +223,12 @@ def llama4(config: ConfigReader) -> Architecture:
     )(config)
 
 
-def _hunyuan_rotary(sizes: Sizes) -> Rotary:
+def divided_by_scaling(sizes: Sizes) -> float:
+    """Return the factor of the logits, which ``logits_scaling`` divides."""
+    return 1 / sizes.config.number("logits_scaling")
+
+
+def hunyuan_rotary(sizes: Sizes) -> Rotary:
     """Return the rotary positions. With ``alpha``, "dynamic" means another base, which is the same for all lengths.
 
     In this case, the other parameters have no effect.
@@ -231,7 +283,7 @@ LLAMA_FAMILIES: Final = (
     # EXAONE 4.0 (LG AI Research 2025, arXiv:2507.11407): norms on the outputs of the blocks. transformers converts the
     # ignored field into layer_types.
     row("exaone4", OUTPUT_NORMS, PLAIN, ignored=["sliding_window_pattern"], placement="output", query_key_norm="head",
-        window=layer_windows, position=_exaone4_positions),
+        window=layer_windows, position=exaone4_positions),
     # SmolLM3 (Hugging Face 2025): every fourth layer uses no positions. transformers converts the first two ignored
     # fields into layer_types and no_rope_layers.
     row("smollm3", NAMES, BIASED_BOTH, ignored=["max_window_layers", "no_rope_layer_interval", "pretraining_tp"],
@@ -243,13 +295,12 @@ LLAMA_FAMILIES: Final = (
                                      "post_attention_layernorm": "mlp_norm", "post_mlp_layernorm": "mlp_output_norm"}),
         GLM, placement="sandwich"),
     # Granite 3 (IBM 2024). The logits are divided.
-    row("granite", NAMES, SCALED, head_multiplier=lambda sizes: 1 / sizes.config.number("logits_scaling")),
+    row("granite", NAMES, SCALED, head_multiplier=divided_by_scaling),
     # Granite with attention sinks (IBM 2026), a window on three layers of four, and a base for each layer.
     row("granite_swa", renamed(NAMES, {"self_attn.sinks": OneTensor("attention.sinks")}), SCALED, sinks=True,
-        head_multiplier=lambda sizes: 1 / sizes.config.number("logits_scaling"), window=layer_windows,
-        position=_granite_swa_positions),
-    row("llama4_text", renamed(NAMES, {f"feed_forward.{part}_proj": f"mlp.{part}" for part in ("gate", "up", "down")}),
-        llama4),
+        head_multiplier=divided_by_scaling, window=layer_windows,
+        position=granite_swa_positions),
+    row("llama4_text", LLAMA4_NAMES, llama4),
     # HyperCLOVA X SEED (NAVER 2025): also norms after each block. The logits are multiplied.
     row("hyperclovax", renamed(NAMES, {"post_norm1": "attention_output_norm", "post_norm2": "mlp_output_norm"}), SCALED,
         head_multiplier="logits_scaling", placement=either("use_post_norm", "sandwich", "pre")),
@@ -270,7 +321,7 @@ LLAMA_FAMILIES: Final = (
         renamed(NAMES, {f"self_attn.{part}_layernorm": f"attention.{part}_norm" for part in ("query", "key")}),
         BIASED, ignored=HUNYUAN,
         allowed={"add_classification_head": False, "mlp_bias": False, "use_cla": False, "use_qk_norm": True},
-        required=["head_dim"], query_key_norm="head", after_rotation=True, position=_hunyuan_rotary),
+        required=["head_dim"], query_key_norm="head", after_rotation=True, position=hunyuan_rotary),
     # Apertus (Swiss AI Initiative 2025, arXiv:2509.14233): no gates, and an activation with learned parameters.
     row("apertus",
         renamed(NAMES, {"attention_layernorm": "attention_norm", "feedforward_layernorm": "mlp_norm",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.experts import Experts
 from splitbundle.format.manifest.document import SourceName
 from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.facts import Facts
@@ -26,6 +27,8 @@ class Family:
     """The name of the module list that has the layers, as in ``names``."""
     dropped: tuple[str, ...]
     """Names of tensors in old checkpoints that have no learned values."""
+    further: tuple[str, ...]
+    """The beginnings of the names of layers that predict further tokens, which no call of the model uses."""
     constants: Mapping[str, float]
     """The name of a tensor with one number -> the number that the decoder uses. An equal tensor is dropped."""
 
@@ -37,12 +40,24 @@ class OneTensor:
     name: str
 
 
-Target = str | tuple[str, ...] | OneTensor | float | None
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """A single tensor of all experts. Its source name isn't the name of a module either."""
+
+    tensors: tuple[str, ...]
+    transposed: bool = False
+    """Whether each expert's matrix is stored as [in, out]."""
+    interleaved: bool = False
+    """Whether the rows of the tensors take turns."""
+
+
+Target = str | tuple[str, ...] | OneTensor | Stacked | float | None
 """The canonical meaning of a source name:
 
 - ``"head.norm"``: a module, with a weight and a bias;
 - ``("mlp.gate", "mlp.up")``: several modules, fused in this order;
 - ``OneTensor("attention.output.bias")``: a single tensor;
+- ``Stacked(("mlp.experts.gate.weight", "mlp.experts.up.weight"))``: tensors of all experts, joined expert by expert;
 - ``0.5``: a tensor with this number, which the decoder uses as a constant;
 - ``None``: a tensor without learned values.
 """
@@ -64,8 +79,8 @@ def q_k_v(module: str) -> Names:
 def renamed(names: Names, modules: Names) -> Names:
     """Return the names with ``modules`` changed within a layer. The old names of the same targets are removed."""
     new = in_layers(layers_of(names), modules)
-    gone = {part for target in new.values() for part in _parts(target)}
-    return {source: target for source, target in names.items() if gone.isdisjoint(_parts(target))} | {**new}
+    gone = {part for target in new.values() for part in _targets(target)}
+    return {source: target for source, target in names.items() if gone.isdisjoint(_targets(target))} | {**new}
 
 
 def layers_of(names: Names) -> str:
@@ -78,7 +93,20 @@ def _in_layer(target: Target) -> Target:
         return f"layers.{{layer}}.{target}"
     if isinstance(target, tuple):
         return tuple(f"layers.{{layer}}.{part}" for part in target)
+    if isinstance(target, Stacked):
+        return replace(target, tensors=tuple(f"layers.{{layer}}.{name}" for name in target.tensors))
     return OneTensor(f"layers.{{layer}}.{target.name}") if isinstance(target, OneTensor) else target
+
+
+def _expert_width(architecture: Architecture) -> int:
+    """Return the numbers between of an expert, or 1 if no layer has experts."""
+    widths = (kind.mlp.intermediate_size for kind in architecture.layer_kinds.values() if isinstance(kind.mlp, Experts))
+    return next(widths, 1)
+
+
+def _targets(target: Target) -> tuple[str, ...]:
+    """Return the canonical modules or the single tensor that ``target`` stands for."""
+    return (target.name,) if isinstance(target, OneTensor) else _parts(target)
 
 
 def _parts(target: Target) -> tuple[str, ...]:
@@ -95,6 +123,7 @@ def row(
     fused_groups: int = 1,
     transposed: Collection[str] = (),
     names_of: Callable[[Architecture], Names] | None = None,
+    further: Collection[str] = (),
     **changes: Any,
 ) -> Family:
     """Return a row of the family table.
@@ -107,6 +136,8 @@ def row(
         fused_groups: The number of row groups in other fused modules. See ``SourceName``.
         transposed: The modules of a layer whose weight is stored as [in, out].
         names_of: Returns the names for an architecture, if they vary. ``names`` are then those of one architecture.
+        further: The beginnings of the names of layers that predict further tokens. ``{further}`` is the number of a
+            layer above the last one.
         changes: Changes to the facts, as for ``Facts.replace``.
 
     Raises:
@@ -128,6 +159,14 @@ def row(
         for source, target in own.items():
             if isinstance(target, OneTensor):
                 yield SourceName(source=source, tensors=(target.name,), groups=1, transposed=False)
+            if isinstance(target, Stacked):
+                yield SourceName(
+                    source=source,
+                    tensors=target.tensors,
+                    groups=_expert_width(architecture) if target.interleaved else 1,
+                    transposed=target.transposed,
+                    axis=1 if len(target.tensors) > 1 else 0,
+                )
             parts = _parts(target)
             for kind in ("weight", "bias") if parts else ():
                 tensors = tuple(f"{part}.{kind}" for part in parts)
@@ -146,5 +185,6 @@ def row(
         prefix=f"{layers.partition('.')[0]}.",
         layers=layers,
         dropped=tuple(source for source, target in names.items() if target is None),
+        further=tuple(further),
         constants={source: target for source, target in names.items() if isinstance(target, float)},
     )

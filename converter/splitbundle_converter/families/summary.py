@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from splitbundle.format.architecture.decoder import Architecture, LayerKind
+from splitbundle.format.architecture.experts import Experts
 from splitbundle.format.architecture.positions import Alibi, Learned, Sinusoidal
 from splitbundle.format.architecture.rotary import Rotary, Unscaled
 from splitbundle_converter.families.config_reader import ConfigReader
@@ -17,8 +18,10 @@ COLUMNS = ("model_type", "norm", "position", "attention", "mlp", "extras")
 
 
 _GIVEN: Final[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {
-    "head_dim": lambda values: values["hidden_size"] // values["num_attention_heads"],
+    "head_dim": lambda values: values["hidden_size"] // values["num_attention_heads"] // 4 * 4,
     "moe_layers": lambda values: [],
+    "n_routed_experts": lambda values: 8,
+    "num_experts_per_tok": lambda values: 2,
     "num_key_value_heads": lambda values: values["num_attention_heads"],
 }
 """A required field that a default configuration may lack -> a function that returns the value of a plain model."""
@@ -50,7 +53,7 @@ def default(name: str) -> tuple[ConfigReader, list[str]]:
     config = ConfigReader(values, evidence(name), name)
     FAMILIES[name].facts(config)
     wanted = {(problem.pointer or "")[1:]: problem.expected for problem in config.problems}
-    needs = [f"{field} {'given' if values[field] is None else expected}" for field, expected in wanted.items()]
+    needs = [f"{field} {'given' if values.get(field) is None else expected}" for field, expected in wanted.items()]
     filled = values | {field: _GIVEN[field](values) for field in wanted if field in _GIVEN}
     return ConfigReader(filled, evidence(name), name), needs
 
@@ -62,9 +65,19 @@ def summary(facts: Architecture) -> dict[str, str]:
         "norm": _norm(facts, kinds[0]),
         "position": ", ".join(dict.fromkeys(_embedding_position(facts) or map(_position, kinds))),
         "attention": ", ".join(_attention(kinds)),
-        "mlp": f"{'gated ' if kinds[0].mlp.gated else ''}{kinds[0].mlp.activation}",
+        "mlp": _mlp(kinds),
         "extras": ", ".join(_extras(facts, kinds)),
     }
+
+
+def _mlp(kinds: list[LayerKind]) -> str:
+    words = f"{'gated ' if kinds[0].mlp.gated else ''}{kinds[0].mlp.activation}"
+    experts = next((kind.mlp for kind in kinds if isinstance(kind.mlp, Experts)), None)
+    if experts is None:
+        return words
+    some = "" if all(isinstance(kind.mlp, Experts) for kind in kinds) else " on some layers"
+    shared = "" if experts.shared is None else " and a shared block"
+    return f"{words}, {experts.per_token} of {experts.count} experts{shared}{some}"
 
 
 def markdown() -> str:

@@ -11,9 +11,11 @@ from typing import Final
 from splitbundle_converter.families.gemma import GEMMA_FAMILIES
 from splitbundle_converter.families.gpt import GPT_FAMILIES
 from splitbundle_converter.families.llama import LLAMA_FAMILIES
+from splitbundle_converter.families.llama_experts import EXPERT_FAMILIES
 from splitbundle_converter.families.megatron import MEGATRON_FAMILIES
 from splitbundle_converter.families.row import Family
 
 FAMILIES: Final[dict[str, Family]] = {
-    row.model_type: row for row in (*GPT_FAMILIES, *MEGATRON_FAMILIES, *LLAMA_FAMILIES, *GEMMA_FAMILIES)
+    row.model_type: row
+    for row in (*GPT_FAMILIES, *MEGATRON_FAMILIES, *LLAMA_FAMILIES, *EXPERT_FAMILIES, *GEMMA_FAMILIES)
 }

@@ -9,7 +9,7 @@ from splitbundle.errors import quoted
 
 EXPECTED: Final = "one of the families that splitbundle families lists"
 _REASONS: Final = {
-    "mixtures of experts": (
+    "mixtures of experts like this one": (
         *("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"),
         *("moe_intermediate_size", "num_experts_per_tok", "moe_top_k"),
     ),

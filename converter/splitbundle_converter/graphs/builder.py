@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from splitbundle.format.dtypes import ONNX_CODES
-from splitbundle.format.graph import IR_VERSION, OPSET, Port
+from splitbundle.format.graph import BODY_NAMES, IR_VERSION, OPSET, Port
 from splitbundle.format.weight_layout import Stored
 
 
@@ -28,6 +29,7 @@ class GraphBuilder:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._initializers: dict[str, TensorProto] = {}
         self._names: set[str] = set()
+        self._visible: set[str] = set()
         self.inputs: list[ValueInfoProto] = []
         self.outputs: list[ValueInfoProto] = []
 
@@ -37,11 +39,57 @@ class GraphBuilder:
         Raises:
             ValueError: Another value has this name.
         """
+        self._define(name)
+        self._nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def largest(self, name: str, x: str, count: int) -> tuple[str, str]:
+        """Add the largest values along the last axis, and return the names of the values and of their indices.
+
+        The largest value is first. Among equal values, the one with the lowest index is first.
+
+        *Shape:* (…, n) -> (…, count), (…, count).
+        """
+        for output in (name, f"{name}.indices"):
+            self._define(output)
+        inputs, outputs = [x, self.integers(count)], [name, f"{name}.indices"]
+        self._nodes.append(helper.make_node("TopK", inputs, outputs, name=name))
+        return outputs[0], outputs[1]
+
+    def loop(self, name: str, count: str, start: str, width: int, body: Callable[[str, str], str]) -> str:
+        """Add a loop that carries one value, and return the name of the value after the last iteration.
+
+        Nodes of the body can take all values that come before the loop. No node outside can take a value of the body.
+
+        *Shape:* (rows, width) -> the same.
+
+        Args:
+            name: The name of the loop.
+            count: The number of iterations: the output of a ``Size`` node.
+            start: The value before the first iteration, in the dtype of the graph.
+            width: The last size of the value.
+            body: Adds the nodes of one iteration. It takes the names of the iteration's number and of the value, and
+                returns the name of the value after the iteration.
+        """
+        some = self.op("Greater", f"{name}.some", count, self.integer(0))
+        outside, self._nodes, before = self._nodes, [], set(self._visible)
+        given = [f"{name}.{each}" for each in BODY_NAMES]
+        for each in given:
+            self._define(each)
+        results = [self.op("Identity", f"{name}.goes_on", given[1]), body(given[0], given[2])]
+        shapes: list[list[str | int | None]] = [[], [], ["rows", width]]
+        ports = list(zip((TensorProto.INT64, TensorProto.BOOL, ONNX_CODES[self.dtype]), shapes, strict=True))
+        inputs = [helper.make_tensor_value_info(each, *port) for each, port in zip(given, ports, strict=True)]
+        outputs = [helper.make_tensor_value_info(each, *port) for each, port in zip(results, ports[1:], strict=True)]
+        inner = helper.make_graph(self._nodes, f"{name}.body", inputs, outputs)
+        self._nodes, self._visible = outside, before
+        return self.op("Loop", name, count, some, start, body=inner)
+
+    def _define(self, name: str) -> None:
         if name in self._names or name in self._initializers or name in self._stored:
             raise ValueError(f"two values are called {name}")
         self._names.add(name)
-        self._nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
-        return name
+        self._visible.add(name)
 
     def input(self, port: Port) -> None:
         """Add an input to the graph."""
@@ -126,5 +174,5 @@ class GraphBuilder:
         return self._stored[name].tensor.dtype
 
     def has(self, name: str) -> bool:
-        """Return whether a node has this name."""
-        return name in self._names
+        """Return whether a node that other nodes can use here has this name."""
+        return name in self._visible

@@ -12,6 +12,7 @@ from __future__ import annotations
 from onnx import ModelProto
 
 from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.experts import Experts
 from splitbundle.format.architecture.norms import norm_names
 from splitbundle.format.architecture.positions import Learned, Sinusoidal
 from splitbundle.format.graph import next_name, ports
@@ -20,6 +21,7 @@ from splitbundle.format.selection import Selection
 from splitbundle.format.weight_layout import Stored
 from splitbundle_converter.graphs.attention import add_attention
 from splitbundle_converter.graphs.builder import GraphBuilder
+from splitbundle_converter.graphs.experts import add_experts
 from splitbundle_converter.graphs.feedforward import add_mlp
 from splitbundle_converter.graphs.norms import add_norm
 from splitbundle_converter.graphs.operations import Operations
@@ -124,6 +126,8 @@ class _Decoder:
             return add_attention(self.operations, i, x, kind.attention)
 
         def mlp(x: str) -> str:
+            if isinstance(kind.mlp, Experts):
+                return add_experts(self.operations, f"{name}.mlp", x, kind.mlp, hidden)
             return add_mlp(self.operations, f"{name}.mlp", x, kind.mlp)
 
         if kind.placement in ("parallel", "parallel_two"):

@@ -31,7 +31,7 @@ def load_original_part(part: LanguagePart, *, inert: bool = True) -> tuple[Any, 
     import transformers
 
     config = build(part.source.configuration(), inert=inert)
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     text = getattr(config, TEXT)
     text.tie_word_embeddings = part.architecture.head.tied
     with quiet():

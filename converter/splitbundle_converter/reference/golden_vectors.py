@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,8 +52,8 @@ def reference_vectors(
     model, layers = loaded(load)
     if dtype != "keep":
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(parameter.to(DTYPES[dtype]))
+            for tensor in learned_tensors(model):
+                tensor.copy_(tensor.to(DTYPES[dtype]))
     generator = random.Random(0)
     lengths = case_lengths(architecture)
     tensors: dict[str, Tensor] = {}
@@ -94,6 +94,14 @@ def run_original(model: Any, place: str, ids: Tensor) -> tuple[list[Tensor], Ten
     return [state[0].contiguous() for state in hidden], logits
 
 
+def learned_tensors(model: Any) -> Iterator[Tensor]:
+    """Yield the parameters of a model, and the corrections of routers, which are buffers."""
+    yield from model.parameters()
+    yield from (
+        buffer for name, buffer in model.named_buffers() if name.endswith("bias") and buffer.is_floating_point()
+    )
+
+
 def load_original(source: Checkpoint, family: Family, *, inert: bool = True) -> tuple[Any, str]:
     """Load the checkpoint with transformers in float32. Return the model and the name of its list of layers.
 
@@ -104,7 +112,7 @@ def load_original(source: Checkpoint, family: Family, *, inert: bool = True) -> 
     """
     # transformers must not read config.json, which may select code.
     config = resolve(source.configuration(), inert=inert)
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     try:
         with quiet():
             loaded = _load_tensors(source, config) if source.rewritten else _load_directory(source, config)

@@ -97,7 +97,7 @@ def _build(raw: dict[str, Any]) -> Any:
     config, error = parse(raw)
     if error is not None:
         return None
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     original: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the mapping has a class for each family
     try:
         with quiet(), torch.device("meta"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -47,15 +47,27 @@ class RestoredTensor:
 
 def join(entry: SourceName, tensors: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """Return the source tensors by name: the inverse of ``Origin.extract``, exact to the bit."""
-    rows = torch.cat([grouped(tensors(name), entry.groups) for name in entry.tensors], dim=1).flatten(0, 1)
     if ROW in entry.source:
+        rows = tensors(entry.tensors[0])
         return dict(zip(row_sources(entry.source, len(rows)), rows, strict=True))
-    return {entry.source: rows.T.contiguous() if entry.transposed else rows}
+    axis, parts = entry.axis, [grouped(tensors(name), entry.groups, entry.axis) for name in entry.tensors]
+    whole = torch.cat(parts, dim=axis + 1).flatten(axis, axis + 1)
+    return {entry.source: whole.mT.contiguous() if entry.transposed else whole}
 
 
-def grouped(rows: Tensor, groups: int) -> Tensor:
-    """Split the rows into groups. *Shape:* (rows, …) -> (groups, rows / groups, …)."""
-    return rows.reshape(groups, rows.shape[0] // groups, *rows.shape[1:])
+def grouped(whole: Tensor, groups: int, axis: int) -> Tensor:
+    """Split a dimension into groups. *Shape:* with axis 0, (rows, …) -> (groups, rows / groups, …)."""
+    shape = whole.shape
+    return whole.reshape(*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
+
+
+def joined_shape(entry: SourceName, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of a source tensor that isn't one of several rows."""
+    axis, shape = entry.axis, list(shapes[entry.tensors[0]])
+    shape[axis] = sum(shapes[name][axis] for name in entry.tensors)
+    if entry.transposed:
+        shape[-2:] = shape[:-3:-1]
+    return tuple(shape)
 
 
 def restored_tensors(manifest: Manifest, architecture: Architecture) -> list[RestoredTensor]:
@@ -86,9 +98,7 @@ def _of_entry(manifest: Manifest, entry: SourceName, shapes: dict[str, tuple[int
         for i, name in enumerate(row_sources(entry.source, first[0])):
             yield RestoredTensor(name=name, dtype=dtype, shape=first[1:], entry=entry, row=i)
         return
-    shape = (sum(shapes[name][0] for name in entry.tensors), *first[1:])
-    shape = shape[::-1] if entry.transposed else shape
-    yield RestoredTensor(name=entry.source, dtype=dtype, shape=shape, entry=entry)
+    yield RestoredTensor(name=entry.source, dtype=dtype, shape=joined_shape(entry, shapes), entry=entry)
 
 
 def logical_tensors(bundle: Bundle) -> Callable[[str], Tensor]:

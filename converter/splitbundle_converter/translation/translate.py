@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,28 +21,40 @@ from splitbundle_converter.errors import problem
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.translation.constants import Constant
 from splitbundle_converter.translation.heads import wrong_head
-from splitbundle_converter.translation.restore import grouped
+from splitbundle_converter.translation.restore import grouped, joined_shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """The origin of a logical tensor: rows ``start`` to ``stop`` in each of the ``groups`` of a source tensor."""
+    """The origin of a logical tensor: ``start`` to ``stop`` in each of the ``groups`` of a source's dimension."""
 
     source: str
     start: int
     stop: int
     groups: int
     transposed: bool
+    axis: int = 0
     rows: tuple[str, ...] = ()
     """The names of the source tensors, if each row is a separate tensor. ``source`` is then the first of them."""
 
     def extract(self, reader: Reader) -> Tensor:
         """Return the logical tensor, contiguous, in the dtype of the source."""
+        pieces = list(self.pieces(reader))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def pieces(self, reader: Reader) -> Iterator[Tensor]:
+        """Yield the logical tensor in pieces along its first dimension: rows that are tensors, and experts, alone.
+
+        So the tensor of all experts of a layer is never in memory as a whole.
+        """
         if self.rows:
-            return torch.stack([reader.get(name) for name in self.rows])
-        whole = reader.get(self.source)
-        rows = grouped(whole.T if self.transposed else whole, self.groups)
-        return rows[:, self.start : self.stop].flatten(0, 1).contiguous()
+            yield from (reader.get(name)[None] for name in self.rows)
+            return
+        whole = reader.get(self.source)  # mapped, and read where it is copied below
+        whole = whole.mT if self.transposed else whole
+        for piece in torch.split(whole, 1) if whole.ndim == 3 and self.axis else [whole]:
+            parts = grouped(piece, self.groups, self.axis).narrow(self.axis + 1, self.start, self.stop - self.start)
+            yield parts.flatten(self.axis, self.axis + 1).contiguous()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +106,7 @@ def translate(source: Checkpoint, family: Family, architecture: Architecture) ->
         for pattern in family.dropped
         for i in range(layers)
     }
+    dropped |= {name for name in source.tensors if _is_further(name, family, layers)}
     constants = _check_constants(source, family, prefix, layers, problems)
     dropped.update(constants)
     for name in sorted(source.tensors.keys() - claimed - dropped):
@@ -100,6 +114,15 @@ def translate(source: Checkpoint, family: Family, architecture: Architecture) ->
     if problems:
         raise BundleError(problems[:MAX_PROBLEMS])  # a wrong number of layers gives very many problems
     return Translation(origins=origins, source_names=tuple(kept), constants=tuple(constants.values()))
+
+
+def _is_further(name: str, family: Family, layers: int) -> bool:
+    """Return whether a tensor belongs to a layer that predicts further tokens."""
+    for pattern in family.further:
+        found = re.match(re.escape(pattern).replace(r"\{further\}", r"(\d{1,5})"), name)
+        if found is not None and (not found.groups() or int(found[1]) >= layers):
+            return True
+    return False
 
 
 def _stored_as_head(
@@ -185,9 +208,8 @@ def _match_rows(
 def _match(
     source: Checkpoint, entry: SourceName, shapes: Mapping[str, tuple[int, ...]], origins: dict[str, Origin]
 ) -> list[Problem]:
-    rows = [shapes[name][0] for name in entry.tensors]
-    shape = (sum(rows), *shapes[entry.tensors[0]][1:])
-    expected = shape[::-1] if entry.transposed else shape
+    rows = [shapes[name][entry.axis] for name in entry.tensors]
+    expected = joined_shape(entry, shapes)
     found = source.tensors.get(entry.source)
     if found is None and entry.source in source.promised:
         wanted = f"{quoted(entry.source)} in {source.promised[entry.source]}"
@@ -206,7 +228,12 @@ def _match(
     for name, size in zip(entry.tensors, rows, strict=True):
         stop = start + size // entry.groups
         origins[name] = Origin(
-            source=entry.source, start=start, stop=stop, groups=entry.groups, transposed=entry.transposed
+            source=entry.source,
+            start=start,
+            stop=stop,
+            groups=entry.groups,
+            transposed=entry.transposed,
+            axis=entry.axis,
         )
         start = stop
     return problems

@@ -13,6 +13,8 @@ IR_VERSION = 12
 """The IR version of the ONNX release that has this operator set."""
 VARIANTS: Final = {"standard": "float32", "float16": "float16"}
 """A variant of graphs -> the dtype that it computes in."""
+BODY_NAMES: Final = ("iteration", "condition", "carried")
+"""What the body of a loop takes, in order."""
 
 
 @record(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,12 @@ from typing import Final
 from splitbundle.format.dtypes import ONNX_CODES
 from splitbundle.records import field, record
 
-KINDS: Final = {"f": 1, "i": 2, "s": 3, "ints": 7}
+KINDS: Final = {"f": 1, "i": 2, "s": 3, "g": 5, "ints": 7}
 """The field that holds an attribute's value -> its number in ``AttributeProto.AttributeType``."""
+LOOP, BODY, SIZE = b"Loop", b"body", b"Size"
+"""The only operator with a graph, the attribute that holds this graph, and the operator that counts iterations."""
+BOOL: Final = 9
+"""The number of bool in ``TensorProto.DataType``. Only values between nodes have this dtype."""
 VALUES: Final[dict[tuple[bytes, bytes], frozenset[object]]] = {
     (b"Cast", b"to"): frozenset(ONNX_CODES.values()),
     (b"Gelu", b"approximate"): frozenset((b"none", b"tanh")),
@@ -18,22 +22,24 @@ VALUES: Final[dict[tuple[bytes, bytes], frozenset[object]]] = {
 
 @record(frozen=True, slots=True, kw_only=True)
 class Operator:
-    """The number of inputs of an operator, and its attributes with the fields that hold their values."""
+    """The number of inputs and of outputs of an operator, and its attributes with the fields that hold their values."""
 
     minimum: int
     maximum: int
     attributes: dict[bytes, str] = field(default_factory=dict)
+    outputs: int = 1
 
 
 def _listed() -> dict[bytes, Operator]:
     operators: dict[str, Operator] = {}
 
-    def add(names: str, minimum: int, maximum: int | None = None, **attributes: str) -> None:
+    def add(names: str, minimum: int, maximum: int | None = None, outputs: int = 1, **attributes: str) -> None:
         own = {name.encode("ascii"): kind for name, kind in attributes.items()}
         for name in names.split():
-            operators[name] = Operator(minimum=minimum, maximum=maximum or minimum, attributes=own)
+            one = Operator(minimum=minimum, maximum=maximum or minimum, attributes=own, outputs=outputs)
+            operators[name] = one
 
-    add("Cos Exp Log Neg Reciprocal Relu Sigmoid Sin Softplus Squeeze Tanh", 1)
+    add("Cos Exp Identity Log Neg NonZero Reciprocal Relu Sigmoid Sin Size Softplus Squeeze Tanh Unique", 1)
     add("Cast", 1, to="i")
     add("Gelu", 1, approximate="s")
     add("Shape", 1, start="i", end="i")
@@ -43,11 +49,14 @@ def _listed() -> dict[bytes, Operator]:
     add("Concat", 2, 16, axis="i")
     add("Gemm", 2, 3, transB="i")
     add("LayerNormalization RMSNormalization", 2, 3, axis="i", epsilon="f")
-    add("Clip Range Where", 3)
+    add("Clip Range ScatterND Where", 3)
+    add("GatherElements", 2, axis="i")
     add("RotaryEmbedding", 3, interleaved="i", rotary_embedding_dim="i")
     add("ReduceSum", 2, keepdims="i")
     add("Slice", 3, 4)
     add("TensorScatter", 3, axis="i")
+    add("TopK", 2, outputs=2)
+    add("Loop", 3, body="g")
     return {name.encode("ascii"): operator for name, operator in operators.items()}
 
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from splitbundle.format.architecture.attention import Attention
-from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.decoder import Architecture, LayerKind
+from splitbundle.format.architecture.experts import Experts
 from splitbundle.format.architecture.sizes import Shapes, count
 from splitbundle.format.dtypes import ITEM_SIZES
 from splitbundle.format.manifest.document import BOUNDARY_TENSORS, EMBEDDING, Manifest
@@ -186,7 +187,7 @@ def model_costs(architecture: Architecture, unit_bytes: Mapping[str, int], dtype
     for i, name in enumerate(architecture.layers):
         if name not in kinds:
             tensors = architecture.layer_tensors(i)
-            kinds[name] = count(tensors), _flops(tensors)
+            kinds[name] = count(tensors), _flops(tensors, architecture.kind_of(i))
         attention = architecture.kind_of(i).attention
         layers.append(
             UnitCosts(
@@ -216,11 +217,13 @@ def _most_positions(attention: Attention) -> int | None:
     return attention.chunk if attention.window is None else attention.window
 
 
-def _flops(tensors: Shapes) -> int:
-    """Return two for each number of each matrix that multiplies a token."""
-    return 2 * sum(
+def _flops(tensors: Shapes, kind: LayerKind | None = None) -> int:
+    """Return two for each number of each matrix that multiplies a token. A token has few of a layer's experts."""
+    chosen = kind.mlp.per_token if kind is not None and isinstance(kind.mlp, Experts) else 0
+    dense = sum(
         math.prod(shape)
         for name, shape in tensors.items()
         # The norm of queries and keys may have a weight for each head, which is no matrix of a linear layer.
-        if len(shape) == 2 and name not in TABLES and not name.removesuffix(".weight").endswith("norm")
+        if len(shape) == 2 and name.endswith(".weight") and name not in TABLES and not name.endswith("norm.weight")
     )
+    return 2 * dense + 2 * sum(chosen * math.prod(shape[1:]) for shape in tensors.values() if len(shape) == 3)

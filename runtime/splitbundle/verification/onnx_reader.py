@@ -29,6 +29,9 @@ MAX_PORTS: Final = 2**15
 MAX_NODE_INPUTS: Final = 16
 MAX_OPERATOR_SETS: Final = 8
 MAX_ATTRIBUTES: Final = 8
+MAX_OUTPUTS: Final = 2
+MAX_BODY_NODES: Final = 256
+MAX_BODY_INPUTS: Final = 3
 MAX_DIMENSIONS: Final = 8
 """The most dimensions of a tensor, and also the most items in an attribute."""
 
@@ -76,11 +79,27 @@ NODE: Final = Schema(
     "NodeProto",
     "6:doc_string 8:overload 9:metadata_props 10:device_configurations",
     input=(1, TEXT, MAX_NODE_INPUTS),
-    output=(2, TEXT, 0),
+    output=(2, TEXT, MAX_OUTPUTS),
     name=(3, TEXT, 0, True),
     op_type=(4, TEXT, 0),
     attribute=(5, PLACE, MAX_ATTRIBUTES),
     domain=(7, TEXT, 0, True),
+)
+BODY: Final = Schema(
+    "GraphProto of a Loop",
+    "5:initializer 10:doc_string 13:value_info 14:quantization_annotation 15:sparse_initializer 16:metadata_props",
+    node=(1, PLACE, MAX_BODY_NODES),
+    name=(2, TEXT, 0),
+    input=(11, PLACE, MAX_BODY_INPUTS),
+    output=(12, PLACE, MAX_OUTPUTS),
+)
+BODY_ATTRIBUTE: Final = Schema(
+    "AttributeProto of a Loop",
+    "2:f 3:i 4:s 5:t 7:floats 8:ints 9:strings 10:tensors 11:graphs 13:doc_string 14:tp 15:type_protos "
+    "21:ref_attr_name 22:sparse_tensor 23:sparse_tensors",
+    name=(1, TEXT, 0),
+    g=(6, PLACE, 0),
+    type=(20, INTEGER, 0),
 )
 ATTRIBUTE: Final = Schema(
     "AttributeProto",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.dtypes import ITEM_SIZES, ONNX_CODES
 from splitbundle.format.graph import IR_VERSION, Graph, Port
-from splitbundle.format.graph_operators import KINDS, OPERATORS, VALUES, Operator
+from splitbundle.format.graph_operators import BODY, BOOL, KINDS, LOOP, OPERATORS, SIZE, VALUES, Operator
 from splitbundle.format.manifest.document import EMBEDDING, Shard
 from splitbundle.format.weight_layout import Stored
 from splitbundle.storage import files
@@ -29,10 +29,15 @@ MAX_GRAPH: Final = 16 * 2**20
 MAX_CONSTANTS: Final = 2**20
 """In bytes, for all numbers inside the graph itself."""
 CONSTANTS: Final = ("float32", "float16", "int64")
+CARRIED: Final = ("float32", "float16")
+"""The dtypes of the value that a loop carries."""
 _NAME: Final = re.compile(rb"[!-~]{1,256}")
 _TEXT: Final = re.compile(rb"[ -~]{0,256}")
 _DTYPES: Final = {code: dtype for dtype, code in ONNX_CODES.items()}
 _DEFAULT, _EXTERNAL = 0, 1  # values of ONNX's TensorProto.DataLocation
+_Kind = tuple[int, tuple[int | bytes, ...]]  # the number of a dtype, and the sizes or their names
+_NUMBER, _CONDITION = (ONNX_CODES["int64"], ()), (BOOL, ())
+_BODY_PORTS: Final[dict[str, tuple[_Kind, ...]]] = {"input": (_NUMBER, _CONDITION), "output": (_CONDITION,)}
 
 
 def read(bundle: BundleReader, shard: Shard, graph: Graph) -> bytes:
@@ -93,6 +98,13 @@ class _Check:
         self.taken: set[bytes] = set()
         self.constants = 0
         self.attributes: dict[tuple[bytes, bytes], bytes] = {}
+        self.nodes = 0
+        self.inside: set[bytes] | None = None
+        """The values of the body that is being checked. None: the nodes are of the graph itself."""
+        self.ended: set[bytes] = set()
+        """The values of bodies that were checked, which no other node can take."""
+        self.sizes: set[bytes] = set()
+        """The outputs of ``Size`` nodes. Only these can be numbers of iterations."""
 
     def model(self) -> None:
         refuse = self.reader.refuse
@@ -120,7 +132,7 @@ class _Check:
         if left := self.weights.keys() - initializers:
             expected = "an initializer for every weight that the shard computes with"
             refuse("graph.weights", place[0], expected, f"none called {_shown(min(left))}")
-        results = {self.node(at) for at in graph.get("node", ())}
+        results = self.nodes_of(graph.get("node", []), place)
         self.ports("output", graph.get("output", []), self.graph.outputs, place)
         for port in self.graph.outputs:
             if port.name.encode("utf-8") not in results:
@@ -138,29 +150,31 @@ class _Check:
         """Record the name of a value, which must be unique."""
         if not _NAME.fullmatch(name):
             self.reader.refuse("graph.values", offset, "a name of 1 to 256 of the characters ! to ~", _shown(name))
-        if name in self.values:
+        if name in self.values or name in self.ended:
             self.reader.refuse("graph.values", offset, "a name that no other value has", f"{_shown(name)} again")
         self.values.add(name)
+        if self.inside is not None:
+            self.inside.add(name)
 
     def ports(self, which: str, found: list[Place], ports: tuple[Port, ...], place: Place) -> None:
         """Check the inputs or the outputs. Inputs are then values that nodes can take."""
         for at, port in zip(found, ports, strict=False):
-            value = self.reader.message(reader.VALUE, at)
-            kind = self.reader.message(reader.TYPE, value["type"])
-            tensor = self.reader.message(reader.TENSOR_TYPE, kind["tensor_type"])
-            shape = self.reader.message(reader.SHAPE, tensor["shape"])
-            sizes = tuple(map(self.size_of, shape.get("dim", ())))
-            code = ONNX_CODES[port.dtype]
+            name, kind = self.port(at)
             wanted = tuple(size if isinstance(size, int) else size.encode("utf-8") for size in port.shape)
-            if (value["name"], tensor["elem_type"], sizes) != (port.name.encode("utf-8"), code, wanted):
-                dtype = _DTYPES.get(tensor["elem_type"], f"type {tensor['elem_type']}")
-                shown = ", ".join(_shown(size) if isinstance(size, bytes) else str(size) for size in sizes)
-                got = f"{_shown(value['name'])}: {dtype} [{shown}]"
-                self.reader.refuse("graph.ports", at[0], f"the {which} {port}", got)
+            if (name, kind) != (port.name.encode("utf-8"), (ONNX_CODES[port.dtype], wanted)):
+                self.reader.refuse("graph.ports", at[0], f"the {which} {port}", f"{_shown(name)}: {_shown_kind(kind)}")
             if which == "input":
-                self.define(value["name"], at[0])
+                self.define(name, at[0])
         if len(found) != len(ports):
             self.reader.refuse("graph.ports", place[0], f"{len(ports)} {which}s", str(len(found)))
+
+    def port(self, at: Place) -> tuple[bytes, _Kind]:
+        """Return the name of an input or an output, and its dtype and shape."""
+        value = self.reader.message(reader.VALUE, at)
+        kind = self.reader.message(reader.TYPE, value["type"])
+        tensor = self.reader.message(reader.TENSOR_TYPE, kind["tensor_type"])
+        shape = self.reader.message(reader.SHAPE, tensor["shape"])
+        return value["name"], (tensor["elem_type"], tuple(map(self.size_of, shape.get("dim", ()))))
 
     def size_of(self, at: Place) -> int | bytes:
         """Return the size of a dimension, or its name."""
@@ -223,8 +237,15 @@ class _Check:
         if self.constants > MAX_CONSTANTS:
             self.reader.refuse("graph.size", offset, f"at most {MAX_CONSTANTS} bytes of numbers", "more")
 
-    def node(self, at: Place) -> bytes:
-        """Check a node, and return the name of its value."""
+    def nodes_of(self, places: list[Place], place: Place) -> set[bytes]:
+        """Check nodes in their order, and return the names of their values."""
+        self.nodes += len(places)
+        if self.nodes > reader.MAX_NODES:
+            self.reader.refuse("graph.size", place[0], f"at most {reader.MAX_NODES} nodes with those of bodies", "more")
+        return {name for at in places for name in self.node(at)}
+
+    def node(self, at: Place) -> list[bytes]:
+        """Check a node, and return the names of its values."""
         node = self.reader.message(reader.NODE, at)
         operator = OPERATORS.get(node["op_type"])
         if operator is None or node.get("domain"):
@@ -232,19 +253,84 @@ class _Check:
             self.reader.refuse("graph.operator", at[0], "an operator of the specification's list", got)
         if "name" in node:
             self.text(node["name"], at[0])
+        outputs: list[bytes] = node.get("output", [])
+        if len(outputs) != operator.outputs:
+            expected = f"{operator.outputs} of NodeProto.output in a node of {_shown(node['op_type'])}"
+            self.reader.refuse("graph.syntax", at[0], expected, str(len(outputs)))
         inputs = node.get("input", [])
         if not operator.minimum <= len(inputs) <= operator.maximum:
             expected = f"{operator.minimum} to {operator.maximum} inputs of {_shown(node['op_type'])}"
             self.reader.refuse("graph.operator", at[0], expected, str(len(inputs)))
-        if "attribute" in node:
+        if node["op_type"] == LOOP:
+            self.loop(node, at)
+        elif "attribute" in node:
             self.attributes_of(node["op_type"], operator, node["attribute"])
         if not self.values.issuperset(inputs):
             got = next(_shown(name) for name in inputs if name not in self.values)
-            expected = f"inputs of {_shown(node['output'])} that come before it"
+            expected = f"inputs of {_shown(outputs[0])} that come before it"
             self.reader.refuse("graph.values", at[0], expected, f"{got}, which doesn't")
         self.taken.update(inputs)
-        self.define(node["output"], at[0])
-        return node["output"]  # type: ignore[no-any-return]  # bytes, by the schema
+        for output in outputs:
+            self.define(output, at[0])
+        if node["op_type"] == SIZE:
+            self.sizes.add(outputs[0])
+        return outputs
+
+    def loop(self, node: Message, at: Place) -> None:
+        """Check the body of a loop. Bodies have no loops, so this doesn't nest."""
+        refuse, places = self.reader.refuse, node.get("attribute", [])
+        if self.inside is not None:
+            refuse("graph.operator", at[0], "no Loop in the body of a Loop", "one")
+        if node["input"][0] not in self.sizes:
+            expected, got = "the output of a Size node as the number of iterations", _shown(node["input"][0])
+            refuse("graph.operator", at[0], expected, got)
+        if len(places) != 1:
+            refuse("graph.operator", at[0], "one attribute of Loop, body", str(len(places)))
+        found = self.reader.message(reader.BODY_ATTRIBUTE, places[0])
+        if (found["name"], found["type"]) != (BODY, KINDS["g"]):
+            got = f"{_shown(found['name'])} of type {found['type']}"
+            refuse("graph.operator", places[0][0], f"{_shown(BODY)} in the field g, of type {KINDS['g']}", got)
+        self.inside = set()
+        self.body(found["g"])
+        self.values -= self.inside
+        self.ended |= self.inside
+        self.inside = None
+
+    def body(self, place: Place) -> None:
+        """Check a body. Its nodes take its inputs, and every value that comes before the loop."""
+        refuse = self.reader.refuse
+        body = self.reader.message(reader.BODY, place)
+        self.text(body["name"], place[0])
+        inputs, carried = self.body_ports("input", body.get("input", []), place)
+        for name in inputs:
+            self.define(name, place[0])
+        results = self.nodes_of(body.get("node", []), place)
+        outputs, kind = self.body_ports("output", body.get("output", []), place)
+        if kind != carried:
+            refuse("graph.ports", place[0], f"a carried output of {_shown_kind(carried)}", _shown_kind(kind))
+        for name in outputs:
+            if name not in results:
+                refuse("graph.values", place[0], f"a node of the body that gives {_shown(name)}", "none")
+
+    def body_ports(self, which: str, found: list[Place], place: Place) -> tuple[list[bytes], _Kind]:
+        """Check the inputs or the outputs of a body. Return their names, and dtype and shape of the carried value."""
+        refuse = self.reader.refuse
+        wanted = _BODY_PORTS[which]
+        if len(found) != len(wanted) + 1:
+            refuse("graph.ports", place[0], f"{len(wanted) + 1} {which}s of a body", str(len(found)))
+        ports = [self.port(at) for at in found]
+        for at, (_, kind), expected in zip(found, ports, wanted, strict=False):
+            if kind != expected:
+                refuse("graph.ports", at[0], f"an {which} of {_shown_kind(expected)}", _shown_kind(kind))
+        code, sizes = carried = ports[-1][1]
+        if _DTYPES.get(code) not in CARRIED:
+            refuse("graph.ports", found[-1][0], f"a carried value of {' or '.join(CARRIED)}", _shown_kind(carried))
+        for size in sizes:
+            if isinstance(size, bytes):
+                self.text(size, found[-1][0])
+            elif size < 1:
+                refuse("graph.ports", found[-1][0], "sizes of at least 1", str(size))
+        return [name for name, _ in ports], carried
 
     def attributes_of(self, kind: bytes, operator: Operator, places: list[Place]) -> None:
         names = {self.attribute(kind, operator, at) for at in places}
@@ -270,6 +356,11 @@ class _Check:
             self.reader.refuse("graph.operator", at[0], f"{_shown(name)} of {shown}", quoted(found[holder]))
         self.attributes[kind, data] = name
         return name
+
+
+def _shown_kind(kind: _Kind) -> str:
+    dtype = "bool" if kind[0] == BOOL else _DTYPES.get(kind[0], f"type {kind[0]}")
+    return f"{dtype} [{', '.join(_shown(size) if isinstance(size, bytes) else str(size) for size in kind[1])}]"
 
 
 def _shown(text: bytes) -> str:

@@ -41,8 +41,10 @@ FLOAT16: Final = (
     "llama4_text-tuned-biased",
     "apertus-biased",
     "cohere-normed",
+    "qwen2_moe",
+    "olmoe-normalised",
 )
-"""Both norms, most placements, caps, offsets, ALiBi, sinks, chunks, temperatures, xIELU."""
+"""Both norms, most placements, caps, offsets, ALiBi, sinks, chunks, temperatures, xIELU, experts."""
 ONE_EACH: Final = tuple(name for name in ONE_PER_FAMILY if name not in BY_PIECES)
 
 
@@ -110,7 +112,7 @@ def test_rows_that_outgrow_a_threshold(name: str, split: tuple[int, ...], monkey
             assert numpy.abs(got - expected.numpy()).max() <= TOLERANCE * expected.abs().max().item()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2-by-layer", "gemma2-capped-biased", "apertus-biased"])
+@pytest.mark.parametrize("name", ["llama", "gpt2-by-layer", "gemma2-capped-biased", "apertus-biased", "qwen2_moe"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_of_16_bits_are_widened(name: str, dtype: str) -> None:
     """The graph computes in float32 on the stored weights, as torch does when it is asked for float32."""

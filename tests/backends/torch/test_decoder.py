@@ -45,6 +45,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     "SB-C-028",
     "SB-C-029",
     "SB-C-030",
+    "SB-C-033",
+    "SB-C-034",
+    "SB-C-035",
+    "SB-C-036",
+    "SB-C-037",
+    "SB-C-038",
 )
 @pytest.mark.parametrize("name", ["gpt2", "llama3", *VARIANTS])
 def test_the_decoder_computes_what_the_text_says(name: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from splitbundle import BundleError
 from splitbundle.backends.torch.stage import Stage
+from splitbundle.format.architecture.experts import Experts
 from splitbundle.training import label_count, load_lora, merge_adapters, next_labels, save_lora, token_loss
 from tests.support.models import LAYERS, ONE_PER_FAMILY, bundle, checkpoint, load_original, token_rows
 
@@ -25,6 +26,10 @@ CUTS = ((0, 1), (1, 3), (3, LAYERS))
 def families() -> list[Any]:
     names = [*SHORT, *(name for name in ONE_PER_FAMILY if name not in SHORT)]
     return [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
+def has_experts(name: str) -> bool:
+    return any(isinstance(kind.mlp, Experts) for kind in bundle(name).architecture.layer_kinds.values())
 
 
 def stages_of(name: str) -> list[Stage]:
@@ -48,7 +53,8 @@ def test_trained_over_three_stages_and_loaded_by_peft(
 ) -> None:
     stages, ids = stages_of(name), torch.tensor(token_rows(9, 9))
     for stage in stages:
-        stage.add_lora(3, 6, ["attention.query", "attention.value", "attention.output", "mlp.down"])
+        dense = [] if has_experts(name) else ["mlp.down"]
+        stage.add_lora(3, 6, ["attention.query", "attention.value", "attention.output", *dense])
     own = [parameter for stage in stages for parameter in stage.parameters() if parameter.requires_grad]
     optimizer, labels = torch.optim.AdamW(own, lr=1e-2), next_labels(ids)
     for _ in range(3):
@@ -77,7 +83,7 @@ def test_trained_by_peft_and_loaded_onto_stages(name: str, rslora: bool, tmp_pat
     config = peft.LoraConfig(
         r=3,
         lora_alpha=5,
-        target_modules="all-linear",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"] if has_experts(name) else "all-linear",
         use_rslora=rslora,
         task_type="CAUSAL_LM",
         rank_pattern={r".*\.1\..*": 2},

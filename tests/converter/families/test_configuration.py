@@ -18,7 +18,7 @@ from tests.support.yardsticks import at_most, seconds
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("model_type", ["bert", "mixtral", "nosuch", "", None, 3, ["llama"], ...])
+@pytest.mark.parametrize("model_type", ["bert", "jamba", "nosuch", "", None, 3, ["llama"], ...])
 def test_a_family_that_is_not_in_the_table(source: Callable[[str], Path], output: Path, model_type: Any) -> None:
     """The type is refused whether transformers knows it or not. A missing field counts as null."""
     path = source("llama")
@@ -33,7 +33,7 @@ def test_a_family_that_is_not_in_the_table(source: Callable[[str], Path], output
 @pytest.mark.parametrize(
     ("field", "value", "what"),
     [
-        ("num_local_experts", 8, "mixtures of experts"),
+        ("num_local_experts", 8, "mixtures of experts like this one"),
         ("kv_lora_rank", 512, "latent attention"),
         ("state_size", 16, "recurrent layers"),
         ("num_kv_shared_layers", 10, "layers that share keys and values, or have inputs of their own"),
@@ -44,10 +44,10 @@ def test_why_a_family_is_not_in_the_table(
     source: Callable[[str], Path], output: Path, field: str, value: Any, what: str
 ) -> None:
     path = source("llama")
-    change_config(path, model_type="mixtral", **{field: value})
+    change_config(path, model_type="jamba", **{field: value})
     assert str(refused(path, output)) == (
         "[source.family] config.json /model_type: expected one of the families that splitbundle families lists, got "
-        f"'mixtral'. It has {field} {value!r}, and {what} can't be converted yet"
+        f"'jamba'. It has {field} {value!r}, and {what} can't be converted yet"
     )
 
 

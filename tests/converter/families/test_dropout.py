@@ -73,7 +73,9 @@ def test_the_same_is_dropped_as_by_the_family_s_own_class(name: str, monkeypatch
         assert dropout.rates(model_type, config.to_dict()) is None
         return
     rates = set_rates(config, model_type)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    ).train()
     stage = bundle(name).pipeline(trainable=True, dropout=rates)
     ids, recorder = torch.tensor(token_rows(5, 5)), Recorder(monkeypatch)
     with torch.no_grad():

@@ -19,10 +19,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.core_model_loading import revert_weight_conversion  # experts are joined when they are loaded
 
 from splitbundle.errors import BundleError
 from splitbundle.format.architecture.attention import Attention
-from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.decoder import Architecture, LayerKind
+from splitbundle.format.architecture.experts import Experts
 from splitbundle.format.architecture.positions import Unpositioned
 from splitbundle.format.architecture.rotary import LongRope, Rotary, Unscaled
 from splitbundle.format.architecture.sizes import count
@@ -87,6 +89,30 @@ def facts(architecture: Architecture) -> dict[str, Any]:
         "attention_scale": one_or_all([each.scale for each in attentions]),
         "clip": attention.clip,
         "head_bias": head.bias,
+        **experts(kinds),
+    }
+
+
+def experts(kinds: list[LayerKind]) -> dict[str, Any]:
+    """Return the facts of mixtures of experts, if there are any. All layers that have one have the same here."""
+    sparse = [kind.mlp for kind in kinds if isinstance(kind.mlp, Experts)]
+    if not sparse:
+        return {}
+    one, router = sparse[0], sparse[0].router
+    assert all(each == one for each in sparse)
+    return {
+        "experts": {
+            "count": one.count,
+            "per_token": one.per_token,
+            "intermediate_size": one.intermediate_size,
+            "shared": None if one.shared is None else as_dict(one.shared),
+            "function": router.function,
+            "normalised": router.normalised,
+            "scale": router.scale,
+            "correction": router.correction,
+            "groups": None if router.groups is None else as_dict(router.groups),
+            "dense_layers": [layer for layer, kind in enumerate(kinds) if not isinstance(kind.mlp, Experts)],
+        }
     }
 
 
@@ -184,7 +210,7 @@ def test_the_tensors_are_those_of_the_original_class(name: str) -> None:
         heads[0] if key == "lm_head.weight" else key: SourceTensor(
             file="model", stored=key, path=Path("model"), dtype="F32", shape=tuple(tensor.shape)
         )
-        for key, tensor in (dict(model.named_parameters()) | buffers).items()
+        for key, tensor in revert_weight_conversion(model, dict(model.named_parameters()) | buffers).items()
     }
     source: Any = SimpleNamespace(
         tensors=tensors,

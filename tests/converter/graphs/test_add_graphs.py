@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.rule("SB-O-002", "SB-O-003", "SB-O-006", "SB-O-013")
-@pytest.mark.parametrize("name", ["gpt2", "llama-llama3", "gemma2-capped-biased", "granite_swa-bases-biased"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama-llama3", "gemma2-capped-biased", "granite_swa-bases-biased", "qwen2_moe"]
+)
 @pytest.mark.parametrize("variant", ["standard", "float16"])
 def test_a_graph_by_its_rules(name: str, variant: str) -> None:
     whole = bundle(name, (0, 1, 3), "float32" if variant == "standard" else "float16", variant)

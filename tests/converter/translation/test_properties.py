@@ -54,7 +54,9 @@ def of_depth(name: str, layers: int) -> dict[str, Any]:
     fields = CONFIGURATIONS[name][1]
     changes: dict[str, Any] = {depth: layers for depth in DEPTHS if depth in fields}
     assert len(changes) == 1, name
-    for listed in ("layer_types", "no_rope_layers", "layer_rope_theta"):
+    if "moe_layers" in fields:
+        changes["moe_layers"] = [layer for layer in fields["moe_layers"] if layer < layers]
+    for listed in ("layer_types", "mlp_layer_types", "no_rope_layers", "layer_rope_theta"):
         if listed in fields:
             changes[listed] = list(itertools.islice(itertools.cycle(fields[listed]), layers))
     if "attention_types" in fields:

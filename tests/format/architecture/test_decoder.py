@@ -11,6 +11,7 @@ import pytest
 
 from splitbundle.format.architecture import attention, feedforward, norms, positions, rotary
 from splitbundle.format.architecture import decoder as architectures
+from splitbundle.format.architecture.experts import Experts
 from tests.support.paths import ROOT
 from tests.support.variants import VARIANTS, facts
 
@@ -56,10 +57,8 @@ def test_tensors_are_those_of_the_table(name: str) -> None:
                 "query_key_norm": own is not None,
                 "sinks": kind.attention.sinks,
                 "output_bias": kind.attention.output_bias,
-                "gated": kind.mlp.gated,
-                "mlp has biases": kind.mlp.bias,
-                "gated, and mlp has biases": kind.mlp.gated and kind.mlp.bias,
                 "activation is xielu": kind.mlp.activation == "xielu",
+                **mlp_conditions(kind.mlp),
                 "the head has a norm": head.norm is not None,
                 "the head isn't tied": not head.tied,
                 "the head has a bias": head.bias,
@@ -82,6 +81,28 @@ def test_tensors_are_those_of_the_table(name: str) -> None:
             assert list(architecture.unit_tensors()[unit].items()) == list(expected.items())
 
 
+def mlp_conditions(mlp: feedforward.Mlp | Experts) -> dict[str, bool]:
+    dense, gated, bias = isinstance(mlp, feedforward.Mlp), mlp.gated, mlp.bias
+    router, shared = (None, None) if isinstance(mlp, feedforward.Mlp) else (mlp.router, mlp.shared)
+    return {
+        "dense": dense,
+        "dense, gated": dense and gated,
+        "dense, and mlp has biases": dense and bias,
+        "dense, gated, and mlp has biases": dense and gated and bias,
+        "experts": not dense,
+        "experts, and the router has a bias": router is not None and router.bias,
+        "experts, and correction isn't null": router is not None and router.correction is not None,
+        "experts, gated": not dense and gated,
+        "experts, gated, with biases": not dense and gated and bias,
+        "experts with biases": not dense and bias,
+        "shared": shared is not None,
+        "shared, gated": shared is not None and gated,
+        "shared, gated, with biases": shared is not None and gated and bias,
+        "shared with biases": shared is not None and bias,
+        "shared, with a gate": shared is not None and shared.gate,
+    }
+
+
 def architecture_sizes(architecture: architectures.Architecture, kind: architectures.LayerKind) -> Callable[[str], int]:
     """Evaluate a dimension of the table: a name, a number, a product or a sum."""
     position = architecture.embedding.position
@@ -95,6 +116,8 @@ def architecture_sizes(architecture: architectures.Architecture, kind: architect
         "kv_heads": kind.attention.kv_heads,
         "head_dim": kind.attention.head_dim,
         "intermediate_size": kind.mlp.intermediate_size,
+        "experts": kind.mlp.count if isinstance(kind.mlp, Experts) else 0,
+        "shared_size": kind.mlp.shared.intermediate_size if isinstance(kind.mlp, Experts) and kind.mlp.shared else 0,
         "1": 1,
     }
     return lambda size: sum(math.prod(named[factor] for factor in term.split("·")) for term in size.split(" + "))

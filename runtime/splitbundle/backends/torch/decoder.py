@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from splitbundle.backends.torch.attention import Attention
 from splitbundle.backends.torch.cache import KVCache
-from splitbundle.backends.torch.feedforward import Mlp
+from splitbundle.backends.torch.experts import feedforward
 from splitbundle.backends.torch.kernels import linear
 from splitbundle.backends.torch.modules import Linear, Table, through
 from splitbundle.backends.torch.norms import Norm
@@ -32,7 +32,7 @@ class Layer(nn.Module):
             for name in ("attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm")
         )
         self.attention = Attention(kind.attention, hidden, layer)
-        self.mlp = Mlp(kind.mlp, hidden)
+        self.mlp = feedforward(kind.mlp, hidden)
         self.dropout = 0.0, 0.0  # of what attention and the feed-forward block add
 
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:

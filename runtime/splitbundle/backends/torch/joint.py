@@ -81,7 +81,7 @@ def join(layers: nn.ModuleDict, tensors: MappedTensors) -> None:
     for number, layer in layers.items():
         for name, members in _BLOCKS.items():
             block = getattr(layer, name)
-            own = {member: found for member in members if (found := getattr(block, member)) is not None}
+            own = {member: found for member in members if (found := getattr(block, member, None)) is not None}
             if len(own) < 2:
                 continue
             first, paths = own[members[0]], [f"layers.{number}.{name}.{member}" for member in own]

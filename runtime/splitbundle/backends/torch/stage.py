@@ -342,7 +342,9 @@ def _load(
                 found = map_tensors(bundle, unit)
                 tensors.include(found)
                 for name, tensor in found.items():
-                    mapped[name] = nn.Parameter(rounded(tensor, dtype, name).to(device), requires_grad=trainable)
+                    # The correction of a router is for choosing alone, so no gradient reaches it.
+                    learns = trainable and not name.endswith("router.correction")
+                    mapped[name] = nn.Parameter(rounded(tensor, dtype, name).to(device), requires_grad=learns)
         stage = Stage(bundle, selection)
         _assign(stage, mapped)
         if not trainable:

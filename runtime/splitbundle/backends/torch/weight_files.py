@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from splitbundle.format.manifest.document import File
 from splitbundle.format.weight_layout import Tensor as Stored
 from splitbundle.storage import files
 
-Produce = Callable[[str], Tensor]
-"""Returns a logical tensor by its name, in the dtype to store."""
+Produce = Callable[[str], Tensor | Iterable[Tensor]]
+"""Returns a logical tensor by its name, in the dtype to store: as a whole, or in pieces along its first dimension."""
 UnitFiles = dict[str, dict[str, dict[str, Stored]]]
 """Unit -> its files -> their tensors."""
 
@@ -29,7 +29,7 @@ def write_weights(path: Path, tensors: dict[str, Stored], produce: Produce) -> C
     Args:
         path: The path of the new file.
         tensors: The name of each tensor, in order of use -> its dtype and shape.
-        produce: Returns a tensor by its name. The tensor must have exactly this dtype and shape.
+        produce: Returns a tensor by its name, or its pieces. It must have exactly this dtype and shape.
 
     Returns:
         A function that returns the file's entry in the manifest. Any thread may call it. The file begins with the
@@ -45,7 +45,7 @@ def write_weights(path: Path, tensors: dict[str, Stored], produce: Produce) -> C
     with path.open("wb") as file:
         file.seek(space)
         for name, (stored, _) in layout.items():
-            for piece in tensor_bytes(produce(name), stored, name):
+            for piece in _pieces(produce(name), stored, name):
                 digest.update(piece)
                 file.write(piece)
         header = weight_layout.header(layout, digest.hexdigest())
@@ -58,6 +58,18 @@ def write_weights(path: Path, tensors: dict[str, Stored], produce: Produce) -> C
 def _second_pass(path: Path, size: int, header_sha256: str) -> File:
     with path.open("rb", buffering=0) as file:
         return File(size=size, sha256=files.sha256(file), header_sha256=header_sha256)
+
+
+def _pieces(given: Tensor | Iterable[Tensor], stored: Stored, name: str) -> Iterator[memoryview]:
+    if isinstance(given, Tensor):
+        yield from tensor_bytes(given, stored, name)
+        return
+    rows = 0
+    for tensor in given:
+        rows += len(tensor)
+        yield from tensor_bytes(tensor, Stored(dtype=stored.dtype, shape=(len(tensor), *stored.shape[1:])), name)
+    if rows != stored.shape[0]:
+        raise ValueError(f"{name}: expected {stored}, got {rows} rows")
 
 
 def tensor_bytes(tensor: Tensor, stored: Stored, name: str) -> Iterator[memoryview]:

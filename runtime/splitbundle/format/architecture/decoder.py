@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from splitbundle.format import strict_json
 from splitbundle.format.architecture.attention import Attention, attention_tensors
+from splitbundle.format.architecture.experts import EXTENSION, Experts, experts_tensors
 from splitbundle.format.architecture.feedforward import Mlp, mlp_tensors
 from splitbundle.format.architecture.norms import NORMS, Norm, norm_tensors
 from splitbundle.format.architecture.positions import Learned, Sinusoidal, Unpositioned
@@ -29,7 +30,7 @@ class LayerKind:
     residual_multiplier: float
     """The factor of the outputs of attention and the feed-forward block, before they are added."""
     attention: Attention
-    mlp: Mlp
+    mlp: Mlp | Experts
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,11 @@ class Architecture:
         return self.layer_kinds[self.layers[layer]]
 
     @property
+    def extensions(self) -> tuple[str, ...]:
+        """Return what a reader must understand beside the fields of the first readers: names for ``requires``."""
+        return (EXTENSION,) if any(isinstance(kind.mlp, Experts) for kind in self.layer_kinds.values()) else ()
+
+    @property
     def position_limit(self) -> int | None:
         """Return the number of positions if the embedding bounds it, or None."""
         position = self.embedding.position
@@ -113,7 +119,11 @@ class Architecture:
             **norm_of(norms.before_attention),
             **attention_tensors(f"{name}.attention", kind.attention, hidden),
             **norm_of(norms.before_mlp),
-            **mlp_tensors(f"{name}.mlp", kind.mlp, hidden),
+            **(
+                experts_tensors(f"{name}.mlp", kind.mlp, hidden)
+                if isinstance(kind.mlp, Experts)
+                else mlp_tensors(f"{name}.mlp", kind.mlp, hidden)
+            ),
             **norm_of(norms.after_mlp),
         }
 

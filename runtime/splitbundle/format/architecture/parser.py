@@ -8,13 +8,16 @@ from splitbundle.errors import quoted
 from splitbundle.format import strict_json
 from splitbundle.format.architecture.attention import check_attention, parse_attention
 from splitbundle.format.architecture.decoder import FILE, Architecture, Embedding, Head, LayerKind
-from splitbundle.format.architecture.feedforward import parse_mlp
+from splitbundle.format.architecture.experts import Experts, check_experts, parse_experts
+from splitbundle.format.architecture.feedforward import Mlp, parse_mlp
 from splitbundle.format.architecture.norms import PLACEMENTS, check_norm, parse_norm, parse_optional_norm
 from splitbundle.format.architecture.positions import Sinusoidal, parse_embedding_position
 from splitbundle.format.architecture.sizes import MAX_LAYERS, MAX_SIZE
 from splitbundle.format.fields import Field, Problems
 from splitbundle.version import ARCHITECTURE_VERSION
 
+NO_MLP = Mlp(gated=False, activation="relu", intermediate_size=1, bias=False)
+"""What stands for a block of an unknown kind, whose problem was noted."""
 _KIND_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -81,8 +84,15 @@ def _layer_kind(field: Field) -> LayerKind:
         norm=parse_norm(members["norm"]),
         residual_multiplier=members["residual_multiplier"].positive_number(),
         attention=parse_attention(members["attention"]),
-        mlp=parse_mlp(members["mlp"]),
+        mlp=_mlp(members["mlp"]),
     )
+
+
+def _mlp(field: Field) -> Mlp | Experts:
+    """Read a feed-forward block: a mixture of experts has a ``kind``, and a dense block has none."""
+    if isinstance(field.value, dict) and "kind" in field.value:
+        return parse_experts(field, MAX_SIZE) if field.kind(("experts",)) else NO_MLP
+    return parse_mlp(field)
 
 
 def _head(field: Field) -> Head:
@@ -117,6 +127,8 @@ def _check_rules(architecture: Architecture, problems: Problems) -> None:
         norms.append((f"{at}/norm", kind.norm))
         if attention.query_key_norm is not None:
             norms.append((f"{at}/attention/query_key_norm/norm", attention.query_key_norm.norm))
+        if isinstance(kind.mlp, Experts):
+            check_experts(kind.mlp, f"{at}/mlp", add)
         check_attention(attention, f"{at}/attention", add)
     for pointer, norm in norms:
         check_norm(norm, pointer, add)

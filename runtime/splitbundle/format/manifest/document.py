@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from splitbundle.format import names, strict_json
 from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE_FILE
+from splitbundle.format.architecture.experts import EXTENSION as EXPERTS
 from splitbundle.format.graph import Graph
 from splitbundle.records import as_dict, field, members, record, replace
 from splitbundle.version import FORMAT_VERSION
@@ -16,7 +17,7 @@ FILE: Final = names.MANIFEST
 ENCODINGS: Final = ("plain",)
 SELF_VECTORS: Final = "self_vectors"
 """The extension of a bundle whose golden vectors were computed from the bundle itself."""
-EXTENSIONS: Final = frozenset({SELF_VECTORS})
+EXTENSIONS: Final = frozenset({SELF_VECTORS, EXPERTS})
 """The named extensions that this reader understands."""
 BOUNDARY_TENSORS: Final = ("hidden", "past", "count")
 EMBEDDING: Final = "embedding.token.weight"
@@ -147,16 +148,21 @@ class Vectors:
 class SourceName:
     """One source tensor, one for each layer (``{layer}`` in the names) or one for each row (``{row}`` in ``source``).
 
-    The source tensor is the concatenation of ``tensors`` along their first dimension, transposed if ``transposed``.
-    With several ``groups``, the rows of each tensor are in that many equal groups, and the first groups of all tensors
-    come before the second groups. Some families store queries, keys and values of a head together in this way. If
-    ``source`` has ``{row}``, each source tensor is one row of the only tensor.
+    The source tensor is the concatenation of ``tensors`` along the dimension ``axis``, with its last two dimensions
+    exchanged if ``transposed``. With several ``groups``, that dimension of each tensor is in so many equal groups, and
+    the first groups of all tensors come before the second groups. Some families store queries, keys and values of a
+    head together in this way. If ``source`` has ``{row}``, each source tensor is one row of the only tensor.
     """
 
     source: str
     tensors: tuple[str, ...]
     groups: int
     transposed: bool
+    axis: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the entry with its fields. An axis of 0 isn't written."""
+        return {name: value for name, value in members(self).items() if name != "axis" or value}
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -174,6 +180,8 @@ class Manifest:
     text: Text
     vectors: Vectors | None
     source_names: tuple[SourceName, ...]
+    features: tuple[str, ...] = ()
+    """What the architecture has that a reader must understand by name: a part of ``requires``."""
     producer: dict[str, Any] = field(default_factory=dict)
     extensions: dict[str, Any] = field(default_factory=dict)
 
@@ -193,7 +201,10 @@ class Manifest:
         document = {
             "format": "splitbundle",
             "format_version": version_text(FORMAT_VERSION),
-            "requires": [SELF_VECTORS] if self.vectors is not None and self.vectors.of_itself else [],
+            "requires": [
+                *([SELF_VECTORS] if self.vectors is not None and self.vectors.of_itself else []),
+                *self.features,
+            ],
             "producer": self.producer,
             "model": {
                 key: value
@@ -210,7 +221,7 @@ class Manifest:
             },
             "text": members(self.text),
             "vectors": None if self.vectors is None else _vectors(self.vectors),
-            "source_names": [members(entry) for entry in self.source_names],
+            "source_names": [entry.as_json() for entry in self.source_names],
             "extensions": self.extensions,
         }
         return strict_json.dump(document)

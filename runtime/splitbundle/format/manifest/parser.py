@@ -64,7 +64,8 @@ def parse_manifest(data: bytes) -> Manifest:
     producer, extensions = members["producer"], members["extensions"]
     producer.members([], open=True)
     extensions.members([], open=True)
-    own_vectors = any(item.value == SELF_VECTORS for item in members["requires"].items())
+    required = [item.value for item in members["requires"].items()]
+    own_vectors = SELF_VECTORS in required
     boundaries = [_boundary(item) for item in members["boundaries"].items()]
     manifest = Manifest(
         hidden_size=boundaries[0][1] if boundaries else None,
@@ -76,6 +77,7 @@ def parse_manifest(data: bytes) -> Manifest:
         text=_text(members["text"]),
         vectors=None if members["vectors"].is_null and not own_vectors else _vectors(members["vectors"], own_vectors),
         source_names=tuple(_source_name(item) for item in members["source_names"].items()),
+        features=tuple(name for name in required if name != SELF_VECTORS),
         producer=producer.value if isinstance(producer.value, dict) else {},
         extensions=extensions.value if isinstance(extensions.value, dict) else {},
     )
@@ -271,10 +273,12 @@ def _vectors(field: Field, of_itself: bool) -> Vectors:
 
 
 def _source_name(field: Field) -> SourceName:
-    members = field.members(["source", "tensors", "groups", "transposed"])
+    has_axis = isinstance(field.value, dict) and "axis" in field.value
+    members = field.members(["source", "tensors", "groups", "transposed", *(["axis"] if has_axis else [])])
     return SourceName(
         source=members["source"].string(),
         tensors=tuple(item.string() for item in members["tensors"].items(minimum=1)),
         groups=members["groups"].integer(1, MAX_SIZE),
         transposed=members["transposed"].boolean(),
+        axis=members["axis"].integer(0, 2) if has_axis else 0,
     )

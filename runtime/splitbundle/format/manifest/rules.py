@@ -9,6 +9,7 @@ from typing import Final
 from splitbundle.errors import quoted
 from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE_FILE
 from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.experts import EXTENSION as EXPERTS
 from splitbundle.format.architecture.sizes import count
 from splitbundle.format.dtypes import ITEM_SIZES
 from splitbundle.format.fields import Problems, escape
@@ -132,6 +133,9 @@ def check_against(manifest: Manifest, architecture: Architecture) -> None:
     units = architecture.unit_tensors()
     shapes = architecture.tensors()
     total = len(architecture.layers)
+    for name in architecture.extensions:
+        if name not in manifest.features:
+            problems.add("manifest.requires", "/requires", f"{quoted(name)}, which the architecture has", "none")
     missing = [unit for unit in units if unit not in manifest.units]
     extra = [unit for unit in manifest.units if unit not in units]
     if missing or extra:
@@ -269,19 +273,28 @@ def _check_source_names(
             if unknown:
                 problems.add("manifest.sources", f"{at}/tensors", "names of logical tensors", quoted(unknown[0]))
                 break
-            if len({(shapes[name][1:], manifest.storage.dtype_of(name)) for name in expanded.tensors}) > 1:
-                wanted = "tensors of one dtype that can be concatenated along their first dimension"
+            axis, first = expanded.axis, shapes[expanded.tensors[0]]
+            if axis >= len(first) or (axis and EXPERTS not in manifest.features):
+                wanted = f"a dimension of the tensors, and 0 unless requires names {EXPERTS}"
+                problems.add("manifest.sources", f"{at}/axis", wanted, str(axis))
+                break
+            others = {
+                (shapes[name][:axis], shapes[name][axis + 1 :], manifest.storage.dtype_of(name))
+                for name in expanded.tensors
+            }
+            if len(others) > 1:
+                which = ("first", "second", "third")[axis]
+                wanted = f"tensors of one dtype that can be concatenated along their {which} dimension"
                 problems.add("manifest.sources", f"{at}/tensors", wanted, quoted(expanded.tensors))
                 break
-            if any(shapes[name][0] % expanded.groups for name in expanded.tensors):
-                wanted = "a divisor of every tensor's rows"
+            if any(shapes[name][axis] % expanded.groups for name in expanded.tensors):
+                wanted = "a divisor of every tensor's rows" if axis == 0 else "a divisor of that dimension"
                 problems.add("manifest.sources", f"{at}/groups", wanted, str(expanded.groups))
                 break
-            if expanded.transposed and len(shapes[expanded.tensors[0]]) != 2:
-                wanted = "false, as the tensors don't have two dimensions"
+            if expanded.transposed and len(first) not in (2, 3):
+                wanted = "false, as the tensors don't have two dimensions or three"
                 problems.add("manifest.sources", f"{at}/transposed", wanted, "true")
                 break
-            first = shapes[expanded.tensors[0]]
             plain = len(expanded.tensors) == 1 and len(first) > 1 and expanded.groups == 1 and not expanded.transposed
             if ROW in expanded.source and not (plain and _ROW_NAME.fullmatch(expanded.source)):
                 wanted = (
