@@ -48,8 +48,8 @@ def test_without_part_the_hint_says_what_to_do(tmp_path: Path) -> None:
     )
     change_text(source, model_type=...)
     assert str(refused(source, part=None)).endswith('language part is llama: convert it with part="language"')
-    change_text(source, model_type="mixtral")
-    hint = f"{ONLY}. This checkpoint's language part is 'mixtral', and can't be converted alone either"
+    change_text(source, model_type="jamba")
+    hint = f"{ONLY}. This checkpoint's language part is 'jamba', and can't be converted alone either"
     assert str(refused(source, part=None)).endswith(f"got 'llava'. {hint}")
 
 
@@ -72,9 +72,9 @@ def test_a_part_that_is_not_known(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         (
-            {"model_type": "mixtral"},
+            {"model_type": "jamba"},
             f"[source.family] config.json /text_config/model_type: expected one of {', '.join(sorted(FAMILIES))}, got "
-            "'mixtral'",
+            "'jamba'",
         ),
         (
             {"model_type": 3},
