@@ -134,6 +134,7 @@ class _Chosen:
         self.present = graph.op("Unique", f"{name}.present", self.chosen)
         count = graph.op("Size", f"{name}.count", self.present)
         shape = graph.op("Shape", f"{name}.shape", self.x)
+        self.rows = {count: self._rows(count) for count in (self.experts.intermediate_size, self.hidden)}
         nothing = graph.op("Expand", f"{name}.nothing", graph.number(0.0, graph.dtype), shape)
         return graph.loop(name, count, nothing, self.hidden, self._one)
 
@@ -141,6 +142,7 @@ class _Chosen:
         """Add one expert's outputs to the rows that have chosen it."""
         graph, name, per_token = self.graph, self.name, self.experts.per_token
         self.expert = graph.op("Gather", f"{name}.expert", self.present, iteration)
+        self.first = graph.op("Mul", f"{name}.first", self.expert, graph.integers(1, 0))
         own = graph.op("NonZero", f"{name}.own", graph.op("Equal", f"{name}.is_own", self.chosen, self.expert))
         choices = graph.op("Reshape", f"{name}.choices", own, graph.integers(-1))
         rows = graph.op("Div", f"{name}.rows", choices, graph.integer(per_token)) if per_token > 1 else choices
@@ -179,11 +181,25 @@ class _Chosen:
     def _linear(self, part: str, x: str) -> str:
         """Multiply by the expert's matrix and add its bias. *Shape:* (rows, in) -> (rows, out)."""
         name = f"{self.name}.{part}"
-        biases = [self._own(f"{name}.bias")] if self.experts.bias else []
-        return self.graph.op("Gemm", name, x, self._own(f"{name}.weight"), *biases, transB=1)
+        graph, rows = self.graph, self.hidden if part == "down" else self.experts.intermediate_size
+        # onnxruntime copies what it gathers: single rows on all threads, but a matrix on one thread.
+        index = f"{self.name}.matrix_of_{rows}_rows"
+        if not graph.has(index):
+            graph.op("Add", index, self.rows[rows], self.first)
+        biases = [self._own("Gather", f"{name}.bias", self.expert)] if self.experts.bias else []
+        return graph.op("Gemm", name, x, self._own("GatherND", f"{name}.weight", index), *biases, transB=1)
 
-    def _own(self, stacked: str) -> str:
+    def _own(self, operator: str, stacked: str, index: str) -> str:
         """Take one expert's tensor, and cast that alone."""
         graph = self.graph
-        taken = graph.op("Gather", f"{stacked}.own", graph.stored(stacked), self.expert)
+        taken = graph.op(operator, f"{stacked}.own", graph.stored(stacked), index)
         return graph.cast(taken, graph.stored_dtype(stacked), graph.dtype)
+
+    def _rows(self, count: int) -> str:
+        """Return the places of the rows of the first expert's matrix. *Shape:* (count, 2)."""
+        graph, name = self.graph, f"shapes.rows_{count}"
+        if graph.has(name):
+            return name
+        numbers = graph.op("Range", f"{name}.numbers", graph.integer(0), graph.integer(count), graph.integer(1))
+        column = graph.op("Reshape", f"{name}.column", numbers, graph.integers(-1, 1))
+        return graph.op("Mul", name, column, graph.integers(0, 1))

@@ -45,7 +45,7 @@ def _listed() -> dict[bytes, Operator]:
     add("Shape", 1, start="i", end="i")
     add("Softmax", 1, axis="i")
     add("Transpose", 1, perm="ints")
-    add("Add And Div Equal Expand Gather Greater LessOrEqual MatMul Max Min Mul Pow Reshape Sub Unsqueeze", 2)
+    add("Add And Div Equal Expand Gather GatherND Greater LessOrEqual MatMul Max Min Mul Pow Reshape Sub Unsqueeze", 2)
     add("Concat", 2, 16, axis="i")
     add("Gemm", 2, 3, transB="i")
     add("LayerNormalization RMSNormalization", 2, 3, axis="i", epsilon="f")
