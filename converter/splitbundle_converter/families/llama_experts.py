@@ -199,7 +199,8 @@ EXPERT_FAMILIES: Final = (
     row("dots1", DEEPSEEK, BIASED, ignored=["max_window_layers"], query_key_norm="head", window=layer_windows,
         experts=BALANCED),
     # Solar Open (Upstage 2026).
-    row("solar_open", DEEPSEEK, PLAIN, ignored=["intermediate_size"], inner="moe_intermediate_size", qkv_bias="attention_bias",
+    row("solar_open", DEEPSEEK, PLAIN, ignored=["intermediate_size"], inner="moe_intermediate_size",
+        qkv_bias="attention_bias",
         experts=BALANCED.replace(layers=all_layers)),
     # K-EXAONE (LG AI Research 2026).
     row("exaone_moe", renamed(DEEPSEEK, {"mlp.e_score_correction_bias": OneTensor("mlp.router.correction")}), PLAIN,
