@@ -22,7 +22,7 @@ class ExpertFacts:
 
     count: str = "num_experts"
     per_token: str = "num_experts_per_tok"  # noqa: S105  # the name of a field
-    inner: str | Callable[[ConfigReader], int] = "moe_intermediate_size"
+    inner: str = "moe_intermediate_size"
     layers: Callable[[ConfigReader, int], list[bool]] = all_layers
     """Returns for each layer whether it has experts."""
     bias: bool = False
@@ -30,9 +30,9 @@ class ExpertFacts:
     """The name of a field."""
     gate_slope: float | str = 1.0
     up_offset: float = 0.0
-    function: str | Callable[[ConfigReader], str] = "softmax"
+    function: str = "softmax"
+    """A value, as ``correction`` and ``weighs``."""
     router_bias: bool = False
-    logit_cap: Callable[[ConfigReader], float | None] | None = None
     correction: str | None = None
     groups: Callable[[ConfigReader], Groups | None] | None = None
     normalised: bool | str = True
@@ -64,25 +64,24 @@ class ExpertFacts:
             per_token = count
         normalised = config.boolean(self.normalised) if isinstance(self.normalised, str) else self.normalised
         epsilon = config.number(self.epsilon) if isinstance(self.epsilon, str) else self.epsilon
-        function = self.function(config) if callable(self.function) else self.function
         experts = Experts(
             count=count,
             per_token=per_token,
             gated=mlp.gated,
             activation=mlp.activation,
-            intermediate_size=self.inner(config) if callable(self.inner) else config.integer(self.inner),
+            intermediate_size=config.integer(self.inner),
             bias=self.bias,
             clamp=None if self.clamp is None else config.number(self.clamp),
             gate_slope=config.number(self.gate_slope) if isinstance(self.gate_slope, str) else self.gate_slope,
             up_offset=self.up_offset,
             router=Router(
-                function=function,
+                function=self.function,
                 bias=self.router_bias,
-                logit_cap=None if self.logit_cap is None else self.logit_cap(config),
+                logit_cap=None,
                 correction=self.correction,
                 groups=None if self.groups is None else self.groups(config),
                 normalised=normalised,
-                epsilon=epsilon if normalised or function == "sparsemixer" else 0.0,
+                epsilon=epsilon if normalised or self.function == "sparsemixer" else 0.0,
                 scale=config.number(self.scale) if isinstance(self.scale, str) else self.scale,
                 weighs=self.weighs,
             ),
@@ -120,6 +119,16 @@ def block_groups(config: ConfigReader) -> Groups | None:
     """Return the groups of DeepSeek V3's router (DeepSeek-AI 2024, arXiv:2412.19437), or None for a single group."""
     count, kept = config.integer("n_group"), config.integer("topk_group")
     return None if count == kept else Groups(count=count, kept=kept, score="top_two")
+
+
+def shared_block(size: str, *, gate: bool = False) -> Callable[[ConfigReader], Shared | None]:
+    """Return a reader of a shared block. ``size`` is the field with its width; there is none if it is 0."""
+
+    def read(config: ConfigReader) -> Shared | None:
+        width = config.integer(size, minimum=0)
+        return Shared(intermediate_size=width, gate=gate, average=False) if width else None
+
+    return read
 
 
 def shared_experts(number: str, size: str = "moe_intermediate_size") -> Callable[[ConfigReader], Shared | None]:

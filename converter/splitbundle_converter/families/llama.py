@@ -6,12 +6,11 @@ from dataclasses import replace
 from typing import Final
 
 from splitbundle.format.architecture.decoder import Architecture
-from splitbundle.format.architecture.experts import Shared
 from splitbundle.format.architecture.positions import QueryTemperature
 from splitbundle.format.architecture.rotary import Rotary, Unscaled
 from splitbundle.format.architecture.sizes import MAX_LAYERS
 from splitbundle_converter.families.config_reader import ConfigReader
-from splitbundle_converter.families.experts import ExpertFacts
+from splitbundle_converter.families.experts import ExpertFacts, shared_block
 from splitbundle_converter.families.facts import (
     TORCH_EPS,
     Facts,
@@ -103,10 +102,6 @@ def _llama4_layers(config: ConfigReader, layers: int) -> list[bool]:
     return [i in numbers for i in range(layers)]
 
 
-def _llama4_shared(config: ConfigReader) -> Shared:
-    return Shared(intermediate_size=config.integer("intermediate_size"), gate=False, average=False)
-
-
 LLAMA4: Final = ExpertFacts(
     count="num_local_experts",
     inner="intermediate_size",
@@ -114,7 +109,7 @@ LLAMA4: Final = ExpertFacts(
     function="sigmoid",
     normalised=False,
     weighs="input",
-    shared=_llama4_shared,
+    shared=shared_block("intermediate_size"),
 )
 PARTS: Final = ("gate", "up", "down")
 LLAMA4_NAMES: Final[Names] = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from splitbundle.format.architecture.experts import Shared
 from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.experts import (
     ExpertFacts,
     all_layers,
     block_groups,
     first_dense,
+    shared_block,
     shared_experts,
     sparse_steps,
 )
@@ -69,10 +69,6 @@ MIXTRAL: Final[Names] = {
 QWEN: Final = ExpertFacts(layers=sparse_steps, normalised="norm_topk_prob")
 
 
-def _qwen2_shared(config: ConfigReader) -> Shared:
-    return Shared(intermediate_size=config.integer("shared_expert_intermediate_size"), gate=True, average=False)
-
-
 def _qwen2_windows(sizes: Sizes) -> list[int | None]:
     """Return the window of each layer. Without windows, transformers writes a window of 0."""
     if "sliding_attention" in layer_types(sizes):
@@ -88,16 +84,6 @@ def _stacked(module: str, *, gate_up: str, down: str) -> Names:
     }
 
 
-def _granite_shared(config: ConfigReader) -> Shared | None:
-    """Return the shared block, or None if its width is 0."""
-    width = config.integer("shared_intermediate_size", minimum=0)
-    return Shared(intermediate_size=width, gate=False, average=False) if width else None
-
-
-def _hunyuan_shared(config: ConfigReader) -> Shared:
-    return Shared(intermediate_size=config.integer("intermediate_size"), gate=False, average=False)
-
-
 def _sparse_types(config: ConfigReader, layers: int) -> list[bool]:
     """Return which layers have experts, by a list of types."""
     types = config.raw("mlp_layer_types")
@@ -111,6 +97,7 @@ GRANITE_SHARED: Final[Names] = {
     "shared_mlp.input_linear": ("mlp.shared.gate", "mlp.shared.up"),
     "shared_mlp.output_linear": "mlp.shared.down",
 }
+GRANITE_BLOCK: Final = shared_block("shared_intermediate_size")
 GRANITE: Final[Names] = {
     **NAMES,
     **in_layers(
@@ -180,7 +167,7 @@ EXPERT_FAMILIES: Final = (
         experts=ExpertFacts(count="num_local_experts", inner="intermediate_size")),
     # Qwen 1.5 and 2 with experts (Yang et al. 2024, arXiv:2407.10671): a shared block with a gate.
     row("qwen2_moe", QWEN_NAMES, PLAIN, ignored=["max_window_layers", "use_sliding_window"], qkv_bias="qkv_bias",
-        window=_qwen2_windows, experts=QWEN.replace(shared=_qwen2_shared)),
+        window=_qwen2_windows, experts=QWEN.replace(shared=shared_block("shared_expert_intermediate_size", gate=True))),
     # Qwen 3 with experts (Yang et al. 2025, arXiv:2505.09388).
     row("qwen3_moe", ROUTED, BIASED, ignored=["use_sliding_window"], window=one_window, query_key_norm="head",
         experts=QWEN.replace(count="num_local_experts")),
@@ -219,12 +206,12 @@ EXPERT_FAMILIES: Final = (
     # Granite 3 with experts (IBM 2024), and with a shared block.
     *(row(name, GRANITE, SCALED.replace(mlp_bias=False), head_multiplier=divided_by_scaling,
           experts=ExpertFacts(count="num_local_experts", inner="intermediate_size", shared=shared))
-      for name, shared in (("granitemoe", None), ("granitemoeshared", _granite_shared))),
+      for name, shared in (("granitemoe", None), ("granitemoeshared", GRANITE_BLOCK))),
     # Granite with attention sinks and experts (IBM 2026).
     row("granitemoe_swa", GRANITE_SWA,
         SCALED.replace(mlp_bias=False), sinks=True, head_multiplier=divided_by_scaling, window=layer_windows,
         position=granite_swa_positions,
-        experts=ExpertFacts(count="num_local_experts", inner="intermediate_size", shared=_granite_shared)),
+        experts=ExpertFacts(count="num_local_experts", inner="intermediate_size", shared=GRANITE_BLOCK)),
     # gpt-oss (OpenAI 2025, arXiv:2508.10925).
     row("gpt_oss", GPT_OSS, BIASED, window=layer_windows, sinks=True,
         experts=ExpertFacts(count="num_local_experts", inner="intermediate_size", bias=True, router_bias=True,
@@ -238,7 +225,7 @@ EXPERT_FAMILIES: Final = (
         BIASED, ignored=["eod_token_id", "pretraining_tp", "sep_token_id"], query_key_norm="head", after_rotation=True,
         position=hunyuan_rotary,
         experts=ExpertFacts(per_token="moe_topk", inner="intermediate_size",  # noqa: S106  # the name of a field
-                            shared=_hunyuan_shared)),
+                            shared=shared_block("intermediate_size"))),
     # Hy3 (Tencent 2026).
     row("hy_v3",
         renamed(DEEPSEEK, {"mlp.expert_bias": OneTensor("mlp.router.correction"), "mlp.router.gate": "mlp.router",

@@ -52,7 +52,10 @@ class Origin:
             return
         whole = reader.get(self.source)  # mapped, and read where it is copied below
         whole = whole.mT if self.transposed else whole
-        for piece in torch.split(whole, 1) if whole.ndim == 3 and self.axis else [whole]:
+        if whole.ndim == 3 and self.axis == 0 and (self.start, self.stop) == (0, len(whole)):
+            yield from (expert.contiguous() for expert in torch.split(whole, 1))
+            return
+        for piece in torch.split(whole, 1) if self.axis else [whole]:
             parts = grouped(piece, self.groups, self.axis).narrow(self.axis + 1, self.start, self.stop - self.start)
             yield parts.flatten(self.axis, self.axis + 1).contiguous()
 
