@@ -63,9 +63,13 @@ def types(of: Any) -> dict[str, str]:
 
 
 def as_dict(value: Any) -> Any:
-    """Return a copy of a value in which every record, at any depth, is a dict."""
+    """Return a copy of a value in which every record, at any depth, is a dict.
+
+    A field that ``may_be_absent`` names is left out if its value is None.
+    """
     if isinstance(value, _Record):
-        return {name: as_dict(each) for name, each in members(value).items()}
+        absent = [name for name in value.may_be_absent if getattr(value, name) is None]
+        return {name: as_dict(each) for name, each in members(value).items() if name not in absent}
     if isinstance(value, dict):
         return {key: as_dict(each) for key, each in value.items()}
     return type(value)(map(as_dict, value)) if isinstance(value, list | tuple) else value
@@ -98,6 +102,8 @@ class _Record:
     __slots__ = ()
     record_types: ClassVar[dict[str, str]] = {}
     record_defaults: ClassVar[dict[str, Any]] = {}
+    may_be_absent: ClassVar[tuple[str, ...]] = ()
+    """The fields that ``as_dict`` leaves out if they are None."""
     __dataclass_fields__: Any = _DataclassFields()
 
     def __init__(self, **given: Any) -> None:

@@ -175,7 +175,11 @@ def tables() -> dict[tuple[str, str, str], list[str]]:
 MAY_BE_ABSENT = {
     "/model": {"parent", "dropout", "source_configuration", "text_file"},
     "/vectors": {"origin"},
-    "/source_names/0": {"axis"},
+    "/source_names/0": {"axis", "shape"},
+    "/layer_kinds/full": {"residual_scales"},
+    "/layer_kinds/full/attention": {"output_gate", "value_dim", "value_multiplier"},
+    "/layer_kinds/full/attention/query_temperature": {"growth"},
+    "/layer_kinds/full/attention/position": {"direction"},
 }
 """A pointer -> the fields of its table that may be absent: "or absent" is the end of their type."""
 
@@ -212,10 +216,13 @@ WHERE = {
     ("decoder.md", "embedding.position", "learned"): "/embedding/position",
     ("decoder.md", "embedding.position", "sinusoidal"): "/embedding/position",
     ("decoder.md", "layer_kinds.NAME", ""): "/layer_kinds/full",
+    ("decoder.md", "layer_kinds.NAME.residual_scales", ""): "/layer_kinds/full/residual_scales",
+    ("decoder.md", "layer_kinds.NAME.residual_scales.attention", ""): "/layer_kinds/full/residual_scales/attention",
     ("decoder.md", "layer_kinds.NAME.norm", ""): "/layer_kinds/full/norm",
     ("decoder.md", "layer_kinds.NAME.attention", ""): "/layer_kinds/full/attention",
     ("decoder.md", "layer_kinds.NAME.attention.query_key_norm", ""): "/layer_kinds/full/attention/query_key_norm",
     ("decoder.md", "layer_kinds.NAME.attention.query_temperature", ""): "/layer_kinds/full/attention/query_temperature",
+    ("decoder.md", "layer_kinds.NAME.attention.output_gate", ""): "/layer_kinds/full/attention/output_gate",
     ("decoder.md", "layer_kinds.NAME.attention.position", "alibi"): "/layer_kinds/full/attention/position",
     ("decoder.md", "layer_kinds.NAME.attention.position", "rotary"): "/layer_kinds/full/attention/position",
     **{
@@ -249,9 +256,12 @@ def example(table: tuple[str, str, str]) -> tuple[str, Any]:
         return "manifest", value
     if kind == "experts" or path.endswith(("router", "groups", "shared")):
         return "architecture", accepted("experts")
+    if "residual_scales" in path:
+        return "architecture", accepted("residual-scales")
     if kind in ("", "learned", "rotary", "llama3") and path.rpartition(".")[2] not in (
         "query_key_norm",
         "query_temperature",
+        "output_gate",
     ):
         name = "gpt2" if kind == "learned" else "llama3"
         return "architecture", json.loads((BASES / f"{name}.architecture.json").read_text("utf-8"))
@@ -348,7 +358,7 @@ def schema_fields(document: str, instance: Any, pointer: str) -> set[str]:
         parts, instance = following, below
     objects = [part for part in parts if part.get("additionalProperties") is False or pointer == "/model"]
     properties = {name for part in objects for name in part.get("properties", {})}
-    optional = MAY_BE_ABSENT.get(pointer, set())
+    optional = MAY_BE_ABSENT.get(pointer, set()) & properties  # of a union, another kind may have them
     assert properties == {name for part in objects for name in part.get("required", ())} | optional
     return properties - optional
 

@@ -10,13 +10,14 @@ import torch
 from tests.support import graph_bundles
 from tests.support.models import ONE_PER_FAMILY, WITHOUT_CACHE, bundle, original, token_rows
 from tests.support.pipelines import left_padded
+from tests.support.tiers import USUAL, thinned
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
 
 TOKENS = 8
 
 
-@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+@pytest.mark.parametrize("name", thinned(ONE_PER_FAMILY, USUAL))
 def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
     rows = token_rows(5, 2, 7)
     model = original(name)

@@ -22,7 +22,13 @@ from torch import Tensor
 import splitbundle
 import splitbundle_converter
 from splitbundle_converter.reference.golden_vectors import learned_tensors
-from tests.support import models_experts, models_layer_norm, models_rms_norm
+from tests.support import (
+    models_experts,
+    models_gated_attention,
+    models_layer_norm,
+    models_renamed_experts,
+    models_rms_norm,
+)
 
 LAYERS: Final = 4
 VOCAB: Final = 61
@@ -116,7 +122,12 @@ _FIRST: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     ),
 }
 CONFIGURATIONS: Final = (
-    _FIRST | models_rms_norm.CONFIGURATIONS | models_layer_norm.CONFIGURATIONS | models_experts.CONFIGURATIONS
+    _FIRST
+    | models_rms_norm.CONFIGURATIONS
+    | models_layer_norm.CONFIGURATIONS
+    | models_experts.CONFIGURATIONS
+    | models_renamed_experts.CONFIGURATIONS
+    | models_gated_attention.CONFIGURATIONS
 )
 """Name -> the family, and the fields of its configuration that differ from their defaults."""
 ONE_PER_FAMILY: Final = (
@@ -124,6 +135,8 @@ ONE_PER_FAMILY: Final = (
     *models_rms_norm.ONE_PER_FAMILY,
     *models_layer_norm.ONE_PER_FAMILY,
     *models_experts.ONE_PER_FAMILY,
+    *models_renamed_experts.ONE_PER_FAMILY,
+    *models_gated_attention.ONE_PER_FAMILY,
 )
 """The configuration of each family that has the most ways to go wrong."""
 BY_PIECES: Final = frozenset(models_rms_norm.BY_PIECES)
@@ -170,7 +183,7 @@ def make_model(name: str, **changes: Any) -> Any:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
-            flat = parameter.ndim == 1 or (parameter.ndim == 2 and "_norm." in parameter_name)
+            flat = parameter.ndim == 1 or (parameter.ndim == 2 and parameter_name.endswith("_norm.weight"))
             norm = flat and parameter_name.endswith("weight") and family not in WEIGHT_OFFSET_FAMILIES
             parameter.copy_(1 + 0.3 * values if norm else 0.2 * values)
         for buffer_name, buffer in model.named_buffers():

@@ -50,6 +50,16 @@ _EXAONE: Final[dict[str, Any]] = _ROTARY | {
     "sliding_window_pattern": 4,
     "routed_scaling_factor": 1.7,
 }
+_FLINT: Final[dict[str, Any]] = _QWEN | {
+    "shared_expert_intermediate_size": 9,
+    "head_dim": 10,
+    "sliding_window": 5,
+    "layer_types": _ALTERNATING,
+    "mlp_only_layers": [0],
+}
+_KOLIBRI: Final[dict[str, Any]] = {
+    name: value for name, value in _FLINT.items() if name not in ("intermediate_size", "mlp_only_layers")
+}
 
 CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "mixtral": ("mixtral", _ROTARY | {"num_local_experts": 8, "num_experts_per_tok": 2}),
@@ -217,6 +227,21 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         "llama4_text",
         _LOCAL | {"intermediate_size_mlp": 45, "moe_layers": [0, 1, 2, 3], "head_dim": 8, "num_experts_per_tok": 1},
     ),
+    "flint": ("flint", _FLINT),
+    "flint-biased": (
+        "flint",
+        _FLINT | {"attention_bias": True, "mlp_only_layers": [1], "norm_topk_prob": False, "hidden_act": "gelu"},
+    ),
+    "flint-tied": (
+        "flint",
+        _FLINT | {"mlp_only_layers": [], "decoder_sparse_step": 2, "tie_word_embeddings": True, "num_experts": 5},
+    ),
+    "kolibri1": ("kolibri1", _KOLIBRI),
+    "kolibri1-normalised": ("kolibri1", _KOLIBRI | {"norm_topk_prob": True, "num_experts": 20}),
+    "kolibri1-tied": (
+        "kolibri1",
+        _KOLIBRI | {"tie_word_embeddings": True, "layer_types": ["full_attention"] * 4} | {"num_experts_per_tok": 1},
+    ),
     "olmoe-one": ("olmoe", _ROTARY | {"num_experts": 6, "num_experts_per_tok": 1, "tie_word_embeddings": True}),
 }
 ONE_PER_FAMILY: Final = (
@@ -230,5 +255,5 @@ ONE_PER_FAMILY: Final = (
         "dots1-window",
     ),
     *("solar_open", "exaone_moe-groups", "minimax_m2", "granitemoe", "granitemoeshared", "granitemoe_swa", "gpt_oss"),
-    *("hunyuan_v1_moe", "hy_v3", "phimoe", "mellum"),
+    *("hunyuan_v1_moe", "hy_v3", "phimoe", "mellum", "flint-biased", "kolibri1"),
 )

@@ -51,6 +51,7 @@ _MPT: Final[dict[str, Any]] = {
 }
 _LINEAR: Final[dict[str, Any]] = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.5}
 _HALF: Final[dict[str, Any]] = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+_COMPASS: Final[dict[str, Any]] = {"rope_type": "default", "rope_theta": 20.0}
 
 CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "openai-gpt": ("openai-gpt", _GPT2),
@@ -255,6 +256,23 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         | {"num_key_value_heads": 1, "sliding_window": 4, "attention_bias": True, "tie_word_embeddings": False}
         | {"rope_parameters": _LINEAR, "head_dim": 10, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
     ),
+    "cohere_compass_text": (
+        "cohere_compass_text",
+        _ROTARY | {"num_key_value_heads": 2, "rope_parameters": {"full_attention": _COMPASS}},
+    ),
+    "cohere_compass_text-windows": (
+        "cohere_compass_text",
+        _ROTARY
+        | {"num_key_value_heads": 3, "sliding_window": 5, "logit_scale": 0.4, "attention_bias": True}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2}
+        | {"rope_parameters": {"sliding_attention": _COMPASS, "full_attention": None}},
+    ),
+    "cohere_compass_text-untied": (
+        "cohere_compass_text",
+        _ROTARY
+        | {"num_key_value_heads": 1, "tie_word_embeddings": False, "layer_norm_eps": 1e-3}
+        | {"rope_parameters": {"full_attention": _COMPASS | {"mrope_section": [1, 1, 1], "rope_theta": 1000.0}}},
+    ),
 }
 """Name -> the family, and the fields of its configuration that differ from their defaults."""
 ONE_PER_FAMILY: Final = (
@@ -280,6 +298,7 @@ ONE_PER_FAMILY: Final = (
     "stablelm-parallel-biased",
     "cohere-biased-untied",
     "cohere2-biased-untied",
+    "cohere_compass_text-windows",
 )
 """The configuration of each family that has the most ways to go wrong."""
 WEIGHT_OFFSET_FAMILIES: Final = frozenset({"nemotron"})

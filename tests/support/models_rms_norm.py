@@ -426,6 +426,24 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False}
         | {"num_key_value_heads": 6, "head_dim": 14, "layer_types": _ALTERNATING},
     ),
+    "exaone": ("exaone", _ROTARY),
+    "exaone-biased": (
+        "exaone",
+        _ROTARY | {"head_dim": 10, "attention_bias": True, "mlp_bias": True, "rope_parameters": _LINEAR},
+    ),
+    "exaone-tied": ("exaone", _ROTARY | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "nanochat": ("nanochat", _ROTARY),
+    "nanochat-biased": (
+        "nanochat",
+        _ROTARY | {"attention_bias": True, "final_logit_softcapping": 2.0, "rms_norm_eps": 1e-3},
+    ),
+    "nanochat-tied": (
+        "nanochat",
+        _ROTARY | {"tie_word_embeddings": True, "final_logit_softcapping": None, "rope_parameters": _LINEAR},
+    ),
+    "apertus1p5_text": ("apertus1p5_text", _ROTARY),
+    "apertus1p5_text-biased": ("apertus1p5_text", _ROTARY | {"attention_bias": True, "rope_parameters": _LLAMA3}),
+    "apertus1p5_text-tied": ("apertus1p5_text", _ROTARY | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
 }
 """Name -> the family, and the fields of its configuration that differ from their defaults."""
 
@@ -456,6 +474,9 @@ ONE_PER_FAMILY: Final = (
     "vaultgemma-capped-biased",
     "granite_swa-bases-biased",
     "llama4_text-tuned-biased",
+    "exaone-biased",
+    "nanochat-biased",
+    "apertus1p5_text-biased",
 )
 """The configuration of each family that has the most ways to go wrong."""
 

@@ -74,7 +74,7 @@ class Reference:
         factor = position["scaling"].get("attention_factor", 1.0)
         for i in range(half):
             u, v = (i, i + half) if position["layout"] == "half" else (2 * i, 2 * i + 1)
-            angle = p * frequency(position, i, n)
+            angle = (-p if position.get("direction") == "backward" else p) * frequency(position, i, n)
             cos, sin = factor * math.cos(angle), factor * math.sin(angle)
             result[u] = x[u] * cos - x[v] * sin
             result[v] = x[v] * cos + x[u] * sin
@@ -83,6 +83,7 @@ class Reference:
     def heads(self, name: str, part: str, facts_: dict[str, Any], x: Vector, p: int, n: int) -> list[Vector]:
         """A position's queries, keys or values, by heads: SB-C-008 with SB-C-020, SB-C-021 and SB-C-022."""
         own, width, norm_name = facts_["query_key_norm"], facts_["head_dim"], f"{name}.{part}_norm"
+        width = facts_.get("value_dim", width) if part == "value" else width
         y = self.linear(f"{name}.{part}", x)
         if facts_["clip"] is not None:
             y = [max(-facts_["clip"], min(facts_["clip"], a)) for a in y]
@@ -90,7 +91,7 @@ class Reference:
             y = self.norm(norm_name, own["norm"], y)
         pieces = [y[start : start + width] for start in range(0, len(y), width)]
         if part == "value":
-            return pieces
+            return [times(facts_.get("value_multiplier", 1.0), piece) for piece in pieces]
 
         def normed() -> list[Vector]:
             weight, bias = (self.tensors.get(f"{norm_name}.{which}") for which in ("weight", "bias"))
@@ -107,9 +108,10 @@ class Reference:
             pieces = normed()
         temperature = facts_["query_temperature"]
         if part == "query" and temperature:
-            growth = 1 + temperature["beta"] * math.log(
-                1 + (p + temperature["offset"]) // temperature["original_positions"]
-            )
+            moved, length = p + temperature["offset"], temperature["original_positions"]
+            growth = 1 + temperature["beta"] * math.log(1 + moved // length)
+            if temperature.get("growth") == "power":
+                growth = (1 + moved / length) ** temperature["beta"]
             pieces = [times(growth, piece) for piece in pieces]
         return pieces
 
@@ -132,8 +134,21 @@ class Reference:
                     whole += math.exp(self.tensors[f"{name}.sinks"][h] - max(scores))
                 mixed = [times(a / whole, seen[j][1][h // groups]) for a, j in zip(powers, visible, strict=True)]
                 y += [sum(channel) for channel in zip(*mixed, strict=True)]
+            if "output_gate" in facts_:
+                y = [a * b for a, b in zip(y, self.gate(f"{name}.gate", facts_, x), strict=True)]
             results.append(self.linear(f"{name}.output", y))
         return results
+
+    def gate(self, name: str, facts_: dict[str, Any], x: Vector) -> Vector:
+        """SB-C-039, for each channel."""
+        gate, width = facts_["output_gate"], facts_.get("value_dim", facts_["head_dim"])
+        z = self.linear(name, x)
+        if gate["width"] == "head":
+            z = [a for a in z for _ in range(width)]
+        if gate["bias"]:
+            z = added(z, [b for b in self.tensors[f"{name}_bias"] for _ in range(width)])
+        sigmoid = gate["function"] == "sigmoid"
+        return [1 / (1 + math.exp(-a)) if sigmoid else math.log1p(math.exp(a)) for a in z]
 
     def score(self, facts_: dict[str, Any], h: int, query: Vector, key: Vector, p: int, j: int) -> float:
         """SB-C-009, SB-C-023 and SB-C-024."""
@@ -235,9 +250,9 @@ class Reference:
         def normed(name: str, rows: list[Vector]) -> list[Vector]:
             return [self.norm(f"{at}.{name}", kind["norm"], x) for x in rows]
 
-        def scaled_sum(rows: list[Vector], *terms: list[Vector]) -> list[Vector]:
+        def scaled_sum(rows: list[Vector], *terms: list[Vector], kept: float = 1.0, own: float = 1.0) -> list[Vector]:
             for term in terms:
-                rows = [added(x, times(r, y)) for x, y in zip(rows, term, strict=True)]
+                rows = [added(times(kept, x), times(own * r, y)) for x, y in zip(rows, term, strict=True)]
             return rows
 
         if how in ("parallel", "parallel_two"):
@@ -249,7 +264,8 @@ class Reference:
                 given = normed(f"{name}_norm", given)
             if how == "sandwich":
                 given = normed(f"{name}_output_norm", given)
-            rows = scaled_sum(rows, given)
+            scale = kind.get("residual_scales", {}).get(name, {"kept": 1.0, "added": 1.0})
+            rows = scaled_sum(rows, given, kept=scale["kept"], own=scale["added"])
             if how == "post":
                 rows = normed(f"{name}_norm", rows)
         return rows

@@ -43,6 +43,7 @@ _MORE: Final[dict[str, dict[str, Any]]] = {
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
     "mamba2": {"num_heads": 8},  # follows from the other widths
+    "mimo_v2_flash": {"head_dim": 24},  # a third of it is turned, in pairs
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},  # its class doesn't say it
     # These classes leave the width of a head to the configuration, and compute nothing without it.
     **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},

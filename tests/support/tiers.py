@@ -9,7 +9,9 @@ The rules:
    depth) runs for ``FEW``: configurations that together have every part of a decoder. The other families are long.
 3. Of combinations (pairs of cuts, dtypes times dtypes, faults times system calls) one line through all values is short,
    and the rest is long.
-4. A case of more than about five seconds is long, unless it is the only one that tests something.
+4. Families with experts differ little beside their router. Their parity at one cut runs for ``ONE_PER_FAMILY``; the
+   rest of them is long, but for ``FEW_EXPERTS``, which together have every option of a router and of gates.
+5. A case of more than about five seconds is long, unless it is the only one that tests something.
 """
 
 from __future__ import annotations
@@ -20,10 +22,37 @@ from typing import Any, Final
 
 import pytest
 
+from tests.support import models_experts, models_gated_attention, models_renamed_experts
 from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY
 
-DEFAULT_SHAPES: Final = tuple({family: name for name, (family, _) in reversed(CONFIGURATIONS.items())}.values())
-"""The first configuration of each family."""
+_WITH_EXPERTS: Final = (
+    models_experts.CONFIGURATIONS | models_renamed_experts.CONFIGURATIONS | models_gated_attention.CONFIGURATIONS
+)
+FEW_EXPERTS: Final = frozenset(
+    {
+        "qwen2_moe",
+        "gpt_oss",
+        "glm4_moe",
+        "phimoe",
+        "kolibri1",
+        "granitemoeshared",
+        "ernie4_5_moe-steps",
+        "dbrx-clipped",
+        "laguna-heads",
+        "beam-tied",
+        "mimo_v2_flash-groups",
+    }
+)
+"""Softmax, sigmoid and sparsemixer; groups, corrections, caps; shared blocks; biases and clamps; fused and transposed
+sources; gates, narrow values, scaled sums."""
+USUAL: Final = tuple(name for name in ONE_PER_FAMILY if name not in _WITH_EXPERTS or name in FEW_EXPERTS)
+"""The hardest configuration of each dense family, and of a few families with experts."""
+DEFAULT_SHAPES: Final = tuple(
+    name
+    for name in {family: name for name, (family, _) in reversed(CONFIGURATIONS.items())}.values()
+    if name not in _WITH_EXPERTS
+)
+"""The first configuration of each dense family."""
 TWO_PER_FAMILY: Final = frozenset({*DEFAULT_SHAPES, *ONE_PER_FAMILY})
 FEW: Final = frozenset(
     {

@@ -157,6 +157,22 @@ def experts(router: dict[str, Any] | None = None, **block: Any) -> Change:
     return change
 
 
+def gates(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str, Any]) -> None:
+    """Gates of both widths, and values that are narrower or wider than keys."""
+    full["attention"] |= {"output_gate": {"width": "channel", "function": "sigmoid", "bias": True}, "value_dim": 5}
+    sliding["attention"] |= {"output_gate": {"width": "head", "function": "softplus", "bias": False}}
+    sliding["attention"] |= {"value_dim": 11, "value_multiplier": 0.6, "sinks": True, "clip": 0.9}
+
+
+def residual_scales(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str, Any]) -> None:
+    full["residual_scales"] = {"attention": {"kept": 0.7, "added": 1.2}, "mlp": {"kept": 1.3, "added": 0.4}}
+    full |= {"placement": "sandwich", "residual_multiplier": 0.8}
+    full["attention"]["query_temperature"] = {"beta": 0.6, "original_positions": 5, "offset": 1, "growth": "power"}
+    full["attention"]["output_gate"] = {"width": "head", "function": "sigmoid", "bias": True}
+    sliding |= {"placement": "post", "residual_scales": full["residual_scales"]}
+    sliding["attention"]["position"] |= {"base": 50.0, "direction": "backward"}
+
+
 GROUPS = {"count": 4, "kept": 2, "score": "top_two"}
 SHARED = {"intermediate_size": 9, "gate": True, "average": True}
 
@@ -215,6 +231,8 @@ VARIANTS: dict[str, Change] = {
     "yarn with parts of pairs": scaling("half", **(YARN | {"truncate": False})),
     "yarn without a ramp": scaling("half", **(YARN | {"original_positions": 1})),
     "proportional": scaling("half", kind="proportional", factor=2.0, pairs=2),
+    "gates": gates,
+    "residual scales": residual_scales,
     "experts": experts(),
     "experts with every option": experts(
         {"function": "sigmoid", "bias": True, "logit_cap": 2.0, "correction": "score", "groups": GROUPS}

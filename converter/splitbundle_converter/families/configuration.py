@@ -270,7 +270,7 @@ def parse(raw: dict[str, Any]) -> tuple[Any, Exception | None]:
     try:
         with quiet():
             return CONFIG_MAPPING[raw["model_type"]].from_dict(without_fields(raw, IMPLEMENTATION)), None
-    except (ValueError, TypeError, LookupError, ArithmeticError, OSError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, OSError, AttributeError, NotImplementedError) as error:
         return None, error
     except Exception as error:  # huggingface_hub's validation errors derive from Exception alone
         if not type(error).__module__.startswith("huggingface_hub"):

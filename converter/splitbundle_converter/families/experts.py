@@ -20,9 +20,9 @@ def all_layers(config: ConfigReader, layers: int) -> list[bool]:
 class ExpertFacts:
     """The facts of a mixture of experts. A string is the name of a field; a function gets the configuration."""
 
-    count: str = "num_experts"
-    per_token: str = "num_experts_per_tok"  # noqa: S105  # the name of a field
-    inner: str = "moe_intermediate_size"
+    count: str | int = "num_experts"
+    per_token: str | int = "num_experts_per_tok"  # noqa: S105  # the name of a field
+    inner: str | int = "moe_intermediate_size"
     layers: Callable[[ConfigReader, int], list[bool]] = all_layers
     """Returns for each layer whether it has experts."""
     bias: bool = False
@@ -33,6 +33,8 @@ class ExpertFacts:
     function: str = "softmax"
     """A value, as ``correction`` and ``weighs``."""
     router_bias: bool = False
+    logit_cap: str | None = None
+    """The name of a field. 0 means none."""
     correction: str | None = None
     groups: Callable[[ConfigReader], Groups | None] | None = None
     normalised: bool | str = True
@@ -58,9 +60,11 @@ class ExpertFacts:
         return [experts if experts is not None and own else mlp for own in sparse]
 
     def _experts(self, config: ConfigReader, mlp: Mlp) -> Experts:
-        count, per_token = config.integer(self.count), config.integer(self.per_token)
+        count, per_token, width = (
+            config.integer(each) if isinstance(each, str) else each for each in (self.count, self.per_token, self.inner)
+        )
         if per_token > count:
-            config.refuse(self.per_token, f"at most {self.count} ({count})")
+            config.refuse(str(self.per_token), f"at most {self.count} ({count})")
             per_token = count
         normalised = config.boolean(self.normalised) if isinstance(self.normalised, str) else self.normalised
         epsilon = config.number(self.epsilon) if isinstance(self.epsilon, str) else self.epsilon
@@ -69,7 +73,7 @@ class ExpertFacts:
             per_token=per_token,
             gated=mlp.gated,
             activation=mlp.activation,
-            intermediate_size=config.integer(self.inner),
+            intermediate_size=width,
             bias=self.bias,
             clamp=None if self.clamp is None else config.number(self.clamp),
             gate_slope=config.number(self.gate_slope) if isinstance(self.gate_slope, str) else self.gate_slope,
@@ -77,7 +81,7 @@ class ExpertFacts:
             router=Router(
                 function=self.function,
                 bias=self.router_bias,
-                logit_cap=None,
+                logit_cap=self._cap(config),
                 correction=self.correction,
                 groups=None if self.groups is None else self.groups(config),
                 normalised=normalised,
@@ -87,13 +91,20 @@ class ExpertFacts:
             ),
             shared=None if self.shared is None else self.shared(config),
         )
-        fields = {"router/groups/kept": "topk_group", "gate_slope": "hidden_act", "router/function": self.per_token}
+        fields = {
+            "router/groups/kept": "topk_group",
+            "gate_slope": "hidden_act",
+            "router/function": str(self.per_token),
+        }
 
         def refuse(pointer: str, expected: str, got: object) -> None:
             config.refuse(fields.get(pointer[1:], "n_group"), expected, got)
 
         check_experts(experts, "", refuse)
         return experts
+
+    def _cap(self, config: ConfigReader) -> float | None:
+        return None if self.logit_cap is None or not config.raw(self.logit_cap) else config.number(self.logit_cap)
 
 
 # Readers of facts that several families share.

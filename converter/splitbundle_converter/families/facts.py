@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias, TypeVar
 
-from splitbundle.format.architecture.attention import Attention, QueryKeyNorm
-from splitbundle.format.architecture.decoder import Architecture, Embedding, Head, LayerKind
+from splitbundle.format.architecture.attention import Attention, OutputGate, QueryKeyNorm
+from splitbundle.format.architecture.decoder import Architecture, Embedding, Head, LayerKind, ResidualScales
 from splitbundle.format.architecture.experts import Experts
 from splitbundle.format.architecture.feedforward import Mlp
 from splitbundle.format.architecture.norms import Norm
@@ -99,6 +99,8 @@ class Facts:
     # The sizes are always names of fields, because messages quote these names.
     hidden: str = "hidden_size"
     heads: str = "num_attention_heads"
+    layer_heads: Callable[[Sizes], list[int]] | None = None
+    """Reads the number of heads of each layer, if layers differ."""
     layers: str = "num_hidden_layers"
     head_dim: str | None = "head_dim"
     """Without this field, or if it is null, the hidden size is divided among the heads."""
@@ -107,11 +109,13 @@ class Facts:
     """Reads the norm that the model uses in all places."""
     placement: Fact[str] = "pre"
     residual_multiplier: Fact[float] | str = 1.0
+    residual_scales: Callable[[int], ResidualScales] | None = None
+    """Returns the factors of the sums of a layer."""
     bias: PerLayer[bool] | str = False
     """Whether the projections of a layer have a bias. ``qkv_bias``, ``output_bias`` and ``mlp_bias`` override it."""
 
     # Attention.
-    kv_heads: Fact[int] | str | None = "num_key_value_heads"
+    kv_heads: PerLayer[int] | str | None = "num_key_value_heads"
     """None means as many key heads as query heads."""
     scale: PerLayer[float | None] | str = None
     """The scale of the scores. None means 1/√head_dim."""
@@ -130,7 +134,11 @@ class Facts:
     logit_cap: Fact[float | None] | str = None
     window: PerLayer[int | None] = None
     chunk: PerLayer[int | None] = None
-    sinks: bool = False
+    sinks: PerLayer[bool] = False
+    output_gate: Fact[OutputGate | None] = None
+    value_dim: str | None = None
+    """The field with the channels of a value, if they aren't ``head_dim``."""
+    value_multiplier: Fact[float | None] | str = None
     position: PerLayer[Position] = None
 
     # The feed-forward block.
@@ -184,8 +192,9 @@ class Facts:
                 placement=placement,
                 norm=norm,
                 residual_multiplier=residual_multiplier,
-                attention=Attention(heads=sizes.heads, head_dim=sizes.head_dim, **own),
+                attention=Attention(head_dim=sizes.head_dim, **own),
                 mlp=blocks[index],
+                residual_scales=None if self.residual_scales is None else self.residual_scales(index),
             )
 
         kinds, layers = _name([layer(index) for index in range(sizes.layers)])
@@ -223,9 +232,11 @@ class Facts:
     def _attention(self, sizes: Sizes, norm: Norm) -> dict[str, Any]:
         """Return the fields of ``Attention`` that are not sizes. A list has one item for each layer."""
         config = sizes.config
+        heads = sizes.heads if self.layer_heads is None else self.layer_heads(sizes)
         kv_heads = _read(self.kv_heads, sizes, config.integer)
-        if isinstance(self.kv_heads, str) and sizes.heads % kv_heads:
-            config.refuse(self.kv_heads, f"a divisor of {self.heads} ({sizes.heads})")
+        if isinstance(self.kv_heads, str) and (wrong := [h for h in _each(heads) if h % kv_heads]):
+            config.refuse(self.kv_heads, f"a divisor of {self.heads} ({wrong[0]})")
+        value_dim = None if self.value_dim is None else config.integer(self.value_dim)
         scale, widths = _read(self.scale, sizes, config.number), _read(self.query_key_norm, sizes)
         plain = Norm(kind=norm.kind, eps=norm.eps, affine=False, weight_offset=0.0, bias=False)
 
@@ -236,6 +247,7 @@ class Facts:
             return QueryKeyNorm(norm=own, width=width, after_rotation=self.after_rotation)
 
         return {
+            "heads": heads,
             "kv_heads": sizes.heads if kv_heads is None else kv_heads,
             "scale": sizes.head_dim**-0.5 if scale is None else scale,
             "qkv_bias": self._bias(self.qkv_bias, sizes),
@@ -246,8 +258,11 @@ class Facts:
             "logit_cap": _read(self.logit_cap, sizes, config.optional_number),
             "window": _read(self.window, sizes),
             "chunk": _read(self.chunk, sizes),
-            "sinks": self.sinks,
+            "sinks": _read(self.sinks, sizes),
             "position": _read(self.position, sizes),
+            "output_gate": _read(self.output_gate, sizes),
+            "value_dim": None if value_dim == sizes.head_dim else value_dim,
+            "value_multiplier": _unless_one(_read(self.value_multiplier, sizes, config.optional_number)),
         }
 
     def _bias(self, fact: Any, sizes: Sizes) -> Any:
@@ -259,6 +274,14 @@ def _read(fact: Any, sizes: Sizes, of_field: Callable[[str], Any] = str) -> Any:
     if callable(fact):
         return fact(sizes)
     return of_field(fact) if isinstance(fact, str) else fact
+
+
+def _each(fact: int | list[int]) -> list[int]:
+    return fact if isinstance(fact, list) else [fact]
+
+
+def _unless_one(factor: float | None) -> float | None:
+    return None if factor == 1 else factor
 
 
 def _name(layers: list[LayerKind]) -> tuple[dict[str, LayerKind], tuple[str, ...]]:
@@ -345,14 +368,27 @@ def rotary_on_windowed_layers(layout: str = "half") -> Callable[[Sizes], list[Po
     return read
 
 
-def rotary_by_layer_type(sizes: Sizes) -> list[Position]:
-    """Return the rotary positions of each layer, if ``rope_parameters`` has an object for each layer type."""
+def rotary_by_layer_type(
+    sizes: Sizes, *, partial: bool | float = False, unpositioned: bool = False, ignored: Collection[str] = ()
+) -> list[Position]:
+    """Return the rotary positions of each layer, if ``rope_parameters`` has an object for each layer type.
+
+    Args:
+        sizes: The sizes.
+        partial: As for ``rotary``.
+        unpositioned: Whether a layer type may have null in place of an object: its layers use no positions.
+        ignored: Names of parameters that change no number.
+    """
     types, inner = layer_types(sizes), sizes.config.inside("rope_parameters")
-    of_type: dict[str, Rotary] = {}
+    of_type: dict[str, Position] = {}
     for kind in dict.fromkeys(types):
+        if unpositioned and inner.raw(kind) is None:
+            of_type[kind] = None
+            continue
         parameters = inner.inside(kind)
+        parameters.ignored(ignored)
         parameters.allowed("truncate", True)  # transformers looks for it outside this object, and so uses true
-        of_type[kind] = rotary(sizes.config, sizes.head_dim, parameters=parameters)
+        of_type[kind] = rotary(sizes.config, sizes.head_dim, parameters=parameters, partial=partial)
     inner.ignored(LAYER_TYPES)
     for name in inner.unread():
         inner.leave(name, "only an object for each layer type")

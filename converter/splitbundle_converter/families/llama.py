@@ -1,4 +1,4 @@
-"""Families with Llama's tensor names, or similar ones. Most have RMSNorm, rotary positions and a gated MLP."""
+"""Families with Llama's tensor names, or similar ones, and RMSNorm. Most have rotary positions and a gated MLP."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from dataclasses import replace
 from typing import Final
 
 from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.norms import Norm
 from splitbundle.format.architecture.positions import QueryTemperature
 from splitbundle.format.architecture.rotary import Rotary, Unscaled
 from splitbundle.format.architecture.sizes import MAX_LAYERS
 from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.experts import ExpertFacts, shared_block
 from splitbundle_converter.families.facts import (
-    TORCH_EPS,
     Facts,
     Position,
     Sizes,
     either,
-    layer_norm,
     layer_windows,
     one_window,
     rms_norm,
@@ -51,21 +50,32 @@ NAMES: Final[Names] = {
         {"mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down"},
     ),
 }
+EXAONE: Final[Names] = {
+    "transformer.wte": "embedding.token",
+    **in_layers(
+        "transformer.h",
+        {"ln_1": "attention_norm", **q_k_v("attn.attention"), "attn.attention.out_proj": "attention.output"},
+        {"ln_2": "mlp_norm", "mlp.c_fc_0": "mlp.gate", "mlp.c_fc_1": "mlp.up", "mlp.c_proj": "mlp.down"},
+        {"attn.attention.rotary.inv_freq": None},
+    ),
+    "transformer.ln_f": "head.norm",
+    "lm_head": "head.projection",
+}
 OUTPUT_NORMS: Final = renamed(
     NAMES, {"post_attention_layernorm": "attention_norm", "post_feedforward_layernorm": "mlp_norm"}
 )
 FUSED_GATE: Final = renamed(NAMES, {"mlp.gate_up_proj": ("mlp.gate", "mlp.up")})
-PHI_NAMES: Final[Names] = {
-    "model.embed_tokens": "embedding.token",
-    **in_layers(
-        "model.layers",
-        {"input_layernorm": "attention_norm", **q_k_v("self_attn")},
-        {"self_attn.q_layernorm": "attention.query_norm", "self_attn.k_layernorm": "attention.key_norm"},
-        {"self_attn.dense": "attention.output", "mlp.fc1": "mlp.up", "mlp.fc2": "mlp.down"},
-    ),
-    "model.final_layernorm": "head.norm",
-    "lm_head": "head.projection",
-}
+APERTUS: Final = renamed(
+    NAMES,
+    {
+        "attention_layernorm": "attention_norm",
+        "feedforward_layernorm": "mlp_norm",
+        "mlp.act_fn.alpha_p": OneTensor("mlp.activation.alpha_p"),
+        "mlp.act_fn.alpha_n": OneTensor("mlp.activation.alpha_n"),
+        "mlp.act_fn.beta": 0.5,
+        "mlp.act_fn.eps": -1e-6,
+    },
+)
 QWEN: Final = ("max_window_layers", "use_sliding_window")  # transformers converts them into layer_types
 HUNYUAN: Final = (
     *("cla_share_factor", "eod_token_id", "im_end_id", "im_newline_id", "im_start_id", "image_token_id"),
@@ -88,9 +98,6 @@ GLM: Final = PLAIN.replace(position=rotary_positions("interleaved", partial=True
 # A multiplier in each place (Yang et al. 2022, arXiv:2203.03466).
 SCALED: Final = BIASED_BOTH.replace(
     embedding_multiplier="embedding_multiplier", residual_multiplier="residual_multiplier", scale="attention_multiplier"
-)
-COHERE: Final = BIASED.replace(
-    norm=layer_norm("layer_norm_eps", bias=False), placement="parallel", head_multiplier="logit_scale"
 )
 
 
@@ -146,6 +153,15 @@ def ministral3(config: ConfigReader) -> Architecture:
 def exaone4_positions(sizes: Sizes) -> Rotary | list[Position]:
     """Return the positions. If some layers have a window, the layers without one use no positions."""
     return rotary_positions()(sizes) if one_window(sizes) is None else rotary_on_windowed_layers()(sizes)
+
+
+def plain_rms_norm(config: ConfigReader) -> Norm:
+    """Return an RMSNorm without a weight."""
+    return replace(rms_norm("rms_norm_eps")(config), affine=False)
+
+
+def _backward(sizes: Sizes) -> Rotary:
+    return replace(rotary_positions()(sizes), direction="backward")
 
 
 def _smollm3_windows(sizes: Sizes) -> list[int | None]:
@@ -308,6 +324,8 @@ LLAMA_FAMILIES: Final = (
         window=one_window, position=rotary_positions(partial=True)),
     # ERNIE 4.5 (Baidu 2025): Llama with rotation in adjacent pairs.
     row("ernie4_5", NAMES, PLAIN, bias="use_bias", position=rotary_positions("interleaved")),
+    # EXAONE 3 (LG AI Research 2024, arXiv:2408.03541), computed by Llama's classes, under GPT-2's names.
+    row("exaone", EXAONE, LLAMA, modules="model.layers"),
     # Helium (Kyutai 2025): Llama with rotation in adjacent pairs.
     row("helium", NAMES, PLAIN, qkv_bias="attention_bias", mlp_bias="mlp_bias",
         position=rotary_positions("interleaved")),
@@ -318,48 +336,13 @@ LLAMA_FAMILIES: Final = (
         allowed={"add_classification_head": False, "mlp_bias": False, "use_cla": False, "use_qk_norm": True},
         required=["head_dim"], query_key_norm="head", after_rotation=True, position=hunyuan_rotary),
     # Apertus (Swiss AI Initiative 2025, arXiv:2509.14233): no gates, and an activation with learned parameters.
-    row("apertus",
-        renamed(NAMES, {"attention_layernorm": "attention_norm", "feedforward_layernorm": "mlp_norm",
-                        "mlp.act_fn.alpha_p": OneTensor("mlp.activation.alpha_p"),
-                        "mlp.act_fn.alpha_n": OneTensor("mlp.activation.alpha_n"),
-                        "mlp.act_fn.beta": 0.5, "mlp.act_fn.eps": -1e-6}),
-        BIASED, ignored=["hidden_dropout"],
+    row("apertus", APERTUS, BIASED, ignored=["hidden_dropout"],
         allowed={"mlp_bias": False, "post_norm": False, "qk_norm": True}, gated=False, query_key_norm="head"),
-    # The families from here on have LayerNorm.
-    # Phi 1 to 2 (Li et al. 2023, arXiv:2309.05463): one norm before both blocks.
-    row("phi", PHI_NAMES, PLAIN, norm=layer_norm("layer_norm_eps"), placement="parallel", bias=True,
-        query_key_norm=either("qk_layernorm", "head", None), position=rotary_positions(partial=True), gated=False,
-        head_bias=True),
-    # StableLM (Bellagente et al. 2024, arXiv:2402.17834). The 12B model has a norm for each head, without a bias.
-    row("stablelm", renamed(NAMES, {"self_attn.q_layernorm.norms.{row}": "attention.query_norm",
-                                    "self_attn.k_layernorm.norms.{row}": "attention.key_norm"}),
-        PLAIN, allowed={"head_dim": None}, norm=layer_norm("layer_norm_eps"),
-        query_key_norm=either("qk_layernorm", "heads", None), query_key_bias=False, qkv_bias="use_qkv_bias",
-        placement=either("use_parallel_residual", "parallel", "pre"), position=rotary_positions(partial=True)),
-    # StarCoder 2 (Lozhkov et al. 2024, arXiv:2402.19173): a window on all layers, or on none. Published configurations
-    # have the last two ignored fields in addition to hidden_act and norm_epsilon.
-    row("starcoder2", renamed(NAMES, {"mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}), PLAIN,
-        ignored=["activation_function", "layer_norm_epsilon"],
-        allowed={"mlp_type": "default", "norm_type": "layer_norm"}, norm=layer_norm("norm_epsilon"), bias="use_bias",
-        window=one_window, gated=False),
-    # Nemotron-4 and Minitron (Parmar et al. 2024, arXiv:2402.16819): norm weights are stored as differences from one.
-    row("nemotron", NAMES, BIASED_BOTH, norm=layer_norm("norm_eps", weight_offset=1.0),
-        position=rotary_positions(partial=True),
-        gated=False),
-    # Jais 2 (Inception and MBZUAI 2025).
-    row("jais2", NAMES, BIASED_BOTH, norm=layer_norm("layer_norm_eps"), gated=False),
-    # OLMo 1 (Groeneveld et al. 2024, arXiv:2402.00838): norms without parameters.
-    row("olmo", NAMES, BIASED, ignored=["pretraining_tp"], norm=layer_norm(TORCH_EPS, affine=False), clip="clip_qkv"),
-    # Command R and Aya (Cohere 2024): norms without a bias; each head may have its own norm for queries and keys.
-    row("cohere", NAMES, COHERE, ignored=["model_max_length", "pretraining_tp"],
-        query_key_norm=either("use_qk_norm", "heads", None), position=rotary_positions("interleaved")),
-    # Command R7B and A (Cohere 2025, arXiv:2504.00698): only layers with a window have rotary positions. transformers
-    # converts the first two ignored fields into layer_types; the others are for generation and for several devices.
-    row("cohere2", NAMES, COHERE,
-        ignored=["layer_switch", "sliding_window_pattern", "cache_implementation", "use_parallel_embedding"],
-        allowed={"order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj",
-              "rotary_pct": 1.0, "use_qk_norm": False, "use_embedding_sharing": True, "use_gated_activation": True,
-              "use_parallel_block": True},
-        window=layer_windows, position=rotary_on_windowed_layers("interleaved")),
+    # Apertus 1.5's language part (Swiss AI Initiative 2026). Its head may have fewer rows than its embedding.
+    row("apertus1p5_text", APERTUS, BIASED, allowed={"output_vocab_size": None}, gated=False, query_key_norm="head"),
+    # nanochat (Karpathy 2025): norms without weights, one of them after the embedding, and a backward rotation.
+    row("nanochat", renamed(NAMES, {"mlp.fc1": "mlp.up", "mlp.fc2": "mlp.down"}), BIASED, norm=plain_rms_norm,
+        gated=False, query_key_norm="head", after_rotation=True, position=_backward, embedding_norm=True,
+        head_logit_cap="final_logit_softcapping"),
 )
 # fmt: on

@@ -22,6 +22,7 @@ from splitbundle_converter.families.facts import (
     layer_windows,
     one_window,
     rotary_by_layer_type,
+    rotary_on_windowed_layers,
     rotary_positions,
 )
 from splitbundle_converter.families.llama import (
@@ -47,13 +48,15 @@ ROUTED: Final[Names] = {
     ),
 }
 """The names of mixtures of experts that most families use."""
-QWEN_NAMES: Final[Names] = {
+SHARED_EXPERT: Final[Names] = {
     **ROUTED,
     **in_layers(
-        "model.layers",
-        {f"mlp.shared_expert.{part}_proj": f"mlp.shared.{part}" for part in ("gate", "up", "down")},
-        {"mlp.shared_expert_gate": "mlp.shared_gate"},
+        "model.layers", {f"mlp.shared_expert.{part}_proj": f"mlp.shared.{part}" for part in ("gate", "up", "down")}
     ),
+}
+QWEN_NAMES: Final[Names] = {
+    **SHARED_EXPERT,
+    **in_layers("model.layers", {"mlp.shared_expert_gate": "mlp.shared_gate"}),
 }
 MIXTRAL: Final[Names] = {
     **NAMES,
@@ -84,7 +87,7 @@ def _stacked(module: str, *, gate_up: str, down: str) -> Names:
     }
 
 
-def _sparse_types(config: ConfigReader, layers: int) -> list[bool]:
+def sparse_types(config: ConfigReader, layers: int) -> list[bool]:
     """Return which layers have experts, by a list of types."""
     types = config.raw("mlp_layer_types")
     if not isinstance(types, list) or len(types) != layers or any(kind not in ("dense", "sparse") for kind in types):
@@ -193,7 +196,7 @@ EXPERT_FAMILIES: Final = (
     row("exaone_moe", renamed(DEEPSEEK, {"mlp.e_score_correction_bias": OneTensor("mlp.router.correction")}), PLAIN,
         ignored=["first_k_dense_replace", "sliding_window_pattern"], query_key_norm="head", window=layer_windows,
         position=exaone4_positions, further=["mtp."],
-        experts=BALANCED.replace(count="num_experts", layers=_sparse_types,
+        experts=BALANCED.replace(count="num_experts", layers=sparse_types,
                                  shared=shared_experts("num_shared_experts"))),
     # MiniMax M2 (MiniMax 2025).
     row("minimax_m2",
@@ -232,7 +235,7 @@ EXPERT_FAMILIES: Final = (
                            **{f"mlp.shared_mlp.{part}_proj": f"mlp.shared.{part}" for part in ("gate", "up", "down")}}),
         BIASED_BOTH, ignored=["enable_moe_fp32_combine"], query_key_norm="head",
         experts=ExpertFacts(count="num_experts", function="sigmoid", correction="score", epsilon=1e-20,
-                            scale="router_scaling_factor", layers=_sparse_types,
+                            scale="router_scaling_factor", layers=sparse_types,
                             shared=shared_experts("num_shared_experts"))),
     # Phi 3.5 with experts (Microsoft 2024, arXiv:2404.14219).
     row("phimoe", MIXTRAL, PLAIN, ignored=["input_jitter_noise"], norm=layer_norm("rms_norm_eps"), window=one_window,
@@ -242,6 +245,18 @@ EXPERT_FAMILIES: Final = (
     # Mellum 2 (JetBrains 2026).
     row("mellum", ROUTED, BIASED, query_key_norm="head", window=layer_windows, position=rotary_by_layer_type,
         ignored=["mtp_layer_types", "mtp_mlp_layer_types", "num_mtp_layers", "num_nextn_predict_layers"],
-        further=["mtp."], experts=QWEN.replace(count="num_local_experts", layers=_sparse_types)),
+        further=["mtp."], experts=QWEN.replace(count="num_local_experts", layers=sparse_types)),
+    # Flint (2026): sinks, and positions on layers with a window alone.
+    row("flint", renamed(SHARED_EXPERT, {"self_attn.softmax_offset": OneTensor("attention.sinks")}), BIASED,
+        query_key_norm="head", window=layer_windows, sinks=True, position=rotary_on_windowed_layers(),
+        experts=QWEN.replace(function="sigmoid", shared=shared_block("shared_expert_intermediate_size"))),
+    # Kolibri (2026): the correction is added to the logits.
+    row("kolibri1", renamed(DEEPSEEK, {"moe.router.expert_bias": OneTensor("mlp.router.correction"),
+                                       "post_attn_norm": "attention_output_norm",
+                                       "post_ffn_norm": "mlp_output_norm"}),
+        PLAIN, inner="moe_intermediate_size", placement="sandwich", query_key_norm="head", window=layer_windows,
+        position=exaone4_positions,
+        experts=ExpertFacts(count="num_local_experts", function="sigmoid", correction="logit",
+                            normalised="norm_topk_prob", shared=shared_block("shared_expert_intermediate_size"))),
 )
 # fmt: on

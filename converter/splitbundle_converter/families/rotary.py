@@ -26,7 +26,7 @@ def rotary(
     *,
     parameters: ConfigReader | None = None,
     layout: str = "half",
-    partial: bool = False,
+    partial: bool | float = False,
 ) -> Rotary:
     """Return the rotary positions in ``rope_parameters``, or in the object of a layer type within it.
 
@@ -35,13 +35,13 @@ def rotary(
         head_dim: The number of channels of a head.
         parameters: The object with the parameters, if it is not ``rope_parameters`` itself.
         layout: Which channels form a pair: "half" or "interleaved".
-        partial: Whether the model can rotate only some of the channels. Other models ignore ``partial_rotary_factor``,
-            or fail.
+        partial: Whether the model can rotate only some of the channels, or the fraction that it rotates by default.
+            Other models ignore ``partial_rotary_factor``, or fail.
     """
     inner = config.inside("rope_parameters") if parameters is None else parameters
     inner.ignored(["type"])  # an old name of rope_type, which transformers keeps in addition
     kind = inner.choice("rope_type", {name: name for name in ("default", *_SCALINGS)})
-    known, fraction = not inner.problems, 1.0
+    known, fraction = not inner.problems, float(partial) or 1.0
     if not partial and kind != "proportional":
         inner.allowed("partial_rotary_factor", 1.0, None)
     elif inner.raw("partial_rotary_factor") is not None:

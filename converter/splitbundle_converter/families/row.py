@@ -25,6 +25,8 @@ class Family:
     """The prefix of the base model's tensor names. It is absent if the base model was saved alone."""
     layers: str
     """The name of the module list that has the layers, as in ``names``."""
+    modules: str
+    """The same in the class of transformers, whose names may differ from those of the tensors."""
     dropped: tuple[str, ...]
     """Names of tensors in old checkpoints that have no learned values."""
     further: tuple[str, ...]
@@ -38,6 +40,8 @@ class OneTensor:
     """A single canonical tensor. Its source name isn't the name of a module with ``.weight`` or ``.bias`` added."""
 
     name: str
+    one_row: bool = False
+    """Whether it is stored as one row: as [1, experts] in place of [experts]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,8 @@ class Stacked:
     """Whether each expert's matrix is stored as [in, out]."""
     interleaved: bool = False
     """Whether the rows of the tensors take turns."""
+    merged: bool = False
+    """Whether the first two dimensions are stored as one: the rows of all experts."""
 
 
 Target = str | tuple[str, ...] | OneTensor | Stacked | float | None
@@ -95,13 +101,13 @@ def _in_layer(target: Target) -> Target:
         return tuple(f"layers.{{layer}}.{part}" for part in target)
     if isinstance(target, Stacked):
         return replace(target, tensors=tuple(f"layers.{{layer}}.{name}" for name in target.tensors))
-    return OneTensor(f"layers.{{layer}}.{target.name}") if isinstance(target, OneTensor) else target
+    return replace(target, name=f"layers.{{layer}}.{target.name}") if isinstance(target, OneTensor) else target
 
 
-def _expert_width(architecture: Architecture) -> int:
-    """Return the numbers between of an expert, or 1 if no layer has experts."""
-    widths = (kind.mlp.intermediate_size for kind in architecture.layer_kinds.values() if isinstance(kind.mlp, Experts))
-    return next(widths, 1)
+def _expert_sizes(architecture: Architecture) -> tuple[int, int]:
+    """Return the number of experts, and the numbers between of one. Both are 1 if no layer has experts."""
+    blocks = (kind.mlp for kind in architecture.layer_kinds.values() if isinstance(kind.mlp, Experts))
+    return next(((experts.count, experts.intermediate_size) for experts in blocks), (1, 1))
 
 
 def _targets(target: Target) -> tuple[str, ...]:
@@ -124,6 +130,7 @@ def row(
     transposed: Collection[str] = (),
     names_of: Callable[[Architecture], Names] | None = None,
     further: Collection[str] = (),
+    modules: str | None = None,
     **changes: Any,
 ) -> Family:
     """Return a row of the family table.
@@ -138,6 +145,7 @@ def row(
         names_of: Returns the names for an architecture, if they vary. ``names`` are then those of one architecture.
         further: The beginnings of the names of layers that predict further tokens. ``{further}`` is the number of a
             layer above the last one.
+        modules: The name of the module list of the layers in the class of transformers, if its tensors have others.
         changes: Changes to the facts, as for ``Facts.replace``.
 
     Raises:
@@ -154,18 +162,21 @@ def row(
 
     def table(architecture: Architecture) -> Iterator[SourceName]:
         fused = architecture.kind_of(0).attention.kv_heads if fused_by_key_head else fused_groups
+        experts, width = _expert_sizes(architecture)
         own = names_of(architecture) if names_of else names
         alone = {(target.name,) for target in own.values() if isinstance(target, OneTensor)}
         for source, target in own.items():
             if isinstance(target, OneTensor):
-                yield SourceName(source=source, tensors=(target.name,), groups=1, transposed=False)
+                shape = (1, experts) if target.one_row else None
+                yield SourceName(source=source, tensors=(target.name,), groups=1, transposed=False, shape=shape)
             if isinstance(target, Stacked):
                 yield SourceName(
                     source=source,
                     tensors=target.tensors,
-                    groups=_expert_width(architecture) if target.interleaved else 1,
+                    groups=width if target.interleaved else 1,
                     transposed=target.transposed,
                     axis=1 if len(target.tensors) > 1 else 0,
+                    shape=(experts * width, architecture.hidden_size) if target.merged else None,
                 )
             parts = _parts(target)
             for kind in ("weight", "bias") if parts else ():
@@ -184,6 +195,7 @@ def row(
         names=lambda architecture: tuple(table(architecture)),
         prefix=f"{layers.partition('.')[0]}.",
         layers=layers,
+        modules=modules or layers,
         dropped=tuple(source for source, target in names.items() if target is None),
         further=tuple(further),
         constants={source: target for source, target in names.items() if isinstance(target, float)},

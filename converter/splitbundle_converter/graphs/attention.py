@@ -6,7 +6,7 @@ for each key head, D channels.
 
 from __future__ import annotations
 
-from splitbundle.format.architecture.attention import Attention
+from splitbundle.format.architecture.attention import Attention, OutputGate
 from splitbundle.format.architecture.positions import Alibi, AttentionSpan
 from splitbundle.format.architecture.rotary import Rotary
 from splitbundle_converter.graphs.builder import GraphBuilder
@@ -21,15 +21,17 @@ def add_attention(operations: Operations, layer: int, x: str, kind: Attention) -
     *Shape:* (batch · sequence, hidden) -> the same.
     """
     graph, positions, name = operations.graph, operations.positions, f"layers.{layer}.attention"
-    heads, kv_heads, head_dim = kind.heads, kind.kv_heads, kind.head_dim
+    heads, kv_heads, head_dim, size = kind.heads, kind.kv_heads, kind.head_dim, kind.value_size
     query = _add_heads(operations, name, "query", x, kind, heads)
     key = _add_heads(operations, name, "key", x, kind, kv_heads)
     value = _split_heads(
         operations,
         f"{name}.value",
         operations.clip(f"{name}.value", operations.linear(f"{name}.value", x, bias=kind.qkv_bias), kind.clip),
-        head_dim,
+        size,
     )
+    if kind.value_multiplier is not None:
+        value = operations.times(f"{name}.value.scaled", value, kind.value_multiplier)
     if kind.query_temperature is not None:
         scale = graph.to_compute_dtype(positions.temperature(kind.query_temperature))
         query = graph.op("Mul", f"{name}.query.warmed", query, scale)
@@ -52,10 +54,27 @@ def add_attention(operations: Operations, layer: int, x: str, kind: Attention) -
         "Reshape", f"{name}.weights.grouped", weights, graph.op("Shape", f"{name}.scores.shape", f"{name}.scores")
     )
     mixed = graph.op("MatMul", f"{name}.mixed", weights, values)  # [B, K, G · S, D]
-    mixed = graph.op("Reshape", f"{name}.mixed.by_head", mixed, operations.mixed_shape(heads, head_dim))  # [B, H, S, D]
+    mixed = graph.op("Reshape", f"{name}.mixed.by_head", mixed, operations.mixed_shape(heads, size))  # [B, H, S, D]
     mixed = graph.op("Transpose", f"{name}.mixed.transposed", mixed, perm=[0, 2, 1, 3])
-    flat = graph.op("Reshape", f"{name}.mixed.flat", mixed, graph.integers(-1, heads * head_dim))
+    if kind.output_gate is not None:
+        gate = _add_gate(operations, f"{name}.gate", x, kind, kind.output_gate)
+        mixed = graph.op("Mul", f"{name}.mixed.gated", mixed, gate)
+    flat = graph.op("Reshape", f"{name}.mixed.flat", mixed, graph.integers(-1, heads * size))
     return operations.linear(f"{name}.output", flat, bias=kind.output_bias)
+
+
+def _add_gate(operations: Operations, name: str, x: str, kind: Attention, gate: OutputGate) -> str:
+    """Add the factors of what the heads give.
+
+    *Shape:* (batch · sequence, hidden) -> (batch, sequence, heads, 1 or value_dim).
+    """
+    graph, width = operations.graph, 1 if gate.width == "head" else kind.value_size
+    logits = operations.linear(name, x, bias=False)
+    logits = graph.op("Reshape", f"{name}.by_head", logits, operations.split_shape(width))
+    if gate.bias:
+        bias = graph.op("Unsqueeze", f"{name}_bias.by_head", graph.weight(f"{name}_bias"), graph.integers(1))
+        logits = graph.op("Add", f"{name}.biased", logits, bias)
+    return graph.op("Sigmoid" if gate.function == "sigmoid" else "Softplus", f"{name}.factors", logits)
 
 
 def _add_softmax(graph: GraphBuilder, name: str, scores: str, kind: Attention) -> str:

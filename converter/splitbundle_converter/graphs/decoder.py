@@ -120,6 +120,10 @@ class _Decoder:
 
         def added(block: str, x: str, result: str) -> str:
             result = self.operations.times(f"{name}.{block}.scaled", result, kind.residual_multiplier)
+            if kind.residual_scales is not None:
+                scale = kind.residual_scales.attention if block == "attention" else kind.residual_scales.mlp
+                x = self.operations.times(f"{name}.{block}.kept", x, scale.kept)
+                result = self.operations.times(f"{name}.{block}.added", result, scale.added)
             return graph.op("Add", f"{name}.{block}.residual", x, result)
 
         def attention(x: str) -> str:

@@ -65,6 +65,8 @@ class GraphPositions:
                 wave = graph.op(kind, f"{name}.{part}", angles)
                 if factor != 1.0:
                     wave = graph.op("Mul", f"{name}.{part}.scaled", wave, graph.number(factor))
+                if part == "sin" and rotary.direction is not None:
+                    wave = graph.op("Neg", f"{name}.{part}.backward", wave)
                 self._built[rotary, part] = wave
         return self._built[rotary, "cos"], self._built[rotary, "sin"]
 
@@ -85,12 +87,20 @@ class GraphPositions:
             graph = self.graph
             name = f"temperature.{sum(isinstance(key, QueryTemperature) for key in self._built)}"
             moved = graph.op("Add", f"{name}.moved", self.slots, graph.integer(temperature.offset))
-            whole = graph.op("Div", f"{name}.whole", moved, graph.integer(temperature.original_positions))
-            more = graph.op("Add", f"{name}.more", graph.float32(f"{name}.float32", whole), graph.number(1.0))
+            if temperature.growth == "power":
+                real, length = graph.float32(f"{name}.float32", moved), float(temperature.original_positions)
+                share = graph.op("Div", f"{name}.share", real, graph.number(length))
+            else:
+                whole = graph.op("Div", f"{name}.whole", moved, graph.integer(temperature.original_positions))
+                share = graph.float32(f"{name}.float32", whole)
+            more = graph.op("Add", f"{name}.more", share, graph.number(1.0))
             grown = graph.op(
                 "Mul", f"{name}.grown", graph.op("Log", f"{name}.log", more), graph.number(temperature.beta)
             )
-            factor = graph.op("Add", f"{name}.factor", grown, graph.number(1.0))
+            if temperature.growth == "power":
+                factor = graph.op("Exp", f"{name}.factor", grown)
+            else:
+                factor = graph.op("Add", f"{name}.factor", grown, graph.number(1.0))
             self._built[temperature] = graph.op("Unsqueeze", name, factor, graph.integers(1, 3))
         return self._built[temperature]
 

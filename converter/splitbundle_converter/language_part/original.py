@@ -37,7 +37,7 @@ def load_original_part(part: LanguagePart, *, inert: bool = True) -> tuple[Any, 
     with quiet():
         language = _language_model(part, text)
         own_prefix = language.base_model_prefix + "."
-        layers = part.family.layers.removeprefix(own_prefix)
+        layers = part.family.modules.removeprefix(own_prefix)
         if part.composite.whole:
             return language, own_prefix + layers
         try:

@@ -122,7 +122,7 @@ def load_original(source: Checkpoint, family: Family, *, inert: bool = True) -> 
             raise
         raise refusal("source.unreadable", source.name, "weights that transformers can read", line(error)) from error
     model = checked(loaded, source, "every tensor that transformers wants", ("missing_keys", "mismatched_keys"))
-    return model, family.layers
+    return model, family.modules
 
 
 def checked(loaded: tuple[Any, dict[str, Any]], source: Checkpoint, expected: str, keys: tuple[str, ...]) -> Any:

@@ -52,7 +52,8 @@ def join(entry: SourceName, tensors: Callable[[str], Tensor]) -> dict[str, Tenso
         return dict(zip(row_sources(entry.source, len(rows)), rows, strict=True))
     axis, parts = entry.axis, [grouped(tensors(name), entry.groups, entry.axis) for name in entry.tensors]
     whole = torch.cat(parts, dim=axis + 1).flatten(axis, axis + 1)
-    return {entry.source: whole.mT.contiguous() if entry.transposed else whole}
+    whole = whole.mT.contiguous() if entry.transposed else whole
+    return {entry.source: whole if entry.shape is None else whole.reshape(entry.shape)}
 
 
 def grouped(whole: Tensor, groups: int, axis: int) -> Tensor:
@@ -62,7 +63,7 @@ def grouped(whole: Tensor, groups: int, axis: int) -> Tensor:
 
 
 def joined_shape(entry: SourceName, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the shape of a source tensor that isn't one of several rows."""
+    """Return the shape of a source tensor that isn't one of several rows, before it gets a shape of its own."""
     axis, shape = entry.axis, list(shapes[entry.tensors[0]])
     shape[axis] = sum(shapes[name][axis] for name in entry.tensors)
     if entry.transposed:
@@ -98,7 +99,8 @@ def _of_entry(manifest: Manifest, entry: SourceName, shapes: dict[str, tuple[int
         for i, name in enumerate(row_sources(entry.source, first[0])):
             yield RestoredTensor(name=name, dtype=dtype, shape=first[1:], entry=entry, row=i)
         return
-    yield RestoredTensor(name=entry.source, dtype=dtype, shape=joined_shape(entry, shapes), entry=entry)
+    shape = entry.shape or joined_shape(entry, shapes)
+    yield RestoredTensor(name=entry.source, dtype=dtype, shape=shape, entry=entry)
 
 
 def logical_tensors(bundle: Bundle) -> Callable[[str], Tensor]:

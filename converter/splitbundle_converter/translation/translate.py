@@ -34,6 +34,8 @@ class Origin:
     groups: int
     transposed: bool
     axis: int = 0
+    shape: tuple[int, ...] | None = None
+    """The shape of the source tensor before it is divided, if the source stores its numbers in another one."""
     rows: tuple[str, ...] = ()
     """The names of the source tensors, if each row is a separate tensor. ``source`` is then the first of them."""
 
@@ -51,6 +53,7 @@ class Origin:
             yield from (reader.get(name)[None] for name in self.rows)
             return
         whole = reader.get(self.source)  # mapped, and read where it is copied below
+        whole = whole if self.shape is None else whole.reshape(self.shape)
         whole = whole.mT if self.transposed else whole
         if whole.ndim == 3 and self.axis == 0 and (self.start, self.stop) == (0, len(whole)):
             yield from (expert.contiguous() for expert in torch.split(whole, 1))
@@ -212,7 +215,8 @@ def _match(
     source: Checkpoint, entry: SourceName, shapes: Mapping[str, tuple[int, ...]], origins: dict[str, Origin]
 ) -> list[Problem]:
     rows = [shapes[name][entry.axis] for name in entry.tensors]
-    expected = joined_shape(entry, shapes)
+    joined = joined_shape(entry, shapes)
+    expected = entry.shape or joined
     found = source.tensors.get(entry.source)
     if found is None and entry.source in source.promised:
         wanted = f"{quoted(entry.source)} in {source.promised[entry.source]}"
@@ -237,6 +241,7 @@ def _match(
             groups=entry.groups,
             transposed=entry.transposed,
             axis=entry.axis,
+            shape=None if entry.shape is None else joined,
         )
         start = stop
     return problems

@@ -53,8 +53,17 @@ class Field:
         """Note that this value isn't ``expected``."""
         self.problems.add(code, self.pointer, expected, quoted(self.value), hint)
 
-    def members(self, required: Collection[str], *, open: bool = False) -> Members:  # noqa: A002
-        """Return the members of an object. It must have all of ``required`` and, unless ``open``, no others."""
+    def members(
+        self,
+        required: Collection[str],
+        optional: Collection[str] = (),
+        *,
+        open: bool = False,  # noqa: A002
+    ) -> Members:
+        """Return the members of an object. It must have all of ``required``.
+
+        Unless ``open``, it may have no others but ``optional``.
+        """
         if not isinstance(self.value, dict):
             self.refuse("an object", code="field.type")
             return Members({}, self)
@@ -63,11 +72,11 @@ class Field:
                 self.problems.add("field.missing", self.pointer, f"a field {quoted(name)}", "an object without it")
         if not open:
             for name in self.value:
-                if name not in required:
+                if name not in required and name not in optional:
                     self.problems.add(
                         "field.unknown",
                         f"{self.pointer}/{escape(name)}",
-                        f"one of {', '.join(sorted(required))}",
+                        f"one of {', '.join(sorted([*required, *optional]))}",
                         quoted(name),
                     )
         return Members(self.value, self)

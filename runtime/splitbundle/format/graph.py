@@ -53,8 +53,9 @@ def cache_names(layers: tuple[int, int]) -> list[str]:
 
 def cache_sizes(architecture: Architecture, name: str) -> tuple[int, int]:
     """Return the number of heads and of channels of a KV cache."""
-    attention = architecture.kind_of(int(name.split(".")[1])).attention
-    return attention.kv_heads, attention.head_dim
+    _, layer, which = name.split(".")
+    attention = architecture.kind_of(int(layer)).attention
+    return attention.kv_heads, attention.head_dim if which == "key" else attention.value_size
 
 
 def ports(

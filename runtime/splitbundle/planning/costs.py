@@ -46,7 +46,7 @@ class AttentionCosts:
     layers: int
     """The number of layers of this kind."""
     flops_per_token_and_position: int
-    """Σ over these layers of 4 · heads · head_dim: two for each number of a query in the scores, two in the values."""
+    """Σ over these layers of 2 · heads · (head_dim + value_dim): for each number of a query, and of a value."""
     most_positions: int | None
     """The window or the chunk, which bounds the positions that a token sees; None if nothing does."""
 
@@ -80,7 +80,7 @@ class RangeCosts:
     weight_bytes: int
     """parameters · item size of the dtype to compute in: the memory for the weights."""
     cache_bytes_per_token: int
-    """Σ over the layers of 2 · kv_heads · head_dim · item size: a key and a value for each key head.
+    """Σ over the layers of kv_heads · (head_dim + value_dim) · item size: a key and a value for each key head.
 
     A cache has a slot for each token of the session in every layer. A window doesn't make it smaller.
     """
@@ -189,15 +189,16 @@ def model_costs(architecture: Architecture, unit_bytes: Mapping[str, int], dtype
             tensors = architecture.layer_tensors(i)
             kinds[name] = count(tensors), _flops(tensors, architecture.kind_of(i))
         attention = architecture.kind_of(i).attention
+        numbers = attention.head_dim + attention.value_size
         layers.append(
             UnitCosts(
                 bytes=unit_bytes[architecture.layer_unit(i)],
                 parameters=kinds[name][0],
                 flops_per_token=kinds[name][1],
                 kind=name,
-                attention_flops_per_token_and_position=4 * attention.heads * attention.head_dim,
+                attention_flops_per_token_and_position=2 * attention.heads * numbers,
                 most_positions=_most_positions(attention),
-                cache_bytes_per_token=2 * attention.kv_heads * attention.head_dim * item_size,
+                cache_bytes_per_token=attention.kv_heads * numbers * item_size,
             )
         )
     embedding, head = architecture.embedding_tensors(), architecture.head_tensors()

@@ -11,10 +11,11 @@ import torch
 import splitbundle_converter
 from splitbundle.backends.torch.pipeline import load_pipeline
 from tests.support.models import ONE_PER_FAMILY, bundle, checkpoint, token_rows
+from tests.support.tiers import USUAL, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-one_per_family = pytest.mark.parametrize("name", ONE_PER_FAMILY)
+one_per_family = pytest.mark.parametrize("name", thinned(ONE_PER_FAMILY, USUAL))
 
 
 @one_per_family

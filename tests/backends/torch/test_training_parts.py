@@ -17,7 +17,7 @@ from splitbundle.training import boundary, label_count, next_labels, sum_tied_gr
 from tests.backends.torch.test_training import source_gradients
 from tests.support import models
 from tests.support.models import LAYERS, ONE_PER_FAMILY, bundle, checkpoint, load_original, token_rows
-from tests.support.tiers import FEW, thinned
+from tests.support.tiers import FEW, USUAL, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCHES = ((9, 9), (5,), (2, 2, 2))
@@ -77,7 +77,7 @@ def test_gradients_over_a_cut(name: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [*ONE_PER_FAMILY, "gpt2", "llama"])
+@pytest.mark.parametrize("name", [*thinned(ONE_PER_FAMILY, USUAL), "gpt2", "llama"])
 def test_gradients_over_every_cut(name: str, tally: Callable[[str, int], None]) -> None:
     whole, expected = bundle(name), original_gradients(name)
     for cut in range(LAYERS + 1):

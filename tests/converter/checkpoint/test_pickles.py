@@ -23,6 +23,7 @@ from tests.converter.checkpoint.test_unpickle import bypassed
 from tests.support.checkpoints import MISSING, said
 from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY, bundle, checkpoint, make_model
 from tests.support.pickled import BIN, INDEX, SAFE, WHOLE, Tensors, convert, refused
+from tests.support.tiers import USUAL, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHARDS: Final = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
@@ -40,7 +41,7 @@ def test_one_pickle(pickled: Callable[..., Path], output: Path, name: str) -> No
     assert [shard.layers for shard in made.shards] == [(0, 2), (2, 4)]
 
 
-@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+@pytest.mark.parametrize("name", thinned(ONE_PER_FAMILY, USUAL))
 def test_the_original_class_takes_the_tensors_of_every_family(name: str) -> None:
     """Load the class as for pickles: from a configuration and tensors only."""
     from splitbundle_converter.checkpoint.directory import CheckpointDirectory

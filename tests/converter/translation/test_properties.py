@@ -30,7 +30,7 @@ from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.translation.restore import join
 from splitbundle_converter.translation.translate import Translation, translate
 from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY, checkpoint, make_model, scratch, token_rows
-from tests.support.tiers import FEW, thinned
+from tests.support.tiers import FEW, USUAL, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,7 +172,7 @@ def translated(source: Checkpoint) -> Translation:
     return translate(source, judged.family, judged.architecture)
 
 
-@pytest.mark.parametrize("name", thinned(CONFIGURATIONS, ONE_PER_FAMILY))
+@pytest.mark.parametrize("name", thinned(CONFIGURATIONS, USUAL))
 def test_names_map_there_and_back(name: str) -> None:
     """Every number of the source has one place in the bundle, and every tensor of the bundle has one origin."""
 

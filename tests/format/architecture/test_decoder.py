@@ -46,7 +46,7 @@ def test_tensors_are_those_of_the_table(name: str) -> None:
     for layer, kind_name in enumerate(architecture.layers):
         kind = architecture.layer_kinds[kind_name]
         sizes = architecture_sizes(architecture, kind)
-        own = kind.attention.query_key_norm
+        own, gate = kind.attention.query_key_norm, kind.attention.output_gate
         for unit, title in (("embedding", "embedding"), (architecture.layer_unit(layer), "layer i"), ("head", "head")):
             there = {
                 "always": True,
@@ -56,6 +56,11 @@ def test_tensors_are_those_of_the_table(name: str) -> None:
                 "qkv_bias": kind.attention.qkv_bias,
                 "query_key_norm": own is not None,
                 "sinks": kind.attention.sinks,
+                **{
+                    f"output_gate, width {width}": gate is not None and gate.width == width
+                    for width in ("head", "channel")
+                },
+                "output_gate with a bias": gate is not None and gate.bias,
                 "output_bias": kind.attention.output_bias,
                 "activation is xielu": kind.mlp.activation == "xielu",
                 **mlp_conditions(kind.mlp),
@@ -115,6 +120,7 @@ def architecture_sizes(architecture: architectures.Architecture, kind: architect
         "heads": kind.attention.heads,
         "kv_heads": kind.attention.kv_heads,
         "head_dim": kind.attention.head_dim,
+        "value_dim": kind.attention.value_size,
         "intermediate_size": kind.mlp.intermediate_size,
         "experts": kind.mlp.count if isinstance(kind.mlp, Experts) else 0,
         "shared_size": kind.mlp.shared.intermediate_size if isinstance(kind.mlp, Experts) and kind.mlp.shared else 0,

@@ -26,15 +26,20 @@ class Attention(nn.Module):
     def __init__(self, attention: facts.Attention, hidden: int, layer: int) -> None:
         super().__init__()
         self.facts, self.layer, self.span = attention, layer, AttentionSpan(attention.window, attention.chunk)
-        queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-        self.query = Linear(hidden, queries, bias=attention.qkv_bias)
-        self.key = Linear(hidden, keys, bias=attention.qkv_bias)
-        self.value = Linear(hidden, keys, bias=attention.qkv_bias)
+        size, mixed = attention.head_dim, attention.heads * attention.value_size
+        self.query = Linear(hidden, attention.heads * size, bias=attention.qkv_bias)
+        self.key = Linear(hidden, attention.kv_heads * size, bias=attention.qkv_bias)
+        self.value = Linear(hidden, attention.kv_heads * attention.value_size, bias=attention.qkv_bias)
         self.query_norm, self.key_norm = (
             self._norm(attention, heads) for heads in (attention.heads, attention.kv_heads)
         )
         self.sinks = nn.Parameter(torch.empty(attention.heads, device="meta")) if attention.sinks else None
-        self.output = Linear(queries, hidden, bias=attention.output_bias)
+        gate = attention.output_gate
+        rows = attention.heads if gate is not None and gate.width == "head" else mixed
+        self.gate = None if gate is None else Linear(hidden, rows, bias=False)
+        biased = gate is not None and gate.bias
+        self.gate_bias = nn.Parameter(torch.empty(attention.heads, device="meta")) if biased else None
+        self.output = Linear(mixed, hidden, bias=attention.output_bias)
         self.joint = NOTHING
         self.dropout = 0.0
 
@@ -68,22 +73,34 @@ class Attention(nn.Module):
             mixed = attend_unfused(
                 queries, keys, values, mask=mask, scale=facts_.scale, cap=cap, sinks=sinks, dropout=dropout
             )
-        return self.output(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        mixed = mixed.transpose(1, 2)  # [B, S, H, D]
+        if facts_.output_gate is not None and self.gate is not None:
+            gate = self.gate(x).unflatten(-1, (facts_.heads, -1))
+            gate = gate if self.gate_bias is None else gate + self.gate_bias[:, None]
+            function = torch.sigmoid if facts_.output_gate.function == "sigmoid" else functional.softplus
+            mixed = mixed * function(gate)
+        return self.output(mixed.flatten(2))  # type: ignore[no-any-return]
 
     def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Return the heads' queries, keys and values. *Shape:* (B, S, hidden) -> thrice (B, S, heads, head_dim)."""
         size, heads, kv_heads = self.facts.head_dim, self.facts.heads, self.facts.kv_heads
+        wide = kv_heads * self.facts.value_size
         joint = self.joint.product(x, self)
         if joint is None:
             queries, keys, values = self.query(x), self.key(x), self.value(x)
         elif self.facts.query_key_norm is None:
-            both, values = torch.split(joint, [(heads + kv_heads) * size, kv_heads * size], dim=-1)
+            both, values = torch.split(joint, [(heads + kv_heads) * size, wide], dim=-1)
             queries, keys = torch.split(self._heads(both, None, positions), [heads, kv_heads], dim=2)
-            return queries, keys, split_heads(self._clip(values), size)
+            return queries, keys, self._values(values)
         else:
-            queries, keys, values = torch.split(joint, [heads * size, kv_heads * size, kv_heads * size], dim=-1)
+            queries, keys, values = torch.split(joint, [heads * size, kv_heads * size, wide], dim=-1)
         queries, keys = self._heads(queries, self.query_norm, positions), self._heads(keys, self.key_norm, positions)
-        return queries, keys, split_heads(self._clip(values), size)
+        return queries, keys, self._values(values)
+
+    def _values(self, x: Tensor) -> Tensor:
+        """Clip and scale the values of the heads. *Shape:* (B, S, kv_heads · value_dim) -> (…, kv_heads, value_dim)."""
+        x = split_heads(self._clip(x), self.facts.value_size)
+        return x if self.facts.value_multiplier is None else x * self.facts.value_multiplier
 
     def _heads(self, x: Tensor, norm: Norm | None, positions: Positions) -> Tensor:
         """Clip, normalize and rotate the heads.
@@ -128,7 +145,8 @@ def attend(
     Each key head serves ``heads / kv_heads`` consecutive query heads. ``dropout`` is the share of the softmax's numbers
     that are dropped.
 
-    *Shape:* (batch, heads, S, head_dim), twice (batch, kv_heads, T, head_dim) -> (batch, heads, S, head_dim).
+    *Shape:* (batch, heads, S, head_dim), (batch, kv_heads, T, head_dim), (batch, kv_heads, T, value_dim) -> (batch,
+    heads, S, value_dim).
     """
     batch, heads, length, width = queries.shape
     kv_heads = keys.shape[1]
@@ -136,7 +154,7 @@ def attend(
         # The query heads of a group see the same keys. Treat them as positions, so that memory holds each key once.
         grouped = queries.reshape(batch, kv_heads, heads // kv_heads, width)
         mixed = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-        return mixed.reshape(batch, heads, 1, width)
+        return mixed.reshape(batch, heads, 1, values.shape[-1])
     # Under torch.jit.trace, sizes are tensors, and a comparison of sizes is one too: hence bool().
     return functional.scaled_dot_product_attention(
         queries,

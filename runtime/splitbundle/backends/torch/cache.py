@@ -33,11 +33,11 @@ class KVCache(CacheState):
         with torch.inference_mode(False):
             for layer in range(*layers):
                 attention = architecture.kind_of(layer).attention
-                shape = (batch_size, attention.kv_heads, capacity, attention.head_dim)
+                shape = (batch_size, attention.kv_heads, capacity)
                 # Memory must start as zeros: a masked slot is still multiplied by 0, and uninitialized memory may hold
                 # NaN. 0 · NaN is NaN.
-                self.keys[layer] = torch.zeros(shape, device=device, dtype=dtype)
-                self.values[layer] = torch.zeros(shape, device=device, dtype=dtype)
+                self.keys[layer] = torch.zeros(*shape, attention.head_dim, device=device, dtype=dtype)
+                self.values[layer] = torch.zeros(*shape, attention.value_size, device=device, dtype=dtype)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy that is made in inference mode consists of tensors that can't be changed outside it.
@@ -49,7 +49,7 @@ class KVCache(CacheState):
     def extend(self, layer: int, keys: Tensor, values: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Store this call's keys and values, and return those of all slots up to the last position.
 
-        *Shape:* twice (batch, kv_heads, sequence, head_dim) -> twice (batch, kv_heads, slots, head_dim).
+        *Shape:* (batch, kv_heads, sequence, head_dim) and (…, value_dim) -> the same with slots for the sequence.
         """
         for stored, new in ((self.keys[layer], keys), (self.values[layer], values)):
             if positions.uniform is not None:

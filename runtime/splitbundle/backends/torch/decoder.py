@@ -25,7 +25,7 @@ class Layer(nn.Module):
 
     def __init__(self, kind: facts.LayerKind, hidden: int, layer: int) -> None:
         super().__init__()
-        self.placement, self.multiplier = kind.placement, kind.residual_multiplier
+        self.placement, self.multiplier, self.scales = kind.placement, kind.residual_multiplier, kind.residual_scales
         names = norm_names(kind.placement)
         self.attention_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm = (
             Norm(kind.norm, hidden) if name in names else None
@@ -52,10 +52,17 @@ class Layer(nn.Module):
         self, which: int, x: Tensor, block: Callable[[Tensor], Tensor], norm: Norm | None, after: Norm | None
     ) -> Tensor:
         if self.placement == "output":
-            return x + self._scaled(self._dropped(through(norm, block(x)), which))
+            return self._sum(which, x, through(norm, block(x)))
         if self.placement == "post":
-            return through(norm, x + self._scaled(self._dropped(block(x), which)))
-        return x + self._scaled(self._dropped(through(after, block(through(norm, x))), which))
+            return through(norm, self._sum(which, x, block(x)))
+        return self._sum(which, x, through(after, block(through(norm, x))))
+
+    def _sum(self, which: int, x: Tensor, added: Tensor) -> Tensor:
+        added = self._scaled(self._dropped(added, which))
+        if self.scales is None:
+            return x + added
+        scale = (self.scales.attention, self.scales.mlp)[which]
+        return x * scale.kept + added * scale.added
 
     def _dropped(self, x: Tensor, which: int) -> Tensor:
         rate = self.dropout[which]

@@ -81,8 +81,12 @@ class Positions(Call):
 
     def temperature(self, temperature: QueryTemperature) -> Tensor:
         """Return the factor for each position's queries. *Shape:* (batch or 1, sequence, 1, 1)."""
-        whole = (self.slots + temperature.offset) // temperature.original_positions
-        return (1 + temperature.beta * torch.log1p(whole.float())).to(self.dtype)[:, :, None, None]
+        moved = self.slots + temperature.offset
+        if temperature.growth == "power":
+            factor = torch.exp(temperature.beta * torch.log1p(moved.float() / temperature.original_positions))
+        else:
+            factor = 1 + temperature.beta * torch.log1p((moved // temperature.original_positions).float())
+        return factor.to(self.dtype)[:, :, None, None]
 
     def biased_mask(self, alibi: Alibi, heads: int, span: AttentionSpan) -> tuple[int, Tensor, bool]:
         """Return the result of ``mask`` with numbers: ALiBi's bias for each score in place of True, -∞ for False.

@@ -31,6 +31,7 @@ def rotation(rotary: Rotary, slots: Tensor, lengths: Sequence[int], dtype: torch
     angles = slots[:, :, None, None].float() * row_frequencies(rotary, lengths, slots.device)
     factor = getattr(rotary.scaling, "attention_factor", 1.0)
     cos, sin = (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+    sin = sin if rotary.direction is None else -sin
     if rotary.layout == "half":
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     return torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)

@@ -35,6 +35,18 @@ class QueryKeyNorm:
 
 
 @record(frozen=True, slots=True, kw_only=True)
+class OutputGate:
+    """A learned factor of what the heads give, before the output projection (Qiu et al. 2025, arXiv:2505.06708)."""
+
+    width: str
+    """``"head"`` or ``"channel"``: what has a factor of its own."""
+    function: str
+    """``"sigmoid"`` or ``"softplus"``."""
+    bias: bool
+    """Whether each head has a learned number that is added before the function."""
+
+
+@record(frozen=True, slots=True, kw_only=True)
 class Attention:
     """Causal self-attention with ``heads / kv_heads`` query heads for each key head."""
 
@@ -57,6 +69,18 @@ class Attention:
     sinks: bool
     """Whether each head has a learned extra score, which takes part in the softmax and has no value."""
     position: Unpositioned | Rotary | Alibi
+    output_gate: OutputGate | None = None
+    value_dim: int | None = None
+    """The channels of a value, if they aren't as many as those of a query and a key."""
+    value_multiplier: float | None = None
+    """The factor of values."""
+
+    may_be_absent = ("output_gate", "value_dim", "value_multiplier")
+
+    @property
+    def value_size(self) -> int:
+        """Return the channels of a value."""
+        return self.head_dim if self.value_dim is None else self.value_dim
 
 
 def query_key_shape(norm: QueryKeyNorm, heads: int, head_dim: int) -> tuple[int, ...]:
@@ -66,7 +90,8 @@ def query_key_shape(norm: QueryKeyNorm, heads: int, head_dim: int) -> tuple[int,
 
 def parse_attention(field: Field) -> Attention:
     """Read the object of an attention."""
-    members = field.members(types(Attention))
+    required = [name for name in types(Attention) if name not in Attention.may_be_absent]
+    members = field.members(required, Attention.may_be_absent)
     temperature = members["query_temperature"]
     return Attention(
         heads=members["heads"].integer(1, MAX_SIZE),
@@ -83,6 +108,18 @@ def parse_attention(field: Field) -> Attention:
         chunk=members["chunk"].optional_integer(1, MAX_SIZE),
         sinks=members["sinks"].boolean(),
         position=parse_attention_position(members["position"]),
+        output_gate=_output_gate(members["output_gate"]) if "output_gate" in members else None,
+        value_dim=members["value_dim"].integer(1, MAX_SIZE) if "value_dim" in members else None,
+        value_multiplier=members["value_multiplier"].positive_number() if "value_multiplier" in members else None,
+    )
+
+
+def _output_gate(field: Field) -> OutputGate:
+    members = field.members(["width", "function", "bias"])
+    return OutputGate(
+        width=members["width"].choice(("head", "channel")),
+        function=members["function"].choice(("sigmoid", "softplus")),
+        bias=members["bias"].boolean(),
     )
 
 
@@ -103,17 +140,21 @@ def attention_tensors(name: str, attention: Attention, hidden: int) -> Shapes:
         attention: its facts.
         hidden: the hidden size.
     """
-    queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    heads, kv_heads, size = attention.heads, attention.kv_heads, attention.head_dim
+    mixed, gate = heads * attention.value_size, attention.output_gate
     tensors: Shapes = {}
-    for part, rows in (("query", queries), ("key", keys), ("value", keys)):
+    for part, rows in (("query", heads * size), ("key", kv_heads * size), ("value", kv_heads * attention.value_size)):
         tensors |= linear_tensors(f"{name}.{part}", rows, hidden, attention.qkv_bias)
     if attention.query_key_norm is not None:
-        for part, heads in (("query_norm", attention.heads), ("key_norm", attention.kv_heads)):
-            shape = query_key_shape(attention.query_key_norm, heads, attention.head_dim)
+        for part, number in (("query_norm", heads), ("key_norm", kv_heads)):
+            shape = query_key_shape(attention.query_key_norm, number, size)
             tensors |= norm_tensors(f"{name}.{part}", attention.query_key_norm.norm, *shape)
     if attention.sinks:
-        tensors[f"{name}.sinks"] = (attention.heads,)
-    return tensors | linear_tensors(f"{name}.output", hidden, queries, attention.output_bias)
+        tensors[f"{name}.sinks"] = (heads,)
+    if gate is not None:
+        tensors |= linear_tensors(f"{name}.gate", heads if gate.width == "head" else mixed, hidden, False)
+        tensors |= {f"{name}.gate_bias": (heads,)} if gate.bias else {}
+    return tensors | linear_tensors(f"{name}.output", hidden, mixed, attention.output_bias)
 
 
 def check_attention(attention: Attention, at: str, add: Callable[[str, str, object], None]) -> None:

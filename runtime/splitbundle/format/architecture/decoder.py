@@ -10,15 +10,38 @@ from typing import Any, Final
 
 from splitbundle.format import strict_json
 from splitbundle.format.architecture.attention import Attention, attention_tensors
-from splitbundle.format.architecture.experts import EXTENSION, Experts, experts_tensors
+from splitbundle.format.architecture.experts import EXTENSION as EXPERTS
+from splitbundle.format.architecture.experts import Experts, experts_tensors
 from splitbundle.format.architecture.feedforward import Mlp, mlp_tensors
 from splitbundle.format.architecture.norms import NORMS, Norm, norm_tensors
 from splitbundle.format.architecture.positions import Learned, Sinusoidal, Unpositioned
+from splitbundle.format.architecture.rotary import Rotary
 from splitbundle.format.architecture.sizes import Shapes, linear_tensors
 from splitbundle.records import as_dict, record
 from splitbundle.version import ARCHITECTURE_VERSION
 
 FILE: Final = "architecture.json"
+RESIDUAL_SCALES: Final = "residual_scales"
+QUERY_GROWTH: Final = "query_growth"
+ROTARY_DIRECTION: Final = "rotary_direction"
+EXTENSIONS: Final = (EXPERTS, *Attention.may_be_absent, RESIDUAL_SCALES, QUERY_GROWTH, ROTARY_DIRECTION)
+"""The names in ``requires`` of bundles with fields that the first readers don't know."""
+
+
+@record(frozen=True, slots=True, kw_only=True)
+class ResidualScale:
+    """The factors of a sum: of the residual stream, and of what is added to it."""
+
+    kept: float
+    added: float
+
+
+@record(frozen=True, slots=True, kw_only=True)
+class ResidualScales:
+    """The factors of a layer's two sums. Without them, both are plain."""
+
+    attention: ResidualScale
+    mlp: ResidualScale
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -31,6 +54,9 @@ class LayerKind:
     """The factor of the outputs of attention and the feed-forward block, before they are added."""
     attention: Attention
     mlp: Mlp | Experts
+    residual_scales: ResidualScales | None = None
+
+    may_be_absent = ("residual_scales",)
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -77,7 +103,15 @@ class Architecture:
     @property
     def extensions(self) -> tuple[str, ...]:
         """Return what a reader must understand beside the fields of the first readers: names for ``requires``."""
-        return (EXTENSION,) if any(isinstance(kind.mlp, Experts) for kind in self.layer_kinds.values()) else ()
+        found = set()
+        for kind in self.layer_kinds.values():
+            temperature, position = kind.attention.query_temperature, kind.attention.position
+            found |= {EXPERTS} if isinstance(kind.mlp, Experts) else set()
+            found |= {name for name in Attention.may_be_absent if getattr(kind.attention, name) is not None}
+            found |= {RESIDUAL_SCALES} if kind.residual_scales is not None else set()
+            found |= {QUERY_GROWTH} if temperature is not None and temperature.growth is not None else set()
+            found |= {ROTARY_DIRECTION} if isinstance(position, Rotary) and position.direction is not None else set()
+        return tuple(name for name in EXTENSIONS if name in found)
 
     @property
     def position_limit(self) -> int | None:

@@ -7,7 +7,15 @@ import re
 from splitbundle.errors import quoted
 from splitbundle.format import strict_json
 from splitbundle.format.architecture.attention import check_attention, parse_attention
-from splitbundle.format.architecture.decoder import FILE, Architecture, Embedding, Head, LayerKind
+from splitbundle.format.architecture.decoder import (
+    FILE,
+    Architecture,
+    Embedding,
+    Head,
+    LayerKind,
+    ResidualScale,
+    ResidualScales,
+)
 from splitbundle.format.architecture.experts import Experts, check_experts, parse_experts
 from splitbundle.format.architecture.feedforward import Mlp, parse_mlp
 from splitbundle.format.architecture.norms import PLACEMENTS, check_norm, parse_norm, parse_optional_norm
@@ -78,14 +86,25 @@ def _embedding(field: Field) -> Embedding:
 
 
 def _layer_kind(field: Field) -> LayerKind:
-    members = field.members(["placement", "norm", "residual_multiplier", "attention", "mlp"])
+    members = field.members(["placement", "norm", "residual_multiplier", "attention", "mlp"], LayerKind.may_be_absent)
     return LayerKind(
         placement=members["placement"].choice(PLACEMENTS),
         norm=parse_norm(members["norm"]),
         residual_multiplier=members["residual_multiplier"].positive_number(),
         attention=parse_attention(members["attention"]),
         mlp=_mlp(members["mlp"]),
+        residual_scales=_residual_scales(members["residual_scales"]) if "residual_scales" in members else None,
     )
+
+
+def _residual_scales(field: Field) -> ResidualScales:
+    members = field.members(["attention", "mlp"])
+    return ResidualScales(attention=_residual_scale(members["attention"]), mlp=_residual_scale(members["mlp"]))
+
+
+def _residual_scale(field: Field) -> ResidualScale:
+    members = field.members(["kept", "added"])
+    return ResidualScale(kept=members["kept"].positive_number(), added=members["added"].positive_number())
 
 
 def _mlp(field: Field) -> Mlp | Experts:
@@ -129,6 +148,8 @@ def _check_rules(architecture: Architecture, problems: Problems) -> None:
             norms.append((f"{at}/attention/query_key_norm/norm", attention.query_key_norm.norm))
         if isinstance(kind.mlp, Experts):
             check_experts(kind.mlp, f"{at}/mlp", add)
+        if kind.residual_scales is not None and kind.placement in ("parallel", "parallel_two"):
+            add(f"{at}/residual_scales", "no such field, as the layer has one sum", "an object")
         check_attention(attention, f"{at}/attention", add)
     for pointer, norm in norms:
         check_norm(norm, pointer, add)

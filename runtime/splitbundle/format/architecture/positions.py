@@ -48,11 +48,17 @@ class Alibi:
 
 @record(frozen=True, slots=True, kw_only=True)
 class QueryTemperature:
-    """Queries at position p are multiplied by 1 + beta · ln(1 + ⌊(p + offset) / original_positions⌋)."""
+    """Queries at position p are multiplied by 1 + beta · ln(1 + ⌊(p + offset) / original_positions⌋).
+
+    With ``growth`` "power", the factor is (1 + (p + offset) / original_positions) ** beta.
+    """
 
     beta: float
     original_positions: int
     offset: int
+    growth: str | None = None
+
+    may_be_absent = ("growth",)
 
 
 class AttentionSpan(NamedTuple):
@@ -83,11 +89,12 @@ def parse_embedding_position(field: Field) -> Unpositioned | Learned | Sinusoida
 
 def parse_query_temperature(field: Field) -> QueryTemperature:
     """Read the object of a query temperature."""
-    members = field.members(["beta", "original_positions", "offset"])
+    members = field.members(["beta", "original_positions", "offset"], QueryTemperature.may_be_absent)
     return QueryTemperature(
         beta=members["beta"].positive_number(),
         original_positions=members["original_positions"].integer(1, MAX_SIZE),
         offset=members["offset"].integer(0, MAX_SIZE),
+        growth=members["growth"].choice(("power",)) if "growth" in members else None,
     )
 
 

@@ -107,16 +107,21 @@ class Rotary:
     dim: int
     layout: str
     scaling: Scaling
+    direction: str | None = None
+    """``"backward"`` if pairs are rotated by the negative angle."""
+
+    may_be_absent = ("direction",)
 
 
 def parse_rotary(field: Field) -> Rotary:
     """Read the object of a rotary position."""
-    members = field.members(["kind", "base", "dim", "layout", "scaling"])
+    members = field.members(["kind", "base", "dim", "layout", "scaling"], Rotary.may_be_absent)
     return Rotary(
         base=members["base"].positive_number(),
         dim=members["dim"].integer(2, MAX_SIZE),
         layout=members["layout"].choice(ROTARY_LAYOUTS),
         scaling=_scaling(members["scaling"]),
+        direction=members["direction"].choice(("backward",)) if "direction" in members else None,
     )
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from splitbundle.format import names, strict_json
+from splitbundle.format.architecture.decoder import EXTENSIONS as OF_ARCHITECTURE
 from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE_FILE
-from splitbundle.format.architecture.experts import EXTENSION as EXPERTS
 from splitbundle.format.graph import Graph
 from splitbundle.records import as_dict, field, members, record, replace
 from splitbundle.version import FORMAT_VERSION
@@ -17,7 +17,7 @@ FILE: Final = names.MANIFEST
 ENCODINGS: Final = ("plain",)
 SELF_VECTORS: Final = "self_vectors"
 """The extension of a bundle whose golden vectors were computed from the bundle itself."""
-EXTENSIONS: Final = frozenset({SELF_VECTORS, EXPERTS})
+EXTENSIONS: Final = frozenset({SELF_VECTORS, *OF_ARCHITECTURE})
 """The named extensions that this reader understands."""
 BOUNDARY_TENSORS: Final = ("hidden", "past", "count")
 EMBEDDING: Final = "embedding.token.weight"
@@ -152,6 +152,7 @@ class SourceName:
     exchanged if ``transposed``. With several ``groups``, that dimension of each tensor is in so many equal groups, and
     the first groups of all tensors come before the second groups. Some families store queries, keys and values of a
     head together in this way. If ``source`` has ``{row}``, each source tensor is one row of the only tensor.
+    With ``shape``, the source tensor has the same numbers in the same order, in this shape.
     """
 
     source: str
@@ -159,10 +160,11 @@ class SourceName:
     groups: int
     transposed: bool
     axis: int = 0
+    shape: tuple[int, ...] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return the entry with its fields. An axis of 0 isn't written."""
-        return {name: value for name, value in members(self).items() if name != "axis" or value}
+        """Return the entry with its fields. An axis of 0 and a shape of None aren't written."""
+        return {name: value for name, value in members(self).items() if name not in ("axis", "shape") or value}
 
 
 @record(frozen=True, slots=True, kw_only=True)

@@ -273,12 +273,14 @@ def _vectors(field: Field, of_itself: bool) -> Vectors:
 
 
 def _source_name(field: Field) -> SourceName:
-    has_axis = isinstance(field.value, dict) and "axis" in field.value
-    members = field.members(["source", "tensors", "groups", "transposed", *(["axis"] if has_axis else [])])
+    members = field.members(["source", "tensors", "groups", "transposed"], ["axis", "shape"])
     return SourceName(
         source=members["source"].string(),
         tensors=tuple(item.string() for item in members["tensors"].items(minimum=1)),
         groups=members["groups"].integer(1, MAX_SIZE),
         transposed=members["transposed"].boolean(),
-        axis=members["axis"].integer(0, 2) if has_axis else 0,
+        axis=members["axis"].integer(0, 2) if "axis" in members else 0,
+        shape=tuple(item.integer(1, MAX_SIZE) for item in members["shape"].items(minimum=1, maximum=4))
+        if "shape" in members
+        else None,
     )

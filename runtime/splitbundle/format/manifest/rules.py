@@ -287,6 +287,13 @@ def _check_source_names(
                 wanted = f"tensors of one dtype that can be concatenated along their {which} dimension"
                 problems.add("manifest.sources", f"{at}/tensors", wanted, quoted(expanded.tensors))
                 break
+            numbers = sum(prod(shapes[name]) for name in expanded.tensors)
+            if expanded.shape is not None and (
+                prod(expanded.shape) != numbers or ROW in expanded.source or EXPERTS not in manifest.features
+            ):
+                wanted = f"a shape of {numbers} numbers, without {ROW}, if requires names {EXPERTS}"
+                problems.add("manifest.sources", f"{at}/shape", wanted, quoted(expanded.shape))
+                break
             if any(shapes[name][axis] % expanded.groups for name in expanded.tensors):
                 wanted = "a divisor of every tensor's rows" if axis == 0 else "a divisor of that dimension"
                 problems.add("manifest.sources", f"{at}/groups", wanted, str(expanded.groups))
