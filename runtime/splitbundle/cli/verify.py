@@ -120,6 +120,12 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         console.text(
             f"  {difference.where:12} {one} differs from {what} by {difference.relative:.2g} of the largest value"
         )
+        for tie in difference.ties:
+            console.note(
+                f"The router of layer {tie.layer} has a near tie for token {tie.token} of case {tie.case}: here it "
+                f"chooses {_numbers(tie.chosen)}, in the original {_numbers(tie.original)}. A rounding decides, and "
+                "with the original's choice the results agree. So each layer was compared alone."
+            )
     itself = bool(differences) and side(bundle) == ITSELF
     if itself:
         console.note(
@@ -143,9 +149,14 @@ def _run(args: argparse.Namespace, console: Console) -> int:
                 {"where": d.where, "between": d.between, "largest": d.largest, "scale": d.scale, "relative": d.relative}
                 for d in differences
             ],
+            "router_ties": [members(tie) for d in differences for tie in d.ties],
         }
     )
     return 0
+
+
+def _numbers(experts: tuple[int, ...]) -> str:
+    return "expert " + ", ".join(map(str, experts))
 
 
 def _check_texts(bundle: Bundle, console: Console) -> int:

@@ -27,6 +27,19 @@ Outputs = dict[tuple[str, int], Any]
 
 
 @record(frozen=True, slots=True, kw_only=True)
+class RouterTie:
+    """A token for which a router's scores are so near that a rounding decides."""
+
+    layer: int
+    case: int
+    token: int
+    chosen: tuple[int, ...]
+    """The experts that are chosen here."""
+    original: tuple[int, ...]
+    """Those with which the result is the original model's."""
+
+
+@record(frozen=True, slots=True, kw_only=True)
 class Difference:
     """The largest difference at one place, over all cases."""
 
@@ -44,6 +57,8 @@ class Difference:
     results when it was written."""
     tolerance: float = TOLERANCE
     """The largest relative difference that rounding explains."""
+    ties: tuple[RouterTie, ...] = ()
+    """The near ties that were decided as the original did. If there are any, each layer was compared alone."""
 
     @property
     def relative(self) -> float:
@@ -100,13 +115,17 @@ def compare(
     between: tuple[str, str],
     golden: Mapping[str, Any],
     tolerance: float = TOLERANCE,
+    ties: tuple[RouterTie, ...] = (),
 ) -> list[Difference]:
     """Return the largest difference at each place. ``golden`` are the tensors of the golden vectors."""
     found: dict[str, Difference] = {}
     for (where, case), value in got.items():
         other = expected[where, case]
-        largest, scale = float(abs(value - other).max()), _scale(golden, where, case)
-        difference = Difference(where=where, largest=largest, scale=scale, between=between, tolerance=tolerance)
+        largest, size = float(abs(value - other).max()), scale(golden, where, case)
+        own = tuple(tie for tie in ties if where == f"hidden.{tie.layer + 1}")
+        difference = Difference(
+            where=where, largest=largest, scale=size, between=between, tolerance=tolerance, ties=own
+        )
         before = found.get(where)
         # A NaN must win and stay, but no comparison with it is true.
         if before is None or math.isnan(difference.relative) or difference.relative > before.relative:
@@ -114,7 +133,8 @@ def compare(
     return list(found.values())
 
 
-def _scale(golden: Mapping[str, Any], where: str, case: int) -> float:
+def scale(golden: Mapping[str, Any], where: str, case: int) -> float:
+    """Return the scale of a place in a case; see ``Difference.scale``."""
     if where == "logits":
         return float(abs(golden[f"case.{case}.logits"]).max())
     last = int(where.removeprefix("hidden."))
@@ -128,9 +148,14 @@ def check(differences: list[Difference], file: str) -> None:
     Raises:
         ParityError: ``parity`` for a difference above the tolerance, or for NaN.
     """
-    wrong = [difference for difference in differences if not difference.relative <= difference.tolerance]
-    if wrong:
-        raise ParityError(_problem(difference, file) for difference in wrong)
+    found = wrong(differences)
+    if found:
+        raise ParityError(_problem(difference, file) for difference in found)
+
+
+def wrong(differences: list[Difference]) -> list[Difference]:
+    """Return the differences above the tolerance, and those that aren't numbers."""
+    return [difference for difference in differences if not difference.relative <= difference.tolerance]
 
 
 def side(bundle: BundleReader) -> str:

@@ -32,14 +32,8 @@ class Router(nn.Module):
         *Shape:* (tokens, hidden) -> (tokens, per_token), (tokens, per_token).
         """
         logits = self.logits(x)
-        if self.facts.function == "sparsemixer":
-            return self._sparsemixer(logits)
-        scores = logits.softmax(-1) if self.facts.function == "softmax" else logits.sigmoid()
-        chosen = self._choose(logits, scores)
-        weights = scores.gather(-1, chosen)
-        if self.facts.normalised:
-            weights = weights / (weights.sum(-1, keepdim=True) + self.facts.epsilon)
-        return weights * self.facts.scale if self.facts.scale != 1.0 else weights, chosen
+        chosen = self.choose(logits)
+        return self.weights(logits, chosen), chosen
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the scores before the function. *Shape:* (tokens, hidden) -> (tokens, experts)."""
@@ -47,12 +41,13 @@ class Router(nn.Module):
         logits, cap = linear(x.float(), self.weight.float(), bias), self.facts.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _choose(self, logits: Tensor, scores: Tensor) -> Tensor:
+    def choose(self, logits: Tensor) -> Tensor:
+        """Return the numbers of the chosen experts, the best one first. *Shape:* (tokens, experts) -> (tokens, …)."""
         groups = self.facts.groups
         if self.correction is not None:
-            ranked = (scores if self.facts.correction == "score" else logits) + self.correction.float()
+            ranked = (self._scores(logits) if self.facts.correction == "score" else logits) + self.correction.float()
         else:  # logits have the order of their scores, of which several may be rounded to 1
-            ranked = logits if groups is None or groups.score == "max" else scores
+            ranked = logits if groups is None or groups.score == "max" else self._scores(logits)
         if groups is not None:
             by_group = ranked.view(len(ranked), groups.count, -1)
             best = by_group.amax(-1) if groups.score == "max" else by_group.topk(2).values.sum(-1)
@@ -60,17 +55,28 @@ class Router(nn.Module):
             ranked = by_group.masked_fill(~kept[..., None], -math.inf).flatten(-2)
         return _largest(ranked, self.per_token)
 
-    def _sparsemixer(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose the largest logit, twice. Its weight is a softmax over the logits near it (arXiv:2409.12136)."""
-        weights, chosen, left = [], [], logits
-        for _ in range(self.per_token):
-            largest, index = left.max(-1, keepdim=True)
+    def _scores(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1) if self.facts.function == "softmax" else logits.sigmoid()
+
+    def weights(self, logits: Tensor, chosen: Tensor) -> Tensor:
+        """Return the weights of the chosen experts. *Shape:* (tokens, experts), (tokens, per_token) -> the second."""
+        if self.facts.function == "sparsemixer":
+            return self._sparsemixer(logits, chosen)
+        weights = self._scores(logits).gather(-1, chosen)
+        if self.facts.normalised:
+            weights = weights / (weights.sum(-1, keepdim=True) + self.facts.epsilon)
+        return weights * self.facts.scale if self.facts.scale != 1.0 else weights
+
+    def _sparsemixer(self, logits: Tensor, chosen: Tensor) -> Tensor:
+        """Weigh each expert by a softmax over the logits near its own that are left (arXiv:2409.12136)."""
+        weights, left = [], logits
+        for index in torch.split(chosen, 1, dim=-1):
+            largest = left.gather(-1, index)
             distance = (largest - logits) / torch.maximum(logits.abs(), largest)
             near = left.masked_fill(distance > 2 * self.facts.epsilon, -math.inf).softmax(-1)
             weights.append(near.gather(-1, index))
-            chosen.append(index)
             left = left.scatter(-1, index, -math.inf)
-        return torch.cat(weights, -1) * self.facts.scale, torch.cat(chosen, -1)
+        return torch.cat(weights, -1) * self.facts.scale
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:

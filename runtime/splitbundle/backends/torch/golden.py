@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from splitbundle.backends.torch.router_ties import compare_by_layer, has_experts
 from splitbundle.backends.torch.stage import load_stages
 from splitbundle.backends.torch.weights import map_tensors
 from splitbundle.stages import golden
@@ -35,4 +36,9 @@ def run_vectors(
         return run
 
     outputs = golden.compute(bundle, shard, tensors, load, progress)
-    return golden.compare(outputs, golden.original_outputs(tensors, outputs), ("torch", golden.side(bundle)), tensors)
+    original = golden.original_outputs(tensors, outputs)
+    differences = golden.compare(outputs, original, ("torch", golden.side(bundle)), tensors)
+    if golden.wrong(differences) and has_experts(bundle):
+        by_layer = compare_by_layer(bundle, shard, tensors, threads)
+        return differences if golden.wrong(by_layer) else by_layer
+    return differences
