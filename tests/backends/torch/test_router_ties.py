@@ -72,7 +72,9 @@ def test_a_near_tie_is_no_wrong_number(name: str, tmp_path: Path, monkeypatch: p
     ties = [tie for difference in differences for tie in difference.ties]
     assert ties
     for tie in ties:
-        assert set(tie.chosen) ^ set(tie.original) == {0, 1}
+        assert tie.chosen != tie.original
+        # The order of two experts counts for sparsemixer.
+        assert set(tie.chosen) ^ set(tie.original) in ([{0, 1}, set()] if name == "phimoe" else [{0, 1}])
     assert max(difference.relative for difference in differences) <= 1e-5
 
 

@@ -84,7 +84,7 @@ def _layer(stage: Stage, layer: int, case: int, tensors: Mapping[str, Tensor]) -
                 row = stage(given[None])[0, token]
                 if (row - wanted[token]).abs().max() <= allowed:
                     result[token] = row
-                    here, there = (tuple(sorted(each.tolist())) for each in (exchange.chosen, other))
+                    here, there = (tuple(each.tolist()) for each in (exchange.chosen, other))
                     ties.append(golden.RouterTie(layer=layer, case=case, token=token, chosen=here, original=there))
                     break
     return result, ties
@@ -116,10 +116,10 @@ class _Exchange:
         return weights, chosen
 
     def alternatives(self) -> list[Tensor]:
-        """Return the other choices that a rounding of one logit would give, the experts of each by their logits."""
+        """Return the other choices that a rounding of one logit would give, the best expert of each first."""
         step = golden.TOLERANCE * self.logits.abs().max()
         nudges = torch.eye(self.logits.shape[1]) * step
-        choices = self.router.choose(torch.cat((self.logits + nudges, self.logits - nudges))).sort(-1).values
-        own = self.chosen.sort().values
-        others = [choice for choice in torch.unique(choices, dim=0) if not torch.equal(choice, own)]
-        return [choice[self.logits[0, choice].argsort(descending=True)] for choice in others]
+        choices = self.router.choose(torch.cat((self.logits + nudges, self.logits - nudges)))
+        if self.router.facts.function != "sparsemixer":  # there, the order of the chosen experts counts too
+            choices, self.chosen = choices.sort(-1).values, self.chosen.sort().values
+        return [choice for choice in torch.unique(choices, dim=0) if not torch.equal(choice, self.chosen)]
