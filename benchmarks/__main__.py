@@ -45,6 +45,7 @@ ALL = (
     "shards",
     "memory",
     "contention",
+    "experts",
 )
 
 

@@ -20,7 +20,7 @@ class Contender:
     """The libraries that are imported first, and timed. The first one gives the contender its name."""
     reads: str
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    families: tuple[str, ...] = ("gpt2", "llama", "qwen2")
+    families: tuple[str, ...] = ("gpt2", "llama", "qwen2", "qwen3_moe")
     options: dict[str, Any] = field(default_factory=dict)
     needs_compiler: bool = False
     threads: int | None = None
@@ -75,7 +75,12 @@ _GENAI: Final[dict[str, Any]] = {
     "libraries": ("onnxruntime_genai",),
     "dtypes": ("float32",),
 }
-_LLAMA: Final[dict[str, Any]] = {"module": "contender_llama_cpp", "libraries": ("llama_cpp",), "reads": "gguf"}
+_LLAMA: Final[dict[str, Any]] = {
+    "module": "contender_llama_cpp",
+    "libraries": ("llama_cpp",),
+    "reads": "gguf",
+    "families": ("gpt2", "llama", "qwen2"),
+}
 CONTENDERS: Final[dict[str, Contender]] = {
     TORCH: Contender(**_TORCH, reads="bundle"),
     ONNXRUNTIME: Contender(**_ONNXRUNTIME, reads="bundle"),

@@ -332,6 +332,24 @@ def _contention() -> Iterator[Case]:
         yield replace(case, goals=tuple(goals))
 
 
+def _experts() -> Iterator[Case]:
+    figures = (f"decode {SHORT}", f"prefill {SHORT}")
+    goals = [
+        _faster(f"{what.split()[0]} with experts, {contender.split()[1]}", contender, TRANSFORMERS, what, least)
+        for contender in (TORCH, ONNXRUNTIME)
+        for what, least in zip(figures, (1.5, 1.2), strict=True)
+    ]
+    yield Case(
+        set="experts",
+        model="qwen3-moe-48",
+        dtype="float32",
+        contenders=(TORCH, ONNXRUNTIME, TRANSFORMERS, LLAMA),
+        reference=TRANSFORMERS,
+        points=(Point(context=SHORT, prefills=4, tokens=48),),
+        goals=tuple(goals),
+    )
+
+
 def _faster(what: str, own: str, against: str, figure: str, at_least: float) -> Goal:
     return Goal(
         what=f"{what}, against {against}", own=Term(own, figure), against=Term(against, figure), at_least=at_least
@@ -348,6 +366,7 @@ _SETS: Final = {
     "shards": _shards,
     "memory": _memory,
     "contention": _contention,
+    "experts": _experts,
 }
 NAMES: Final = tuple(_SETS)
 

@@ -11,7 +11,7 @@ ITEM: Final = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A decoder with a tied head: GPT-2 (``gpt2``), Llama (``llama``) or Qwen 2 (``qwen2``)."""
+    """A decoder with a tied head: GPT-2 (``gpt2``), Llama (``llama``), Qwen 2 (``qwen2``) or Qwen 3 with experts."""
 
     family: str
     vocabulary: int
@@ -23,6 +23,10 @@ class Shape:
     positions: int
     end: int
     """The id that ends a text."""
+    experts: int = 0
+    """The experts of a layer, each of the width ``inner``. 0 means that the feed-forward block is dense."""
+    chosen: int = 0
+    """The experts of a token."""
 
     @property
     def head_size(self) -> int:
@@ -34,6 +38,14 @@ class Shape:
         if self.family == "gpt2":
             sizes = {"n_embd": self.hidden, "n_layer": self.layers, "n_head": self.heads, "n_positions": self.positions}
             return common | sizes | {"n_inner": None if self.inner == 4 * self.hidden else self.inner}
+        if self.experts:
+            common |= {
+                "moe_intermediate_size": self.inner,
+                "num_experts": self.experts,
+                "num_experts_per_tok": self.chosen,
+                "norm_topk_prob": True,
+                "head_dim": self.head_size,
+            }
         return common | {
             "hidden_size": self.hidden,
             "intermediate_size": self.inner,
@@ -43,15 +55,26 @@ class Shape:
             "max_position_embeddings": self.positions,
         }
 
-    def products(self) -> list[tuple[int, int]]:
-        """Return the shapes of a layer's matrices. *Shape:* each (out, in)."""
+    def products(self, experts: int | None = None) -> list[tuple[int, int]]:
+        """Return the shapes of a layer's matrices. *Shape:* each (out, in).
+
+        Args:
+            experts: The number of experts that are read, by default those of a token.
+        """
         keys = self.key_heads * self.head_size
         mlp = [(self.inner, self.hidden)] * (1 if self.family == "gpt2" else 2) + [(self.hidden, self.inner)]
+        if self.experts:
+            mlp = mlp * (self.chosen if experts is None else experts) + [(self.experts, self.hidden)]
         return [(self.hidden, self.hidden), (keys, self.hidden), (keys, self.hidden), (self.hidden, self.hidden), *mlp]
 
-    def layer_parameters(self) -> int:
-        """Return the number of parameters in one layer: matrices, biases, and two norms."""
-        matrices = sum(rows * columns for rows, columns in self.products())
+    def layer_parameters(self, experts: int | None = None) -> int:
+        """Return the number of parameters in one layer: matrices, biases, and norms. ``experts`` of them are counted.
+
+        By default, all experts are counted.
+        """
+        matrices = sum(rows * columns for rows, columns in self.products(self.experts if experts is None else experts))
+        if self.experts:
+            return matrices + 2 * self.hidden + 2 * self.head_size
         if self.family == "gpt2":
             return matrices + sum(rows for rows, _ in self.products()) + 4 * self.hidden
         biases = sum(rows for rows, _ in self.products()[:3]) if self.family == "qwen2" else 0
@@ -75,7 +98,8 @@ class Shape:
         """
         rows = batch * tokens * self.hidden * (2 if self.family == "gpt2" else 1)
         norm = (2 if self.family == "gpt2" else 1) * self.hidden
-        weights = self.layers * self.layer_parameters() + self.vocabulary * self.hidden + norm + rows
+        used = min(self.experts, batch * tokens * self.chosen)
+        weights = self.layers * self.layer_parameters(used) + self.vocabulary * self.hidden + norm + rows
         return weights * ITEM[dtype] + batch * self.cache_bytes(context + tokens, dtype)
 
     def operations(self, context: int, tokens: int, batch: int) -> int:
@@ -141,6 +165,19 @@ SHAPES: Final[dict[str, Shape]] = {
         key_heads=2,
         positions=32768,
         end=151643,
+    ),
+    "qwen3-moe-48": Shape(
+        family="qwen3_moe",
+        vocabulary=8192,
+        hidden=1024,
+        inner=768,
+        layers=4,
+        heads=16,
+        key_heads=4,
+        positions=8192,
+        end=2,
+        experts=48,
+        chosen=8,
     ),
     "tiny": Shape(
         family="llama",

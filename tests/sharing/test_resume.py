@@ -25,6 +25,7 @@ from tests.support.static_server import static_server
 
 KILLS = 10
 PIECE = 2**15
+BUFFERED = 2**18
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,8 @@ def test_ten_kills(kind: str, output: bool, bundle: Bundle, tmp_path: Path, monk
         assert kills
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
         sent = server.sent
-    assert sent <= (1.1 * size if kind != "no ranges" else size + kills * largest)
+    # What lay in the buffers of a connection when its client was killed was sent too. A busy client leaves more there.
+    assert sent <= (1.1 * size + kills * BUFFERED if kind != "no ranges" else size + kills * largest)
     monkeypatch.setenv("SPLITBUNDLE_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "out" if output else Cache().path_of(bundle.id)
     assert splitbundle.open(root).verify(exact=True, whole=True).bytes == size
