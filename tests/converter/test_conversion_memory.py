@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import splitbundle
 import splitbundle_converter
+from tests.support.expert_models import write_experts
 from tests.support.paths import ROOT
 
 MEBI = 2**20
@@ -87,6 +88,18 @@ def over(source: Path, output: Path) -> int:
 
 
 @pytest.mark.long
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
+def test_a_layer_of_many_experts(tmp_path: Path) -> None:
+    """The experts of a layer are written one by one: 128 MiB of them take no more memory than 16."""
+    taken = {}
+    for count in (16, 128):
+        write_experts(tmp_path / f"source-{count}", count, 4, layers=12)
+        taken[count] = over(tmp_path / f"source-{count}", tmp_path / f"{count}.splitbundle")
+    print({count: f"{size / MEBI:.1f} MiB" for count, size in taken.items()})
+    assert taken[128] <= taken[16] + 24 * MEBI
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_a_full_size_gpt2(tmp_path: Path) -> None:
     total, largest = write_gpt2(tmp_path / "gpt2", 12)

@@ -25,9 +25,10 @@ import pytest
 from tests.support import models_experts, models_gated_attention, models_renamed_experts
 from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY
 
-_WITH_EXPERTS: Final = (
+WITH_EXPERTS: Final = (
     models_experts.CONFIGURATIONS | models_renamed_experts.CONFIGURATIONS | models_gated_attention.CONFIGURATIONS
 )
+"""The configurations of families with experts."""
 FEW_EXPERTS: Final = frozenset(
     {
         "qwen2_moe",
@@ -45,12 +46,12 @@ FEW_EXPERTS: Final = frozenset(
 )
 """Softmax, sigmoid and sparsemixer; groups, corrections, caps; shared blocks; biases and clamps; fused and transposed
 sources; gates, narrow values, scaled sums."""
-USUAL: Final = tuple(name for name in ONE_PER_FAMILY if name not in _WITH_EXPERTS or name in FEW_EXPERTS)
+USUAL: Final = tuple(name for name in ONE_PER_FAMILY if name not in WITH_EXPERTS or name in FEW_EXPERTS)
 """The hardest configuration of each dense family, and of a few families with experts."""
 DEFAULT_SHAPES: Final = tuple(
     name
     for name in {family: name for name, (family, _) in reversed(CONFIGURATIONS.items())}.values()
-    if name not in _WITH_EXPERTS
+    if name not in WITH_EXPERTS
 )
 """The first configuration of each dense family."""
 TWO_PER_FAMILY: Final = frozenset({*DEFAULT_SHAPES, *ONE_PER_FAMILY})
