@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from splitbundle.backends.torch.experts import Stacked
 from splitbundle.backends.torch.modules import Linear
 from splitbundle.errors import quoted, wrong_argument
 from splitbundle.format.manifest.document import SourceName
 from splitbundle.integers import as_integer
 
 LINEAR = (
-    *(f"attention.{name}" for name in ("query", "key", "value", "output")),
-    *(f"mlp.{name}" for name in ("gate", "up", "down")),
+    *(f"attention.{name}" for name in ("query", "key", "value", "gate", "output")),
+    *(f"mlp.{block}{name}" for block in ("", "experts.", "shared.") for name in ("gate", "up", "down")),
 )
-"""The linear layers of a layer, under their canonical names."""
+"""The linear layers of a layer, under their canonical names. ``mlp.experts.gate`` is that of all experts."""
 
 
 class LoraLinear(nn.Module):
@@ -62,6 +63,33 @@ class LoraLinear(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling:g}"
 
 
+class LoraStacked(LoraLinear):
+    """The matrices of one projection of all experts, each with an adapter of its own."""
+
+    def __init__(self, base: Stacked, rank: int, alpha: float, dropout: float, rslora: bool) -> None:
+        nn.Module.__init__(self)
+        experts, outputs, inputs = base.weight.shape
+        self.base, self.rank, self.alpha, self.rslora = base, rank, alpha, rslora  # type: ignore[assignment]
+        self.dropout = nn.Dropout(dropout)
+        self.lora_a = nn.Parameter(torch.empty(experts, rank, inputs, device=base.weight.device))
+        self.lora_b = nn.Parameter(torch.zeros(experts, outputs, rank, device=base.weight.device))
+        for own in self.lora_a:
+            nn.init.kaiming_uniform_(own, a=math.sqrt(5))
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:  # type: ignore[override]
+        """Return W x + b + s · B A x with the matrices of one expert. *Shape:* (…, inputs) -> (…, outputs)."""
+        inner = functional.linear(self.dropout(x.to(self.lora_a.dtype)), self.lora_a[expert])
+        added = functional.linear(inner, self.lora_b[expert]) * self.scaling
+        return self.base(x, expert) + added.to(x.dtype)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def merged(self) -> Linear:
+        """Return the stacked layer alone, with W + s · B A as the weight of each expert."""
+        for weight, a, b in zip(self.base.weight, self.lora_a, self.lora_b, strict=True):
+            weight.copy_((weight.float() + self.scaling * (b.float() @ a.float())).to(weight.dtype))
+        return self.base
+
+
 def add_lora(
     stage: Any, rank: int, alpha: float, targets: Sequence[str], *, dropout: float = 0.0, rslora: bool = False
 ) -> list[str]:
@@ -80,9 +108,10 @@ def add_lora(
         layer = getattr(parent, name)
         if isinstance(layer, LoraLinear):
             raise wrong_argument("targets", "layers without an adapter", f"{quoted(path)}, which has one")
-        if number > max(layer.weight.shape):
-            raise wrong_argument("rank", f"at most {max(layer.weight.shape)}, the size of {path}", f"{number}")
-        made.append((parent, name, LoraLinear(layer, number, float(alpha), float(dropout), rslora)))
+        if number > max(layer.weight.shape[-2:]):
+            raise wrong_argument("rank", f"at most {max(layer.weight.shape[-2:])}, the size of {path}", f"{number}")
+        kind = LoraStacked if isinstance(layer, Stacked) else LoraLinear
+        made.append((parent, name, kind(layer, number, float(alpha), float(dropout), rslora)))
     stage.requires_grad_(False)
     for _, adapter in adapters_of(stage):
         adapter.lora_a.requires_grad_()
@@ -113,7 +142,7 @@ def linear_layers(stage: Any) -> list[str]:
     own = [f"layers.{layer}.{name}" for layer in range(*stage.layer_range) for name in LINEAR]
     own = ["embedding.projection", *own, "head.narrowing", "head.projection"]
     found = dict(stage.named_modules())
-    return [path for path in own if isinstance(found.get(path), Linear | LoraLinear)]
+    return [path for path in own if isinstance(found.get(path), Linear | Stacked | LoraLinear)]
 
 
 def canonical_layers(entry: SourceName) -> list[str]:

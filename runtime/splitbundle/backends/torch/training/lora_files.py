@@ -29,7 +29,7 @@ from splitbundle.backends.torch.training.adapter_files import (
 from splitbundle.backends.torch.training.lora import LoraLinear, adapters_of, add_lora, canonical_layers, linear_layers
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
 from splitbundle.format.fields import MAX_PROBLEMS
-from splitbundle.format.manifest.document import SourceName
+from splitbundle.format.manifest.document import ROW, SourceName, row_sources
 from splitbundle.records import replace
 
 
@@ -73,13 +73,17 @@ def save_lora(
             parts = canonical_layers(entry)
             if any(part in own for part in parts):
                 name = prefix + entry.source.removesuffix(".weight")
-                found[name] = _to_source(stage, entry, [own.get(part) for part in parts])
+                if ROW in entry.source:
+                    found |= _of_experts(name, own[parts[0]])
+                else:
+                    found[name] = _to_source(stage, entry, [own.get(part) for part in parts])
                 transposed = transposed or entry.transposed
                 for part in parts:
                     own.pop(part, None)
         if own:
             expected = f"layers that the source has as linear layers, for {quoted(next(iter(own)))}"
-            raise wrong_argument("stages", expected, "none in the manifest's source_names")
+            hint = "merge_lora folds the adapters into the weights, and save_as keeps those"
+            raise wrong_argument("stages", expected, "none in the manifest's source_names", hint)
     config = _config(found, base_model, transposed, rslora=adapters[0].rslora, dropout=adapters[0].dropout.p)
     return write_adapters(Path(os.path.abspath(path)), config, _tensors(found), force=force)
 
@@ -156,8 +160,16 @@ def load_lora(
         sizes = stage.architecture.tensors()
         for entry in _weights(stage):
             source = entry.source.removesuffix(".weight")
-            name = next((key for key in found if key == source or key.endswith(f".{source}")), None)
             parts = canonical_layers(entry)
+            if ROW in source:
+                if parts and f"{parts[0]}.weight" in sizes:
+                    names = _experts_named(source, sizes[f"{parts[0]}.weight"], found, problems)
+                    known.update(names)
+                    if names and not problems and parts[0] in linear_layers(stage):
+                        a, b = (torch.stack([getattr(found[key], part) for key in names]) for part in ("a", "b"))
+                        plan.append((stage, parts[0], a, b, found[names[0]].alpha))
+                continue
+            name = next((key for key in found if key == source or key.endswith(f".{source}")), None)
             if name is None or any(f"{part}.weight" not in sizes for part in parts):
                 continue
             known.add(name)
@@ -190,7 +202,7 @@ def load_lora(
     if problems:
         raise BundleError(problems[:MAX_PROBLEMS])
     for stage, part, a, b, alpha in plan:
-        add_lora(stage, a.shape[0], alpha, [part], dropout=dropout, rslora=rslora)
+        add_lora(stage, a.shape[-2], alpha, [part], dropout=dropout, rslora=rslora)
         adapter_module = stage.get_submodule(part)
         with torch.no_grad():
             adapter_module.lora_a.copy_(a)  # type: ignore[operator]
@@ -215,7 +227,7 @@ def _wrong_bases(stage: Stage, name: str, parts: Sequence[str], bases: Mapping[s
 def _weights(stage: Stage) -> Iterator[SourceName]:
     """Yield the source's weights, one for each layer of the model, whether this stage has the layer or not."""
     for entry in stage.source_names:
-        if not entry.source.endswith(".weight") or "{row}" in entry.source:
+        if not entry.source.endswith(".weight") or (ROW in entry.source and ".experts." not in entry.tensors[0]):
             continue
         if "{layer}" not in entry.source:
             yield entry
@@ -223,6 +235,32 @@ def _weights(stage: Stage) -> Iterator[SourceName]:
         for layer in range(len(stage.architecture.layers)):
             tensors = tuple(name.replace("{layer}", str(layer)) for name in entry.tensors)
             yield replace(entry, source=entry.source.replace("{layer}", str(layer)), tensors=tensors)
+
+
+def _of_experts(name: str, adapter: LoraLinear) -> dict[str, SourceAdapter]:
+    """Return the adapters of all experts of a projection, each under the name of the expert's own layer."""
+    pairs = zip(adapter.lora_a.detach().float().cpu(), adapter.lora_b.detach().float().cpu(), strict=True)
+    names = row_sources(name, len(adapter.lora_a))
+    return {own: SourceAdapter(a=a, b=b, alpha=adapter.alpha) for own, (a, b) in zip(names, pairs, strict=True)}
+
+
+def _experts_named(
+    source: str, shape: tuple[int, ...], found: Mapping[str, SourceAdapter], problems: list[Problem]
+) -> list[str]:
+    """Return the names of the adapters of all experts of a projection, or none. Note what is missing or differs."""
+    names = []
+    for own in row_sources(source, shape[0]):
+        names += [key for key in found if key == own or key.endswith(f".{own}")][:1]
+    if not names:
+        return []
+    first = found[names[0]]
+    count, outputs, inputs = shape
+    wanted = f"{count} of them, each with A [{first.rank}, {inputs}] and B [{outputs}, {first.rank}]"
+    same = [(each.a.shape, each.b.shape, each.alpha) for each in map(found.__getitem__, names)]
+    if len(names) != count or set(same) != {((first.rank, inputs), (outputs, first.rank), first.alpha)}:
+        got = f"{len(names)}, the first with A {list(first.a.shape)} and B {list(first.b.shape)}"
+        problems.append(Problem(code="adapter.tensor", file=WEIGHTS, argument=source, expected=wanted, got=got))
+    return names
 
 
 def _to_source(stage: Stage, entry: SourceName, adapters: Sequence[LoraLinear | None]) -> SourceAdapter:
