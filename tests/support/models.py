@@ -233,8 +233,8 @@ def source_gradients(model: Any) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.grad)
+        for parameter in model.parameters():  # a router's correction may be a parameter without a gradient
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         for name, buffer in model.named_buffers():
             if name.endswith("bias"):  # a router's correction has no gradient
                 buffer.zero_()

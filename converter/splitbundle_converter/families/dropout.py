@@ -15,7 +15,9 @@ _FIELDS: Final[dict[str, tuple[str, str, str, str] | None]] = {
     "biogpt": ("hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout_prob", "hidden_dropout_prob"),
     "bloom": ("", "attention_dropout", "hidden_dropout", "hidden_dropout"),
     "codegen": _GPT,
+    "dbrx": ("", "attn_config.attn_pdrop", "resid_pdrop", "resid_pdrop"),
     "ernie4_5": ("", "", "", ""),
+    "ernie4_5_moe": ("", "", "", ""),
     "falcon": None,  # it drops the sum of attention and feed-forward block in some shapes
     "gpt2": _GPT,
     "gpt_bigcode": _GPT,

@@ -65,8 +65,8 @@ def _beam_scales(layer: int) -> ResidualScales:
 def _beam_temperature(sizes: Sizes) -> list[QueryTemperature | None]:
     """Return how queries grow: on layers without positions, with the power 0.1 of the position."""
     growing = QueryTemperature(beta=0.1, original_positions=2048, offset=1, growth="power")
-    parameters = sizes.config.raw("rope_parameters") or {}
-    return [growing if parameters.get(kind) is None else None for kind in layer_types(sizes)]
+    parameters = sizes.config.inside("rope_parameters")
+    return [growing if parameters.raw(kind) is None else None for kind in layer_types(sizes)]
 
 
 def _doubled_heads(sizes: Sizes) -> list[int]:

@@ -29,19 +29,17 @@ from splitbundle_converter.families.llama_layer_norm import COHERE
 from splitbundle_converter.families.row import QUERY_KEY_VALUE, Names, OneTensor, Stacked, in_layers, renamed, row
 
 SARVAM: Final[Names] = {
-    **{
-        source.replace("model.embed_tokens", "model.word_embeddings"): target
-        for source, target in renamed(
-            DEEPSEEK,
-            {
-                "attention.query_key_value": QUERY_KEY_VALUE,
-                "attention.dense": "attention.output",
-                "attention.query_layernorm": "attention.query_norm",
-                "attention.key_layernorm": "attention.key_norm",
-                "mlp.gate.expert_bias": OneTensor("mlp.router.correction"),
-            },
-        ).items()
-    }
+    source.replace("model.embed_tokens", "model.word_embeddings"): target
+    for source, target in renamed(
+        DEEPSEEK,
+        {
+            "attention.query_key_value": QUERY_KEY_VALUE,
+            "attention.dense": "attention.output",
+            "attention.query_layernorm": "attention.query_norm",
+            "attention.key_layernorm": "attention.key_norm",
+            "mlp.gate.expert_bias": OneTensor("mlp.router.correction"),
+        },
+    ).items()
 }
 ARIA: Final[Names] = {
     **NAMES,
@@ -78,7 +76,8 @@ def _ernie_layers(config: ConfigReader, layers: int) -> list[bool]:
     """Return which layers have experts: every ``moe_layer_interval``-th one within a range."""
     step, start = config.integer("moe_layer_interval"), config.integer("moe_layer_start_index", minimum=0)
     end = config.integer("moe_layer_end_index", minimum=0)
-    # The sum of the weights is at least this number. A sum that is smaller has no digit that counts.
+    # transformers divides by this number where the sum of the chosen scores is smaller. Only a correction that chose
+    # experts with scores near 0 could make such a sum, so up to the default it changes nothing.
     if not config.raw("moe_norm_min") or config.number("moe_norm_min") > 1e-12:
         config.refuse("moe_norm_min", "a number from above 0 to 1e-12")
     return [(i + 1) % step == 0 and start <= i <= end for i in range(layers)]
@@ -132,8 +131,8 @@ def dbrx(config: ConfigReader) -> Architecture:
     """Return the architecture of DBRX (Databricks 2024). Its objects for attention and experts have the facts."""
     attention, block = config.inside("attn_config"), config.inside("ffn_config")
     attention.ignored(["attn_pdrop"])
-    base = (config.raw("rope_parameters") or {}).get("rope_theta")
-    if attention.raw("rope_theta") not in (None, base):  # the model is trained with one base, and transformers may
+    base = config.inside("rope_parameters").raw("rope_theta")
+    if attention.raw("rope_theta") not in (None, base):  # transformers computes with that of rope_parameters
         hint = "If this is the base of the model's training, write it into rope_parameters of config.json too"
         attention.refuse("rope_theta", f"the base in rope_parameters, {quoted(base)}", hint=hint)
     block.ignored(["moe_jitter_eps", "moe_loss_weight", "hidden_size", "uniform_expert_assignment"])
@@ -182,7 +181,7 @@ RENAMED_EXPERT_FAMILIES: Final = (
         experts=ExpertFacts(count="moe_num_experts", per_token="moe_topk",  # noqa: S106  # the name of a field
                             inner="intermediate_size",
                             shared=shared_experts("moe_num_shared_experts", "intermediate_size"))),
-    row("cohere2_moe", renamed(DEEPSEEK, {}), cohere2_moe),
+    row("cohere2_moe", DEEPSEEK, cohere2_moe),
     row("dbrx", DBRX, dbrx),
 )
 # fmt: on

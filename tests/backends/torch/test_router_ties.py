@@ -18,9 +18,10 @@ from splitbundle.backends.torch.weights import map_tensors
 from splitbundle.cli.main import main
 from splitbundle.storage.reader import VECTORS
 from tests.support.models import make_model
+from tests.support.tiers import thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NAMES = ("qwen3_moe-biased", "glm4_moe-all-tied", "phimoe", "kolibri1")
+NAMES = ("phimoe", "qwen3_moe-biased", "glm4_moe-all-tied", "kolibri1")
 Change = Callable[[dict[str, Tensor]], None]
 
 
@@ -65,7 +66,7 @@ def compared(bundle: splitbundle.Bundle, original: splitbundle.Bundle, monkeypat
 
 
 @pytest.mark.rule("SB-G-005")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thinned(NAMES, NAMES[:1]))
 def test_a_near_tie_is_no_wrong_number(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, other = (converted(name, tmp_path / str(i), almost_equal(i)) for i in range(2))
     differences = compared(ours, other, monkeypatch)
@@ -79,7 +80,7 @@ def test_a_near_tie_is_no_wrong_number(name: str, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.rule("SB-G-003", "SB-G-005")
-@pytest.mark.parametrize("name", ["qwen3_moe-biased", "kolibri1"])
+@pytest.mark.parametrize("name", thinned(["kolibri1", "qwen3_moe-biased"], ["kolibri1"]))
 def test_a_changed_expert_is_a_wrong_number(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also beside near ties: what the other choice doesn't explain stays wrong."""
     ours = converted(name, tmp_path / "ours", almost_equal(0))

@@ -21,7 +21,7 @@ from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.quiet_transformers import quiet
 from tests.support import small_models
 from tests.support.models import CONFIGURATIONS, TOLERANCE, original_logits, relative, token_rows
-from tests.support.tiers import thinned
+from tests.support.tiers import USUAL, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,7 +48,7 @@ UNBUILT: Final = frozenset(
 """Model types whose small model needs more than the names of fields."""
 
 
-@pytest.mark.parametrize("model_type", thinned(MODEL_TYPES, FAMILIES))
+@pytest.mark.parametrize("model_type", thinned(MODEL_TYPES, {CONFIGURATIONS[name][0] for name in USUAL}))
 def test_a_small_model_converts_with_parity_or_is_refused(
     model_type: str, tmp_path: Path, count_as: Callable[[str], None]
 ) -> None:

@@ -56,7 +56,13 @@ def of_depth(name: str, layers: int) -> dict[str, Any]:
     assert len(changes) == 1, name
     if "moe_layers" in fields:
         changes["moe_layers"] = [layer for layer in fields["moe_layers"] if layer < layers]
-    for listed in ("layer_types", "mlp_layer_types", "no_rope_layers", "layer_rope_theta"):
+    for listed in (
+        "layer_types",
+        "mlp_layer_types",
+        "no_rope_layers",
+        "layer_rope_theta",
+        "num_attention_heads_per_layer",
+    ):
         if listed in fields:
             changes[listed] = list(itertools.islice(itertools.cycle(fields[listed]), layers))
     if "attention_types" in fields:
