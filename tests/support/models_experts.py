@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-_ROTARY: Final[dict[str, Any]] = {
-    "vocab_size": 61,
-    "hidden_size": 36,
-    "intermediate_size": 51,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-_QWEN: Final[dict[str, Any]] = _ROTARY | {
+from tests.support.models_rms_norm import ROTARY
+
+_QWEN: Final[dict[str, Any]] = ROTARY | {
     "num_experts": 12,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 22,
@@ -22,7 +15,7 @@ _QWEN: Final[dict[str, Any]] = _ROTARY | {
 _ALTERNATING: Final = ["sliding_attention", "full_attention"] * 2
 _SPARSE: Final = ["dense", "sparse", "sparse", "dense"]
 _LINEAR: Final[dict[str, Any]] = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.5}
-_BALANCED: Final[dict[str, Any]] = _ROTARY | {
+_BALANCED: Final[dict[str, Any]] = ROTARY | {
     "n_routed_experts": 12,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 22,
@@ -33,7 +26,7 @@ _BALANCED: Final[dict[str, Any]] = _ROTARY | {
     "norm_topk_prob": True,
 }
 _PLAIN: Final[dict[str, Any]] = {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "n_shared_experts": 1}
-_GRANITE: Final[dict[str, Any]] = _ROTARY | {
+_GRANITE: Final[dict[str, Any]] = ROTARY | {
     "embedding_multiplier": 3.7,
     "residual_multiplier": 0.63,
     "attention_multiplier": 0.29,
@@ -41,8 +34,8 @@ _GRANITE: Final[dict[str, Any]] = _ROTARY | {
     "num_local_experts": 8,
     "num_experts_per_tok": 3,
 }
-_LOCAL: Final[dict[str, Any]] = _ROTARY | {"num_local_experts": 8, "num_experts_per_tok": 3}
-_EXAONE: Final[dict[str, Any]] = _ROTARY | {
+_LOCAL: Final[dict[str, Any]] = ROTARY | {"num_local_experts": 8, "num_experts_per_tok": 3}
+_EXAONE: Final[dict[str, Any]] = ROTARY | {
     "num_experts": 12,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 22,
@@ -62,14 +55,14 @@ _KOLIBRI: Final[dict[str, Any]] = {
 }
 
 CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
-    "mixtral": ("mixtral", _ROTARY | {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "mixtral": ("mixtral", ROTARY | {"num_local_experts": 8, "num_experts_per_tok": 2}),
     "mixtral-window": (
         "mixtral",
-        _ROTARY | {"num_local_experts": 5, "num_experts_per_tok": 1, "sliding_window": 5, "head_dim": 10},
+        ROTARY | {"num_local_experts": 5, "num_experts_per_tok": 1, "sliding_window": 5, "head_dim": 10},
     ),
     "mixtral-all-tied": (
         "mixtral",
-        _ROTARY | {"num_local_experts": 4, "num_experts_per_tok": 4, "tie_word_embeddings": True},
+        ROTARY | {"num_local_experts": 4, "num_experts_per_tok": 4, "tie_word_embeddings": True},
     ),
     "qwen2_moe": (
         "qwen2_moe",
@@ -91,19 +84,19 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         "qwen3_moe",
         _QWEN | {"use_sliding_window": True, "sliding_window": 5, "mlp_only_layers": [0, 2], "norm_topk_prob": True},
     ),
-    "olmoe": ("olmoe", _ROTARY | {"num_experts": 8, "num_experts_per_tok": 3}),
+    "olmoe": ("olmoe", ROTARY | {"num_experts": 8, "num_experts_per_tok": 3}),
     "olmoe-normalised": (
         "olmoe",
-        _ROTARY | {"num_experts": 30, "num_experts_per_tok": 5, "norm_topk_prob": True, "attention_bias": True},
+        ROTARY | {"num_experts": 30, "num_experts_per_tok": 5, "norm_topk_prob": True, "attention_bias": True},
     ),
-    "flex_olmo": ("flex_olmo", _ROTARY | {"num_experts": 8, "num_experts_per_tok": 3}),
+    "flex_olmo": ("flex_olmo", ROTARY | {"num_experts": 8, "num_experts_per_tok": 3}),
     "flex_olmo-normalised": (
         "flex_olmo",
-        _ROTARY | {"num_experts": 7, "num_experts_per_tok": 5, "norm_topk_prob": True, "attention_bias": True},
+        ROTARY | {"num_experts": 7, "num_experts_per_tok": 5, "norm_topk_prob": True, "attention_bias": True},
     ),
     "flex_olmo-tied": (
         "flex_olmo",
-        _ROTARY | {"num_experts": 4, "num_experts_per_tok": 1, "tie_word_embeddings": True, "rope_parameters": _LINEAR},
+        ROTARY | {"num_experts": 4, "num_experts_per_tok": 1, "tie_word_embeddings": True, "rope_parameters": _LINEAR},
     ),
     "glm4_moe": (
         "glm4_moe",
@@ -179,14 +172,14 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         "gpt_oss",
         _LOCAL | {"head_dim": 6, "sliding_window": 5, "tie_word_embeddings": True, "num_local_experts": 16},
     ),
-    "hunyuan_v1_moe": ("hunyuan_v1_moe", _ROTARY | {"num_experts": 8, "moe_topk": 3, "head_dim": 10}),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", ROTARY | {"num_experts": 8, "moe_topk": 3, "head_dim": 10}),
     "hunyuan_v1_moe-biased": (
         "hunyuan_v1_moe",
-        _ROTARY | {"num_experts": 8, "moe_topk": 1, "head_dim": 8, "attention_bias": True},
+        ROTARY | {"num_experts": 8, "moe_topk": 1, "head_dim": 8, "attention_bias": True},
     ),
     "hunyuan_v1_moe-tied": (
         "hunyuan_v1_moe",
-        _ROTARY | {"num_experts": 5, "moe_topk": 5, "head_dim": 6, "tie_word_embeddings": True},
+        ROTARY | {"num_experts": 5, "moe_topk": 5, "head_dim": 6, "tie_word_embeddings": True},
     ),
     "hy_v3": (
         "hy_v3",
@@ -196,17 +189,17 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "hy_v3-tied": ("hy_v3", _QWEN | {"head_dim": 6, "tie_word_embeddings": True, "rope_parameters": _LINEAR}),
     "phimoe": (
         "phimoe",
-        _ROTARY
+        ROTARY
         | {"num_local_experts": 8, "router_jitter_noise": 0.2, "attention_bias": True, "lm_head_bias": True}
         | {"head_dim": 10},
     ),
     "phimoe-window": (
         "phimoe",
-        _ROTARY | {"num_local_experts": 16, "sliding_window": 5, "router_jitter_noise": 0.05, "head_dim": 6},
+        ROTARY | {"num_local_experts": 16, "sliding_window": 5, "router_jitter_noise": 0.05, "head_dim": 6},
     ),
     "phimoe-tied": (
         "phimoe",
-        _ROTARY | {"num_local_experts": 4, "tie_word_embeddings": True, "router_jitter_noise": 0.4, "head_dim": 8},
+        ROTARY | {"num_local_experts": 4, "tie_word_embeddings": True, "router_jitter_noise": 0.4, "head_dim": 8},
     ),
     "mellum": (
         "mellum",
@@ -242,7 +235,7 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         "kolibri1",
         _KOLIBRI | {"tie_word_embeddings": True, "layer_types": ["full_attention"] * 4} | {"num_experts_per_tok": 1},
     ),
-    "olmoe-one": ("olmoe", _ROTARY | {"num_experts": 6, "num_experts_per_tok": 1, "tie_word_embeddings": True}),
+    "olmoe-one": ("olmoe", ROTARY | {"num_experts": 6, "num_experts_per_tok": 1, "tie_word_embeddings": True}),
 }
 ONE_PER_FAMILY: Final = (
     *(

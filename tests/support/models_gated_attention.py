@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-_ROTARY: Final[dict[str, Any]] = {
-    "vocab_size": 61,
-    "hidden_size": 36,
-    "intermediate_size": 51,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+from tests.support.models_rms_norm import ROTARY
+
+_ROTARY: Final[dict[str, Any]] = ROTARY | {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 22,
     "head_dim": 10,

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-_ROTARY: Final[dict[str, Any]] = {
-    "vocab_size": 61,
-    "hidden_size": 36,
-    "intermediate_size": 51,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+from tests.support.models_rms_norm import ROTARY
+
 _WINDOWS: Final[dict[str, Any]] = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
-_SARVAM: Final[dict[str, Any]] = _ROTARY | {
+_SARVAM: Final[dict[str, Any]] = ROTARY | {
     "n_routed_experts": 12,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 22,
     "head_dim": 10,
 }
-_ERNIE: Final[dict[str, Any]] = _ROTARY | {"moe_num_experts": 12, "moe_k": 3, "moe_intermediate_size": 22}
-_ARIA: Final[dict[str, Any]] = _ROTARY | {"moe_num_experts": 8, "moe_topk": 3}
-_COHERE: Final[dict[str, Any]] = _ROTARY | _WINDOWS | {"num_experts": 8, "num_experts_per_tok": 3, "head_dim": 10}
+_ERNIE: Final[dict[str, Any]] = ROTARY | {"moe_num_experts": 12, "moe_k": 3, "moe_intermediate_size": 22}
+_ARIA: Final[dict[str, Any]] = ROTARY | {"moe_num_experts": 8, "moe_topk": 3}
+_COHERE: Final[dict[str, Any]] = ROTARY | _WINDOWS | {"num_experts": 8, "num_experts_per_tok": 3, "head_dim": 10}
 _DBRX: Final[dict[str, Any]] = {"vocab_size": 61, "d_model": 36, "n_heads": 6, "n_layers": 4, "max_seq_len": 64}
 _BASE: Final[dict[str, Any]] = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
 _EXPERTS: Final[dict[str, Any]] = {"ffn_hidden_size": 22, "moe_num_experts": 8, "moe_top_k": 3}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-_ROTARY: Final[dict[str, Any]] = {
+ROTARY: Final[dict[str, Any]] = {
     "vocab_size": 61,
     "hidden_size": 36,
     "intermediate_size": 51,
@@ -42,15 +42,15 @@ _GRANITE: Final[dict[str, Any]] = {
     "attention_multiplier": 0.29,
     "logits_scaling": 2.3,
 }
-_LLAMA4: Final[dict[str, Any]] = _ROTARY | {"intermediate_size_mlp": 45, "moe_layers": []}
-_GEMMA: Final[dict[str, Any]] = _ROTARY | {"head_dim": 10, "query_pre_attn_scalar": 7, "sliding_window": 5}
+_LLAMA4: Final[dict[str, Any]] = ROTARY | {"intermediate_size_mlp": 45, "moe_layers": []}
+_GEMMA: Final[dict[str, Any]] = ROTARY | {"head_dim": 10, "query_pre_attn_scalar": 7, "sliding_window": 5}
 
 CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     # Every scaling of rotary positions.
-    "llama-yarn": ("llama", _ROTARY | {"head_dim": 10, "rope_parameters": _YARN}),
+    "llama-yarn": ("llama", ROTARY | {"head_dim": 10, "rope_parameters": _YARN}),
     "llama-yarn-all": (
         "llama",
-        _ROTARY
+        ROTARY
         | {"head_dim": 14}
         | {
             "rope_parameters": _YARN
@@ -60,18 +60,18 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     ),
     "llama-yarn-mscale": (
         "llama",
-        _ROTARY | {"head_dim": 10, "rope_parameters": _YARN | {"mscale": 2.0, "mscale_all_dim": 0.5, "beta_fast": 2}},
+        ROTARY | {"head_dim": 10, "rope_parameters": _YARN | {"mscale": 2.0, "mscale_all_dim": 0.5, "beta_fast": 2}},
     ),
     "llama-longrope-short": (
         "llama",
-        _ROTARY
+        ROTARY
         | {"head_dim": 10}
         | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 100.0, "factor": 4.0} | _FACTORS}
         | {"max_position_embeddings": 48},
     ),
     "llama-longrope": (
         "llama",
-        _ROTARY
+        ROTARY
         | {"head_dim": 10}
         | {
             "rope_parameters": {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 9}
@@ -80,7 +80,7 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     ),
     "llama-longrope-factor": (
         "llama",
-        _ROTARY
+        ROTARY
         | {"head_dim": 10}
         | {
             "rope_parameters": {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 9}
@@ -90,18 +90,18 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     ),
     "llama-dynamic-short": (
         "llama",
-        _ROTARY | {"head_dim": 10, "max_position_embeddings": 48, "rope_parameters": _DYNAMIC},
+        ROTARY | {"head_dim": 10, "max_position_embeddings": 48, "rope_parameters": _DYNAMIC},
     ),
-    "llama-dynamic": ("llama", _ROTARY | {"head_dim": 10, "max_position_embeddings": 9, "rope_parameters": _DYNAMIC}),
+    "llama-dynamic": ("llama", ROTARY | {"head_dim": 10, "max_position_embeddings": 9, "rope_parameters": _DYNAMIC}),
     "llama-proportional": (
         "llama",
-        _ROTARY
+        ROTARY
         | {"head_dim": 14}
         | {"rope_parameters": {"rope_type": "proportional", "rope_theta": 50.0, "partial_rotary_factor": 0.6}},
     ),
     "llama-proportional-divided": (
         "llama",
-        _ROTARY
+        ROTARY
         | {"head_dim": 10}
         | {
             "rope_parameters": {"rope_type": "proportional", "rope_theta": 50.0, "partial_rotary_factor": 0.8}
@@ -109,61 +109,61 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         },
     ),
     # The families.
-    "internlm3": ("internlm3", _ROTARY | {"head_dim": 6}),
+    "internlm3": ("internlm3", ROTARY | {"head_dim": 6}),
     "internlm3-biased": (
         "internlm3",
-        _ROTARY | {"head_dim": 10, "qkv_bias": True, "bias": True, "rope_parameters": _DYNAMIC | {"factor": 6.0}},
+        ROTARY | {"head_dim": 10, "qkv_bias": True, "bias": True, "rope_parameters": _DYNAMIC | {"factor": 6.0}},
     ),
     "internlm3-one-kv-tied": (
         "internlm3",
-        _ROTARY | {"head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        ROTARY | {"head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": True},
     ),
-    "iquestcoder": ("iquestcoder", _ROTARY | {"head_dim": 6}),
+    "iquestcoder": ("iquestcoder", ROTARY | {"head_dim": 6}),
     "iquestcoder-biased": (
         "iquestcoder",
-        _ROTARY | {"head_dim": 10, "attention_bias": True, "mlp_bias": True, "rope_parameters": _YARN},
+        ROTARY | {"head_dim": 10, "attention_bias": True, "mlp_bias": True, "rope_parameters": _YARN},
     ),
-    "iquestcoder-tied": ("iquestcoder", _ROTARY | {"head_dim": None, "tie_word_embeddings": True}),
-    "arcee": ("arcee", _ROTARY),
+    "iquestcoder-tied": ("iquestcoder", ROTARY | {"head_dim": None, "tie_word_embeddings": True}),
+    "arcee": ("arcee", ROTARY),
     "arcee-biased": (
         "arcee",
-        _ROTARY | {"head_dim": 10, "attention_bias": True, "mlp_bias": True, "rope_parameters": _YARN},
+        ROTARY | {"head_dim": 10, "attention_bias": True, "mlp_bias": True, "rope_parameters": _YARN},
     ),
     "arcee-one-kv-tied": (
         "arcee",
-        _ROTARY | {"num_key_value_heads": 1, "tie_word_embeddings": True, "hidden_act": "gelu"},
+        ROTARY | {"num_key_value_heads": 1, "tie_word_embeddings": True, "hidden_act": "gelu"},
     ),
-    "cwm": ("cwm", _ROTARY | {"head_dim": 6, "sliding_window": 5, "rope_parameters": _LLAMA3}),
+    "cwm": ("cwm", ROTARY | {"head_dim": 6, "sliding_window": 5, "rope_parameters": _LLAMA3}),
     "cwm-alternating": (
         "cwm",
-        _ROTARY
+        ROTARY
         | {"head_dim": 10, "sliding_window": 3, "mlp_bias": True, "layer_types": _ALTERNATING}
         | {"rope_parameters": _LINEAR},
     ),
     "cwm-llama3-tied": (
         "cwm",
-        _ROTARY
+        ROTARY
         | {"head_dim": 10, "sliding_window": 5, "tie_word_embeddings": True, "rope_parameters": _LLAMA3}
         | {"num_key_value_heads": 6, "layer_types": _ALTERNATING[::-1]},
     ),
-    "ministral": ("ministral", _ROTARY | {"head_dim": 6, "sliding_window": 5}),
+    "ministral": ("ministral", ROTARY | {"head_dim": 6, "sliding_window": 5}),
     "ministral-alternating": (
         "ministral",
-        _ROTARY | {"head_dim": 10, "sliding_window": 4, "layer_types": _ALTERNATING, "tie_word_embeddings": True},
+        ROTARY | {"head_dim": 10, "sliding_window": 4, "layer_types": _ALTERNATING, "tie_word_embeddings": True},
     ),
     "ministral-full": (
         "ministral",
-        _ROTARY | {"head_dim": 14, "layer_types": _ALL_FULL, "rope_parameters": _LINEAR},
+        ROTARY | {"head_dim": 14, "layer_types": _ALL_FULL, "rope_parameters": _LINEAR},
     ),
     "ministral3": (
         "ministral3",
-        _ROTARY
+        ROTARY
         | {"head_dim": 10}
         | {"rope_parameters": _YARN | {"llama_4_scaling_beta": 0.7, "mscale": 1.0, "mscale_all_dim": 1.0}},
     ),
     "ministral3-window": (
         "ministral3",
-        _ROTARY
+        ROTARY
         | {"head_dim": 10, "sliding_window": 5, "tie_word_embeddings": True}
         | {
             "rope_parameters": _YARN
@@ -172,42 +172,42 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     ),
     "ministral3-unscaled": (
         "ministral3",
-        _ROTARY
+        ROTARY
         | {"head_dim": 6, "num_key_value_heads": 1}
         | {
             "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "llama_4_scaling_beta": 0.4}
             | {"original_max_position_embeddings": 4}
         },
     ),
-    "qwen3": ("qwen3", _ROTARY | {"head_dim": 6}),
+    "qwen3": ("qwen3", ROTARY | {"head_dim": 6}),
     "qwen3-mixed-biased": (
         "qwen3",
-        _ROTARY
+        ROTARY
         | {"head_dim": 10, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
         | {"rms_norm_eps": 1e-3, "attention_bias": True, "rope_parameters": _YARN},
     ),
-    "qwen3-one-kv-tied": ("qwen3", _ROTARY | {"head_dim": 14, "num_key_value_heads": 1, "tie_word_embeddings": True}),
-    "seed_oss": ("seed_oss", _ROTARY | {"head_dim": 6}),
+    "qwen3-one-kv-tied": ("qwen3", ROTARY | {"head_dim": 14, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "seed_oss": ("seed_oss", ROTARY | {"head_dim": 6}),
     "seed_oss-biased": (
         "seed_oss",
-        _ROTARY | {"head_dim": 10, "attention_out_bias": True, "mlp_bias": True, "rope_parameters": _YARN},
+        ROTARY | {"head_dim": 10, "attention_out_bias": True, "mlp_bias": True, "rope_parameters": _YARN},
     ),
     "seed_oss-output-biased-tied": (
         "seed_oss",
-        _ROTARY
+        ROTARY
         | {"head_dim": 8, "attention_bias": False, "attention_out_bias": True}
         | {"tie_word_embeddings": True, "num_key_value_heads": 6},
     ),
-    "olmo2": ("olmo2", _ROTARY),
+    "olmo2": ("olmo2", ROTARY),
     "olmo2-biased": (
         "olmo2",
-        _ROTARY | {"attention_bias": True, "num_key_value_heads": 3, "rms_norm_eps": 1e-3, "rope_parameters": _LINEAR},
+        ROTARY | {"attention_bias": True, "num_key_value_heads": 3, "rms_norm_eps": 1e-3, "rope_parameters": _LINEAR},
     ),
-    "olmo2-one-kv-tied": ("olmo2", _ROTARY | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-    "olmo3": ("olmo3", _ROTARY | {"sliding_window": 5}),
+    "olmo2-one-kv-tied": ("olmo2", ROTARY | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "olmo3": ("olmo3", ROTARY | {"sliding_window": 5}),
     "olmo3-yarn-biased": (
         "olmo3",
-        _ROTARY
+        ROTARY
         | {"hidden_size": 60, "sliding_window": 4, "attention_bias": True, "rms_norm_eps": 1e-3}
         | {
             "rope_parameters": {"full_attention": _YARN | {"attention_factor": 1.3}}
@@ -216,137 +216,137 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     ),
     "olmo3-full-tied": (
         "olmo3",
-        _ROTARY | {"layer_types": _ALL_FULL, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        ROTARY | {"layer_types": _ALL_FULL, "num_key_value_heads": 1, "tie_word_embeddings": True},
     ),
-    "exaone4": ("exaone4", _ROTARY | {"sliding_window": 5}),
+    "exaone4": ("exaone4", ROTARY | {"sliding_window": 5}),
     "exaone4-alternating": (
         "exaone4",
-        _ROTARY
+        ROTARY
         | {"hidden_size": 60, "sliding_window": 4, "layer_types": _ALTERNATING, "rms_norm_eps": 1e-3}
         | {"rope_parameters": _LLAMA3},
     ),
     "exaone4-full-tied": (
         "exaone4",
-        _ROTARY
+        ROTARY
         | {"sliding_window": None, "layer_types": _ALL_FULL, "num_key_value_heads": 1, "tie_word_embeddings": True},
     ),
     "exaone4-one-window": (
         "exaone4",
-        _ROTARY
+        ROTARY
         | {"sliding_window": 3, "num_key_value_heads": 6}
         | {"layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"]},
     ),
-    "smollm3": ("smollm3", _ROTARY),
+    "smollm3": ("smollm3", ROTARY),
     "smollm3-mixed-biased": (
         "smollm3",
-        _ROTARY
+        ROTARY
         | {"hidden_size": 60, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5}
         | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "rope_parameters": _YARN},
     ),
     "smollm3-listed": (
         "smollm3",
-        _ROTARY
+        ROTARY
         | {"no_rope_layers": [0, 1, 1, 0], "num_key_value_heads": 1}
         | {"use_sliding_window": True, "sliding_window": 4, "layer_types": _ALTERNATING},
     ),
-    "glm": ("glm", _ROTARY | {"head_dim": 12}),
+    "glm": ("glm", ROTARY | {"head_dim": 12}),
     "glm-odd-unbiased-tied": (
         "glm",
-        _ROTARY
+        ROTARY
         | {"head_dim": 14, "attention_bias": False, "tie_word_embeddings": True, "num_key_value_heads": 1}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.72}},
     ),
     "glm-linear": (
         "glm",
-        _ROTARY
+        ROTARY
         | {"head_dim": 8, "num_key_value_heads": 6, "rms_norm_eps": 1e-3, "hidden_act": "gelu"}
         | {"rope_parameters": _LINEAR | {"partial_rotary_factor": 1.0}},
     ),
-    "glm4": ("glm4", _ROTARY | {"head_dim": 12}),
+    "glm4": ("glm4", ROTARY | {"head_dim": 12}),
     "glm4-unbiased-tied": (
         "glm4",
-        _ROTARY | {"head_dim": 8, "attention_bias": False, "tie_word_embeddings": True, "num_key_value_heads": 1},
+        ROTARY | {"head_dim": 8, "attention_bias": False, "tie_word_embeddings": True, "num_key_value_heads": 1},
     ),
     "glm4-yarn": (
         "glm4",
-        _ROTARY
+        ROTARY
         | {"head_dim": 14, "num_key_value_heads": 6, "rms_norm_eps": 1e-3}
         | {"rope_parameters": _YARN | {"partial_rotary_factor": 0.72}},
     ),
-    "granite": ("granite", _ROTARY | {"attention_multiplier": 0.4}),
+    "granite": ("granite", ROTARY | {"attention_multiplier": 0.4}),
     "granite-scaled-biased": (
         "granite",
-        _ROTARY | _GRANITE | {"attention_bias": True, "mlp_bias": True, "rope_parameters": _LINEAR},
+        ROTARY | _GRANITE | {"attention_bias": True, "mlp_bias": True, "rope_parameters": _LINEAR},
     ),
     "granite-scaled-tied": (
         "granite",
-        _ROTARY | _GRANITE | {"hidden_size": 60, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        ROTARY | _GRANITE | {"hidden_size": 60, "num_key_value_heads": 1, "tie_word_embeddings": True},
     ),
-    "hyperclovax": ("hyperclovax", _ROTARY),
+    "hyperclovax": ("hyperclovax", ROTARY),
     "hyperclovax-scaled-biased": (
         "hyperclovax",
-        _ROTARY | _GRANITE | {"head_dim": 10, "attention_bias": True, "mlp_bias": True, "rope_parameters": _YARN},
+        ROTARY | _GRANITE | {"head_dim": 10, "attention_bias": True, "mlp_bias": True, "rope_parameters": _YARN},
     ),
     "hyperclovax-pre-tied": (
         "hyperclovax",
-        _ROTARY | _GRANITE | {"use_post_norm": False, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        ROTARY | _GRANITE | {"use_post_norm": False, "num_key_value_heads": 1, "tie_word_embeddings": True},
     ),
-    "phi3": ("phi3", _ROTARY),
+    "phi3": ("phi3", ROTARY),
     "phi3-window-tied": (
         "phi3",
-        _ROTARY
+        ROTARY
         | {"hidden_size": 60, "sliding_window": 5, "num_key_value_heads": 1, "tie_word_embeddings": True}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.6}},
     ),
     "phi3-longrope-short": (
         "phi3",
-        _ROTARY
+        ROTARY
         | {"hidden_size": 84, "num_key_value_heads": 3, "original_max_position_embeddings": 48}
         | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 50.0, "partial_rotary_factor": 0.72} | _FACTORS},
     ),
     "phi3-longrope": (
         "phi3",
-        _ROTARY
+        ROTARY
         | {"hidden_size": 60, "original_max_position_embeddings": 9}
         | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 50.0} | _FACTORS},
     ),
-    "ernie4_5": ("ernie4_5", _ROTARY | {"head_dim": 10}),
+    "ernie4_5": ("ernie4_5", ROTARY | {"head_dim": 10}),
     "ernie4_5-biased": (
         "ernie4_5",
-        _ROTARY | {"head_dim": 6, "use_bias": True, "tie_word_embeddings": False, "rope_parameters": _LINEAR},
+        ROTARY | {"head_dim": 6, "use_bias": True, "tie_word_embeddings": False, "rope_parameters": _LINEAR},
     ),
     "ernie4_5-one-kv": (
         "ernie4_5",
-        _ROTARY | {"head_dim": 14, "num_key_value_heads": 1, "rope_parameters": _YARN, "rms_norm_eps": 1e-3},
+        ROTARY | {"head_dim": 14, "num_key_value_heads": 1, "rope_parameters": _YARN, "rms_norm_eps": 1e-3},
     ),
-    "helium": ("helium", _ROTARY | {"head_dim": 6}),
+    "helium": ("helium", ROTARY | {"head_dim": 6}),
     "helium-biased": (
         "helium",
-        _ROTARY | {"head_dim": 6, "attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA3},
+        ROTARY | {"head_dim": 6, "attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA3},
     ),
     "helium-one-kv-tied": (
         "helium",
-        _ROTARY | {"hidden_size": 60, "head_dim": 10, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        ROTARY | {"hidden_size": 60, "head_dim": 10, "num_key_value_heads": 1, "tie_word_embeddings": True},
     ),
-    "hunyuan_v1_dense": ("hunyuan_v1_dense", _ROTARY | {"head_dim": 6}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", ROTARY | {"head_dim": 6}),
     "hunyuan_v1_dense-alpha": (
         "hunyuan_v1_dense",
-        _ROTARY
+        ROTARY
         | {"head_dim": 10, "max_position_embeddings": 9, "attention_bias": True, "rms_norm_eps": 1e-3}
         | {"rope_parameters": _DYNAMIC | {"alpha": 20.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0}},
     ),
     "hunyuan_v1_dense-yarn-tied": (
         "hunyuan_v1_dense",
-        _ROTARY | {"head_dim": 14, "num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": _YARN},
+        ROTARY | {"head_dim": 14, "num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": _YARN},
     ),
-    "apertus": ("apertus", _ROTARY | {"rope_parameters": _LLAMA3}),
+    "apertus": ("apertus", ROTARY | {"rope_parameters": _LLAMA3}),
     "apertus-biased": (
         "apertus",
-        _ROTARY | {"hidden_size": 60, "attention_bias": True, "rms_norm_eps": 1e-3, "rope_parameters": _LLAMA3},
+        ROTARY | {"hidden_size": 60, "attention_bias": True, "rms_norm_eps": 1e-3, "rope_parameters": _LLAMA3},
     ),
     "apertus-relu-tied": (
         "apertus",
-        _ROTARY
+        ROTARY
         | {"num_key_value_heads": 1, "tie_word_embeddings": True, "hidden_act": "relu2", "rope_parameters": _YARN},
     ),
     "gemma2": ("gemma2", _GEMMA),
@@ -381,18 +381,18 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     # No window is as wide as the tokens that are run. Full layers rotate by another base, or not at all.
     "granite_swa": (
         "granite_swa",
-        _ROTARY | {"num_key_value_heads": 2, "sliding_window": 5, "tie_word_embeddings": False},
+        ROTARY | {"num_key_value_heads": 2, "sliding_window": 5, "tie_word_embeddings": False},
     ),
     "granite_swa-bases-biased": (
         "granite_swa",
-        _ROTARY
+        ROTARY
         | {"num_key_value_heads": 1, "sliding_window": 4, "layer_types": _ALTERNATING, "attention_bias": True}
         | {"layer_rope_theta": [0, 500.0, 10000, 0.0], "mlp_bias": True}
         | _GRANITE,
     ),
     "granite_swa-yarn": (
         "granite_swa",
-        _ROTARY
+        ROTARY
         | {"num_key_value_heads": 6, "sliding_window": 3, "layer_rope_theta": [100.0, 0, 5000.0, 5000.0]}
         | {"rope_parameters": _YARN},
     ),
@@ -426,24 +426,24 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False}
         | {"num_key_value_heads": 6, "head_dim": 14, "layer_types": _ALTERNATING},
     ),
-    "exaone": ("exaone", _ROTARY),
+    "exaone": ("exaone", ROTARY),
     "exaone-biased": (
         "exaone",
-        _ROTARY | {"head_dim": 10, "attention_bias": True, "mlp_bias": True, "rope_parameters": _LINEAR},
+        ROTARY | {"head_dim": 10, "attention_bias": True, "mlp_bias": True, "rope_parameters": _LINEAR},
     ),
-    "exaone-tied": ("exaone", _ROTARY | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-    "nanochat": ("nanochat", _ROTARY),
+    "exaone-tied": ("exaone", ROTARY | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "nanochat": ("nanochat", ROTARY),
     "nanochat-biased": (
         "nanochat",
-        _ROTARY | {"attention_bias": True, "final_logit_softcapping": 2.0, "rms_norm_eps": 1e-3},
+        ROTARY | {"attention_bias": True, "final_logit_softcapping": 2.0, "rms_norm_eps": 1e-3},
     ),
     "nanochat-tied": (
         "nanochat",
-        _ROTARY | {"tie_word_embeddings": True, "final_logit_softcapping": None, "rope_parameters": _LINEAR},
+        ROTARY | {"tie_word_embeddings": True, "final_logit_softcapping": None, "rope_parameters": _LINEAR},
     ),
-    "apertus1p5_text": ("apertus1p5_text", _ROTARY),
-    "apertus1p5_text-biased": ("apertus1p5_text", _ROTARY | {"attention_bias": True, "rope_parameters": _LLAMA3}),
-    "apertus1p5_text-tied": ("apertus1p5_text", _ROTARY | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "apertus1p5_text": ("apertus1p5_text", ROTARY),
+    "apertus1p5_text-biased": ("apertus1p5_text", ROTARY | {"attention_bias": True, "rope_parameters": _LLAMA3}),
+    "apertus1p5_text-tied": ("apertus1p5_text", ROTARY | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
 }
 """Name -> the family, and the fields of its configuration that differ from their defaults."""
 

@@ -123,36 +123,39 @@ def ungated_xielu(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str
     full["mlp"] |= {"activation": "xielu", "gated": False, "bias": True}
 
 
+PLAIN_ROUTER: dict[str, Any] = {
+    "function": "softmax",
+    "bias": False,
+    "logit_cap": None,
+    "correction": None,
+    "groups": None,
+    "normalised": False,
+    "epsilon": 0,
+    "scale": 1.0,
+    "weighs": "output",
+}
+PLAIN_EXPERTS: dict[str, Any] = {
+    "kind": "experts",
+    "count": 8,
+    "per_token": 3,
+    "gated": True,
+    "activation": "silu",
+    "intermediate_size": 10,
+    "bias": False,
+    "clamp": None,
+    "gate_slope": 1.0,
+    "up_offset": 0,
+    "router": PLAIN_ROUTER,
+    "shared": None,
+}
+"""A mixture of experts without options."""
+
+
 def experts(router: dict[str, Any] | None = None, **block: Any) -> Change:
     """Experts in the layers of one kind; the others stay dense."""
-    plain = {
-        "kind": "experts",
-        "count": 8,
-        "per_token": 3,
-        "gated": True,
-        "activation": "silu",
-        "intermediate_size": 10,
-        "bias": False,
-        "clamp": None,
-        "gate_slope": 1.0,
-        "up_offset": 0,
-        "router": {
-            "function": "softmax",
-            "bias": False,
-            "logit_cap": None,
-            "correction": None,
-            "groups": None,
-            "normalised": False,
-            "epsilon": 0,
-            "scale": 1.0,
-            "weighs": "output",
-        }
-        | (router or {}),
-        "shared": None,
-    }
 
     def change(whole: dict[str, Any], full: dict[str, Any], sliding: dict[str, Any]) -> None:
-        full["mlp"] = plain | block
+        full["mlp"] = PLAIN_EXPERTS | {"router": PLAIN_ROUTER | (router or {})} | block
 
     return change
 

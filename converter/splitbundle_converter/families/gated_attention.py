@@ -54,7 +54,7 @@ def _laguna_heads(sizes: Sizes) -> list[int]:
 
 
 def _beam_scales(layer: int) -> ResidualScales:
-    """Return the factors of a layer's sums. The n-th term of the stream, from 1, has the factor 1/√n in the end."""
+    """Return the factors of a layer's sums. After n terms, the embedding among them, each has the factor 1/√n."""
 
     def scale(n: int) -> ResidualScale:
         return ResidualScale(kept=sqrt((n - 1) / n), added=1 / sqrt(n))

@@ -24,37 +24,15 @@ from splitbundle_converter.graphs.builder import GraphBuilder
 from splitbundle_converter.graphs.experts import add_experts
 from splitbundle_converter.graphs.operations import Operations
 from tests.support.models import TOLERANCE, relative
+from tests.support.variants import PLAIN_EXPERTS, PLAIN_ROUTER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN: Final = 12
-_ROUTER: Final[dict[str, Any]] = {
-    "function": "softmax",
-    "bias": False,
-    "logit_cap": None,
-    "correction": None,
-    "groups": None,
-    "normalised": False,
-    "epsilon": 0.0,
-    "scale": 1.0,
-    "weighs": "output",
-}
-_EXPERTS: Final[dict[str, Any]] = {
-    "count": 8,
-    "per_token": 3,
-    "gated": True,
-    "activation": "silu",
-    "intermediate_size": 10,
-    "bias": False,
-    "clamp": None,
-    "gate_slope": 1.0,
-    "up_offset": 0.0,
-    "shared": None,
-}
 
 
 def facts(router: dict[str, Any] | None = None, **fields: Any) -> Experts:
     """Return the facts of a block with these fields, and else the simplest ones."""
-    return Experts(**_EXPERTS | fields, router=Router(**_ROUTER | (router or {})))
+    return Experts(**PLAIN_EXPERTS | fields | {"router": Router(**PLAIN_ROUTER | (router or {}))})
 
 
 def _shared(*, gate: bool = False, average: bool = False) -> Shared:

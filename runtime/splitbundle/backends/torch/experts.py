@@ -32,8 +32,9 @@ class Router(nn.Module):
         *Shape:* (tokens, hidden) -> (tokens, per_token), (tokens, per_token).
         """
         logits = self.logits(x)
-        chosen = self.choose(logits)
-        return self.weights(logits, chosen), chosen
+        scores = self._scores(logits)
+        chosen = self.choose(logits, scores)
+        return self.weights(logits, chosen, scores), chosen
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the scores before the function. *Shape:* (tokens, hidden) -> (tokens, experts)."""
@@ -41,13 +42,14 @@ class Router(nn.Module):
         logits, cap = linear(x.float(), self.weight.float(), bias), self.facts.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def choose(self, logits: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, scores: Tensor | None = None) -> Tensor:
         """Return the numbers of the chosen experts, the best one first. *Shape:* (tokens, experts) -> (tokens, …)."""
         groups = self.facts.groups
+        scores = self._scores(logits) if scores is None else scores
         if self.correction is not None:
-            ranked = (self._scores(logits) if self.facts.correction == "score" else logits) + self.correction.float()
+            ranked = (scores if self.facts.correction == "score" else logits) + self.correction.float()
         else:  # logits have the order of their scores, of which several may be rounded to 1
-            ranked = logits if groups is None or groups.score == "max" else self._scores(logits)
+            ranked = logits if groups is None or groups.score == "max" else scores
         if groups is not None:
             by_group = ranked.view(len(ranked), groups.count, -1)
             best = by_group.amax(-1) if groups.score == "max" else by_group.topk(2).values.sum(-1)
@@ -56,13 +58,15 @@ class Router(nn.Module):
         return _largest(ranked, self.per_token)
 
     def _scores(self, logits: Tensor) -> Tensor:
+        if self.facts.function == "sparsemixer":  # it weighs the logits themselves
+            return logits
         return logits.softmax(-1) if self.facts.function == "softmax" else logits.sigmoid()
 
-    def weights(self, logits: Tensor, chosen: Tensor) -> Tensor:
+    def weights(self, logits: Tensor, chosen: Tensor, scores: Tensor | None = None) -> Tensor:
         """Return the weights of the chosen experts. *Shape:* (tokens, experts), (tokens, per_token) -> the second."""
         if self.facts.function == "sparsemixer":
             return self._sparsemixer(logits, chosen)
-        weights = self._scores(logits).gather(-1, chosen)
+        weights = (self._scores(logits) if scores is None else scores).gather(-1, chosen)
         if self.facts.normalised:
             weights = weights / (weights.sum(-1, keepdim=True) + self.facts.epsilon)
         return weights * self.facts.scale if self.facts.scale != 1.0 else weights
