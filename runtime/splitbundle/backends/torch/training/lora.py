@@ -30,15 +30,16 @@ LINEAR = (
 class LoraLinear(nn.Module):
     """A linear layer with an adapter. The layer itself takes no gradients."""
 
-    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float, rslora: bool) -> None:
+    def __init__(self, base: Linear | Stacked, rank: int, alpha: float, dropout: float, rslora: bool) -> None:
         super().__init__()
-        outputs, inputs = base.weight.shape
+        *experts, outputs, inputs = base.weight.shape
         self.base, self.rank, self.alpha, self.rslora = base, rank, alpha, rslora
         self.dropout = nn.Dropout(dropout)
         # In 16 bits, small steps of the adapter would be lost. PEFT uses float32, too.
-        self.lora_a = nn.Parameter(torch.empty(rank, inputs, device=base.weight.device))
-        self.lora_b = nn.Parameter(torch.zeros(outputs, rank, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.lora_a = nn.Parameter(torch.empty(*experts, rank, inputs, device=base.weight.device))
+        self.lora_b = nn.Parameter(torch.zeros(*experts, outputs, rank, device=base.weight.device))
+        for matrix in _matrices(self.lora_a):
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
 
     @property
     def scaling(self) -> float:
@@ -52,10 +53,10 @@ class LoraLinear(nn.Module):
         return self.base(x) + added.to(x.dtype)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def merged(self) -> Linear:
+    def merged(self) -> Linear | Stacked:
         """Return the layer alone, with W + s · B A as its weight. The sum is computed in float32 and rounded once."""
-        whole = self.base.weight.float() + self.scaling * (self.lora_b.float() @ self.lora_a.float())
-        self.base.weight.copy_(whole.to(self.base.weight.dtype))
+        for weight, a, b in zip(*map(_matrices, (self.base.weight, self.lora_a, self.lora_b)), strict=True):
+            weight.copy_((weight.float() + self.scaling * (b.float() @ a.float())).to(weight.dtype))
         return self.base
 
     def extra_repr(self) -> str:
@@ -66,28 +67,16 @@ class LoraLinear(nn.Module):
 class LoraStacked(LoraLinear):
     """The matrices of one projection of all experts, each with an adapter of its own."""
 
-    def __init__(self, base: Stacked, rank: int, alpha: float, dropout: float, rslora: bool) -> None:
-        nn.Module.__init__(self)
-        experts, outputs, inputs = base.weight.shape
-        self.base, self.rank, self.alpha, self.rslora = base, rank, alpha, rslora  # type: ignore[assignment]
-        self.dropout = nn.Dropout(dropout)
-        self.lora_a = nn.Parameter(torch.empty(experts, rank, inputs, device=base.weight.device))
-        self.lora_b = nn.Parameter(torch.zeros(experts, outputs, rank, device=base.weight.device))
-        for own in self.lora_a:
-            nn.init.kaiming_uniform_(own, a=math.sqrt(5))
-
     def forward(self, x: Tensor, expert: int) -> Tensor:  # type: ignore[override]
         """Return W x + b + s · B A x with the matrices of one expert. *Shape:* (…, inputs) -> (…, outputs)."""
         inner = functional.linear(self.dropout(x.to(self.lora_a.dtype)), self.lora_a[expert])
         added = functional.linear(inner, self.lora_b[expert]) * self.scaling
         return self.base(x, expert) + added.to(x.dtype)  # type: ignore[no-any-return]
 
-    @torch.no_grad()
-    def merged(self) -> Linear:
-        """Return the stacked layer alone, with W + s · B A as the weight of each expert."""
-        for weight, a, b in zip(self.base.weight, self.lora_a, self.lora_b, strict=True):
-            weight.copy_((weight.float() + self.scaling * (b.float() @ a.float())).to(weight.dtype))
-        return self.base
+
+def _matrices(weight: Tensor) -> Tensor:
+    """Return a view with a dimension of experts. *Shape:* (rows, columns) or (experts, rows, columns) -> the second."""
+    return weight if weight.ndim == 3 else weight[None]
 
 
 def add_lora(
