@@ -46,6 +46,8 @@ from splitbundle_converter.graphs import request
 from splitbundle_converter.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from splitbundle_converter.options import DTYPES, Note
 from splitbundle_converter.published_schemas import check_schemas
+from splitbundle_converter.quantized import dequantizing
+from splitbundle_converter.quantized.dequantizing import DequantizedCheckpoint
 from splitbundle_converter.reference.asked_fields import asked_fields
 from splitbundle_converter.reference.golden_vectors import reference_vectors
 from splitbundle_converter.reference.original_errors import explained
@@ -123,7 +125,15 @@ def convert(
     # The path is made absolute first: replacing the current directory of this process would change its meaning.
     target = Path(os.path.abspath(output))
     with open_checkpoint(
-        source, revision, part=part, output=target, allow_pickle=allow_pickle, force=force, progress=progress
+        source,
+        revision,
+        part=part,
+        output=target,
+        allow_pickle=allow_pickle,
+        force=force,
+        exact=dtype != "keep",
+        notes=notes,
+        progress=progress,
     ) as opened:
         if not check:
             refuse_unchecked_code(opened.checkpoint.configuration())
@@ -182,7 +192,7 @@ def _convert(
     texts = {}
     if tokenizer:
         texts = text_files(checkpoint, family.model_type, architecture.vocab_size, notes, compare=check)
-    configuration, carried = configuration_files(opened, cast=not kept)
+    configuration, carried = configuration_files(opened, cast=not kept or isinstance(checkpoint, DequantizedCheckpoint))
     if TOKENIZER in texts:
         generation = carried.get(configuration.generation or "")
         document = text_document(texts, family.model_type, architecture.vocab_size, generation, notes, golden=check)
@@ -192,6 +202,9 @@ def _convert(
         listed[architectures.FILE] = write_file(root, architectures.FILE, architecture.to_bytes())
         vectors = None
         if check:
+            how = dequantizing.checked_with(checkpoint)
+            if how is not None and notes is not None:
+                notes(how)
             vectors = _write_vectors(root, opened, dtype, listed, progress)
         for path, data in (carried | {f"{DIRECTORY}{name}": data for name, data in texts.items()}).items():
             listed[path] = write_file(root, path, data)
@@ -227,6 +240,7 @@ def _convert(
                 source_names=translation.source_names,
                 features=architecture.extensions,
                 extensions=opened.extensions
+                | dequantizing.extension(checkpoint)
                 | unused_fields.extension(opened.not_used)
                 | constants.extension(translation.constants),
             ),

@@ -28,6 +28,8 @@ from splitbundle_converter.families.row import Family
 from splitbundle_converter.language_part.language_part import read_language_part
 from splitbundle_converter.language_part.original import load_original_part
 from splitbundle_converter.language_part.own_configuration import own_configuration
+from splitbundle_converter.options import Note
+from splitbundle_converter.quantized.dequantizing import dequantized
 from splitbundle_converter.reference.golden_vectors import load_original
 from splitbundle_converter.split_learning.parts import PartsCheckpoint, find_parts, read_parts
 
@@ -60,6 +62,8 @@ def open_checkpoint(
     output: Path,
     allow_pickle: bool,
     force: bool,
+    exact: bool,
+    notes: Note | None,
     progress: Progress | None,
 ) -> Iterator[OpenedCheckpoint]:
     """Open a checkpoint for the duration of the block. Weights that were rewritten are removed at the end.
@@ -71,11 +75,17 @@ def open_checkpoint(
         output: The directory of the bundle. Rewritten weights are stored beside it until the end of the block.
         allow_pickle: Whether to read pickles if there are no safetensors.
         force: Whether something may exist at ``output``.
+        exact: Whether quantized weights that are computed in float32 keep this precision.
+        notes: A function that is called with a sentence about quantized weights.
         progress: A function that is called as for ``convert``.
 
     Raises:
         BundleError: ``source.*``, ``usage.part``, ``output.*``, ``network``.
     """
+
+    def judged(checkpoint: Checkpoint) -> OpenedCheckpoint:
+        return _judge(dequantized(checkpoint, exact=exact, notes=notes), part)
+
     directory = find_checkpoint(source, revision, allow_pickle=allow_pickle)
     parts = find_parts(directory) if allow_pickle else []
     whole = next((naming for naming in (SAFETENSORS, BIN) if has_weights(directory.path, naming)), None)
@@ -88,7 +98,7 @@ def open_checkpoint(
     if whole is SAFETENSORS or not allow_pickle:
         with _telling_of_the_configuration(directory):
             checkpoint = Checkpoint(directory.path, name=directory.name, revision=directory.revision)
-        yield _judge(checkpoint, part)
+        yield judged(checkpoint)
         return
     with scratch_directory(output, force=force) as private:
         if parts:
@@ -96,7 +106,7 @@ def open_checkpoint(
             return
         with _telling_of_the_configuration(directory):
             read = read_model(directory, private, progress)
-        yield _judge(read, part)
+        yield judged(read)
 
 
 @contextmanager

@@ -48,6 +48,7 @@ FLOORS = {
     "splitbundle_converter": (
         ("errors", "options", "quiet_transformers", "published_schemas", "code_fields"),
         ("checkpoint",),
+        ("quantized",),
         ("graphs", "families", "text", "example_checkpoints"),
         ("translation", "reference"),
         ("split_learning", "language_part"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -73,6 +74,8 @@ class Checkpoint:
     """The default cuts."""
     rewritten = False
     """Whether the tensors are in other files than those that transformers loads."""
+    quantized_as: str | None = None
+    """How weights are quantized in the files that ``tensors`` shows as plain ones, or None."""
     naming = SAFETENSORS
     """The names of the weight files."""
 
@@ -221,6 +224,10 @@ class Reader:
             hint = "Its header was readable before: check the disk, and try again"
             raise refusal("source.unreadable", found.file, "weights that can be read", line(error), hint) from error
         return tensor
+
+    def slices(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor in slices of size 1 along its first dimension."""
+        yield from torch.split(self.get(name), 1)
 
     def close(self) -> None:
         """Close the open file."""

@@ -17,6 +17,8 @@ from splitbundle_converter.checkpoint.source import Checkpoint
 from splitbundle_converter.errors import line, refusal
 from splitbundle_converter.families.configuration import resolve
 from splitbundle_converter.families.row import Family
+from splitbundle_converter.quantized.dequantizing import DequantizedCheckpoint
+from splitbundle_converter.quantized.packed_weights import TORCH
 from splitbundle_converter.quiet_transformers import quiet
 from splitbundle_converter.reference.memory import available_memory
 from splitbundle_converter.reference.original_errors import UNCHECKED, loaded
@@ -115,7 +117,7 @@ def load_original(source: Checkpoint, family: Family, *, inert: bool = True) -> 
     config._attn_implementation = config._experts_implementation = "eager"
     try:
         with quiet():
-            loaded = _load_tensors(source, config) if source.rewritten else _load_directory(source, config)
+            loaded = _load(source, config)
     except (OSError, RuntimeError, SafetensorError) as error:
         source.directory.check_unchanged()
         if isinstance(error, RuntimeError):
@@ -154,7 +156,16 @@ def from_tensors(config: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str
     return loaded
 
 
-def _load_directory(source: Checkpoint, config: Any) -> Any:
+def _load(source: Checkpoint, config: Any) -> Any:
+    if isinstance(source, DequantizedCheckpoint) and source.reads_alike():
+        dtypes = {weight.dtype for weight in source.packed.values()}
+        config.quantization_config = {**source.about.fields, "dequantize": True}
+        model, info = _load_directory(source, config, TORCH[dtypes.pop()])
+        return model.float(), info
+    return _load_tensors(source, config) if source.rewritten else _load_directory(source, config, torch.float32)
+
+
+def _load_directory(source: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     generation: Any = GenerationConfig  # transformers gives no types for it
@@ -162,7 +173,7 @@ def _load_directory(source: Checkpoint, config: Any) -> Any:
         str(source.directory.path),
         config=config,
         generation_config=generation(),  # generation_config.json is not needed: it changes no result
-        dtype=torch.float32,
+        dtype=dtype,
         attn_implementation="eager",
         trust_remote_code=False,
         local_files_only=True,

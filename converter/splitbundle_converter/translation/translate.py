@@ -36,6 +36,8 @@ class Origin:
     axis: int = 0
     shape: tuple[int, ...] | None = None
     """The shape of the source tensor before it is divided, if the source stores its numbers in another one."""
+    stacked: bool = False
+    """Whether the source tensor has the weights of all experts, so that those of each one can be read alone."""
     rows: tuple[str, ...] = ()
     """The names of the source tensors, if each row is a separate tensor. ``source`` is then the first of them."""
 
@@ -52,15 +54,21 @@ class Origin:
         if self.rows:
             yield from (reader.get(name)[None] for name in self.rows)
             return
-        whole = reader.get(self.source)  # mapped, and read where it is copied below
-        whole = whole if self.shape is None else whole.reshape(self.shape)
-        whole = whole.mT if self.transposed else whole
-        if whole.ndim == 3 and self.axis == 0 and (self.start, self.stop) == (0, len(whole)):
-            yield from (expert.contiguous() for expert in torch.split(whole, 1))
-            return
-        for piece in torch.split(whole, 1) if self.axis else [whole]:
-            parts = grouped(piece, self.groups, self.axis).narrow(self.axis + 1, self.start, self.stop - self.start)
+        for piece in self._stored(reader):  # mapped, and read where it is copied below; a quantized one is computed
+            own = piece.mT if self.transposed else piece
+            if self.stacked and self.axis == 0:
+                yield own.contiguous()
+                continue
+            parts = grouped(own, self.groups, self.axis).narrow(self.axis + 1, self.start, self.stop - self.start)
             yield parts.flatten(self.axis, self.axis + 1).contiguous()
+
+    def _stored(self, reader: Reader) -> Iterator[Tensor]:
+        if self.stacked and self.shape is None:
+            yield from reader.slices(self.source)
+            return
+        whole = reader.get(self.source)
+        whole = whole if self.shape is None else whole.reshape(self.shape)
+        yield from torch.split(whole, 1) if self.stacked else [whole]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +91,7 @@ def translate(source: Checkpoint, family: Family, architecture: Architecture) ->
             the decoder's value; and for a stored copy of a tied embedding that differs from the embedding.
     """
     check_unwrapped(source.tensors, source.name)
-    check_plain(source.directory, source.tensors)
+    check_plain(source.tensors, source.quantized_as)
     shapes = architecture.tensors()
     layers = len(architecture.layers)
     problems: list[Problem] = []
@@ -242,6 +250,7 @@ def _match(
             transposed=entry.transposed,
             axis=entry.axis,
             shape=None if entry.shape is None else joined,
+            stacked=len(joined) == 3 and (entry.axis > 0 or len(entry.tensors) == 1),
         )
         start = stop
     return problems

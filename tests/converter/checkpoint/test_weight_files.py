@@ -115,7 +115,7 @@ def test_weights_of_a_wrapped_model(
     )
 
 
-SCALES = "Convert the checkpoint that was quantized. Without the scales, the stored numbers are not the weights"
+UNSAID = "Fetch the configuration again from where these weights were published: it has to say how they are quantized"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_quantized_weights_of_which_the_configuration_says_nothing(
     save_file(load_file(path / WEIGHTS) | {name: torch.zeros(2, 2, dtype=dtype)}, path / WEIGHTS)
     assert str(refused(path, output)) == (
         f"[source.quantised] {WEIGHTS} /{name}: expected weights that aren't quantized, got a tensor of {what}, "
-        f"'{name}'. {SCALES}"
+        f"'{name}'. {UNSAID}"
     )
 
 
@@ -146,8 +146,9 @@ def test_a_checkpoint_of_modelopt(source: Callable[[str], Path], output: Path) -
     path = source("llama")
     (path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": null}}')
     assert str(refused(path, output)) == (
-        "[source.quantised] hf_quant_config.json /quantization/quant_algo: expected weights that aren't quantized, "
-        f"got 'FP8'. {SCALES}"
+        "[source.quantised] hf_quant_config.json /quantization: expected weights that are quantized with modelopt, as "
+        "the configuration says, got none. If the weights were dequantized, remove the field from the configuration. "
+        "Else fetch weights and configuration again, from one place"
     )
     # Here only the cache was to be quantized.
     (path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": null, "kv_cache_quant_algo": "FP8"}}')

@@ -90,8 +90,9 @@ def test_a_part_that_is_not_known(tmp_path: Path) -> None:
         (
             {"quantization_config": {"bits": 4}},
             "[source.quantised] config.json /text_config/quantization_config: expected weights that aren't quantized, "
-            "got {'bits': 4}. Convert the checkpoint that was quantized. Without the scales, the stored "
-            "numbers are not the weights",
+            "or one of the methods fp8, fbgemm_fp8, mxfp4, modelopt, compressed-tensors, gptq, awq, bitsandbytes, mlx, "
+            "got {'bits': 4}. Convert the checkpoint that was quantized, or dequantize this one with the library that "
+            "made it",
         ),
         (
             {"num_hidden_layers": 10**9},
@@ -151,8 +152,9 @@ def test_a_language_part_that_is_refused(fields: dict[str, Any], message: str, t
             "llava",
             {"quantization_config": {"bits": 4}},
             "[source.quantised] config.json /quantization_config: expected weights that aren't quantized, "
-            "got {'bits': 4}. Convert the checkpoint that was quantized. Without the scales, the stored "
-            "numbers are not the weights",
+            "or one of the methods fp8, fbgemm_fp8, mxfp4, modelopt, compressed-tensors, gptq, awq, bitsandbytes, mlx, "
+            "got {'bits': 4}. Convert the checkpoint that was quantized, or dequantize this one with the library that "
+            "made it",
         ),
     ],
 )
