@@ -8,7 +8,6 @@ from splitbundle.format import strict_json
 from splitbundle.format.manifest.document import SOURCE, SourceConfiguration
 from splitbundle_converter.checkpoint.file_names import CONFIG, GENERATION
 from splitbundle_converter.open_checkpoint import OpenedCheckpoint
-from splitbundle_converter.quantized.dequantizing import DequantizedCheckpoint
 
 _FILE: Final = f"{SOURCE}{CONFIG}"
 _PART: Final = f"{SOURCE}part/{CONFIG}"
@@ -30,7 +29,7 @@ def configuration_files(opened: OpenedCheckpoint, *, cast: bool) -> tuple[Source
     """
     checkpoint = opened.checkpoint
     found = checkpoint.configuration()
-    plain = not isinstance(checkpoint, DequantizedCheckpoint)  # else the file describes weights that aren't here
+    plain = checkpoint.quantization is None  # else the file describes weights that aren't here
     own_file = plain and found.file == CONFIG and not found.pointer
     files = {_FILE: checkpoint.read(CONFIG) if own_file else strict_json.dump(found.raw)}
     if opened.part_configuration is not None:

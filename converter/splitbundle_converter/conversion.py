@@ -47,7 +47,6 @@ from splitbundle_converter.open_checkpoint import OpenedCheckpoint, open_checkpo
 from splitbundle_converter.options import DTYPES, Note
 from splitbundle_converter.published_schemas import check_schemas
 from splitbundle_converter.quantized import dequantizing
-from splitbundle_converter.quantized.dequantizing import DequantizedCheckpoint
 from splitbundle_converter.reference.asked_fields import asked_fields
 from splitbundle_converter.reference.golden_vectors import reference_vectors
 from splitbundle_converter.reference.original_errors import explained
@@ -192,7 +191,7 @@ def _convert(
     texts = {}
     if tokenizer:
         texts = text_files(checkpoint, family.model_type, architecture.vocab_size, notes, compare=check)
-    configuration, carried = configuration_files(opened, cast=not kept or isinstance(checkpoint, DequantizedCheckpoint))
+    configuration, carried = configuration_files(opened, cast=not kept or checkpoint.quantization is not None)
     if TOKENIZER in texts:
         generation = carried.get(configuration.generation or "")
         document = text_document(texts, family.model_type, architecture.vocab_size, generation, notes, golden=check)

@@ -25,6 +25,7 @@ from splitbundle_converter.errors import refusal, source_json
 from splitbundle_converter.families.composites import EXTENSION
 from splitbundle_converter.families.configuration import an_object, read_configuration
 from splitbundle_converter.families.row import Family
+from splitbundle_converter.gguf_files.checkpoint import SUFFIX, gguf_file, read_gguf
 from splitbundle_converter.language_part.language_part import read_language_part
 from splitbundle_converter.language_part.original import load_original_part
 from splitbundle_converter.language_part.own_configuration import own_configuration
@@ -83,6 +84,12 @@ def open_checkpoint(
         BundleError: ``source.*``, ``usage.part``, ``output.*``, ``network``.
     """
 
+    file = _gguf_file(source)
+    if file is not None:
+        with scratch_directory(output, force=force) as private:
+            yield _judge(read_gguf(file, private, exact=exact), part)
+        return
+
     def judged(checkpoint: Checkpoint) -> OpenedCheckpoint:
         return _judge(dequantized(checkpoint, exact=exact, notes=notes), part)
 
@@ -107,6 +114,16 @@ def open_checkpoint(
         with _telling_of_the_configuration(directory):
             read = read_model(directory, private, progress)
         yield judged(read)
+
+
+def _gguf_file(source: str | os.PathLike[str]) -> Path | None:
+    """Return the GGUF file that a user means: by its path, or as the only weights of a directory."""
+    path = Path(source)
+    if path.is_file() and path.suffix == SUFFIX:
+        return path
+    if not path.is_dir() or any(has_weights(path, naming) for naming in (SAFETENSORS, BIN)):
+        return None
+    return gguf_file(path)
 
 
 @contextmanager

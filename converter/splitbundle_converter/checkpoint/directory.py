@@ -78,6 +78,18 @@ class CheckpointDirectory:
             raise refusal("source.lfs-pointer", file, "weights", "a Git LFS pointer", hint)
         return self.path / file
 
+    def watch(self, path: Path) -> None:
+        """Let ``check_unchanged`` check a file in another directory, too.
+
+        Raises:
+            BundleError: ``source.unreadable``.
+        """
+        name = str(path.absolute())
+        try:
+            self._see(name, path.stat())
+        except OSError as error:
+            raise unreadable(name, error) from error
+
     def check_unchanged(self) -> None:
         """Check that no file changed after it was first read.
 

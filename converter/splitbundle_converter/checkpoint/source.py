@@ -74,8 +74,8 @@ class Checkpoint:
     """The default cuts."""
     rewritten = False
     """Whether the tensors are in other files than those that transformers loads."""
-    quantized_as: str | None = None
-    """How weights are quantized in the files that ``tensors`` shows as plain ones, or None."""
+    quantization: Mapping[str, Any] | None = None
+    """How weights are quantized in the files, if ``tensors`` shows them as plain ones: the method, its formula, …"""
     naming = SAFETENSORS
     """The names of the weight files."""
 

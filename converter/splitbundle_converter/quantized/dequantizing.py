@@ -51,7 +51,9 @@ class DequantizedCheckpoint(Checkpoint):
     ) -> None:
         self.directory, self.name, self.revision = inner.directory, inner.name, inner.revision
         self.naming, self.promised, self.cuts = inner.naming, inner.promised, inner.cuts
-        self.packed, self.about, self.quantized_as = packed, about, about.method
+        self.packed, self.about = packed, about
+        formula = METHODS[about.method].formula
+        self.quantization = {"method": about.method, "formula": formula, "weights": about.weights}
         self._inner, self._configuration = inner, configuration
         self.tensors = _plain_tensors(inner.tensors, packed, about.method)
 
@@ -143,10 +145,7 @@ def dequantized(checkpoint: Checkpoint, *, exact: bool, notes: Callable[[str], N
 
 def extension(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the member for the manifest's ``extensions``; an empty dict for weights that weren't quantized."""
-    if not isinstance(checkpoint, DequantizedCheckpoint):
-        return {}
-    about = checkpoint.about
-    return {EXTENSION: {"method": about.method, "formula": METHODS[about.method].formula, "weights": about.weights}}
+    return {} if checkpoint.quantization is None else {EXTENSION: dict(checkpoint.quantization)}
 
 
 def checked_with(checkpoint: Checkpoint) -> str | None:

@@ -91,7 +91,7 @@ def translate(source: Checkpoint, family: Family, architecture: Architecture) ->
             the decoder's value; and for a stored copy of a tied embedding that differs from the embedding.
     """
     check_unwrapped(source.tensors, source.name)
-    check_plain(source.tensors, source.quantized_as)
+    check_plain(source.tensors, (source.quantization or {}).get("method"))
     shapes = architecture.tensors()
     layers = len(architecture.layers)
     problems: list[Problem] = []

@@ -217,7 +217,7 @@ def test_the_tensors_are_those_of_the_original_class(name: str) -> None:
         name=name,
         promised={},
         directory=SimpleNamespace(has=lambda file: False),
-        quantized_as=None,
+        quantization=None,
         configuration=lambda: found,
         reader=nullcontext,
     )
