@@ -88,7 +88,6 @@ def over(source: Path, output: Path) -> int:
 
 
 @pytest.mark.long
-@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_a_layer_of_many_experts(tmp_path: Path) -> None:
     """The experts of a layer are written one by one: 128 MiB of them take no more memory than 16."""

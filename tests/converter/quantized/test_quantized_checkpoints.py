@@ -40,12 +40,12 @@ MORE: Final[dict[str, dict[str, Any]]] = {
 BOTH_BACKENDS: Final = ("fp8", "mxfp4", "compressed-int4", "gptq", "awq", "mlx")
 
 
-def checkpoint(path: Path, form: str, family: str | None = None) -> dict[str, Tensor]:
+def checkpoint(path: Path, form: str, family: str | None = None, **sizes: int) -> dict[str, Tensor]:
     """Save a checkpoint in a form. Return the plain numbers of its tensors."""
     family = family or FAMILY.get(form, "llama")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **{**SIZES, **MORE.get(family, {})})
+        config = AutoConfig.for_model(family, **{**SIZES, **MORE.get(family, {}), **sizes})
         config.tie_word_embeddings = False
         model = AutoModelForCausalLM.from_config(config)
     dtype = torch.float16 if form.startswith(("gptq", "awq")) else torch.bfloat16
