@@ -26,9 +26,10 @@ from splitbundle_converter.families.composites import EXTENSION
 from splitbundle_converter.families.configuration import an_object, read_configuration
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.language_part.language_part import read_language_part
-from splitbundle_converter.language_part.original import load_original_part
+from splitbundle_converter.language_part.original import layered_original_part, load_original_part
 from splitbundle_converter.language_part.own_configuration import own_configuration
 from splitbundle_converter.reference.golden_vectors import load_original
+from splitbundle_converter.reference.layered_original import LayeredOriginal, layered_original
 from splitbundle_converter.split_learning.parts import PartsCheckpoint, find_parts, read_parts
 
 
@@ -45,6 +46,8 @@ class OpenedCheckpoint:
     """The fields of the configuration that neither the family nor transformers uses."""
     load_original: Callable[[], tuple[Any, str]]
     """Loads the original model in float32. Returns it with the name of the module list that has its layers."""
+    layered_original: Callable[..., LayeredOriginal]
+    """Builds the original model without its weights, to run it layer by layer."""
     part_configuration: dict[str, Any] | None = None
     """The configuration of the language part for its own class, if only this part is converted."""
     extensions: dict[str, Any] = field(default_factory=dict)
@@ -124,6 +127,7 @@ def _judge(checkpoint: Checkpoint, part: str | None) -> OpenedCheckpoint:
             values=language.values,
             not_used=language.not_used,
             load_original=partial(load_original_part, language),
+            layered_original=partial(layered_original_part, language),
             part_configuration=own_configuration(language),
             extensions={EXTENSION: language.extension()},
         )
@@ -138,4 +142,5 @@ def _judge(checkpoint: Checkpoint, part: str | None) -> OpenedCheckpoint:
         values=judged.values,
         not_used=judged.not_used,
         load_original=partial(load_original, checkpoint, judged.family),
+        layered_original=partial(layered_original, checkpoint, judged.family),
     )

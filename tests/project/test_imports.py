@@ -52,7 +52,7 @@ FLOORS = {
         ("translation", "reference"),
         ("split_learning", "language_part"),
         ("open_checkpoint",),
-        ("carried_configuration",),
+        ("carried_configuration", "original_check"),
         ("conversion", "resplitting", "exporting"),
         ("__init__",),
         ("commands",),

@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "config=": "--config",
     "allow_pickle=True": "--allow-pickle",
     "check=False": "--no-check",
+    'check="layers"': "--check layers",
     "force=True": "--force",
     "offline=True": "--offline",
     "output=": "--output",
