@@ -48,7 +48,7 @@ def layered_original_part(part: LanguagePart, *, inert: bool = True) -> LayeredO
     names = {own: name for name, own in part.own_names.items()}
     with quiet():
         language = empty_original(getattr(config, TEXT))
-        weights = ModuleWeights(language, names, part.source.name, _MUST_BE_EMPTY)
+        weights = ModuleWeights(language, part.source, names, _MUST_BE_EMPTY)
         whole, _ = _whole(part, config, language)
     return LayeredOriginal(part.source, weights, part.family.modules, whole)
 

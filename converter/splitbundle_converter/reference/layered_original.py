@@ -158,5 +158,5 @@ def layered_original(source: Checkpoint, family: Family, *, inert: bool = True) 
     with quiet():
         model = empty_original(config)
         names = {name: name for name in source.tensors}
-        weights = ModuleWeights(model, names, source.name, ("missing_keys", "mismatched_keys"))
+        weights = ModuleWeights(model, source, names, ("missing_keys", "mismatched_keys"))
     return LayeredOriginal(source, weights, family.modules, model)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitbundle_converter.checkpoint.source import Reader
+from splitbundle.backends.torch.weights import DTYPES
+from splitbundle_converter.checkpoint.source import Checkpoint, Reader, dtype_of
 from splitbundle_converter.errors import refusal
 from splitbundle_converter.reference.original_errors import nothing
 
@@ -51,20 +52,22 @@ class _Later:
 class ModuleWeights:
     """The weights of a model's modules: the source tensors that they come from, and how they come into memory."""
 
-    def __init__(self, model: Any, sources: Mapping[str, str], checkpoint: str, refused: Collection[str]) -> None:
+    def __init__(
+        self, model: Any, checkpoint: Checkpoint, sources: Mapping[str, str], refused: Collection[str]
+    ) -> None:
         """Find the module of each source tensor.
 
         Args:
             model: The model on the meta device.
+            checkpoint: The checkpoint.
             sources: The name of a tensor for the model's own class -> its name in the checkpoint.
-            checkpoint: The name of the checkpoint, for errors.
             refused: The entries of transformers' report that must be empty: "missing_keys", "mismatched_keys",
                 "unexpected_keys".
 
         Raises:
             BundleError: ``source.tensor`` for tensors that are missing or unexpected.
         """
-        self.model, self._sources, self._checkpoint, self._refused = model, sources, checkpoint, refused
+        self.model, self._checkpoint, self._sources, self._refused = model, checkpoint, sources, refused
         self._modules: dict[str, Any] = dict(model.named_modules())
         self._deciding = dict(_deciding("", model, model))
         self._of_module: dict[str, dict[str, set[str]]] = {}
@@ -124,6 +127,7 @@ class ModuleWeights:
         if wanted:
             lock = threading.Lock()
             later = {own: _Later(reader, lock, self._sources[own]) for own in wanted}
+            self._expect_stored_dtypes(wanted)
             info, _ = convert_and_load_state_dict_in_model(self.model, later, self._load_config)
             if info.conversion_errors:
                 raise RuntimeError(" ".join(info.conversion_errors.values()))
@@ -132,8 +136,8 @@ class ModuleWeights:
         for full, same in tied.items():
             name, _, tensor = full.rpartition(".")
             setattr(self._modules[name], tensor, self._tensor(same))
-        if dtype is not None:
-            self._round(new, dtype)
+        for name in new:
+            self._to_float32(name, dtype)
 
     def free(self, names: Iterable[str]) -> None:
         """Replace the tensors of some modules with NaN that takes no memory.
@@ -170,19 +174,32 @@ class ModuleWeights:
             for name in sorted(names, key=lambda name: -name.count(".")):  # inner modules first, as transformers does
                 self._deciding[name]._init_weights(self._modules[name])
 
-    def _round(self, names: Collection[str], dtype: torch.dtype) -> None:
-        """Round what ``golden_vectors.learned_tensors`` yields of a whole model."""
-        for name in names:
-            module = self._modules[name]
-            learned = [tensor for tensor in module._parameters.values() if tensor is not None]
-            learned += [
-                buffer
-                for tensor, buffer in module._buffers.items()
-                if tensor.endswith("bias") and buffer is not None and buffer.is_floating_point()
-            ]
-            for tensor in learned:
-                if not tensor.is_meta:
-                    tensor.data = tensor.data.to(dtype).to(tensor.dtype)  # a mapped tensor must not be written
+    def _expect_stored_dtypes(self, wanted: Mapping[str, Collection[str]]) -> None:
+        """Let transformers join narrow tensors before they become float32, which takes half of the memory."""
+        dtypes: dict[str, torch.dtype] = {}
+        for own, made in wanted.items():
+            stored = dtype_of(self._checkpoint.tensors[self._sources[own]])
+            for full in made:
+                dtype = torch.float32 if stored is None else DTYPES[stored]
+                dtypes[full] = torch.promote_types(dtypes.get(full, dtype), dtype)
+        for full, dtype in dtypes.items():
+            tensor = self._tensor(full)
+            if tensor.is_floating_point():
+                name, _, key = full.rpartition(".")
+                narrow = torch.empty(tensor.shape, dtype=dtype, device="meta")
+                is_buffer = key in self._modules[name]._buffers
+                setattr(self._modules[name], key, narrow if is_buffer else torch.nn.Parameter(narrow, False))
+
+    def _to_float32(self, name: str, dtype: torch.dtype | None) -> None:
+        """Widen the tensors of a module, and round what ``golden_vectors.learned_tensors`` yields of a whole model."""
+        for kind, empty in zip(TENSORS, self._empty[name], strict=True):
+            for key, tensor in getattr(self._modules[name], kind).items():
+                if tensor is None or tensor.is_meta or not tensor.is_floating_point():
+                    continue
+                wide = tensor.data.to(empty[key].dtype)
+                if dtype is not None and (kind == "_parameters" or key.endswith("bias")):
+                    wide = wide.to(dtype).to(wide.dtype)  # a mapped tensor must not be written
+                tensor.data = wide
 
     def _plan(self) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -229,7 +246,7 @@ class ModuleWeights:
     def _check(self, report: Mapping[str, Collection[Any]]) -> None:
         wrong = {key: sorted(map(str, names)) for key, names in report.items() if names and key in self._refused}
         if wrong:
-            raise refusal("source.tensor", self._checkpoint, "every tensor that transformers wants", str(wrong))
+            raise refusal("source.tensor", self._checkpoint.name, "every tensor that transformers wants", str(wrong))
 
     def _tensor(self, full: str) -> Any:
         name, _, tensor = full.rpartition(".")
