@@ -29,6 +29,8 @@ from splitbundle_converter.reference.memory import PeakMemory, give_back_freed_m
 from splitbundle_converter.reference.original_errors import BY_LAYER, UNCHECKED, explained
 
 _PATH: Final = f"{VECTORS}.safetensors"
+_GRAPHS: Final = 'Bundle.run_vectors(backend="onnxruntime")'
+"""What runs the graphs later."""
 
 
 class OriginalCheck:
@@ -100,11 +102,11 @@ class OriginalCheck:
         if notes is not None and self._memory.bytes is not None:
             size = _in_words(model_bytes(self._opened.architecture))
             notes(
-                f"the check by layer took at most {_in_words(self._memory.bytes)} of memory; "
-                f"the whole original model in float32 takes {size}"
+                f"The check took at most {_in_words(self._memory.bytes)} of memory, one layer at a time. "
+                f"The whole original model in float32 takes {size}"
             )
         if notes is not None and graphs:
-            notes('the check by layer did not run the graphs: run_vectors(backend="onnxruntime") does')
+            notes(f"The check by layer did not run the graphs, which take memory for a whole shard. {_GRAPHS} does")
 
     def _after_layer(self, what: str, done: int, total: int) -> None:
         """Get the progress of a run by layer, when a layer was freed and the next one isn't loaded yet."""
@@ -128,5 +130,4 @@ def check_mode(check: bool | str) -> str:
 
 
 def _in_words(size: int) -> str:
-    gibi = size / 2**30
-    return f"{gibi:.1f} GiB" if gibi >= 1 else f"{size / 2**20:.0f} MiB"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

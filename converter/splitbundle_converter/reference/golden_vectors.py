@@ -76,9 +76,9 @@ def layered_vectors(
     Raises:
         BundleError: ``memory`` if there is not enough memory for the largest layer in float32; ``source.*``.
     """
-    # transformers joins the tensors of experts while it loads them, so a layer is in memory twice for a moment.
-    what = "to check against the largest layer of the original model in float32"
-    _check_memory(2.4 * layer_bytes(architecture), what, UNCHECKED)
+    # transformers joins the tensors of experts while it loads them, so some of them are in memory twice for a moment.
+    what = "to check against the original model in float32, one layer at a time"
+    _check_memory(1.6 * layer_bytes(architecture), what, UNCHECKED)
     original, rows = loaded(build), case_rows(architecture)
     found = original.results(rows, None if dtype == "keep" else DTYPES[dtype], progress)
     return case_lengths(architecture), _named(rows, found)

@@ -20,6 +20,7 @@ COMMANDS: Final = {
     "allow_pickle=True": "--allow-pickle",
     "check=False": "--no-check",
     'check="layers"': "--check layers",
+    'Bundle.run_vectors(backend="onnxruntime")': "splitbundle verify --run --backend onnxruntime",
     "force=True": "--force",
     "offline=True": "--offline",
     "output=": "--output",
