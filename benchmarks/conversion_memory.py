@@ -46,7 +46,7 @@ import splitbundle_converter.conversion as conversion
 transformers.AutoConfig, transformers.LlamaConfig().to_dict()
 print("ready", flush=True)
 sys.stdin.readline()
-conversion.convert(sys.argv[1], sys.argv[2], split=[1], dtype=sys.argv[3], check=sys.argv[4] == "True")
+conversion.convert(sys.argv[1], sys.argv[2], split=[1], dtype=sys.argv[3], check=sys.argv[4])
 """
 
 
@@ -56,7 +56,12 @@ def main() -> int:
     parser.add_argument("--gigabytes", default="1,2,4", help="sizes of checkpoints (default: %(default)s)")
     parser.add_argument("--files", type=int, default=5, help="files of each checkpoint (default: %(default)s)")
     parser.add_argument("--dtype", default="keep", help="dtype to convert to (default: %(default)s)")
-    parser.add_argument("--check", action="store_true", help="also run the original, which loads all of its weights")
+    parser.add_argument(
+        "--check",
+        choices=("none", "whole", "layers"),
+        default="none",
+        help="also run the original, with all of its weights or with one layer at a time (default: %(default)s)",
+    )
     parser.add_argument("--directory", help="where to write (default: the system's temporary directory)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args()
@@ -80,7 +85,7 @@ def main() -> int:
     return 0
 
 
-def measure(folder: Path, gigabytes: float, files: int, dtype: str, check: bool) -> dict[str, int]:
+def measure(folder: Path, gigabytes: float, files: int, dtype: str, check: str) -> dict[str, int]:
     """Measure the conversion of a checkpoint of about this size. Return its sizes and the memory, in bytes."""
     source = folder / "source"
     found = write_checkpoint(source, gigabytes, files)
@@ -165,9 +170,9 @@ class Random:
         return turned.repeat(-(-size // len(turned)))[:size].reshape(shape).clone()
 
 
-def convert(source: Path, output: Path, dtype: str, check: bool) -> tuple[int, int]:
+def convert(source: Path, output: Path, dtype: str, check: str) -> tuple[int, int]:
     """Convert in another process. Return its private memory in bytes after the imports, and the peak since then."""
-    command = [sys.executable, "-c", CHILD, str(source), str(output), dtype, str(check)]
+    command = [sys.executable, "-c", CHILD, str(source), str(output), dtype, check]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         if child.stdin is None or child.stdout is None or child.stdout.readline() != "ready\n":
             raise SystemExit("the converter can't be imported")

@@ -17,8 +17,14 @@ from splitbundle.errors import MissingExtra
 from splitbundle_converter.checkpoint.directory import local_name
 from splitbundle_converter.example_checkpoints import DEFAULT, EXAMPLES, copy_example
 from splitbundle_converter.families.composites import EXTENSION, LANGUAGE
-from splitbundle_converter.options import DTYPES
+from splitbundle_converter.options import CHECKS, DTYPES
 
+_CHECKED: Final = {
+    "whole": "checked against the original model",
+    "layers": "checked against the original model, layer by layer",
+    "none": "not checked",
+}
+"""What the command says about each check."""
 LIBRARIES: Final = ("torch", "transformers", "safetensors", "jsonschema", "huggingface_hub", "numpy", "tokenizers")
 
 
@@ -58,9 +64,17 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--check",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compare the shards with the original model, and store its results as golden vectors",
+        choices=CHECKS,
+        default=CHECKS[0],
+        help="compare the bundle with the original model, and store its results as golden vectors: whole, the default, "
+        "has the whole original in memory; layers has one layer at a time; none is --no-check",
+    )
+    parser.add_argument(
+        "--no-check",
+        dest="check",
+        action="store_const",
+        const="none",
+        help="do not run the original model, and store no golden vectors",
     )
     parser.add_argument(
         "--max-file-size",
@@ -110,8 +124,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             notes=console.collect(notes),
             progress=console.progress,
         )
-    checked = "checked against the original model" if args.check else "not checked"
-    return _report(bundle, output, console, checked, bundle.manifest.extensions.get(EXTENSION), notes)
+    return _report(bundle, output, console, _CHECKED[args.check], bundle.manifest.extensions.get(EXTENSION), notes)
 
 
 def _resplit_arguments(parser: argparse.ArgumentParser) -> None:

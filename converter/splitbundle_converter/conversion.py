@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from splitbundle.backends.torch.weight_files import UnitFiles, unit_files, write_weights
@@ -21,7 +20,7 @@ from splitbundle.format.architecture import decoder as architectures
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.sizes import count
 from splitbundle.format.manifest.document import TOKENIZER as DIRECTORY
-from splitbundle.format.manifest.document import File, Manifest, Model, Storage, Text, Vectors, fingerprint, identity
+from splitbundle.format.manifest.document import File, Manifest, Model, Storage, Text, fingerprint, identity
 from splitbundle.format.text_document import FILE as TEXT
 from splitbundle.format.weight_layout import Tensor as Stored
 from splitbundle.format.weight_layout import file_size
@@ -29,7 +28,6 @@ from splitbundle.opening import open_bundle, relocated
 from splitbundle.planning.costs import ModelCosts, model_costs
 from splitbundle.planning.cuts import check_only_one, cuts_for
 from splitbundle.storage.files import Progress
-from splitbundle.storage.reader import VECTORS
 from splitbundle.version import __version__
 from splitbundle.writing.atomic_directory import atomic_directory
 from splitbundle.writing.documents import write_documents, write_file
@@ -45,11 +43,9 @@ from splitbundle_converter.families.dropout import rates
 from splitbundle_converter.graphs import request
 from splitbundle_converter.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from splitbundle_converter.options import DTYPES, Note
+from splitbundle_converter.original_check import OriginalCheck, check_mode
 from splitbundle_converter.published_schemas import check_schemas
 from splitbundle_converter.quantized import dequantizing
-from splitbundle_converter.reference.asked_fields import asked_fields
-from splitbundle_converter.reference.golden_vectors import reference_vectors
-from splitbundle_converter.reference.original_errors import explained
 from splitbundle_converter.text.golden_texts import text_document
 from splitbundle_converter.text.text_files import text_files
 from splitbundle_converter.translation import constants
@@ -67,7 +63,7 @@ def convert(
     dtype: str = "keep",
     revision: str | None = None,
     part: str | None = None,
-    check: bool = True,
+    check: bool | str = True,
     force: bool = False,
     max_file_size: int | None = None,
     onnx: bool | str = False,
@@ -93,7 +89,10 @@ def convert(
         revision: The branch, tag or commit of a hub id.
         part: "language" to convert only the language part of a checkpoint that has other parts, for images or sounds.
             The bundle's ``manifest.extensions["part"]`` names the parts that are left out.
-        check: Whether to compute golden vectors with the original class and compare the chained shards with them.
+        check: How to check the bundle with golden vectors, which the original class computes. True or "whole" loads the
+            whole original model in float32, and compares the chained shards. "layers" has one layer of the original
+            or of the bundle in memory at a time. It gives each layer the original's hidden state, compares the result,
+            and runs no graphs. False or "none" checks nothing, and leaves the golden vectors out.
         force: Whether to replace an existing bundle. The old one stays in place until the new one is complete.
         max_file_size: The size in bytes above which a unit is written as several files.
         onnx: Whether to add a graph for onnxruntime to each shard. True or "standard" adds graphs that compute in
@@ -119,6 +118,7 @@ def convert(
     if max_file_size is not None and (type(max_file_size) is not int or max_file_size < 1):
         expected, got = "a number of bytes from 1", quoted(max_file_size)
         raise refusal("usage.size", None, expected, got, argument="max_file_size")
+    mode = check_mode(check)
     check_only_one({"split": split, "equal": equal, "max_shard_size": max_shard_size})
     graphs = request.graph_writer(onnx, genai=genai)
     # The path is made absolute first: replacing the current directory of this process would change its meaning.
@@ -134,7 +134,7 @@ def convert(
         notes=notes,
         progress=progress,
     ) as opened:
-        if not check:
+        if mode == "none":
             refuse_unchecked_code(opened.checkpoint.configuration())
         if notes is not None and opened.not_used:
             notes(unused_fields.note(opened.not_used, opened.checkpoint.configuration().file))
@@ -146,7 +146,7 @@ def convert(
             max_shard_size=max_shard_size,
             names=names,
             dtype=dtype,
-            check=check,
+            mode=mode,
             force=force,
             max_file_size=max_file_size,
             graphs=graphs,
@@ -165,7 +165,7 @@ def _convert(
     max_shard_size: int | None,
     names: Sequence[str] | None,
     dtype: str,
-    check: bool,
+    mode: str,
     force: bool,
     max_file_size: int | None,
     graphs: request.GraphWriter | None,
@@ -174,6 +174,7 @@ def _convert(
     progress: Progress | None,
 ) -> Bundle:
     checkpoint, family, architecture = opened.checkpoint, opened.family, opened.architecture
+    check = None if mode == "none" else OriginalCheck(opened, by_layer=mode == "layers", progress=progress)
     translation = translate(checkpoint, family, architecture)
     storage, kept = _storage(checkpoint, translation, dtype)
     plan = _files(architecture, storage, max_file_size)
@@ -190,21 +191,17 @@ def _convert(
     stop_ids = checkpoint.stop_ids(opened.values)
     texts = {}
     if tokenizer:
-        texts = text_files(checkpoint, family.model_type, architecture.vocab_size, notes, compare=check)
+        texts = text_files(checkpoint, family.model_type, architecture.vocab_size, notes, compare=check is not None)
     configuration, carried = configuration_files(opened, cast=not kept or checkpoint.quantization is not None)
     if TOKENIZER in texts:
         generation = carried.get(configuration.generation or "")
-        document = text_document(texts, family.model_type, architecture.vocab_size, generation, notes, golden=check)
+        checked = check is not None
+        document = text_document(texts, family.model_type, architecture.vocab_size, generation, notes, golden=checked)
         carried[TEXT] = document.to_bytes()
     with atomic_directory(target, force=force) as root:
         listed, units = _write_units(root, checkpoint, translation, storage, plan, progress)
         listed[architectures.FILE] = write_file(root, architectures.FILE, architecture.to_bytes())
-        vectors = None
-        if check:
-            how = dequantizing.checked_with(checkpoint)
-            if how is not None and notes is not None:
-                notes(how)
-            vectors = _write_vectors(root, opened, dtype, listed, progress)
+        vectors = None if check is None else check.write_vectors(root, dtype, listed)
         for path, data in (carried | {f"{DIRECTORY}{name}": data for name, data in texts.items()}).items():
             listed[path] = write_file(root, path, data)
         weight_files = tuple(path for paths in units.values() for path in paths)
@@ -247,9 +244,8 @@ def _convert(
         )
         if graphs is not None:
             graphs(root)
-        if check:
-            backend, threads = "torch" if graphs is None else "all", torch.get_num_threads()
-            open_bundle(root).run_vectors(backend=backend, threads=threads, progress=progress)
+        if check is not None:
+            check.compare(root, graphs=graphs is not None, notes=notes)
         made = open_bundle(root)
         check_schemas(made)
         made.check_texts()
@@ -314,24 +310,3 @@ def _write_units(
     if progress is not None:
         progress("converting", total, total)
     return listed, {unit: tuple(files) for unit, files in plan.items()}
-
-
-def _write_vectors(
-    root: Path, opened: OpenedCheckpoint, dtype: str, listed: dict[str, File], progress: Progress | None
-) -> Vectors:
-    if progress is not None:
-        progress("running the original model", 0, 1)
-    found = opened.checkpoint.configuration()
-    with explained(found), asked_fields() as asked:
-        lengths, tensors = reference_vectors(opened.load_original, opened.architecture, dtype)
-    unused_fields.check_not_asked(opened.not_used, asked, found)
-    stored = {
-        name: Stored(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    }
-    path = f"{VECTORS}.safetensors"
-    produce: Callable[[str], Tensor] = tensors.__getitem__
-    listed[path] = write_weights(root / path, stored, produce)()
-    if progress is not None:
-        progress("running the original model", 1, 1)
-    return Vectors(file=path, lengths=lengths)

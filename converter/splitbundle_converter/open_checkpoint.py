@@ -27,11 +27,12 @@ from splitbundle_converter.families.configuration import an_object, read_configu
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.gguf_files.checkpoint import SUFFIX, gguf_file, read_gguf
 from splitbundle_converter.language_part.language_part import read_language_part
-from splitbundle_converter.language_part.original import load_original_part
+from splitbundle_converter.language_part.original import layered_original_part, load_original_part
 from splitbundle_converter.language_part.own_configuration import own_configuration
 from splitbundle_converter.options import Note
-from splitbundle_converter.quantized.dequantizing import dequantized
+from splitbundle_converter.quantized.dequantizing import dequantized, told
 from splitbundle_converter.reference.golden_vectors import load_original
+from splitbundle_converter.reference.layered_original import LayeredOriginal, layered_original
 from splitbundle_converter.split_learning.parts import PartsCheckpoint, find_parts, read_parts
 
 
@@ -48,6 +49,8 @@ class OpenedCheckpoint:
     """The fields of the configuration that neither the family nor transformers uses."""
     load_original: Callable[[], tuple[Any, str]]
     """Loads the original model in float32. Returns it with the name of the module list that has its layers."""
+    layered_original: Callable[..., LayeredOriginal]
+    """Builds the original model without its weights, to run it layer by layer."""
     part_configuration: dict[str, Any] | None = None
     """The configuration of the language part for its own class, if only this part is converted."""
     extensions: dict[str, Any] = field(default_factory=dict)
@@ -63,9 +66,9 @@ def open_checkpoint(
     output: Path,
     allow_pickle: bool,
     force: bool,
-    exact: bool,
-    notes: Note | None,
     progress: Progress | None,
+    exact: bool = False,
+    notes: Note | None = None,
 ) -> Iterator[OpenedCheckpoint]:
     """Open a checkpoint for the duration of the block. Weights that were rewritten are removed at the end.
 
@@ -76,9 +79,9 @@ def open_checkpoint(
         output: The directory of the bundle. Rewritten weights are stored beside it until the end of the block.
         allow_pickle: Whether to read pickles if there are no safetensors.
         force: Whether something may exist at ``output``.
+        progress: A function that is called as for ``convert``.
         exact: Whether quantized weights that are computed in float32 keep this precision.
         notes: A function that is called with a sentence about quantized weights.
-        progress: A function that is called as for ``convert``.
 
     Raises:
         BundleError: ``source.*``, ``usage.part``, ``output.*``, ``network``.
@@ -87,7 +90,10 @@ def open_checkpoint(
     file = _gguf_file(source)
     if file is not None:
         with scratch_directory(output, force=force) as private:
-            yield _judge(read_gguf(file, private, exact=exact), part)
+            of_file = read_gguf(file, private, exact=exact)
+            if notes is not None:
+                notes(told(of_file.blocks, "gguf"))
+            yield _judge(of_file, part)
         return
 
     def judged(checkpoint: Checkpoint) -> OpenedCheckpoint:
@@ -151,6 +157,7 @@ def _judge(checkpoint: Checkpoint, part: str | None) -> OpenedCheckpoint:
             values=language.values,
             not_used=language.not_used,
             load_original=partial(load_original_part, language),
+            layered_original=partial(layered_original_part, language),
             part_configuration=own_configuration(language),
             extensions={EXTENSION: language.extension()},
         )
@@ -165,4 +172,5 @@ def _judge(checkpoint: Checkpoint, part: str | None) -> OpenedCheckpoint:
         values=judged.values,
         not_used=judged.not_used,
         load_original=partial(load_original, checkpoint, judged.family),
+        layered_original=partial(layered_original, checkpoint, judged.family),
     )

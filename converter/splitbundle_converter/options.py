@@ -8,6 +8,8 @@ from typing import Final, TypeAlias
 from splitbundle.format import dtypes
 
 DTYPES: Final = ("keep", *dtypes.WEIGHTS)
+CHECKS: Final = ("whole", "layers", "none")
+"""How a conversion is checked: with the whole original model in memory, with one layer of it at a time, or not."""
 MAX_SHARD_SIZE: Final = 5 * 10**9
 """The default size in bytes above which an export writes the weights as several files."""
 Note: TypeAlias = Callable[[str], None]

@@ -53,7 +53,7 @@ FLOORS = {
         ("translation", "reference"),
         ("split_learning", "language_part", "gguf_files"),
         ("open_checkpoint",),
-        ("carried_configuration",),
+        ("carried_configuration", "original_check"),
         ("conversion", "resplitting", "exporting"),
         ("__init__",),
         ("commands",),

@@ -46,10 +46,12 @@ class GgufCheckpoint(Checkpoint):
         self._kind = str(_fields(opened).get("general.architecture"))
         types = Counter(tensor.tensor_type.name for tensor in opened.tensors)
         blocks = {name: count for name, count in types.items() if name not in _PLAIN}
+        self.blocks = sum(blocks.values())
+        """The number of weights that are stored as blocks of codes."""
         self.quantization = {
             "method": "gguf",
             "formula": f"dequantize of the library gguf, for blocks of {', '.join(sorted(blocks)) or 'no kind'}",
-            "weights": sum(blocks.values()),
+            "weights": self.blocks,
         }
         self.tensors = {}
         self.tensors = self._translated("F32" if exact else "BF16")

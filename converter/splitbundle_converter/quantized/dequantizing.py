@@ -148,16 +148,18 @@ def extension(checkpoint: Checkpoint) -> dict[str, Any]:
     return {} if checkpoint.quantization is None else {EXTENSION: dict(checkpoint.quantization)}
 
 
-def checked_with(checkpoint: Checkpoint) -> str | None:
+def checked_with(checkpoint: Checkpoint, *, by_layer: bool) -> str | None:
     """Return a sentence about the weights of the original in the check, or None for plain weights."""
-    if not isinstance(checkpoint, DequantizedCheckpoint):
+    if checkpoint.quantization is None:
         return None
-    if checkpoint.reads_alike():
+    if not isinstance(checkpoint, DequantizedCheckpoint):
+        return f"The check gives the original class the numbers of the library {checkpoint.quantization['method']}."
+    if not by_layer and checkpoint.reads_alike():
         return "The check loads the quantized weights with transformers' own reader."
     compared = METHODS[checkpoint.about.method].compared
     return (
-        "transformers can't dequantize these weights here. So the check gives the original class the numbers of "
-        f"splitbundle's reader, which is tested against {compared}, equal to the bit."
+        "The check gives the original class the numbers of splitbundle's reader of these weights, which is tested "
+        f"against {compared}, equal to the bit."
     )
 
 
@@ -168,12 +170,16 @@ def _target(raw: dict[str, Any]) -> str:
     return next((_HALF[value] for value in stated if isinstance(value, str) and value in _HALF), "BF16")
 
 
+def told(weights: int, method: str) -> str:
+    """Return a sentence about the weights that are dequantized."""
+    return (
+        f"{weights} weights of the source are quantized ({method}). They are dequantized: the bundle has plain numbers."
+    )
+
+
 def _told(about: Dequantized) -> Iterator[str]:
     method = METHODS[about.method]
-    yield (
-        f"{about.weights} weights of the source are quantized ({about.method}). They are dequantized: the bundle has "
-        "plain numbers."
-    )
+    yield told(about.weights, about.method)
     rounds = method.activations
     if about.method == "compressed-tensors" and '"input_activations": {' in str(about.fields).replace("'", '"'):
         rounds = "the inputs of its products"

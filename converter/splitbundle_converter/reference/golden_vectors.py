@@ -13,6 +13,7 @@ from torch import Tensor
 from splitbundle.backends.torch.weights import DTYPES
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.sizes import count
+from splitbundle.storage.files import Progress
 from splitbundle_converter.checkpoint.source import Checkpoint
 from splitbundle_converter.errors import line, refusal
 from splitbundle_converter.families.configuration import resolve
@@ -20,8 +21,9 @@ from splitbundle_converter.families.row import Family
 from splitbundle_converter.quantized.dequantizing import DequantizedCheckpoint
 from splitbundle_converter.quantized.packed_weights import TORCH
 from splitbundle_converter.quiet_transformers import quiet
+from splitbundle_converter.reference.layered_original import LayeredOriginal
 from splitbundle_converter.reference.memory import available_memory
-from splitbundle_converter.reference.original_errors import UNCHECKED, loaded
+from splitbundle_converter.reference.original_errors import BY_LAYER, UNCHECKED, loaded
 
 LENGTHS = (1, 7, 24)
 """The number of tokens in each case: one, a few, and more than a small window."""
@@ -50,23 +52,68 @@ def reference_vectors(
     Raises:
         BundleError: ``memory`` if there is not enough memory for the model in float32.
     """
-    _check_memory(count(architecture.tensors()) * 4)
+    # Activations and temporary memory while loading need a fifth more than the weights alone.
+    _check_memory(1.2 * model_bytes(architecture), "to check against the original model in float32", BY_LAYER)
     model, layers = loaded(load)
     if dtype != "keep":
         with torch.no_grad():
             for tensor in learned_tensors(model):
                 tensor.copy_(tensor.to(DTYPES[dtype]))
+    rows = case_rows(architecture)
+    return case_lengths(architecture), _named(rows, [run_original(model, layers, ids) for ids in rows])
+
+
+def layered_vectors(
+    build: Callable[..., LayeredOriginal], architecture: Architecture, dtype: str, progress: Progress | None
+) -> tuple[tuple[int, ...], dict[str, Tensor]]:
+    """Return what ``reference_vectors`` returns. One layer of the original model is in memory at a time.
+
+    Args:
+        build: Returns the original model, which runs layer by layer. ``inert`` is as for ``reference_vectors``.
+        architecture: The architecture of the model.
+        dtype: The dtype that the weights were rounded to, or "keep".
+        progress: Called with the name of the work, the layers that are done, and their number. Each call comes when a
+            layer was freed, and before the next one is loaded.
+
+    Raises:
+        BundleError: ``memory`` if there is not enough memory for the largest layer in float32; ``source.*``.
+    """
+    # transformers joins the tensors of experts while it loads them, so some of them are in memory twice for a moment.
+    what = "to check against the original model in float32, one layer at a time"
+    _check_memory(1.6 * layer_bytes(architecture), what, UNCHECKED)
+    original, rows = loaded(build), case_rows(architecture)
+    found = original.results(rows, None if dtype == "keep" else DTYPES[dtype], progress)
+    return case_lengths(architecture), _named(rows, found)
+
+
+def model_bytes(architecture: Architecture) -> int:
+    """Return the size in bytes of a model in float32."""
+    return count(architecture.tensors()) * 4
+
+
+def layer_bytes(architecture: Architecture) -> int:
+    """Return the size in bytes of the largest layer in float32. The embedding and the head count as layers."""
+    largest = max(count(tensors) for tensors in architecture.unit_tensors().values())
+    return largest * 4
+
+
+def case_rows(architecture: Architecture) -> list[Tensor]:
+    """Return the token ids of the cases. *Shape:* each (sequence), int64."""
     generator = random.Random(0)
-    lengths = case_lengths(architecture)
+    return [
+        torch.tensor([generator.randrange(architecture.vocab_size) for _ in range(length)])
+        for length in case_lengths(architecture)
+    ]
+
+
+def _named(rows: list[Tensor], results: list[tuple[list[Tensor], Tensor]]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for i, length in enumerate(lengths):
-        ids = torch.tensor([generator.randrange(architecture.vocab_size) for _ in range(length)])
-        hidden, logits = run_original(model, layers, ids)
+    for i, (ids, (hidden, logits)) in enumerate(zip(rows, results, strict=True)):
         tensors[f"case.{i}.ids"] = ids
         for layer, state in enumerate(hidden):
             tensors[f"case.{i}.hidden.{layer}"] = state
         tensors[f"case.{i}.logits"] = logits[-1].contiguous()
-    return lengths, tensors
+    return tensors
 
 
 def run_original(model: Any, place: str, ids: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -189,9 +236,8 @@ def _load_tensors(source: Checkpoint, config: Any) -> Any:
     return from_tensors(config, tensors)
 
 
-def _check_memory(need: int) -> None:
+def _check_memory(need: float, purpose: str, hint: str) -> None:
     available = available_memory()
-    # Activations and temporary memory while loading need a fifth more than the weights alone.
-    if available is not None and need * 1.2 > available:
-        expected = f"{need * 1.2 / 2**30:.1f} GiB of free memory to check against the original model in float32"
-        raise refusal("memory", None, expected, f"{available / 2**30:.1f} GiB", UNCHECKED)
+    if available is not None and need > available:
+        expected = f"{need / 2**30:.1f} GiB of free memory {purpose}"
+        raise refusal("memory", None, expected, f"{available / 2**30:.1f} GiB", hint)

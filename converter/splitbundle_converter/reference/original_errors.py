@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
+from torch import Tensor
 
 from splitbundle.errors import BundleError, quoted
 from splitbundle_converter.checkpoint.source import Configuration
@@ -16,12 +17,14 @@ from splitbundle_converter.families.table import FAMILIES
 from splitbundle_converter.quiet_transformers import quiet
 
 UNCHECKED: Final = "check=False converts without the original model, and without golden vectors"
+BY_LAYER: Final = 'check="layers" compares one layer at a time, and needs memory for that layer alone'
+Model = TypeVar("Model")
 _NO_MEMORY: Final = "DefaultCPUAllocator"
 """A word in the message of torch's error for an allocation that fails. torch raises a plain RuntimeError for it."""
 
 
-def loaded(load: Callable[..., tuple[Any, str]]) -> tuple[Any, str]:
-    """Return the result of ``load``, which loads the original model.
+def loaded(load: Callable[..., Model]) -> Model:
+    """Return the result of ``load``, which loads or builds the original model.
 
     A field that changes no logits can still keep the class from being built: a padding token that is not in the
     vocabulary, for instance. So after an error, the model is loaded once more without these fields.
@@ -35,8 +38,10 @@ def loaded(load: Callable[..., tuple[Any, str]]) -> tuple[Any, str]:
 
 
 @contextmanager
-def explained(found: Configuration) -> Iterator[None]:
+def explained(found: Configuration, memory_hint: str = BY_LAYER) -> Iterator[None]:
     """Raise the errors of the original class in the block as refusals.
+
+    ``memory_hint`` is the next step if there isn't enough memory.
 
     Raises:
         BundleError: ``source.config`` with the field that causes the error, if trying finds one; ``memory``.
@@ -46,10 +51,10 @@ def explained(found: Configuration) -> Iterator[None]:
     except BundleError:
         raise
     except MemoryError as error:
-        raise _no_memory(error) from error
+        raise _no_memory(error, memory_hint) from error
     except Exception as error:  # a class may raise any error for a value that does not suit it
         if _NO_MEMORY in str(error):
-            raise _no_memory(error) from error
+            raise _no_memory(error, memory_hint) from error
         model_type = found.raw.get("model_type")
         name = _culprit(found.raw) if model_type in FAMILIES else None
         expected = f"a configuration with which transformers' {model_type} builds and runs"
@@ -62,8 +67,8 @@ def explained(found: Configuration) -> Iterator[None]:
         raise refusal("source.config", found.file, expected, got, hint, f"{found.pointer}/{name}") from error
 
 
-def _no_memory(error: BaseException) -> BundleError:
-    return refusal("memory", None, "enough memory to check against the original model", line(error), UNCHECKED)
+def _no_memory(error: BaseException, hint: str) -> BundleError:
+    return refusal("memory", None, "enough memory to check against the original model", line(error), hint)
 
 
 def fill_with_nothing(model: Any) -> None:
@@ -73,11 +78,16 @@ def fill_with_nothing(model: Any) -> None:
     """
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_meta:
-                    nothing = torch.nan if tensor.is_floating_point() else 0
-                    filled = torch.full((), nothing, dtype=tensor.dtype).expand(tensor.shape)
-                    tensors[name] = torch.nn.Parameter(filled, False) if tensors is module._parameters else filled
+            tensors.update({name: nothing(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+
+def nothing(tensor: Tensor) -> Tensor:
+    """Return what ``fill_with_nothing`` puts in place of a tensor on the meta device, or another tensor itself."""
+    if not tensor.is_meta:
+        return tensor
+    value = torch.nan if tensor.is_floating_point() else 0
+    filled = torch.full((), value, dtype=tensor.dtype).expand(tensor.shape)
+    return torch.nn.Parameter(filled, False) if isinstance(tensor, torch.nn.Parameter) else filled
 
 
 def _culprit(raw: dict[str, Any]) -> str | None:

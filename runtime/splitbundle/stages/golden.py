@@ -142,15 +142,28 @@ def scale(golden: Mapping[str, Any], where: str, case: int) -> float:
     return max(found) if all(map(math.isfinite, found)) else math.nan
 
 
-def check(differences: list[Difference], file: str) -> None:
+def check(differences: list[Difference], file: str, *, by_layer: bool = False) -> None:
     """Check that all differences are small.
+
+    Args:
+        differences: the differences.
+        file: the file of the golden vectors.
+        by_layer: whether each layer was computed alone, so that an error can name the layer that is wrong.
 
     Raises:
         ParityError: ``parity`` for a difference above the tolerance, or for NaN.
     """
     found = wrong(differences)
     if found:
-        raise ParityError(_problem(difference, file) for difference in found)
+        raise ParityError(_problem(each, file, part(each.where) if by_layer else each.where) for each in found)
+
+
+def part(where: str) -> str:
+    """Return the part of the model that computes what is at a place: "layer 3" computes ``hidden.4``."""
+    if where == "logits":
+        return "the head"
+    before = int(where.removeprefix("hidden."))
+    return f"layer {before - 1}" if before else "the embedding"
 
 
 def wrong(differences: list[Difference]) -> list[Difference]:
@@ -170,7 +183,7 @@ def described(name: str) -> str:
     return known.get(name, name)
 
 
-def _problem(difference: Difference, file: str) -> Problem:
+def _problem(difference: Difference, file: str, where: str) -> Problem:
     other = described(difference.between[1])
     expected = f"a difference to {other} of at most {difference.tolerance:g} of {difference.scale:.4g}"
     got = f"{difference.largest:.4g}, {difference.relative:.3g} of it"
@@ -184,7 +197,7 @@ def _problem(difference: Difference, file: str) -> Problem:
     if not math.isfinite(difference.scale):
         expected, got = f"numbers from {other}", "NaN or infinity"
         hint = "Some weights of the checkpoint are NaN or infinite; check=False converts them anyway"
-    return Problem(code="parity", file=file, argument=difference.where, expected=expected, got=got, hint=hint)
+    return Problem(code="parity", file=file, argument=where, expected=expected, got=got, hint=hint)
 
 
 def check_original(bundle: BundleReader) -> None:

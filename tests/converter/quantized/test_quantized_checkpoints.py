@@ -119,8 +119,16 @@ def test_the_check_finds_other_numbers_than_those_of_transformers(
         splitbundle_converter.convert(tmp_path / "source", output)
 
 
+@pytest.mark.parametrize("form", ["fp8", "mxfp4", "gptq"])
+def test_the_check_by_layer(tmp_path: Path, output: Path, form: str) -> None:
+    checkpoint(tmp_path / "source", form)
+    notes: list[str] = []
+    accepted(tmp_path / "source", output, check="layers", notes=notes.append)
+    assert any("splitbundle's reader of these weights" in note for note in notes)
+
+
 def test_the_check_says_whose_numbers_it_uses(tmp_path: Path, output: Path) -> None:
     checkpoint(tmp_path / "source", "fp8")  # its blocks don't divide the rows, which transformers doesn't read
     notes: list[str] = []
     accepted(tmp_path / "source", output, notes=notes.append)
-    assert any("splitbundle's reader, which is tested against transformers, equal to the bit" in note for note in notes)
+    assert any("which is tested against transformers, equal to the bit" in note for note in notes)

@@ -19,6 +19,7 @@ from splitbundle.format.architecture.experts import Experts
 from splitbundle.stages import golden
 
 if TYPE_CHECKING:
+    from splitbundle.storage.files import Progress
     from splitbundle.storage.reader import BundleReader
 
 
@@ -28,15 +29,22 @@ def has_experts(bundle: BundleReader) -> bool:
 
 
 def compare_by_layer(
-    bundle: BundleReader, shard: str | None, tensors: Mapping[str, Tensor], threads: int | None
+    bundle: BundleReader,
+    shard: str | None,
+    tensors: Mapping[str, Tensor],
+    threads: int | None,
+    progress: Progress | None = None,
 ) -> list[golden.Difference]:
     """Return the differences of each layer, computed from the original's hidden states. Near ties are exchanged.
+
+    One layer is in memory at a time. The embedding and the head count as layers.
 
     Args:
         bundle: The bundle that has the golden vectors.
         shard: The only shard to run, or None for all.
         tensors: The golden vectors.
         threads: The number of threads.
+        progress: Called with the name of the work, the layers that are done, and their number.
     """
     selection = bundle.select(shard, layers=None if shard is not None else (0, len(bundle.architecture.layers)))
     start, stop = selection.layers
@@ -47,17 +55,25 @@ def compare_by_layer(
         chosen = bundle.select(layers=layers, embeds=embeds, head=head)
         return load_stages(bundle, [chosen], dtype="float32", threads=threads)[0]
 
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress("comparing the layers", done, stop - start)
+
     cases = range(len(bundle.manifest.vectors.lengths) if bundle.manifest.vectors is not None else 0)
+    tell(0)
     with torch.no_grad():
         if selection.embeds:
             first = stage((0, 0), embeds=True)
             outputs |= {("hidden.0", case): first(tensors[f"case.{case}.ids"][None])[0] for case in cases}
+            del first  # before the next one is loaded
         for layer in range(start, stop):
             alone = stage((layer, layer + 1))
             for case in cases:
                 found = _layer(alone, layer, case, tensors)
                 outputs[f"hidden.{layer + 1}", case] = found[0]
                 ties += found[1]
+            del alone
+            tell(layer + 1 - start)
         if selection.head:
             last = stage((stop, stop), head=True)
             for case in cases:
