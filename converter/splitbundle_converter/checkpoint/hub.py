@@ -11,6 +11,7 @@ from typing import Final
 
 from splitbundle_converter.checkpoint.directory import CheckpointDirectory, local_name
 from splitbundle_converter.checkpoint.file_names import CARD, CONFIG, GENERATION, TEMPLATES, TEXT_FILES
+from splitbundle_converter.checkpoint.quantized import MODELOPT
 from splitbundle_converter.checkpoint.source import has_weights, pickled
 from splitbundle_converter.checkpoint.weight_files import SAFETENSORS
 from splitbundle_converter.errors import line, refusal
@@ -46,7 +47,7 @@ def find_checkpoint(
     if not _HUB_ID.fullmatch(identifier) or ("/" in identifier and path.parent.is_dir()):
         raise refusal("source.missing", identifier, "a checkpoint directory or a hub id", "neither")
     texts = [*TEXT_FILES, GENERATION, f"{TEMPLATES}/*.jinja"]
-    directory = _fetch(identifier, revision, [CONFIG, "*.safetensors", SAFETENSORS.index, CARD, *texts])
+    directory = _fetch(identifier, revision, [CONFIG, MODELOPT, "*.safetensors", SAFETENSORS.index, CARD, *texts])
     # The hub's cache names a snapshot by its commit.
     commit = directory.name if re.fullmatch(r"[0-9a-f]{40}", directory.name) else revision
     if not has_weights(directory, SAFETENSORS):

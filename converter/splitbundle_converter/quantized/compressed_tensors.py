@@ -159,7 +159,7 @@ def _integers(quantization: Quantization, scheme: _Scheme, module: str) -> Packe
         result = formulas.groups(get(codes), scheme.bits, scale, zero, groups)
         return result.to(TORCH[quantization.product_dtype(quantization.tensors[scales])])
 
-    parts = (codes, scales, size, *([zeros] if not scheme.symmetric else []), *([index] if ordered else []))
+    parts = (codes, scales, size, *_zeros(quantization, scheme, zeros), *([index] if ordered else []))
     return PackedWeight(
         parts=parts,
         shape=(rows, columns),
@@ -189,8 +189,17 @@ def _plain(quantization: Quantization, scheme: _Scheme, module: str) -> PackedWe
         zero = None if scheme.symmetric else get(zeros).reshape(grid)
         return formulas.blocks(get(codes), get(scales).reshape(grid), block, TORCH[dtype], zero)
 
-    parts = (codes, scales, *([zeros] if not scheme.symmetric else []))
+    parts = (codes, scales, *_zeros(quantization, scheme, zeros))
     return PackedWeight(parts=parts, shape=shape, dtype=dtype, pieces=whole(numbers))
+
+
+def _zeros(quantization: Quantization, scheme: _Scheme, name: str) -> list[str]:
+    """Return the name of the zero points in a list, or nothing. Older versions stored those of symmetric codes: 0."""
+    if name not in quantization.tensors:
+        return []
+    if scheme.symmetric and bool(quantization.get(name).any()):
+        quantization.refuse(name, "0, as the weights are symmetric", "other zero points")
+    return [name]
 
 
 def _fp4(quantization: Quantization, scheme: _Scheme, module: str) -> PackedWeight:
