@@ -163,7 +163,7 @@ def read_gguf(path: Path, private: Path, *, exact: bool) -> GgufCheckpoint:
     except (ValueError, IndexError, KeyError, OSError, OverflowError, TypeError, MemoryError) as error:
         raise refusal("source.unreadable", path.name, "a GGUF file", line(error), _AGAIN) from error
     if fields.get("split.count", 0) not in (0, 1):
-        hint = "Join the files: llama-gguf-split --merge FIRST OUTPUT"
+        hint = "Join the files with the program llama-gguf-split of llama.cpp"
         raise refusal("source.unreadable", path.name, "a whole GGUF file", "one of several files", hint)
     if fields.get("general.architecture") not in ARCHITECTURES:
         configuration(fields, shapes, path.name)

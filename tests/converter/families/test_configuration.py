@@ -474,11 +474,11 @@ def test_an_error_that_no_field_causes(
 
 def test_a_quantised_checkpoint(source: Callable[[str], Path], output: Path) -> None:
     path = source("llama")
-    change_config(path, quantization_config={"quant_method": "gptq"})
+    change_config(path, quantization_config={"quant_method": "quark"})
     assert str(refused(path, output)) == (
-        "[source.quantised] config.json /quantization_config: expected weights that aren't quantized, "
-        "got {'quant_method': 'gptq'}. Convert the checkpoint that was quantized. Without the scales, the stored "
-        "numbers are not the weights"
+        "[source.quantised] config.json /quantization_config: expected weights that aren't quantized, or one of the "
+        "methods fp8, fbgemm_fp8, mxfp4, modelopt, compressed-tensors, gptq, awq, bitsandbytes, mlx, got 'quark'. "
+        "Convert the checkpoint that was quantized, or dequantize this one with the library that made it"
     )
 
 
