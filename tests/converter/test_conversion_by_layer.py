@@ -74,6 +74,11 @@ def change(monkeypatch: pytest.MonkeyPatch, *names: str, row: int = 0) -> None:
     monkeypatch.setattr(conversion, "translate", wrong)
 
 
+def first_token(name: str) -> int:
+    """Return the first token of the golden vectors. Ask before ``change``: other tests share the bundle."""
+    return int(golden_vectors.case_rows(bundle(name).architecture)[0][0])
+
+
 def places(name: str, output: Path) -> list[str | None]:
     """Return the places that the error of a conversion names."""
     error = refused(checkpoint(name), output, split=(2,), check="layers")
@@ -98,7 +103,7 @@ def test_one_wrong_weight_of_an_expert(output: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.rule("SB-G-003")
 def test_one_wrong_weight_of_the_embedding(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    token = int(golden_vectors.case_rows(bundle("llama").architecture)[0][0])
+    token = first_token("llama")
     change(monkeypatch, "embedding.token.weight", row=token)
     assert places("llama", output) == ["the embedding"]
 
@@ -112,10 +117,10 @@ def test_one_wrong_weight_of_the_head(tensor: str, output: Path, monkeypatch: py
 
 @pytest.mark.rule("SB-G-003")
 def test_a_wrong_layer_does_not_hide_a_later_one(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = first_token("gpt2")
     change(monkeypatch, *(f"layers.{layer}.attention.value.weight" for layer in range(LAYERS)), "head.norm.weight")
     assert places("llama", output) == [*ALL, "the head"]
     # The table of a tied head is in both ends.
-    token = int(golden_vectors.case_rows(bundle("gpt2").architecture)[0][0])
     change(monkeypatch, "embedding.token.weight", row=token)
     assert places("gpt2", output) == ["the embedding", "the head"]
 
