@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,15 +14,19 @@ import numpy
 import torch
 from torch import Tensor
 
+from splitbundle.backends.torch.rotary import frequencies
 from splitbundle.errors import MissingExtra
+from splitbundle.format.architecture.decoder import Architecture
+from splitbundle.format.architecture.rotary import Rotary, Unscaled
 from splitbundle.format.manifest.document import expand
 from splitbundle_converter.checkpoint.directory import CheckpointDirectory
 from splitbundle_converter.checkpoint.file_names import CONFIG, TOKENIZER
 from splitbundle_converter.checkpoint.source import Checkpoint, Reader
 from splitbundle_converter.checkpoint.weight_files import SourceTensor
-from splitbundle_converter.errors import line, refusal
+from splitbundle_converter.errors import AGAIN, line, refusal
 from splitbundle_converter.families.configuration import read_configuration
-from splitbundle_converter.gguf_files.metadata import ARCHITECTURES, configuration
+from splitbundle_converter.gguf_files.header import check_header
+from splitbundle_converter.gguf_files.metadata import ARCHITECTURES, ROTARY_FACTORS, configuration
 from splitbundle_converter.quiet_transformers import quiet
 
 SUFFIX: Final = ".gguf"
@@ -29,7 +34,6 @@ _PLAIN: Final = ("F32", "F16", "BF16")
 _DTYPES: Final[Mapping[str, torch.dtype]] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK: Final = 2**22
 """The number of values that are computed at once, so that the temporary memory stays small."""
-_AGAIN: Final = "Fetch the file again from where it was published"
 
 
 class GgufCheckpoint(Checkpoint):
@@ -85,8 +89,29 @@ class GgufCheckpoint(Checkpoint):
                 if own is not None and own in self._stored:
                     found[entry.source] = own
         taken = set(found.values())
+        if ROTARY_FACTORS in self._stored:
+            self._check_rotary_factors(judged.architecture)
+            taken.add(ROTARY_FACTORS)
         found |= {name: name for name in self._stored if name not in taken}
         return {name: self._described(own, target) for name, own in found.items()}
+
+    def _check_rotary_factors(self, architecture: Architecture) -> None:
+        """Check that the file's factors are those of the configuration's rotary scaling.
+
+        Raises:
+            BundleError: ``source.tensor``.
+        """
+        rotary = architecture.kind_of(0).attention.position
+        stored = torch.from_numpy(numpy.array(self._stored[ROTARY_FACTORS].data)).float().flatten()
+        if isinstance(rotary, Rotary):
+            plain, scaled = (
+                frequencies(own, 0, stored.device) for own in (replace(rotary, scaling=Unscaled()), rotary)
+            )
+            if stored.shape == plain.shape and torch.allclose(plain / scaled, stored, rtol=1e-4):
+                return
+        expected = "the factors of rotary positions that the configuration's rope_scaling gives"
+        hint = "Take the config.json of this very model"
+        raise refusal("source.tensor", self.path.name, expected, "others", hint, f"/{ROTARY_FACTORS}")
 
     def _described(self, own: str, target: str) -> SourceTensor:
         stored = self._stored[own]
@@ -119,7 +144,7 @@ class GgufCheckpoint(Checkpoint):
             raise refusal("source.quantised", self.path.name, expected, got, hint, f"/{found.stored}") from error
         except (ValueError, IndexError, OSError) as error:
             expected = "weights that can be read"
-            raise refusal("source.unreadable", self.path.name, expected, line(error), _AGAIN) from error
+            raise refusal("source.unreadable", self.path.name, expected, line(error), AGAIN) from error
         heads = next((heads for start, heads in self._heads.items() if found.stored.startswith(start)), None)
         return result if heads is None else _unrotated(result, heads)
 
@@ -156,18 +181,18 @@ def read_gguf(path: Path, private: Path, *, exact: bool) -> GgufCheckpoint:
         import gguf
     except ModuleNotFoundError:
         raise MissingExtra.of("gguf", "gguf", "read GGUF files") from None
+    check_header(path)
     try:
         opened = gguf.GGUFReader(path)
         fields = _fields(opened)
         shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in opened.tensors}
     except (ValueError, IndexError, KeyError, OSError, OverflowError, TypeError, MemoryError) as error:
-        raise refusal("source.unreadable", path.name, "a GGUF file", line(error), _AGAIN) from error
+        raise refusal("source.unreadable", path.name, "a GGUF file", line(error), AGAIN) from error
     if fields.get("split.count", 0) not in (0, 1):
         hint = "Join the files with the program llama-gguf-split of llama.cpp"
         raise refusal("source.unreadable", path.name, "a whole GGUF file", "one of several files", hint)
-    if fields.get("general.architecture") not in ARCHITECTURES:
-        configuration(fields, shapes, path.name)
-    if (path.parent / CONFIG).is_file():
+    kind = fields.get("general.architecture")
+    if isinstance(kind, str) and kind in ARCHITECTURES and (path.parent / CONFIG).is_file():
         return GgufCheckpoint(path, CheckpointDirectory(path=path.parent, name=path.stem), opened, exact=exact)
     config = configuration(fields, shapes, path.name)
     (private / CONFIG).write_text(json.dumps(config, indent=2), "utf-8")

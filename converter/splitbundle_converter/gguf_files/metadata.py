@@ -31,6 +31,10 @@ _MORE: Final = frozenset(
         *("attention.value_length", "rope.dimension_count", "rope.freq_base", "vocab_size"),
     ]
 )
+_NOTHING: Final = (("rope.scaling.type", "none"), ("tensor_data_layout", "Meta AI original pth"))
+"""Fields with a value that changes nothing."""
+ROTARY_FACTORS: Final = "rope_freqs.weight"
+"""A tensor with the factors of scaled rotary positions. The metadata doesn't say how they are made."""
 
 
 def configuration(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], file: str) -> dict[str, Any]:
@@ -51,9 +55,13 @@ def configuration(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         raise refusal("source.family", file, expected, quoted(kind), hint, "/general.architecture")
     own = {name.removeprefix(f"{kind}."): value for name, value in fields.items() if name.startswith(f"{kind}.")}
     for name, value in own.items():
-        if name not in _SIZES and name not in _MORE:
+        if name not in _SIZES and name not in _MORE and (name, value) not in _NOTHING:
             # transformers leaves such a field out: rotary scaling, windows, experts.
             raise _wrong(file, f"{kind}.{name}", "no such field, which the converter does not know", value)
+    if ROTARY_FACTORS in shapes:
+        raise _wrong(
+            file, ROTARY_FACTORS, "no factors of rotary positions, as the metadata doesn't explain them", "a tensor"
+        )
     sizes = {to: _number(own, name, kind, file) for name, to in _SIZES.items()}
     heads = sizes["num_attention_heads"]
     head_dim = _number(own, "attention.key_length", kind, file, sizes["hidden_size"] // heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import splitbundle_converter
 from splitbundle.errors import MissingExtra
@@ -31,7 +33,7 @@ SIZES: Final[dict[str, Any]] = {
 }
 
 
-def write(path: Path, family: str, kind: Type, tied: bool = False, **more: Any) -> Path:
+def write(path: Path, family: str, kind: Type, tied: bool = False, factors: Any = None, **more: Any) -> Path:
     """Write a GGUF file of a random model, as llama.cpp's converter names and orders its tensors."""
     fields = SIZES if family != "qwen3" else {**SIZES, "head_dim": 32}
     with torch.random.fork_rng():
@@ -65,6 +67,8 @@ def write(path: Path, family: str, kind: Type, tied: bool = False, **more: Any) 
             values = values.reshape(heads, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
         stored = kind if values.ndim == 2 else Type.F32
         writer.add_tensor(own, gguf.quants.quantize(numpy.ascontiguousarray(values), stored), raw_dtype=stored)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -120,6 +124,51 @@ def test_a_directory_with_one_file_and_the_models_own_configuration(tmp_path: Pa
     error = refused(path, output, force=True)
     assert "/llama.rope.scaling.factor: expected no such field" in str(error)
     assert "config.json beside the file" in str(error)
+
+
+def test_the_factors_of_rotary_positions_are_compared(tmp_path: Path, output: Path) -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 50000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    config = AutoConfig.for_model("llama", **SIZES, rope_parameters=scaling)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 50000.0 ** -(torch.arange(0, 24, 2).float() / 24)
+    path = write(tmp_path / "model.gguf", "llama", Type.Q8_0, factors=(plain / scaled).numpy())
+    assert "no factors of rotary positions" in str(refused(path, output))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    accepted(path, output)
+    config.rope_parameters["factor"] = 4.0
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert "Take the config.json of this very model" in str(refused(path, output, force=True))
+
+
+def field(name: str, kind: int, value: bytes) -> bytes:
+    """Return a GGUF file that has one field, and nothing else."""
+    return b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(name)) + name.encode() + struct.pack("<I", kind) + value
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (field("a", 9, struct.pack("<IQ", 0, 2**40)), "arrays of 1099511627776 values"),
+        (field("a", 9, struct.pack("<IQ", 9, 1)), "an array of type 9"),
+        (field("a", 9, struct.pack("<IQ", 4, 1000)), "an end within the header"),
+        (field("a", 8, struct.pack("<Q", 2**62)), "a text of"),
+        (field("a", 99, b""), "a value of type 99"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "1152921504606846976 tensors and 0 fields"),
+        (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
+        (b"GGUF" + struct.pack("<IQQQIQ", 3, 1, 0, 0, 9, 0), "a tensor of 9 dimensions"),
+        (field("general.architecture", 9, struct.pack("<IQ", 4, 0)), "one of the architectures"),
+    ],
+)
+def test_a_crafted_header(tmp_path: Path, output: Path, data: bytes, words: str) -> None:
+    (tmp_path / "model.gguf").write_bytes(data)
+    assert words in str(refused(tmp_path / "model.gguf", output))
 
 
 @pytest.mark.parametrize(
