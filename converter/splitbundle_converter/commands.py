@@ -62,14 +62,15 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         default="keep",
         help="the dtype of the stored weights; keep, the default, changes none",
     )
-    parser.add_argument(
+    checks = parser.add_mutually_exclusive_group()
+    checks.add_argument(
         "--check",
         choices=CHECKS,
         default=CHECKS[0],
         help="compare the bundle with the original model, and store its results as golden vectors: whole, the default, "
         "has the whole original in memory; layers has one layer at a time; none is --no-check",
     )
-    parser.add_argument(
+    checks.add_argument(
         "--no-check",
         dest="check",
         action="store_const",

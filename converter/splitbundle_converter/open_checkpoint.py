@@ -91,7 +91,7 @@ def open_checkpoint(
     if file is not None:
         with scratch_directory(output, force=force) as private:
             of_file = read_gguf(file, private, exact=exact)
-            if notes is not None:
+            if notes is not None and of_file.blocks:
                 notes(told(of_file.blocks, "gguf"))
             yield _judge(of_file, part)
         return
@@ -125,7 +125,11 @@ def open_checkpoint(
 def _gguf_file(source: str | os.PathLike[str]) -> Path | None:
     """Return the GGUF file that a user means: by its path, or as the only weights of a directory."""
     path = Path(source)
-    if path.is_file() and path.suffix == SUFFIX:
+    if path.suffix == SUFFIX and not path.is_dir():
+        if not path.is_file():
+            raise refusal(
+                "source.missing", str(source), "a GGUF file", "nothing there" if not path.exists() else "no file"
+            )
         return path
     if not path.is_dir() or any(has_weights(path, naming) for naming in (SAFETENSORS, BIN)):
         return None

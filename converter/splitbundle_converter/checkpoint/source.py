@@ -50,7 +50,7 @@ _OTHERS: Final = {
     "consolidated*.safetensors": _MISTRAL,
     "consolidated*.pth": _META,
     ADAPTER: "This is an adapter: merge it into its base model, and save that",
-    "*.gguf": "Weights in GGUF are made of a checkpoint: convert that",
+    "*.gguf": "Name one of the GGUF files in place of the directory",
     "tf_model*.h5": "Load it with a version of transformers that knows TensorFlow, and save it as safetensors",
     "flax_model*": "Load it with a version of transformers that knows Flax, and save it as safetensors",
 }

@@ -52,11 +52,9 @@ class GgufCheckpoint(Checkpoint):
         blocks = {name: count for name, count in types.items() if name not in _PLAIN}
         self.blocks = sum(blocks.values())
         """The number of weights that are stored as blocks of codes."""
-        self.quantization = {
-            "method": "gguf",
-            "formula": f"dequantize of the library gguf, for blocks of {', '.join(sorted(blocks)) or 'no kind'}",
-            "weights": self.blocks,
-        }
+        if blocks:
+            formula = f"dequantize of the library gguf, for blocks of {', '.join(sorted(blocks))}"
+            self.quantization = {"method": "gguf", "formula": formula, "weights": self.blocks}
         self.tensors = {}
         self.tensors = self._translated("F32" if exact else "BF16")
 

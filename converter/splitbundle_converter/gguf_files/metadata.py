@@ -33,6 +33,7 @@ _MORE: Final = frozenset(
 )
 _NOTHING: Final = (("rope.scaling.type", "none"), ("tensor_data_layout", "Meta AI original pth"))
 """Fields with a value that changes nothing."""
+_MOST_LAYERS: Final = 10_000
 ROTARY_FACTORS: Final = "rope_freqs.weight"
 """A tensor with the factors of scaled rotary positions. The metadata doesn't say how they are made."""
 
@@ -63,6 +64,8 @@ def configuration(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
             file, ROTARY_FACTORS, "no factors of rotary positions, as the metadata doesn't explain them", "a tensor"
         )
     sizes = {to: _number(own, name, kind, file) for name, to in _SIZES.items()}
+    if sizes["num_hidden_layers"] > _MOST_LAYERS:
+        raise _wrong(file, f"{kind}.block_count", f"a number up to {_MOST_LAYERS}", sizes["num_hidden_layers"])
     heads = sizes["num_attention_heads"]
     head_dim = _number(own, "attention.key_length", kind, file, sizes["hidden_size"] // heads)
     for name in ("attention.value_length", "rope.dimension_count"):

@@ -47,9 +47,7 @@ def _eight_bits(quantization: Quantization) -> dict[str, PackedWeight]:
     found = {}
     for name, module in quantization.names(".weight", "I8"):
         scales, layout = f"{module}.SCB", f"{module}.weight_format"
-        shape = quantization.tensors[name].shape
-        if len(shape) != 2:
-            quantization.refuse(name, "two dimensions", str(list(shape)))
+        shape = quantization.sizes(name, 2)
         quantization.part(scales, shape[:1], dtypes=("F32",), of=name)
         if layout in quantization.tensors:
             quantization.part(layout, (), (1,), dtypes=("U8",), of=name)

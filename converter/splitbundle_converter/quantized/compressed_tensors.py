@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,6 +22,7 @@ from splitbundle_converter.quantized.packed_weights import (
     checked_groups,
     group_of,
     is_named,
+    patterns_of,
     whole,
     words,
 )
@@ -54,6 +56,10 @@ def compressed_tensors(quantization: Quantization) -> dict[str, PackedWeight]:
     sparsity = quantization.fields.get("sparsity_config")
     if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
         raise quantization.unsupported("sparsity_config", "the format dense")
+    transforms = quantization.fields.get("transform_config")
+    if transforms and transforms != {"config_groups": {}}:
+        raise quantization.unsupported("transform_config", "no transforms, which the model computes beside its weights")
+    ignored = patterns_of(quantization, "ignore", quantization.fields.get("ignore"))
     schemes = _schemes(quantization)
     found = {}
     for name, module in quantization.names(".weight_packed", "I32", "U8"):
@@ -70,7 +76,7 @@ def compressed_tensors(quantization: Quantization) -> dict[str, PackedWeight]:
             quantization.refuse(name, f"a tensor of the format {scheme.format}", quantization.tensors[name].dtype)
         found[name] = _plain(quantization, scheme, module)
     for name in found:
-        if is_named(name.removesuffix(".weight"), quantization.fields.get("ignore")):
+        if is_named(name.removesuffix(".weight"), ignored):
             quantization.refuse(found[name].parts[0], "a plain weight, as ignore names the module", "a quantized one")
     return found
 
@@ -93,13 +99,18 @@ def _scheme(quantization: Quantization, name: str, group: Any) -> _Scheme:
     sound = form in FORMATS and isinstance(weights, dict) and isinstance(targets, list)
     if sound and isinstance(weights, dict):
         size, block = weights.get("group_size"), weights.get("block_structure")
+        if isinstance(block, str) and re.fullmatch(r"\d{1,6}x\d{1,6}", block):  # as older versions wrote it
+            block = [int(number) for number in block.split("x")]
         size = None if size == -1 else size
         kind = "float" if weights.get("num_bits") == 4 and form in _FP4 else weights.get("type", "int")
         sound = (
             type(weights.get("num_bits")) is int
             and 1 <= weights["num_bits"] <= 8
             and (size is None or (type(size) is int and size > 0))
-            and (block is None or (isinstance(block, list) and len(block) == 2 and all(type(b) is int for b in block)))
+            and (
+                block is None
+                or (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block))
+            )
             and (form not in _FP4 or size == _FP4[form])
             and kind in ("int", "float")
             and (form != _PACKED or kind == "int")
@@ -114,7 +125,7 @@ def _scheme(quantization: Quantization, name: str, group: Any) -> _Scheme:
         group=size,
         block=(block[0], block[1]) if block else None,
         symmetric=weights.get("symmetric", True) is not False,
-        targets=[target for target in targets or [] if isinstance(target, str)],
+        targets=patterns_of(quantization, f"config_groups/{name}/targets", targets),
         pointer=pointer,
     )
 
@@ -137,6 +148,8 @@ def _integers(quantization: Quantization, scheme: _Scheme, module: str) -> Packe
     )
     quantization.part(size, (2,), dtypes=("I64", "I32"), of=codes)
     rows, columns = (int(value) for value in quantization.get(size))
+    if not (0 < rows < 2**40 and 0 < columns < 2**40):
+        quantization.refuse(size, "sizes from 1", f"{rows} and {columns}")
     quantization.part(codes, (rows, words(columns, scheme.bits)), dtypes=("I32",), of=codes)
     group = scheme.group or columns
     count = -(-columns // group)
@@ -170,10 +183,7 @@ def _integers(quantization: Quantization, scheme: _Scheme, module: str) -> Packe
 
 def _plain(quantization: Quantization, scheme: _Scheme, module: str) -> PackedWeight:
     codes, scales, zeros = (f"{module}.weight{part}" for part in ("", "_scale", "_zero_point"))
-    shape = quantization.tensors[codes].shape
-    if len(shape) != 2:
-        quantization.refuse(codes, "two dimensions", str(list(shape)))
-    rows, columns = shape
+    shape = rows, columns = quantization.sizes(codes, 2)
     one = scheme.block is None and scheme.group is None
     block = scheme.block or (1, scheme.group or columns)
     grid = (-(-rows // block[0]), -(-columns // block[1]))
@@ -204,7 +214,7 @@ def _zeros(quantization: Quantization, scheme: _Scheme, name: str) -> list[str]:
 
 def _fp4(quantization: Quantization, scheme: _Scheme, module: str) -> PackedWeight:
     codes, scales, second = (f"{module}.weight_{part}" for part in ("packed", "scale", "global_scale"))
-    rows, half = quantization.tensors[codes].shape
+    rows, half = quantization.sizes(codes, 2)
     group = _FP4[scheme.format]
     scaled_twice = scheme.format.startswith("nvfp4")
     quantization.part(scales, (rows, half * 2 // group), dtypes=("F8_E4M3",) if scaled_twice else ("U8",), of=codes)

@@ -16,7 +16,7 @@ from splitbundle_converter.checkpoint.source import Checkpoint, Configuration, R
 from splitbundle_converter.checkpoint.weight_files import SourceTensor
 from splitbundle_converter.errors import refusal
 from splitbundle_converter.quantized.methods import METHODS, find, without_fields
-from splitbundle_converter.quantized.packed_weights import PackedWeight, Quantization
+from splitbundle_converter.quantized.packed_weights import WHOLE, PackedWeight, Quantization
 
 EXTENSION: Final = "quantization"
 """The key in the manifest's ``extensions`` that describes the source's quantized weights."""
@@ -60,7 +60,8 @@ class DequantizedCheckpoint(Checkpoint):
     def reads_alike(self) -> bool:
         """Return whether transformers itself can load the files on a processor, with the numbers of this reader.
 
-        It takes the number of rows by the number of scales for the size of a block. It gives all tensors one dtype.
+        It takes the number of rows by the number of scales for the size of a block. It gives all tensors one dtype. It
+        knows one name of FP8's scales, and leaves codes without a scale as they are.
         """
         if self.about.method not in _TRANSFORMERS or type(self._inner) is not Checkpoint:
             return False
@@ -69,6 +70,8 @@ class DequantizedCheckpoint(Checkpoint):
         others = {tensor.dtype for name, tensor in self.tensors.items() if name not in self.packed}
         dtypes = {weight.dtype for weight in self.packed.values()}
         even = all(weight.even for weight in self.packed.values())
+        if self.about.method == "fp8":
+            even = even and all(weight.parts[1].endswith("_scale_inv") for weight in self.packed.values())
         return even and (dtypes == {"F32"} or (len(dtypes) == 1 and others <= dtypes))
 
     def configuration(self) -> Configuration:
@@ -120,6 +123,10 @@ def dequantized(checkpoint: Checkpoint, *, exact: bool, notes: Callable[[str], N
         return checkpoint
     method, fields, file, pointer = stated
     target = "F32" if exact else _target(found.raw)
+    for tensor in checkpoint.tensors.values():
+        if 0 in tensor.shape:
+            got = f"shape {list(tensor.shape)}"
+            raise refusal("source.tensor", tensor.file, "sizes from 1", got, WHOLE, f"/{tensor.stored}")
     with checkpoint.reader() as reader:
         quantization = Quantization(
             method=method,
@@ -157,10 +164,8 @@ def checked_with(checkpoint: Checkpoint, *, by_layer: bool) -> str | None:
     if not by_layer and checkpoint.reads_alike():
         return "The check loads the quantized weights with transformers' own reader."
     compared = METHODS[checkpoint.about.method].compared
-    return (
-        "The check gives the original class the numbers of splitbundle's reader of these weights, which is tested "
-        f"against {compared}, equal to the bit."
-    )
+    how = "follows the format's description" if compared is None else f"is tested against {compared}, equal to the bit"
+    return f"The check gives the original class the numbers of splitbundle's reader of these weights, which {how}."
 
 
 def _target(raw: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from splitbundle_converter.checkpoint.weight_files import SourceTensor
 from splitbundle_converter.quantized import formulas
-from splitbundle_converter.quantized.packed_weights import TORCH, Get, PackedWeight, Quantization, whole
+from splitbundle_converter.quantized.packed_weights import NOT_YET, TORCH, Get, PackedWeight, Quantization, whole
 
 _SCALES = ("F32", "F16", "BF16", "U8", "F8_E8M0")
 _ENDS = ("_scale_inv", "_scale")
@@ -49,6 +49,9 @@ def modelopt(quantization: Quantization) -> dict[str, PackedWeight]:
     Raises:
         BundleError: ``source.quantised``, ``source.tensor``.
     """
+    for name in quantization.tensors:
+        if name.endswith(".pre_quant_scale"):
+            quantization.refuse(name, "no scales of inputs, which the weights alone don't hold", "a tensor", NOT_YET)
     algorithm = quantization.fields.get("quant_algo")
     if algorithm in _MODELOPT:
         return _fp8(quantization, _MODELOPT[algorithm], rounded_scales=True)
@@ -56,7 +59,7 @@ def modelopt(quantization: Quantization) -> dict[str, PackedWeight]:
         raise quantization.unsupported("quant_algo", f"one of {', '.join((*_MODELOPT, *_MODELOPT_FP4))}")
     found = {}
     for name, _ in quantization.names("weight", "U8"):
-        rows, half = quantization.part(name, dtypes=("U8",), of=name).shape
+        rows, half = quantization.sizes(name, 2)
         scale, second = f"{name}_scale", f"{name}_scale_2"
         quantization.part(scale, (rows, half // 8), dtypes=("F8_E4M3",), of=name)
         quantization.part(second, (), (1,), dtypes=("F32",), of=name)
@@ -79,8 +82,8 @@ def mxfp4(quantization: Quantization) -> dict[str, PackedWeight]:
     """
     found = {}
     for blocks, name in quantization.names("_blocks", "U8"):
-        shape = quantization.tensors[blocks].shape
-        if len(shape) != 4 or shape[-1] != 16:
+        shape = quantization.sizes(blocks, 4)
+        if shape[-1] != 16:
             quantization.refuse(blocks, "shape [experts, rows, groups, 16]", str(list(shape)))
         experts, rows, groups, _ = shape
         scales = f"{name}_scales"
@@ -102,14 +105,14 @@ def _fp8(
     quantization: Quantization, block: tuple[int, int] | None, *, rounded_scales: bool = False
 ) -> dict[str, PackedWeight]:
     found = {}
+    for name, _ in quantization.names("", "F8_E5M2"):
+        quantization.refuse(name, "codes of dtype F8_E4M3", "F8_E5M2", NOT_YET)
     for name, _ in quantization.names("", "F8_E4M3"):
         if name.endswith(_ENDS):
             continue
         scale = next((name + end for end in _ENDS if name + end in quantization.tensors), name + _ENDS[0])
         stored = quantization.part(scale, dtypes=_SCALES, of=name)
-        shape = quantization.tensors[name].shape
-        if len(shape) not in (2, 3):
-            quantization.refuse(name, "two or three dimensions", str(list(shape)))
+        shape = quantization.sizes(name, 2, 3)
         size = _block_of(quantization, scale, shape, stored, block)
         packed = _packed(quantization, name, scale, shape, size, rounded_scales)
         found[name] = packed

@@ -37,17 +37,19 @@ def gptq(quantization: Quantization) -> dict[str, PackedWeight]:
     found = {}
     for codes, module in quantization.names(".qweight", "I32"):
         scales, zeros, index = (f"{module}.{part}" for part in ("scales", "qzeros", "g_idx"))
-        rows = quantization.tensors[codes].shape[-1]
+        _, rows = quantization.sizes(codes, 2)
         has_index = index in quantization.tensors
         if has_index:
-            (inputs,) = quantization.part(index, dtypes=("I32", "I64"), of=codes).shape
+            quantization.part(index, dtypes=("I32", "I64"), of=codes)
+            (inputs,) = quantization.sizes(index, 1)
         else:
             inputs = quantization.tensors[codes].shape[0] * 32 // stated
         bits = next((bits for bits in (2, 3, 4, 8) if words(inputs, bits) == quantization.tensors[codes].shape[0]), 0)
         if bits != stated and not (bits and quantization.fields.get("dynamic")):
             expected = f"shape {[words(inputs, stated), rows]}, for {stated} bits of {inputs} inputs"
             quantization.refuse(codes, expected, str(list(quantization.tensors[codes].shape)))
-        groups = quantization.part(scales, dtypes=_SCALES, of=codes).shape[0]
+        quantization.part(scales, dtypes=_SCALES, of=codes)
+        groups, _ = quantization.sizes(scales, 2)
         quantization.part(scales, (groups, rows), dtypes=_SCALES, of=codes)
         quantization.part(zeros, (groups, words(rows, bits)), dtypes=("I32",), of=codes)
         plain = size if type(size) is int and size > 0 else -(-inputs // groups)
@@ -95,7 +97,7 @@ def awq(quantization: Quantization) -> dict[str, PackedWeight]:
     size = quantization.fields.get("group_size", quantization.fields.get("q_group_size"))
     found = {}
     for codes, module in quantization.names(".qweight", "I32"):
-        inputs, packed = quantization.tensors[codes].shape
+        inputs, packed = quantization.sizes(codes, 2)
         scales, zeros = f"{module}.scales", f"{module}.qzeros"
         group = size if type(size) is int and size > 0 else inputs
         if inputs % group:
@@ -130,12 +132,12 @@ def mlx(quantization: Quantization) -> dict[str, PackedWeight]:
         bits, size = quantization.number("bits"), quantization.number("group_size", 64)
         if isinstance(own, dict):
             bits, size = own.get("bits", bits), own.get("group_size", size)
-            if own.get("mode", "affine") != "affine" or type(size) is not int or size < 1:
-                raise quantization.unsupported(module, "the mode affine, and a size of groups from 1")
+            if own.get("mode", "affine") != "affine" or type(size) is not int or size < 1 or type(bits) is not int:
+                raise quantization.unsupported(module, "the mode affine, and whole numbers for bits and group_size")
         if bits not in (2, 3, 4, 5, 6, 8):
             raise quantization.unsupported(module if isinstance(own, dict) else "bits", "2, 3, 4, 5, 6 or 8")
         scales, offsets = f"{module}.scales", f"{module}.biases"
-        *lead, packed = quantization.tensors[name].shape
+        *lead, packed = quantization.sizes(name, 2, 3)
         columns = packed * 32 // bits
         wanted = (*lead, columns // size)
         quantization.part(scales, wanted, dtypes=_SCALES, of=name)

@@ -27,8 +27,8 @@ class Method:
     read: Callable[[Quantization], dict[str, PackedWeight]]
     formula: str
     """How a number is computed, for the manifest."""
-    compared: str
-    """The library whose numbers the tests compare with, and its version."""
+    compared: str | None
+    """The library whose numbers the tests compare with, and its version. None if no library has the formula."""
     activations: str | None = None
     """What the source also rounds while it runs, in a sentence's words."""
     dropped: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ METHODS: Final[Mapping[str, Method]] = {
     "fbgemm_fp8": Method(
         read=floats.fbgemm_fp8,
         formula=_FP8,
-        compared="transformers",
+        compared=None,
         activations="the inputs of its products to FP8",
         dropped=(".input_scale_ub",),
     ),

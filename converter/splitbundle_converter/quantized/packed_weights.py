@@ -77,6 +77,17 @@ class Quantization:
             self.refuse(name, f"shape {' or '.join(str(list(shape)) for shape in shapes)}", str(list(found.shape)))
         return found
 
+    def sizes(self, name: str, *dimensions: int) -> tuple[int, ...]:
+        """Return the shape of a tensor. Check that it has one of these numbers of dimensions.
+
+        Raises:
+            BundleError: ``source.tensor``.
+        """
+        shape = self.tensors[name].shape
+        if len(shape) not in dimensions:
+            self.refuse(name, f"{' or '.join(map(str, dimensions))} dimensions", f"shape {list(shape)}")
+        return shape
+
     def refuse(self, name: str, expected: str, got: str, hint: str = WHOLE) -> None:
         """Raise ``source.tensor`` for a tensor."""
         found = self.tensors[name]
@@ -136,16 +147,44 @@ def words(count: int, bits: int) -> int:
     return math.ceil(count * bits / 32)
 
 
-def is_named(module: str, patterns: object) -> bool:
-    """Return whether a list of names has a module: by its name, or by a regular expression after ``re:``."""
-    named = [pattern for pattern in patterns if isinstance(pattern, str)] if isinstance(patterns, list) else []
-    return any(_matches(module, pattern) for pattern in named)
+def patterns_of(quantization: Quantization, name: str, value: object) -> list[str]:
+    """Return the names of modules in a field: names, and regular expressions after ``re:``.
+
+    An expression comes from outside, and some take time that grows with a power of a name's length. So one that
+    repeats a group, or has many repetitions, is refused.
+
+    Raises:
+        BundleError: ``source.quantised``.
+    """
+    named = [] if value is None else value
+    if not isinstance(named, list) or not all(isinstance(pattern, str) for pattern in named):
+        raise quantization.unsupported(name, "a list of names")
+    for pattern in named:
+        if pattern.startswith("re:") and not _is_quick(pattern[3:]):
+            expected = "regular expressions with at most three repetitions, and none of a group"
+            raise refusal(
+                "source.quantised",
+                quantization.file,
+                expected,
+                quoted(pattern),
+                NOT_YET,
+                f"{quantization.pointer}/{name}",
+            )
+    return list(named)
 
 
-def _matches(module: str, pattern: str) -> bool:
-    if not pattern.startswith("re:"):
-        return module == pattern
+def is_named(module: str, patterns: list[str]) -> bool:
+    """Return whether a list that ``patterns_of`` gave names a module."""
+    return any(
+        re.match(pattern[3:], module) is not None if pattern.startswith("re:") else module == pattern
+        for pattern in patterns
+    )
+
+
+def _is_quick(pattern: str) -> bool:
     try:
-        return re.match(pattern[3:], module) is not None
-    except re.error:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
         return False
+    plain = re.sub(r"\\.|\[[^]]*\]", "x", pattern)
+    return len(pattern) <= 500 and len(re.findall(r"[*+{]", plain)) <= 3 and not re.search(r"\)[*+{]", plain)

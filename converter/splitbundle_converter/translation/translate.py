@@ -124,10 +124,19 @@ def translate(source: Checkpoint, family: Family, architecture: Architecture) ->
     constants = _check_constants(source, family, prefix, layers, problems)
     dropped.update(constants)
     for name in sorted(source.tensors.keys() - claimed - dropped):
-        problems.append(_extra(source, name, layers))
+        if not (name.removesuffix("bias") + "weight" in claimed and _is_zero(source, name)):
+            problems.append(_extra(source, name, layers))
     if problems:
         raise BundleError(problems[:MAX_PROBLEMS])  # a wrong number of layers gives very many problems
     return Translation(origins=origins, source_names=tuple(kept), constants=tuple(constants.values()))
+
+
+def _is_zero(source: Checkpoint, name: str) -> bool:
+    """Return whether a tensor is a bias of nothing but zeros. AutoGPTQ adds one to each module that it quantizes."""
+    if not name.endswith(".bias") or len(source.tensors[name].shape) != 1:
+        return False
+    with source.reader() as reader:
+        return not bool(reader.get(name).any())
 
 
 def _is_further(name: str, family: Family, layers: int) -> bool:

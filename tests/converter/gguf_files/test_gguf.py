@@ -105,7 +105,8 @@ def test_the_tensors_are_those_of_transformers(
     assert mine.keys() == theirs.keys() - ({"lm_head.weight"} if tied else set())
     for name, tensor in mine.items():
         assert torch.equal(tensor, theirs[name]), name
-    assert made.manifest.extensions["quantization"]["method"] == "gguf"
+    about = made.manifest.extensions.get("quantization", {})
+    assert about.get("method") == (None if kind in (Type.F16, Type.BF16) else "gguf")
 
 
 def test_blocks_become_bfloat16_and_other_tensors_keep_their_dtype(tmp_path: Path, output: Path) -> None:
@@ -145,6 +146,16 @@ def test_the_factors_of_rotary_positions_are_compared(tmp_path: Path, output: Pa
     config.rope_parameters["factor"] = 4.0
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert "Take the config.json of this very model" in str(refused(path, output, force=True))
+
+
+def test_a_file_that_is_not_there_and_one_of_two(tmp_path: Path, output: Path) -> None:
+    error = refused(tmp_path / "model.gguf", output)
+    assert error.codes[0] == "source.missing"
+    assert "expected a GGUF file, got nothing there" in str(error)
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    (tmp_path / "config.json").write_text("{}")
+    assert "Name one of the GGUF files in place of the directory" in str(refused(tmp_path, output))
 
 
 def field(name: str, kind: int, value: bytes) -> bytes:

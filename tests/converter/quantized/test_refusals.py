@@ -13,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from splitbundle.errors import BundleError
+from splitbundle_converter.quantized.packed_weights import is_named, patterns_of
+from tests.converter.quantized.test_formulas import quantization
 from tests.converter.quantized.test_quantized_checkpoints import checkpoint
 from tests.support.checkpoints import accepted, change_config, refused
 from tests.support.quantized_models import FORMS, WEIGHTS
 
 Q = "model.layers.1.self_attn.q_proj"
+E = "model.layers.0.mlp.experts.down_proj"
 Tensors = dict[str, Tensor]
 
 
@@ -30,6 +33,10 @@ def changed(path: Path, form: str, change: Callable[[Tensors], Any] | None = Non
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / WEIGHTS)
     change_config(path, **{FORMS[form].field: {**FORMS[form].fields, **fields}})
     return path
+
+
+def extra(name: str, tensor: Tensor) -> Callable[[Tensors], Any]:
+    return lambda tensors: tensors.update({name: tensor})
 
 
 def without(name: str) -> Callable[[Tensors], Any]:
@@ -83,6 +90,39 @@ def with_tensor(name: str, value: Callable[[Tensor], Tensor]) -> Callable[[Tenso
         ("bitsandbytes-int8", with_tensor(f"{Q}.weight_format", lambda t: t + 1), {}, "source.tensor", "0, for rows"),
         ("modelopt-nvfp4", None, {"quant_algo": "NVFP4_AWQ"}, "source.quantised", "'NVFP4_AWQ'"),
         ("modelopt-nvfp4", without(f"{Q}.weight_scale_2"), {}, "source.tensor", "weight_scale_2"),
+        ("fp8", with_tensor(f"{Q}.weight", lambda t: t.float().to(torch.float8_e5m2)), {}, "source.tensor", "F8_E5M2"),
+        ("fp8", with_tensor(f"{Q}.weight", lambda t: t[:0]), {}, "source.tensor", "sizes from 1, got shape [0, 96]"),
+        ("fp8", with_tensor(f"{Q}.weight", lambda t: t[0]), {}, "source.tensor", "2 or 3 dimensions"),
+        ("mxfp4", with_tensor(f"{E}_blocks", lambda t: t[0]), {}, "source.tensor", "4 dimensions"),
+        (
+            "compressed-int4",
+            None,
+            {"transform_config": {"config_groups": {"R1": {}}}},
+            "source.quantised",
+            "/transform_",
+        ),
+        ("compressed-int4", None, {"ignore": ["re:((("]}, "source.quantised", "/ignore: expected regular expressions"),
+        ("compressed-int4", None, {"ignore": ["re:^(([a-z._])+)+!$"]}, "source.quantised", "at most three repetitions"),
+        ("compressed-int4", None, {"ignore": ["re:.*.*.*.*x"]}, "source.quantised", "at most three repetitions"),
+        ("compressed-int4", None, {"ignore": 7}, "source.quantised", "/ignore: expected a list of names"),
+        ("compressed-int4", with_tensor(f"{Q}.weight_shape", lambda t: t * 0), {}, "source.tensor", "sizes from 1"),
+        (
+            "compressed-int8",
+            extra(f"{Q}.weight_zero_point", torch.ones(96, 1).to(torch.int8)),
+            {},
+            "source.tensor",
+            "0,",
+        ),
+        ("compressed-nvfp4", with_tensor(f"{Q}.weight_packed", lambda t: t[0]), {}, "source.tensor", "2 dimensions"),
+        ("gptq", with_tensor(f"{Q}.qweight", lambda t: t[0]), {}, "source.tensor", "2 dimensions"),
+        ("gptq", with_tensor(f"{Q}.scales", lambda t: t[0]), {}, "source.tensor", "2 dimensions"),
+        ("gptq", with_tensor(f"{Q}.g_idx", lambda t: t[None]), {}, "source.tensor", "1 dimensions"),
+        ("gptq", extra(f"{Q}.bias", torch.ones(96)), {}, "source.tensor", "an extra tensor F32 [96]"),
+        ("awq", with_tensor(f"{Q}.qweight", lambda t: t[0]), {}, "source.tensor", "2 dimensions"),
+        ("mlx", None, {Q: {"bits": 4.0, "group_size": 32}}, "source.quantised", "whole numbers for bits"),
+        ("mlx", with_tensor(f"{Q}.weight", lambda t: t[0, 0]), {}, "source.tensor", "2 or 3 dimensions"),
+        ("modelopt-nvfp4", with_tensor(f"{Q}.weight", lambda t: t[0]), {}, "source.tensor", "2 dimensions"),
+        ("modelopt-nvfp4", extra(f"{Q}.pre_quant_scale", torch.ones(96)), {}, "source.tensor", "no scales of inputs"),
     ],
 )
 def test_what_cannot_be_read_is_refused(
@@ -157,3 +197,34 @@ def test_scales_of_inputs_are_left_out(tmp_path: Path, output: Path) -> None:
     notes: list[str] = []
     accepted(path, output, notes=notes.append)
     assert any("also rounds the inputs of its products to FP8" in note for note in notes)
+
+
+def test_scales_under_their_older_name(tmp_path: Path, output: Path) -> None:
+    """transformers knows only ``weight_scale_inv``, and leaves other codes as they are."""
+
+    def rename(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            tensors[name.removesuffix("_inv")] = tensors.pop(name)
+
+    path = changed(tmp_path / "source", "fp8-tensor", rename)
+    notes: list[str] = []
+    accepted(path, output, notes=notes.append)
+    assert any("splitbundle's reader" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "tensor"),
+    [
+        ("gptq", f"{Q}.bias", torch.zeros(96)),
+        ("compressed-int8", f"{Q}.weight_zero_point", torch.zeros(96, 1).to(torch.int8)),
+    ],
+)
+def test_zeros_that_change_nothing(tmp_path: Path, output: Path, form: str, name: str, tensor: Tensor) -> None:
+    accepted(changed(tmp_path / "source", form, extra(name, tensor)), output)
+
+
+def test_published_expressions_are_quick() -> None:
+    patterns = ["re:.*lm_head", "re:.*mlp.gate$", "re:visual.*", r"re:.*experts\.[0-9]+\.(gate|up|down)_proj.*"]
+    about = quantization("compressed-tensors", {}, {}, "BF16")
+    assert is_named("model.layers.0.mlp.experts.12.up_proj", patterns_of(about, "ignore", patterns))
+    assert not is_named("model.layers.0.mlp.gate_proj", patterns_of(about, "ignore", patterns))
