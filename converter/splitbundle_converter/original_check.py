@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from splitbundle.backends.torch.router_ties import compare_by_layer
+from splitbundle.backends.torch.stage import load_stages
 from splitbundle.backends.torch.weight_files import write_weights
-from splitbundle.backends.torch.weights import map_tensors
+from splitbundle.backends.torch.weights import DTYPES, map_tensors
+from splitbundle.bundle import Bundle
 from splitbundle.errors import quoted
 from splitbundle.format.manifest.document import File, Vectors
 from splitbundle.format.weight_layout import Tensor as Stored
@@ -21,15 +23,20 @@ from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import VECTORS
 from splitbundle_converter.errors import refusal
 from splitbundle_converter.families import unused_fields
+from splitbundle_converter.families.composites import EXTENSION as PART
 from splitbundle_converter.open_checkpoint import OpenedCheckpoint
 from splitbundle_converter.options import CHECKS, Note
 from splitbundle_converter.quantized.dequantizing import checked_with
 from splitbundle_converter.reference.asked_fields import asked_fields
 from splitbundle_converter.reference.golden_vectors import layered_vectors, model_bytes, reference_vectors
 from splitbundle_converter.reference.memory import PeakMemory, give_back_freed_memory
-from splitbundle_converter.reference.original_errors import BY_LAYER, UNCHECKED, explained
+from splitbundle_converter.reference.original_errors import BY_LAYER, UNCHECKED, explained, loaded
 
 _PATH: Final = f"{VECTORS}.safetensors"
+_FIRST: Final = "hidden.0"
+"""The place of the embedding's result."""
+_ROW: Final = 256
+"""The number of tokens that are compared at once."""
 _GRAPHS: Final = 'Bundle.run_vectors(backend="onnxruntime")'
 """What runs the graphs later."""
 
@@ -47,6 +54,8 @@ class OriginalCheck:
         """
         self._opened, self._by_layer, self._progress = opened, by_layer, progress
         self._memory = PeakMemory()
+        self._dtype: torch.dtype | None = None
+        """The dtype that the weights were rounded to, or None."""
 
     def write_vectors(self, root: Path, dtype: str, listed: dict[str, File]) -> Vectors:
         """Run the original model, and write its results into a bundle. Add the file to ``listed``.
@@ -60,6 +69,7 @@ class OriginalCheck:
             BundleError: ``memory``, ``source.*``.
         """
         opened, progress = self._opened, self._progress
+        self._dtype = None if dtype == "keep" else DTYPES[dtype]
         if progress is not None:
             progress("running the original model", 0, 1)
         found = opened.checkpoint.configuration()
@@ -102,6 +112,8 @@ class OriginalCheck:
             return
         with self._memory.watch():
             differences = compare_by_layer(bundle, None, map_tensors(bundle, VECTORS), threads, self._after_layer)
+            if all(difference.where != _FIRST for difference in golden.wrong(differences)):
+                differences = [*self._compare_tokens(bundle, threads), *differences]
         golden.check(differences, _PATH, by_layer=True)
         if notes is not None and self._memory.bytes is not None:
             size = _in_words(model_bytes(self._opened.architecture))
@@ -111,6 +123,36 @@ class OriginalCheck:
             )
         if notes is not None and graphs:
             notes(f"The check by layer did not run the graphs, which take memory for a whole shard. {_GRAPHS} does")
+
+    def _compare_tokens(self, bundle: Bundle, threads: int) -> list[golden.Difference]:
+        """Return the largest difference of the embedding over all token ids: the golden vectors have a few of them.
+
+        A larger class may replace some ids by images, so a part of one is compared for the ids of the golden vectors.
+        """
+        architecture = self._opened.architecture
+        if PART in self._opened.extensions:
+            return []
+        stage = load_stages(
+            bundle, [bundle.select(layers=(0, 0), embeds=True, head=False)], dtype="float32", threads=threads
+        )[0]
+        found: list[golden.Difference] = []
+
+        def take(ids: Tensor, hidden: Tensor) -> None:
+            largest = float((stage(ids[None])[0] - hidden).abs().max())
+            found.append(
+                golden.Difference(
+                    where=_FIRST,
+                    largest=largest,
+                    scale=float(hidden.abs().max()),
+                    between=("torch", golden.side(bundle)),
+                    tolerance=golden.TOLERANCE,
+                )
+            )
+
+        rows = torch.split(torch.arange(architecture.vocab_size), min(_ROW, architecture.position_limit or _ROW))
+        loaded(self._opened.layered_original).embed(rows, self._dtype, take)
+        self._after_layer("comparing the tokens", 1, 1)
+        return golden.wrong(found)[:1] or found[:1]
 
     def _after_layer(self, what: str, done: int, total: int) -> None:
         """Get the progress of a run by layer, when a layer was freed and the next one isn't loaded yet."""

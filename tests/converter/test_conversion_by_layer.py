@@ -109,6 +109,18 @@ def test_one_wrong_weight_of_the_embedding(output: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.rule("SB-G-003")
+@pytest.mark.parametrize("name", ["llama", "gpt2-by-layer", "gemma3_text"])
+def test_one_wrong_weight_of_a_token_that_no_golden_vector_has(
+    name: str, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = bundle(name).architecture
+    used = {int(token) for row in golden_vectors.case_rows(architecture) for token in row}
+    unused = next(token for token in reversed(range(architecture.vocab_size)) if token not in used)
+    change(monkeypatch, "embedding.token.weight", row=unused)
+    assert places(name, output)[0] == "the embedding"
+
+
+@pytest.mark.rule("SB-G-003")
 @pytest.mark.parametrize("tensor", ["head.norm.weight", "head.projection.weight"])
 def test_one_wrong_weight_of_the_head(tensor: str, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch, tensor)

@@ -7,6 +7,7 @@ run ends after this layer. The modules before the first layer and after the last
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -74,11 +75,7 @@ class LayeredOriginal:
         last = len(self._layers)
         logits: list[Tensor] = []
         with self._checkpoint.reader() as reader, torch.no_grad(), quiet():
-            self._weights.load(self._kept, reader, dtype)
-            for i, name in enumerate(self._layers):
-                self._replace(name, partial(self._layer, reader, dtype, i))
-            for name in self._loose:
-                self._replace(name, partial(self._through, reader, dtype, [name], name))
+            self._prepare(reader, dtype)
             for self._step in range(EMBEDDING, last + 1):
                 if progress is not None:
                     progress("running the original model", self._step - EMBEDDING, last + 2)
@@ -94,6 +91,36 @@ class LayeredOriginal:
             expected = "a model whose modules compute one after the other"
             raise refusal("source.config", self._checkpoint.name, expected, type(self._run).__name__, UNCHECKED)
         return [(self._hidden(case), found) for case, found in enumerate(logits)]
+
+    def embed(self, rows: Sequence[Tensor], dtype: torch.dtype | None, take: Callable[[Tensor, Tensor], None]) -> None:
+        """Compute what the first layer gets for each row, and give it to ``take`` with the row's ids.
+
+        It can be called once, in place of ``results``. *Shape:* each (sequence) -> (sequence), (sequence, hidden).
+
+        Args:
+            rows: The token ids.
+            dtype: The dtype that the weights are rounded to, or None.
+            take: Gets the ids of a row, and the hidden states before the first layer.
+
+        Raises:
+            BundleError: ``source.tensor``, ``source.unreadable``.
+        """
+        with self._checkpoint.reader() as reader, torch.no_grad(), quiet():
+            self._prepare(reader, dtype)
+            for ids in rows:
+                self._calls.clear()
+                self._outputs.clear()
+                with contextlib.suppress(_Done):
+                    self._run(input_ids=ids[None], use_cache=False, return_dict=True)
+                take(ids, self._first[self._case][0])
+
+    def _prepare(self, reader: Reader, dtype: torch.dtype | None) -> None:
+        """Load the modules that stay in memory, and let the others load when they are called."""
+        self._weights.load(self._kept, reader, dtype)
+        for i, name in enumerate(self._layers):
+            self._replace(name, partial(self._layer, reader, dtype, i))
+        for name in self._loose:
+            self._replace(name, partial(self._through, reader, dtype, [name], name))
 
     def _replace(self, name: str, forward: Callable[..., Any]) -> None:
         module = self._weights.module(name)
