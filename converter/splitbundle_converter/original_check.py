@@ -28,15 +28,20 @@ from splitbundle_converter.open_checkpoint import OpenedCheckpoint
 from splitbundle_converter.options import CHECKS, Note
 from splitbundle_converter.quantized.dequantizing import checked_with
 from splitbundle_converter.reference.asked_fields import asked_fields
-from splitbundle_converter.reference.golden_vectors import layered_vectors, model_bytes, reference_vectors
+from splitbundle_converter.reference.golden_vectors import (
+    case_lengths,
+    layered_vectors,
+    model_bytes,
+    reference_vectors,
+)
 from splitbundle_converter.reference.memory import PeakMemory, give_back_freed_memory
 from splitbundle_converter.reference.original_errors import BY_LAYER, UNCHECKED, explained, loaded
 
 _PATH: Final = f"{VECTORS}.safetensors"
 _FIRST: Final = "hidden.0"
 """The place of the embedding's result."""
-_ROW: Final = 256
-"""The number of tokens that are compared at once."""
+_ROWS: Final = 16
+"""The number of rows of tokens that are compared at once."""
 _GRAPHS: Final = 'Bundle.run_vectors(backend="onnxruntime")'
 """What runs the graphs later."""
 
@@ -138,7 +143,7 @@ class OriginalCheck:
         found: list[golden.Difference] = []
 
         def take(ids: Tensor, hidden: Tensor) -> None:
-            largest = float((stage(ids[None])[0] - hidden).abs().max())
+            largest = float((stage(ids) - hidden).abs().max())
             found.append(
                 golden.Difference(
                     where=_FIRST,
@@ -149,8 +154,10 @@ class OriginalCheck:
                 )
             )
 
-        rows = torch.split(torch.arange(architecture.vocab_size), min(_ROW, architecture.position_limit or _ROW))
-        loaded(self._opened.layered_original).embed(rows, self._dtype, take)
+        length = max(case_lengths(architecture))  # the original may have a table of few positions
+        tokens = torch.arange(-(-architecture.vocab_size // length) * length) % architecture.vocab_size
+        batches = torch.split(tokens.reshape(-1, length), _ROWS)
+        loaded(self._opened.layered_original).embed(batches, self._dtype, take)
         self._after_layer("comparing the tokens", 1, 1)
         return golden.wrong(found)[:1] or found[:1]
 

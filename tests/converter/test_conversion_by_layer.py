@@ -25,7 +25,7 @@ from splitbundle_converter.reference import golden_vectors, memory
 from splitbundle_converter.translation.translate import Origin, Translation, translate
 from tests.support.checkpoints import accepted, change_tensors, digests, refused, replaced, said
 from tests.support.command_line import run
-from tests.support.models import LAYERS, bundle, checkpoint
+from tests.support.models import LAYERS, ONE_PER_FAMILY, bundle, checkpoint
 from tests.support.tiers import FEW, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,6 +72,13 @@ def change(monkeypatch: pytest.MonkeyPatch, *names: str, row: int = 0) -> None:
         return replace(right, origins=right.origins | changed)
 
     monkeypatch.setattr(conversion, "translate", wrong)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+def test_every_family(name: str, output: Path) -> None:
+    """Also the embedding of each token: some originals have a table of few positions."""
+    accepted(checkpoint(name), output, check="layers")
 
 
 def first_token(name: str) -> int:

@@ -92,27 +92,31 @@ class LayeredOriginal:
             raise refusal("source.config", self._checkpoint.name, expected, type(self._run).__name__, UNCHECKED)
         return [(self._hidden(case), found) for case, found in enumerate(logits)]
 
-    def embed(self, rows: Sequence[Tensor], dtype: torch.dtype | None, take: Callable[[Tensor, Tensor], None]) -> None:
-        """Compute what the first layer gets for each row, and give it to ``take`` with the row's ids.
+    def embed(
+        self, batches: Sequence[Tensor], dtype: torch.dtype | None, take: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        """Compute what the first layer gets for some batches, and give it to ``take`` with the batch's ids.
 
-        It can be called once, in place of ``results``. *Shape:* each (sequence) -> (sequence), (sequence, hidden).
+        It can be called once, in place of ``results``.
+
+        *Shape:* each (batch, sequence) -> (batch, sequence), (batch, sequence, hidden).
 
         Args:
-            rows: The token ids.
+            batches: The token ids.
             dtype: The dtype that the weights are rounded to, or None.
-            take: Gets the ids of a row, and the hidden states before the first layer.
+            take: Gets the ids of a batch, and the hidden states before the first layer.
 
         Raises:
             BundleError: ``source.tensor``, ``source.unreadable``.
         """
         with self._checkpoint.reader() as reader, torch.no_grad(), quiet():
             self._prepare(reader, dtype)
-            for ids in rows:
+            for ids in batches:
                 self._calls.clear()
                 self._outputs.clear()
                 with contextlib.suppress(_Done):
-                    self._run(input_ids=ids[None], use_cache=False, return_dict=True)
-                take(ids, self._first[self._case][0])
+                    self._run(input_ids=ids, use_cache=False, return_dict=True)
+                take(ids, self._first[self._case])
 
     def _prepare(self, reader: Reader, dtype: torch.dtype | None) -> None:
         """Load the modules that stay in memory, and let the others load when they are called."""
