@@ -81,6 +81,17 @@ def compressed_tensors(quantization: Quantization) -> dict[str, PackedWeight]:
     return found
 
 
+def activations(fields: Mapping[str, Any]) -> str | None:
+    """Return what the source rounds while it runs, or None."""
+    groups = fields.get("config_groups")
+    inputs = isinstance(groups, dict) and any(
+        isinstance(group, dict) and group.get("input_activations") for group in groups.values()
+    )
+    cache = bool(fields.get("kv_cache_scheme"))
+    found = [words for words, there in (("the inputs of its products", inputs), ("keys and values", cache)) if there]
+    return " and ".join(found) or None
+
+
 def _schemes(quantization: Quantization) -> list[_Scheme]:
     groups = quantization.fields.get("config_groups")
     if not isinstance(groups, dict) or not groups:

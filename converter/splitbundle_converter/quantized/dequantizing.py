@@ -37,8 +37,6 @@ class Dequantized:
     fields: Mapping[str, Any]
     weights: int
     """The number of weights that were quantized."""
-    dtype: str
-    """The dtype of the numbers."""
 
 
 class DequantizedCheckpoint(Checkpoint):
@@ -141,8 +139,7 @@ def dequantized(checkpoint: Checkpoint, *, exact: bool, notes: Callable[[str], N
     if not packed:
         expected = f"weights that are quantized with {method}, as the configuration says"
         raise refusal("source.quantised", file, expected, "none", _PLAIN, pointer)
-    dtype = next(iter(packed.values())).dtype
-    about = Dequantized(method=method, fields=fields, weights=len(packed), dtype=dtype)
+    about = Dequantized(method=method, fields=fields, weights=len(packed))
     if notes is not None:
         for text in _told(about):
             notes(text)
@@ -183,11 +180,8 @@ def told(weights: int, method: str) -> str:
 
 
 def _told(about: Dequantized) -> Iterator[str]:
-    method = METHODS[about.method]
     yield told(about.weights, about.method)
-    rounds = method.activations
-    if about.method == "compressed-tensors" and '"input_activations": {' in str(about.fields).replace("'", '"'):
-        rounds = "the inputs of its products"
+    rounds = METHODS[about.method].activations(about.fields)
     if rounds is not None:
         yield f"The source also rounds {rounds} while it runs. The bundle computes without this rounding."
 

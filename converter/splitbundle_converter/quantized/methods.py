@@ -29,12 +29,13 @@ class Method:
     """How a number is computed, for the manifest."""
     compared: str | None
     """The library whose numbers the tests compare with, and its version. None if no library has the formula."""
-    activations: str | None = None
-    """What the source also rounds while it runs, in a sentence's words."""
+    activations: Callable[[Mapping[str, Any]], str | None] = lambda fields: None
+    """The fields -> what the source also rounds while it runs, in a sentence's words."""
     dropped: tuple[str, ...] = ()
     """The ends of the names of tensors that only serve this rounding."""
 
 
+_EIGHT_BITS: Final = "the inputs of its products"
 _FP8: Final = "W = float32(code) * scale of its block"
 _CACHE: Final = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
 _INPUTS: Final = (".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point")
@@ -43,14 +44,14 @@ METHODS: Final[Mapping[str, Method]] = {
         read=floats.fp8,
         formula=_FP8,
         compared="transformers",
-        activations="the inputs of its products to FP8",
+        activations=lambda fields: _EIGHT_BITS,
         dropped=(".activation_scale", *_INPUTS, *_CACHE),
     ),
     "fbgemm_fp8": Method(
         read=floats.fbgemm_fp8,
         formula=_FP8,
         compared=None,
-        activations="the inputs of its products to FP8",
+        activations=lambda fields: _EIGHT_BITS,
         dropped=(".input_scale_ub",),
     ),
     "mxfp4": Method(
@@ -60,13 +61,14 @@ METHODS: Final[Mapping[str, Method]] = {
         read=floats.modelopt,
         formula="W = code * scale (FP8), or e2m1(code) * (scale * scale_2) in groups of 16 (NVFP4)",
         compared="nvidia-modelopt 0.47.0",
-        activations="the inputs of its products, or keys and values,",
+        activations=lambda fields: _EIGHT_BITS if fields.get("quant_algo") != "W4A16_NVFP4" else None,
         dropped=(*_INPUTS, *_CACHE),
     ),
     "compressed-tensors": Method(
         read=compressed_tensors.compressed_tensors,
         formula="W = (code - zero) * scale of its group; for nvfp4: e2m1(code) * (scale / global scale)",
         compared="compressed-tensors 0.20.1",
+        activations=compressed_tensors.activations,
         dropped=(*_INPUTS, *_CACHE),
     ),
     "gptq": Method(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -52,8 +52,6 @@ class Quantization:
     get: Get
     target: str
     """The dtype of the numbers of a format that computes them in float32."""
-    notes: list[str] = field(default_factory=list)
-    """What a reader wants to tell the user."""
 
     def names(self, end: str, *dtypes: str) -> Iterator[tuple[str, str]]:
         """Yield the name of each tensor with this end and one of these dtypes, with the name without the end."""

@@ -196,7 +196,16 @@ def test_scales_of_inputs_are_left_out(tmp_path: Path, output: Path) -> None:
     path = changed(tmp_path / "source", "fp8-tensor", lambda tensors: tensors.update(extra))
     notes: list[str] = []
     accepted(path, output, notes=notes.append)
-    assert any("also rounds the inputs of its products to FP8" in note for note in notes)
+    assert "The source also rounds the inputs of its products while it runs." in " ".join(notes)
+
+
+def test_a_note_says_what_compressed_tensors_rounds(tmp_path: Path, output: Path) -> None:
+    group = FORMS["compressed-int8"].fields["config_groups"]["group_0"]
+    groups = {"group_0": {**group, "input_activations": {"num_bits": 8, "dynamic": True}}}
+    path = changed(tmp_path / "source", "compressed-int8", config_groups=groups, kv_cache_scheme={"num_bits": 8})
+    notes: list[str] = []
+    accepted(path, output, notes=notes.append)
+    assert "also rounds the inputs of its products and keys and values while it runs" in " ".join(notes)
 
 
 def test_scales_under_their_older_name(tmp_path: Path, output: Path) -> None:
