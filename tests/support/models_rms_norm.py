@@ -441,9 +441,14 @@ CONFIGURATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         "nanochat",
         ROTARY | {"tie_word_embeddings": True, "final_logit_softcapping": None, "rope_parameters": _LINEAR},
     ),
-    "apertus1p5_text": ("apertus1p5_text", ROTARY),
+    "apertus1p5_text": ("apertus1p5_text", ROTARY | {"rope_parameters": _LLAMA3}),
     "apertus1p5_text-biased": ("apertus1p5_text", ROTARY | {"attention_bias": True, "rope_parameters": _LLAMA3}),
-    "apertus1p5_text-tied": ("apertus1p5_text", ROTARY | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "apertus1p5_text-tied": (
+        "apertus1p5_text",
+        ROTARY
+        | {"num_key_value_heads": 1, "tie_word_embeddings": True}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}},
+    ),
 }
 """Name -> the family, and the fields of its configuration that differ from their defaults."""
 

@@ -395,8 +395,12 @@ def test_a_wrong_tensor_shows(name: str) -> None:
         if attention.window == 1 and ("query" in what or "key" in what):
             continue  # a token that sees only itself has no weights to change
         kept = parameter.detach().clone()
-        parameter.copy_(kept.roll(1, dims=0 if len(kept) > 1 else 1))
-        difference = relative(pipeline(ids), known)
+        # A router may choose the same experts for these tokens with its corrections rolled by one.
+        steps = range(1, len(kept)) if what.endswith("router.correction") else [1]
+        difference = 0.0
+        for step in steps:
+            parameter.copy_(kept.roll(step, dims=0 if len(kept) > 1 else 1))
+            difference = max(difference, relative(pipeline(ids), known))
         parameter.copy_(kept)
         assert difference > 5 * TOLERANCE, f"{what}: {difference:.3g}"
     assert torch.equal(pipeline(ids), known)
