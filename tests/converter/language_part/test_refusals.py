@@ -283,7 +283,7 @@ BASE: Final = "language_model.model."
             "the configuration that was published with these weights",
         ),
         (
-            lambda tensors: tensors | {"language_model.lm_head.bias": torch.zeros(VOCAB)},
+            lambda tensors: tensors | {"language_model.lm_head.bias": torch.ones(VOCAB)},
             "[source.tensor] model.safetensors /language_model.lm_head.bias: expected only the tensors of a model of 2 "
             "layers as its configuration describes it, got an extra tensor F32 [61]. Use the configuration that "
             "was published with these weights",

@@ -43,7 +43,7 @@ QUANTIZED = "Convert the checkpoint that was quantized. Without the scales, the 
         ),
         (
             # Biases that the configuration denies: leaving them out would be silently wrong.
-            lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(36)}),
+            lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(36)}),
             f"{WEIGHTS} /model.layers.0.self_attn.q_proj.bias: expected only the tensors of a model of 4 layers as "
             "its configuration describes it, got an extra tensor F32 [36]",
         ),
@@ -231,3 +231,9 @@ def test_source_tensors_that_are_rows() -> None:
         "s.1.weight": [2, 3],
         "s.2.weight": [4, 5],
     }
+
+
+def test_a_bias_of_zeros_changes_nothing(source: Callable[[str], Path], output: Path) -> None:
+    path = source("llama")
+    change_tensors(path, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(36)}))
+    accepted(path, output, check=True)
