@@ -59,7 +59,7 @@ def with_tensor(name: str, value: Callable[[Tensor], Tensor]) -> Callable[[Tenso
             with_tensor("model.layers.0.mlp.experts.down_proj_scales", lambda t: t[:-1]),
             {},
             "source.tensor",
-            "",
+            "down_proj_scales: expected shape",
         ),
         ("compressed-int4", None, {"format": "marlin-24"}, "source.quantised", "'marlin-24'"),
         ("compressed-int4", None, {"config_groups": {}}, "source.quantised", "/config_groups"),
