@@ -44,7 +44,7 @@ def _shard_arguments(parser: argparse.ArgumentParser, uncut: str) -> None:
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a checkpoint directory, or a hub id")
+    parser.add_argument("source", help="a checkpoint directory, a GGUF file, or a hub id")
     parser.add_argument(
         "--output", "-o", metavar="NAME.splitbundle", help="the new bundle; by default the model's name"
     )

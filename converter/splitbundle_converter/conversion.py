@@ -78,7 +78,7 @@ def convert(
     The conversion never builds the model: it reads, translates and writes one tensor at a time.
 
     Args:
-        source: A checkpoint directory, or a hub id.
+        source: A checkpoint directory, a GGUF file, or a hub id.
         output: The directory of the bundle. It appears complete or not at all.
         split: The cuts: rising layer numbers from 0 to the number of layers. By default there are none; a source that
             consists of parts keeps its own cuts. Give at most one of ``split``, ``equal`` and ``max_shard_size``.

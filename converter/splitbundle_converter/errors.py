@@ -9,6 +9,7 @@ from splitbundle.errors import BundleError, Problem
 from splitbundle.format import strict_json
 
 AGAIN: Final = "Fetch the file again from where the model was published"
+MISSING: Final = "The checkpoint isn't whole, or its configuration is another model's: fetch both again from one place"
 HINTS: Final = {
     "source.missing": "Check the path, and that all files of the model were fetched",
     "source.unreadable": AGAIN,

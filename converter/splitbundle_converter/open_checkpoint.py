@@ -73,7 +73,7 @@ def open_checkpoint(
     """Open a checkpoint for the duration of the block. Weights that were rewritten are removed at the end.
 
     Args:
-        source: A directory, or a hub id.
+        source: A directory, a GGUF file, or a hub id.
         revision: The branch, tag or commit of a hub id.
         part: "language" for the language part alone, or None.
         output: The directory of the bundle. Rewritten weights are stored beside it until the end of the block.
@@ -85,12 +85,12 @@ def open_checkpoint(
 
     Raises:
         BundleError: ``source.*``, ``usage.part``, ``output.*``, ``network``.
+        MissingExtra: The library gguf isn't installed, and a GGUF file is given.
     """
-
     file = _gguf_file(source)
     if file is not None:
         with scratch_directory(output, force=force) as private:
-            of_file = read_gguf(file, private, exact=exact)
+            of_file = read_gguf(file, private, exact=exact, notes=notes)
             if notes is not None and of_file.blocks:
                 notes(told(of_file.blocks, "gguf"))
             yield _judge(of_file, part)

@@ -27,11 +27,11 @@ from splitbundle_converter.errors import AGAIN, line, refusal
 from splitbundle_converter.families.configuration import read_configuration
 from splitbundle_converter.gguf_files.header import check_header
 from splitbundle_converter.gguf_files.metadata import ARCHITECTURES, ROTARY_FACTORS, configuration
+from splitbundle_converter.options import Note
+from splitbundle_converter.quantized.packed_weights import TORCH
 from splitbundle_converter.quiet_transformers import quiet
 
 SUFFIX: Final = ".gguf"
-_PLAIN: Final = ("F32", "F16", "BF16")
-_DTYPES: Final[Mapping[str, torch.dtype]] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK: Final = 2**22
 """The number of values that are computed at once, so that the temporary memory stays small."""
 
@@ -49,7 +49,7 @@ class GgufCheckpoint(Checkpoint):
         self._stored = {tensor.name: tensor for tensor in opened.tensors}
         self._kind = str(_fields(opened).get("general.architecture"))
         types = Counter(tensor.tensor_type.name for tensor in opened.tensors)
-        blocks = {name: count for name, count in types.items() if name not in _PLAIN}
+        blocks = {name: count for name, count in types.items() if name not in TORCH}
         self.blocks = sum(blocks.values())
         """The number of weights that are stored as blocks of codes."""
         if blocks:
@@ -61,7 +61,7 @@ class GgufCheckpoint(Checkpoint):
     @contextmanager
     def reader(self) -> Iterator[Reader]:
         """Open a reader of tensors for the duration of the block. It computes one tensor at a time."""
-        yield _GgufReader(self, self._read)
+        yield _GgufReader(self._read)
 
     def place_of(self, name: str) -> tuple[str, str]:
         """Return the file that should have a missing tensor, and the tensor's name there. Messages name both."""
@@ -115,7 +115,7 @@ class GgufCheckpoint(Checkpoint):
         stored = self._stored[own]
         kind = stored.tensor_type.name
         shape = tuple(int(size) for size in reversed(stored.shape))
-        dtype = kind if kind in _PLAIN else target
+        dtype = kind if kind in TORCH else target
         return SourceTensor(file=self.path.name, stored=own, path=self.path, dtype=dtype, shape=shape)
 
     def _read(self, name: str) -> Tensor:
@@ -128,11 +128,11 @@ class GgufCheckpoint(Checkpoint):
 
         found = self.tensors[name]
         stored = self._stored[found.stored]
-        result = torch.empty(found.shape, dtype=_DTYPES[found.dtype])
+        result = torch.empty(found.shape, dtype=TORCH[found.dtype])
         rows = result.view(-1, found.shape[-1])
-        data = stored.data.reshape(len(rows), -1)
         step = max(1, _CHUNK // found.shape[-1])
         try:
+            data = stored.data.reshape(len(rows), -1)
             for start in range(0, len(rows), step):
                 piece = gguf.quants.dequantize(data[start : start + step], stored.tensor_type)
                 rows[start : start + step] = torch.from_numpy(numpy.array(piece))
@@ -148,7 +148,7 @@ class GgufCheckpoint(Checkpoint):
 
 
 class _GgufReader(Reader):
-    def __init__(self, source: GgufCheckpoint, get: Callable[[str], Tensor]) -> None:
+    def __init__(self, get: Callable[[str], Tensor]) -> None:
         self._get = get
 
     def get(self, name: str) -> Tensor:
@@ -165,7 +165,7 @@ def gguf_file(directory: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def read_gguf(path: Path, private: Path, *, exact: bool) -> GgufCheckpoint:
+def read_gguf(path: Path, private: Path, *, exact: bool, notes: Note | None = None) -> GgufCheckpoint:
     """Open a GGUF file.
 
     A ``config.json`` beside the file is taken, with the tokenizer there. Otherwise configuration and tokenizer are made
@@ -194,11 +194,11 @@ def read_gguf(path: Path, private: Path, *, exact: bool) -> GgufCheckpoint:
         return GgufCheckpoint(path, CheckpointDirectory(path=path.parent, name=path.stem), opened, exact=exact)
     config = configuration(fields, shapes, path.name)
     (private / CONFIG).write_text(json.dumps(config, indent=2), "utf-8")
-    _write_tokenizer(path, private)
+    _write_tokenizer(path, private, notes)
     return GgufCheckpoint(path, CheckpointDirectory(path=private, name=path.stem), opened, exact=exact)
 
 
-def _write_tokenizer(path: Path, private: Path) -> None:
+def _write_tokenizer(path: Path, private: Path, notes: Note | None) -> None:
     """Write the tokenizer of the metadata as transformers makes it of them. A file without one has no text."""
     from transformers import AutoTokenizer
 
@@ -206,8 +206,10 @@ def _write_tokenizer(path: Path, private: Path) -> None:
         with quiet():
             tokenizer: Any = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
             tokenizer.save_pretrained(str(private))
-    except Exception:  # noqa: BLE001  # any error of a library about a tokenizer that it doesn't know
+    except Exception as error:  # noqa: BLE001  # any error of a library about a tokenizer that it doesn't know
         (private / TOKENIZER).unlink(missing_ok=True)
+        if notes is not None:
+            notes(f"transformers can't make a tokenizer of the file's metadata: {line(error)}.")
 
 
 def _fields(opened: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from splitbundle.format.architecture.decoder import Architecture, Head
 from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.format.manifest.document import EMBEDDING, SourceName, expand, row_sources
 from splitbundle_converter.checkpoint.source import Checkpoint, Configuration
-from splitbundle_converter.errors import refusal
+from splitbundle_converter.errors import MISSING, refusal
 from splitbundle_converter.families.composites import COMPOSITES, IGNORED, LANGUAGE, TEXT, Composite, text_type
 from splitbundle_converter.families.config_reader import ConfigReader
 from splitbundle_converter.families.configuration import (
@@ -31,7 +31,7 @@ from splitbundle_converter.families.configuration import (
 from splitbundle_converter.families.evidence import evidence
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.families.table import FAMILIES
-from splitbundle_converter.translation.translate import MISSING, PROJECTION
+from splitbundle_converter.translation.translate import PROJECTION
 
 _HEAD: Final = "lm_head.weight"
 """The name of the head's weight in all classes that have their own head."""

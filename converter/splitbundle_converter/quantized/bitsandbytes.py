@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from splitbundle.errors import quoted
-from splitbundle_converter.errors import refusal, source_json
+from splitbundle.format.dtypes import SAFETENSORS_CODES, WEIGHTS
+from splitbundle_converter.errors import MISSING, refusal, source_json
 from splitbundle_converter.quantized import formulas
-from splitbundle_converter.quantized.packed_weights import TORCH, WHOLE, Get, PackedWeight, Quantization, whole
+from splitbundle_converter.quantized.packed_weights import TORCH, Get, PackedWeight, Quantization, whole
 
 _STATE: Final = ".quant_state.bitsandbytes__"
 _NUMBERS: Final = {"nf4": formulas.NF4, "fp4": formulas.FP4}
-_DTYPES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _BLOCKS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _MOST: Final = 4096
 """The most bytes of a state: it has a few numbers."""
@@ -118,7 +118,7 @@ def _state(quantization: Quantization, place: str, kind: str) -> _State:
         len(sizes) == 2
         and all(type(size) is int and 0 < size < 2**40 for size in sizes)
         and isinstance(dtype, str)
-        and dtype in _DTYPES
+        and dtype in WEIGHTS
         and block in _BLOCKS
         and fields.get("quant_type") == kind
         and (nested == 0 or nested in _BLOCKS)
@@ -127,5 +127,5 @@ def _state(quantization: Quantization, place: str, kind: str) -> _State:
     )
     if not sound:
         expected = f"a state with quant_type {kind}, a shape, a dtype and sizes of blocks that bitsandbytes knows"
-        raise refusal("source.tensor", file, expected, quoted(raw), WHOLE, f"/{place}")
-    return _State(_NUMBERS[kind], tuple(sizes), _DTYPES[str(dtype)], int(block or 0), nested, float(offset))
+        raise refusal("source.tensor", file, expected, quoted(raw), MISSING, f"/{place}")
+    return _State(_NUMBERS[kind], tuple(sizes), SAFETENSORS_CODES[str(dtype)], int(block or 0), nested, float(offset))

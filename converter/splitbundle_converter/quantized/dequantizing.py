@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, Final
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from splitbundle.errors import quoted
 from splitbundle_converter.checkpoint.source import Checkpoint, Configuration, Reader
 from splitbundle_converter.checkpoint.weight_files import SourceTensor
-from splitbundle_converter.errors import refusal
+from splitbundle_converter.errors import MISSING, refusal
 from splitbundle_converter.quantized.methods import METHODS, find, without_fields
-from splitbundle_converter.quantized.packed_weights import WHOLE, PackedWeight, Quantization
+from splitbundle_converter.quantized.packed_weights import PackedWeight, Quantization
 
 EXTENSION: Final = "quantization"
 """The key in the manifest's ``extensions`` that describes the source's quantized weights."""
@@ -29,31 +29,25 @@ _PLAIN: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dequantized:
-    """What was quantized in the source, for the manifest and for notes."""
-
-    method: str
-    fields: Mapping[str, Any]
-    weights: int
-    """The number of weights that were quantized."""
-
-
 class DequantizedCheckpoint(Checkpoint):
     """A checkpoint with the names, shapes and dtypes that it had before it was quantized."""
 
     rewritten = True
 
     def __init__(
-        self, inner: Checkpoint, configuration: Configuration, packed: Mapping[str, PackedWeight], about: Dequantized
+        self,
+        inner: Checkpoint,
+        configuration: Configuration,
+        packed: Mapping[str, PackedWeight],
+        method: str,
+        fields: Mapping[str, Any],
     ) -> None:
         self.directory, self.name, self.revision = inner.directory, inner.name, inner.revision
         self.naming, self.promised, self.cuts = inner.naming, inner.promised, inner.cuts
-        self.packed, self.about = packed, about
-        formula = METHODS[about.method].formula
-        self.quantization = {"method": about.method, "formula": formula, "weights": about.weights}
+        self.packed, self.method, self.fields = packed, method, fields
+        self.quantization = {"method": method, "formula": METHODS[method].formula, "weights": len(packed)}
         self._inner, self._configuration = inner, configuration
-        self.tensors = _plain_tensors(inner.tensors, packed, about.method)
+        self.tensors = _plain_tensors(inner.tensors, packed, method)
 
     def reads_alike(self) -> bool:
         """Return whether transformers itself can load the files on a processor, with the numbers of this reader.
@@ -61,14 +55,14 @@ class DequantizedCheckpoint(Checkpoint):
         It takes the number of rows by the number of scales for the size of a block. It gives all tensors one dtype. It
         knows one name of FP8's scales, and leaves codes without a scale as they are.
         """
-        if self.about.method not in _TRANSFORMERS or type(self._inner) is not Checkpoint:
+        if self.method not in _TRANSFORMERS or type(self._inner) is not Checkpoint:
             return False
-        if self.about.method == "fp8" and find_spec("accelerate") is None:
+        if self.method == "fp8" and find_spec("accelerate") is None:
             return False
         others = {tensor.dtype for name, tensor in self.tensors.items() if name not in self.packed}
         dtypes = {weight.dtype for weight in self.packed.values()}
         even = all(weight.even for weight in self.packed.values())
-        if self.about.method == "fp8":
+        if self.method == "fp8":
             even = even and all(weight.parts[1].endswith("_scale_inv") for weight in self.packed.values())
         return even and (dtypes == {"F32"} or (len(dtypes) == 1 and others <= dtypes))
 
@@ -124,7 +118,7 @@ def dequantized(checkpoint: Checkpoint, *, exact: bool, notes: Callable[[str], N
     for tensor in checkpoint.tensors.values():
         if 0 in tensor.shape:
             got = f"shape {list(tensor.shape)}"
-            raise refusal("source.tensor", tensor.file, "sizes from 1", got, WHOLE, f"/{tensor.stored}")
+            raise refusal("source.tensor", tensor.file, "sizes from 1", got, MISSING, f"/{tensor.stored}")
     with checkpoint.reader() as reader:
         quantization = Quantization(
             method=method,
@@ -139,12 +133,13 @@ def dequantized(checkpoint: Checkpoint, *, exact: bool, notes: Callable[[str], N
     if not packed:
         expected = f"weights that are quantized with {method}, as the configuration says"
         raise refusal("source.quantised", file, expected, "none", _PLAIN, pointer)
-    about = Dequantized(method=method, fields=fields, weights=len(packed))
     if notes is not None:
-        for text in _told(about):
-            notes(text)
+        notes(told(len(packed), method))
+        rounds = METHODS[method].activations(fields)
+        if rounds is not None:
+            notes(f"The source also rounds {rounds} while it runs. The bundle computes without this rounding.")
     plain = replace(found, raw=without_fields(found.raw))
-    return DequantizedCheckpoint(checkpoint, plain, packed, about)
+    return DequantizedCheckpoint(checkpoint, plain, packed, method, fields)
 
 
 def extension(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -160,7 +155,7 @@ def checked_with(checkpoint: Checkpoint, *, by_layer: bool) -> str | None:
         return f"The check gives the original class the numbers of the library {checkpoint.quantization['method']}."
     if not by_layer and checkpoint.reads_alike():
         return "The check loads the quantized weights with transformers' own reader."
-    compared = METHODS[checkpoint.about.method].compared
+    compared = METHODS[checkpoint.method].compared
     how = "follows the format's description" if compared is None else f"is tested against {compared}, equal to the bit"
     return f"The check gives the original class the numbers of splitbundle's reader of these weights, which {how}."
 
@@ -177,13 +172,6 @@ def told(weights: int, method: str) -> str:
     return (
         f"{weights} weights of the source are quantized ({method}). They are dequantized: the bundle has plain numbers."
     )
-
-
-def _told(about: Dequantized) -> Iterator[str]:
-    yield told(about.weights, about.method)
-    rounds = METHODS[about.method].activations(about.fields)
-    if rounds is not None:
-        yield f"The source also rounds {rounds} while it runs. The bundle computes without this rounding."
 
 
 def _plain_tensors(

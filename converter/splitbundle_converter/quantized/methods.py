@@ -35,7 +35,7 @@ class Method:
     """The ends of the names of tensors that only serve this rounding."""
 
 
-_EIGHT_BITS: Final = "the inputs of its products"
+_PRODUCTS: Final = "the inputs of its products"
 _FP8: Final = "W = float32(code) * scale of its block"
 _CACHE: Final = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
 _INPUTS: Final = (".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point")
@@ -44,14 +44,14 @@ METHODS: Final[Mapping[str, Method]] = {
         read=floats.fp8,
         formula=_FP8,
         compared="transformers",
-        activations=lambda fields: _EIGHT_BITS,
+        activations=lambda fields: _PRODUCTS,
         dropped=(".activation_scale", *_INPUTS, *_CACHE),
     ),
     "fbgemm_fp8": Method(
         read=floats.fbgemm_fp8,
         formula=_FP8,
         compared=None,
-        activations=lambda fields: _EIGHT_BITS,
+        activations=lambda fields: _PRODUCTS,
         dropped=(".input_scale_ub",),
     ),
     "mxfp4": Method(
@@ -61,7 +61,7 @@ METHODS: Final[Mapping[str, Method]] = {
         read=floats.modelopt,
         formula="W = code * scale (FP8), or e2m1(code) * (scale * scale_2) in groups of 16 (NVFP4)",
         compared="nvidia-modelopt 0.47.0",
-        activations=lambda fields: _EIGHT_BITS if fields.get("quant_algo") != "W4A16_NVFP4" else None,
+        activations=lambda fields: _PRODUCTS if fields.get("quant_algo") != "W4A16_NVFP4" else None,
         dropped=(*_INPUTS, *_CACHE),
     ),
     "compressed-tensors": Method(

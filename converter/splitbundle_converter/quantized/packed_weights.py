@@ -11,14 +11,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from splitbundle.backends.torch.weights import DTYPES
 from splitbundle.errors import BundleError, quoted
+from splitbundle.format.dtypes import SAFETENSORS_CODES, WEIGHTS
 from splitbundle_converter.checkpoint.weight_files import SourceTensor
-from splitbundle_converter.errors import refusal
+from splitbundle_converter.errors import MISSING, refusal
 
 Get = Callable[[str], Tensor]
 """The name of a source tensor -> the tensor, mapped."""
-TORCH: Final[Mapping[str, torch.dtype]] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-WHOLE: Final = "The checkpoint isn't whole, or its configuration is another model's: fetch both again from one place"
+TORCH: Final[Mapping[str, torch.dtype]] = {SAFETENSORS_CODES[name]: DTYPES[name] for name in WEIGHTS}
+"""The dtype of plain weights, as safetensors names it -> torch's."""
 NOT_YET: Final = "Convert the checkpoint that was quantized, or dequantize this one with the library that made it"
 
 
@@ -68,7 +70,7 @@ class Quantization:
         found = self.tensors.get(name)
         if found is None:
             expected = f"a tensor {quoted(name)} for the quantized weight {quoted(of)}"
-            raise refusal("source.tensor", self.tensors[of].file, expected, "none", WHOLE, f"/{of}")
+            raise refusal("source.tensor", self.tensors[of].file, expected, "none", MISSING, f"/{of}")
         if found.dtype not in dtypes:
             self.refuse(name, f"dtype {' or '.join(dtypes)}", found.dtype)
         if shapes and found.shape not in shapes:
@@ -86,16 +88,15 @@ class Quantization:
             self.refuse(name, f"{' or '.join(map(str, dimensions))} dimensions", f"shape {list(shape)}")
         return shape
 
-    def refuse(self, name: str, expected: str, got: str, hint: str = WHOLE) -> None:
+    def refuse(self, name: str, expected: str, got: str, hint: str = MISSING) -> None:
         """Raise ``source.tensor`` for a tensor."""
         found = self.tensors[name]
         raise refusal("source.tensor", found.file, expected, got, hint, f"/{found.stored}")
 
-    def unsupported(self, name: str | None, expected: str) -> BundleError:
-        """Return ``source.quantised`` for the value of a field, or for the format as a whole if ``name`` is None."""
-        got = quoted(self.method if name is None else self.fields.get(name))
-        pointer = self.pointer if name is None else f"{self.pointer}/{name}"
-        return refusal("source.quantised", self.file, expected, got, NOT_YET, pointer)
+    def unsupported(self, name: str, expected: str) -> BundleError:
+        """Return ``source.quantised`` for the value of a field."""
+        got = quoted(self.fields.get(name))
+        return refusal("source.quantised", self.file, expected, got, NOT_YET, f"{self.pointer}/{name}")
 
     def number(self, name: str, default: int | None = None) -> int:
         """Return a field that is a whole number from 1, or ``default`` if the field is absent or null.

@@ -206,7 +206,7 @@ def from_tensors(config: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str
 def _load(source: Checkpoint, config: Any) -> Any:
     if isinstance(source, DequantizedCheckpoint) and source.reads_alike():
         dtypes = {weight.dtype for weight in source.packed.values()}
-        config.quantization_config = {**source.about.fields, "dequantize": True}
+        config.quantization_config = {**source.fields, "dequantize": True}
         model, info = _load_directory(source, config, TORCH[dtypes.pop()])
         return model.float(), info
     return _load_tensors(source, config) if source.rewritten else _load_directory(source, config, torch.float32)

@@ -17,7 +17,7 @@ from splitbundle.format.manifest.document import EMBEDDING, ROW, SourceName, exp
 from splitbundle_converter.checkpoint.quantized import HINT, check_plain, is_quantized
 from splitbundle_converter.checkpoint.source import Checkpoint, Reader, dtype_of
 from splitbundle_converter.checkpoint.weight_files import SourceTensor, check_unwrapped
-from splitbundle_converter.errors import problem
+from splitbundle_converter.errors import MISSING, problem
 from splitbundle_converter.families.row import Family
 from splitbundle_converter.translation.constants import Constant
 from splitbundle_converter.translation.heads import wrong_head
@@ -267,7 +267,6 @@ def _match(
 
 _EXTRA = "Use the configuration that was published with these weights"
 _APART = "If the head was trained apart from the embedding, save the model with tie_word_embeddings false"
-MISSING = "The checkpoint isn't whole, or its configuration is another model's: fetch both again from one place"
 
 
 def _tied_copy(
