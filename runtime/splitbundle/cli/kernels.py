@@ -25,7 +25,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         rates = {key: kernels.measured.rates.get((key, number), {}) for key in chosen}
     for key, kernel in chosen.items():
         said = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in rates[key].items())
-        console.note(f"{key:12} {kernel:8} {f'GB of weights a second: {said}' if said else ''}".rstrip())
+        console.note(f"{key:18} {kernel:8} {f'GB of weights a second: {said}' if said else ''}".rstrip())
     console.text(f"export {choice.VARIABLE}={choice.as_text(chosen)}")
     console.json({"ok": True, "threads": number, "kernels": choice.as_text(chosen), "bytes_per_second": rates})
     return 0

@@ -32,16 +32,16 @@ TABLE: Final = {
         Dtype(name="int64", size=8, safetensors="I64", onnx=7),
         Dtype(name="int32", size=4, safetensors="I32"),
         Dtype(name="int16", size=2, safetensors="I16"),
-        Dtype(name="int8", size=1, safetensors="I8"),
-        Dtype(name="uint8", size=1, safetensors="U8"),
+        Dtype(name="int8", size=1, safetensors="I8", onnx=3),
+        Dtype(name="uint8", size=1, safetensors="U8", onnx=2),
         Dtype(name="bool", size=1, safetensors="BOOL"),
     )
 }
 """Name -> dtype: every dtype that a checkpoint may have. A bundle stores only some of them."""
 WEIGHTS: Final = ("float32", "float16", "bfloat16")
 """The dtypes of stored weights."""
-TENSORS: Final = (*WEIGHTS, "int64")
-"""The dtypes of all stored tensors; token ids of golden vectors are int64."""
+TENSORS: Final = (*WEIGHTS, "int64", "int8", "uint8")
+"""The dtypes of all stored tensors: token ids of golden vectors are int64, and codes of quantized weights 8 bits."""
 PORTS: Final = ("float32", "float16", "int64")
 """The dtypes of a graph's inputs and outputs."""
 ITEM_SIZES: Final = {name: TABLE[name].size for name in TENSORS}

@@ -16,6 +16,8 @@ ALIGNMENT: Final = 4096
 """The data begins at a multiple of this, a page, so that a mapping of the data can start there."""
 TENSOR_ALIGNMENT: Final = 64
 MAX_HEADER: Final = 16 * 2**20
+SCALE: Final = ".scale"
+"""The end of the name of stored scales, which follows the name of the matrix that they belong to."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -53,13 +55,14 @@ def lay_out(tensors: dict[str, Tensor]) -> Layout:
 
     Tensors with a multiple of 64 bytes come first, matrices before the rest. The others follow, larger items first.
     So the former are aligned to 64 bytes and the latter to their items, without holes and padding. Matrices that
-    multiply the same input lie side by side. Within each group the order is the given one, the order of use.
+    multiply the same input lie side by side, because scales don't count as matrices. Within each group the order is
+    the given one, the order of use.
     """
 
     def place(name: str) -> tuple[bool, int]:
         tensor = tensors[name]
         if tensor.size % TENSOR_ALIGNMENT == 0:
-            return False, -min(len(tensor.shape), 2)
+            return False, -1 if name.endswith(SCALE) else -min(len(tensor.shape), 2)
         return True, -TABLE[tensor.dtype].size
 
     layout: Layout = {}

@@ -39,7 +39,7 @@ def listed_files(bundle: BundleReader, shards: Sequence[str], *, vectors: bool, 
     for name in shards:
         found += bundle.files_of(bundle.shard(name))
     if vectors and bundle.manifest.vectors is not None:
-        found.append(bundle.manifest.vectors.file)
+        found += bundle.manifest.vectors.files
     if text:
         found += [path for path in listed if path.startswith(TOKENIZER) or path in GENAI or path == TEXT]
     return list(dict.fromkeys(found))

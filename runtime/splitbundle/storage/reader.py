@@ -17,6 +17,8 @@ from splitbundle.storage import files, weight_headers
 
 VECTORS: Final = "vectors"
 """The name of the golden vectors among the units."""
+ORIGINAL_VECTORS: Final = "original vectors"
+"""The name of the golden vectors of the model before it was quantized."""
 
 
 class BundleReader:
@@ -127,15 +129,18 @@ class BundleReader:
     def weight_groups(self) -> dict[str, tuple[str, ...]]:
         """Return the weight files of each unit, and of the golden vectors, in order."""
         vectors = self.manifest.vectors
-        return self.manifest.units | ({} if vectors is None else {VECTORS: (vectors.file,)})
+        files_ = () if vectors is None else vectors.files
+        return self.manifest.units | dict(zip((VECTORS, ORIGINAL_VECTORS), ((path,) for path in files_), strict=False))
 
     def stored(self, group: str) -> dict[str, weight_layout.Tensor]:
         """Return the tensors in the files of a unit (or of the golden vectors), in order of use."""
-        if group == VECTORS:
+        if group in (VECTORS, ORIGINAL_VECTORS):
             return {} if self.manifest.vectors is None else self.stored_vectors(self.manifest.vectors.lengths)
         storage = self.manifest.storage
         shapes = self.architecture.tensors_of(group)
-        return {name: weight_layout.Tensor(dtype=storage.dtype_of(name), shape=shape) for name, shape in shapes.items()}
+        return {
+            name: tensor for logical, shape in shapes.items() for name, tensor in storage.stored(logical, shape).items()
+        }
 
     def stored_vectors(self, lengths: tuple[int, ...]) -> dict[str, weight_layout.Tensor]:
         """Return the tensors of golden vectors with cases of these lengths, in order of use."""

@@ -164,7 +164,7 @@ def _listed(bundle: BundleReader, shard: str | None) -> list[str]:
         return list(bundle.manifest.files)
     vectors = bundle.manifest.vectors
     # A part may lack the golden vectors. If they are there, run_vectors computes with them.
-    more = [vectors.file] if vectors is not None and vectors.file not in bundle.absent() else []
+    more = [] if vectors is None else [path for path in vectors.files if path not in bundle.absent()]
     return [architectures.FILE, *bundle.files_of(bundle.shard(shard)), *more]
 
 

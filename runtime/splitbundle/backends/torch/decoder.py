@@ -15,6 +15,7 @@ from splitbundle.backends.torch.kernels import linear
 from splitbundle.backends.torch.modules import Linear, Table, through
 from splitbundle.backends.torch.norms import Norm
 from splitbundle.backends.torch.positions import Positions
+from splitbundle.backends.torch.quantized_modules import Codes
 from splitbundle.format.architecture import decoder as facts
 from splitbundle.format.architecture.norms import norm_names
 from splitbundle.format.architecture.positions import Learned, Sinusoidal
@@ -112,9 +113,9 @@ class TiedProjection(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.empty(rows, device="meta")) if bias else None
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor | Codes) -> Tensor:
         """Multiply by the token table. *Shape:* (…, columns), (rows, columns) -> (…, rows)."""
-        return linear(x, table, self.bias)
+        return linear(x, table, self.bias) if isinstance(table, Tensor) else table.product(x, self.bias)
 
 
 class Head(nn.Module):
@@ -132,7 +133,7 @@ class Head(nn.Module):
             else Linear(size, architecture.vocab_size, bias=head.bias)
         )
 
-    def forward(self, x: Tensor, tied: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, tied: Tensor | Codes | None) -> Tensor:
         """Compute logits. ``tied`` is the token table of a tied head.
 
         *Shape:* (batch, k, hidden) -> (batch, k, vocab).

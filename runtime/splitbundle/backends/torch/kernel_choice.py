@@ -25,12 +25,19 @@ ONEDNN: Final = "onednn"
 GEMV: Final = "gemv"
 COLUMN: Final = "column"
 FEW: Final = "few"
+INT8PACK: Final = "int8pack"
+COLUMNS: Final = "columns"
+INT4PACK: Final = "int4pack"
 STEPS: Final = "steps"
 KERNELS: Final[dict[str, tuple[str, ...]]] = {
     "float32/1": (COLUMN, ONEDNN, TORCH),
     "float32/2-3": (TORCH, ONEDNN),
     "float32/4-": (ONEDNN, TORCH),
     "bfloat16/1": (COLUMN, GEMV, TORCH),
+    "rows8-bfloat16/1": (INT8PACK, COLUMNS, TORCH),
+    "rows8-bfloat16/2-8": (COLUMNS, INT8PACK, TORCH),
+    "rows8-float32/1-8": (COLUMNS, INT8PACK, TORCH),
+    "blocks4/1-16": (INT4PACK, TORCH),
     STEPS: (FEW, TORCH),
 }
 """A dtype and a number of rows -> the kernels that can compute such products.

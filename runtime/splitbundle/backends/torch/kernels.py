@@ -24,8 +24,21 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from splitbundle.backends.torch import kernel_choice
-from splitbundle.backends.torch.kernel_choice import COLUMN, FEW, GEMV, ONEDNN, STEPS, TORCH, Choice, Measured
+from splitbundle.backends.torch import kernel_choice, quantized
+from splitbundle.backends.torch.kernel_choice import (
+    COLUMN,
+    COLUMNS,
+    FEW,
+    GEMV,
+    INT4PACK,
+    INT8PACK,
+    ONEDNN,
+    STEPS,
+    TORCH,
+    Choice,
+    Measured,
+)
+from splitbundle.format.encodings import Encoding
 
 SMALL: Final = 2**17
 """Below this number of scalar multiplications, oneDNN's preparation (some 15 µs) takes longer than all of them."""
@@ -151,6 +164,8 @@ def _products(kernel: str) -> kernel_choice.Product | None:
         return None if _ONEDNN is None else lambda x, weight: _ONEDNN.product(x, weight, None)
     if kernel == GEMV:
         return _gemv if _SWITCHES else None
+    if kernel in (INT8PACK, COLUMNS, INT4PACK):
+        return functional.linear if quantized.works(kernel) else None  # chosen by a rule, so its time doesn't count
     return _column if kernel == COLUMN else functional.linear
 
 
@@ -230,6 +245,14 @@ def product(kernel: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     if kernel == ONEDNN and _ONEDNN is not None:
         return _ONEDNN.product(x, weight, bias)
     return _column(x, weight, bias) if kernel == COLUMN else functional.linear(x, weight, bias)
+
+
+def quantized_kernel(x: Tensor, encoding: Encoding) -> str:
+    """Return the kernel that should multiply by a quantized weight. *Shape:* x (…, columns)."""
+    if torch.compiler.is_compiling() or not _is_plain_input(x):
+        return TORCH
+    key = quantized.key(x, encoding)
+    return TORCH if key is None else _kernel(key)
 
 
 def joint_kernel(x: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,15 +13,18 @@ import torch
 from torch import Tensor
 
 from splitbundle.backends.torch.changes import loaded_weights, same_bits
+from splitbundle.backends.torch.quantized_modules import is_code
 from splitbundle.backends.torch.stage import Stage, load_stages, stages_in
 from splitbundle.backends.torch.weight_files import write_weights
 from splitbundle.backends.torch.weights import DTYPES, map_tensors, rounded
 from splitbundle.errors import BundleError, quoted, wrong_argument
 from splitbundle.format import names, weight_layout
 from splitbundle.format.dtypes import WEIGHTS
+from splitbundle.format.encodings import EXTENSIONS as ENCODING_NAMES
 from splitbundle.format.genai import GENAI
 from splitbundle.format.manifest.document import EMBEDDING, File, Manifest, Storage, Vectors, fingerprint
 from splitbundle.records import replace
+from splitbundle.storage import files
 from splitbundle.storage.documents import read_documents
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import VECTORS, BundleReader
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from splitbundle.backends.torch.pipeline import Pipeline
 
 KEEP: Final = "keep"
+ORIGINAL: Final = "original-vectors.safetensors"
+"""The file of the golden vectors of the model before it was quantized."""
 Changed = Mapping[str, Tensor]
 """The name of a tensor -> its value, in any floating dtype and on any device."""
 Note = Callable[[str], None]
@@ -54,9 +60,9 @@ def save_as(
     """Write a bundle with the weights of some stages. See ``Bundle.save_as``."""
     if dtype not in (KEEP, *WEIGHTS):
         raise wrong_argument("dtype", f"{KEEP}, or one of {', '.join(WEIGHTS)}", quoted(dtype))
-    storage = bundle.manifest.storage if dtype == KEEP else Storage(encoding="plain", dtype=dtype)
+    storage = bundle.manifest.storage if dtype == KEEP else _in(bundle, dtype)
     tensors = tensors_of(bundle, stages)
-    return _save(
+    return save_changed(
         bundle, output, tensors, storage, vectors=vectors, exact=False, force=force, notes=notes, progress=progress
     )
 
@@ -75,11 +81,18 @@ def cast(
     if dtype not in WEIGHTS:
         raise wrong_argument("dtype", f"one of {', '.join(WEIGHTS)}", quoted(dtype))
     exact = dtype == "float32" or set(bundle.manifest.storage.dtypes) == {dtype}
-    storage = Storage(encoding="plain", dtype=dtype)
-    return _save(bundle, output, {}, storage, vectors=vectors, exact=exact, force=force, notes=notes, progress=progress)
+    storage = _in(bundle, dtype)
+    return save_changed(
+        bundle, output, {}, storage, vectors=vectors, exact=exact, force=force, notes=notes, progress=progress
+    )
 
 
-def _save(
+def _in(bundle: BundleReader, dtype: str) -> Storage:
+    """Return a storage in another dtype. Quantized weights stay as they are."""
+    return Storage(encoding="plain", dtype=dtype, encodings=bundle.manifest.storage.encodings)
+
+
+def save_changed(
     bundle: ReaderT,
     output: str | os.PathLike[str],
     tensors: Changed,
@@ -91,7 +104,10 @@ def _save(
     notes: Note | None,
     progress: Progress | None,
 ) -> ReaderT:
-    """Write a bundle with some changed tensors, in a storage. If it is ``exact``, no value changes."""
+    """Write a bundle with some changed tensors, in a storage. If it is ``exact``, no value changes.
+
+    If weights become quantized, the new bundle keeps the golden vectors of the old one beside its own.
+    """
     units = _changed_units(bundle, tensors, storage)
     kept = _kept_files(bundle, units, storage, exact=exact)
     if storage != bundle.manifest.storage:
@@ -103,8 +119,8 @@ def _save(
         listed = {path: bundle.manifest.files[path] for path in bundle.manifest.files if path in kept}
         copy_files(bundle, [path for path in kept if path not in bundle.absent()], root, check=True, progress=progress)
         # A weight that is taken over gets a new digest, so the old one must be right.
-        shapes, absent = bundle.architecture.unit_tensors(), bundle.absent()
-        taken = [unit for unit in units if any(name not in tensors for name in shapes[unit])]
+        absent = bundle.absent()
+        taken = [unit for unit in units if any(name not in tensors for name in bundle.stored(unit))]
         paths = [path for unit in taken for path in bundle.manifest.units[unit] if path not in absent]
         check_digests(bundle, paths, progress)
         written = _write_units(bundle, units, tensors, storage, root, progress)
@@ -115,7 +131,12 @@ def _save(
             if isinstance(found, str):
                 _note(notes, found)
             else:
-                manifest = replace(manifest, files=manifest.files | {found[0].file: found[1]}, vectors=found[0])
+                entries = {found[0].file: found[1]}
+                if storage.encodings:
+                    kept_vectors = copy_original_vectors(bundle, root)
+                    entries |= kept_vectors
+                    found = replace(found[0], original=next(iter(kept_vectors))), found[1]
+                manifest = replace(manifest, files=manifest.files | entries, vectors=found[0])
                 write_documents(root, manifest, bundle.architecture)
         if write_graphs is not None:
             write_graphs(root)
@@ -131,13 +152,17 @@ def tensors_of(bundle: BundleReader, stages: Stage | Pipeline | Sequence[Stage])
             for instance), and for a tensor that has two values.
     """
     found: dict[str, tuple[Tensor, str]] = {}
-    shapes = bundle.architecture.tensors()
+    stored = {
+        name: tensor
+        for logical, shape in bundle.architecture.tensors().items()
+        for name, tensor in bundle.manifest.storage.stored(logical, shape).items()
+    }
     for stage in stages_in(stages):
         if stage.architecture != bundle.architecture:
             expected = f"stages of a bundle with the architecture of {bundle.path.name}"
             raise wrong_argument("stages", expected, f"{quoted(stage.name)}, of another architecture")
         own = dict(stage.named_parameters(remove_duplicate=False))
-        expected_names = {name for name in _names_of(bundle, stage) if name in shapes}
+        expected_names = set(_names_of(bundle, stage))
         if own.keys() != expected_names:
             more = sorted(own.keys() - expected_names)
             got = f"{quoted(more[0])}, which no bundle has" if more else f"no {min(expected_names - own.keys())!r}"
@@ -145,9 +170,10 @@ def tensors_of(bundle: BundleReader, stages: Stage | Pipeline | Sequence[Stage])
             raise wrong_argument("stages", f"the parameters of {quoted(stage.name)}, under their own names", got, hint)
         for name, parameter in own.items():
             parameter = getattr(parameter, "full_tensor", lambda own=parameter: own)()  # FSDP divides its parameters
-            if tuple(parameter.shape) != shapes[name] or not parameter.is_floating_point():
+            shape, floats = stored[name].shape, stored[name].dtype in WEIGHTS
+            if tuple(parameter.shape) != shape or parameter.is_floating_point() != floats:
                 got = f"{quoted(name)} of {parameter.dtype} {list(parameter.shape)}"
-                raise wrong_argument("stages", f"numbers of the shape {list(shapes[name])}", got)
+                raise wrong_argument("stages", f"numbers of the shape {list(shape)}", got)
             if parameter.is_meta:
                 hint = "accelerate keeps it elsewhere: load the stage without offloading to save it"
                 raise wrong_argument("stages", f"a value for {quoted(name)}", "a tensor without data", hint)
@@ -194,19 +220,18 @@ def _settle_table(bundle: BundleReader, stages: Sequence[Stage], tensors: dict[s
 def _names_of(bundle: BundleReader, stage: Stage) -> Iterator[str]:
     first, last = stage.layer_range
     units = bundle.architecture.units_of((first, last), embeds=stage.embeds, head=stage.head is not None)
-    tensors = bundle.architecture.unit_tensors()
     for unit in units:
         whole = unit != "embedding" or stage.embeds
         # A stage with a tied head that doesn't embed holds only the token table of the embedding.
-        yield from tensors[unit] if whole else (name for name in tensors[unit] if name == "embedding.token.weight")
+        yield from (name for name in bundle.stored(unit) if whole or name.startswith(EMBEDDING))
 
 
 def _changed_units(bundle: BundleReader, tensors: Changed, storage: Storage) -> list[str]:
     """Return the units that must be written: those with another dtype, or with a tensor that has another value."""
     other = storage != bundle.manifest.storage
     changed = []
-    for unit, shapes in bundle.architecture.unit_tensors().items():
-        given = [name for name in shapes if name in tensors]
+    for unit in bundle.manifest.units:
+        given = [name for name in bundle.stored(unit) if name in tensors]
         if other or (given and _differs(bundle, unit, {name: tensors[name] for name in given})):
             changed.append(unit)
     return changed
@@ -229,7 +254,7 @@ def _kept_files(bundle: BundleReader, units: Sequence[str], storage: Storage, *,
     written = {path for unit in units for path in manifest.units[unit]}
     left = {names.CARD, *written}
     if units and not exact and manifest.vectors is not None:
-        left.add(manifest.vectors.file)
+        left |= set(manifest.vectors.files)
     if storage != manifest.storage:  # graphs name the dtype of each weight, and its place in the file
         left |= {shard.graph.file for shard in bundle.shards if shard.graph is not None} | set(GENAI)
     return [path for path in manifest.files if path not in left]
@@ -245,10 +270,11 @@ def _write_units(
 ) -> dict[str, File]:
     """Write the weight files of some units, one tensor at a time, and return their entries in the manifest."""
     shapes = bundle.architecture.unit_tensors()
-    total, done = sum(len(shapes[unit]) for unit in units), 0
+    sizes = {unit: _stored(storage, shapes[unit]) for unit in units}
+    total, done = sum(len(own) for own in sizes.values()), 0
     listed: dict[str, File] = {}
     for unit in units:
-        if any(name not in tensors for name in shapes[unit]):
+        if any(name not in tensors for name in sizes[unit]):
             refuse_missing(bundle, bundle.manifest.units[unit])
         whole = not any(path in bundle.absent() for path in bundle.manifest.units[unit])
         stored: Mapping[str, Tensor] = map_tensors(bundle, unit) if whole else {}
@@ -258,23 +284,28 @@ def _write_units(
             if progress is not None:
                 progress("writing", done, total)
             done += 1
-            return _to_store(name, tensors[name] if name in tensors else stored[name], DTYPES[storage.dtype_of(name)])
+            value = tensors[name] if name in tensors else stored[name]
+            return value if is_code(name, value) else _to_store(name, value, DTYPES[storage.dtype_of(name)])
 
         for path, own in _files_of(bundle, unit).items():
-            sizes = {name: weight_layout.Tensor(dtype=storage.dtype_of(name), shape=shapes[unit][name]) for name in own}
-            listed[path] = write_weights(root / path, sizes, produce)()
+            listed[path] = write_weights(root / path, _stored(storage, {n: shapes[unit][n] for n in own}), produce)()
     if progress is not None and total:
         progress("writing", total, total)
     return listed
 
 
-def _files_of(bundle: BundleReader, unit: str) -> dict[str, Sequence[str]]:
-    """Return the names of the tensors in each file of a unit. The new files have the same ones."""
-    paths = bundle.manifest.units[unit]
+def _stored(storage: Storage, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, weight_layout.Tensor]:
+    return {name: tensor for logical, s in shapes.items() for name, tensor in storage.stored(logical, s).items()}
+
+
+def _files_of(bundle: BundleReader, unit: str) -> dict[str, list[str]]:
+    """Return the names of the logical tensors in each file of a unit. The new files have the same ones."""
+    paths, own = bundle.manifest.units[unit], bundle.architecture.unit_tensors()[unit]
     if len(paths) == 1:
-        return {paths[0]: list(bundle.architecture.unit_tensors()[unit])}
+        return {paths[0]: list(own)}
     refuse_missing(bundle, paths)
-    return {path: list(found.layout) for path, (_, found) in zip(paths, bundle.open_weights(unit), strict=True)}
+    opened = zip(paths, bundle.open_weights(unit), strict=True)
+    return {path: [name for name in own if name in found.layout] for path, (_, found) in opened}
 
 
 def _manifest(
@@ -301,6 +332,7 @@ def _manifest(
         producer={"name": "splitbundle", "version": __version__},
         model=model,
         storage=storage,
+        features=(*storage.extensions, *(name for name in old.features if name not in ENCODING_NAMES)),
         shards=shards,
         files=listed,
         vectors=None if changed and not exact else old.vectors,
@@ -362,6 +394,20 @@ def _vectors_of_itself(bundle: BundleReader, root: Path, progress: Progress | No
     stored = new.stored_vectors(old.lengths)
     entry = write_weights(root / old.file, stored, tensors.__getitem__)()
     return Vectors(file=old.file, lengths=old.lengths, of_itself=True), entry
+
+
+def copy_original_vectors(bundle: BundleReader, root: Path) -> dict[str, File]:
+    """Copy the golden vectors of the model before it was quantized, and return their entry in the manifest."""
+    vectors = bundle.manifest.vectors
+    if vectors is None:
+        raise RuntimeError("a bundle without golden vectors has none to copy")
+    source = vectors.file if vectors.original is None else vectors.original
+    with (
+        files.open_file(bundle.path, source, bundle.manifest.files[source]) as old,
+        (root / ORIGINAL).open("wb") as new,
+    ):
+        shutil.copyfileobj(old, new)
+    return {ORIGINAL: bundle.manifest.files[source]}
 
 
 def _note(notes: Note | None, text: str) -> None:

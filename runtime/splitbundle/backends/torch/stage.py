@@ -19,9 +19,11 @@ from splitbundle.backends.torch.joint import join
 from splitbundle.backends.torch.kernels import with_kernels_for
 from splitbundle.backends.torch.numpy_stage import NumpyStage
 from splitbundle.backends.torch.positions import Positions
+from splitbundle.backends.torch.quantized_modules import Codes, is_code, use_quantized
 from splitbundle.backends.torch.threads import checked, using
 from splitbundle.backends.torch.weights import MappedTensors, compute_dtype, map_tensors, rounded
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.format.weight_layout import SCALE
 from splitbundle.stages.call import Call
 from splitbundle.stages.stage import ArrayInfo, LogitsWanted, StageBase
 
@@ -69,7 +71,10 @@ class Stage(StageBase, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype in which this stage computes."""
-        return next(self.parameters()).dtype
+        for name, parameter in self.named_parameters():
+            if parameter.is_floating_point() and not name.endswith(SCALE):
+                return parameter.dtype
+        return next(module.dtype for module in self.modules() if isinstance(module, Codes))
 
     @property
     def device(self) -> torch.device:
@@ -244,7 +249,7 @@ class Stage(StageBase, nn.Module):
         token = self.embedding.token
         hook = getattr(token, "_hf_hook", None) if token.weight.is_meta else None
         if hook is None:
-            return self.head(x, token.weight)  # type: ignore[no-any-return]
+            return self.head(x, token if isinstance(token, Codes) else token.weight)  # type: ignore[no-any-return]
         # The table is offloaded by accelerate, which fetches it when the table is called. A tied head only reads it.
         hook.pre_forward(token)
         try:
@@ -344,8 +349,13 @@ def _load(
                 for name, tensor in found.items():
                     # The correction of a router is for choosing alone, so no gradient reaches it.
                     learns = trainable and not name.endswith("router.correction")
-                    mapped[name] = nn.Parameter(rounded(tensor, dtype, name).to(device), requires_grad=learns)
+                    if is_code(name, tensor):  # codes and scales of quantized weights are as they are
+                        value, learns = tensor, False
+                    else:
+                        value = rounded(tensor, dtype, name)
+                    mapped[name] = nn.Parameter(value.to(device), requires_grad=learns)
         stage = Stage(bundle, selection)
+        use_quantized(stage, bundle.manifest.storage, dtype)
         _assign(stage, mapped)
         if not trainable:
             join(stage.layers, tensors)

@@ -9,7 +9,10 @@ from typing import Any, Final
 from splitbundle.format import names, strict_json
 from splitbundle.format.architecture.decoder import EXTENSIONS as OF_ARCHITECTURE
 from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE_FILE
+from splitbundle.format.encodings import EXTENSIONS as OF_STORAGE
+from splitbundle.format.encodings import TABLE, Encoding
 from splitbundle.format.graph import Graph
+from splitbundle.format.weight_layout import Tensor
 from splitbundle.records import as_dict, field, members, record, replace
 from splitbundle.version import FORMAT_VERSION
 
@@ -17,7 +20,7 @@ FILE: Final = names.MANIFEST
 ENCODINGS: Final = ("plain",)
 SELF_VECTORS: Final = "self_vectors"
 """The extension of a bundle whose golden vectors were computed from the bundle itself."""
-EXTENSIONS: Final = frozenset({SELF_VECTORS, *OF_ARCHITECTURE})
+EXTENSIONS: Final = frozenset({SELF_VECTORS, *OF_STORAGE, *OF_ARCHITECTURE})
 """The named extensions that this reader understands."""
 BOUNDARY_TENSORS: Final = ("hidden", "past", "count")
 EMBEDDING: Final = "embedding.token.weight"
@@ -86,15 +89,39 @@ class Storage:
     dtype: str
     exceptions: dict[str, str] = field(default_factory=dict)
     """Logical name -> its dtype."""
+    encodings: dict[str, str] = field(default_factory=dict)
+    """Logical name -> the encoding of a quantized weight."""
 
     def dtype_of(self, name: str) -> str:
-        """Return the stored dtype of a logical tensor."""
+        """Return the dtype of a logical tensor: the stored one, or that of the model if the tensor is quantized."""
         return self.exceptions.get(name, self.dtype)
+
+    def encoding_of(self, name: str) -> Encoding | None:
+        """Return the encoding of a logical tensor, or None if it is stored as it is."""
+        own = self.encodings.get(name)
+        return None if own is None else TABLE[own]
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Return the stored tensors of a logical tensor, by their names in the file."""
+        encoding = self.encoding_of(name)
+        if encoding is not None:
+            return encoding.stored(name, shape)
+        return {name: Tensor(dtype=self.dtype_of(name), shape=shape)}
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Return every dtype of the stored tensors."""
+        """Return every dtype of the tensors that aren't quantized."""
         return tuple(dict.fromkeys((self.dtype, *self.exceptions.values())))
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Return what a reader must understand by name."""
+        used = {TABLE[name].extension for name in self.encodings.values()}
+        return tuple(name for name in OF_STORAGE if name in used)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object with its fields. It has no ``encodings`` if no tensor is quantized."""
+        return {name: value for name, value in members(self).items() if name != "encodings" or value}
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -137,6 +164,13 @@ class Vectors:
     lengths: tuple[int, ...]
     of_itself: bool = False
     """Whether they were computed from this bundle, and so prove that it is reproduced, and not parity."""
+    original: str | None = None
+    """For a quantized bundle: the file of the same cases, with the results of the model before it was quantized."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Return the paths of the files of vectors."""
+        return (self.file,) if self.original is None else (self.file, self.original)
 
     @property
     def origin(self) -> str:
@@ -213,7 +247,7 @@ class Manifest:
                 for key, value in as_dict(self.model).items()
                 if value is not None or key not in MAY_BE_ABSENT
             },
-            "storage": members(self.storage),
+            "storage": self.storage.as_json(),
             "shards": [as_dict(shard) for shard in self.shards],
             "boundaries": [{"at": cut, "tensors": {"hidden": hidden, "past": row, "count": row}} for cut in self.cuts],
             "units": {unit: {"files": list(files)} for unit, files in self.units.items()},
@@ -231,7 +265,8 @@ class Manifest:
 
 def _vectors(vectors: Vectors) -> dict[str, Any]:
     origin = {"origin": "self"} if vectors.of_itself else {}
-    return {"file": vectors.file, "lengths": list(vectors.lengths), **origin}
+    original = {} if vectors.original is None else {"original": vectors.original}
+    return {"file": vectors.file, "lengths": list(vectors.lengths), **origin, **original}
 
 
 def version_text(version: tuple[int, int]) -> str:

@@ -6,6 +6,7 @@ from splitbundle.errors import quoted
 from splitbundle.format import names, strict_json
 from splitbundle.format.architecture.sizes import MAX_SIZE
 from splitbundle.format.dtypes import PORTS, WEIGHTS
+from splitbundle.format.encodings import TABLE
 from splitbundle.format.fields import Field, Problems
 from splitbundle.format.graph import VARIANTS, Graph, Port
 from splitbundle.format.manifest import rules as rules
@@ -169,11 +170,15 @@ def _dropout(field: Field) -> dict[str, float]:
 
 
 def _storage(field: Field) -> Storage:
-    members = field.members(["encoding", "dtype", "exceptions"])
+    members = field.members(["encoding", "dtype", "exceptions"], ["encodings"])
+    encoded = members["encodings"].mapping() if "encodings" in members else []
+    if "encodings" in members and not encoded:
+        members["encodings"].refuse("at least one tensor, or no such field")
     return Storage(
         encoding=members["encoding"].choice(ENCODINGS),
         dtype=members["dtype"].choice(WEIGHTS),
         exceptions={name: item.choice(WEIGHTS) for name, item in members["exceptions"].mapping()},
+        encodings={name: item.choice(tuple(TABLE)) for name, item in encoded},
     )
 
 
@@ -262,13 +267,14 @@ def _text(field: Field) -> Text:
 
 
 def _vectors(field: Field, of_itself: bool) -> Vectors:
-    members = field.members(["file", "lengths", *(["origin"] if of_itself else [])])
+    members = field.members(["file", "lengths", *(["origin"] if of_itself else [])], ["original"])
     if of_itself:
         members["origin"].choice(["self"])
     return Vectors(
         file=members["file"].string(),
         lengths=tuple(item.integer(1, MAX_SIZE) for item in members["lengths"].items(minimum=1, maximum=MAX_CASES)),
         of_itself=of_itself,
+        original=members["original"].string() if "original" in members else None,
     )
 
 

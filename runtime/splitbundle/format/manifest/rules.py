@@ -12,6 +12,7 @@ from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.experts import EXTENSION as EXPERTS
 from splitbundle.format.architecture.sizes import count
 from splitbundle.format.dtypes import ITEM_SIZES
+from splitbundle.format.encodings import COLUMNS, ROWS, is_matrix
 from splitbundle.format.fields import Problems, escape
 from splitbundle.format.graph import OPSET, VARIANTS, Graph, ports
 from splitbundle.format.manifest.document import EMBEDDING, FILE, ROW, SOURCE, Manifest, Shard, expand, fingerprint
@@ -35,6 +36,12 @@ def _check_text_file(manifest: Manifest, problems: Problems) -> None:
         problems.add("manifest.files", f"/files/{TEXT}/size", f"at most {MAX_TEXT} bytes", got)
     if manifest.text.tokenizer is None:
         problems.add("manifest.files", pointer, "no text.json, as the bundle has no tokenizer", quoted(TEXT))
+
+
+def _check_vector_file(path: str, member: str, taken: set[str], manifest: Manifest, problems: Problems) -> None:
+    if path not in manifest.files or path in taken or not path.endswith(".safetensors"):
+        wanted = "a .safetensors file of /files that nothing else names"
+        problems.add("manifest.files", f"/vectors/{member}", wanted, quoted(path))
 
 
 def check_files(manifest: Manifest, problems: Problems) -> None:
@@ -69,15 +76,13 @@ def check_files(manifest: Manifest, problems: Problems) -> None:
     if manifest.model.text_file is not None:
         _check_text_file(manifest, problems)
     vectors = manifest.vectors
-    if vectors is not None and (
-        vectors.file not in manifest.files or vectors.file in listed or not vectors.file.endswith(".safetensors")
-    ):
-        problems.add(
-            "manifest.files",
-            "/vectors/file",
-            "a .safetensors file of /files that no unit has",
-            quoted(vectors.file),
-        )
+    if vectors is not None:
+        _check_vector_file(vectors.file, "file", listed, manifest, problems)
+        if vectors.original is not None:
+            _check_vector_file(vectors.original, "original", {*listed, vectors.file}, manifest, problems)
+            if not (vectors.of_itself and manifest.storage.encodings):
+                wanted = "no such field, unless weights are quantized and the vectors' origin is self"
+                problems.add("manifest.vectors", "/vectors/original", wanted, quoted(vectors.original))
     graphs: set[str] = set()
     for i, shard in enumerate(manifest.shards):
         if shard.graph is not None:
@@ -151,6 +156,7 @@ def check_against(manifest: Manifest, architecture: Architecture) -> None:
     for name in manifest.storage.exceptions:
         if name not in shapes:
             problems.add("manifest.storage", "/storage/exceptions", "names of logical tensors", quoted(name))
+    _check_encodings(manifest, shapes, problems)
     for i, stop in enumerate(manifest.text.stop_ids):
         if stop >= architecture.vocab_size:
             at, below = f"/text/stop_ids/{i}", f"an id below vocab_size ({architecture.vocab_size})"
@@ -175,6 +181,22 @@ def check_against(manifest: Manifest, architecture: Architecture) -> None:
         if got != expected:
             problems.add("manifest.ids", f"/model/{key}", f"{expected}, by the digests in /files", got)
     problems.raise_if_any()
+
+
+def _check_encodings(manifest: Manifest, shapes: dict[str, tuple[int, ...]], problems: Problems) -> None:
+    storage, pointer = manifest.storage, "/storage/encodings"
+    for name in storage.encodings:
+        encoding, at = storage.encoding_of(name), f"{pointer}/{escape(name)}"
+        if name not in shapes or not is_matrix(name) or name in storage.exceptions:
+            wanted = "names of weights of linear layers, of experts or of the token table that aren't exceptions"
+            problems.add("manifest.storage", pointer, wanted, quoted(name))
+        elif encoding is not None and not encoding.fits(shapes[name]):
+            columns = f"a multiple of {encoding.block or COLUMNS} columns"
+            wanted = columns if encoding.block is None else f"{columns}, and of {ROWS} rows"
+            problems.add("manifest.storage", at, f"{encoding.name} for {wanted}", f"{list(shapes[name])}")
+    for name in storage.extensions:
+        if name not in manifest.features:
+            problems.add("manifest.requires", "/requires", f"{quoted(name)}, which storage has", "none")
 
 
 def _check_shard_totals(
@@ -203,13 +225,14 @@ def _check_sizes(
 ) -> None:
     """Limit the size of each file by the architecture. A sparse file can be huge and still cost its author nothing."""
     groups = [
-        (paths, sum(ITEM_SIZES[manifest.storage.dtype_of(name)] * prod(shape) for name, shape in units[unit].items()))
+        (paths, sum(each.size for name, s in units[unit].items() for each in manifest.storage.stored(name, s).values()))
         for unit, paths in manifest.units.items()
     ]
     if manifest.vectors is not None:
         each = ITEM_SIZES["int64"] + ITEM_SIZES["float32"] * architecture.hidden_size * (len(architecture.layers) + 1)
         last = ITEM_SIZES["float32"] * architecture.vocab_size
-        groups.append(((manifest.vectors.file,), sum(each * n + last for n in manifest.vectors.lengths)))
+        for path in manifest.vectors.files:
+            groups.append(((path,), sum(each * n + last for n in manifest.vectors.lengths)))
     limits = dict.fromkeys(manifest.files, MAX_OTHER_FILE)
     for paths, data in groups:
         limit = data + MAX_BESIDE_DATA * len(paths)

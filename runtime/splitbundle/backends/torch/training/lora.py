@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from splitbundle.backends.torch.experts import Stacked
 from splitbundle.backends.torch.modules import Linear
+from splitbundle.backends.torch.quantized_modules import Codes
 from splitbundle.errors import quoted, wrong_argument
 from splitbundle.format.manifest.document import SourceName
 from splitbundle.integers import as_integer
@@ -32,7 +33,7 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: Linear | Stacked, rank: int, alpha: float, dropout: float, rslora: bool) -> None:
         super().__init__()
-        *experts, outputs, inputs = base.weight.shape
+        *experts, outputs, inputs = shape_of(base)
         self.base, self.rank, self.alpha, self.rslora = base, rank, alpha, rslora
         self.dropout = nn.Dropout(dropout)
         # In 16 bits, small steps of the adapter would be lost. PEFT uses float32, too.
@@ -74,6 +75,12 @@ class LoraStacked(LoraLinear):
         return self.base(x, expert) + added.to(x.dtype)  # type: ignore[no-any-return]
 
 
+def shape_of(layer: Linear | Stacked | LoraLinear) -> Sequence[int]:
+    """Return the shape of a layer's weight: (rows, columns), with the experts before them if it is a stack."""
+    base = layer.base if isinstance(layer, LoraLinear) else layer
+    return base.logical_shape if isinstance(base, Codes) else base.weight.shape
+
+
 def _matrices(weight: Tensor) -> Tensor:
     """Return a view with a dimension of experts. *Shape:* (rows, columns) or (experts, rows, columns) -> the second."""
     return weight if weight.ndim == 3 else weight[None]
@@ -97,8 +104,9 @@ def add_lora(
         layer = getattr(parent, name)
         if isinstance(layer, LoraLinear):
             raise wrong_argument("targets", "layers without an adapter", f"{quoted(path)}, which has one")
-        if number > max(layer.weight.shape[-2:]):
-            raise wrong_argument("rank", f"at most {max(layer.weight.shape[-2:])}, the size of {path}", f"{number}")
+        most = max(shape_of(layer)[-2:])
+        if number > most:
+            raise wrong_argument("rank", f"at most {most}, the size of {path}", f"{number}")
         kind = LoraStacked if isinstance(layer, Stacked) else LoraLinear
         made.append((parent, name, kind(layer, number, float(alpha), float(dropout), rslora)))
     stage.requires_grad_(False)
@@ -113,6 +121,11 @@ def add_lora(
 def merge_lora(stage: Any) -> list[str]:
     """Fold all adapters of a stage into their layers. See ``Stage.merge_lora``."""
     found = list(adapters_of(stage))
+    for path, adapter in found:
+        if isinstance(adapter.base, Codes):
+            expected = "adapters of layers whose weights are not quantized"
+            hint = "Save the adapter, and merge it into the bundle from which this one was quantized"
+            raise wrong_argument("stage", expected, f"{quoted(path)}, which is {adapter.base.encoding.name}", hint)
     for path, adapter in found:
         parent, name = _parent(stage, path)
         setattr(parent, name, adapter.merged())

@@ -1,0 +1,150 @@
+"""Compute with quantized weights as they are stored. ``spec/v1/bundle.md``, section "Encodings", has the equations.
+
+``spec/decisions/0025`` says why each kernel is there. Each kernel computes the product with the same weights; they
+differ in how they round its other factor:
+
+- ``int8pack`` reads the stored bytes of ``rows8``, and rounds the input to bfloat16.
+- ``columns`` multiplies the stored bytes by the input as two columns of 8-bit integers, which keep some 15 bits of it.
+- ``int4pack`` reads a copy of ``blocks4`` that torch packs for this processor, and rounds the input to bfloat16.
+- ``torch`` makes the numbers of the weight, and multiplies by them in the dtype of the stage. It rounds nothing else,
+  has gradients, and runs on every device.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from splitbundle.backends.torch.kernel_choice import COLUMNS, INT4PACK, INT8PACK
+from splitbundle.format.encodings import TABLE, Encoding
+
+Packed = tuple[Tensor, Tensor]
+"""A ``blocks4`` matrix as torch's kernel reads it, and its scales with zero points."""
+FEW_ROWS: Final = 8
+"""The most rows for which the two kernels of ``rows8`` that read bytes are faster than making the numbers."""
+FEW_ROWS_OF_BLOCKS: Final = 16
+_PACKED_ROWS: Final = 64
+"""torch packs 64 rows of ``blocks4`` together, so a matrix can be packed in slices of so many rows."""
+_SLICE: Final = 64 * _PACKED_ROWS
+
+
+def dequantized(codes: Tensor, scale: Tensor, encoding: Encoding, dtype: torch.dtype) -> Tensor:
+    """Return the numbers of a weight, each rounded once, from the exact product of its code and its scale.
+
+    *Shape:* codes and scales as stored -> (…, rows, columns), in ``dtype``.
+    """
+    if encoding.block is None:
+        return (codes.float() * scale.float()[..., None]).to(dtype)
+    whole = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    numbers = (whole.to(dtype) - 8) if dtype == torch.bfloat16 else (whole.float() - 8)
+    # A code has 4 bits and a scale 8, so bfloat16 rounds the product once.
+    return (numbers * scale.to(numbers.dtype)[..., None]).flatten(-2).to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ, which keeps the codes for the backward pass, and not the numbers of W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, encoding: Encoding) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        ctx.encoding = encoding
+        return functional.linear(x, dequantized(codes, scale, encoding, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        codes, scale = ctx.saved_tensors
+        weight = dequantized(codes, scale, ctx.encoding, gradient.dtype)
+        return gradient @ weight, None, None, None
+
+
+def exact(x: Tensor, codes: Tensor, scale: Tensor, encoding: Encoding) -> Tensor:
+    """Return x Wᵀ in the dtype of x, with gradients for x. *Shape:* (…, columns) -> (…, rows)."""
+    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Product.apply(x, codes, scale, encoding)  # type: ignore[no-any-return, no-untyped-call]
+    if encoding.block is None and x.dtype == torch.bfloat16:
+        # Codes are exact in bfloat16, and the products with them are summed in float32.
+        return functional.linear(x, codes.to(x.dtype)) * scale
+    return functional.linear(x, dequantized(codes, scale, encoding, x.dtype))
+
+
+def int8pack(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Return x Wᵀ of ``rows8`` with torch's kernel for weights of 8 bits. *Shape:* (rows, columns) -> (rows, …)."""
+    rounded = x.to(torch.bfloat16).contiguous()
+    if rounded.data_ptr() % 64:  # the kernel needs aligned rows
+        rounded = rounded.clone()
+    product: Tensor = torch.ops.aten._weight_int8pack_mm(rounded, codes, scale)
+    return product.to(x.dtype)
+
+
+def columns(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Return x Wᵀ of ``rows8`` with products of integers. *Shape:* (rows, columns) -> (rows, …).
+
+    Each row of x becomes s · (h + l / 254), with h and l from -127 to 127. The weight is the left factor, so that its
+    bytes are read once for all columns.
+    """
+    x32 = x.float()
+    step = x32.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
+    scaled = x32 / step
+    high = scaled.round()
+    low = ((scaled - high) * 254).round()
+    both = torch.cat((high, low)).to(torch.int8).t().contiguous()
+    first, second = torch._int_mm(codes, both).float().chunk(2, dim=1)
+    return (torch.add(first, second, alpha=1 / 254).t() * (step * scale.float())).to(x.dtype)
+
+
+def pack(codes: Tensor, scale: Tensor, encoding: Encoding) -> Packed:
+    """Return the copy of a ``blocks4`` matrix that torch's kernel reads, and its scales with zero points of 0.
+
+    *Shape:* (rows, blocks, block / 2), (rows, blocks) -> (rows, columns / 2), (blocks, rows, 2).
+    """
+    parts = []
+    for part in codes.split(_SLICE):  # type: ignore[no-untyped-call]
+        whole = torch.stack((part & 15, part >> 4), dim=-1).flatten(1).to(torch.int32)
+        parts.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1))
+    scales = torch.stack((scale.t(), torch.zeros_like(scale.t())), dim=-1).contiguous()
+    return torch.cat(parts), scales
+
+
+def int4pack(x: Tensor, packed: Packed, encoding: Encoding) -> Tensor:
+    """Return x Wᵀ of a packed ``blocks4`` matrix. *Shape:* (rows, columns) -> (rows, …)."""
+    rounded = x.to(torch.bfloat16).contiguous()
+    product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded, packed[0], encoding.block, packed[1])
+    return product.to(x.dtype)
+
+
+def key(x: Tensor, encoding: Encoding) -> str | None:
+    """Return the key of a product in ``KERNELS``, or None if the numbers of the weight must be made."""
+    rows = x.numel() // x.shape[-1]
+    if encoding.block is not None:
+        return "blocks4/1-16" if rows <= FEW_ROWS_OF_BLOCKS else None
+    if rows > FEW_ROWS:
+        return None
+    if x.dtype == torch.bfloat16:
+        return "rows8-bfloat16/1" if rows == 1 else "rows8-bfloat16/2-8"
+    return "rows8-float32/1-8"
+
+
+@cache
+def works(kernel: str) -> bool:
+    """Return whether a kernel is here, and gives the right numbers for the largest codes and inputs.
+
+    Without the instructions for it, oneDNN adds products of 8 bits in 16 bits, which saturate silently.
+    """
+    encoding = TABLE["blocks4_32" if kernel == INT4PACK else "rows8"]
+    x = torch.tensor([[1.0], [-1.0], [0.5]]).expand(3, 64).contiguous()
+    scale = torch.full((64,) if encoding.block is None else (64, 2), 2.0, dtype=torch.bfloat16)
+    try:
+        if kernel == INT4PACK:
+            codes = torch.tensor([0x80, 0x0F], dtype=torch.uint8).repeat(64, 2, 8)
+            got = int4pack(x, pack(codes, scale, encoding), encoding)
+        else:
+            codes = torch.tensor([127, 127, -127, 127], dtype=torch.int8).repeat(64, 16)
+            got = {INT8PACK: int8pack, COLUMNS: columns}[kernel](x, codes, scale)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
+    right = functional.linear(x, dequantized(codes, scale, encoding, torch.float32))
+    return bool(torch.allclose(got, right, rtol=2**-7, atol=1e-3))

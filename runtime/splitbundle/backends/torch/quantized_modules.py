@@ -1,0 +1,156 @@
+"""The modules of a stage whose weights are quantized. They hold codes and scales under their stored names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from splitbundle.backends.torch import quantized
+from splitbundle.backends.torch.experts import Stacked
+from splitbundle.backends.torch.kernel_choice import COLUMNS, INT4PACK, INT8PACK
+from splitbundle.backends.torch.kernels import quantized_kernel
+from splitbundle.backends.torch.modules import Linear, Table
+from splitbundle.format.encodings import Encoding
+from splitbundle.format.manifest.document import Storage
+from splitbundle.format.weight_layout import SCALE
+
+_SCALE: Final = f"weight{SCALE}"
+
+
+class Codes(nn.Module):
+    """What all modules with a quantized weight share. The scales keep their dtype when the module gets another one."""
+
+    weight: Any
+    encoding: Encoding
+    dtype: torch.dtype
+    """The dtype in which the module computes."""
+    logical_shape: tuple[int, ...]
+    """The shape of the weight that the codes stand for."""
+
+    def hold(self, encoding: Encoding, shape: tuple[int, ...]) -> None:
+        """Replace the weight by the codes and scales of a weight of this shape, without values."""
+        self.encoding, self.logical_shape, self.dtype = encoding, shape, torch.float32
+        self._packed: dict[int, tuple[Tensor, int, quantized.Packed]] = {}
+        for name, stored in encoding.stored("weight", shape).items():
+            empty = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device="meta")
+            # A dot isn't usual in the name of a parameter. It gives the parameter the name of the stored tensor.
+            self._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+    @property
+    def scale(self) -> Tensor:
+        """Return the scales."""
+        scale = self._parameters[_SCALE]
+        if scale is None:
+            raise RuntimeError("a quantized module without its scales")
+        return scale
+
+    def numbers(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight that the codes stand for. *Shape:* () -> that of the weight."""
+        return quantized.dequantized(self.weight, self.scale, self.encoding, dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None = None, expert: int | None = None) -> Tensor:
+        """Return x Wᵀ + b, with the matrix of one expert if there are several. *Shape:* (…, columns) -> (…, rows)."""
+        codes, scale = self.weight, self.scale
+        if expert is not None:
+            codes, scale = codes[expert], scale[expert]
+            bias = None if bias is None else bias[expert]
+        kernel = quantized_kernel(x, self.encoding) if codes.is_cpu else ""
+        if kernel not in (INT8PACK, COLUMNS, INT4PACK):
+            out = quantized.exact(x, codes, scale, self.encoding)
+        else:
+            flat = x.reshape(-1, x.shape[-1])
+            if kernel == INT4PACK:
+                out = quantized.int4pack(flat, self._pack(codes, scale, expert), self.encoding)
+            else:
+                out = (quantized.int8pack if kernel == INT8PACK else quantized.columns)(flat, codes, scale)
+            out = out.view(*x.shape[:-1], out.shape[-1])
+        return out if bias is None else out + bias
+
+    def _pack(self, codes: Tensor, scale: Tensor, expert: int | None) -> quantized.Packed:
+        """Return the packed copy of a matrix. It is made at the first product, and again if the codes change."""
+        found = self._packed.get(expert or 0)
+        if found is None or found[0] is not self.weight or found[1] != self.weight._version:
+            found = self.weight, self.weight._version, quantized.pack(codes, scale, self.encoding)
+            self._packed[expert or 0] = found
+        return found[2]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        scale, self._packed = self.scale, {}
+        self._parameters[_SCALE] = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = fn(torch.empty(0, dtype=self.dtype, device=scale.device))
+        self.dtype = moved.dtype
+        self._parameters[_SCALE] = nn.Parameter(scale.to(moved.device), requires_grad=False)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": {}}
+
+
+class QuantizedLinear(Codes, Linear):
+    """A linear layer with a quantized weight."""
+
+    def __init__(self, plain: Linear, encoding: Encoding) -> None:
+        Linear.__init__(self, plain.in_features, plain.out_features, bias=plain.bias is not None)
+        self.hold(encoding, tuple(plain.weight.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x Wᵀ + b. *Shape:* (…, inputs) -> (…, outputs)."""
+        return self.product(x, self.bias)
+
+
+class QuantizedStacked(Codes, Stacked):
+    """The quantized matrices of one projection of all experts."""
+
+    def __init__(self, plain: Stacked, encoding: Encoding) -> None:
+        count, outputs, inputs = plain.weight.shape
+        Stacked.__init__(self, count, inputs, outputs, bias=plain.bias is not None)
+        self.hold(encoding, (count, outputs, inputs))
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        """Return x Wᵀ + b for one expert. *Shape:* (…, inputs) -> (…, outputs)."""
+        return self.product(x, self.bias, expert)
+
+
+class QuantizedTable(Codes, Table):
+    """A quantized token table. A tied head multiplies by it too."""
+
+    def __init__(self, plain: Table, encoding: Encoding) -> None:
+        Table.__init__(self, plain.num_embeddings, plain.embedding_dim)
+        self.hold(encoding, tuple(plain.weight.shape))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows of ids. *Shape:* (…) -> (…, columns)."""
+        return quantized.dequantized(self.weight[ids], self.scale[ids], self.encoding, self.dtype)
+
+
+_KINDS: Final[dict[type[nn.Module], Any]] = {
+    Linear: QuantizedLinear,
+    Stacked: QuantizedStacked,
+    Table: QuantizedTable,
+}
+
+
+def is_code(name: str, tensor: Tensor) -> bool:
+    """Return whether a stored tensor holds the codes or the scales of a quantized weight."""
+    return name.endswith(SCALE) or not tensor.is_floating_point()
+
+
+def use_quantized(stage: nn.Module, storage: Storage, dtype: torch.dtype) -> None:
+    """Replace the modules of a stage whose weights are quantized. They compute in ``dtype``, and have no values yet."""
+    for name in storage.encodings:
+        path, encoding = name.removesuffix(".weight"), storage.encoding_of(name)
+        outer, _, own = path.rpartition(".")
+        try:
+            parent = stage.get_submodule(outer)
+            plain = parent.get_submodule(own)
+        except AttributeError:
+            continue  # another part of the model
+        kind = _KINDS.get(type(plain))
+        if kind is not None and encoding is not None:
+            module = kind(plain, encoding)
+            module.dtype = dtype
+            setattr(parent, own, module)

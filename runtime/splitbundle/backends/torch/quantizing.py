@@ -1,0 +1,253 @@
+"""Write a bundle with quantized weights, one tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from splitbundle.backends.torch import rounding
+from splitbundle.backends.torch.experts import Stacked
+from splitbundle.backends.torch.modules import Linear
+from splitbundle.backends.torch.quantized import dequantized
+from splitbundle.backends.torch.saving import Note, save_changed
+from splitbundle.backends.torch.stage import Stage, load_stages
+from splitbundle.backends.torch.weights import MappedTensors, map_tensors
+from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
+from splitbundle.format.encodings import TABLE, Encoding, is_matrix
+from splitbundle.format.manifest.document import EMBEDDING, Storage
+from splitbundle.format.weight_layout import SCALE
+from splitbundle.records import record, replace
+from splitbundle.storage.files import Progress
+from splitbundle.storage.reader import VECTORS, BundleReader
+from splitbundle.verification.verify import check_digests
+
+KINDS: Final = ("int8", "int4")
+GROUPS: Final = (32, 64, 128)
+METHODS: Final = ("rtn", "search", "gptq")
+ENDS: Final = (EMBEDDING, "head.projection.weight")
+"""The table and the head. They are stored in 8 bits, which halves the loss of a model in 4 bits."""
+ReaderT = TypeVar("ReaderT", bound=BundleReader)
+
+
+@record(frozen=True, slots=True, kw_only=True)
+class Rounded:
+    """What rounding changed in one tensor."""
+
+    name: str
+    encoding: str
+    numbers: int
+    bytes: int
+    """Of the codes and the scales."""
+    error: float
+    """√(Σ (W - W')² / Σ W²)."""
+
+
+def quantize(
+    bundle: ReaderT,
+    output: str | os.PathLike[str],
+    to: str = "int4",
+    *,
+    group: int = 32,
+    keep: Sequence[str] = (),
+    method: str = "search",
+    calibration: Sequence[Sequence[int]] | None = None,
+    vectors: bool = True,
+    force: bool = False,
+    notes: Note | None = None,
+    progress: Progress | None = None,
+) -> tuple[ReaderT, list[Rounded]]:
+    """Write a bundle with quantized weights. See ``Bundle.quantize``. Also return what rounding changed."""
+    for name, value, known in (("to", to, KINDS), ("group", group, GROUPS), ("method", method, METHODS)):
+        if value not in known:
+            raise wrong_argument(name, f"one of {', '.join(map(str, known))}", quoted(value))
+    if bundle.manifest.storage.encodings:
+        hint = "Quantize the bundle that it was made from: rounding twice loses more"
+        raise wrong_argument("bundle", "a bundle without quantized weights", quoted(bundle.path.name), hint)
+    encodings = choose(bundle, to, group, keep)
+    if not encodings:
+        raise wrong_argument("to", "at least one matrix that can be quantized", "none that is left")
+    old = bundle.manifest.storage
+    storage = replace(
+        old, exceptions={n: d for n, d in old.exceptions.items() if n not in encodings}, encodings=encodings
+    )
+    check_digests(bundle, list(bundle.manifest.weight_files()), progress)
+    ids = _calibration(bundle, calibration) if method == "gptq" and to == "int4" else None
+    source = _Quantized(bundle, storage, method, ids, progress)
+    made = save_changed(
+        bundle, output, source, storage, vectors=vectors, exact=False, force=force, notes=notes, progress=progress
+    )
+    return made, source.found
+
+
+def choose(bundle: BundleReader, to: str, group: int, keep: Sequence[str]) -> dict[str, str]:
+    """Return the encoding of each tensor that is to be quantized. Names in ``keep`` stay as they are.
+
+    Raises:
+        BundleError: ``input.value`` for a name in ``keep`` that no matrix has.
+    """
+    if isinstance(keep, str):
+        raise wrong_argument("keep", "names of parts, as a list", quoted(keep))
+    tied = bundle.architecture.head.tied
+    shapes = {name: shape for name, shape in bundle.architecture.tensors().items() if is_matrix(name)}
+    kept: set[str] = set()
+    for part in keep:
+        own = {name for name in shapes if name.startswith(f"{part}.") or f".{part}." in name}
+        if part == "head" and tied:
+            own.add(EMBEDDING)
+        if not own:
+            raise wrong_argument("keep", "parts such as head, embedding, layers.0 or mlp.down", quoted(part))
+        kept |= own
+    found = {}
+    for name, shape in shapes.items():
+        wanted = ["rows8"] if to == "int8" or name in ENDS else [f"blocks4_{group}", "rows8"]
+        fitting = [each for each in wanted if TABLE[each].fits(shape)]
+        if name not in kept and fitting:
+            found[name] = fitting[0]
+    return found
+
+
+def _calibration(bundle: BundleReader, given: Sequence[Sequence[int]] | None) -> list[Tensor]:
+    if given is not None:
+        texts = [torch.tensor([list(ids)]) for ids in given if len(ids)]
+        if texts:
+            return texts
+        raise wrong_argument("calibration", "at least one text with a token", "none")
+    if bundle.manifest.vectors is None:
+        hint = "Give texts to calibrate with, or another method"
+        raise BundleError(
+            Problem(code="vectors.none", expected="golden vectors, to calibrate with", got="none", hint=hint)
+        )
+    tensors = map_tensors(bundle, VECTORS)
+    return [tensors[f"case.{case}.ids"][None] for case in range(len(bundle.manifest.vectors.lengths))]
+
+
+class _Quantized(Mapping[str, Tensor]):
+    """The stored tensors of the new bundle by name. Each is computed when it is asked for. Scales are kept.
+
+    A writer asks for the codes of a file before its scales, and for the units in order.
+    """
+
+    def __init__(
+        self, bundle: BundleReader, storage: Storage, method: str, ids: list[Tensor] | None, progress: Progress | None
+    ) -> None:
+        self.bundle, self.storage, self.method = bundle, storage, method
+        self.found: list[Rounded] = []
+        self._unit: tuple[str, MappedTensors] = ("", MappedTensors())
+        self._units = {name: unit for unit, tensors in bundle.architecture.unit_tensors().items() for name in tensors}
+        self._scales: dict[str, Tensor] = {}
+        self._inputs = None if ids is None else _Inputs(bundle, ids)
+
+    def __len__(self) -> int:
+        return 2 * len(self.storage.encodings)
+
+    def __iter__(self) -> Iterator[str]:
+        for name in self.storage.encodings:
+            yield from (name, f"{name}{SCALE}")
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.removesuffix(SCALE) in self.storage.encodings
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name.endswith(SCALE):
+            return self._scales.pop(name)
+        encoding = self.storage.encoding_of(name)
+        if encoding is None:
+            raise KeyError(name)
+        weight = self._source(name)
+        if not bool(weight.isfinite().all()):
+            hint = "Some weights of the model are NaN or infinite"
+            raise wrong_argument("bundle", f"finite numbers in {quoted(name)}", "NaN or infinity", hint)
+        codes, scale = self._rounded(name, weight, encoding)
+        self._scales[f"{name}{SCALE}"] = scale
+        off, size = rounding.error(weight, codes, scale, encoding)
+        self.found.append(
+            Rounded(
+                name=name,
+                encoding=encoding.name,
+                numbers=weight.numel(),
+                bytes=codes.nbytes + scale.nbytes,
+                error=(off / size) ** 0.5 if size else 0.0,
+            )
+        )
+        return codes
+
+    def _source(self, name: str) -> Tensor:
+        unit = self._units[name]
+        if self._unit[0] != unit:
+            self._unit = unit, map_tensors(self.bundle, unit)
+        return self._unit[1][name]
+
+    def _rounded(self, name: str, weight: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
+        if self._inputs is None or encoding.block is None:
+            return rounding.quantized(weight, encoding, self.method)
+        return self._inputs.quantized(name, weight, encoding, self.storage)
+
+
+class _Inputs:
+    """Calibrates layer by layer: each layer sees the hidden states that the quantized layers before it compute."""
+
+    def __init__(self, bundle: BundleReader, ids: list[Tensor]) -> None:
+        self.bundle, self.layer = bundle, -1
+        self.moments: dict[str, Tensor] = {}
+        self.codes: dict[str, tuple[Tensor, Tensor]] = {}
+        stage = self._load(layers=(0, 0), embeds=True, head=False)
+        with torch.no_grad():
+            self.states = [stage(each) for each in ids]
+
+    def _load(self, **selection: Any) -> Stage:
+        return load_stages(self.bundle, [self.bundle.select(**selection)], dtype="float32", kernels="torch")[0]
+
+    def quantized(self, name: str, weight: Tensor, encoding: Encoding, storage: Storage) -> tuple[Tensor, Tensor]:
+        """Return the codes and scales of a matrix of a layer. The first one of a layer calibrates all of them."""
+        if not name.startswith("layers."):
+            return rounding.quantized(weight, encoding, "search")
+        layer = int(name.split(".")[1])
+        if layer != self.layer:
+            self.layer = layer
+            self._calibrate(layer, storage)
+        return self.codes.pop(name)
+
+    def _calibrate(self, layer: int, storage: Storage) -> None:
+        stage = self._load(layers=(layer, layer + 1), embeds=False, head=False)
+        modules = {
+            f"{path}.weight": module
+            for path, module in stage.named_modules()
+            if isinstance(module, Linear | Stacked) and f"{path}.weight" in storage.encodings
+        }
+        moments: dict[str, Tensor] = {}
+        hooks = [module.register_forward_pre_hook(_summing(moments, name, module)) for name, module in modules.items()]
+        with torch.no_grad():
+            for state in self.states:
+                stage(state)
+            for hook in hooks:
+                hook.remove()
+            for name, module in modules.items():
+                encoding = storage.encoding_of(name)
+                if encoding is None:
+                    continue
+                pair = rounding.quantized(module.weight, encoding, "gptq", moments.pop(name, None))
+                if encoding.block is not None:
+                    self.codes[name] = pair
+                module.weight = nn.Parameter(dequantized(*pair, encoding, torch.float32), requires_grad=False)
+            self.states = [stage(state) for state in self.states]
+
+
+def _summing(moments: dict[str, Tensor], name: str, module: nn.Module) -> Callable[..., None]:
+    """Return a hook that adds Xᵀ X of the inputs of a layer, for each expert if there are several."""
+
+    def add(_: nn.Module, given: tuple[Any, ...]) -> None:
+        x = given[0].detach().reshape(-1, given[0].shape[-1]).float()
+        if isinstance(module, Stacked):
+            width = x.shape[1]
+            found = moments.setdefault(name, torch.zeros(module.weight.shape[0], width, width))
+            found[given[1]] += x.t() @ x
+        elif name in moments:
+            moments[name] += x.t() @ x
+        else:
+            moments[name] = x.t() @ x
+
+    return add
