@@ -244,6 +244,64 @@ class Bundle(BundleFiles):
             made: Bundle = saving.cast(self, path, dtype, vectors=vectors, force=force, notes=notes, progress=progress)
         return made
 
+    def quantize(
+        self,
+        path: str | os.PathLike[str],
+        to: str = "int4",
+        *,
+        group: int = 32,
+        keep: Sequence[str] = (),
+        method: str = "search",
+        calibration: Sequence[Sequence[int]] | None = None,
+        vectors: bool = True,
+        force: bool = False,
+        notes: Callable[[str], None] | None = None,
+        progress: Progress | None = None,
+    ) -> Bundle:
+        """Write a bundle whose matrices are stored in 8 or 4 bits. It needs torch, and memory for one tensor.
+
+        The same bundle, method and calibration give the same bytes on the same machine. Norms, biases, routers and
+        tables of positions stay as they are, as do matrices whose sizes no encoding fits.
+
+        Args:
+            path: the directory of the new bundle.
+            to: ``"int8"``, or ``"int4"``, where the token table and the head are stored in 8 bits.
+            group: for ``"int4"``: how many numbers of a row share a scale: 32, 64 or 128.
+            keep: parts that stay as they are: ``"head"``, ``"embedding"``, ``"layers.0"``, ``"mlp.down"`` and such.
+            method: how 4 bits are chosen. ``"rtn"`` rounds to the nearest code. ``"search"`` also searches for the
+                scale with the least squared error. ``"gptq"`` (arXiv:2210.17323) lets each column make up for the
+                rounding of those before it, which needs memory for one layer in float32.
+            calibration: for ``"gptq"``: token ids of some texts; by default those of the golden vectors.
+            vectors: as for ``save_as``. The bundle also keeps the golden vectors of this one, so that ``verify`` can
+                tell how far it is from the original.
+            force: whether to replace an existing bundle.
+            notes: as for ``save_as``.
+            progress: called with the name of the work, the amount that is done, and the total amount.
+
+        Returns:
+            The new bundle, opened.
+
+        Raises:
+            BundleError: ``input.value`` for a quantized bundle, and for an argument out of range; ``vectors.none``;
+                ``output.*``; ``file.*``.
+        """
+        quantizing = registry.module("torch", "quantizing")
+        with self._told():
+            made: Bundle = quantizing.quantize(
+                self,
+                path,
+                to,
+                group=group,
+                keep=keep,
+                method=method,
+                calibration=calibration,
+                vectors=vectors,
+                force=force,
+                notes=notes,
+                progress=progress,
+            )
+        return made
+
     def save_as(
         self,
         path: str | os.PathLike[str],

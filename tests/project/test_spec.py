@@ -174,7 +174,8 @@ def tables() -> dict[tuple[str, str, str], list[str]]:
 
 MAY_BE_ABSENT = {
     "/model": {"parent", "dropout", "source_configuration", "text_file"},
-    "/vectors": {"origin"},
+    "/storage": {"encodings"},
+    "/vectors": {"origin", "original"},
     "/source_names/0": {"axis", "shape"},
     "/layer_kinds/full": {"residual_scales"},
     "/layer_kinds/full/attention": {"output_gate", "value_dim", "value_multiplier"},

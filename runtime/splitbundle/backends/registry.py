@@ -104,7 +104,7 @@ def module(backend: str, name: str) -> ModuleType:
     Args:
         backend: the backend.
         name: ``"stage"``, ``"pipeline"`` or ``"golden"``; with torch also ``"kernels"``, ``"kernel_choice"``,
-            ``"threads"``, ``"saving"``, ``"differences"`` and those of ``training``.
+            ``"threads"``, ``"saving"``, ``"quantizing"``, ``"quantization_report"``, ``"differences"`` and those of ``training``.
     """
     full = f"splitbundle.backends.{backend}.{name}"
     if full in sys.modules:
@@ -137,6 +137,10 @@ def _import(backend: str, name: str) -> ModuleType:
 
             own = {"saving": saving, "training.checkpoints": checkpoints, "training.helpers": helpers}
             return own.get(name, lora_files)
+        if name in ("quantizing", "quantization_report"):
+            from splitbundle.backends.torch import quantization_report, quantizing
+
+            return quantizing if name == "quantizing" else quantization_report
         if name == "differences":
             from splitbundle.backends.torch import differences
 

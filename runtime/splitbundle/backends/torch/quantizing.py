@@ -20,7 +20,7 @@ from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
 from splitbundle.format.encodings import TABLE, Encoding, is_matrix
 from splitbundle.format.manifest.document import EMBEDDING, Storage
 from splitbundle.format.weight_layout import SCALE
-from splitbundle.records import record, replace
+from splitbundle.records import replace
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import VECTORS, BundleReader
 from splitbundle.verification.verify import check_digests
@@ -31,19 +31,6 @@ METHODS: Final = ("rtn", "search", "gptq")
 ENDS: Final = (EMBEDDING, "head.projection.weight")
 """The table and the head. They are stored in 8 bits, which halves the loss of a model in 4 bits."""
 ReaderT = TypeVar("ReaderT", bound=BundleReader)
-
-
-@record(frozen=True, slots=True, kw_only=True)
-class Rounded:
-    """What rounding changed in one tensor."""
-
-    name: str
-    encoding: str
-    numbers: int
-    bytes: int
-    """Of the codes and the scales."""
-    error: float
-    """√(Σ (W - W')² / Σ W²)."""
 
 
 def quantize(
@@ -59,8 +46,8 @@ def quantize(
     force: bool = False,
     notes: Note | None = None,
     progress: Progress | None = None,
-) -> tuple[ReaderT, list[Rounded]]:
-    """Write a bundle with quantized weights. See ``Bundle.quantize``. Also return what rounding changed."""
+) -> ReaderT:
+    """Write a bundle with quantized weights. See ``Bundle.quantize``."""
     for name, value, known in (("to", to, KINDS), ("group", group, GROUPS), ("method", method, METHODS)):
         if value not in known:
             raise wrong_argument(name, f"one of {', '.join(map(str, known))}", quoted(value))
@@ -77,10 +64,9 @@ def quantize(
     check_digests(bundle, list(bundle.manifest.weight_files()), progress)
     ids = _calibration(bundle, calibration) if method == "gptq" and to == "int4" else None
     source = _Quantized(bundle, storage, method, ids, progress)
-    made = save_changed(
+    return save_changed(
         bundle, output, source, storage, vectors=vectors, exact=False, force=force, notes=notes, progress=progress
     )
-    return made, source.found
 
 
 def choose(bundle: BundleReader, to: str, group: int, keep: Sequence[str]) -> dict[str, str]:
@@ -135,7 +121,6 @@ class _Quantized(Mapping[str, Tensor]):
         self, bundle: BundleReader, storage: Storage, method: str, ids: list[Tensor] | None, progress: Progress | None
     ) -> None:
         self.bundle, self.storage, self.method = bundle, storage, method
-        self.found: list[Rounded] = []
         self._unit: tuple[str, MappedTensors] = ("", MappedTensors())
         self._units = {name: unit for unit, tensors in bundle.architecture.unit_tensors().items() for name in tensors}
         self._scales: dict[str, Tensor] = {}
@@ -163,16 +148,6 @@ class _Quantized(Mapping[str, Tensor]):
             raise wrong_argument("bundle", f"finite numbers in {quoted(name)}", "NaN or infinity", hint)
         codes, scale = self._rounded(name, weight, encoding)
         self._scales[f"{name}{SCALE}"] = scale
-        off, size = rounding.error(weight, codes, scale, encoding)
-        self.found.append(
-            Rounded(
-                name=name,
-                encoding=encoding.name,
-                numbers=weight.numel(),
-                bytes=codes.nbytes + scale.nbytes,
-                error=(off / size) ** 0.5 if size else 0.0,
-            )
-        )
         return codes
 
     def _source(self, name: str) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from splitbundle.backends.torch.quantized import dequantized
 from splitbundle.format.encodings import Encoding
 
 TRIED: Final = tuple(1.25 - 0.015 * i for i in range(41))
@@ -47,13 +46,6 @@ def quantized(weight: Tensor, encoding: Encoding, method: str, moments: Tensor |
         codes.append(_packed(_nearest(blocks, scale)))
         scales.append(scale)
     return torch.cat(codes), torch.cat(scales)
-
-
-def error(weight: Tensor, codes: Tensor, scale: Tensor, encoding: Encoding) -> tuple[float, float]:
-    """Return Σ (W - W')² and Σ W², where W' are the numbers that the codes stand for."""
-    numbers = dequantized(codes, scale, encoding, torch.float32)
-    own = weight.float()
-    return float((own - numbers).square().sum(dtype=torch.float64)), float(own.square().sum(dtype=torch.float64))
 
 
 def _rows(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -171,7 +171,7 @@ def _dropout(field: Field) -> dict[str, float]:
 
 def _storage(field: Field) -> Storage:
     members = field.members(["encoding", "dtype", "exceptions"], ["encodings"])
-    encoded = members["encodings"].mapping() if "encodings" in members else []
+    encoded = list(members["encodings"].mapping()) if "encodings" in members else []
     if "encodings" in members and not encoded:
         members["encodings"].refuse("at least one tensor, or no such field")
     return Storage(
