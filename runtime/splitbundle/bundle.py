@@ -88,6 +88,24 @@ class Bundle(BundleFiles):
             golden.check(differences, self.manifest.vectors.file)
         return differences
 
+    def distances(self, *, backend: str | None = None) -> list[Difference]:
+        """Return how far the golden vectors of a quantized bundle are from those of the model before. Compute nothing.
+
+        The list is empty for a bundle that isn't quantized, or lacks one of the two files of vectors.
+
+        Args:
+            backend: whose arrays to use: ``"torch"`` or ``"onnxruntime"``; by default an installed one.
+
+        Raises:
+            BundleError: ``file.*``, ``weights.*``.
+        """
+        vectors = self.manifest.vectors
+        if vectors is None or vectors.original is None or not set(vectors.files).isdisjoint(self.absent()):
+            return []
+        chosen = registry.installed_backend() if backend in (None, "all") else backend
+        found: list[Difference] = registry.module(chosen, "golden").distances(self)
+        return found
+
     @overload
     def stage(
         self,

@@ -9,7 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from splitbundle.backends.torch.weights import DTYPES, map_tensors
+from splitbundle.backends.torch.logical import LogicalTensors
+from splitbundle.backends.torch.weights import DTYPES, rounded
 from splitbundle.bundle import Bundle
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.dtypes import ITEM_SIZES
@@ -104,15 +105,20 @@ def _of_entry(manifest: Manifest, entry: SourceName, shapes: dict[str, tuple[int
 
 
 def logical_tensors(bundle: Bundle) -> Callable[[str], Tensor]:
-    """Return a function that gives a logical tensor by its name. The tensors are mapped, and the files stay open."""
+    """Return a function that gives a logical tensor by its name. The tensors are mapped, and the files stay open.
+
+    The numbers of a quantized tensor are made for each call, and rounded to the dtype of the model.
+    """
     units = {name: unit for unit, tensors in bundle.architecture.unit_tensors().items() for name in tensors}
-    mapped: dict[str, dict[str, Tensor]] = {}  # mapped tensors are not read, so keeping them costs no memory
+    mapped: dict[str, LogicalTensors] = {}  # mapped tensors are not read, so keeping them costs no memory
+    storage = bundle.manifest.storage
 
     def tensor(name: str) -> Tensor:
         unit = units[name]
         if unit not in mapped:
-            mapped[unit] = map_tensors(bundle, unit)
-        return mapped[unit][name]
+            mapped[unit] = LogicalTensors(bundle, unit)
+        found = mapped[unit][name]
+        return rounded(found, DTYPES[storage.dtype_of(name)], name) if name in storage.encodings else found
 
     return tensor
 

@@ -104,7 +104,8 @@ def module(backend: str, name: str) -> ModuleType:
     Args:
         backend: the backend.
         name: ``"stage"``, ``"pipeline"`` or ``"golden"``; with torch also ``"kernels"``, ``"kernel_choice"``,
-            ``"threads"``, ``"saving"``, ``"quantizing"``, ``"quantization_report"``, ``"differences"`` and those of ``training``.
+            ``"threads"``, ``"saving"``, ``"quantizing"``, ``"quantization_report"``, ``"differences"`` and those of
+            ``training``.
     """
     full = f"splitbundle.backends.{backend}.{name}"
     if full in sys.modules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from typing import Final
 
 from splitbundle.bundle import Bundle
@@ -27,6 +28,10 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         f"  size         {len(architecture.layers)} layers, hidden {architecture.hidden_size}, "
         f"vocabulary {architecture.vocab_size:,}, context {model.context_length or 'not stated'}"
     )
+    encodings = bundle.manifest.storage.encodings
+    if encodings:
+        counts = ", ".join(f"{n} in {name}" for name, n in sorted(Counter(encodings.values()).items()))
+        console.text(f"  quantized    {len(encodings)} matrices: {counts}")
     part = bundle.manifest.extensions.get("part")
     if isinstance(part, dict):
         out = [item.get("module") for item in part.get("left_out", []) if isinstance(item, dict)]
@@ -97,7 +102,11 @@ def describe(bundle: Bundle) -> dict[str, object]:
         "architecture_id": bundle.architecture_id,
         "model": as_dict(model),
         "architecture": bundle.architecture.as_json(),
-        "storage": {"dtype": manifest.storage.dtype, "exceptions": manifest.storage.exceptions},
+        "storage": {
+            "dtype": manifest.storage.dtype,
+            "exceptions": manifest.storage.exceptions,
+            "encodings": manifest.storage.encodings,
+        },
         "shards": [as_dict(shard) for shard in manifest.shards],
         "boundaries": [{"at": cut, "tensors": boundary} for cut in manifest.cuts],
         "units": {unit: list(paths) for unit, paths in manifest.units.items()},

@@ -138,8 +138,7 @@ def _ids(bundle: Any, path: str, option: str) -> list[int]:
 
 
 def _rows(bundle: Any, path: str, option: str) -> list[list[int]]:
-    limit = bundle.architecture.position_limit
-    row = ROW if limit is None else min(ROW, limit)
+    row = min(ROW, bundle.architecture.position_limit or ROW, bundle.manifest.model.context_length or ROW)
     ids = _ids(bundle, path, option)[: row * ROWS]
     return [ids[start : start + row] for start in range(0, len(ids), row)]
 

@@ -127,6 +127,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
                 "with the original's choice the results agree. So each layer was compared alone."
             )
     itself = bool(differences) and side(bundle) == ITSELF
+    distances = bundle.distances(backend=args.backend) if differences else []
+    for distance in distances:
+        console.text(f"  {distance.where:12} quantization moved it by {distance.relative:.2g} of the largest value")
     if itself:
         console.note(
             "The weights of this bundle were changed, and its golden vectors are its own results. So this proves that "
@@ -144,6 +147,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             "golden_texts": texts,
             "signature": None if signature is None else members(signature),
             "whole_shards": list(whole),
+            "distances": [
+                {"where": d.where, "largest": d.largest, "scale": d.scale, "relative": d.relative} for d in distances
+            ],
             "proves": "reproduction" if itself else "parity" if differences else None,
             "differences": [
                 {"where": d.where, "between": d.between, "largest": d.largest, "scale": d.scale, "relative": d.relative}

@@ -204,8 +204,8 @@ def _weights(a: BundleReader, b: BundleReader, measure: Measure, progress: Progr
             layer=layer,
             a=unit_a,
             b=unit_b,
-            of_a=a.stored(unit_a) if unit_a else {},
-            of_b=b.stored(unit_b) if unit_b else {},
+            of_a=a.logical(unit_a) if unit_a else {},
+            of_b=b.logical(unit_b) if unit_b else {},
             absent=not (absent[0].isdisjoint(_paths(a, unit_a)) and absent[1].isdisjoint(_paths(b, unit_b))),
         )
         for layer, unit_a, unit_b in _unit_pairs(a, b)

@@ -16,7 +16,7 @@ ALIGNMENT: Final = 4096
 """The data begins at a multiple of this, a page, so that a mapping of the data can start there."""
 TENSOR_ALIGNMENT: Final = 64
 MAX_HEADER: Final = 16 * 2**20
-SCALE: Final = ".scale"
+SCALE: Final = "_scale"
 """The end of the name of stored scales, which follows the name of the matrix that they belong to."""
 
 

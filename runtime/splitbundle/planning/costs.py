@@ -14,7 +14,7 @@ from splitbundle.format.architecture.decoder import Architecture, LayerKind
 from splitbundle.format.architecture.experts import Experts
 from splitbundle.format.architecture.sizes import Shapes, count
 from splitbundle.format.dtypes import ITEM_SIZES
-from splitbundle.format.manifest.document import BOUNDARY_TENSORS, EMBEDDING, Manifest
+from splitbundle.format.manifest.document import BOUNDARY_TENSORS, EMBEDDING, Manifest, Storage
 from splitbundle.records import record
 
 TABLES: Final = (EMBEDDING, "embedding.position.weight")
@@ -36,6 +36,7 @@ class UnitCosts:
     most_positions: int | None = None
     """The window or the chunk of a layer, which bounds the positions that a token sees; None if nothing does."""
     cache_bytes_per_token: int = 0
+    weight_bytes: int = 0
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -78,7 +79,8 @@ class RangeCosts:
     attention: tuple[AttentionCosts, ...]
     """The FLOPs of attention, which grow with the positions, for each kind of layer in the range."""
     weight_bytes: int
-    """parameters · item size of the dtype to compute in: the memory for the weights."""
+    """The memory for the weights: parameters · item size of the dtype to compute in, or for a quantized weight the
+    bytes of its codes and scales."""
     cache_bytes_per_token: int
     """Σ over the layers of kv_heads · (head_dim + value_dim) · item size: a key and a value for each key head.
 
@@ -128,7 +130,7 @@ class ModelCosts:
             parameters=parameters,
             flops_per_token=sum(unit.flops_per_token for unit in computing),
             attention=_attention(inner),
-            weight_bytes=parameters * self.item_size,
+            weight_bytes=sum(unit.weight_bytes for unit in stored),
             cache_bytes_per_token=sum(unit.cache_bytes_per_token for unit in inner),
             boundary_bytes_per_token=0 if head else self.hidden_size * self.item_size,
             boundary_bytes_per_row=0 if head else BOUNDARY_BYTES_PER_ROW,
@@ -167,18 +169,30 @@ def bundle_costs(manifest: Manifest, architecture: Architecture, dtype: str | No
         dtype: The name of the dtype to compute in; by default the dtype of the stored weights.
     """
     sizes = {unit: sum(manifest.files[path].size for path in paths) for unit, paths in manifest.units.items()}
-    return model_costs(architecture, sizes, dtype or manifest.storage.dtype)
+    return model_costs(architecture, sizes, dtype or manifest.storage.dtype, manifest.storage)
 
 
-def model_costs(architecture: Architecture, unit_bytes: Mapping[str, int], dtype: str) -> ModelCosts:
+def model_costs(
+    architecture: Architecture, unit_bytes: Mapping[str, int], dtype: str, storage: Storage | None = None
+) -> ModelCosts:
     """Return the costs of a model's units.
 
     Args:
         architecture: The model's architecture.
         unit_bytes: Unit -> the size of its files in bytes.
         dtype: The name of the dtype to compute in.
+        storage: How the tensors are stored, if some are quantized.
     """
     item_size = ITEM_SIZES[dtype]
+    encoded = {} if storage is None else storage.encodings
+
+    def weight_bytes(tensors: Shapes) -> int:
+        if not encoded.keys() & tensors.keys() or storage is None:
+            return count(tensors) * item_size
+        plain = sum(math.prod(shape) for name, shape in tensors.items() if name not in encoded) * item_size
+        own = ((name, shape) for name, shape in tensors.items() if name in encoded)
+        return plain + sum(each.size for name, shape in own for each in storage.stored(name, shape).values())
+
     head_flops = _flops(architecture.head_tensors())
     if architecture.head.tied:
         head_flops += 2 * math.prod(architecture.embedding_tensors()[EMBEDDING])
@@ -199,15 +213,24 @@ def model_costs(architecture: Architecture, unit_bytes: Mapping[str, int], dtype
                 attention_flops_per_token_and_position=2 * attention.heads * numbers,
                 most_positions=_most_positions(attention),
                 cache_bytes_per_token=attention.kv_heads * numbers * item_size,
+                weight_bytes=weight_bytes(architecture.layer_tensors(i)) if encoded else kinds[name][0] * item_size,
             )
         )
     embedding, head = architecture.embedding_tensors(), architecture.head_tensors()
     return ModelCosts(
         embedding=UnitCosts(
-            bytes=unit_bytes["embedding"], parameters=count(embedding), flops_per_token=_flops(embedding)
+            bytes=unit_bytes["embedding"],
+            parameters=count(embedding),
+            flops_per_token=_flops(embedding),
+            weight_bytes=weight_bytes(embedding),
         ),
         layers=tuple(layers),
-        head=UnitCosts(bytes=unit_bytes["head"], parameters=count(head), flops_per_token=head_flops),
+        head=UnitCosts(
+            bytes=unit_bytes["head"],
+            parameters=count(head),
+            flops_per_token=head_flops,
+            weight_bytes=weight_bytes(head),
+        ),
         tied=architecture.head.tied,
         hidden_size=architecture.hidden_size,
         item_size=item_size,

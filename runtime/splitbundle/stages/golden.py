@@ -212,6 +212,21 @@ def check_original(bundle: BundleReader) -> None:
         raise BundleError(Problem(code="vectors.none", expected=expected, got=got, hint=hint))
 
 
+def distances(bundle: BundleReader, own: Mapping[str, Any], before: Mapping[str, Any]) -> list[Difference]:
+    """Return how far the golden vectors of a quantized bundle are from those of the model before.
+
+    Args:
+        bundle: the quantized bundle, which has both.
+        own: the bundle's own golden vectors, by name.
+        before: those of the model before it was quantized.
+    """
+    vectors = bundle.manifest.vectors
+    cases = range(0 if vectors is None else len(vectors.lengths))
+    places = [*(f"hidden.{layer}" for layer in range(len(bundle.architecture.layers) + 1)), "logits"]
+    outputs = {(where, case): own[f"case.{case}.{where}"] for where in places for case in cases}
+    return compare(outputs, original_outputs(before, outputs), (ITSELF, ORIGINAL), before, math.inf)
+
+
 def original_outputs(golden: Mapping[str, Any], outputs: Outputs) -> Outputs:
     """Return the results of the original model at the same places."""
     return {(where, case): golden[f"case.{case}.{where}"] for where, case in outputs}

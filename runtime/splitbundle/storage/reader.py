@@ -142,6 +142,11 @@ class BundleReader:
             name: tensor for logical, shape in shapes.items() for name, tensor in storage.stored(logical, shape).items()
         }
 
+    def logical(self, unit: str) -> dict[str, weight_layout.Tensor]:
+        """Return the logical tensors of a unit, in order of use. A quantized one has the dtype of the model."""
+        shapes, storage = self.architecture.tensors_of(unit), self.manifest.storage
+        return {name: weight_layout.Tensor(dtype=storage.dtype_of(name), shape=shape) for name, shape in shapes.items()}
+
     def stored_vectors(self, lengths: tuple[int, ...]) -> dict[str, weight_layout.Tensor]:
         """Return the tensors of golden vectors with cases of these lengths, in order of use."""
         hidden = self.architecture.hidden_size

@@ -9,7 +9,7 @@ import numpy
 from splitbundle.backends.onnxruntime.stage import load_stages
 from splitbundle.format.graph import VARIANTS
 from splitbundle.stages import golden
-from splitbundle.storage.reader import VECTORS
+from splitbundle.storage.reader import ORIGINAL_VECTORS, VECTORS
 
 if TYPE_CHECKING:
     from splitbundle.storage.files import Progress
@@ -34,10 +34,15 @@ def tolerance(bundle: BundleReader) -> float:
     return golden.FLOAT16_TOLERANCE if narrow else golden.TOLERANCE
 
 
-def read_golden(bundle: BundleReader) -> dict[str, numpy.ndarray]:
-    """Return the golden vectors by name."""
+def distances(bundle: BundleReader) -> list[golden.Difference]:
+    """See ``Bundle.distances``."""
+    return golden.distances(bundle, read_golden(bundle), read_golden(bundle, ORIGINAL_VECTORS))
+
+
+def read_golden(bundle: BundleReader, group: str = VECTORS) -> dict[str, numpy.ndarray]:
+    """Return the golden vectors, or those of the model before it was quantized, by name."""
     arrays: dict[str, numpy.ndarray] = {}
-    for data, found in bundle.weight_bytes(VECTORS):
+    for data, found in bundle.weight_bytes(group):
         for name, (tensor, offset) in found.layout.items():
             dtype = numpy.dtype(tensor.dtype)
             count = tensor.size // dtype.itemsize

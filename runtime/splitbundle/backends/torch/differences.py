@@ -8,7 +8,7 @@ from typing import Final
 from torch import Tensor
 
 from splitbundle.backends.torch.changes import same_bits
-from splitbundle.backends.torch.weights import map_tensors
+from splitbundle.backends.torch.logical import LogicalTensors
 from splitbundle.comparison.documents import UnitPair
 from splitbundle.comparison.records import Values
 from splitbundle.storage.files import Progress
@@ -40,7 +40,7 @@ def measure(
     found: dict[str, Values] = {}
     total, done = sum(len(names) for _, _, names in units), 0
     for unit_a, unit_b, names in units:
-        of_a, of_b = map_tensors(a, unit_a), map_tensors(b, unit_b)
+        of_a, of_b = LogicalTensors(a, unit_a), LogicalTensors(b, unit_b)
         for name in names:
             if progress is not None:
                 progress("comparing weights", done, total)

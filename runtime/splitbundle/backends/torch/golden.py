@@ -12,7 +12,7 @@ from splitbundle.backends.torch.router_ties import compare_by_layer, has_experts
 from splitbundle.backends.torch.stage import load_stages
 from splitbundle.backends.torch.weights import map_tensors
 from splitbundle.stages import golden
-from splitbundle.storage.reader import VECTORS
+from splitbundle.storage.reader import ORIGINAL_VECTORS, VECTORS
 
 if TYPE_CHECKING:
     from splitbundle.format.selection import Selection
@@ -45,3 +45,8 @@ def run_vectors(
         by_layer = compare_by_layer(bundle, shard, tensors, threads)
         return differences if golden.wrong(by_layer) else by_layer
     return differences
+
+
+def distances(bundle: BundleReader) -> list[golden.Difference]:
+    """See ``Bundle.distances``."""
+    return golden.distances(bundle, map_tensors(bundle, VECTORS), map_tensors(bundle, ORIGINAL_VECTORS))

@@ -154,8 +154,9 @@ def _text(original: BundleReader, quantized: BundleReader, ids: list[int], progr
     """Predict a text with both bundles, in float32 and with exact products, in windows that don't see each other."""
     if len(ids) < 2:
         raise wrong_argument("token_ids", "a text of at least two tokens", f"{len(ids)}")
-    limit = original.architecture.position_limit
-    window = WINDOW if limit is None else min(WINDOW, limit)
+    window = min(
+        WINDOW, original.architecture.position_limit or WINDOW, original.manifest.model.context_length or WINDOW
+    )
     before, after = _pipeline(original), _pipeline(quantized)
     starts = [start for start in range(0, len(ids), window) if len(ids) - start > 1]
     losses = [0.0, 0.0]

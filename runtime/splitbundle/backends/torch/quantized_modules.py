@@ -36,7 +36,6 @@ class Codes(nn.Module):
         self._packed: dict[int, tuple[Tensor, int, quantized.Packed]] = {}
         for name, stored in encoding.stored("weight", shape).items():
             empty = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device="meta")
-            # A dot isn't usual in the name of a parameter. It gives the parameter the name of the stored tensor.
             self._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
     @property

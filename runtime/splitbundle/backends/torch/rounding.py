@@ -62,15 +62,21 @@ def _extreme(blocks: Tensor) -> Tensor:
     return torch.where(scale.abs() < TINY, torch.ones_like(scale), scale)
 
 
-def searched(blocks: Tensor) -> Tensor:
-    """Return the scale of each block with the least squared error among those tried. *Shape:* (…, block) -> (…)."""
+def searched(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Return the scale of each block with the least squared error among those tried. *Shape:* (…, block) -> (…).
+
+    Args:
+        blocks: the numbers.
+        importance: the factor of each squared error; None for 1. *Shape:* (block).
+    """
     first = _extreme(blocks)
     best, least = first, torch.full(first.shape, torch.inf)
     for share in TRIED:
         for sign in (1.0, -1.0):
             scale = (first.float() * (sign * share)).to(torch.bfloat16)
             numbers = (blocks / scale.float()[..., None]).round_().clamp_(-8, 7).mul_(scale.float()[..., None])
-            now = numbers.sub_(blocks).square_().sum(dim=-1)
+            off = numbers.sub_(blocks).square_()
+            now = off.sum(dim=-1) if importance is None else off @ importance
             better = now < least
             best, least = torch.where(better, scale, best), torch.where(better, now, least)
     return best
@@ -103,7 +109,7 @@ def _gptq(weight: Tensor, moments: Tensor, encoding: Encoding) -> tuple[Tensor, 
     for number in range(width // block):
         start, end = number * block, (number + 1) * block
         part, errors = weight[:, start:end].clone(), torch.empty(rows, block)
-        scale = searched(part)
+        scale = searched(part, diagonal[start:end])
         own = inverse[start:end, start:end]
         for column in range(block):
             value = part[:, column]
