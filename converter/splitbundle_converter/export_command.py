@@ -20,6 +20,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIRECTORY", help="merge this LoRA into the weights first")
     parser.add_argument("--config", metavar="FILE", help="write this config.json in place of the one in the bundle")
     parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="write quantized weights as plain numbers, and not as compressed-tensors",
+    )
+    parser.add_argument(
         "--max-shard-size",
         type=size,
         default=MAX_SHARD_SIZE,
@@ -41,6 +46,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             to=args.to,
             adapter=args.adapter,
             config=args.config,
+            dequantize=args.dequantize,
             max_shard_size=args.max_shard_size,
             check=args.check,
             force=args.force,

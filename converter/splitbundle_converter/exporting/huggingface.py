@@ -21,6 +21,7 @@ from splitbundle_converter.errors import refusal
 from splitbundle_converter.exporting.adapter import check_adapter, with_adapter
 from splitbundle_converter.exporting.card import exported_card, is_export
 from splitbundle_converter.exporting.configuration import config_file, other_files
+from splitbundle_converter.exporting.packed import packed_name, packed_tensors, with_quantization
 from splitbundle_converter.exporting.weight_shards import divide, write_shards
 from splitbundle_converter.options import MAX_SHARD_SIZE, Note
 from splitbundle_converter.translation.restore import RestoredTensor, logical_tensors, restored_tensors
@@ -35,6 +36,7 @@ def export(
     to: str = "hf",
     adapter: str | os.PathLike[str] | None = None,
     config: str | os.PathLike[str] | None = None,
+    dequantize: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     check: bool = True,
     force: bool = False,
@@ -52,6 +54,8 @@ def export(
         to: The form: "hf".
         adapter: A directory with a LoRA, as PEFT or ``splitbundle.training.save_lora`` writes it, to merge first.
         config: The path of a config.json to write in place of the one that the bundle carries.
+        dequantize: Whether to write quantized weights as plain numbers in the dtype of the model. By default they are
+            written as compressed-tensors, bit for bit. With an adapter, all weights are plain.
         max_shard_size: The size in bytes above which the weights are written as several files with an index.
         check: Whether to verify each weight file of the bundle before it is read.
         force: Whether to replace a checkpoint that was exported before.
@@ -81,6 +85,15 @@ def export(
     others = other_files(old, note)
     if adapter is not None:
         check_adapter(old, adapter)
+    packs = bool(old.manifest.storage.encodings) and not dequantize and adapter is None
+    if packs and configuration is None:
+        note(
+            "The quantized weights are written as plain numbers: without a config.json, nothing says how to read them."
+        )
+    elif packs:
+        restored = packed_tensors(old, restored, note)
+        names = packed_name(names)
+        configuration = with_quantization(configuration or b"", restored, names)
     with atomic_directory(target, force=force, ours=is_export) as root, unchanged(old):
         if check:
             check_digests(old, old.manifest.weight_files(), progress)

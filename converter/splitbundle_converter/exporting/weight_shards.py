@@ -10,7 +10,7 @@ from typing import Final
 from torch import Tensor
 
 from splitbundle.backends.torch.weight_files import tensor_bytes
-from splitbundle.format.dtypes import ITEM_SIZES, SAFETENSORS_CODES
+from splitbundle.format.dtypes import TABLE
 from splitbundle.format.weight_layout import Tensor as Stored
 from splitbundle.storage.files import Progress
 from splitbundle_converter.translation.restore import RestoredTensor
@@ -57,7 +57,7 @@ def write_shards(
     total, done = sum(tensor.size for own in files.values() for tensor in own), 0
     for file, own in files.items():
         # Larger items first, so that every number lies at a multiple of its size.
-        ordered = sorted(own, key=lambda tensor: -ITEM_SIZES[tensor.dtype])
+        ordered = sorted(own, key=lambda tensor: -TABLE[tensor.dtype].size)
         with (root / file).open("wb") as opened:
             opened.write(_header(ordered, names))
             for tensor in ordered:
@@ -80,7 +80,7 @@ def _header(tensors: Sequence[RestoredTensor], names: Callable[[RestoredTensor],
     offset = 0
     for tensor in tensors:
         entries[names(tensor)] = {
-            "dtype": SAFETENSORS_CODES[tensor.dtype],
+            "dtype": TABLE[tensor.dtype].safetensors,
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + tensor.size],
         }

@@ -13,7 +13,7 @@ from splitbundle.backends.torch.logical import LogicalTensors
 from splitbundle.backends.torch.weights import DTYPES, rounded
 from splitbundle.bundle import Bundle
 from splitbundle.format.architecture.decoder import Architecture
-from splitbundle.format.dtypes import ITEM_SIZES
+from splitbundle.format.dtypes import TABLE
 from splitbundle.format.manifest.document import ROW, Manifest, SourceName, expand, row_sources
 from splitbundle_converter.translation.constants import read_constants
 
@@ -35,7 +35,7 @@ class RestoredTensor:
     @property
     def size(self) -> int:
         """Return the number of bytes."""
-        return ITEM_SIZES[self.dtype] * prod(self.shape)
+        return TABLE[self.dtype].size * prod(self.shape)
 
     def restore(self, tensors: Callable[[str], Tensor]) -> Tensor:
         """Return the tensor, contiguous, from the logical tensors by name. It is exact to the bit."""
