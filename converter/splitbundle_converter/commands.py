@@ -17,7 +17,7 @@ from splitbundle.errors import MissingExtra
 from splitbundle_converter.checkpoint.directory import local_name
 from splitbundle_converter.example_checkpoints import DEFAULT, EXAMPLES, copy_example
 from splitbundle_converter.families.composites import EXTENSION, LANGUAGE
-from splitbundle_converter.options import CHECKS, DTYPES
+from splitbundle_converter.options import CHECKS, DTYPES, QUANTIZED
 
 _CHECKED: Final = {
     "whole": "checked against the original model",
@@ -61,6 +61,11 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         default="keep",
         help="the dtype of the stored weights; keep, the default, changes none",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZED,
+        help="store the matrices in 8 or 4 bits, after the check; the command quantize has more options",
     )
     checks = parser.add_mutually_exclusive_group()
     checks.add_argument(
@@ -122,6 +127,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             genai=args.genai,
             allow_pickle=args.allow_pickle,
             tokenizer=args.tokenizer,
+            quantize=args.quantize,
             notes=console.collect(notes),
             progress=console.progress,
         )

@@ -29,7 +29,7 @@ from splitbundle.planning.costs import ModelCosts, model_costs
 from splitbundle.planning.cuts import check_only_one, cuts_for
 from splitbundle.storage.files import Progress
 from splitbundle.version import __version__
-from splitbundle.writing.atomic_directory import atomic_directory
+from splitbundle.writing.atomic_directory import atomic_directory, scratch_directory
 from splitbundle.writing.documents import write_documents, write_file
 from splitbundle.writing.shards import check_cuts, make_shards, shard_names
 from splitbundle_converter.carried_configuration import configuration_files
@@ -42,7 +42,7 @@ from splitbundle_converter.families.configuration import refuse_unchecked_code
 from splitbundle_converter.families.dropout import rates
 from splitbundle_converter.graphs import request
 from splitbundle_converter.open_checkpoint import OpenedCheckpoint, open_checkpoint
-from splitbundle_converter.options import DTYPES, Note
+from splitbundle_converter.options import DTYPES, QUANTIZED, Note
 from splitbundle_converter.original_check import OriginalCheck, check_mode
 from splitbundle_converter.published_schemas import check_schemas
 from splitbundle_converter.quantized import dequantizing
@@ -70,6 +70,7 @@ def convert(
     genai: bool = False,
     allow_pickle: bool = False,
     tokenizer: bool = True,
+    quantize: str | None = None,
     notes: Note | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -100,6 +101,8 @@ def convert(
         genai: Whether to add the configuration that onnxruntime-genai needs to run the graphs. It adds the graphs too.
         allow_pickle: Whether to accept weights in pickles. Only names and tensors are read, in a separate process.
         tokenizer: Whether to copy the tokenizer. Without it, the bundle takes and gives only token ids.
+        quantize: "int8" or "int4" to quantize the bundle as ``Bundle.quantize`` does by default. The check compares the
+            plain bundle with the original, before it is quantized. The plain bundle lies beside ``output`` for a while.
         notes: A function that is called with a sentence for each thing that the conversion accepted, skipped or could
             not do.
         progress: A function that is called with the current step, the amount done, and the total amount.
@@ -123,6 +126,30 @@ def convert(
     graphs = request.graph_writer(onnx, genai=genai)
     # The path is made absolute first: replacing the current directory of this process would change its meaning.
     target = Path(os.path.abspath(output))
+    if quantize is not None:
+        if quantize not in QUANTIZED:
+            raise refusal("usage.dtype", None, f"one of {', '.join(QUANTIZED)}", quoted(quantize), argument="quantize")
+        with scratch_directory(target, force=force) as beside:
+            plain = convert(
+                source,
+                beside / target.name,
+                split=split,
+                equal=equal,
+                max_shard_size=max_shard_size,
+                names=names,
+                dtype=dtype,
+                revision=revision,
+                part=part,
+                check=check,
+                max_file_size=max_file_size,
+                onnx=onnx,
+                genai=genai,
+                allow_pickle=allow_pickle,
+                tokenizer=tokenizer,
+                notes=notes,
+                progress=progress,
+            )
+            return plain.quantize(target, quantize, vectors=mode != "none", force=force, notes=notes, progress=progress)
     with open_checkpoint(
         source,
         revision,

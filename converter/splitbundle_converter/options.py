@@ -7,6 +7,8 @@ from typing import Final, TypeAlias
 
 from splitbundle.format import dtypes
 
+QUANTIZED: Final = ("int8", "int4")
+"""What the matrices of a bundle can be quantized to."""
 DTYPES: Final = ("keep", *dtypes.WEIGHTS)
 CHECKS: Final = ("whole", "layers", "none")
 """How a conversion is checked: with the whole original model in memory, with one layer of it at a time, or not."""

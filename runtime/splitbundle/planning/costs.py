@@ -36,7 +36,8 @@ class UnitCosts:
     most_positions: int | None = None
     """The window or the chunk of a layer, which bounds the positions that a token sees; None if nothing does."""
     cache_bytes_per_token: int = 0
-    weight_bytes: int = 0
+    weight_bytes: int | None = None
+    """The bytes of the weights in memory, if some are quantized; None for parameters · item size."""
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -130,7 +131,9 @@ class ModelCosts:
             parameters=parameters,
             flops_per_token=sum(unit.flops_per_token for unit in computing),
             attention=_attention(inner),
-            weight_bytes=sum(unit.weight_bytes for unit in stored),
+            weight_bytes=sum(
+                unit.parameters * self.item_size if unit.weight_bytes is None else unit.weight_bytes for unit in stored
+            ),
             cache_bytes_per_token=sum(unit.cache_bytes_per_token for unit in inner),
             boundary_bytes_per_token=0 if head else self.hidden_size * self.item_size,
             boundary_bytes_per_row=0 if head else BOUNDARY_BYTES_PER_ROW,
@@ -186,9 +189,9 @@ def model_costs(
     item_size = ITEM_SIZES[dtype]
     encoded = {} if storage is None else storage.encodings
 
-    def weight_bytes(tensors: Shapes) -> int:
-        if not encoded.keys() & tensors.keys() or storage is None:
-            return count(tensors) * item_size
+    def weight_bytes(tensors: Shapes) -> int | None:
+        if storage is None or not encoded:
+            return None
         plain = sum(math.prod(shape) for name, shape in tensors.items() if name not in encoded) * item_size
         own = ((name, shape) for name, shape in tensors.items() if name in encoded)
         return plain + sum(each.size for name, shape in own for each in storage.stored(name, shape).values())
@@ -213,7 +216,7 @@ def model_costs(
                 attention_flops_per_token_and_position=2 * attention.heads * numbers,
                 most_positions=_most_positions(attention),
                 cache_bytes_per_token=attention.kv_heads * numbers * item_size,
-                weight_bytes=weight_bytes(architecture.layer_tensors(i)) if encoded else kinds[name][0] * item_size,
+                weight_bytes=weight_bytes(architecture.layer_tensors(i)),
             )
         )
     embedding, head = architecture.embedding_tensors(), architecture.head_tensors()

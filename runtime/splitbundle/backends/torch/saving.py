@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from splitbundle.backends.torch.changes import loaded_weights, same_bits
+from splitbundle.backends.torch.own_vectors import copy_original_vectors, vectors_of_itself
 from splitbundle.backends.torch.quantized_modules import is_code
-from splitbundle.backends.torch.stage import Stage, load_stages, stages_in
+from splitbundle.backends.torch.stage import Stage, stages_in
 from splitbundle.backends.torch.weight_files import write_weights
 from splitbundle.backends.torch.weights import DTYPES, map_tensors, rounded
 from splitbundle.errors import BundleError, quoted, wrong_argument
@@ -22,12 +22,11 @@ from splitbundle.format import names, weight_layout
 from splitbundle.format.dtypes import WEIGHTS
 from splitbundle.format.encodings import EXTENSIONS as ENCODING_NAMES
 from splitbundle.format.genai import GENAI
-from splitbundle.format.manifest.document import EMBEDDING, File, Manifest, Storage, Vectors, fingerprint
+from splitbundle.format.manifest.document import EMBEDDING, File, Manifest, Storage, fingerprint
 from splitbundle.records import replace
-from splitbundle.storage import files
 from splitbundle.storage.documents import read_documents
 from splitbundle.storage.files import Progress
-from splitbundle.storage.reader import VECTORS, BundleReader
+from splitbundle.storage.reader import BundleReader
 from splitbundle.verification.verify import check_digests
 from splitbundle.version import __version__
 from splitbundle.writing.atomic_directory import atomic_directory
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from splitbundle.backends.torch.pipeline import Pipeline
 
 KEEP: Final = "keep"
-ORIGINAL: Final = "original-vectors.safetensors"
-"""The file of the golden vectors of the model before it was quantized."""
 Changed = Mapping[str, Tensor]
 """The name of a tensor -> its value, in any floating dtype and on any device."""
 Note = Callable[[str], None]
@@ -127,7 +124,7 @@ def save_changed(
         manifest = _manifest(bundle, listed | written, storage, changed=bool(units), exact=exact)
         manifest = write_documents(root, manifest, bundle.architecture)
         if units and vectors and not exact and bundle.manifest.vectors is not None:
-            found = _vectors_of_itself(bundle, root, progress)
+            found = vectors_of_itself(bundle, root, progress)
             if isinstance(found, str):
                 _note(notes, found)
             else:
@@ -361,53 +358,6 @@ def _graph_writer(bundle: BundleReader, storage: Storage, notes: Note | None) ->
         _note(notes, f"The graphs are left out, as they name the old dtype{why}: splitbundle add-onnx makes new ones.")
         return None
     return writer  # type: ignore[no-any-return]
-
-
-def _vectors_of_itself(bundle: BundleReader, root: Path, progress: Progress | None) -> tuple[Vectors, File] | str:
-    """Compute the new bundle's golden vectors through its own shards, one at a time, in float32, and write them.
-
-    The cases are those of the old vectors. Return a reason in words if there are none.
-    """
-    old = bundle.manifest.vectors
-    made = read_documents(root)
-    new = BundleReader(root, made.manifest, made.architecture, made.id)
-    if old is None or new.absent() or old.file in bundle.absent():
-        return "The bundle is partial, so it has no golden vectors: they need every shard."
-    given = map_tensors(bundle, VECTORS)
-    cases, layers = range(len(old.lengths)), len(made.architecture.layers)
-    tensors = {f"case.{case}.ids": given[f"case.{case}.ids"] for case in cases}
-    states = [tensors[f"case.{case}.ids"][None] for case in cases]
-    for step in range(layers + 2):  # the embedding, each layer, and the head
-        if progress is not None:
-            progress("computing golden vectors", step, layers + 2)
-        embeds, head = step == 0, step == layers + 1
-        around = (0, 0) if embeds else (layers, layers) if head else (step - 1, step)
-        selection = new.select(layers=around, embeds=embeds, head=head)
-        stage = load_stages(new, [selection], dtype="float32", kernels="torch")[0]
-        with torch.no_grad():
-            states = [stage(state, logits="last") for state in states]
-        for case in cases:
-            name = f"case.{case}.logits" if head else f"case.{case}.hidden.{step}"
-            tensors[name] = states[case][0, -1] if head else states[case][0]
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        return "The bundle has no golden vectors: its weights give NaN or infinity."
-    stored = new.stored_vectors(old.lengths)
-    entry = write_weights(root / old.file, stored, tensors.__getitem__)()
-    return Vectors(file=old.file, lengths=old.lengths, of_itself=True), entry
-
-
-def copy_original_vectors(bundle: BundleReader, root: Path) -> dict[str, File]:
-    """Copy the golden vectors of the model before it was quantized, and return their entry in the manifest."""
-    vectors = bundle.manifest.vectors
-    if vectors is None:
-        raise RuntimeError("a bundle without golden vectors has none to copy")
-    source = vectors.file if vectors.original is None else vectors.original
-    with (
-        files.open_file(bundle.path, source, bundle.manifest.files[source]) as old,
-        (root / ORIGINAL).open("wb") as new,
-    ):
-        shutil.copyfileobj(old, new)
-    return {ORIGINAL: bundle.manifest.files[source]}
 
 
 def _note(notes: Note | None, text: str) -> None:
