@@ -15,8 +15,10 @@ from splitbundle import Bundle, BundleError, training
 from splitbundle.backends.torch import quantized, rounding
 from splitbundle.backends.torch.kernel_choice import COLUMNS, INT4PACK, INT8PACK
 from splitbundle.backends.torch.logical import LogicalTensors
+from splitbundle.backends.torch.weights import map_tensors
 from splitbundle.format.encodings import TABLE
-from tests.support import models
+from splitbundle.storage.reader import ORIGINAL_VECTORS, VECTORS
+from tests.support import models, second_decoder
 
 FORMS = {"rows8": ("int8", 32), "blocks4_32": ("int4", 32), "blocks4_64": ("int4", 64), "blocks4_128": ("int4", 128)}
 
@@ -317,3 +319,27 @@ def test_the_report_says_what_changed(plain: Bundle, made: dict[str, Bundle]) ->
     first = measure(plain, made["rows8"], list(range(64))).text
     assert first is not None
     assert first.perplexity_before == pytest.approx(own, rel=1e-4)
+
+
+@pytest.mark.rule("SB-M-095")
+@pytest.mark.parametrize("form", ["rows8", "blocks4_32"])
+def test_the_golden_vectors_are_those_of_a_second_decoder(made: dict[str, Bundle], plain: Bundle, form: str) -> None:
+    bundle, own = made[form], made[form].manifest.vectors
+    assert own is not None
+    assert own.original is not None
+    tensors = {
+        name: by_hand(bundle, name) if name in bundle.manifest.storage.encodings else LogicalTensors(bundle, unit)[name]
+        for unit, names in bundle.architecture.unit_tensors().items()
+        for name in names
+    }
+    vectors = map_tensors(bundle, VECTORS)
+    case = min(range(len(own.lengths)), key=lambda i: abs(own.lengths[i] - 7))
+    ids = vectors[f"case.{case}.ids"].tolist()
+    states = second_decoder.Reference(bundle.architecture, tensors).run(ids)
+    *hidden, logits = states
+    for layer, rows in enumerate(hidden):
+        expected = torch.tensor(rows)
+        assert models.relative(vectors[f"case.{case}.hidden.{layer}"], expected) < 1e-5
+    assert models.relative(vectors[f"case.{case}.logits"], torch.tensor(logits[-1])) < 1e-5
+    before = map_tensors(bundle, ORIGINAL_VECTORS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in map_tensors(plain, VECTORS).items())
