@@ -112,9 +112,10 @@ def _calibration(bundle: BundleReader, given: Sequence[Sequence[int]] | None) ->
 
 
 class _Quantized(Mapping[str, Tensor]):
-    """The stored tensors of the new bundle by name. Each is computed when it is asked for. Scales are kept.
+    """The stored tensors of the new bundle by name. Each is computed when it is asked for.
 
-    A writer asks for the codes of a file before its scales, and for the units in order.
+    The codes and the scales of a matrix are computed together, and the other one is kept until it is asked for. Most
+    codes come first, so these are the scales of a file. A writer asks for the units in order.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class _Quantized(Mapping[str, Tensor]):
         self.bundle, self.storage, self.method = bundle, storage, method
         self._unit: tuple[str, MappedTensors] = ("", MappedTensors())
         self._units = {name: unit for unit, tensors in bundle.architecture.unit_tensors().items() for name in tensors}
-        self._scales: dict[str, Tensor] = {}
+        self._made: dict[str, Tensor] = {}
         self._inputs = None if ids is None else _Inputs(bundle, ids)
 
     def __len__(self) -> int:
@@ -137,18 +138,20 @@ class _Quantized(Mapping[str, Tensor]):
         return isinstance(name, str) and name.removesuffix(SCALE) in self.storage.encodings
 
     def __getitem__(self, name: str) -> Tensor:
-        if name.endswith(SCALE):
-            return self._scales.pop(name)
-        encoding = self.storage.encoding_of(name)
+        if name in self._made:
+            return self._made.pop(name)
+        matrix = name.removesuffix(SCALE)
+        encoding = self.storage.encoding_of(matrix)
         if encoding is None:
             raise KeyError(name)
-        weight = self._source(name)
+        weight = self._source(matrix)
         if not bool(weight.isfinite().all()):
             hint = "Some weights of the model are NaN or infinite"
-            raise wrong_argument("bundle", f"finite numbers in {quoted(name)}", "NaN or infinity", hint)
-        codes, scale = self._rounded(name, weight, encoding)
-        self._scales[f"{name}{SCALE}"] = scale
-        return codes
+            raise wrong_argument("bundle", f"finite numbers in {quoted(matrix)}", "NaN or infinity", hint)
+        pair = dict(zip((matrix, f"{matrix}{SCALE}"), self._rounded(matrix, weight, encoding), strict=True))
+        found = pair.pop(name)
+        self._made |= pair
+        return found
 
     def _source(self, name: str) -> Tensor:
         unit = self._units[name]
