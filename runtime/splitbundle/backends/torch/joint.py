@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor, nn
 
-from splitbundle.backends.torch.kernel_choice import ONEDNN
-from splitbundle.backends.torch.kernels import joint_kernel, product
-from splitbundle.backends.torch.modules import has_global_hooks, is_own
+from splitbundle.backends.torch.kernel_choice import ONEDNN, TORCH
+from splitbundle.backends.torch.kernels import joint_kernel, product, quantized_kernel, takes_few_steps
+from splitbundle.backends.torch.modules import Linear, has_global_hooks, is_own
+from splitbundle.backends.torch.quantized_modules import QuantizedLinear, is_own_quantized
+from splitbundle.format.weight_layout import SCALE
 
 if TYPE_CHECKING:
     from splitbundle.backends.torch.weights import MappedTensors
@@ -30,9 +32,13 @@ class Joint:
     """
 
     def __init__(
-        self, weight: Tensor | None = None, bias: Tensor | None = None, layers: Mapping[str, nn.Module] | None = None
+        self,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        layers: Mapping[str, nn.Module] | None = None,
+        quantized: QuantizedLinear | None = None,
     ) -> None:
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.quantized = weight, bias, quantized
         self.shape = (0, 0) if weight is None else (weight.shape[0], weight.shape[1])
         self.members = [
             (layer, [(key, part, 0 if part is None else part.data_ptr()) for key, part in module._parameters.items()])
@@ -57,20 +63,26 @@ class Joint:
         """
         if self.weight is None or has_global_hooks():
             return None
-        kernel = joint_kernel(x, *self.shape, self.weight.dtype)
-        if kernel is None or (unless_fused and kernel == ONEDNN):
+        kernel: str | None
+        if self.quantized is None:
+            kernel = joint_kernel(x, *self.shape, self.weight.dtype)
+            if kernel is None or (unless_fused and kernel == ONEDNN):
+                return None
+        elif not takes_few_steps() or quantized_kernel(x, self.quantized.encoding) == TORCH:
             return None
         layers = block._modules
         for name, members in self.members:
             layer = layers[name]
-            if layer is None or not is_own(layer):
+            if layer is None or not (is_own(layer) if self.quantized is None else is_own_quantized(layer)):
                 return None
             for key, part, at in members:
                 if layer._parameters[key] is not part:
                     return None
                 if part is not None and (part.data_ptr() != at or part.requires_grad or not part.is_contiguous()):
                     return None
-        return product(kernel, x, self.weight, self.bias)
+        if self.quantized is not None:
+            return self.quantized.product(x, self.bias)
+        return product(kernel or TORCH, x, self.weight, self.bias)
 
 
 NOTHING: Final = Joint()
@@ -89,5 +101,15 @@ def join(layers: nn.ModuleDict, tensors: MappedTensors) -> None:
             bias = None if first.bias is None else tensors.joined([f"{path}.bias" for path in paths])
             if weight is None or (bias is None) != (first.bias is None):
                 continue
-            if weight.data_ptr() == first.weight.data_ptr():  # False if the weights were converted, or moved
+            if weight.data_ptr() != first.weight.data_ptr():  # the weights were converted, or moved
+                continue
+            if not isinstance(first, QuantizedLinear):
                 block.joint = Joint(weight, bias, own)
+                continue
+            scale = tensors.joined([f"{path}.weight{SCALE}" for path in paths])
+            same = all(getattr(layer, "encoding", None) == first.encoding for layer in own.values())
+            if scale is not None and same:
+                rows = sum(layer.out_features for layer in own.values())
+                whole = QuantizedLinear(Linear(first.in_features, rows, bias=False), first.encoding)
+                whole.take(weight, scale)
+                block.joint = Joint(weight, bias, own, whole)

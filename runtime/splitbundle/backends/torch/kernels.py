@@ -255,6 +255,11 @@ def quantized_kernel(x: Tensor, encoding: Encoding) -> str:
     return TORCH if key is None else _kernel(key)
 
 
+def takes_few_steps() -> bool:
+    """Return whether layers that multiply the same input are one product."""
+    return _kernel(STEPS) == FEW
+
+
 def joint_kernel(x: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> str | None:
     """Return the kernel for one product with several layers' weights, or None if each layer must compute its own.
 

@@ -40,9 +40,9 @@ def dequantized(codes: Tensor, scale: Tensor, encoding: Encoding, dtype: torch.d
     if encoding.block is None:
         return (codes.float() * scale.float()[..., None]).to(dtype)
     whole = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-    numbers = (whole.to(dtype) - 8) if dtype == torch.bfloat16 else (whole.float() - 8)
     # A code has 4 bits and a scale 8, so bfloat16 rounds the product once.
-    return (numbers * scale.to(numbers.dtype)[..., None]).flatten(-2).to(dtype)
+    numbers = whole.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32).sub_(8)
+    return numbers.mul_(scale.to(numbers.dtype)[..., None]).flatten(-2).to(dtype)
 
 
 class _Product(torch.autograd.Function):

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from splitbundle.backends.torch import quantized
-from splitbundle.backends.torch.experts import Stacked
 from splitbundle.backends.torch.kernel_choice import COLUMNS, INT4PACK, INT8PACK
 from splitbundle.backends.torch.kernels import quantized_kernel
 from splitbundle.backends.torch.modules import Linear, Table
 from splitbundle.format.encodings import Encoding
-from splitbundle.format.manifest.document import Storage
 from splitbundle.format.weight_layout import SCALE
 
 _SCALE: Final = f"weight{SCALE}"
@@ -37,6 +35,11 @@ class Codes(nn.Module):
         for name, stored in encoding.stored("weight", shape).items():
             empty = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device="meta")
             self._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+    def take(self, codes: Tensor, scale: Tensor) -> None:
+        """Hold these codes and scales, over the same memory."""
+        for name, value in (("weight", codes), (_SCALE, scale)):
+            self._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     @property
     def scale(self) -> Tensor:
@@ -101,17 +104,12 @@ class QuantizedLinear(Codes, Linear):
         return self.product(x, self.bias)
 
 
-class QuantizedStacked(Codes, Stacked):
-    """The quantized matrices of one projection of all experts."""
-
-    def __init__(self, plain: Stacked, encoding: Encoding) -> None:
-        count, outputs, inputs = plain.weight.shape
-        Stacked.__init__(self, count, inputs, outputs, bias=plain.bias is not None)
-        self.hold(encoding, (count, outputs, inputs))
-
-    def forward(self, x: Tensor, expert: int) -> Tensor:
-        """Return x Wᵀ + b for one expert. *Shape:* (…, inputs) -> (…, outputs)."""
-        return self.product(x, self.bias, expert)
+def is_own_quantized(layer: nn.Module) -> bool:
+    """Return False for a replaced layer, and for one with hooks of its own. See ``modules.is_own``."""
+    own = layer.__dict__
+    return type(layer) is QuantizedLinear and not (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+    )
 
 
 class QuantizedTable(Codes, Table):
@@ -124,32 +122,3 @@ class QuantizedTable(Codes, Table):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of ids. *Shape:* (…) -> (…, columns)."""
         return quantized.dequantized(self.weight[ids], self.scale[ids], self.encoding, self.dtype)
-
-
-_KINDS: Final[dict[type[nn.Module], Any]] = {
-    Linear: QuantizedLinear,
-    Stacked: QuantizedStacked,
-    Table: QuantizedTable,
-}
-
-
-def is_code(name: str, tensor: Tensor) -> bool:
-    """Return whether a stored tensor holds the codes or the scales of a quantized weight."""
-    return name.endswith(SCALE) or not tensor.is_floating_point()
-
-
-def use_quantized(stage: nn.Module, storage: Storage, dtype: torch.dtype) -> None:
-    """Replace the modules of a stage whose weights are quantized. They compute in ``dtype``, and have no values yet."""
-    for name in storage.encodings:
-        path, encoding = name.removesuffix(".weight"), storage.encoding_of(name)
-        outer, _, own = path.rpartition(".")
-        try:
-            parent = stage.get_submodule(outer)
-            plain = parent.get_submodule(own)
-        except AttributeError:
-            continue  # another part of the model
-        kind = _KINDS.get(type(plain))
-        if kind is not None and encoding is not None:
-            module = kind(plain, encoding)
-            module.dtype = dtype
-            setattr(parent, own, module)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from splitbundle.backends.torch.changes import loaded_weights, same_bits
 from splitbundle.backends.torch.own_vectors import copy_original_vectors, vectors_of_itself
-from splitbundle.backends.torch.quantized_modules import is_code
+from splitbundle.backends.torch.quantized_stages import is_code
 from splitbundle.backends.torch.stage import Stage, stages_in
 from splitbundle.backends.torch.weight_files import write_weights
 from splitbundle.backends.torch.weights import DTYPES, map_tensors, rounded

@@ -19,7 +19,8 @@ from splitbundle.backends.torch.joint import join
 from splitbundle.backends.torch.kernels import with_kernels_for
 from splitbundle.backends.torch.numpy_stage import NumpyStage
 from splitbundle.backends.torch.positions import Positions
-from splitbundle.backends.torch.quantized_modules import Codes, is_code, use_quantized
+from splitbundle.backends.torch.quantized_modules import Codes
+from splitbundle.backends.torch.quantized_stages import is_code, use_quantized
 from splitbundle.backends.torch.threads import checked, using
 from splitbundle.backends.torch.weights import MappedTensors, compute_dtype, map_tensors, rounded
 from splitbundle.errors import BundleError, Problem, quoted

@@ -343,3 +343,20 @@ def test_the_golden_vectors_are_those_of_a_second_decoder(made: dict[str, Bundle
     assert models.relative(vectors[f"case.{case}.logits"], torch.tensor(logits[-1])) < 1e-5
     before = map_tensors(bundle, ORIGINAL_VECTORS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in map_tensors(plain, VECTORS).items())
+
+
+@pytest.mark.parametrize("form", ["rows8", "blocks4_32"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_with_one_input_are_one_product(made: dict[str, Bundle], form: str, dtype: str) -> None:
+    stage = made[form].stage("trunk", dtype=dtype, kernels="auto")
+    block = stage.layers["1"].mlp
+    x = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(3)).to(stage.dtype)
+    with torch.no_grad():
+        joint = block.joint.product(x, block, unless_fused=True)
+        assert (joint is None) == (not quantized.works(INT4PACK if form != "rows8" else INT8PACK))
+        apart = torch.cat([block.gate(x), block.up(x)], dim=-1)
+        assert joint is None or torch.equal(joint, apart)
+        handle = block.up.register_forward_hook(lambda module, given, result: result * 2)
+        assert block.joint.product(x, block, unless_fused=True) is None
+        handle.remove()
+        assert block.joint.product(torch.randn(1, 40, 128).to(x), block) is None
