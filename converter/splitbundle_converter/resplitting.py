@@ -121,7 +121,8 @@ def add_onnx(
         output: The directory of the new bundle. By default it is the directory of the old bundle, which stays in place
             until the new one is complete.
         variant: The variant of the graphs: "standard" computes in float32, "float16" computes in float16, the dtype of
-            the stored weights. By default it is the variant of the present graphs, or "standard".
+            the stored weights; "matmul_nbits" multiplies weights of 4 bits. By default it is the variant of the
+            present graphs, or the one that fits the weights.
         check: Whether to verify each copied file, and to compare the graphs with the golden vectors.
         force: Whether to replace an existing bundle at ``output``.
         genai: Whether to add the configuration that onnxruntime-genai needs to run the graphs. By default it is added
@@ -148,7 +149,7 @@ def add_onnx(
         names=names,
         check=check,
         force=force,
-        onnx=variant or there or "standard",
+        onnx=variant or there or True,
         genai=genai,
         threads=threads,
         progress=progress,

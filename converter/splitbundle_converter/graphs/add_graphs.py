@@ -59,7 +59,7 @@ def add_graphs(root: Path, variant: str, *, genai: bool = False) -> None:
 
 def _write(bundle: Bundle, shard: Shard, root: Path, own: Graph) -> File:
     stored = bundle.locate_tensors(shard)
-    model = decoder.build(bundle.architecture, shard, stored, VARIANTS[own.variant])
+    model = decoder.build(bundle.architecture, shard, stored, own.variant)
     data = model.SerializeToString(deterministic=True)
     onnx_rules.check(data, own, onnx_rules.used(shard, stored))
     listed = documents.write_file(root, own.file, data)

@@ -9,22 +9,25 @@ import numpy
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from splitbundle.format.dtypes import ONNX_CODES
-from splitbundle.format.graph import BODY_NAMES, IR_VERSION, OPSET, Port
+from splitbundle.format.encodings import TABLE, Encoding
+from splitbundle.format.graph import BODY_NAMES, DOMAINS, IR_VERSION, OPSET, STANDARD, VARIANTS, Port
 from splitbundle.format.weight_layout import Stored
 
 
 class GraphBuilder:
     """Collects nodes in order. A value has the name of its node, or this name and a suffix."""
 
-    def __init__(self, stored: dict[str, Stored], dtype: str = "float32") -> None:
+    def __init__(self, stored: dict[str, Stored], variant: str = STANDARD) -> None:
         """Start an empty graph.
 
         Args:
             stored: The name of each tensor -> its place in a weight file.
-            dtype: The dtype that the graph computes in: "float32" or "float16".
+            variant: The variant of the graph.
         """
         self._stored = stored
-        self.dtype = dtype
+        self._domains = DOMAINS.get(variant, {})
+        self.dtype = VARIANTS[variant]
+        """The dtype that the graph computes in: "float32" or "float16"."""
         self._nodes: list[NodeProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._initializers: dict[str, TensorProto] = {}
@@ -107,6 +110,10 @@ class GraphBuilder:
         """Return the name of constant floats. *Shape:* the shape of ``values``."""
         return self._constant(numpy.asarray(values, dtype=dtype), "number")
 
+    def byte(self, value: int) -> str:
+        """Return the name of a constant uint8 scalar."""
+        return self._constant(numpy.asarray(value, dtype=numpy.uint8), "byte")
+
     def integers(self, *values: int) -> str:
         """Return the name of constant int64 values. *Shape:* (count of values)."""
         return self._constant(numpy.asarray(values, dtype=numpy.int64), "integers")
@@ -166,12 +173,23 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes, name, self.inputs, self.outputs, initializer=list(self._initializers.values())
         )
-        opsets = [helper.make_opsetid("", OPSET)]
+        opsets = [helper.make_opsetid(*each) for each in {"": OPSET, **self._domains}.items()]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="splitbundle")
 
     def stored_dtype(self, name: str) -> str:
         """Return the stored dtype of a tensor of a weight file."""
         return self._stored[name].tensor.dtype
+
+    def encoding(self, name: str) -> Encoding | None:
+        """Return the encoding of a tensor of a weight file, or None if it is not quantized."""
+        tensor = self._stored[name].tensor
+        if tensor.dtype == "int8":
+            return TABLE["rows8"]
+        return TABLE[f"blocks4_{2 * tensor.shape[-1]}"] if tensor.dtype == "uint8" else None
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Return the stored shape of a tensor of a weight file."""
+        return self._stored[name].tensor.shape
 
     def has(self, name: str) -> bool:
         """Return whether a node that other nodes can use here has this name."""

@@ -1,7 +1,7 @@
 """Build the ONNX graph of a shard from ``architecture.json``, in the same steps as the torch decoder.
 
-The graph has only standard operators. The residual stream has the shape (batch · sequence, hidden), so that each
-projection is a ``Gemm`` that reads the stored weight, [out, in], in place. A float16 graph computes some steps in
+The residual stream has the shape (batch · sequence, hidden), so that each projection is a ``Gemm`` that reads the
+stored weight, [out, in], in place. ``products`` has those with quantized weights. A float16 graph computes some steps in
 float32: the steps that the torch decoder also computes in float32 (positions, masks, softmax, norms whose weight has an
 offset), and also caps and the GELU. The equations are in ``spec/v1/decoder.md``; the inputs and outputs are in
 ``spec/v1/bundle.md``, section "Graphs".
@@ -15,7 +15,7 @@ from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.experts import Experts
 from splitbundle.format.architecture.norms import norm_names
 from splitbundle.format.architecture.positions import Learned, Sinusoidal
-from splitbundle.format.graph import next_name, ports
+from splitbundle.format.graph import STANDARD, next_name, ports
 from splitbundle.format.manifest.document import Shard
 from splitbundle.format.selection import Selection
 from splitbundle.format.weight_layout import Stored
@@ -29,7 +29,7 @@ from splitbundle_converter.graphs.positions import GraphPositions
 
 
 def build(
-    architecture: Architecture, part: Shard | Selection, stored: dict[str, Stored], dtype: str = "float32"
+    architecture: Architecture, part: Shard | Selection, stored: dict[str, Stored], variant: str = STANDARD
 ) -> ModelProto:
     """Return the graph of a part of the model.
 
@@ -37,9 +37,9 @@ def build(
         architecture: The architecture of the model.
         part: The shard or the selection that the graph computes.
         stored: The name of each tensor of the part -> its place in a weight file.
-        dtype: The dtype that the graph computes in: "float32" or "float16".
+        variant: The variant of the graph.
     """
-    return _Decoder(architecture, part, GraphBuilder(stored, dtype)).build()
+    return _Decoder(architecture, part, GraphBuilder(stored, variant)).build()
 
 
 class _Decoder:
@@ -97,10 +97,10 @@ class _Decoder:
         if architecture.embedding.token_size != architecture.hidden_size:
             x = self.operations.linear("head.narrowing", x, bias=False)
         table = "embedding.token.weight" if head.tied else "head.projection.weight"
-        biases = [graph.weight("head.projection.bias")] if head.bias else []
+        bias = "head.projection.bias" if head.bias else None
         plain = head.multiplier == 1.0 and head.logit_cap is None
         name = "logits" if plain and graph.dtype == "float32" else "head.projection"
-        x = graph.op("Gemm", name, x, graph.weight(table), *biases, transB=1)
+        x = self.operations.product(name, x, table, bias)
         if graph.dtype != "float32":
             x = graph.float32("logits" if plain else "head.projection.float32", x)
         if head.multiplier != 1.0:

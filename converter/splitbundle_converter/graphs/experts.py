@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 
 from splitbundle.format.architecture.experts import Experts
+from splitbundle.format.weight_layout import SCALE
 from splitbundle_converter.graphs.feedforward import add_activation, add_mlp
 from splitbundle_converter.graphs.operations import Operations
+from splitbundle_converter.graphs.products import add_integer_product, add_unpacked_product
 
 
 def add_experts(operations: Operations, name: str, x: str, experts: Experts, hidden: int) -> str:
@@ -187,7 +189,17 @@ class _Chosen:
         if not graph.has(index):
             graph.op("Add", index, self.rows[rows], self.first)
         biases = [self._own("Gather", f"{name}.bias", self.expert)] if self.experts.bias else []
-        return graph.op("Gemm", name, x, self._own("GatherND", f"{name}.weight", index), *biases, transB=1)
+        weight = f"{name}.weight"
+        encoding = graph.encoding(weight)
+        if encoding is None:
+            return graph.op("Gemm", name, x, self._own("GatherND", weight, index), *biases, transB=1)
+        codes = graph.op("GatherND", f"{weight}.own", graph.stored(weight), index)
+        scale, own = self._own("Gather", f"{weight}{SCALE}", self.expert), f"{name}.product" if biases else name
+        if encoding.block is None:
+            y = add_integer_product(graph, own, x, codes, scale, graph.stored_shape(weight)[2])
+        else:
+            y = add_unpacked_product(graph, own, x, codes, scale, encoding)
+        return graph.op("Add", name, y, *biases) if biases else y
 
     def _own(self, operator: str, stacked: str, index: str) -> str:
         """Take one expert's tensor, and cast that alone."""

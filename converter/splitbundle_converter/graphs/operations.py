@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy
 
+from splitbundle.format.weight_layout import SCALE
 from splitbundle_converter.graphs.builder import GraphBuilder
 from splitbundle_converter.graphs.positions import GraphPositions
+from splitbundle_converter.graphs.products import add_integer_product, add_nbits_product, add_numbers
 
 
 class Operations:
@@ -15,18 +17,36 @@ class Operations:
         self.graph, self.positions = graph, positions
 
     def rows(self, table: str, index: str) -> str:
-        """Gather rows of a table. If the table has another dtype than the graph, only the gathered rows are cast.
+        """Gather rows of a table. If they are stored in another dtype than the graph's, only these rows are cast.
 
         *Shape:* (…) -> (…, width).
         """
-        name = self.graph.stored(f"{table}.weight")
-        taken = self.graph.op("Gather", table, name, index)
-        return self.graph.cast(taken, self.graph.stored_dtype(name), self.graph.dtype)
+        graph, name = self.graph, f"{table}.weight"
+        encoding = graph.encoding(name)
+        if encoding is None:
+            taken = graph.op("Gather", table, graph.stored(name), index)
+            return graph.cast(taken, graph.stored_dtype(name), graph.dtype)
+        codes = graph.op("Gather", f"{table}.codes", graph.stored(name), index)
+        scale = graph.op("Gather", f"{table}.scale", graph.stored(f"{name}{SCALE}"), index)
+        return add_numbers(graph, table, codes, graph.float32(f"{table}.scale.float32", scale), encoding)
 
     def linear(self, name: str, x: str, *, bias: bool) -> str:
         """Multiply by the stored weight ``name`` and add its bias. *Shape:* (rows, in) -> (rows, out)."""
-        biases = [self.graph.weight(f"{name}.bias")] if bias else []
-        return self.graph.op("Gemm", name, x, self.graph.weight(f"{name}.weight"), *biases, transB=1)
+        return self.product(name, x, f"{name}.weight", f"{name}.bias" if bias else None)
+
+    def product(self, name: str, x: str, weight: str, bias: str | None = None) -> str:
+        """Multiply by a stored weight and add a stored bias. *Shape:* (rows, in) -> (rows, out)."""
+        graph, encoding = self.graph, self.graph.encoding(weight)
+        biases = [] if bias is None else [graph.weight(bias)]
+        if encoding is None:
+            return graph.op("Gemm", name, x, graph.weight(weight), *biases, transB=1)
+        own = f"{name}.product" if biases else name
+        scale, codes = graph.weight(f"{weight}{SCALE}"), graph.stored(weight)
+        if encoding.block is None:
+            y = add_integer_product(graph, own, x, codes, scale, graph.stored_shape(weight)[1])
+        else:
+            y = add_nbits_product(graph, own, x, codes, scale, encoding)
+        return graph.op("Add", name, y, *biases) if biases else y
 
     def cap(self, name: str, x: str, cap: float) -> str:
         """Compute cap · tanh(x / cap), in float32. *Shape:* any -> the same."""

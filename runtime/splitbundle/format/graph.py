@@ -11,8 +11,13 @@ OPSET = 24
 """The ONNX operator set of the graphs."""
 IR_VERSION = 12
 """The IR version of the ONNX release that has this operator set."""
-VARIANTS: Final = {"standard": "float32", "float16": "float16"}
+STANDARD: Final = "standard"
+NBITS: Final = "matmul_nbits"
+"""The variant of graphs over matrices of 4 bits. It has one operator that ONNX doesn't define."""
+VARIANTS: Final = {STANDARD: "float32", "float16": "float16", NBITS: "float32"}
 """A variant of graphs -> the dtype that it computes in."""
+DOMAINS: Final = {NBITS: {"com.microsoft": 1}}
+"""A variant of graphs -> the domains of its operators beside ONNX's own, with the version of each."""
 BODY_NAMES: Final = ("iteration", "condition", "carried")
 """What the body of a loop takes, in order."""
 

@@ -1,10 +1,11 @@
-"""The closed list of operators that a graph of a bundle may have, all of ONNX's own domain."""
+"""The closed lists of operators that a graph of a bundle may have: ONNX's own, and one more for one variant."""
 
 from __future__ import annotations
 
 from typing import Final
 
 from splitbundle.format.dtypes import ONNX_CODES
+from splitbundle.format.graph import NBITS
 from splitbundle.records import field, record
 
 KINDS: Final = {"f": 1, "i": 2, "s": 3, "g": 5, "ints": 7}
@@ -16,6 +17,10 @@ BOOL: Final = 9
 VALUES: Final[dict[tuple[bytes, bytes], frozenset[object]]] = {
     (b"Cast", b"to"): frozenset(ONNX_CODES.values()),
     (b"Gelu", b"approximate"): frozenset((b"none", b"tanh")),
+    (b"BitShift", b"direction"): frozenset((b"RIGHT",)),
+    (b"MatMulNBits", b"bits"): frozenset((4,)),
+    (b"MatMulNBits", b"block_size"): frozenset((32, 64, 128)),
+    (b"MatMulNBits", b"accuracy_level"): frozenset((4,)),
 }
 """(operator, attribute) -> the allowed values. The runtime decides about other attributes."""
 
@@ -39,20 +44,21 @@ def _listed() -> dict[bytes, Operator]:
             one = Operator(minimum=minimum, maximum=maximum or minimum, attributes=own, outputs=outputs)
             operators[name] = one
 
-    add("Cos Exp Identity Log Neg NonZero Reciprocal Relu Sigmoid Sin Size Softplus Squeeze Tanh Unique", 1)
+    add("Abs Cos Exp Identity Log Neg NonZero Reciprocal Relu Round Sigmoid Sin Size Softplus Squeeze Tanh Unique", 1)
     add("Cast", 1, to="i")
     add("Gelu", 1, approximate="s")
     add("Shape", 1, start="i", end="i")
     add("Softmax", 1, axis="i")
     add("Transpose", 1, perm="ints")
-    add("Add And Div Equal Expand Gather GatherND Greater LessOrEqual MatMul Max Min Mul Pow Reshape Sub Unsqueeze", 2)
+    add("Add And BitwiseAnd Div Equal Expand Gather GatherND Greater LessOrEqual MatMul Max Min Mul Pow Reshape Sub Unsqueeze", 2)
+    add("BitShift", 2, direction="s")
     add("Concat", 2, 16, axis="i")
     add("Gemm", 2, 3, transB="i")
     add("LayerNormalization RMSNormalization", 2, 3, axis="i", epsilon="f")
-    add("Clip Range ScatterND Where", 3)
+    add("Clip MatMulInteger Range ScatterND Where", 3)
     add("GatherElements", 2, axis="i")
     add("RotaryEmbedding", 3, interleaved="i", rotary_embedding_dim="i")
-    add("ReduceSum", 2, keepdims="i")
+    add("ReduceMax ReduceSum", 2, keepdims="i")
     add("Slice", 3, 4)
     add("TensorScatter", 3, axis="i")
     add("TopK", 2, outputs=2)
@@ -62,3 +68,11 @@ def _listed() -> dict[bytes, Operator]:
 
 OPERATORS: Final = _listed()
 """``spec/v1/bundle.md``, section "Graphs", has the same table."""
+MATMUL_NBITS: Final = b"MatMulNBits"
+_NBITS_ATTRIBUTES: Final = ("K", "N", "bits", "block_size", "accuracy_level")
+OF_DOMAINS: Final = {
+    (NBITS, b"com.microsoft", MATMUL_NBITS): Operator(
+        minimum=3, maximum=3, attributes={name.encode("ascii"): "i" for name in _NBITS_ATTRIBUTES}
+    )
+}
+"""(variant, domain, operator) -> what only graphs of this variant may have."""

@@ -13,10 +13,21 @@ from typing import TYPE_CHECKING, Final
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.dtypes import ITEM_SIZES, ONNX_CODES
-from splitbundle.format.graph import IR_VERSION, Graph, Port
-from splitbundle.format.graph_operators import BODY, BOOL, KINDS, LOOP, OPERATORS, SIZE, VALUES, Operator
+from splitbundle.format.graph import DOMAINS, IR_VERSION, Graph, Port
+from splitbundle.format.graph_operators import (
+    BODY,
+    BOOL,
+    KINDS,
+    LOOP,
+    MATMUL_NBITS,
+    OF_DOMAINS,
+    OPERATORS,
+    SIZE,
+    VALUES,
+    Operator,
+)
 from splitbundle.format.manifest.document import EMBEDDING, Shard
-from splitbundle.format.weight_layout import Stored
+from splitbundle.format.weight_layout import SCALE, Stored
 from splitbundle.storage import files
 from splitbundle.verification import onnx_reader as reader
 from splitbundle.verification.onnx_reader import Message, Place, Reader
@@ -28,7 +39,7 @@ MAX_GRAPH: Final = 16 * 2**20
 """In bytes. A graph holds no weights, so it is small."""
 MAX_CONSTANTS: Final = 2**20
 """In bytes, for all numbers inside the graph itself."""
-CONSTANTS: Final = ("float32", "float16", "int64")
+CONSTANTS: Final = ("float32", "float16", "int64", "uint8")
 CARRIED: Final = ("float32", "float16")
 """The dtypes of the value that a loop carries."""
 _NAME: Final = re.compile(rb"[!-~]{1,256}")
@@ -57,11 +68,12 @@ def used(shard: Shard, places: dict[str, Stored]) -> dict[str, Stored]:
     """Return the tensors that a shard's graph uses.
 
     These are all tensors of its units, with one exception. If the shard needs the embedding only for a tied head, its
-    graph uses only the token table of the embedding.
+    graph uses only the token table of the embedding, and its scales if it is quantized.
     """
     if shard.embeds or "embedding" not in shard.units:
         return places
-    return {name: place for name, place in places.items() if name == EMBEDDING or not name.startswith("embedding.")}
+    table = EMBEDDING, f"{EMBEDDING}{SCALE}"
+    return {name: place for name, place in places.items() if name in table or not name.startswith("embedding.")}
 
 
 def check(data: bytes, graph: Graph, weights: Mapping[str, Stored]) -> None:
@@ -113,14 +125,17 @@ class _Check:
             refuse("graph.version", 0, f"ir_version {IR_VERSION}", str(model["ir_version"]))
         for text in (model.get("producer_name", b""), model.get("producer_version", b"")):
             self.text(text, 0)
-        imports = model.get("opset_import", [])
-        for at in imports:
+        left = {b"": self.graph.opset}
+        left |= {name.encode("ascii"): version for name, version in DOMAINS.get(self.graph.variant, {}).items()}
+        shown = " and ".join(f"{version} of {_shown(name)}" for name, version in left.items())
+        wanted = f"these operator sets, each once: {shown}"
+        for at in model.get("opset_import", []):
             found = self.reader.message(reader.OPERATOR_SET, at)
-            if found.get("domain") or found["version"] != self.graph.opset:
-                got = f"{found['version']} of {_shown(found.get('domain', b''))}"
-                refuse("graph.version", at[0], f"operator set {self.graph.opset} of ONNX's own domain", got)
-        if len(imports) != 1:
-            refuse("graph.version", 0, "one operator set", str(len(imports)))
+            domain = found.get("domain", b"")
+            if left.pop(domain, None) != found["version"]:
+                refuse("graph.version", at[0], wanted, f"{found['version']} of {_shown(domain)}")
+        if left:
+            refuse("graph.version", 0, wanted, f"none of {_shown(min(left))}")
         self.whole(model["graph"])
 
     def whole(self, place: Place) -> None:
@@ -247,9 +262,12 @@ class _Check:
     def node(self, at: Place) -> list[bytes]:
         """Check a node, and return the names of its values."""
         node = self.reader.message(reader.NODE, at)
-        operator = OPERATORS.get(node["op_type"])
-        if operator is None or node.get("domain"):
-            got = f"{_shown(node['op_type'])} of the domain {_shown(node.get('domain', b''))}"
+        domain: bytes = node.get("domain", b"")
+        operator = OF_DOMAINS.get((self.graph.variant, domain, node["op_type"]))
+        if not domain:
+            operator = OPERATORS.get(node["op_type"])
+        if operator is None:
+            got = f"{_shown(node['op_type'])} of the domain {_shown(domain)}"
             self.reader.refuse("graph.operator", at[0], "an operator of the specification's list", got)
         if "name" in node:
             self.text(node["name"], at[0])
@@ -265,6 +283,8 @@ class _Check:
             self.loop(node, at)
         elif "attribute" in node:
             self.attributes_of(node["op_type"], operator, node["attribute"])
+        if node["op_type"] == MATMUL_NBITS:
+            self.matmul_nbits(inputs[1], operator, node.get("attribute", []), at)
         if not self.values.issuperset(inputs):
             got = next(_shown(name) for name in inputs if name not in self.values)
             expected = f"inputs of {_shown(outputs[0])} that come before it"
@@ -331,6 +351,20 @@ class _Check:
             elif size < 1:
                 refuse("graph.ports", found[-1][0], "sizes of at least 1", str(size))
         return [name for name, _ in ports], carried
+
+    def matmul_nbits(self, codes: bytes, operator: Operator, places: list[Place], at: Place) -> None:
+        """Check that a product reads a stored matrix of blocks of 4 bits, with this matrix's own sizes."""
+        stored = self.weights.get(codes)
+        shape = () if stored is None else stored.tensor.shape
+        if stored is None or stored.tensor.dtype != "uint8" or len(shape) != 3:
+            got = _shown(codes) if stored is None else f"{_shown(codes)}, {stored.tensor}"
+            self.reader.refuse("graph.operator", at[0], "a weight of blocks of 4 bits as the second input", got)
+        wanted = {b"K": 2 * shape[1] * shape[2], b"N": shape[0], b"block_size": 2 * shape[2]}
+        found = {each["name"]: each["i"] for each in (self.reader.message(reader.ATTRIBUTE, at) for at in places)}
+        for name in operator.attributes:
+            if name not in found or found[name] != wanted.get(name, found[name]):
+                expected = f"{_shown(name)} as {_shown(codes)} asks for: {wanted.get(name, 'a value')}"
+                self.reader.refuse("graph.operator", at[0], expected, str(found.get(name, "none")))
 
     def attributes_of(self, kind: bytes, operator: Operator, places: list[Place]) -> None:
         names = {self.attribute(kind, operator, at) for at in places}

@@ -99,7 +99,7 @@ def make(root: Path, block: Experts, stored: str = "float32", dtype: str = "floa
         places[name] = Stored(file="weights.bin", offset=len(data), tensor=tensor)
         data += raw
     (root / "weights.bin").write_bytes(data)
-    graph = GraphBuilder(places, dtype)
+    graph = GraphBuilder(places, "standard" if dtype == "float32" else dtype)
     ports = [Port(name=name, dtype=dtype, shape=("rows", HIDDEN)) for name in ("x", "y")]
     graph.input(ports[0])
     graph.op("Identity", "y", add_experts(Operations(graph, cast("Any", None)), "mlp", "x", block, HIDDEN))

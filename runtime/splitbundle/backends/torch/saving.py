@@ -347,8 +347,8 @@ def _graph_writer(bundle: BundleReader, storage: Storage, notes: Note | None) ->
         return None
     from importlib.metadata import entry_points
 
-    # Graphs that compute in float16 need weights in float16 alone.
-    variant = variants.pop() if storage.dtypes == ("float16",) else "standard"
+    usable, before = storage.graph_variants, variants.pop()
+    variant = before if before in usable else usable[0]
     try:
         (found,) = entry_points(group="splitbundle.graphs")
         writer: Any = found.load()(variant, genai=GENAI[0] in bundle.manifest.files)

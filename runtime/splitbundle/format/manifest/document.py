@@ -11,7 +11,7 @@ from splitbundle.format.architecture.decoder import EXTENSIONS as OF_ARCHITECTUR
 from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE_FILE
 from splitbundle.format.encodings import EXTENSIONS as OF_STORAGE
 from splitbundle.format.encodings import TABLE, Encoding
-from splitbundle.format.graph import Graph
+from splitbundle.format.graph import NBITS, STANDARD, Graph
 from splitbundle.format.weight_layout import Tensor
 from splitbundle.records import as_dict, field, members, record, replace
 from splitbundle.version import FORMAT_VERSION
@@ -118,6 +118,13 @@ class Storage:
         """Return what a reader must understand by name."""
         used = {TABLE[name].extension for name in self.encodings.values()}
         return tuple(name for name in OF_STORAGE if name in used)
+
+    @property
+    def graph_variants(self) -> tuple[str, ...]:
+        """Return the variants of graphs that can use these weights, the usual one first."""
+        if any(TABLE[name].block is not None for name in self.encodings.values()):
+            return (NBITS,)
+        return (STANDARD, "float16") if self.dtypes == ("float16",) and not self.encodings else (STANDARD,)
 
     def as_json(self) -> dict[str, Any]:
         """Return the object with its fields. It has no ``encodings`` if no tensor is quantized."""

@@ -249,11 +249,10 @@ def _check_graph(
 ) -> None:
     if graph.opset != OPSET:
         problems.add("manifest.graphs", f"{at}/opset", str(OPSET), str(graph.opset))
-    dtype = VARIANTS[graph.variant]
-    others = [stored for stored in manifest.storage.dtypes if stored != dtype]
-    if graph.variant != "standard" and others:
-        expected_weights, got = f"standard, or weights that are all stored as {dtype}", f"{graph.variant}, {others[0]}"
-        problems.add("manifest.graphs", f"{at}/variant", expected_weights, got)
+    dtype, variants = VARIANTS[graph.variant], manifest.storage.graph_variants
+    if graph.variant not in variants:
+        expected_variant = f"{' or '.join(variants)}, which these weights allow"
+        problems.add("manifest.graphs", f"{at}/variant", expected_variant, graph.variant)
     expected = ports(architecture, shard.layers, embeds=shard.embeds, head=shard.head, dtype=dtype)
     for which, wanted, found in zip(("inputs", "outputs"), expected, (graph.inputs, graph.outputs), strict=True):
         for i, port in enumerate(wanted):
