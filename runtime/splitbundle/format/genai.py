@@ -21,7 +21,7 @@ ROWS: Final = ("past", "count", "selected")
 """The inputs of a shard besides tokens and caches."""
 
 SESSION_OPTIONS: Final = {
-    # Otherwise onnxruntime would copy every weight into a layout of its own.
+    # Otherwise onnxruntime would copy every weight into a layout of its own. Quantized weights need that layout.
     "session.disable_prepacking": "1",
     # Each shard has its own threads. Those of a waiting shard would take the processor from the working one.
     "session.intra_op.allow_spinning": "0",
@@ -69,7 +69,8 @@ def configuration(manifest: Manifest, architecture: Architecture) -> dict[str, A
             "vocab_size": architecture.vocab_size,
             "context_length": context,
             "decoder": {
-                "session_options": SESSION_OPTIONS,
+                "session_options": SESSION_OPTIONS
+                | ({"session.disable_prepacking": "0"} if manifest.storage.encodings else {}),
                 "hidden_size": architecture.hidden_size,
                 "num_hidden_layers": len(architecture.layers),
                 "num_attention_heads": attention.heads,

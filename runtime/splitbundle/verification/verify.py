@@ -18,6 +18,7 @@ from splitbundle.storage import files
 from splitbundle.storage.counting import counter
 from splitbundle.storage.documents import is_of_another_manifest
 from splitbundle.storage.files import THREAD_BYTES, Progress
+from splitbundle.storage.scales import check_scales
 from splitbundle.storage.signature_files import signature_files
 from splitbundle.verification import genai_rules, onnx_rules, text_rules, tokenizer_rules
 
@@ -129,6 +130,8 @@ def _judges(bundle: BundleReader, shard: str | None) -> Iterator[tuple[Sequence[
     """
     for group, paths in bundle.weight_groups().items():
         yield paths, partial(deque, bundle.open_weights(group), 0)
+    for unit, paths in bundle.manifest.units.items():
+        yield paths, partial(check_scales, bundle, unit)
     for each in bundle.shards if shard is None else (bundle.shard(shard),):
         if each.graph is not None:
             yield bundle.files_of(each), partial(onnx_rules.read, bundle, each, each.graph)

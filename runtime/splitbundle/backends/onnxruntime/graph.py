@@ -14,6 +14,7 @@ from splitbundle.backends.onnxruntime.cache import KVCache
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format.graph import cache_names
 from splitbundle.stages.call import Call
+from splitbundle.storage.scales import check_scales, check_scales_in
 from splitbundle.verification import onnx_rules
 
 if TYPE_CHECKING:
@@ -35,11 +36,14 @@ class LoadedGraph:
         if bundle.strict:  # onnxruntime copies the data that it needs and opens no file
             read: dict[str, Any] = {}
             for unit in shard.units:
-                paths = bundle.manifest.units[unit]
-                read |= dict(zip(paths, (memory for memory, _ in bundle.weight_bytes(unit)), strict=True))
+                for path, (memory, found) in zip(bundle.manifest.units[unit], bundle.weight_bytes(unit), strict=True):
+                    check_scales_in(bundle, path, memory, found)
+                    read[path] = memory
             sizes = [len(memory) for memory in read.values()]
             options.add_external_initializers_from_files_in_memory(list(read), list(read.values()), sizes)
         else:
+            for unit in shard.units:
+                check_scales(bundle, unit)
             options.add_session_config_entry(FOLDER, _utf8(bundle.path))
         options.add_session_config_entry("session.load_model_format", "ONNX")  # the format that was checked
         with _refusals(graph.file):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import dtypes
+from splitbundle.storage.scales import check_scales_in
 
 if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
@@ -60,7 +61,7 @@ def map_tensors(bundle: BundleReader, group: str) -> MappedTensors:
     """Return the tensors of a unit, or of the golden vectors. Each keeps its mapped bytes alive.
 
     Raises:
-        BundleError: as for ``Bundle.weight_bytes``.
+        BundleError: as for ``Bundle.weight_bytes``; ``weights.scale``.
     """
     if sys.byteorder != "little":
         raise BundleError(
@@ -71,7 +72,8 @@ def map_tensors(bundle: BundleReader, group: str) -> MappedTensors:
             )
         )
     tensors = MappedTensors()
-    for data, found in bundle.weight_bytes(group):
+    for path, (data, found) in zip(bundle.weight_groups()[group], bundle.weight_bytes(group), strict=True):
+        check_scales_in(bundle, path, data, found)
         for name, (tensor, offset) in found.layout.items():
             tensors.add(name, DTYPES[tensor.dtype], tensor.shape, data, found.start + offset)
     return tensors
