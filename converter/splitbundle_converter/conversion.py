@@ -97,7 +97,7 @@ def convert(
         force: Whether to replace an existing bundle. The old one stays in place until the new one is complete.
         max_file_size: The size in bytes above which a unit is written as several files.
         onnx: Whether to add a graph for onnxruntime to each shard. True adds graphs that compute in float32, of the
-            variant that fits the weights; "float16" adds graphs that compute in float16, the dtype of the stored weights.
+            variant that fits the weights; "float16" adds graphs that compute in float16, as the weights are stored.
         genai: Whether to add the configuration that onnxruntime-genai needs to run the graphs. It adds the graphs too.
         allow_pickle: Whether to accept weights in pickles. Only names and tensors are read, in a separate process.
         tokenizer: Whether to copy the tokenizer. Without it, the bundle takes and gives only token ids.

@@ -1,10 +1,10 @@
 """Build the ONNX graph of a shard from ``architecture.json``, in the same steps as the torch decoder.
 
 The residual stream has the shape (batch · sequence, hidden), so that each projection is a ``Gemm`` that reads the
-stored weight, [out, in], in place. ``products`` has those with quantized weights. A float16 graph computes some steps in
-float32: the steps that the torch decoder also computes in float32 (positions, masks, softmax, norms whose weight has an
-offset), and also caps and the GELU. The equations are in ``spec/v1/decoder.md``; the inputs and outputs are in
-``spec/v1/bundle.md``, section "Graphs".
+stored weight, [out, in], in place. Those with quantized weights are in ``products``. A float16 graph computes some
+steps in float32: the steps that the torch decoder also computes in float32 (positions, masks, softmax, norms whose
+weight has an offset), and also caps and the GELU. The equations are in ``spec/v1/decoder.md``; the inputs and outputs
+are in ``spec/v1/bundle.md``, section "Graphs".
 """
 
 from __future__ import annotations

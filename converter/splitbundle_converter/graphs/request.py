@@ -62,7 +62,8 @@ def graph_writer(onnx: bool | str, *, genai: bool = False) -> GraphWriter | None
     if variant is not None and variant not in graph.VARIANTS:
         hint = "Weights in bfloat16 are widened to float32 by the standard graphs: onnxruntime can't multiply bfloat16"
         told = hint if variant == "bfloat16" else None
-        raise refusal("usage.onnx", None, " or ".join(graph.VARIANTS), quoted(variant), argument="onnx", hint=told)
+        expected = f"one of {', '.join(graph.VARIANTS)}"
+        raise refusal("usage.onnx", None, expected, quoted(variant), argument="onnx", hint=told)
     for library in ("onnx", "onnxruntime"):  # onnxruntime checks the results of the graphs
         if importlib.util.find_spec(library) is None:
             raise MissingExtra.of(library, "onnx", "make graphs")

@@ -133,7 +133,7 @@ def test_graphs_in_float16(tmp_path: Path) -> None:
         assert 'dtype="float16"' in (problem.hint or "")
     with pytest.raises(BundleError, match=r"\[usage.onnx\] onnx: expected weights that are all stored as float16"):
         splitbundle_converter.add_onnx(bundle("llama", (2,)), tmp_path / "none", variant="float16")
-    with pytest.raises(BundleError, match=r"expected standard or float16, got 'bfloat16'.*can't multiply bfloat16"):
+    with pytest.raises(BundleError, match=r"standard, float16, matmul_nbits, got 'bfloat16'.*can't multiply bfloat16"):
         splitbundle_converter.add_onnx(plain, tmp_path / "none", variant="bfloat16")
     assert not (tmp_path / "none").exists()
 
