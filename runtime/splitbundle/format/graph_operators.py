@@ -69,10 +69,9 @@ def _listed() -> dict[bytes, Operator]:
 
 OPERATORS: Final = _listed()
 """``spec/v1/bundle.md``, section "Graphs", has the same table."""
-MATMUL_NBITS: Final = b"MatMulNBits"
 _NBITS_ATTRIBUTES: Final = ("K", "N", "bits", "block_size", "accuracy_level")
 OF_DOMAINS: Final = {
-    (NBITS, b"com.microsoft", MATMUL_NBITS): Operator(
+    (NBITS, b"com.microsoft", b"MatMulNBits"): Operator(
         minimum=3, maximum=3, attributes={name.encode("ascii"): "i" for name in _NBITS_ATTRIBUTES}
     )
 }

@@ -19,7 +19,6 @@ from splitbundle.format.graph_operators import (
     BOOL,
     KINDS,
     LOOP,
-    MATMUL_NBITS,
     OF_DOMAINS,
     OPERATORS,
     SIZE,
@@ -283,7 +282,7 @@ class _Check:
             self.loop(node, at)
         elif "attribute" in node:
             self.attributes_of(node["op_type"], operator, node["attribute"])
-        if node["op_type"] == MATMUL_NBITS:
+        if domain:
             self.matmul_nbits(inputs[1], operator, node.get("attribute", []), at)
         if not self.values.issuperset(inputs):
             got = next(_shown(name) for name in inputs if name not in self.values)

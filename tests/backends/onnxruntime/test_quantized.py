@@ -129,7 +129,7 @@ def test_a_table_is_read_in_place() -> None:
 
 
 def test_products_with_one_input_share_its_integers() -> None:
-    """A layer has four inputs of products: of three projections, of the output, of two of the block, and of the last."""
+    """A layer has four inputs of products: those of q, k and v, of the output, of gate and up, and of down."""
     model = graph(quantized("tied", "rows8"), "bottom")
     kinds = [node.op_type for node in model.graph.node]
     assert (kinds.count("MatMulInteger"), kinds.count("ReduceMax")) == (7, 4)
