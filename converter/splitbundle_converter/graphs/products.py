@@ -69,7 +69,11 @@ def add_nbits_product(graph: GraphBuilder, name: str, x: str, codes: str, scale:
         name,
         *(x, codes, scale),
         domain=NBITS_DOMAIN,
-        **{"K": 2 * blocks * half, "N": rows, "bits": encoding.bits, "block_size": 2 * half, "accuracy_level": 4},
+        K=2 * blocks * half,
+        N=rows,
+        bits=encoding.bits,
+        block_size=2 * half,
+        accuracy_level=4,
     )
 
 
