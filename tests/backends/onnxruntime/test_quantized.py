@@ -17,6 +17,7 @@ import splitbundle_converter
 from splitbundle import Bundle, BundleError
 from splitbundle.backends.onnxruntime import stage
 from splitbundle.format.manifest.document import EMBEDDING
+from splitbundle.format.weight_layout import SCALE
 from splitbundle.stages import golden
 from splitbundle.verification import onnx_rules
 from tests.support.quantized_bundles import FORMS, MODELS, VOCABULARY, plain, quantized
@@ -117,7 +118,7 @@ def test_a_table_is_read_in_place() -> None:
     """A shard without the head converts only the rows that it looks up."""
     bundle = quantized("tied", "blocks4_32")
     bottom, top = graph(bundle, "bottom"), graph(bundle, "top")
-    for name in (EMBEDDING, f"{EMBEDDING}.scale"):
+    for name in (EMBEDDING, f"{EMBEDDING}{SCALE}"):
         assert [node.op_type for node in takers(bottom, name)] == ["Gather"]
     assert [node.op_type for node in takers(top, EMBEDDING)] == ["Transpose"]
     whole = quantized("tied", "rows8", ())
