@@ -7,6 +7,7 @@ from typing import Final
 
 from onnx import ModelProto, NodeProto, helper
 
+from splitbundle.format.weight_layout import SCALE
 from tests.support.graph_case import Case
 
 CASES: Final[list[Case]] = []
@@ -95,7 +96,7 @@ product("graph.operator", "two-inputs", lambda node: node.input.pop())
 product("graph.operator", "zero-points", lambda node: node.input.append(node.input[1]))
 product("graph.operator", "codes-of-8-bits", lambda n: n.input.__setitem__(1, "embedding.token.weight"))
 product("graph.operator", "codes-of-a-node", lambda n: n.input.__setitem__(1, "stream"))
-product("graph.operator", "codes-of-scales", lambda n: n.input.__setitem__(1, f"{n.input[1]}.scale"))
+product("graph.operator", "codes-of-scales", lambda n: n.input.__setitem__(1, f"{n.input[1]}{SCALE}"))
 product("graph.operator", "codes-of-another-shape", lambda n: n.input.__setitem__(1, "layers.0.mlp.down.weight"))
 product("graph.values", "scales-of-nothing", lambda n: n.input.__setitem__(2, "nowhere"))
 product("graph.syntax", "two-outputs", lambda node: node.output.append("more"))
