@@ -105,9 +105,9 @@ def test_what_is_lost_is_lost_by_rounding_inputs(form: str, level: int, monkeypa
 
 @pytest.mark.parametrize(("name", "form"), CASES[::3])
 def test_golden_vectors(name: str, form: str) -> None:
-    tolerance = golden.ROWS8_TOLERANCE if form == "rows8" else golden.NBITS_TOLERANCE
     found = quantized(name, form).run_vectors(backend="onnxruntime", threads=1)
-    assert {difference.tolerance for difference in found} == {tolerance}
+    assert {difference.tolerance for difference in found} == {golden.QUANTIZED_TOLERANCE}
+    assert max(difference.relative for difference in found) < 1e-3  # no product rounds to 8 bits for a comparison
     assert {difference.between for difference in found} == {("onnxruntime", "itself")}
 
 

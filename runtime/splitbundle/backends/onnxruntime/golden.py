@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from splitbundle.backends.onnxruntime.stage import load_stages
-from splitbundle.format.graph import NBITS
+from splitbundle.format.graph import VARIANTS
 from splitbundle.stages import golden
 from splitbundle.storage.reader import ORIGINAL_VECTORS, VECTORS
 
@@ -22,7 +22,7 @@ def run_vectors(
     """See ``Bundle.run_vectors``."""
     tensors = {} if bundle.manifest.vectors is None else read_golden(bundle)
     outputs = golden.compute(
-        bundle, shard, tensors, lambda part: load_stages(bundle, [part], threads=threads)[0], progress
+        bundle, shard, tensors, lambda part: load_stages(bundle, [part], threads=threads, exact=True)[0], progress
     )
     original = golden.original_outputs(tensors, outputs)
     return golden.compare(outputs, original, ("onnxruntime", golden.side(bundle)), tensors, tolerance(bundle))
@@ -30,12 +30,10 @@ def run_vectors(
 
 def tolerance(bundle: BundleReader) -> float:
     """Return the largest relative difference that rounding explains in the graphs of this variant."""
-    variants = {shard.graph.variant for shard in bundle.shards if shard.graph is not None}
-    if NBITS in variants:
-        return golden.NBITS_TOLERANCE
     if bundle.manifest.storage.encodings:
-        return golden.ROWS8_TOLERANCE
-    return golden.FLOAT16_TOLERANCE if "float16" in variants else golden.TOLERANCE
+        return golden.QUANTIZED_TOLERANCE
+    narrow = any(shard.graph is not None and VARIANTS[shard.graph.variant] == "float16" for shard in bundle.shards)
+    return golden.FLOAT16_TOLERANCE if narrow else golden.TOLERANCE
 
 
 def distances(bundle: BundleReader) -> list[golden.Difference]:

@@ -22,17 +22,23 @@ if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
 
 
+_EXACT: Final = b"accuracy_level\x18\x04", b"accuracy_level\x18\x00"
+"""An attribute of ``MatMulNBits`` as a graph has it (SB-O-021), and the one that rounds no factor, but is slower."""
 FOLDER: Final = "session.model_external_initializers_file_folder_path"
 
 
 class LoadedGraph:
     """A shard's graph in a session of onnxruntime."""
 
-    def __init__(self, bundle: BundleReader, shard: Shard, options: Any, providers: Sequence[Any]) -> None:
+    def __init__(
+        self, bundle: BundleReader, shard: Shard, options: Any, providers: Sequence[Any], *, exact: bool = False
+    ) -> None:
         graph = shard.graph
         if graph is None:
             raise no_graph(bundle, f"shard {shard.name}")
         data = onnx_rules.read(bundle, shard, graph)
+        if exact:
+            data = data.replace(*_EXACT)
         if bundle.strict:  # onnxruntime copies the data that it needs and opens no file
             read: dict[str, Any] = {}
             for unit in shard.units:

@@ -175,8 +175,11 @@ def load_stages(
     providers: Sequence[Any] | None = None,
     threads: int | None = None,
     prepack: bool = False,
+    exact: bool = False,
 ) -> list[Stage]:
     """Load stages over graphs, which read the weight files in place. See ``Bundle.stage``.
+
+    With ``exact``, products with ``blocks4`` don't round what they multiply by. They are slower.
 
     Raises:
         BundleError: ``stage.graph`` if the graphs of one shard, or of several consecutive shards, don't cover exactly
@@ -214,7 +217,7 @@ def load_stages(
             # Products with quantized weights are ten times as slow without their copy of the weights.
             if not prepack and not bundle.manifest.storage.encodings:
                 options.add_session_config_entry("session.disable_prepacking", "1")
-            graphs.append(LoadedGraph(bundle, shard, options, chosen))
+            graphs.append(LoadedGraph(bundle, shard, options, chosen, exact=exact))
         stages.append(Stage(bundle, selection, graphs))
     return stages
 
