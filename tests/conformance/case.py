@@ -11,6 +11,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "bundles" / "tiny.splitbundle"
+QUANTIZED = HERE / "bundles" / "quantized.splitbundle"
 LAYER, VECTORS, TOKENIZER = "layer-000.safetensors", "vectors.safetensors", "tokenizer/tokenizer.json"
 
 
@@ -47,11 +48,11 @@ def dump(value: object) -> bytes:
 
 
 class Draft:
-    """The small bundle, to be changed. ``seal`` lists the changed files, so that only the change itself is wrong."""
+    """A small bundle, to be changed. ``seal`` lists the changed files, so that only the change itself is wrong."""
 
-    def __init__(self) -> None:
-        places = sorted(path for path in TINY.rglob("*") if path.is_file())
-        self.files = {path.relative_to(TINY).as_posix(): path.read_bytes() for path in places}
+    def __init__(self, base: Path = TINY) -> None:
+        places = sorted(path for path in base.rglob("*") if path.is_file())
+        self.files = {path.relative_to(base).as_posix(): path.read_bytes() for path in places}
         del self.files["SHA256SUMS"]
         self.manifest = json.loads(self.files.pop("manifest.json"))
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from conformance.case import Case
 from conformance.directories import directory_cases
 from conformance.documents import large_cases, vector_cases
+from conformance.encodings import encoding_cases
 from conformance.headers import header_cases
 from conformance.text import tokenizer_cases
 from conformance.text_document import text_cases
@@ -22,5 +23,6 @@ def cases() -> Iterator[Case]:
     yield from large_cases()
     yield from directory_cases()
     yield from header_cases()
+    yield from encoding_cases()
     yield from tokenizer_cases()
     yield from text_cases()
