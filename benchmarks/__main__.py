@@ -46,6 +46,7 @@ ALL = (
     "memory",
     "contention",
     "experts",
+    "quantized",
 )
 
 

@@ -208,7 +208,7 @@ class Measuring:
                 known[key] = difference(got, wanted)
                 record.write_text(json.dumps(known, indent=1), "utf-8")
             differences[name] = known[key]
-            most = TOLERANCE[case.dtype]
+            most = CONTENDERS[name].tolerance or TOLERANCE[case.dtype]
             if not known[key] <= most:
                 told = f"{known[key]:.2g} of the largest logit, and may by {most:g}"
                 left_out[name] = f"its logits differ from transformers' by {told}"

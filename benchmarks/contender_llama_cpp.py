@@ -18,13 +18,14 @@ class Driver:
     """A model and its single sequence."""
 
     def __init__(self, task: dict[str, Any]) -> None:
+        cache = task["options"].get("cache", _CACHE[task["dtype"]])
         self.model: Any = _LLAMA(
             task["path"],
             n_ctx=task["capacity"],
             n_threads=task["threads"],
             n_threads_batch=task["threads"],
-            type_k=_CACHE[task["dtype"]],
-            type_v=_CACHE[task["dtype"]],
+            type_k=cache,
+            type_v=cache,
             n_batch=task["capacity"],
             n_ubatch=task["capacity"] if task["options"].get("whole") else 512,
             flash_attn=task["options"].get("flash", False),

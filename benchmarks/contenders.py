@@ -22,6 +22,8 @@ class Contender:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     families: tuple[str, ...] = ("gpt2", "llama", "qwen2", "qwen3_moe")
     options: dict[str, Any] = field(default_factory=dict)
+    tolerance: float | None = None
+    """The largest difference of its logits that quantization explains, or None for that of the dtype."""
     needs_compiler: bool = False
     threads: int | None = None
     """Its number of computing threads, or None for that of the run."""
@@ -56,6 +58,13 @@ ONNXRUNTIME_SHARDS: Final = "splitbundle onnxruntime in three shards"
 TORCH_COMMAND: Final = "splitbundle torch as the command runs it"
 TORCH_WAITING: Final = "splitbundle torch with torch's waiting"
 TORCH_ONE: Final = "splitbundle torch with one thread"
+TORCH_INT8: Final = "splitbundle torch int8"
+TORCH_INT4: Final = "splitbundle torch int4"
+ONNXRUNTIME_INT8: Final = "splitbundle onnxruntime int8"
+ONNXRUNTIME_INT4: Final = "splitbundle onnxruntime int4"
+LLAMA_INT8: Final = "llama.cpp Q8_0"
+LLAMA_INT4: Final = "llama.cpp Q4_0, table Q8_0"
+GENAI_INT4: Final = "onnxruntime-genai int4"
 DEFAULT_WAITING: Final[dict[str, str | None]] = dict.fromkeys(("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"))
 """An environment in which OpenMP's threads wait as the libraries set it, whatever this process has."""
 
@@ -81,6 +90,8 @@ _LLAMA: Final[dict[str, Any]] = {
     "reads": "gguf",
     "families": ("gpt2", "llama", "qwen2"),
 }
+_QUANTIZED: Final[dict[str, Any]] = {"dtypes": ("bfloat16",)}
+"""The source of quantized weights is in bfloat16."""
 CONTENDERS: Final[dict[str, Contender]] = {
     TORCH: Contender(**_TORCH, reads="bundle"),
     ONNXRUNTIME: Contender(**_ONNXRUNTIME, reads="bundle"),
@@ -97,4 +108,12 @@ CONTENDERS: Final[dict[str, Contender]] = {
     GENAI_BUNDLE: Contender(**_GENAI, reads="bundle"),
     LLAMA: Contender(**_LLAMA),
     LLAMA_FLASH: Contender(**_LLAMA, options={"flash": True, "whole": True}),
+    TORCH_INT8: Contender(**_TORCH, reads="int8", tolerance=0.2),
+    TORCH_INT4: Contender(**_TORCH, reads="int4", tolerance=1.0),
+    ONNXRUNTIME_INT8: Contender(**_ONNXRUNTIME | _QUANTIZED, reads="int8", tolerance=0.2),
+    ONNXRUNTIME_INT4: Contender(**_ONNXRUNTIME | _QUANTIZED, reads="int4", tolerance=1.0),
+    # The cache of llama.cpp is in float16, as by default.
+    LLAMA_INT8: Contender(**_LLAMA | {"reads": "gguf-int8"}, options={"cache": 1}, tolerance=0.2),
+    LLAMA_INT4: Contender(**_LLAMA | {"reads": "gguf-int4"}, options={"cache": 1}, tolerance=1.0),
+    GENAI_INT4: Contender(**_GENAI | _QUANTIZED, reads="genai-int4", families=("llama", "qwen2"), tolerance=1.0),
 }

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,18 @@ class Workshop:
             "shards": ("-3.splitbundle", self._shards),
             "gguf": (".gguf", self._gguf),
             "genai": ("-genai", self._genai),
+            "int8": ("-int8.splitbundle", partial(self._quantized, to="int8")),
+            "int4": ("-int4.splitbundle", partial(self._quantized, to="int4")),
+            "gguf-int8": ("-int8.gguf", partial(self._gguf, to="int8")),
+            "gguf-int4": ("-int4.gguf", partial(self._gguf, to="int4")),
+            "genai-int4": ("-int4-genai", partial(self._genai, precision="int4")),
         }
         ending, maker = makers[reads]
         path = self._path(model, dtype, ending)
         if _there(path):
             if reads == "checkpoint":
                 check_checkpoint(path, SHAPES[model])
-            if reads in ("bundle", "shards"):
+            if reads in ("bundle", "shards", "int8", "int4"):
                 check_bundle(path)
             return path
         say(f"making {path}")
@@ -95,18 +101,30 @@ class Workshop:
         cuts = [max(1, layers // 6), layers - max(1, layers // 6)]
         _convert(source, path, split=cuts, onnx=graphs)
 
-    def _gguf(self, path: Path, model: str, dtype: str) -> None:
+    def _quantized(self, path: Path, model: str, dtype: str, to: str) -> None:
+        _convert(self.make("checkpoint", model, dtype), path, onnx=True, quantize=to)
+
+    def _gguf(self, path: Path, model: str, dtype: str, to: str | None = None) -> None:
         try:
             from benchmarks import gguf_file
         except ModuleNotFoundError as error:
             raise Failed(f"{error.name} isn't installed") from None
-        gguf_file.write(SHAPES[model], self.make("checkpoint", model, dtype), path)
+        gguf_file.write(SHAPES[model], self.make("checkpoint", model, dtype), path, to)
 
-    def _genai(self, path: Path, model: str, dtype: str) -> None:
+    def _genai(self, path: Path, model: str, dtype: str, precision: str = "fp32") -> None:
         source = self.make("checkpoint", model, dtype)
         command = ["-m", "onnxruntime_genai.models.builder", "-m", model, "-i", source, "-o", path]
         # All contenders compute only the logits of a prompt's last position.
-        command += ["-p", "fp32", "-e", "cpu", "-c", self.directory / "cache", "--extra_options", "prune_lm_head=true"]
+        command += [
+            "-p",
+            precision,
+            "-e",
+            "cpu",
+            "-c",
+            self.directory / "cache",
+            "--extra_options",
+            "prune_lm_head=true",
+        ]
         done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
         if done.returncode:
             raise Failed(f"its builder: {(done.stderr.strip() or 'failed').splitlines()[-1]}")

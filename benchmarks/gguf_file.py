@@ -40,12 +40,19 @@ _ENDS: Final = {
 }
 
 
-def write(shape: Shape, checkpoint: Path, path: Path) -> None:
-    """Write the whole model. Matrices keep the dtype of the checkpoint; all other tensors are float32."""
+def write(shape: Shape, checkpoint: Path, path: Path, to: str | None = None) -> None:
+    """Write the whole model. Matrices keep the dtype of the checkpoint; all other tensors are float32.
+
+    With ``to``, matrices are quantized by the library gguf: "int8" to Q8_0, or "int4" to Q4_0 and the table to Q8_0.
+    """
     writer = gguf.GGUFWriter(path, shape.family)
     _facts(writer, shape)
     for name, tensor in tensors(shape, checkpoint):
-        if tensor.dtype == torch.bfloat16 and tensor.dim() == 2 and name != "position_embd.weight":
+        if to is not None and tensor.dim() == 2 and name != "position_embd.weight":
+            types = gguf.GGMLQuantizationType
+            kind = types.Q8_0 if to == "int8" or name == "token_embd.weight" else types.Q4_0
+            writer.add_tensor(name, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
+        elif tensor.dtype == torch.bfloat16 and tensor.dim() == 2 and name != "position_embd.weight":
             raw = tensor.contiguous().view(torch.uint8).numpy()
             writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:

@@ -26,6 +26,7 @@ _ABOUT: Final = {
     "batch": f"Milliseconds a token and row, for one row and for eight. {_TIMED}",
     "shards": f"Milliseconds a token, for one shard and for three that are chained. {_TIMED}",
     "memory": "The most private memory (RssAnon) while generating, beyond the imports'.",
+    "quantized": "Milliseconds a token, of a prompt of 256 and after it, with weights in 8 and 4 bits.",
     "experts": "Milliseconds a token of a Qwen 3 with 48 experts a layer, of which a token uses 8.",
     "contention": "Milliseconds a token after a prompt of 64, quiet and beside processes that loop in Python. Each is "
     "the median of the calls in one process. The command sets OMP_WAIT_POLICY=PASSIVE.",

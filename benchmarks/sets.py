@@ -12,13 +12,20 @@ from benchmarks.contenders import (
     CONTENDERS,
     GENAI,
     GENAI_BUNDLE,
+    GENAI_INT4,
     LLAMA,
     LLAMA_FLASH,
+    LLAMA_INT4,
+    LLAMA_INT8,
     ONNXRUNTIME,
+    ONNXRUNTIME_INT4,
+    ONNXRUNTIME_INT8,
     ONNXRUNTIME_SHARDS,
     PREPACKED,
     TORCH,
     TORCH_COMMAND,
+    TORCH_INT4,
+    TORCH_INT8,
     TORCH_ONE,
     TORCH_SHARDS,
     TORCH_WAITING,
@@ -350,6 +357,42 @@ def _experts() -> Iterator[Case]:
     )
 
 
+def _quantized() -> Iterator[Case]:
+    decode, prefill = f"decode {SHORT}", f"prefill {SHORT}"
+    goals = [
+        _faster("decoding", own, against, decode, least)
+        for own, against, least in (
+            (ONNXRUNTIME_INT8, LLAMA_INT8, 1.3),
+            (ONNXRUNTIME_INT4, LLAMA_INT4, 1.3),
+            (ONNXRUNTIME_INT4, GENAI_INT4, 1.0),
+            (TORCH_INT8, LLAMA_INT8, 0.7),
+            (TORCH_INT4, LLAMA_INT4, 0.85),
+        )
+    ]
+    goals += [
+        _faster("a prompt", own, against, prefill, least)
+        for own, against, least in (
+            (ONNXRUNTIME_INT8, LLAMA_INT8, 2.0),
+            (ONNXRUNTIME_INT4, LLAMA_INT4, 1.0),
+            (TORCH_INT8, LLAMA_INT8, 3.0),
+        )
+    ]
+    for model in ("qwen2-0.5b", "smollm2-135m"):
+        yield Case(
+            set="quantized",
+            model=model,
+            dtype="bfloat16",
+            contenders=(
+                *(TORCH_INT8, TORCH_INT4, ONNXRUNTIME_INT8, ONNXRUNTIME_INT4),
+                *(LLAMA_INT8, LLAMA_INT4, GENAI_INT4, TORCH),
+            ),
+            reference=LLAMA_INT8,
+            points=(Point(context=SHORT, prefills=2, tokens=24),),
+            figures=("load", "first token", "private after loading"),
+            goals=tuple(goals),
+        )
+
+
 def _faster(what: str, own: str, against: str, figure: str, at_least: float) -> Goal:
     return Goal(
         what=f"{what}, against {against}", own=Term(own, figure), against=Term(against, figure), at_least=at_least
@@ -367,6 +410,7 @@ _SETS: Final = {
     "memory": _memory,
     "contention": _contention,
     "experts": _experts,
+    "quantized": _quantized,
 }
 NAMES: Final = tuple(_SETS)
 
@@ -381,7 +425,8 @@ def derive(case: Case, run: dict[str, dict[str, Any]], rates: dict[str, float] |
             "cache": shape.cache_bytes(slots, dtype),
         }
     }
-    for point in case.points if rates else ():
+    # The limit of quantized weights isn't that of their source's bytes.
+    for point in case.points if rates and case.set != "quantized" else ():
         assert rates is not None
         context, batch = point.context, point.batch
         limits = derived.setdefault(LIMIT, {})
