@@ -96,7 +96,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--onnx", action="store_true", help="add a graph for onnxruntime to each shard")
     parser.add_argument(
-        "--variant", help="add graphs of this variant: standard computes in float32, float16 in the weights' float16"
+        "--variant",
+        help="add graphs of this variant: standard computes in float32, float16 in the weights' float16, and "
+        "matmul_nbits over weights of 4 bits; by default the one that fits the weights",
     )
     parser.add_argument(
         "--genai",
@@ -185,7 +187,8 @@ def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--variant",
-        help="standard computes in float32, float16 in float16; by default that of the present graphs, or standard",
+        help="standard computes in float32, float16 in float16, and matmul_nbits over weights of 4 bits; by default that "
+        "of the present graphs, or the one that fits the weights",
     )
     _no_check_argument(parser)
     parser.add_argument("--force", action="store_true", help="replace an existing bundle at --output")

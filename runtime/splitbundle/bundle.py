@@ -68,7 +68,7 @@ class Bundle(BundleFiles):
 
         Raises:
             ParityError: for a difference above 1e-5 of the scale there (``Difference.scale``); above 0.01 if the graphs
-                compute in float16.
+                compute in float16, and above 0.005 for graphs over quantized weights.
             BundleError: ``vectors.none``; the errors of loading.
         """
         from splitbundle.stages import golden
