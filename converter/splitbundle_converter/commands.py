@@ -187,8 +187,8 @@ def _add_onnx_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--variant",
-        help="standard computes in float32, float16 in float16, and matmul_nbits over weights of 4 bits; by default that "
-        "of the present graphs, or the one that fits the weights",
+        help="standard computes in float32, float16 in float16, and matmul_nbits over weights of 4 bits; by default "
+        "that of the present graphs, or the one that fits the weights",
     )
     _no_check_argument(parser)
     parser.add_argument("--force", action="store_true", help="replace an existing bundle at --output")
