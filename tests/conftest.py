@@ -18,6 +18,15 @@ import pytest
 # No test reads or fills the cache of the user who runs it.
 os.environ["SPLITBUNDLE_CACHE"] = tempfile.mkdtemp(prefix="splitbundle-cache-")
 atexit.register(shutil.rmtree, os.environ["SPLITBUNDLE_CACHE"], ignore_errors=True)
+# The processes of one run share the models that tests/support/models.py makes. The first process removes them.
+if "SPLITBUNDLE_MODELS" not in os.environ:
+    os.environ["SPLITBUNDLE_MODELS"] = tempfile.mkdtemp(prefix="splitbundle-models-")
+
+    def remove(path: str = os.environ["SPLITBUNDLE_MODELS"], owner: int = os.getpid()) -> None:
+        if os.getpid() == owner:  # a forked process has this registration too
+            shutil.rmtree(path, ignore_errors=True)
+
+    atexit.register(remove)
 
 _COUNTED: Final = "model type"
 _TALLIED: Final = "tally"

@@ -254,7 +254,7 @@ def test_sampling_by_the_command(bundle: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no pseudo-terminals")
-@pytest.mark.parametrize("ending", ["exit", "SIGTERM"])
+@pytest.mark.parametrize("ending", ["exit", pytest.param("SIGTERM", marks=pytest.mark.long)])
 def test_ctrl_c_stops_the_answer_and_not_the_program(bundle: Path, ending: str) -> None:
     """On a terminal: a long answer is stopped, and the next question is answered. SIGTERM ends the program."""
     primary, secondary = pty.openpty()

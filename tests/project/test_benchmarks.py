@@ -1,11 +1,10 @@
-"""The benchmark's own arithmetic, its output, and one run of it on a tiny model. No test asserts a time."""
+"""The benchmark's own arithmetic, and its output. No test asserts a time."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from benchmarks.contenders import (
     CONTENDERS,
     DEFAULT_WAITING,
     LLAMA_FLASH,
-    PREPACKED,
     TORCH,
     TORCH_COMMAND,
     TORCH_ONE,
@@ -32,7 +30,6 @@ from benchmarks.processes import Failed, beside, interleaved, measured
 from benchmarks.shapes import SHAPES, Shape
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import splitbundle
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -203,49 +200,6 @@ def test_gguf_has_every_tensor_of_the_family(tmp_path: Path, family: str) -> Non
     assert [int(size) for size in up.shape] == [shape.hidden, shape.inner]  # its order is reversed
 
 
-def run_of(*arguments: object, where: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), *sys.path])
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *map(str, arguments)],
-        cwd=where,
-        env=os.environ | {"PYTHONPATH": path} | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-def test_a_run(tmp_path: Path) -> None:
-    """Decoding on a tiny model, one round: a checkpoint, a bundle, a check against transformers, and the pages."""
-    options = ["--model", "tiny", "--rounds", 1, "--threads", 1, "--only", "splitbundle torch", "--json"]
-    # Relative paths are relative to the caller's directory, not to the directory of the measured processes.
-    places = ["--directory", "models", "--results", "results", "--lock", "lock"]
-    done = run_of("decode", *options, *places, where=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (document,) = json.loads(done.stdout)
-    (run,) = document["runs"]
-    assert run["splitbundle torch"]["decode 256"] > run[sets.LIMIT]["decode 256"] > 0
-    assert run["the machine"]["read"] > 0
-    assert document["differences"]["splitbundle torch"] < 1e-5
-    assert document["machine"]["libraries"].keys() >= {"torch", "transformers"}
-    assert document["machine"]["splitbundle"]["version"] == splitbundle.__version__
-    assert (document["rounds"], document["rounds of the set"], document["interrupted"]) == (1, 5, False)
-    assert (document["only"], document["not run"][:2]) == (
-        ["splitbundle torch"],
-        ["splitbundle onnxruntime", PREPACKED],
-    )
-    name = f"decode-tiny-float32.{machine.tag(machine.facts())}.json"
-    assert json.loads((tmp_path / "results" / name).read_text("utf-8")) == document
-    page = (tmp_path / "results" / "decode.md").read_text("utf-8")
-    assert "| splitbundle torch |" in page
-    place = f"{machine.processor(machine.facts())}, 1 thread"
-    assert page.startswith(f"# decode\n\nMeasured on {place}.\n")
-    assert f"## decode tiny float32: {place}, 1 of 5 rounds\n\nOne round has no spread.\n" in page
-    assert " to " not in "".join(line for line in page.splitlines() if line.startswith("|"))
-    assert "Not run: splitbundle onnxruntime, " in page
-    assert "[decode](decode.md)" in (tmp_path / "results" / "README.md").read_text("utf-8")
-
-
 def test_what_computes_something_else_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text("{}", "utf-8")
     measuring = cases.Measuring(workshop=Workshop(tmp_path), threads=1, rounds=1, only=None, lock=None)
@@ -364,7 +318,7 @@ def test_the_contender_waits_as_the_command_does() -> None:
         command.run()
     """
     environment = {name: value for name, value in os.environ.items() if name not in WAITING}
-    environment["PYTHONPATH"] = os.pathsep.join(CHECKOUT)
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / name) for name in (".", "runtime", "converter", "schemas"))
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     own = CONTENDERS[TORCH_COMMAND].environment
     assert done.stdout == f"{[own[name] for name in WAITING]}\n", done.stderr
@@ -604,85 +558,3 @@ def test_an_interruption_keeps_whole_rounds() -> None:
     assert interleaved({"a": until(9), "b": until(2)}, 3, None)[0] == [{"a": {"t": 1.0}, "b": {"t": 1.0}}] * 2
     with pytest.raises(KeyboardInterrupt):
         interleaved({"a": until(9), "b": until(0)}, 3, None)
-
-
-CHECKOUT = [str(ROOT / name) for name in (".", "runtime", "converter", "schemas")]
-
-
-@pytest.fixture
-def nothing_else(tmp_path: Path) -> dict[str, str]:
-    """An environment that can import this checkout, but none of the measured libraries."""
-    for name in ("torch", "onnxruntime", "transformers"):
-        (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')", "utf-8")
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *CHECKOUT])}
-
-
-def test_a_run_that_is_interrupted_ends_with_130(tmp_path: Path, nothing_else: dict[str, str]) -> None:
-    results = tmp_path / "results"
-    command = [sys.executable, "-m", "benchmarks", "import", "--results", str(results), "--rounds", "500"]
-    with subprocess.Popen(command, env=nothing_else, stderr=subprocess.PIPE, text=True) as running:
-        assert running.stderr is not None
-        for line in running.stderr:
-            if line.startswith("round 1 "):
-                running.send_signal(signal.SIGINT)
-                break
-        said = running.stderr.read()
-    assert running.returncode == 130
-    assert said.splitlines()[-1] == "interrupted"
-    assert "Traceback" not in said
-    assert not list(results.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "told"),
-    [
-        (["decode", "--rounds", "0"], 2, "--rounds"),
-        (["decode", "--threads", "none"], 2, "--threads"),
-        (["decode", "--model", "other"], 2, "'other' isn't one of gpt2, "),
-        (["size", "--dtype", "bfloat16"], 2, "takes no --dtype bfloat16"),
-        (["decode", "--rounds", "1"], 2, "--results: "),
-        (["load", "--dtype", "bfloat16", "--results", "results"], 1, "nothing was measured"),
-        (["import", "--results", "file"], 1, "--results: "),
-        (["import", "--directory", "file/models"], 1, "--directory: "),
-        (["import", "--lock", "nowhere/lock"], 1, "--lock: "),
-    ],
-)
-def test_errors_are_one_line(tmp_path: Path, arguments: list[str], status: int, told: str) -> None:
-    (tmp_path / "file").touch()
-    done = run_of(*arguments, where=tmp_path)
-    assert (done.returncode, len(done.stderr.splitlines())) == (status, 1), done.stderr
-    assert told in done.stderr
-
-
-def test_missing_libraries_are_told_with_what_brings_them(tmp_path: Path) -> None:
-    def ran(*arguments: str, path: list[str]) -> tuple[int, str]:
-        options = [sys.executable, "-S", "-m", "benchmarks", *arguments, "--results", str(tmp_path / "results")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-        done = subprocess.run(options, env=environment, capture_output=True, text=True)
-        return done.returncode, done.stderr.splitlines()[-1]
-
-    told = 'not installed: pip install -e ".[bench]"'
-    assert ran("decode", path=CHECKOUT) == (4, f"torch, transformers, safetensors {told}")
-    assert ran("size", "--model", "tiny", path=CHECKOUT) == (4, f"torch, transformers {told}")
-    assert ran("import", path=[str(ROOT)]) == (4, f"splitbundle {told}")
-    assert not list((tmp_path / "results").iterdir())
-
-
-def test_importing_needs_no_library(tmp_path: Path, nothing_else: dict[str, str]) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks",
-        "import",
-        "--rounds",
-        "1",
-        "--json",
-        "--results",
-        str(tmp_path / "r"),
-    ]
-    done = subprocess.run(command, env=nothing_else, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (document,) = json.loads(done.stdout)
-    assert document["runs"][0].keys() == {"python -c pass", "import splitbundle"}
-    assert document["left out"]["import torch"] == "ImportError: no torch here"
-    assert document["goals"][0]["median"] is not None

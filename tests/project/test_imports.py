@@ -9,8 +9,9 @@ import ast
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatch
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -110,9 +111,19 @@ def modules(root: Path, package: str) -> dict[str, Path]:
     return found
 
 
-def imports(path: Path, known: Mapping[str, Path]) -> Iterator[Import]:
-    """Yield every import of a file. Names of ``known`` modules in strings count too."""
-    tree = ast.parse(path.read_text("utf-8"))
+def imports(path: Path, known: Mapping[str, Path]) -> tuple[Import, ...]:
+    """Return every import of a file. Names of ``known`` modules in strings count too."""
+    return imports_of(path.read_text("utf-8"), tuple(known))
+
+
+@cache
+def imports_of(text: str, known: tuple[str, ...]) -> tuple[Import, ...]:
+    """Return every import of a text, which the tests below read again and again."""
+    return tuple(_imports(text, frozenset(known)))
+
+
+def _imports(text: str, known: Collection[str]) -> Iterator[Import]:
+    tree = ast.parse(text)
     deferred = {
         inner
         for node in ast.walk(tree)
@@ -125,7 +136,7 @@ def imports(path: Path, known: Mapping[str, Path]) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno} has a relative import"
+            assert node.level == 0, f"line {node.lineno} has a relative import: {ast.unparse(node)}"
             module = node.module or ""
             inner = [f"{module}.{alias.name}" for alias in node.names]
             names = [name if name in known else module for name in inner]

@@ -243,8 +243,15 @@ def fuzz(name: str, arguments: list[str]) -> None:
     atheris.Fuzz()
 
 
-def run(name: str, seconds: int, corpus: str | None = None, before: str = "") -> int:
+def run(name: str, seconds: int, corpus: str | None = None, before: str = "", runs: int = -1) -> int:
     """Fuzz in a separate process, which runs the program ``before`` first. Return the number of executions.
+
+    Args:
+        name: The target.
+        seconds: The most seconds.
+        corpus: Where to begin, and to keep what reaches further; by default nowhere.
+        before: A program.
+        runs: The most executions; by default any number.
 
     Raises:
         RuntimeError: a finding, with libFuzzer's last words.
@@ -254,7 +261,7 @@ def run(name: str, seconds: int, corpus: str | None = None, before: str = "") ->
         directory.mkdir(exist_ok=True, parents=True)
         seeds(name, directory)
         limits = [f"-timeout={SECONDS_EACH}", "-rss_limit_mb=0", f"-max_len={LENGTH}"]
-        arguments = [*limits, f"-max_total_time={seconds}", "-print_final_stats=1", str(directory)]
+        arguments = [*limits, f"-max_total_time={seconds}", f"-runs={runs}", "-print_final_stats=1", str(directory)]
         program = f"{before}\nfrom tests.support import fuzzing; fuzzing.fuzz({name!r}, {arguments!r})"
         path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
         done = subprocess.run(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 
+import splitbundle
 import splitbundle_converter
 from splitbundle import Bundle
-from tests.support.models import LAYERS, checkpoint, scratch
+from tests.support.models import LAYERS, checkpoint, once
 
 
 def bundle(
@@ -21,5 +22,9 @@ def bundle(
 
 @cache
 def _bundle(name: str, split: tuple[int, ...], dtype: str, variant: str) -> Bundle:
-    output = scratch() / f"{name}-{'-'.join(map(str, split))}-{dtype}-{variant}.splitbundle"
-    return splitbundle_converter.convert(checkpoint(name, dtype), output, split=split, check=False, onnx=variant)
+    source = checkpoint(name, dtype)
+    made = once(
+        f"{name}-{'-'.join(map(str, split))}-{dtype}-{variant}.splitbundle",
+        lambda path: splitbundle_converter.convert(source, path, split=split, check=False, onnx=variant),
+    )
+    return splitbundle.open(made)

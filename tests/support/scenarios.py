@@ -6,13 +6,14 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from splitbundle.stages.session import Session
-from tests.support.models import TOLERANCE, expected_logits, relative, token_rows
+from tests.support.models import TOLERANCE, expect, expected_logits, relative, token_rows
 
 
 @dataclass
@@ -181,8 +182,43 @@ SCENARIOS: Final[dict[str, tuple[int, Callable[[Conversation], None]]]] = {
 """Name -> the rows, and the calls."""
 
 
+class _Recorded(Conversation):
+    """A conversation that calls nothing. It keeps the rows that no other row of its own begins with."""
+
+    def __post_init__(self) -> None:
+        self.histories = [[] for _ in range(self.rows)]
+        self.longest: set[tuple[int, ...]] = set()
+
+    def say(self, tokens: Sequence[Sequence[int]], side: Any = None, logits: Any = "all") -> None:
+        self.histories = [[*history, *new] for history, new in zip(self.histories, tokens, strict=True)]
+        rows = {tuple(history) for history in self.histories}
+        self.longest = {row for row in self.longest | rows if not any(_begins(row, other) for other in rows)}
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        self.histories = [h[: len(h) - n] for h, n in zip(self.histories, numbers, strict=True)]
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        self.histories = [list(self.histories[row]) for row in rows]
+
+
+def _begins(row: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return len(row) < len(other) and other[: len(row)] == row
+
+
+@cache
+def histories() -> tuple[tuple[int, ...], ...]:
+    """Return the rows of all scenarios, without those that another one begins with."""
+    found: set[tuple[int, ...]] = set()
+    for rows, scenario in SCENARIOS.values():
+        talk = _Recorded(None, rows, Worst(""), "")
+        scenario(talk)
+        found |= talk.longest
+    return tuple(sorted(row for row in found if not any(_begins(row, other) for other in found)))
+
+
 def run(pipeline: Any, worst: Worst, where: str) -> None:
     """Run all scenarios with one pipeline, which takes and gives tensors."""
+    expect(worst.name, histories())
     for rows, scenario in SCENARIOS.values():
         scenario(Conversation(pipeline, rows, worst, where))
 

@@ -4,9 +4,12 @@ The rules:
 
 1. Parity runs for each family in two configurations: the first in its table, which is its default shape, and the one
    with the most ways to go wrong (``ONE_PER_FAMILY``). The other configurations are long. The
-   scenarios of batches and caches at every cut, which take longest, run for ``ONE_PER_FAMILY`` alone.
-2. What a family's facts hardly change (another dtype, a second seed, the wrong facts that must show, any cuts of any
-   depth) runs for ``FEW``: configurations that together have every part of a decoder. The other families are long.
+   scenarios of batches and caches, which take longest, run for ``ONE_PER_FAMILY`` alone, each at another cut.
+   They run at every cut for ``FEW``.
+2. What depends on the facts of an architecture and not on its family (graphs, gradients, computing in bfloat16) runs
+   for ``EVERY_FACT``. What its facts hardly change (another dtype, a second seed, the wrong facts that must show, any
+   cuts of any depth) runs for ``FEW``: configurations that together have most parts of a decoder. The other families
+   are long.
 3. Of combinations (pairs of cuts, dtypes times dtypes, faults times system calls) one line through all values is short,
    and the rest is long.
 4. Families with experts differ little beside their router. Their parity at one cut runs for ``ONE_PER_FAMILY``; the
@@ -72,6 +75,28 @@ FEW: Final = frozenset(
 )
 """Both norms, all placements, caps, offsets, ALiBi, sinks, windows, chunks, temperatures, xIELU, fused projections, and
 experts."""
+EVERY_FACT: Final = FEW | frozenset(
+    {
+        "beam-tied",
+        "gemma3_text-linear-biased",
+        "gpt_neo-mixed-untied",
+        "gpt_oss",
+        "internlm3-biased",
+        "kolibri1",
+        "laguna-heads",
+        "mimo_v2_flash-groups",
+        "ministral3-window",
+        "mpt-six-heads-clipped",
+        "nanochat-biased",
+        "olmo2-biased",
+        "opt-post-narrow",
+        "phi-linear-tied",
+        "phimoe",
+        "stablelm-parallel-biased",
+        "xglm-odd-unscaled",
+    }
+)
+"""Configurations that together have every fact that any of ``USUAL`` has; ``project/test_tiers.py`` compares them."""
 
 
 def thinned(values: Iterable[Any], kept: Collection[Any]) -> list[Any]:

@@ -14,9 +14,10 @@ atheris = pytest.importorskip("atheris", reason="atheris is for Linux on x86-64"
 
 
 @pytest.mark.parametrize("name", fuzzing.TARGETS)
-def test_readers_take_or_refuse_whatever_comes(name: str, tally: Callable[[str, int], None]) -> None:
-    executions = fuzzing.run(name, seconds=2)
-    assert executions > 100
+@pytest.mark.parametrize("runs", [2000, pytest.param(50_000, marks=pytest.mark.long)])
+def test_readers_take_or_refuse_whatever_comes(name: str, runs: int, tally: Callable[[str, int], None]) -> None:
+    executions = fuzzing.run(name, seconds=600, runs=runs)
+    assert executions >= runs
     tally("inputs made by fuzzers taken or refused", executions)
 
 

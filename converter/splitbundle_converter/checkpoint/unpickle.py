@@ -66,20 +66,25 @@ def main(files: Sequence[Sequence[str]]) -> None:
 
         sizes = [os.path.getsize(source) for source, _ in files]
         limit(max(sizes, default=0), sum(sizes))
-        for number, (source, target) in enumerate(files):
-            say(reading=number)
-            try:
-                rewrite(source, target, lambda done: say(bytes=done))
-            except Refused as refused:
-                code = isinstance(refused, AsksForCode)
-                # The file determines these words. The parent cannot read a message that is too long.
-                words = {"expected": refused.expected, "got": refused.got, "name": refused.name}
-                say(refused=True, code=code, **{key: word and word[:MAX_WORDS] for key, word in words.items()})
-                return
-            except OSError as error:  # an error of writing: errors of reading are Refused
-                say(failed=_line(error))
-                return
-        say(done=len(files))
+        rewrite_all(files, say)
+
+
+def rewrite_all(files: Sequence[Sequence[str]], say: Callable[..., None]) -> None:
+    """Rewrite each pickle of ``files``, and say so in messages. The last one is ``done``, ``refused`` or ``failed``."""
+    for number, (source, target) in enumerate(files):
+        say(reading=number)
+        try:
+            rewrite(source, target, lambda done: say(bytes=done))
+        except Refused as refused:
+            code = isinstance(refused, AsksForCode)
+            # The file determines these words. The parent cannot read a message that is too long.
+            words = {"expected": refused.expected, "got": refused.got, "name": refused.name}
+            say(refused=True, code=code, **{key: word and word[:MAX_WORDS] for key, word in words.items()})
+            return
+        except OSError as error:  # an error of writing: errors of reading are Refused
+            say(failed=_line(error))
+            return
+    say(done=len(files))
 
 
 def limit(size: int, total: int, seconds: float = SECONDS) -> None:

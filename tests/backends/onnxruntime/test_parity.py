@@ -28,7 +28,7 @@ from tests.support.models import (
     token_rows,
 )
 from tests.support.scenarios import Worst, run
-from tests.support.tiers import FEW, USUAL, thinned
+from tests.support.tiers import EVERY_FACT, FEW, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEADY: Final = tuple(name for name in CONFIGURATIONS if name not in BY_PIECES)
@@ -73,7 +73,7 @@ def stages(whole: Bundle, *cuts: int) -> list[Any]:
 
 
 @pytest.mark.rule("SB-O-004", "SB-O-005", "SB-C-001")
-@pytest.mark.parametrize("name", thinned(STEADY, [name for name in ONE_EACH if name in USUAL]))
+@pytest.mark.parametrize("name", thinned(STEADY, EVERY_FACT))
 def test_scenarios_cut_everywhere(name: str) -> None:
     """Pieces, padding, rollback, reordering, last logits: results equal the original's, with a graph a layer."""
     worst = Worst(name)

@@ -51,7 +51,7 @@ from tests.support.models import (
     token_rows,
 )
 from tests.support.scenarios import Worst, chat, run
-from tests.support.tiers import FEW, TWO_PER_FAMILY, USUAL, crossed, thinned
+from tests.support.tiers import EVERY_FACT, FEW, TWO_PER_FAMILY, USUAL, crossed, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,7 +64,7 @@ STEADY: Final = tuple(name for name in CONFIGURATIONS if name not in BY_PIECES)
 """The configurations for which transformers gives the same results in any pieces."""
 HARDEST: Final = tuple(name for name in ONE_PER_FAMILY if name not in BY_PIECES)
 two_per_family = pytest.mark.parametrize("name", thinned(STEADY, TWO_PER_FAMILY))
-one_per_family = pytest.mark.parametrize("name", thinned(STEADY, [name for name in HARDEST if name in USUAL]))
+ONE_EACH: Final = frozenset(name for name in HARDEST if name in USUAL)
 few = pytest.mark.parametrize("name", thinned(STEADY, FEW))
 few_families = pytest.mark.parametrize("name", thinned(HARDEST, FEW))
 
@@ -89,8 +89,11 @@ def chain(name: str, cuts: Cuts) -> Pipeline:
 
 
 @pytest.mark.rule("SB-B-004", "SB-B-014", "SB-C-001")
-@one_per_family
-def test_prefill_and_decoding_at_every_cut(name: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "name"),
+    crossed([1, 2], STEADY, kept=lambda number, name: name in FEW or (name in ONE_EACH and number == 1)),
+)
+def test_prefill_and_decoding_at_every_cut(name: str, number: int) -> None:
     """One call runs without a cache; then a prefill and single tokens run with one.
 
     The rows pass every small window.
@@ -99,7 +102,7 @@ def test_prefill_and_decoding_at_every_cut(name: str) -> None:
     expected = torch.stack([expected_logits(name, tuple(row)) for row in rows])
     ids = torch.tensor(rows)
     worst = Worst(name)
-    for cuts in (*SINGLE_CUTS, *PAIRS_OF_CUTS):
+    for cuts in itertools.combinations(EVERYWHERE, number):
         stages: list[Stage] = list(chain(name, cuts).stages)  # type: ignore[arg-type]
         x = ids
         for part in stages:
@@ -145,31 +148,44 @@ def test_hidden_states_at_every_cut(name: str) -> None:
 # Long scenarios: see scenarios.py.
 
 
-def run_scenarios(name: str, everywhere: Sequence[Cuts]) -> None:
-    """All scenarios at all of the cuts."""
+PARTS: Final = ("one", "the others")
+
+
+def run_scenarios(name: str, part: str, everywhere: Sequence[Cuts]) -> None:
+    """All scenarios at one of the cuts, each model at another one, or at the others."""
+    own = everywhere[list(CONFIGURATIONS).index(name) % len(everywhere)]
     worst = Worst(name)
     for cuts in everywhere:
-        run(chain(name, cuts), worst, f"cuts {cuts}")
+        if (cuts == own) == (part == "one"):
+            run(chain(name, cuts), worst, f"cuts {cuts}")
     worst.check()
 
 
 @pytest.mark.rule("SB-B-003", "SB-B-004", "SB-B-005", "SB-B-006", "SB-B-007", "SB-B-008")
-@one_per_family
-def test_scenarios_at_every_cut(name: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "name"),
+    crossed(PARTS, STEADY, kept=lambda part, name: name in FEW or (name in ONE_EACH and part == "one")),
+)
+def test_scenarios_at_every_cut(name: str, part: str) -> None:
     """Pieces, padding, rollback, reordering, last logits: in every configuration, uncut and at every cut."""
-    run_scenarios(name, ((), *SINGLE_CUTS))
+    run_scenarios(name, part, ((), *SINGLE_CUTS))
 
 
 @pytest.mark.rule("SB-B-006", "SB-B-014")
-@few_families
-def test_scenarios_at_every_pair_of_cuts(name: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "name"), crossed(PARTS, HARDEST, kept=lambda part, name: name in FEW and part == "one")
+)
+def test_scenarios_at_every_pair_of_cuts(name: str, part: str) -> None:
     """The same with two boundaries, in the configuration of each family that has the most ways to go wrong."""
-    run_scenarios(name, PAIRS_OF_CUTS)
+    run_scenarios(name, part, PAIRS_OF_CUTS)
 
 
 @pytest.mark.rule("SB-B-006", "SB-B-008")
 @pytest.mark.parametrize(
-    ("seed", "name"), crossed(range(2), STEADY, kept=lambda seed, name: name in FEW or (name in HARDEST and not seed))
+    ("seed", "name"),
+    crossed(
+        range(2), STEADY, kept=lambda seed, name: name in FEW or (name in HARDEST and name not in ONE_EACH and not seed)
+    ),
 )
 def test_random_conversations(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls, rollbacks and reorderings come in a random order; once with the products of large weights."""
@@ -425,7 +441,7 @@ DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16":
         ["keep", "float32", "bfloat16", "float16"],
         ["float32", "bfloat16"],
         HARDEST,
-        kept=lambda dtype, source, name: name in FEW or (dtype, source) == ("bfloat16", "float32"),
+        kept=lambda dtype, source, name: name in FEW and (source == "float32") == (dtype == "bfloat16"),
     ),
 )
 def test_stored_dtypes(name: str, source: str, dtype: str, tmp_path: Path) -> None:
@@ -467,7 +483,7 @@ def test_golden_vectors_hold_the_rounded_weights(name: str, tmp_path: Path) -> N
     crossed(
         ["bfloat16", "float16"],
         CONFIGURATIONS,
-        kept=lambda dtype, name: name in FEW or (name in USUAL and dtype == "bfloat16"),
+        kept=lambda dtype, name: name in FEW or (name in EVERY_FACT and dtype == "bfloat16"),
     ),
 )
 def test_computing_in_16_bits(name: str, dtype: str, tmp_path: Path) -> None:

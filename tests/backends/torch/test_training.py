@@ -26,7 +26,7 @@ from tests.support.models import (
     token_rows,
 )
 from tests.support.pipelines import left_padded
-from tests.support.tiers import USUAL, thinned
+from tests.support.tiers import EVERY_FACT, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,7 +79,7 @@ def assert_gradients(whole: Bundle, gradients: dict[str, Tensor], model: Any) ->
     assert compared >= 6 * LAYERS
 
 
-@pytest.mark.parametrize("name", [*thinned(ONE_PER_FAMILY, USUAL), "gpt2", "gpt2-unscaled-untied", "llama"])
+@pytest.mark.parametrize("name", [*thinned(ONE_PER_FAMILY, EVERY_FACT), "gpt2", "gpt2-unscaled-untied", "llama"])
 def test_gradients_of_a_pipeline(name: str) -> None:
     whole = bundle(name)
     parts = whole.pipeline(trainable=True)

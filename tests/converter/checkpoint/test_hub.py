@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,6 +23,7 @@ from safetensors.torch import load_file
 import splitbundle
 import splitbundle_converter
 from splitbundle import BundleError
+from splitbundle.cli.main import main
 from tests.support.checkpoints import refused, said
 from tests.support.models import checkpoint
 from tests.support.paths import ROOT
@@ -28,6 +31,9 @@ from tests.support.paths import ROOT
 CHECKPOINT = ROOT / "examples" / "license-gpt2"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "someone/license-gpt2"
+
+
+Convert = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -103,7 +109,27 @@ def convert(hub: str, home: Path, *arguments: object, **variables: str) -> subpr
     )
 
 
-def test_a_hub_id_is_fetched_and_pinned_to_its_commit(hub: str, tmp_path: Path) -> None:
+@pytest.fixture
+def convert_here(monkeypatch: pytest.MonkeyPatch) -> Convert:
+    """Convert in this process, whose imports take no time. What the library has read of its variables is replaced."""
+    from huggingface_hub import constants
+
+    def run(hub: str, home: Path, *arguments: object, offline: bool = False) -> subprocess.CompletedProcess[str]:
+        out, err = io.StringIO(), io.StringIO()
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            patch.setattr(constants, "ENDPOINT", hub)
+            template = f"{hub}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+            patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+            patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+            patch.setattr(constants, "HF_HUB_OFFLINE", offline)
+            status = main(["convert", *map(str, arguments)])
+        return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+    return run
+
+
+def test_a_hub_id_is_fetched_and_pinned_to_its_commit(hub: str, tmp_path: Path, convert_here: Convert) -> None:
     output = tmp_path / "x.splitbundle"
     done = convert(
         hub, tmp_path / "hf", REPOSITORY, "--revision", "old", "--no-check", "-o", output, HF_TOKEN="hf_secret"
@@ -121,15 +147,15 @@ def test_a_hub_id_is_fetched_and_pinned_to_its_commit(hub: str, tmp_path: Path) 
 
     # From the cache alone, with the hub gone.
     again = tmp_path / "again.splitbundle"
-    done = convert(
-        "http://127.0.0.1:9", tmp_path / "hf", REPOSITORY, "--revision", COMMIT, "--no-check", "-o", again,
-        HF_HUB_OFFLINE="1",
-    )  # fmt: skip
+    away = ("http://127.0.0.1:9", tmp_path / "hf", REPOSITORY, "--revision", COMMIT, "--no-check", "-o", again)
+    done = convert_here(*away, offline=True)
     assert done.returncode == 0, done.stderr
     assert splitbundle.open(again).id == bundle.id
 
 
-def test_a_model_that_the_hub_has_as_a_pickle(hub: str, tmp_path: Path) -> None:
+def test_a_model_that_the_hub_has_as_a_pickle(
+    hub: str, tmp_path: Path, convert_here: Convert, pickles_here: None
+) -> None:
     """A pickle is fetched only if it is allowed. Files beside the model are never fetched."""
     local = tmp_path / "pickled"
     shutil.copytree(CHECKPOINT, local)
@@ -139,12 +165,12 @@ def test_a_model_that_the_hub_has_as_a_pickle(hub: str, tmp_path: Path) -> None:
         (local / name).write_bytes(b"never fetched")
     Hub.models = {"someone/pickled": local}
     output, words = tmp_path / "x.splitbundle", ("someone/pickled", "--no-check")
-    done = convert(hub, tmp_path / "hf", *words, "-o", output)
+    done = convert_here(hub, tmp_path / "hf", *words, "-o", output)
     assert done.returncode == 1
     assert "[source.pickle] pytorch_model.bin: expected weights in model.safetensors or " in done.stderr
     assert not any(".bin" in line for line in Hub.asked)
 
-    done = convert(hub, tmp_path / "hf", *words, "--allow-pickle", "-o", output)
+    done = convert_here(hub, tmp_path / "hf", *words, "--allow-pickle", "-o", output)
     assert done.returncode == 0, done.stderr
     made = splitbundle.open(output)
     assert (made.manifest.model.source, made.manifest.model.revision) == ("someone/pickled", COMMIT)
@@ -155,18 +181,20 @@ def test_a_model_that_the_hub_has_as_a_pickle(hub: str, tmp_path: Path) -> None:
     # From the cache alone, with the hub gone.
     again = tmp_path / "again.splitbundle"
     away = ("http://127.0.0.1:9", tmp_path / "hf", *words, "--allow-pickle", "-o", again)
-    done = convert(*away, HF_HUB_OFFLINE="1")
+    done = convert_here(*away, offline=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_safetensors_of_the_hub_come_first(hub: str, tmp_path: Path) -> None:
-    done = convert(hub, tmp_path / "hf", REPOSITORY, "--no-check", "--allow-pickle", "-o", tmp_path / "x.splitbundle")
+def test_safetensors_of_the_hub_come_first(hub: str, tmp_path: Path, convert_here: Convert) -> None:
+    done = convert_here(
+        hub, tmp_path / "hf", REPOSITORY, "--no-check", "--allow-pickle", "-o", tmp_path / "x.splitbundle"
+    )
     assert done.returncode == 0, done.stderr
     assert not any("pytorch_model.bin" in line for line in Hub.asked)
 
 
-def test_a_model_that_the_hub_lacks(hub: str, tmp_path: Path) -> None:
-    done = convert(hub, tmp_path / "hf", "someone/else", "-o", tmp_path / "x.splitbundle")
+def test_a_model_that_the_hub_lacks(hub: str, tmp_path: Path, convert_here: Convert) -> None:
+    done = convert_here(hub, tmp_path / "hf", "someone/else", "-o", tmp_path / "x.splitbundle")
     assert done.returncode == 1
     assert "[source.missing] someone/else: expected a directory here, or a model on the hub, got neither" in done.stderr
     assert "Check the path, or the id and --revision; a private model needs HF_TOKEN" in done.stderr

@@ -22,7 +22,7 @@ from tests.support.checkpoints import said
 from tests.support.models import bundle, make_model
 from tests.support.pickled import BIN, INDEX, SAFE, WHOLE, Call, convert, refused
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "pickles_here")
 STATE_DICT: Final = pickles.STATE_DICT
 
 LOAD: Final = torch.load
@@ -40,7 +40,9 @@ def test_without_the_flag(pickled: Callable[..., Path], output: Path) -> None:
 
 @pytest.mark.parametrize("allow_pickle", [False, True])
 @pytest.mark.parametrize("zipped", [False, True])
-def test_code_does_not_run(pickled: Callable[..., Path], output: Path, allow_pickle: bool, zipped: bool) -> None:
+def test_code_does_not_run(
+    child: None, pickled: Callable[..., Path], output: Path, allow_pickle: bool, zipped: bool
+) -> None:
     mark = output.parent.parent / "ran"
     path = pickled(
         "llama",
@@ -188,7 +190,7 @@ def test_what_is_no_state_dict(
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_a_tensor_that_is_none_is_named(pickled: Callable[..., Path], output: Path) -> None:
+def test_a_tensor_that_is_none_is_named(child: None, pickled: Callable[..., Path], output: Path) -> None:
     path = pickled("llama", lambda tensors: tensors | {"epoch": 3})
     assert str(refused(path, output)) == f"[source.state-dict] {BIN} /epoch: expected a tensor, got a int. {WHOLE}"
 

@@ -21,11 +21,12 @@ from splitbundle_converter.checkpoint import pickles
 from splitbundle_converter.families.table import FAMILIES
 from tests.converter.checkpoint.test_unpickle import bypassed
 from tests.support.checkpoints import MISSING, said
+from tests.support.command_line import run
 from tests.support.models import CONFIGURATIONS, ONE_PER_FAMILY, bundle, checkpoint, make_model
 from tests.support.pickled import BIN, INDEX, SAFE, WHOLE, Tensors, convert, refused
 from tests.support.tiers import USUAL, thinned
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "pickles_here")
 SHARDS: Final = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
 
 
@@ -116,7 +117,7 @@ def test_a_state_dict_of_a_module_with_its_parameters(tmp_path: Path, output: Pa
     assert convert(path, output).fingerprint == bundle("gpt2").fingerprint
 
 
-def test_the_format_of_before_2020(pickled: Callable[..., Path], output: Path) -> None:
+def test_the_format_of_before_2020(child: None, pickled: Callable[..., Path], output: Path) -> None:
     path = pickled("llama", _use_new_zipfile_serialization=False)
     assert not zipfile.is_zipfile(path / BIN)
     assert convert(path, output).fingerprint == bundle("llama").fingerprint
@@ -165,7 +166,7 @@ def in_pieces(path: Path, change: Callable[[dict[str, str], Tensors, Tensors], A
     (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def test_two_pickles_and_an_index(pickled: Callable[..., Path], output: Path) -> None:
+def test_two_pickles_and_an_index(child: None, pickled: Callable[..., Path], output: Path) -> None:
     path = pickled("llama")
     in_pieces(path)
     assert convert(path, output).fingerprint == bundle("llama").fingerprint
@@ -200,7 +201,7 @@ def test_indexes_that_lie(pickled: Callable[..., Path], output: Path, change: Ca
 
 
 def test_the_second_of_two_pickles_ends_the_child(
-    pickled: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+    child: None, pickled: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = pickled("llama")
     in_pieces(path)
@@ -221,19 +222,21 @@ def test_the_second_of_two_pickles_is_named(pickled: Callable[..., Path], output
     )
 
 
-def test_the_flag_of_the_command(pickled: Callable[..., Path], output: Path) -> None:
-    words = [sys.executable, "-m", "splitbundle", "convert", str(pickled("llama")), "-o", str(output), "--split", "2"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 1
-    assert "Or --allow-pickle" in done.stderr
-    done = subprocess.run([*words, "--allow-pickle"], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "checked against the original model" in done.stdout
+def test_the_flag_of_the_command(
+    child: None, pickled: Callable[..., Path], output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", pickled("llama"), "-o", output, "--split", "2"]
+    status, _, errors = run(capsys, *words)
+    assert status == 1
+    assert "Or --allow-pickle" in errors
+    status, said, errors = run(capsys, *words, "--allow-pickle")
+    assert status == 0, errors
+    assert "checked against the original model" in said
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_reading_streams(tmp_path: Path) -> None:
-    """The child copies no file: one of 512 MiB takes about the memory of a small one."""
+    """The child copies no file: one of 128 MiB takes about the memory of a small one."""
     probe = """
 import os, sys
 from splitbundle_converter.checkpoint import unpickle
@@ -248,7 +251,7 @@ unpickle.limit(os.path.getsize(sys.argv[1]), os.path.getsize(sys.argv[1]))
 unpickle.rewrite(sys.argv[1], sys.argv[2], wrote)
 print(peak - before)
 """
-    torch.save({f"x{i}": torch.full((2**22,), float(i)) for i in range(32)}, tmp_path / "x.pt")
+    torch.save({f"x{i}": torch.full((2**20,), float(i)) for i in range(32)}, tmp_path / "x.pt")
     done = subprocess.run(
         [sys.executable, "-c", probe, str(tmp_path / "x.pt"), str(tmp_path / "x.safetensors")],
         capture_output=True, text=True, timeout=600,

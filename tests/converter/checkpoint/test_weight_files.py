@@ -25,7 +25,7 @@ from tests.support.checkpoints import (
     said,
 )
 from tests.support.models import ONE_PER_FAMILY, bundle
-from tests.support.tiers import USUAL, thinned
+from tests.support.tiers import FEW, FEW_EXPERTS, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -257,7 +257,7 @@ def test_a_single_file_comes_before_an_index(source: Callable[[str], Path], outp
     accepted(path, output, force=True, check=False)
 
 
-@pytest.mark.parametrize("name", thinned(ONE_PER_FAMILY, USUAL))
+@pytest.mark.parametrize("name", thinned(ONE_PER_FAMILY, FEW | FEW_EXPERTS))
 def test_a_checkpoint_in_pieces_is_the_same_model(source: Callable[[str], Path], output: Path, name: str) -> None:
     path = source(name)
     in_pieces(path)

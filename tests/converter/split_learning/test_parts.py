@@ -21,7 +21,7 @@ from splitbundle_converter.families.table import FAMILIES
 from tests.support.checkpoints import MISSING, said
 from tests.support.models import bundle, checkpoint, load_original, make_model, original_logits, token_rows
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "pickles_here")
 
 CUTS: Final = (1, 3)
 RANGES: Final = {"bottom": (0, 1), "trunk": (1, 3), "top": (3, 4)}
@@ -96,9 +96,8 @@ def refused(path: Path, output: Path, *, allow_pickle: bool = True) -> BundleErr
 # What converts.
 
 
-@pytest.mark.parametrize("inclusive", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_three_parts_are_the_model(parts: Path, output: Path, name: str, inclusive: bool) -> None:
+@pytest.mark.parametrize(("name", "inclusive"), [("gpt2", False), ("llama", True)])
+def test_three_parts_are_the_model(child: None, parts: Path, output: Path, name: str, inclusive: bool) -> None:
     """The bundle keeps the cuts, passes the check, and has the fingerprint of the whole checkpoint."""
     made = convert(write(parts, name, inclusive=inclusive), output)
     assert made.manifest.vectors is not None

@@ -28,7 +28,8 @@ import random, sys
 import torch, splitbundle
 from splitbundle.training import Checkpoints
 
-bundle, directory, steps, stop, kind = splitbundle.open(sys.argv[1]), sys.argv[2], 8, int(sys.argv[3]), sys.argv[4]
+bundle, directory, steps, stop, kind = splitbundle.open(sys.argv[1]), sys.argv[2], 8, int(sys.argv[3]), sys.argv[-2]
+del sys.argv[2:4]  # the next run takes the next two
 torch.set_num_threads(1)
 torch.manual_seed(7)
 random.seed(7)
@@ -70,20 +71,22 @@ print([p.detach().double().sum().item() for p in parameters], optimizer.param_gr
 """
 
 
-def run(bundle: splitbundle.Bundle, directory: Path, stop: int, kind: str) -> str:
-    command = [sys.executable, "-W", "ignore", "-c", RUN, str(bundle.path), str(directory), str(stop), kind]
+def run(bundle: splitbundle.Bundle, kind: str, *runs: tuple[Path, int]) -> list[str]:
+    """Train in a new process. Each run has a directory and the step that it stops at. Return the line of each."""
+    program = "import sys\nfor _ in range((len(sys.argv) - 3) // 2):\n    exec(sys.argv[-1], {})"
+    words = [str(word) for each in runs for word in each]
+    command = [sys.executable, "-W", "ignore", "-c", program, str(bundle.path), *words, kind, RUN]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
     "kind", ["adamw", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("sgd", "adafactor", "rprop"))]
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
-    whole = run(gpt2, tmp_path / "whole", 8, kind)
-    run(gpt2, tmp_path / "parts", 4, kind)
-    assert run(gpt2, tmp_path / "parts", 8, kind) == whole
+    whole, _ = run(gpt2, kind, (tmp_path / "whole", 8), (tmp_path / "parts", 4))
+    assert run(gpt2, kind, (tmp_path / "parts", 8)) == [whole]
     one, other = (Checkpoints(tmp_path / name) for name in ("whole", "parts"))
     assert one.steps() == other.steps() == [6, 7, 8]
     tensors = [
