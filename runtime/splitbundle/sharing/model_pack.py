@@ -43,7 +43,7 @@ def configuration(manifest: Manifest, layers: Mapping[str, File]) -> bytes:
             "architecture": "transformer",
             "format": "splitbundle",
             "paramSize": _size(model.parameters),
-            "precision": ",".join(manifest.storage.dtypes),
+            "precision": ",".join((*manifest.storage.dtypes, *manifest.storage.extensions)),
             "capabilities": {"inputTypes": ["text"], "outputTypes": ["text"]},
         },
         "modelfs": {"type": "layers", "diffIds": [f"sha256:{file.sha256}" for file in layers.values()]},

@@ -22,13 +22,16 @@ def model_card(draft: Manifest, architecture: Architecture) -> bytes:
     changed = (
         [] if model.parent is None else [f"A changed copy of the model with the fingerprint `{model.parent}`.", ""]
     )
+    dtype = draft.storage.dtype
+    if draft.storage.encodings:
+        dtype += f", quantized to {' and '.join(sorted(set(draft.storage.encodings.values())))}"
     text = [
         *front,
         "---",
         "",
         f"# {model.name}",
         "",
-        f"The {model.family} model `{model.source}`, {model.parameters:,} parameters in {draft.storage.dtype}, "
+        f"The {model.family} model `{model.source}`, {model.parameters:,} parameters in {dtype}, "
         f"{len(architecture.layers)} layers, as a splitbundle: shards that run on their own.",
         "",
         *changed,
