@@ -22,6 +22,8 @@ def encoding_cases() -> Iterator[Case]:
         ("scale-infinite-negative", "a scale that is minus infinity", _scale(b"\x80\xff"), "weights.scale"),
         ("scale-shape", "scales for half as many blocks", _header(SCALE, shape=[16, 2]), "weights.tensors"),
         ("scale-dtype", "scales in float16", _header(SCALE, dtype="F16"), "weights.tensors"),
+        ("scale-missing", "codes without scales", _without(SCALE), "weights.tensors"),
+        ("codes-missing", "scales without codes", _without(MATRIX), "weights.tensors"),
         ("codes-dtype", "codes of blocks with a sign", _header(MATRIX, dtype="I8"), "weights.tensors"),
         ("codes-shape", "codes of a plain matrix", _header(MATRIX, shape=[32, 16]), "weights.tensors"),
         (
@@ -63,6 +65,19 @@ def _header(name: str, **values: Any) -> Callable[[bytes], bytes]:
         end = 8 + int.from_bytes(data[:8], "little")
         entries = json.loads(data[8:end])
         entries[name].update(values)
+        text = json.dumps(entries, separators=(",", ":")).encode("ascii")
+        return data[:8] + text.ljust(end - 8) + data[end:]
+
+    return change
+
+
+def _without(name: str) -> Callable[[bytes], bytes]:
+    """Leave a tensor out of the header, and keep the header's length."""
+
+    def change(data: bytes) -> bytes:
+        end = 8 + int.from_bytes(data[:8], "little")
+        entries = json.loads(data[8:end])
+        del entries[name]
         text = json.dumps(entries, separators=(",", ":")).encode("ascii")
         return data[:8] + text.ljust(end - 8) + data[end:]
 
