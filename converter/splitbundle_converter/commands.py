@@ -133,7 +133,8 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
             notes=console.collect(notes),
             progress=console.progress,
         )
-    return _report(bundle, output, console, _CHECKED[args.check], bundle.manifest.extensions.get(EXTENSION), notes)
+    checked = _CHECKED[args.check] + (f", and then quantized to {args.quantize}" if args.quantize else "")
+    return _report(bundle, output, console, checked, bundle.manifest.extensions.get(EXTENSION), notes)
 
 
 def _resplit_arguments(parser: argparse.ArgumentParser) -> None:

@@ -123,12 +123,18 @@ def convert(
         raise refusal("usage.size", None, expected, got, argument="max_file_size")
     mode = check_mode(check)
     check_only_one({"split": split, "equal": equal, "max_shard_size": max_shard_size})
-    graphs = request.graph_writer(onnx, genai=genai)
+    graphs = request.graph_writer(onnx if quantize is None else bool(onnx), genai=genai)
     # The path is made absolute first: replacing the current directory of this process would change its meaning.
     target = Path(os.path.abspath(output))
     if quantize is not None:
         if quantize not in QUANTIZED:
             raise refusal("usage.dtype", None, f"one of {', '.join(QUANTIZED)}", quoted(quantize), argument="quantize")
+        fitting = {"int8": "standard", "int4": "matmul_nbits"}[quantize]
+        if isinstance(onnx, str) and onnx != fitting:
+            hint = (
+                f"onnx=True takes {fitting}, the variant of graphs over weights of {quantize.removeprefix('int')} bits"
+            )
+            raise refusal("usage.onnx", None, fitting, quoted(onnx), argument="onnx", hint=hint)
         with scratch_directory(target, force=force) as beside:
             plain = convert(
                 source,
@@ -142,7 +148,7 @@ def convert(
                 part=part,
                 check=check,
                 max_file_size=max_file_size,
-                onnx=onnx,
+                onnx=bool(onnx),
                 genai=genai,
                 allow_pickle=allow_pickle,
                 tokenizer=tokenizer,

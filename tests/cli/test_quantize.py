@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def test_verify_also_says_how_far_it_is_from_the_original(
     status, out, err = run(capsys, "verify", "--run", made.path)
     assert status == 0, err
     assert "quantization moved it by" in out
+    assert "without rounding their other factor" in err
     status, out, _ = run(capsys, "verify", "--run", made.path, "--json", "--quiet")
     found = json.loads(out)
     assert (status, found["proves"]) == (0, "reproduction")
@@ -82,6 +84,27 @@ def test_verify_also_says_how_far_it_is_from_the_original(
     assert all(shard["weight_bytes"] < 0.4 * before for shard, before in zip(shards, plain, strict=True))
 
 
+def test_a_bundle_is_never_quantized_in_place(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.splitbundle"
+    shutil.copytree(bundle.path, own)
+    status, _, err = run(capsys, "quantize", own, "-o", own, "--force")
+    assert (status, "another directory" in err) == (2, True), err
+    assert splitbundle.open(own).id == bundle.id
+
+
+def test_convert_takes_the_variant_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = "convert", EXAMPLE, "--quantize", "int4", "--no-check", "--variant"
+    status, out, err = run(capsys, *given, "matmul_nbits", "-o", tmp_path / "one")
+    assert (status, "quantized to int4" in out) == (0, True), err
+    assert [shard.graph.variant for shard in splitbundle.open(tmp_path / "one").shards if shard.graph] == [
+        "matmul_nbits"
+    ]
+    status, _, err = run(capsys, *given, "standard", "-o", tmp_path / "two")
+    assert (status, "expected matmul_nbits" in err) == (2, True), err
+
+
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
@@ -90,6 +113,7 @@ def test_verify_also_says_how_far_it_is_from_the_original(
         (["--calibration", "x.txt"], 2, "--method gptq"),
         (["--text", "absent.txt"], 2, "a file that can be read"),
         (["--text", "x.txt", "--no-report"], 2, "a report"),
+        (["--to", "int8", "--method", "gptq"], 2, "rtn or search for int8"),
         (["--keep", "layers.77"], 2, "parts such as head"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,7 +83,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         report = reports.measure(bundle, made, text, console.progress) if args.report else None
     console.end_progress()
     size = sum(made.manifest.files[path].size for path in made.manifest.weight_files())
-    console.text(f"{args.output}: {size:,} bytes of weights")
+    used = Counter(made.manifest.storage.encodings.values())
+    counts = ", ".join(f"{count} in {name}" for name, count in sorted(used.items()))
+    console.text(f"{args.output}: {size:,} bytes of weights; matrices: {counts}")
     if report is not None:
         _show(report, console)
     console.text(f"  fingerprint {made.fingerprint}")

@@ -130,6 +130,11 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     distances = bundle.distances(backend=args.backend) if differences else []
     for distance in distances:
         console.text(f"  {distance.where:12} quantization moved it by {distance.relative:.2g} of the largest value")
+    if differences and bundle.manifest.storage.encodings:
+        console.note(
+            "Products with quantized weights were computed without rounding their other factor, to judge the weights. "
+            "By default a stage rounds it, and is faster: docs/guides/quantize.md says how far that moves results."
+        )
     if itself:
         console.note(
             "The weights of this bundle were changed, and its golden vectors are its own results. So this proves that "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
@@ -54,9 +55,16 @@ def quantize(
     if bundle.manifest.storage.encodings:
         hint = "Quantize the bundle that it was made from: rounding twice loses more"
         raise wrong_argument("bundle", "a bundle without quantized weights", quoted(bundle.path.name), hint)
+    if Path(os.path.realpath(output)) == Path(os.path.realpath(bundle.path)):
+        hint = "Quantized weights don't give back the numbers: keep the bundle that they were made from"
+        raise wrong_argument("output", "another directory than the bundle's own", quoted(str(output)), hint)
+    if method == "gptq" and to != "int4":
+        raise wrong_argument("method", "rtn or search for int8: only codes of 4 bits are calibrated", quoted(method))
     encodings = choose(bundle, to, group, keep)
     if not encodings:
-        raise wrong_argument("to", "at least one matrix that can be quantized", "none that is left")
+        which = f"keep={list(keep)!r} leaves none" if choose(bundle, to, group, ()) else "none has such sizes"
+        rule = "rows8 needs a multiple of 16 columns, and blocks4 a multiple of the group and of 16 rows"
+        raise wrong_argument("keep" if keep else "bundle", "at least one matrix that can be quantized", which, rule)
     old = bundle.manifest.storage
     storage = replace(
         old, exceptions={n: d for n, d in old.exceptions.items() if n not in encodings}, encodings=encodings
@@ -85,7 +93,9 @@ def choose(bundle: BundleReader, to: str, group: int, keep: Sequence[str]) -> di
         if part == "head" and tied:
             own.add(EMBEDDING)
         if not own:
-            raise wrong_argument("keep", "parts such as head, embedding, layers.0 or mlp.down", quoted(part))
+            last = len(bundle.architecture.layers) - 1
+            expected = f"parts such as head, embedding, layers.0 to layers.{last}, or mlp.down"
+            raise wrong_argument("keep", expected, quoted(part))
         kept |= own
     found = {}
     for name, shape in shapes.items():
@@ -103,7 +113,7 @@ def _calibration(bundle: BundleReader, given: Sequence[Sequence[int]] | None) ->
             return texts
         raise wrong_argument("calibration", "at least one text with a token", "none")
     if bundle.manifest.vectors is None:
-        hint = "Give texts to calibrate with, or another method"
+        hint = "Give a text to calibrate with (calibration), or another method"
         raise BundleError(
             Problem(code="vectors.none", expected="golden vectors, to calibrate with", got="none", hint=hint)
         )

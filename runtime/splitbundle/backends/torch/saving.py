@@ -129,7 +129,7 @@ def save_changed(
                 _note(notes, found)
             else:
                 entries = {found[0].file: found[1]}
-                if storage.encodings:
+                if storage.encodings and not bundle.manifest.storage.encodings:
                     kept_vectors = copy_original_vectors(bundle, root)
                     entries |= kept_vectors
                     found = replace(found[0], original=next(iter(kept_vectors))), found[1]
@@ -164,6 +164,8 @@ def tensors_of(bundle: BundleReader, stages: Stage | Pipeline | Sequence[Stage])
             more = sorted(own.keys() - expected_names)
             got = f"{quoted(more[0])}, which no bundle has" if more else f"no {min(expected_names - own.keys())!r}"
             hint = "Merge adapters into their layers first: stage.merge_lora(), or merge_and_unload() of PEFT"
+            if bundle.manifest.storage.encodings:
+                hint = "Adapters can't be merged into quantized weights: save them by themselves, with save_lora"
             raise wrong_argument("stages", f"the parameters of {quoted(stage.name)}, under their own names", got, hint)
         for name, parameter in own.items():
             parameter = getattr(parameter, "full_tensor", lambda own=parameter: own)()  # FSDP divides its parameters

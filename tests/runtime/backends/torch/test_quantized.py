@@ -224,6 +224,8 @@ def test_a_changed_norm_is_saved_beside_the_codes(made: dict[str, Bundle], tmp_p
     saved = bundle.save_as(tmp_path / "saved.splitbundle", stage)
     saved.verify(exact=True)
     assert saved.manifest.storage == bundle.manifest.storage
+    assert saved.manifest.vectors is not None
+    assert saved.manifest.vectors.original is None  # not only quantization moved its results
     assert saved.manifest.files["layer-000.safetensors"] == bundle.manifest.files["layer-000.safetensors"]
     one, other = LogicalTensors(saved, "layer-001"), LogicalTensors(bundle, "layer-001")
     assert [name for name in one if not torch.equal(one[name], other[name])] == ["layers.1.mlp_norm.weight"]
