@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, Final
@@ -11,6 +12,7 @@ from splitbundle.bundle import Bundle
 from splitbundle.cli.console import Console
 from splitbundle.comparison import records
 from splitbundle.comparison.records import Comparison, Cutting, FieldChange, FileChange, UnitChange, Weights
+from splitbundle.format.manifest.document import Storage
 
 RELATIONS: Final = {
     records.SAME_BUNDLE: "A and B are the same bundle",
@@ -161,8 +163,7 @@ def _same_values(weights: Weights) -> str:
 def _weights(weights: Weights, tensors: bool) -> list[Table]:
     tables: list[Table] = []
     if weights.a != weights.b:
-        exceptions = [f"{len(own.exceptions)} exceptions" if own.exceptions else "" for own in (weights.a, weights.b)]
-        rows = [("A", weights.a.dtype, exceptions[0]), ("B", weights.b.dtype, exceptions[1])]
+        rows = [(side, own.dtype, _others(own)) for side, own in (("A", weights.a), ("B", weights.b))]
         tables.append((("", "stored dtype", ""), rows))
     if tensors:
         rows_ = [row for unit in weights.units for row in _tensor_rows(unit)]
@@ -230,3 +231,10 @@ def _tensor_rows(unit: UnitChange) -> Iterator[tuple[str, ...]]:
         yield change.name, f"{values.differing:,} of {values.count:,}", f"{values.largest:.3g}", relative, odd
     if unit.not_compared is not None:
         yield unit.unit, "?", "", "", "a file isn't here" if unit.not_compared == records.ABSENT else "other digests"
+
+
+def _others(storage: Storage) -> str:
+    """Return how many tensors are stored otherwise than the rest."""
+    counts = Counter(storage.encodings.values())
+    found = [f"{len(storage.exceptions)} exceptions"] if storage.exceptions else []
+    return ", ".join([*found, *(f"{count} in {name}" for name, count in sorted(counts.items()))])
