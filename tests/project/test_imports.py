@@ -83,6 +83,7 @@ LIBRARIES = {
             *("onnx", "numpy", "jsonschema", "huggingface_hub"),
         },
         "gguf_files/*": {"splitbundle", "torch", "numpy", "transformers", "gguf"},
+        "exporting/gguf_*": {"splitbundle", "torch", "numpy", "gguf"},
         "text/*": {"splitbundle", "transformers", "tokenizers", "sentencepiece"},
     },
     "splitbundle_schemas": {},

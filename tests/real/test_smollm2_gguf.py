@@ -40,3 +40,28 @@ def test_it_converts_and_comes_back(
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is the capital of France?\n"), "utf-8"))
         assert main.main(["chat", str(made.path), "--backend", backend, "--threads", "1", "--no-defaults"]) == 0
         assert "Paris" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", ["plain", "int8", "int4"])
+def test_llama_cpp_runs_what_was_exported(smollm2_gguf: Path, tmp_path: Path, to: str) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python isn't installed")
+    made = splitbundle_converter.convert(
+        smollm2_gguf, tmp_path / "b.splitbundle", check="none", notes=lambda text: None
+    )
+    if to != "plain":
+        made = made.quantize(tmp_path / "small.splitbundle", to, method="rtn")
+    path = splitbundle_converter.export(made, tmp_path / "model.gguf", to="gguf")
+    model = llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False, n_threads=1)
+    text = "The capital of France is a city; naïve café, 日本語 🙂 1234.\n\n  It's"
+    ids = made.tokenizer().encode(text)
+    assert model.tokenize(text.encode(), add_bos=False, special=False) == ids
+    model.eval(ids)
+    theirs = torch.from_numpy(model.scores[: len(ids)].copy())
+    with torch.inference_mode():
+        mine = made.pipeline(dtype="float32", kernels="torch")(torch.tensor([ids]))[0]
+    # llama.cpp rounds the inputs of products to 8 bits, or to bfloat16.
+    moved = (mine.softmax(-1) - theirs.softmax(-1)).abs().sum(-1) / 2
+    assert moved.mean() < 0.1
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    said = model.create_chat_completion(question, max_tokens=16, temperature=0)
+    assert "Paris" in said["choices"][0]["message"]["content"]

@@ -1,4 +1,4 @@
-"""Export a bundle as a Hugging Face checkpoint. This needs neither transformers nor the original checkpoint."""
+"""Export a bundle as a checkpoint that other libraries load. The original checkpoint isn't needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from splitbundle_converter.exporting.weight_shards import divide, write_shards
 from splitbundle_converter.options import MAX_SHARD_SIZE, Note
 from splitbundle_converter.translation.restore import RestoredTensor, logical_tensors, restored_tensors
 
-FORMS: Final = ("hf",)
+FORMS: Final = ("hf", "gguf")
 
 
 def export(
@@ -43,31 +43,34 @@ def export(
     notes: Note | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write a Hugging Face checkpoint with the weights of a bundle, for ``from_pretrained``.
+    """Write the weights of a bundle as a Hugging Face checkpoint, for ``from_pretrained``, or as a GGUF file.
 
     Names and layouts come from the manifest. Each tensor is exact to the bit. Only one tensor at a time is in memory.
-    The directory appears complete, or not at all.
+    The output appears complete, or not at all.
 
     Args:
         bundle: A bundle with all weights.
-        output: The directory of the checkpoint.
-        to: The form: "hf".
+        output: The directory of the checkpoint, or the GGUF file.
+        to: The form: "hf", or "gguf" for llama.cpp. A GGUF file needs the extra ``gguf``.
         adapter: A directory with a LoRA, as PEFT or ``splitbundle.training.save_lora`` writes it, to merge first.
-        config: The path of a config.json to write in place of the one that the bundle carries.
+        config: The path of a config.json to write in place of the one that the bundle carries. A GGUF file has none.
         dequantize: Whether to write quantized weights as plain numbers in the dtype of the model. By default they are
-            written as compressed-tensors, bit for bit. With an adapter, all weights are plain.
+            written as compressed-tensors, or as blocks of GGUF, bit for bit. With an adapter, all weights are plain.
         max_shard_size: The size in bytes above which the weights are written as several files with an index.
+            A GGUF file is never divided.
         check: Whether to verify each weight file of the bundle before it is read.
-        force: Whether to replace a checkpoint that was exported before.
+        force: Whether to replace a checkpoint that was exported before, or a GGUF file.
         notes: A function that is called with a sentence for each thing that was changed or left out. By default, it
             becomes a warning.
         progress: A function that is called with the current step, the amount done, and the total amount.
 
     Returns:
-        The path of the checkpoint.
+        The path of the checkpoint or the file.
 
     Raises:
-        BundleError: ``usage.*``, ``output.*``, ``file.*``, ``json.*``, ``source.config``; ``adapter.*``.
+        BundleError: ``usage.*``, ``output.*``, ``file.*``, ``json.*``, ``source.config``; ``adapter.*``;
+            ``source.family`` for a model that llama.cpp has no name for.
+        MissingExtra: The library gguf isn't installed.
     """
     if to not in FORMS:
         raise refusal("usage.export", None, f"one of {', '.join(FORMS)}", quoted(to), _HINT, argument="to")
@@ -79,6 +82,24 @@ def export(
     refuse_missing(old, old.manifest.weight_files())
     target = Path(os.path.abspath(output))
     check_outside(old, target)
+    if to == "gguf":
+        if config is not None:
+            hint = "Leave it out: the metadata of the file is made of the bundle's facts"
+            raise refusal(
+                "usage.export", None, "no configuration for a GGUF file", quoted(config), hint, argument="config"
+            )
+        from splitbundle_converter.exporting.gguf_file import export_gguf  # it needs transformers
+
+        return export_gguf(
+            old,
+            target,
+            adapter=adapter,
+            dequantize=dequantize,
+            check=check,
+            force=force,
+            note=note,
+            progress=progress,
+        )
     restored = restored_tensors(old.manifest, old.architecture)
     names = _names(old, restored, note)
     configuration = config_file(old, config, note)

@@ -16,13 +16,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from splitbundle.backends.torch.weights import DTYPES, map_tensors
+from splitbundle.backends.torch.weights import DTYPES
 from splitbundle.bundle import Bundle
 from splitbundle.format.encodings import TABLE, Encoding
 from splitbundle.format.manifest.document import EMBEDDING
 from splitbundle.format.weight_layout import SCALE
 from splitbundle_converter.options import Note
-from splitbundle_converter.translation.restore import RestoredTensor
+from splitbundle_converter.translation.restore import RestoredTensor, stored_tensors
 
 _WEIGHT: Final = ".weight"
 _LEFT_OUT: Final = (EMBEDDING, "head.projection.weight")
@@ -70,16 +70,7 @@ def _words(codes: Tensor, encoding: Encoding) -> Tensor:
 def packed_tensors(bundle: Bundle, restored: Sequence[RestoredTensor], note: Note) -> list[RestoredTensor]:
     """Return the tensors of the checkpoint: each quantized weight that the format can hold as three of them."""
     storage = bundle.manifest.storage
-    units = {name: unit for unit in bundle.manifest.units for name in bundle.stored(unit)}
-    mapped: dict[str, Any] = {}
-
-    def stored(name: str) -> Tensor:
-        unit = units[name]
-        if unit not in mapped:
-            mapped[unit] = map_tensors(bundle, unit)
-        found: Tensor = mapped[unit][name]
-        return found
-
+    stored = stored_tensors(bundle)
     # A reader computes each number in the dtype of the scale.
     scales = "bfloat16" if storage.dtype == "bfloat16" else "float32"
     found: list[RestoredTensor] = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from splitbundle.backends.torch.logical import LogicalTensors
-from splitbundle.backends.torch.weights import DTYPES, rounded
+from splitbundle.backends.torch.weights import DTYPES, map_tensors, rounded
 from splitbundle.bundle import Bundle
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.dtypes import TABLE
@@ -119,6 +119,20 @@ def logical_tensors(bundle: Bundle) -> Callable[[str], Tensor]:
             mapped[unit] = LogicalTensors(bundle, unit)
         found = mapped[unit][name]
         return rounded(found, DTYPES[storage.dtype_of(name)], name) if name in storage.encodings else found
+
+    return tensor
+
+
+def stored_tensors(bundle: Bundle) -> Callable[[str], Tensor]:
+    """Return a function that gives a stored tensor, such as codes or scales, by its name. The tensors are mapped."""
+    units = {name: unit for unit in bundle.manifest.units for name in bundle.stored(unit)}
+    mapped: dict[str, Mapping[str, Tensor]] = {}
+
+    def tensor(name: str) -> Tensor:
+        unit = units[name]
+        if unit not in mapped:
+            mapped[unit] = map_tensors(bundle, unit)
+        return mapped[unit][name]
 
     return tensor
 

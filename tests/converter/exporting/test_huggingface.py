@@ -312,7 +312,7 @@ def test_no_file_of_a_bundle_takes_the_place_of_another(bundle: Bundle, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"to": "gguf"}, "[usage.export] to: expected one of hf, got 'gguf'"),
+        ({"to": "onnx"}, "[usage.export] to: expected one of hf, gguf, got 'onnx'"),
         ({"max_shard_size": 0}, "[usage.size] max_shard_size: expected a number of bytes from 1, got 0"),
         ({"max_shard_size": True}, "[usage.size] max_shard_size: expected a number of bytes from 1, got True"),
     ],
