@@ -196,7 +196,7 @@ class _Chosen:
         codes = graph.op("GatherND", f"{weight}.own", graph.stored(weight), index)
         scale, own = self._own("Gather", f"{weight}{SCALE}", self.expert), f"{name}.product" if biases else name
         if encoding.block is None:
-            y = add_integer_product(graph, own, x, codes, scale, graph.stored_shape(weight)[2])
+            y = add_integer_product(graph, own, x, codes, scale, graph.stored_shape(weight)[1:])
         else:
             y = add_unpacked_product(graph, own, x, codes, scale, encoding)
         return graph.op("Add", name, y, *biases) if biases else y

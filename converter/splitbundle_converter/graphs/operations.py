@@ -43,7 +43,7 @@ class Operations:
         own = f"{name}.product" if biases else name
         scale, codes = graph.weight(f"{weight}{SCALE}"), graph.stored(weight)
         if encoding.block is None:
-            y = add_integer_product(graph, own, x, codes, scale, graph.stored_shape(weight)[1])
+            y = add_integer_product(graph, own, x, codes, scale, graph.stored_shape(weight))
         else:
             y = add_nbits_product(graph, own, x, codes, scale, encoding)
         return graph.op("Add", name, y, *biases) if biases else y

@@ -6,6 +6,7 @@ product with ``blocks4`` is onnxruntime's own operator, because ONNX has none th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from splitbundle.format.encodings import Encoding
@@ -22,16 +23,16 @@ LEAST: Final = 1e-30
 (NBITS_DOMAIN,) = DOMAINS[NBITS]
 
 
-def add_integer_product(graph: GraphBuilder, name: str, x: str, codes: str, scale: str, width: int) -> str:
-    """Add a product with ``rows8``, for codes of ``width`` columns. Both integers of an input go through one product.
+def add_integer_product(graph: GraphBuilder, name: str, x: str, codes: str, scale: str, shape: Sequence[int]) -> str:
+    """Add a product with ``rows8``. Both integers of an input go through one product.
 
-    *Shape:* (rows, in), (out, in), (out) -> (rows, out).
+    *Shape:* (rows, in), (out, in), (out) -> (rows, out). ``shape`` is that of the codes.
     """
-    integers, steps = _split(graph, x, width)
+    integers, steps = _split(graph, x, shape[1])
     turned = graph.op("Transpose", f"{codes}.transposed", codes, perm=[1, 0])  # onnxruntime does it when it loads
-    both = graph.op("MatMulInteger", f"{name}.integers", integers, turned, graph.byte(ZERO))  # [2, rows, out]
-    both = graph.op("Mul", f"{name}.parts", graph.float32(f"{name}.float32", both), steps)
-    summed = graph.op("ReduceSum", f"{name}.sum", both, graph.integers(0), keepdims=0)
+    both = graph.op("MatMulInteger", f"{name}.integers", integers, turned, graph.byte(ZERO))  # [rows, 2, out]
+    summed = graph.op("MatMul", f"{name}.sum", steps, graph.float32(f"{name}.float32", both))  # [rows, 1, out]
+    summed = graph.op("Reshape", f"{name}.rows", summed, graph.integers(-1, shape[0]))
     return graph.op("Mul", name, summed, scale)
 
 
@@ -40,7 +41,7 @@ def _split(graph: GraphBuilder, x: str, width: int) -> tuple[str, str]:
 
     All products with the same input share them.
 
-    *Shape:* (rows, width) -> (2, rows, width) in uint8, (2, rows, 1).
+    *Shape:* (rows, width) -> (rows, 2, width) in uint8, (rows, 1, 2).
     """
     integers, steps = f"{x}.split", f"{x}.split.steps"
     if graph.has(integers):
@@ -52,12 +53,12 @@ def _split(graph: GraphBuilder, x: str, width: int) -> tuple[str, str]:
     high = graph.op("Round", f"{x}.split.high", scaled)
     rest = graph.op("Sub", f"{x}.split.rest", scaled, high)
     low = graph.op("Round", f"{x}.split.low", graph.op("Mul", f"{x}.split.wide", rest, graph.number(2.0 * LARGEST)))
-    both = graph.op("Concat", f"{x}.split.both", high, low, axis=0)
+    both = graph.op("Concat", f"{x}.split.both", high, low, axis=1)
     both = graph.op("Add", f"{x}.split.positive", both, graph.number(float(ZERO)))
     both = graph.cast(both, "float32", "uint8")
-    graph.op("Reshape", integers, both, graph.integers(2, -1, width))
-    factors = graph.floats([[[1.0]], [[1 / (2 * LARGEST)]]])
-    graph.op("Mul", steps, step, factors)
+    graph.op("Reshape", integers, both, graph.integers(-1, 2, width))
+    factors = graph.floats([[1.0, 1 / (2 * LARGEST)]])
+    graph.op("Unsqueeze", steps, graph.op("Mul", f"{x}.split.factors", step, factors), graph.integers(1))
     return integers, steps
 
 

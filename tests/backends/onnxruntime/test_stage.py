@@ -67,6 +67,37 @@ def test_options_of_another_backend(whole: Bundle, options: dict[str, Any], argu
     assert (caught.value.codes, caught.value.problems[0].argument) == (("stage.backend",), argument)
 
 
+@pytest.mark.parametrize(
+    ("version", "policy", "expected"),
+    [
+        ("1.32.0", None, {"session.intra_op.spin_duration_us": "50"}),
+        ("1.26.1", "active", {"session.intra_op.spin_duration_us": "50"}),
+        ("2.0.0+dev", None, {"session.intra_op.spin_duration_us": "50"}),
+        ("1.32.0", "passive", {"session.intra_op.allow_spinning": "0"}),
+        ("1.25.1", None, {"session.intra_op.allow_spinning": "0"}),
+        ("unknown", None, {"session.intra_op.allow_spinning": "0"}),
+    ],
+)
+def test_threads_spin_for_a_bounded_time_or_not_at_all(
+    whole: Bundle, monkeypatch: pytest.MonkeyPatch, version: str, policy: str | None, expected: dict[str, str]
+) -> None:
+    given: dict[str, str] = {}
+
+    class Options(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def add_session_config_entry(self, name: str, value: str) -> None:
+            given[name] = value
+            super().add_session_config_entry(name, value)
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    if policy is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    else:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    whole.pipeline(backend="onnxruntime", threads=1)
+    assert {name: value for name, value in given.items() if "spin" in name} == expected
+
+
 @pytest.mark.parametrize(("variant", "other"), [("standard", "bfloat16"), ("float16", "float32")])
 def test_graphs_compute_in_their_own_dtype(variant: str, other: str) -> None:
     whole = bundle("llama", (2,), "float16", variant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from splitbundle.storage.reader import BundleReader
 
 MAX_THREADS: Final = 1024
+SPINNING: Final = 50
+"""The microseconds for which a thread waits for more work before it sleeps."""
+_BOUNDED_SPINNING: Final = (1, 26)
+"""The first version of onnxruntime that can limit this time."""
 PIECE: int = 512
 """The number of tokens, over all rows, that a graph computes at once.
 
@@ -209,9 +214,8 @@ def load_stages(
             _check_dtype(shard, dtype)
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
-            # Each session has its own threads. By default they spin while they wait for work, and take CPU time from
-            # other processes and from the session of the next shard. spec/decisions/0016 has what that costs.
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            for entry, value in _waiting().items():
+                options.add_session_config_entry(entry, value)
             if number is not None:
                 options.intra_op_num_threads = number
             # Products with quantized weights are ten times as slow without their copy of the weights.
@@ -220,6 +224,20 @@ def load_stages(
             graphs.append(LoadedGraph(bundle, shard, options, chosen, exact=exact))
         stages.append(Stage(bundle, selection, graphs))
     return stages
+
+
+def _waiting() -> dict[str, str]:
+    """Return the options for how the threads of a session wait for work.
+
+    By default they spin for up to half a second, and take CPU time from other processes and from the session of the
+    next shard. If they sleep at once, each product waits until they have woken up. ``spec/decisions/0016`` has what
+    that costs. ``OMP_WAIT_POLICY=PASSIVE``, which the commands set, says the same to torch.
+    """
+    number = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
+    bounded = number is not None and (int(number[1]), int(number[2])) >= _BOUNDED_SPINNING
+    if not bounded or os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
+        return {"session.intra_op.allow_spinning": "0"}
+    return {"session.intra_op.spin_duration_us": str(SPINNING)}
 
 
 def _check_dtype(shard: Shard, wanted: str | None) -> None:
