@@ -54,16 +54,16 @@ def lay_out(tensors: dict[str, Tensor]) -> Layout:
     """Return the layout of some tensors.
 
     Tensors with a multiple of 64 bytes come first, matrices before the rest. The others follow, larger items first.
-    So the former are aligned to 64 bytes and the latter to their items, without holes and padding. Matrices that
-    multiply the same input lie side by side, because scales don't count as matrices. Within each group the order is
-    the given one, the order of use.
+    So the former are aligned to 64 bytes and the latter to their items, without holes and padding. Scales don't count
+    as matrices, and come before other vectors. So the matrices that multiply the same input lie side by side, and so
+    do their scales and their biases. Within each group the order is the given one, the order of use.
     """
 
-    def place(name: str) -> tuple[bool, int]:
-        tensor = tensors[name]
+    def place(name: str) -> tuple[bool, int, bool]:
+        tensor, is_scale = tensors[name], name.endswith(SCALE)
         if tensor.size % TENSOR_ALIGNMENT == 0:
-            return False, -1 if name.endswith(SCALE) else -min(len(tensor.shape), 2)
-        return True, -TABLE[tensor.dtype].size
+            return False, 1 if is_scale or len(tensor.shape) < 2 else 0, not is_scale
+        return True, -TABLE[tensor.dtype].size, not is_scale
 
     layout: Layout = {}
     offset = 0

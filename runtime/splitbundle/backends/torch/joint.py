@@ -68,8 +68,10 @@ class Joint:
             kernel = joint_kernel(x, *self.shape, self.weight.dtype)
             if kernel is None or (unless_fused and kernel == ONEDNN):
                 return None
-        elif not takes_few_steps() or quantized_kernel(x, self.quantized.encoding) == TORCH:
-            return None
+        else:
+            whole = self.quantized
+            if not takes_few_steps() or quantized_kernel(x, whole.out_features, whole.encoding) == TORCH:
+                return None
         layers = block._modules
         for name, members in self.members:
             layer = layers[name]

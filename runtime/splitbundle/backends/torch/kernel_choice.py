@@ -34,8 +34,8 @@ KERNELS: Final[dict[str, tuple[str, ...]]] = {
     "float32/2-3": (TORCH, ONEDNN),
     "float32/4-": (ONEDNN, TORCH),
     "bfloat16/1": (COLUMN, GEMV, TORCH),
-    "rows8-bfloat16/1": (INT8PACK, COLUMNS, TORCH),
-    "rows8-bfloat16/2-8": (COLUMNS, INT8PACK, TORCH),
+    "rows8-bfloat16/1-8": (INT8PACK, COLUMNS, TORCH),
+    "rows8-bfloat16-amx/1-8": (COLUMNS, INT8PACK, TORCH),
     "rows8-float32/1-8": (COLUMNS, INT8PACK, TORCH),
     "blocks4/1-16": (INT4PACK, TORCH),
     STEPS: (FEW, TORCH),
@@ -44,7 +44,8 @@ KERNELS: Final[dict[str, tuple[str, ...]]] = {
 
 "torch" is ``functional.linear`` as it is. "onednn" is oneDNN through the operator of torch's compiler. "gemv" is
 torch's own kernel for one row, which runs where oneDNN is switched off. "column" is the weight times a vector: the same
-kernel as "torch" in float32, with fewer steps around it. The first kernel of each line is preferred.
+kernel as "torch" in float32, with fewer steps around it. The first kernel of each line is preferred. ``quantized``
+explains "int8pack", "columns" and "int4pack", and for which products a processor with AMX has a key of its own.
 
 The key "steps" says in how many steps a layer computes. With "few", linear layers that multiply the same input are one
 product where their weights lie side by side, and the RMSNorm of a single position takes three steps. With "torch",

@@ -247,12 +247,16 @@ def product(kernel: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     return _column(x, weight, bias) if kernel == COLUMN else functional.linear(x, weight, bias)
 
 
-def quantized_kernel(x: Tensor, encoding: Encoding) -> str:
-    """Return the kernel that should multiply by a quantized weight. *Shape:* x (…, columns)."""
+def quantized_kernel(x: Tensor, outputs: int, encoding: Encoding) -> str:
+    """Return the kernel that should multiply by a quantized weight with so many rows. *Shape:* x (…, columns)."""
     if torch.compiler.is_compiling() or not _is_plain_input(x):
         return TORCH
-    key = quantized.key(x, encoding)
-    return TORCH if key is None else _kernel(key)
+    key = quantized.key(x, outputs, encoding)
+    kernel = TORCH if key is None else _kernel(key)
+    if kernel == COLUMNS and not torch._C._get_mkldnn_enabled():
+        # Without oneDNN, torch multiplies integers in a plain loop. The switch for "gemv" turns it off, too.
+        return INT8PACK if quantized.works(INT8PACK) else TORCH
+    return kernel
 
 
 def takes_few_steps() -> bool:
@@ -274,19 +278,20 @@ def joint_kernel(x: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> st
 def rms_norm(x: Tensor, size: Sequence[int], weight: Tensor | None, eps: float) -> Tensor:
     """Return x / √(mean(x²) + eps) · w, with the mean over the last dimension. *Shape:* (…, size), (size) -> (…, size).
 
-    torch computes eight steps. For a single position in float32 on the CPU, three are enough.
+    torch computes eight steps, and two more in bfloat16. For a single position on the CPU, three and five are enough.
     """
     if (
         weight is not None
         and not torch.compiler.is_compiling()
-        and x.dtype == torch.float32
+        and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() == size[0]
         and _kernel(STEPS) == FEW
         and _is_plain(x, weight)
     ):
-        square = _norm(x).item() ** 2 / size[0] + eps
+        wide = x.float()
+        square = _norm(wide).item() ** 2 / size[0] + eps
         if square > 0:
-            return (x / math.sqrt(square)).mul_(weight)
+            return (wide / math.sqrt(square)).mul_(weight).to(x.dtype)
     return functional.rms_norm(x, size, weight, eps)
 
 

@@ -27,6 +27,14 @@ Packed = tuple[Tensor, Tensor]
 FEW_ROWS: Final = 8
 """The most rows for which the two kernels of ``rows8`` that read bytes are faster than making the numbers."""
 FEW_ROWS_OF_BLOCKS: Final = 16
+_AMX: Final = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+"""Whether the processor has AMX. Then ``columns`` takes no longer for 16 columns than for one."""
+_FEWER_ROWS: Final = 4
+"""The most rows for which ``int8pack`` is faster even with AMX, unless the weight is wide."""
+_WIDE: Final = 2**22
+"""The fewest numbers of a wide weight, which has at least twice as many rows as columns. ``int8pack`` reads many short
+rows more slowly."""
+_LARGEST: Final = 127 * 256
 _PACKED_ROWS: Final = 64
 """torch packs 64 rows of ``blocks4`` together, so a matrix can be packed in slices of so many rows."""
 _SLICE: Final = 64 * _PACKED_ROWS
@@ -83,17 +91,18 @@ def int8pack(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 def columns(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Return x Wᵀ of ``rows8`` with products of integers. *Shape:* (rows, columns) -> (rows, …).
 
-    Each row of x becomes s · (h + l / 254), with h and l from -127 to 127. The weight is the left factor, so that its
-    bytes are read once for all columns.
+    Each number of x becomes s · (256 · h + l), with h from -127 to 127 and l from -128 to 127. The weight is the left
+    factor, so that its bytes are read once for all columns.
     """
-    x32 = x.float()
-    step = x32.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
-    scaled = x32 / step
-    high = scaled.round()
-    low = ((scaled - high) * 254).round()
-    both = torch.cat((high, low)).to(torch.int8).t().contiguous()
-    first, second = torch._int_mm(codes, both).float().chunk(2, dim=1)
-    return (torch.add(first, second, alpha=1 / 254).t() * (step * scale.float())).to(x.dtype)
+    rows, x32 = len(x), x.float()
+    step = x32.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30).div_(_LARGEST)
+    whole = (x32 / step).round_().to(torch.int16)
+    # The two bytes of whole + 128 are l + 128 and h. The second step makes l signed.
+    parts = whole.add_(128).bitwise_xor_(128).t().contiguous().view(-1).view(torch.int8).view(-1, 2 * rows)
+    both = torch._int_mm(codes, parts).float()
+    summed = torch.add(both[:, 0::2], both[:, 1::2], alpha=256)
+    product: Tensor = summed.t() * (step * scale)
+    return product.to(x.dtype)
 
 
 def pack(codes: Tensor, scale: Tensor, encoding: Encoding) -> Packed:
@@ -116,15 +125,20 @@ def int4pack(x: Tensor, packed: Packed, encoding: Encoding) -> Tensor:
     return product.to(x.dtype)
 
 
-def key(x: Tensor, encoding: Encoding) -> str | None:
-    """Return the key of a product in ``KERNELS``, or None if the numbers of the weight must be made."""
-    rows = x.numel() // x.shape[-1]
+def key(x: Tensor, outputs: int, encoding: Encoding) -> str | None:
+    """Return the key of a product in ``KERNELS``, or None if the numbers of the weight must be made.
+
+    *Shape:* x (…, inputs), the weight (outputs, inputs).
+    """
+    inputs = x.shape[-1]
+    rows = x.numel() // inputs
     if encoding.block is not None:
         return "blocks4/1-16" if rows <= FEW_ROWS_OF_BLOCKS else None
     if rows > FEW_ROWS:
         return None
     if x.dtype == torch.bfloat16:
-        return "rows8-bfloat16/1" if rows == 1 else "rows8-bfloat16/2-8"
+        wide = outputs >= 2 * inputs and outputs * inputs >= _WIDE
+        return "rows8-bfloat16-amx/1-8" if _AMX and (wide or rows > _FEWER_ROWS) else "rows8-bfloat16/1-8"
     return "rows8-float32/1-8"
 
 
@@ -135,7 +149,8 @@ def works(kernel: str) -> bool:
     Without the instructions for it, oneDNN adds products of 8 bits in 16 bits, which saturate silently.
     """
     encoding = TABLE["blocks4_32" if kernel == INT4PACK else "rows8"]
-    x = torch.tensor([[1.0], [-1.0], [0.5]]).expand(3, 64).contiguous()
+    # The second number of each row becomes h = ±127 and l = -128, the largest parts.
+    x = torch.tensor([[1.0, 1 - 128 / _LARGEST], [-1.0, -1 - 128 / _LARGEST], [0.5, 0.25]]).repeat(1, 32)
     scale = torch.full((64,) if encoding.block is None else (64, 2), 2.0, dtype=torch.bfloat16)
     try:
         if kernel == INT4PACK:

@@ -201,7 +201,11 @@ def test_a_short_norm_equals_torchs(stage: Stage, monkeypatch: pytest.MonkeyPatc
         x = torch.randn(1, 1, 64, generator=generator) * scale
         got, expected = kernels.rms_norm(x, (64,), weight, 1e-6), functional.rms_norm(x, (64,), weight, 1e-6)
         assert torch.allclose(got, expected, rtol=2e-6, atol=0), scale
-    assert len(taken) == 5
+        half, own = x.bfloat16(), weight.bfloat16()
+        got, expected = kernels.rms_norm(half, (64,), own, 1e-6), functional.rms_norm(half, (64,), own, 1e-6)
+        assert got.dtype == torch.bfloat16
+        assert torch.allclose(got.float(), expected.float(), rtol=2**-7, atol=0), scale
+    assert len(taken) == 10
     zero, bad = torch.zeros(1, 1, 64), torch.full((1, 1, 64), float("nan"))
     assert torch.equal(
         kernels.rms_norm(zero, (64,), weight, 0.0).isnan(), functional.rms_norm(zero, (64,), weight, 0.0).isnan()
@@ -209,7 +213,7 @@ def test_a_short_norm_equals_torchs(stage: Stage, monkeypatch: pytest.MonkeyPatc
     assert kernels.rms_norm(bad, (64,), weight, 1e-6).isnan().all()
     taken.clear()
     kernels.rms_norm(torch.zeros(1, 2, 64), (64,), weight, 1e-6)
-    kernels.rms_norm(zero.bfloat16(), (64,), weight.bfloat16(), 1e-6)
+    kernels.rms_norm(zero.half(), (64,), weight.half(), 1e-6)
     with torch.enable_grad():
         slope = kernels.rms_norm(zero + 1, (64,), nn.Parameter(weight), 1e-6)
         assert slope.requires_grad

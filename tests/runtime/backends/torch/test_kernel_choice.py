@@ -126,7 +126,7 @@ def test_a_choice_as_text() -> None:
     choice = PINNED | {"float32/1": "onednn", "bfloat16/1": "gemv"}
     text = kernel_choice.as_text(choice)
     plain = "float32/1=onednn,float32/2-3=torch,float32/4-=torch,bfloat16/1=gemv"
-    quantized = "rows8-bfloat16/1=torch,rows8-bfloat16/2-8=torch,rows8-float32/1-8=torch,blocks4/1-16=torch"
+    quantized = "rows8-bfloat16/1-8=torch,rows8-bfloat16-amx/1-8=torch,rows8-float32/1-8=torch,blocks4/1-16=torch"
     assert text == f"{plain},{quantized},steps=torch"
     assert kernel_choice.parse(text) == choice
     assert kernel_choice.parse(" bfloat16/1=gemv, float32/1=onednn") == choice

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import splitbundle
 from splitbundle import Bundle, BundleError, training
-from splitbundle.backends.torch import quantized, rounding
+from splitbundle.backends.torch import kernels, quantized, rounding
 from splitbundle.backends.torch.kernel_choice import COLUMNS, INT4PACK, INT8PACK
 from splitbundle.backends.torch.logical import LogicalTensors
 from splitbundle.backends.torch.weights import map_tensors
@@ -362,3 +362,63 @@ def test_layers_with_one_input_are_one_product(made: dict[str, Bundle], form: st
         assert block.joint.product(x, block, unless_fused=True) is None
         handle.remove()
         assert block.joint.product(torch.randn(1, 40, 128).to(x), block) is None
+
+
+@pytest.mark.rule("SB-W-008")
+@pytest.mark.parametrize("to", ["int8", "int4"])
+def test_layers_with_biases_are_one_product_too(tmp_path: Path, to: str) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    import splitbundle_converter
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=96, num_hidden_layers=1, max_position_embeddings=64, **sizes))
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.1
+    model.save_pretrained(tmp_path / "source")
+    bundle = splitbundle_converter.convert(tmp_path / "source", tmp_path / "plain.splitbundle")
+    stage = bundle.quantize(tmp_path / "small.splitbundle", to, method="rtn").stage(layers=(0, 1), kernels="auto")
+    block = stage.layers["0"].attention
+    x = torch.randn(1, 1, 128).to(stage.dtype)
+    with torch.no_grad():
+        joint = block.joint.product(x, block)
+        assert (joint is None) == (not quantized.works(INT4PACK if to == "int4" else COLUMNS))
+        apart = torch.cat([layer(x) for layer in (block.query, block.key, block.value)], dim=-1)
+        assert joint is None or torch.equal(joint, apart)
+
+
+@pytest.mark.skipif(not quantized.works(COLUMNS), reason="no product of integers")
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_inputs_keep_fifteen_bits(rows: int) -> None:
+    codes = torch.eye(32, dtype=torch.int8) * 127
+    x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)) ** 3
+    x[0, :4] = torch.tensor([1.0, -1.0, 32384 / 32512, -32385 / 32512]) * x[0].abs().max()  # the largest parts
+    got = quantized.columns(x, codes, torch.full((32,), 1 / 128, dtype=torch.bfloat16)) * 128 / 127
+    step = x.abs().amax(dim=-1, keepdim=True) / 32512
+    assert ((got - x).abs() <= 0.51 * step).all()
+    assert torch.equal(
+        quantized.columns(torch.zeros(rows, 32), codes, torch.ones(32).bfloat16()), torch.zeros(rows, 32)
+    )
+
+
+def test_the_kernel_depends_on_the_processor_and_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, six, wide = torch.ones(1, 1024).bfloat16(), torch.ones(6, 1024).bfloat16(), 8192
+
+    def keys() -> list[str | None]:
+        encoding = TABLE["rows8"]
+        given = ((one, 1024), (one, wide), (six, 1024), (six.float(), wide), (torch.ones(9, 1024), 1024))
+        return [quantized.key(x, outputs, encoding) for x, outputs in given]
+
+    monkeypatch.setattr(quantized, "_AMX", False)
+    assert keys() == [*["rows8-bfloat16/1-8"] * 3, "rows8-float32/1-8", None]
+    monkeypatch.setattr(quantized, "_AMX", True)
+    assert keys() == ["rows8-bfloat16/1-8", *["rows8-bfloat16-amx/1-8"] * 2, "rows8-float32/1-8", None]
+
+
+@pytest.mark.skipif(not quantized.works(INT8PACK), reason="no kernel for weights of 8 bits")
+def test_integers_are_not_multiplied_where_onednn_is_off() -> None:
+    x, encoding = torch.ones(1, 64), TABLE["rows8"]
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        assert kernels.quantized_kernel(x, 64, encoding) == INT8PACK
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=True):
+        assert kernels.quantized_kernel(x, 64, encoding) == (COLUMNS if quantized.works(COLUMNS) else INT8PACK)
