@@ -35,6 +35,8 @@ _WIDE: Final = 2**22
 """The fewest numbers of a wide weight, which has at least twice as many rows as columns. ``int8pack`` reads many short
 rows more slowly."""
 _LARGEST: Final = 127 * 256
+_PIECE: Final = 2**20
+"""How many numbers are made at once, so that each step finds them in the processor's cache."""
 _PACKED_ROWS: Final = 64
 """torch packs 64 rows of ``blocks4`` together, so a matrix can be packed in slices of so many rows."""
 _SLICE: Final = 64 * _PACKED_ROWS
@@ -47,10 +49,24 @@ def dequantized(codes: Tensor, scale: Tensor, encoding: Encoding, dtype: torch.d
     """
     if encoding.block is None:
         return (codes.float() * scale.float()[..., None]).to(dtype)
-    whole = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
     # A code has 4 bits and a scale 8, so bfloat16 rounds the product once.
-    numbers = whole.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32).sub_(8)
-    return numbers.mul_(scale.to(numbers.dtype)[..., None]).flatten(-2).to(dtype)
+    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    rows, factors = codes.flatten(0, -3), scale.to(wide).flatten(0, -2)[..., None]
+    out = torch.empty((*rows.shape[:2], 2 * rows.shape[2]), dtype=wide, device=codes.device)
+    step = max(1, _PIECE // out[0].numel()) if out.numel() else 1
+    for start in range(0, len(rows), step):
+        own = slice(start, start + step)
+        torch.mul(_integers(rows[own]).to(wide), factors[own], out=out[own])
+    return out.view(*scale.shape[:-1], -1).to(dtype)
+
+
+def _integers(codes: Tensor) -> Tensor:
+    """Return the codes of bytes, less 8. *Shape:* (…, bytes) -> (…, 2 · bytes), in bfloat16.
+
+    0x4300 is 128 in bfloat16, and the four bits below it count in ones. So each half of a word becomes 128 and a code.
+    """
+    words = codes.to(torch.int32).mul_(1 << 12 | 1).bitwise_and_(0x000F000F).bitwise_or_(0x43004300)
+    return words.view(torch.bfloat16).sub_(128 + 8)
 
 
 class _Product(torch.autograd.Function):
@@ -110,12 +126,36 @@ def pack(codes: Tensor, scale: Tensor, encoding: Encoding) -> Packed:
 
     *Shape:* (rows, blocks, block / 2), (rows, blocks) -> (rows, columns / 2), (blocks, rows, 2).
     """
-    parts = []
-    for part in codes.split(_SLICE):  # type: ignore[no-untyped-call]
-        whole = torch.stack((part & 15, part >> 4), dim=-1).flatten(1).to(torch.int32)
-        parts.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1))
     scales = torch.stack((scale.t(), torch.zeros_like(scale.t())), dim=-1).contiguous()
-    return torch.cat(parts), scales
+    if len(codes) % _PACKED_ROWS == 0 and _packs_pairs_of_rows():
+        return _paired(codes), scales
+    return torch.cat([_packed_by_torch(part) for part in codes.split(_SLICE)]), scales  # type: ignore[no-untyped-call]
+
+
+def _packed_by_torch(codes: Tensor) -> Tensor:
+    whole = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).to(torch.int32)
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
+    return packed
+
+
+def _paired(codes: Tensor) -> Tensor:
+    """Return what torch packs on processors with AVX-512, in a sixth of the time.
+
+    Of each 64 rows, a byte has the codes of one column in the rows d and d + 32.
+    """
+    halves = codes.reshape(len(codes) // _PACKED_ROWS, 2, _PACKED_ROWS // 2, -1).transpose(2, 3).contiguous()
+    first, second = halves.unbind(1)
+    packed = torch.empty((*first.shape[:2], 2, first.shape[2]), dtype=torch.uint8)
+    torch.bitwise_or(first & 15, second << 4, out=packed[:, :, 0])
+    torch.bitwise_or(first >> 4, second & 0xF0, out=packed[:, :, 1])
+    return packed.view(len(codes), -1)
+
+
+@cache
+def _packs_pairs_of_rows() -> bool:
+    """Return whether torch packs as ``_paired`` does. It depends on the processor."""
+    codes = torch.arange(2 * _PACKED_ROWS * 16).mul_(167).to(torch.uint8).view(-1, 1, 16)
+    return torch.equal(_packed_by_torch(codes), _paired(codes))
 
 
 def int4pack(x: Tensor, packed: Packed, encoding: Encoding) -> Tensor:
