@@ -59,7 +59,7 @@ class Codes(nn.Module):
         if expert is not None:
             codes, scale = codes[expert], scale[expert]
             bias = None if bias is None else bias[expert]
-        kernel = quantized_kernel(x, len(codes), self.encoding) if codes.is_cpu else ""
+        kernel = quantized_kernel(x, codes.shape[0], self.encoding) if codes.is_cpu else ""
         if kernel not in (INT8PACK, COLUMNS, INT4PACK):
             out = quantized.exact(x, codes, scale, self.encoding)
         else:
