@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from benchmarks.shapes import Shape
@@ -62,6 +62,9 @@ TORCH_INT8: Final = "splitbundle torch int8"
 TORCH_INT4: Final = "splitbundle torch int4"
 ONNXRUNTIME_INT8: Final = "splitbundle onnxruntime int8"
 ONNXRUNTIME_INT4: Final = "splitbundle onnxruntime int4"
+COMMANDS: Final = {
+    own: f"{own} as the command runs it" for own in (TORCH_INT8, TORCH_INT4, ONNXRUNTIME_INT8, ONNXRUNTIME_INT4)
+}
 LLAMA_INT8: Final = "llama.cpp Q8_0"
 LLAMA_INT4: Final = "llama.cpp Q4_0, table Q8_0"
 GENAI_INT4: Final = "onnxruntime-genai int4"
@@ -92,13 +95,14 @@ _LLAMA: Final[dict[str, Any]] = {
 }
 _QUANTIZED: Final[dict[str, Any]] = {"dtypes": ("bfloat16",)}
 """The source of quantized weights is in bfloat16."""
+_COMMAND: Final[dict[str, str | None]] = {**DEFAULT_WAITING, "OMP_WAIT_POLICY": "PASSIVE"}
+"""The environment that ``splitbundle/__main__.py`` sets."""
 CONTENDERS: Final[dict[str, Contender]] = {
     TORCH: Contender(**_TORCH, reads="bundle"),
     ONNXRUNTIME: Contender(**_ONNXRUNTIME, reads="bundle"),
     PREPACKED: Contender(**_ONNXRUNTIME, reads="bundle", options={"prepack": True}),
     TORCH_SHARDS: Contender(**_TORCH, reads="shards"),
-    # As splitbundle/__main__.py sets it.
-    TORCH_COMMAND: Contender(**_TORCH, reads="bundle", environment={**DEFAULT_WAITING, "OMP_WAIT_POLICY": "PASSIVE"}),
+    TORCH_COMMAND: Contender(**_TORCH, reads="bundle", environment=_COMMAND),
     TORCH_WAITING: Contender(**_TORCH, reads="bundle", environment=DEFAULT_WAITING),
     TORCH_ONE: Contender(**_TORCH, reads="bundle", environment=DEFAULT_WAITING, threads=1),
     ONNXRUNTIME_SHARDS: Contender(**_ONNXRUNTIME, reads="shards"),
@@ -117,3 +121,4 @@ CONTENDERS: Final[dict[str, Contender]] = {
     LLAMA_INT4: Contender(**_LLAMA | {"reads": "gguf-int4"}, options={"cache": 1}, tolerance=1.0),
     GENAI_INT4: Contender(**_GENAI | _QUANTIZED, reads="genai-int4", families=("llama", "qwen2"), tolerance=1.0),
 }
+CONTENDERS.update({name: replace(CONTENDERS[own], environment=_COMMAND) for own, name in COMMANDS.items()})

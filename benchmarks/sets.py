@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from benchmarks.computing import point_name
 from benchmarks.contenders import (
+    COMMANDS,
     COMPILED,
     CONTENDERS,
     GENAI,
@@ -337,6 +338,18 @@ def _contention() -> Iterator[Case]:
         goals = [_faster(what, TORCH_COMMAND, peer, one, least) for peer, least in ((BEST, 0.9), (TRANSFORMERS, 3.0))]
         goals.append(Goal(what=slower, own=own, against=waiting, share=True, at_most=1.1))
         yield replace(case, goals=tuple(goals))
+    case = Case(
+        set="contention",
+        model="qwen2-0.5b",
+        dtype="bfloat16",
+        contenders=(*COMMANDS.values(), ONNXRUNTIME_INT8, ONNXRUNTIME_INT4, LLAMA_INT8, LLAMA_INT4),
+        reference=LLAMA_INT8,
+        points=(Point(context=SHORTEST, tokens=16),),
+        busy=(0, 1),
+    )
+    pairs = [(COMMANDS[own], LLAMA_INT8 if own in (TORCH_INT8, ONNXRUNTIME_INT8) else LLAMA_INT4) for own in COMMANDS]
+    what = "decoding beside 1 busy process"
+    yield replace(case, goals=tuple(_faster(what, own, peer, case.columns["1 busy"], 3.0) for own, peer in pairs))
 
 
 def _experts() -> Iterator[Case]:
@@ -426,7 +439,7 @@ def derive(case: Case, run: dict[str, dict[str, Any]], rates: dict[str, float] |
         }
     }
     # The limit of quantized weights isn't that of their source's bytes.
-    for point in case.points if rates and case.set != "quantized" else ():
+    for point in case.points if rates and LLAMA_INT8 not in case.contenders else ():
         assert rates is not None
         context, batch = point.context, point.batch
         limits = derived.setdefault(LIMIT, {})

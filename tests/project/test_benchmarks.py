@@ -16,6 +16,7 @@ import torch
 from benchmarks import cases, computing, file_sets, files, machine, processes, report, sets
 from benchmarks.computing import tokens
 from benchmarks.contenders import (
+    COMMANDS,
     CONTENDERS,
     DEFAULT_WAITING,
     LLAMA_FLASH,
@@ -302,7 +303,8 @@ def test_each_measured_process_has_its_own_environment_and_threads(
     for name in WAITING:
         monkeypatch.setenv(name, "own")
     environments: dict[str, Any] = {name: measured("", task(name, "contention")) for name in CONTENDERS}
-    assert environments.pop(TORCH_COMMAND) == ["PASSIVE", None, None]
+    for name in (TORCH_COMMAND, *COMMANDS.values()):
+        assert environments.pop(name) == ["PASSIVE", None, None]
     assert {name: own for name, own in environments.items() if own != [None] * 3} == {}
     assert measured("", task(TORCH, "decode")) == ["own"] * 3  # the other sets leave them as they are
     threads = {name: task(name, "contention")["threads"] for name in CONTENDERS}

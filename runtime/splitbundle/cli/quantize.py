@@ -14,6 +14,7 @@ from splitbundle.errors import BundleError, Problem
 from splitbundle.opening import open_bundle
 
 KINDS: Final = ("int4", "int8")
+GROUPS: Final = (32, 64, 128)
 METHODS: Final = ("search", "rtn", "gptq")
 ROW: Final = 512
 """The tokens of one row of a text that calibrates."""
@@ -30,16 +31,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group",
         type=int,
-        choices=(32, 64, 128),
-        default=32,
-        help="for int4: how many numbers share a scale (default: %(default)s)",
+        choices=GROUPS,
+        help=f"for int4: how many numbers share a scale (default: {GROUPS[0]})",
     )
     parser.add_argument(
         "--keep",
         type=lambda text: [part for part in text.split(",") if part],
         metavar="PART,…",
         default=[],
-        help="parts that stay as they are, such as head, layers.0 or mlp.down",
+        help="parts that stay as they are, such as head, layers.0, mlp.down or down_proj",
     )
     parser.add_argument(
         "--method",
@@ -60,6 +60,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     bundle = open_bundle(args.bundle, progress=console.transfer)
     if args.calibration is not None and (args.method, args.to) != ("gptq", "int4"):
         raise _usage("--calibration", "--to int4 --method gptq, which calibrates", f"{args.to}, {args.method}")
+    if args.group is not None and args.to != "int4":
+        raise _usage("--group", "--to int4, whose numbers share scales in groups", args.to)
     if args.text is not None and not args.report:
         raise _usage("--text", "a report", "--no-report")
     calibration = None if args.calibration is None else _rows(bundle, args.calibration, "--calibration")
@@ -70,7 +72,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         made = bundle.quantize(
             args.output,
             args.to,
-            group=args.group,
+            group=args.group or GROUPS[0],
             keep=args.keep,
             method=args.method,
             calibration=calibration,

@@ -202,7 +202,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def with_kernels_for(
-    x: Tensor, dtype: torch.dtype, choice: Choice | None, compute: Callable[..., Tensor], *args: object
+    x: Tensor,
+    dtype: torch.dtype,
+    choice: Choice | None,
+    compute: Callable[..., Tensor],
+    *args: object,
+    codes: bool = False,
 ) -> Tensor:
     """Return ``compute(x, *args)``, with the kernels that suit the number of rows of x and weights of ``dtype``.
 
@@ -213,6 +218,7 @@ def with_kernels_for(
         dtype: the dtype of the weights.
         choice: the kernels to use, or None for the measured ones.
         compute: computes with x and ``args``.
+        codes: whether weights are quantized. Products with them need oneDNN, which "gemv" would switch off.
     """
     if torch.compiler.is_compiling() or not x.is_cpu:
         return compute(x, *args)
@@ -221,7 +227,11 @@ def with_kernels_for(
     try:
         try:
             _current.choice = choice
-            if _SWITCHES and dtype == torch.bfloat16 and (rows > 1 or (_is_plain(x) and _kernel("bfloat16/1") == GEMV)):
+            if (
+                _SWITCHES
+                and dtype == torch.bfloat16
+                and (rows > 1 or (not codes and _is_plain(x) and _kernel("bfloat16/1") == GEMV))
+            ):
                 call = object()
                 _switch.enter(call, rows)
             return compute(x, *args)

@@ -55,3 +55,4 @@ def use_quantized(stage: nn.Module, storage: Storage, dtype: torch.dtype) -> Non
             module = kind(plain, encoding)
             module.dtype = dtype
             setattr(parent, own, module)
+            stage.quantized = True  # type: ignore[assignment]

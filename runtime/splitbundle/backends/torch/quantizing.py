@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -18,8 +19,8 @@ from splitbundle.backends.torch.saving import Note, save_changed
 from splitbundle.backends.torch.stage import Stage, load_stages
 from splitbundle.backends.torch.weights import MappedTensors, map_tensors
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
-from splitbundle.format.encodings import TABLE, Encoding, is_matrix
-from splitbundle.format.manifest.document import EMBEDDING, Storage
+from splitbundle.format.encodings import COLUMNS, ROWS, TABLE, Encoding, is_matrix
+from splitbundle.format.manifest.document import EMBEDDING, Storage, expand
 from splitbundle.format.weight_layout import SCALE
 from splitbundle.records import replace
 from splitbundle.storage.files import Progress
@@ -65,6 +66,9 @@ def quantize(
         which = f"keep={list(keep)!r} leaves none" if choose(bundle, to, group, ()) else "none has such sizes"
         rule = "rows8 needs a multiple of 16 columns, and blocks4 a multiple of the group and of 16 rows"
         raise wrong_argument("keep" if keep else "bundle", "at least one matrix that can be quantized", which, rule)
+    if notes is not None:
+        for note in _unlike(bundle, to, group, encodings):
+            notes(note)
     old = bundle.manifest.storage
     storage = replace(
         old, exceptions={n: d for n, d in old.exceptions.items() if n not in encodings}, encodings=encodings
@@ -77,8 +81,28 @@ def quantize(
     )
 
 
+def _unlike(bundle: BundleReader, to: str, group: int, encodings: Mapping[str, str]) -> Iterator[str]:
+    """Yield sentences about matrices that have another encoding than the one that was asked for."""
+    wide = [name for name, own in encodings.items() if to == "int4" and name not in ENDS and own == "rows8"]
+    if wide:
+        rule = f"blocks of {group} need a multiple of {group} columns and of {ROWS} rows"
+        yield f"{len(wide)} matrices are stored in 8 bits, because {rule}: {_parts(wide)}."
+    shapes = bundle.architecture.tensors()
+    plain = [name for name in shapes if is_matrix(name) and not TABLE["rows8"].fits(shapes[name])]
+    if plain:
+        rule = f"8 bits need a multiple of {COLUMNS} columns"
+        yield f"{len(plain)} matrices stay as they are, because {rule}: {_parts(plain)}."
+
+
+def _parts(names: Sequence[str]) -> str:
+    """Return the names without ``weight`` and without the numbers of layers, each once."""
+    return ", ".join(dict.fromkeys(re.sub(r"^layers\.\d+\.", "", name).removesuffix(".weight") for name in names))
+
+
 def choose(bundle: BundleReader, to: str, group: int, keep: Sequence[str]) -> dict[str, str]:
     """Return the encoding of each tensor that is to be quantized. Names in ``keep`` stay as they are.
+
+    A name in ``keep`` may also be one of the source's, such as ``lm_head`` or ``down_proj``.
 
     Raises:
         BundleError: ``input.value`` for a name in ``keep`` that no matrix has.
@@ -87,9 +111,15 @@ def choose(bundle: BundleReader, to: str, group: int, keep: Sequence[str]) -> di
         raise wrong_argument("keep", "names of parts, as a list", quoted(keep))
     tied = bundle.architecture.head.tied
     shapes = {name: shape for name, shape in bundle.architecture.tensors().items() if is_matrix(name)}
+    sources = {
+        name: entry.source
+        for row in bundle.manifest.source_names
+        for entry in expand(row, len(bundle.architecture.layers))
+        for name in entry.tensors
+    }
     kept: set[str] = set()
     for part in keep:
-        own = {name for name in shapes if name.startswith(f"{part}.") or f".{part}." in name}
+        own = {name for name in shapes if f".{part}." in f".{name}." or f".{part}." in f".{sources.get(name, '')}."}
         if part == "head" and tied:
             own.add(EMBEDDING)
         if not own:

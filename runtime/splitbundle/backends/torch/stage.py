@@ -54,6 +54,9 @@ class Stage(StageBase, nn.Module):
     threads: int | None = None
     """The number of threads that compute a call; None for torch's, but no more than this process may use."""
 
+    quantized = False
+    """Whether some weights are codes."""
+
     def __init__(self, bundle: BundleReader, selection: Selection) -> None:
         super().__init__()
         self._describe(bundle, selection)
@@ -217,13 +220,15 @@ class Stage(StageBase, nn.Module):
             width = self.architecture.hidden_size if self.head is None else self.architecture.vocab_size
             kept = None if self.head is None else self._logits_wanted(logits)
             return torch.zeros(len(x), kept or x.shape[1], width, device=self.device, dtype=self.dtype)
-        x = with_kernels_for(x, positions.dtype, self.kernels, self._through_layers, positions, cache)
+        x = with_kernels_for(
+            x, positions.dtype, self.kernels, self._through_layers, positions, cache, codes=self.quantized
+        )
         if cache is not None:
             cache.advance(positions)
         if self.head is None:
             return x.masked_fill(~positions.valid[..., None], 0) if positions.padded else x
         x, valid = _keep(x, positions, self._logits_wanted(logits))
-        x = with_kernels_for(x, x.dtype, self.kernels, self._through_head)
+        x = with_kernels_for(x, x.dtype, self.kernels, self._through_head, codes=self.quantized)
         return x if valid is None else x.masked_fill(~valid[..., None], 0)
 
     def _through_layers(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
@@ -240,7 +245,7 @@ class Stage(StageBase, nn.Module):
 
     def _through_layer(self, layer: Layer, x: Tensor, positions: Positions) -> Tensor:
         """Compute a layer, perhaps for the second time, in the backward pass, which needs the same kernels again."""
-        return with_kernels_for(x, positions.dtype, self.kernels, layer, positions, None)
+        return with_kernels_for(x, positions.dtype, self.kernels, layer, positions, None, codes=self.quantized)
 
     def _through_head(self, x: Tensor) -> Tensor:
         if self.head is None:

@@ -289,6 +289,33 @@ def test_rounding_twice_is_refused_and_parts_can_be_kept(
     assert "embedding.token.weight" not in names  # the table of a tied head
     assert not any(name.startswith("layers.0.") or name.endswith("mlp.down.weight") for name in names)
     assert names["layers.1.mlp.up.weight"] == "blocks4_32"
+    same = plain.quantize(
+        tmp_path / "same.splitbundle",
+        "int4",
+        keep=["model.embed_tokens", "model.layers.0", "down_proj"],
+        method="rtn",
+        notes=lambda text: pytest.fail(text),
+    )
+    assert same.manifest.storage.encodings == names  # the names of the source serve, too
+
+
+def test_matrices_with_another_encoding_are_noted(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import splitbundle_converter
+
+    sizes = {"hidden_size": 96, "intermediate_size": 136, "num_attention_heads": 4, "num_hidden_layers": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=80, max_position_embeddings=32, **sizes)).save_pretrained(tmp_path / "s")
+    bundle = splitbundle_converter.convert(tmp_path / "s", tmp_path / "plain.splitbundle")
+    notes: list[str] = []
+    made = bundle.quantize(tmp_path / "small.splitbundle", "int4", method="rtn", notes=notes.append)
+    assert notes == [
+        "4 matrices are stored in 8 bits, because blocks of 32 need a multiple of 32 columns and of 16 rows: mlp.gate, "
+        "mlp.up.",
+        "2 matrices stay as they are, because 8 bits need a multiple of 16 columns: mlp.down.",
+    ]
+    assert made.manifest.storage.encodings["layers.0.mlp.up.weight"] == "rows8"
+    assert "layers.0.mlp.down.weight" not in made.manifest.storage.encodings
 
 
 def test_calibration_goes_layer_by_layer(plain: Bundle, tmp_path: Path) -> None:
