@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         got = f"{error.strerror}"
         problem = Problem(code="file.unreadable", file=args.output, expected=expected, got=got, hint=hint)
         raise BundleError(problem) from error
-    console.text(f"{args.output}: {len(sizes)} files, {sum(sizes.values()):,} bytes")
+    console.text(f"{args.output}: {len(sizes)} file{'s' if len(sizes) > 1 else ''}, {sum(sizes.values()):,} bytes")
     for name in sorted(sizes):
         console.text(f"  {name}")
     console.json({"ok": True, "path": str(args.output), "files": dict(sorted(sizes.items())), "notes": noted})

@@ -172,7 +172,7 @@ def _dropout(field: Field) -> dict[str, float]:
 def _storage(field: Field) -> Storage:
     members = field.members(["encoding", "dtype", "exceptions"], ["encodings"])
     encoded = list(members["encodings"].mapping()) if "encodings" in members else []
-    if "encodings" in members and not encoded:
+    if "encodings" in members and members["encodings"].value == {}:
         members["encodings"].refuse("at least one tensor, or no such field")
     return Storage(
         encoding=members["encoding"].choice(ENCODINGS),
