@@ -67,16 +67,17 @@ def searched(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
 
     Args:
         blocks: the numbers.
-        importance: the factor of each squared error; None for 1. *Shape:* (block).
+        importance: the factor of each squared error; None for the number's magnitude, with which SmolLM2-135M came out
+            a little better than with 1. *Shape:* (block).
     """
-    first = _extreme(blocks)
+    first, size = _extreme(blocks), blocks.abs()
     best, least = first, torch.full(first.shape, torch.inf)
     for share in TRIED:
         for sign in (1.0, -1.0):
             scale = (first.float() * (sign * share)).to(torch.bfloat16)
             numbers = (blocks / scale.float()[..., None]).round_().clamp_(-8, 7).mul_(scale.float()[..., None])
             off = numbers.sub_(blocks).square_()
-            now = off.sum(dim=-1) if importance is None else off @ importance
+            now = off.mul_(size).sum(dim=-1) if importance is None else off @ importance
             better = now < least
             best, least = torch.where(better, scale, best), torch.where(better, now, least)
     return best
