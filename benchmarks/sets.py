@@ -348,8 +348,9 @@ def _contention() -> Iterator[Case]:
         busy=(0, 1),
     )
     pairs = [(COMMANDS[own], LLAMA_INT8 if own in (TORCH_INT8, ONNXRUNTIME_INT8) else LLAMA_INT4) for own in COMMANDS]
-    what = "decoding beside 1 busy process"
-    yield replace(case, goals=tuple(_faster(what, own, peer, case.columns["1 busy"], 3.0) for own, peer in pairs))
+    busy = case.columns["1 busy"]
+    goals = [_faster(f"decoding beside 1 busy process, {_way(own)}", own, peer, busy, 3.0) for own, peer in pairs]
+    yield replace(case, goals=tuple(goals))
 
 
 def _experts() -> Iterator[Case]:
@@ -373,7 +374,7 @@ def _experts() -> Iterator[Case]:
 def _quantized() -> Iterator[Case]:
     decode, prefill = f"decode {SHORT}", f"prefill {SHORT}"
     goals = [
-        _faster("decoding", own, against, decode, least)
+        _faster(f"decoding, {_way(own)}", own, against, decode, least)
         for own, against, least in (
             (ONNXRUNTIME_INT8, LLAMA_INT8, 1.3),
             (ONNXRUNTIME_INT4, LLAMA_INT4, 1.3),
@@ -383,7 +384,7 @@ def _quantized() -> Iterator[Case]:
         )
     ]
     goals += [
-        _faster("a prompt", own, against, prefill, least)
+        _faster(f"a prompt, {_way(own)}", own, against, prefill, least)
         for own, against, least in (
             (ONNXRUNTIME_INT8, LLAMA_INT8, 2.0),
             (ONNXRUNTIME_INT4, LLAMA_INT4, 1.0),
@@ -404,6 +405,10 @@ def _quantized() -> Iterator[Case]:
             figures=("load", "first token", "private after loading"),
             goals=tuple(goals),
         )
+
+
+def _way(contender: str) -> str:
+    return contender.removeprefix("splitbundle ")
 
 
 def _faster(what: str, own: str, against: str, figure: str, at_least: float) -> Goal:
