@@ -170,7 +170,9 @@ def _describe(writer: Any, bundle: Bundle, model: GgufModel, found: list[_Stored
         writer.add_tensor_info(tensor.name, raw, numpy.dtype("uint8"), prod(raw), kind)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[amounts.most_common(1)[0][0]]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(writer, other_files(bundle, lambda _: None), bundle.architecture.vocab_size, note)
+    text = bundle.manifest.text
+    stop_ids = () if text is None else text.stop_ids
+    add_tokenizer(writer, other_files(bundle, lambda _: None), bundle.architecture.vocab_size, stop_ids, note)
 
 
 def _write(writer: Any, found: list[_Stored], progress: Progress | None) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from splitbundle.errors import BundleError
 from splitbundle.format import strict_json
 from splitbundle.storage.files import MAX_TEXT_BYTES
 from splitbundle.verification.tokenizer_rules import MAX_MARKS
@@ -47,7 +46,9 @@ class _UnknownTokenizer(ValueError):
     """llama.cpp has no code for a tokenizer. The text says what is different."""
 
 
-def add_tokenizer(writer: Any, files: Mapping[str, bytes], vocab_size: int, note: Note) -> None:
+def add_tokenizer(
+    writer: Any, files: Mapping[str, bytes], vocab_size: int, stop_ids: Sequence[int], note: Note
+) -> None:
     """Add the metadata of the tokenizer to a ``gguf.GGUFWriter``.
 
     Without a tokenizer that llama.cpp knows, the file has none, and a note says so: it takes and gives token ids.
@@ -56,6 +57,7 @@ def add_tokenizer(writer: Any, files: Mapping[str, bytes], vocab_size: int, note
         writer: The writer.
         files: The files of the tokenizer by their names in a checkpoint.
         vocab_size: The number of rows of the token table.
+        stop_ids: The tokens that end an answer. The first one counts where the tokenizer's files name none.
         note: A function that is called with a sentence.
     """
     data = files.get(TOKENIZER)
@@ -67,11 +69,22 @@ def add_tokenizer(writer: Any, files: Mapping[str, bytes], vocab_size: int, note
         document = strict_json.parse(data, TOKENIZER, max_bytes=MAX_TEXT_BYTES, max_marks=MAX_MARKS, constant=float)
         found = _described(document, vocab_size)
         special = _special_tokens(files, vocab_size, merges="scores" not in found)
-    except (_UnknownTokenizer, BundleError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+        for name in ("bos", "eos"):  # llama.cpp's defaults depend on the model
+            special.add_special_token.setdefault(name, False)
+        if stop_ids:
+            special.special_token_ids.setdefault("eos", stop_ids[0])
+        _try(found, special)
+    except Exception as error:  # noqa: BLE001  # any error of a library about a file that it doesn't know
         why = error if isinstance(error, _UnknownTokenizer) else "its file can't be read"
         note(f"The file has no tokenizer: llama.cpp doesn't know the one of the bundle ({why}).")
         writer.add_tokenizer_model("none")
         return
+    _add(writer, found, special)
+    if found["normalizes"]:
+        note("llama.cpp doesn't normalize text to NFC, as the tokenizer does: text in another form gets other ids.")
+
+
+def _add(writer: Any, found: Mapping[str, Any], special: Any) -> None:
     writer.add_tokenizer_model(found["model"])
     writer.add_tokenizer_pre(found["pre"])
     writer.add_token_list(found["tokens"])
@@ -79,13 +92,25 @@ def add_tokenizer(writer: Any, files: Mapping[str, bytes], vocab_size: int, note
     if "scores" in found:
         writer.add_token_scores(found["scores"])
         writer.add_add_space_prefix(found["space"])
-    for name in ("bos", "eos"):  # llama.cpp's defaults depend on the model
-        special.add_special_token.setdefault(name, False)
     special.add_to_gguf(writer, quiet=True)
-    if found["normalizes"]:
-        note(
-            "llama.cpp doesn't normalize text to NFC, as the tokenizer does. Text that isn't in NFC gets other tokens."
-        )
+
+
+def _try(found: Mapping[str, Any], special: Any) -> None:
+    """Write the metadata to a file that is thrown away. The library checks values only when it writes them.
+
+    Raises:
+        Exception: The library can't write them.
+    """
+    from gguf import GGUFWriter
+
+    with tempfile.TemporaryDirectory() as private:
+        writer = GGUFWriter(Path(private, "trial"), "llama")
+        try:
+            _add(writer, found, special)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+        finally:
+            writer.close()
 
 
 def _described(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
@@ -100,6 +125,8 @@ def _described(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     ids = {number: token for token, number in model["vocab"].items()}
     added = {entry["id"]: entry for entry in tokenizer.get("added_tokens", ())}
     ids |= {number: entry["content"] for number, entry in added.items()}
+    if len(set(model["vocab"].values())) < len(model["vocab"]) or len(set(ids.values())) < len(ids):
+        raise _UnknownTokenizer("two tokens that share an id or a text")
     if max(ids) >= vocab_size:
         raise _UnknownTokenizer(f"the token {max(ids)}, and the table has {vocab_size} rows")
     own = _sentencepiece(tokenizer) if model.get("byte_fallback") else _byte_level(tokenizer)

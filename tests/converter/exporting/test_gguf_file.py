@@ -19,6 +19,7 @@ from splitbundle import Bundle
 from splitbundle.cli import main
 from splitbundle.errors import BundleError, MissingExtra
 from splitbundle.training import save_lora
+from splitbundle_converter.exporting import gguf_tokenizer
 from splitbundle_converter.translation.restore import source_tensors
 from tests.support.models import relative
 
@@ -310,6 +311,35 @@ def test_a_tokenizer_without_code_in_llama_cpp_is_left_out(tmp_path: Path, token
     assert notes == [f"The file has no tokenizer: llama.cpp doesn't know the one of the bundle ({why})."]
     assert found["tokenizer.ggml.model"] == "none"
     assert found["llama.vocab_size"] == 1200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda document: document["model"]["vocab"].update({"x": "7"}),
+        lambda document: document["added_tokens"].append({"id": 8, "content": 9, "special": True}),
+        lambda document: document["model"].update(merges=["a b", 7]),
+        lambda document: document["model"].update(merges=[["a", "b", "c"]]),
+        lambda document: document.update(model=[]),
+        lambda document: document["model"]["vocab"].update({"far": 2**40}),
+        lambda document: document["model"]["vocab"].update({"twin": 300}),
+        lambda document: document["added_tokens"].append({"id": 1100, "content": "!", "special": False}),
+        lambda document: document.update(post_processor={"type": "TemplateProcessing", "single": [1, 2]}),
+    ],
+    ids=["vocabulary", "added", "merge", "merges", "model", "far", "twin", "text", "template"],
+)
+def test_a_strange_tokenizer_is_left_out(tmp_path: Path, change: Any) -> None:
+    made = with_tokenizer(tmp_path, None)
+    document = json.loads((made.path / "tokenizer/tokenizer.json").read_text("utf-8"))
+    change(document)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    notes: list[str] = []
+    files = {"tokenizer.json": json.dumps(document).encode(), "tokenizer_config.json": b"{}"}
+    gguf_tokenizer.add_tokenizer(writer, files, 1200, (), notes.append)
+    assert len(notes) == 1
+    assert notes[0].startswith("The file has no tokenizer: llama.cpp doesn't know the one of the bundle (")
+    assert writer.kv_data[0]["tokenizer.ggml.model"].value == "none"
+    assert "tokenizer.ggml.tokens" not in writer.kv_data[0]
 
 
 def test_only_a_gguf_file_is_replaced(tmp_path: Path) -> None:
