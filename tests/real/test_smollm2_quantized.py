@@ -71,3 +71,13 @@ def test_shards_in_two_processes_give_the_text_of_one(int4: Bundle, tmp_path: Pa
         whole = "".join(int4.pipeline(threads=1).stream_text(PROMPT, max_new_tokens=40, defaults=False))
     assert len(whole) > 40
     assert done.stdout.strip("\n") == whole.strip("\n")
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+def test_both_backends_reproduce_the_golden_vectors(smollm2: Path, tmp_path: Path, to: str) -> None:
+    made = splitbundle_converter.convert(
+        smollm2, tmp_path / f"{to}.splitbundle", split=[15], onnx=True, quantize=to, notes=lambda text: None
+    )
+    found = made.run_vectors(backend="all", threads=1)
+    assert {difference.between[0] for difference in found} == {"torch", "onnxruntime"}
+    assert all(difference.relative <= difference.tolerance for difference in found)

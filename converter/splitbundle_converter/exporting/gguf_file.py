@@ -123,8 +123,8 @@ def _tensors(
         yield _Stored(model.names[name], kind, shape, _numbers(numbers, name, _PLAIN[kind], heads))
     if unpacked:
         note(
-            f"{unpacked} quantized tensors are written as plain numbers: rows that aren't a multiple of {BLOCK} long, "
-            "or scales that float16 can't hold."
+            f"Quantized tensors written as plain numbers: {unpacked}. Their rows aren't a multiple of {BLOCK} long, or "
+            f"float16 can't hold their scales. Each number is rounded to {storage.dtype}."
         )
 
 

@@ -125,10 +125,15 @@ def _described(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     ids = {number: token for token, number in model["vocab"].items()}
     added = {entry["id"]: entry for entry in tokenizer.get("added_tokens", ())}
     ids |= {number: entry["content"] for number, entry in added.items()}
+    if not all(type(number) is int and number >= 0 for number in ids):
+        raise _UnknownTokenizer("ids that aren't whole numbers from 0")
     if len(set(model["vocab"].values())) < len(model["vocab"]) or len(set(ids.values())) < len(ids):
         raise _UnknownTokenizer("two tokens that share an id or a text")
     if max(ids) >= vocab_size:
         raise _UnknownTokenizer(f"the token {max(ids)}, and the table has {vocab_size} rows")
+    merges = model.get("merges")
+    if not isinstance(merges, list) or not merges:
+        raise _UnknownTokenizer("no merges")
     own = _sentencepiece(tokenizer) if model.get("byte_fallback") else _byte_level(tokenizer)
     unknown = model.get("unk_token")
     return own | {

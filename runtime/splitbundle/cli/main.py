@@ -177,7 +177,7 @@ def build_parsers(commands: Sequence[Command]) -> tuple[argparse.ArgumentParser,
     """Return the parser that lists the commands, and the parser of each command by its name."""
     common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="write JSON to stdout")
-    common.add_argument("--quiet", "-q", action="store_true", help="no progress on stderr")
+    common.add_argument("--quiet", "-q", action="store_true", help="no progress and no notes on stderr")
     common.add_argument("--debug", action="store_true", help="show a traceback where something fails")
     parser = _Parser(
         prog="splitbundle", description="Run or train a part of a transformer: convert, inspect, verify, generate."

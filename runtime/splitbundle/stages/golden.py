@@ -22,9 +22,10 @@ TOLERANCE: Final = 1e-5
 FLOAT16_TOLERANCE: Final = TOLERANCE * 2**10
 """1.7 times the need of float16: the largest known difference, of 175 configurations, is 0.006 of the largest value.
 A smaller change of a number can't be told from rounding."""
-QUANTIZED_TOLERANCE: Final = 5e-3
+QUANTIZED_TOLERANCE: Final = 2e-2
 """Graphs over quantized weights keep 13 bits of what they multiply ``rows8`` by. The largest difference of 43 random
-models is 0.0026. Products with ``blocks4``, which keep 8 bits, are computed with exact factors for the comparison."""
+models is 0.0026, and that of SmolLM2-135M, whose inputs have channels of outliers, is 0.007. Products with
+``blocks4``, which keep 8 bits, are computed with exact factors for the comparison."""
 Outputs = dict[tuple[str, int], Any]
 """``hidden.N`` or ``logits``, and the case -> the result at that place."""
 

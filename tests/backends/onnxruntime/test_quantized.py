@@ -111,6 +111,15 @@ def test_golden_vectors(name: str, form: str) -> None:
     assert {difference.between for difference in found} == {("onnxruntime", "itself")}
 
 
+@pytest.mark.parametrize(("name", "form"), CASES[::3])
+def test_both_backends_are_compared_without_the_rounding_of_fast_products(name: str, form: str) -> None:
+    found = quantized(name, form).run_vectors(backend="all", threads=1)
+    sides = {difference.between for difference in found}
+    assert sides == {("torch", "itself"), ("onnxruntime", "itself"), ("onnxruntime", "torch")}
+    assert all(difference.relative <= difference.tolerance for difference in found)
+    assert max(difference.relative for difference in found if difference.between == ("torch", "itself")) < 1e-6
+
+
 # What graphs read.
 
 

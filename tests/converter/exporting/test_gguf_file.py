@@ -184,7 +184,7 @@ def test_what_no_block_can_hold_is_plain_and_noted(tmp_path: Path) -> None:
     path, notes = exported(wide, tmp_path / "wide.gguf")
     assert types(path)["blk.0.ffn_down.weight"] == "F32"
     assert types(path)["blk.0.ffn_up.weight"] == "Q8_0"
-    assert notes[0].startswith("2 quantized tensors are written as plain numbers")
+    assert notes[0].startswith("Quantized tensors written as plain numbers: 2.")
     (tmp_path / "tiny").mkdir()
     tiny = bundle(tmp_path / "tiny", scale=1e-7).quantize(tmp_path / "tiny.splitbundle", "int8")
     path, notes = exported(tiny, tmp_path / "tiny.gguf")
@@ -279,7 +279,7 @@ def test_a_sentencepiece_tokenizer_comes_back(tmp_path: Path) -> None:
 
 
 def _plain_words() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
 
@@ -317,6 +317,11 @@ def test_a_tokenizer_without_code_in_llama_cpp_is_left_out(tmp_path: Path, token
     "change",
     [
         lambda document: document["model"]["vocab"].update({"x": "7"}),
+        lambda document: document["model"]["vocab"].update({"x": -1}),
+        lambda document: document["model"]["vocab"].update({"x": True}),
+        lambda document: document["model"]["vocab"].update({"x": 1100.5}),
+        lambda document: document["model"].update(merges=[]),
+        lambda document: document["model"].pop("merges"),
         lambda document: document["added_tokens"].append({"id": 8, "content": 9, "special": True}),
         lambda document: document["model"].update(merges=["a b", 7]),
         lambda document: document["model"].update(merges=[["a", "b", "c"]]),
@@ -326,7 +331,22 @@ def test_a_tokenizer_without_code_in_llama_cpp_is_left_out(tmp_path: Path, token
         lambda document: document["added_tokens"].append({"id": 1100, "content": "!", "special": False}),
         lambda document: document.update(post_processor={"type": "TemplateProcessing", "single": [1, 2]}),
     ],
-    ids=["vocabulary", "added", "merge", "merges", "model", "far", "twin", "text", "template"],
+    ids=[
+        "vocabulary",
+        "negative",
+        "bool",
+        "real",
+        "none",
+        "missing",
+        "added",
+        "merge",
+        "merges",
+        "model",
+        "far",
+        "twin",
+        "text",
+        "template",
+    ],
 )
 def test_a_strange_tokenizer_is_left_out(tmp_path: Path, change: Any) -> None:
     made = with_tokenizer(tmp_path, None)

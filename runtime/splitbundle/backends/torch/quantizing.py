@@ -120,7 +120,7 @@ def choose(bundle: BundleReader, to: str, group: int, keep: Sequence[str]) -> di
     kept: set[str] = set()
     for part in keep:
         own = {name for name in shapes if f".{part}." in f".{name}." or f".{part}." in f".{sources.get(name, '')}."}
-        if part == "head" and tied:
+        if part in ("head", "lm_head") and tied:
             own.add(EMBEDDING)
         if not own:
             last = len(bundle.architecture.layers) - 1
