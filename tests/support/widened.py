@@ -34,8 +34,8 @@ def widened(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {names.get("hidden_size", "hidden_size"): HEAD * config.num_attention_heads}
     found |= {size: HEAD for size in ("head_dim", "v_head_dim", "swa_head_dim", "swa_v_head_dim") if own.get(size)}
     found |= {names.get(size, size): INNER for size in _INNER_SIZES if isinstance(getattr(config, size, None), int)}
-    if family == "mimo_v2_flash":
-        found["partial_rotary_factor"] = 0.5
+    if family == "mimo_v2_flash":  # 0.6 of a head's channels are rotated, in pairs
+        found |= {"head_dim": 40, "swa_head_dim": 40}
     return found
 
 
