@@ -12,10 +12,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from splitbundle.format import dtypes
 from splitbundle.format.encodings import TABLE
 
 BLOCK: Final = 32
-_TYPES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def block_type(encoding: str | None, shape: tuple[int, ...], scales: Tensor | None) -> str | None:
@@ -35,7 +35,7 @@ def block_type(encoding: str | None, shape: tuple[int, ...], scales: Tensor | No
 
 def plain_type(dtype: str, shape: tuple[int, ...]) -> str:
     """Return the type of a tensor of numbers. llama.cpp wants vectors in float32."""
-    return _TYPES[dtype] if len(shape) > 1 else "F32"
+    return dtypes.TABLE[dtype].safetensors if len(shape) > 1 else "F32"  # both formats have the same names
 
 
 def blocks(codes: Tensor, scales: Tensor) -> Tensor:

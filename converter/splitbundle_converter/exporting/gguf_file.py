@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -14,10 +14,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from splitbundle.backends.torch.rotary import frequencies
 from splitbundle.bundle import Bundle
 from splitbundle.errors import MissingExtra
-from splitbundle.format.architecture.rotary import Unscaled
 from splitbundle.format.weight_layout import SCALE
 from splitbundle.storage.files import Progress
 from splitbundle.verification.verify import check_digests
@@ -28,12 +26,13 @@ from splitbundle_converter.exporting.configuration import other_files
 from splitbundle_converter.exporting.gguf_blocks import BLOCK, block_type, blocks, plain_type, rotated
 from splitbundle_converter.exporting.gguf_metadata import GgufModel, described
 from splitbundle_converter.exporting.gguf_tokenizer import add_tokenizer
+from splitbundle_converter.gguf_files.checkpoint import rotary_factors
 from splitbundle_converter.gguf_files.metadata import ROTARY_FACTORS
 from splitbundle_converter.options import Note
+from splitbundle_converter.quantized.packed_weights import TORCH
 from splitbundle_converter.translation.restore import logical_tensors, stored_tensors
 
 _MAGIC: Final = b"GGUF"
-_PLAIN: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FILE_TYPES: Final = {
     "F32": "ALL_F32",
     "F16": "MOSTLY_F16",
@@ -109,7 +108,7 @@ def _tensors(
     storage, stored = bundle.manifest.storage, stored_tensors(bundle)
     if model.rotary is not None:
         rotary = model.rotary
-        yield _Stored(ROTARY_FACTORS, "F32", (rotary.dim // 2,), lambda: _rotary_factors(rotary))
+        yield _Stored(ROTARY_FACTORS, "F32", (rotary.dim // 2,), lambda: rotary_factors(rotary))
     unpacked = 0
     for name, shape in bundle.architecture.tensors().items():
         encoding = None if plain else storage.encodings.get(name)
@@ -120,7 +119,7 @@ def _tensors(
             continue
         unpacked += encoding is not None
         kind = plain_type(storage.dtype_of(name), shape)
-        yield _Stored(model.names[name], kind, shape, _numbers(numbers, name, _PLAIN[kind], heads))
+        yield _Stored(model.names[name], kind, shape, _numbers(numbers, name, TORCH[kind], heads))
     if unpacked:
         note(
             f"Quantized tensors written as plain numbers: {unpacked}. Their rows aren't a multiple of {BLOCK} long, or "
@@ -146,11 +145,6 @@ def _numbers(
     return value
 
 
-def _rotary_factors(rotary: Any) -> Tensor:
-    plain, scaled = (frequencies(own, 0, torch.device("cpu")) for own in (replace(rotary, scaling=Unscaled()), rotary))
-    return plain / scaled
-
-
 def _describe(writer: Any, bundle: Bundle, model: GgufModel, found: list[_Stored], note: Note) -> None:
     """Add the metadata, and the types and sizes of the tensors."""
     import gguf
@@ -170,9 +164,8 @@ def _describe(writer: Any, bundle: Bundle, model: GgufModel, found: list[_Stored
         writer.add_tensor_info(tensor.name, raw, numpy.dtype("uint8"), prod(raw), kind)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[amounts.most_common(1)[0][0]]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    text = bundle.manifest.text
-    stop_ids = () if text is None else text.stop_ids
-    add_tokenizer(writer, other_files(bundle, lambda _: None), bundle.architecture.vocab_size, stop_ids, note)
+    files, stop_ids = other_files(bundle, lambda _: None), bundle.manifest.text.stop_ids
+    add_tokenizer(writer, files, bundle.architecture.vocab_size, stop_ids, note)
 
 
 def _write(writer: Any, found: list[_Stored], progress: Progress | None) -> None:

@@ -102,10 +102,8 @@ class GgufCheckpoint(Checkpoint):
         rotary = architecture.kind_of(0).attention.position
         stored = torch.from_numpy(numpy.array(self._stored[ROTARY_FACTORS].data)).float().flatten()
         if isinstance(rotary, Rotary):
-            plain, scaled = (
-                frequencies(own, 0, stored.device) for own in (replace(rotary, scaling=Unscaled()), rotary)
-            )
-            if stored.shape == plain.shape and torch.allclose(plain / scaled, stored, rtol=1e-4):
+            factors = rotary_factors(rotary)
+            if stored.shape == factors.shape and torch.allclose(factors, stored, rtol=1e-4):
                 return
         expected = "the factors of rotary positions that the configuration's rope_scaling gives"
         hint = "Take the config.json of this very model"
@@ -218,6 +216,12 @@ def _fields(opened: Any) -> dict[str, Any]:
 
 def _is_small(name: str) -> bool:
     return not name.startswith("tokenizer.") or name.endswith("_token_id")
+
+
+def rotary_factors(rotary: Rotary) -> Tensor:
+    """Return how many times as slow each pair of channels turns as without scaling. *Shape:* () -> (pairs)."""
+    plain, scaled = (frequencies(own, 0, torch.device("cpu")) for own in (replace(rotary, scaling=Unscaled()), rotary))
+    return plain / scaled
 
 
 def _unrotated(stored: Tensor, heads: int) -> Tensor:
