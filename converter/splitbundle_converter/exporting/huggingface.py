@@ -45,8 +45,8 @@ def export(
 ) -> Path:
     """Write the weights of a bundle as a Hugging Face checkpoint, for ``from_pretrained``, or as a GGUF file.
 
-    Names and layouts come from the manifest. Each tensor is exact to the bit. Quantized ones that
-    are written as plain numbers are rounded once. Only one tensor at a time is in memory. The output appears complete, or not at all.
+    Names and layouts come from the manifest. Each tensor is exact to the bit. Quantized ones that are written as plain
+    numbers are rounded once. Only one tensor at a time is in memory. The output appears complete, or not at all.
 
     Args:
         bundle: A bundle with all weights.
