@@ -16,6 +16,7 @@ NAMES: Final = (
     "image-manifest",
     "model-config",
     "cached-reference",
+    "revoked-certificates",
 )
 
 
