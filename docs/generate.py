@@ -43,6 +43,7 @@ GROUPS: Final = {
     "checkpoint": "Training checkpoints",
     "adapter": "Adapters",
     "signature": "Signatures",
+    "keys": "Certificates and keys",
     "archive": "Archives",
     "text": "Text",
     "source": "Checkpoints",
