@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from splitbundle.cli.keys import MAX_DAYS
 from splitbundle.remote.tls_files import fingerprint_of
+from splitbundle.serving import keys
 from tests.support.command_line import run
 
 
@@ -100,6 +102,12 @@ def test_wrong_calls(
     assert (got, out) == (status, "")
     assert said.format(root=root) in err
     assert json.loads(run(capsys, "keys", *given, "--json")[1])["ok"] is False
+
+
+def test_the_limits_are_the_librarys(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line states them itself: the module that has them needs a library."""
+    assert MAX_DAYS == keys.MAX_DAYS
+    assert f"by default {keys.DAYS} days" in " ".join(run(capsys, "keys", "--help")[1].split())
 
 
 WITHOUT = """
