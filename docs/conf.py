@@ -32,6 +32,7 @@ include_patterns = [
 ]
 exclude_patterns = [".*", "build", "dist", "docs/generated", "tests/golden", "tests/conformance/bundles"]
 
+suppress_warnings = ["ref.python"]  # "bytes" is a type, and the name of attributes of several classes
 nitpick_ignore_regex = [("py:.*", ".*")]  # links between pages are checked; names of types are text
 myst_heading_anchors = 4
 smartquotes = False  # or --json becomes a dash and a word

@@ -16,6 +16,7 @@ TYPE_CHECKING = False  # type checkers treat it as true; importing typing would 
 if TYPE_CHECKING:
     from typing import Any
 
+    from splitbundle.boundary_bytes import pack_boundary, unpack_boundary
     from splitbundle.bundle import Bundle
     from splitbundle.format.selection import Selection
     from splitbundle.opening import merge_bundles as merge
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from splitbundle.opening import pull_bundle as pull
     from splitbundle.opening import push_bundle as push
     from splitbundle.opening import unpack_archive as unpack
+    from splitbundle.serving.stage_server import StageServer
     from splitbundle.verification.verify import Verification
 
 __all__ = [
@@ -32,25 +34,31 @@ __all__ = [
     "ParityError",
     "Problem",
     "Selection",
+    "StageServer",
     "Verification",
     "VerificationError",
     "__version__",
     "merge",
     "open",
+    "pack_boundary",
     "pull",
     "push",
     "unpack",
+    "unpack_boundary",
 ]
 
 _LATER = {
     "Bundle": ("splitbundle.bundle", "Bundle"),
     "Selection": ("splitbundle.format.selection", "Selection"),
+    "StageServer": ("splitbundle.serving.stage_server", "StageServer"),
     "Verification": ("splitbundle.verification.verify", "Verification"),
     "merge": ("splitbundle.opening", "merge_bundles"),
     "open": ("splitbundle.opening", "open_bundle"),
+    "pack_boundary": ("splitbundle.boundary_bytes", "pack_boundary"),
     "pull": ("splitbundle.opening", "pull_bundle"),
     "push": ("splitbundle.opening", "push_bundle"),
     "unpack": ("splitbundle.opening", "unpack_archive"),
+    "unpack_boundary": ("splitbundle.boundary_bytes", "unpack_boundary"),
 }
 """A public name -> the module that defines it, imported at first use, and its name there."""
 

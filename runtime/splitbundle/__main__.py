@@ -18,6 +18,8 @@ def run() -> int:
         # that core. spec/decisions/0016 has measurements. It is read when torch is loaded, and this process is ours.
         if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
             os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        # gRPC writes lines of its own to stderr, about connections that fail. The commands say that themselves.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         from splitbundle.cli.main import main
 
         return main()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from splitbundle import logs
+from splitbundle import logs, remote_stages
 from splitbundle.backends import registry
-from splitbundle.bundle_files import BundleFiles
+from splitbundle.bundle_saving import BundleSaving
 from splitbundle.storage.documents import find_bundle, read_documents
 from splitbundle.storage.files import Progress
 
@@ -18,13 +17,20 @@ if TYPE_CHECKING:
 
     from splitbundle.backends.onnxruntime import pipeline as onnxruntime_pipeline
     from splitbundle.backends.onnxruntime import stage as onnxruntime_stage
-    from splitbundle.backends.registry import AllOptions, OnnxRuntimeOptions, TorchOptions
+    from splitbundle.backends.registry import (
+        AllOptions,
+        OnnxRuntimeOptions,
+        RemotePipelineOptions,
+        RemoteStageOptions,
+        TorchOptions,
+    )
     from splitbundle.backends.torch import pipeline as torch_pipeline
+    from splitbundle.backends.torch import remote as torch_remote
     from splitbundle.backends.torch import stage as torch_stage
     from splitbundle.stages.golden import Difference
 
 
-class Bundle(BundleFiles):
+class Bundle(BundleSaving):
     """A ``.splitbundle`` directory. It is immutable: threads may share it, and worker processes may unpickle it."""
 
     def __reduce__(self) -> tuple[Any, tuple[Path, str, bool]]:
@@ -142,6 +148,32 @@ class Bundle(BundleFiles):
         **options: Unpack[AllOptions],
     ) -> Any: ...
 
+    @overload
+    def stage(
+        self,
+        name: str | None = None,
+        *,
+        layers: tuple[int, int] | None = None,
+        embeds: bool | None = None,
+        head: bool | None = None,
+        backend: Literal["torch"] | None = None,
+        remote: str | Sequence[str],
+        **options: Unpack[RemoteStageOptions],
+    ) -> torch_remote.RemoteStage: ...
+
+    @overload
+    def stage(
+        self,
+        name: str | None = None,
+        *,
+        layers: tuple[int, int] | None = None,
+        embeds: bool | None = None,
+        head: bool | None = None,
+        backend: str,
+        remote: str | Sequence[str],
+        **options: Unpack[RemoteStageOptions],
+    ) -> Any: ...
+
     def stage(
         self,
         name: str | None = None,
@@ -184,12 +216,36 @@ class Bundle(BundleFiles):
                 a forked child always has one.
             prepack: onnxruntime: whether to copy the weights into a layout that is faster for many rows at once. By
                 default the weights stay in their files and take no memory.
+            remote: the address of a server that holds this part, ``grpcs://HOST:PORT``, or ``grpc://HOST:PORT`` without
+                TLS. Or a list of them, in the order in which they are tried. The part may neither embed nor have the
+                head, and ``layers`` means no ends here. Of the options above it takes ``device`` and ``trainable``; the
+                others are the server's. The files of its layers may be missing here. The following options need
+                ``remote``.
+            tls: the directory with this machine's ``ca.pem``, ``cert.pem`` and ``key.pem``, or with ``ca.pem`` alone;
+                by default the authorities of the system.
+            token: a token that the server knows; by default the variable ``SPLITBUNDLE_STAGE_TOKEN``.
+            wire: the encoding of hidden states and gradients: ``"float32"``, ``"float16"``, ``"bfloat16"`` or
+                ``"int8"``. By default the dtype in which the server computes, which is exact.
+            replay: how a server gets a session that another one lost. ``"exact"``, the default, sends the same calls
+                again, and gives the same bits. ``"merged"`` sends one prompt, which is faster.
+            timeout: how long to look for a server that answers, in seconds; by default 30.
+            step_timeout: how long a server that lives may take for one step, in seconds; by default 300.
+            insecure: whether an address without TLS may be one of another machine.
+            same_weights: whether the server must have this bundle's fingerprint; by default True.
 
         Raises:
-            BundleError: for an unknown part or backend, and for a file that is missing or differs from its entry.
+            BundleError: for an unknown part or backend, and for a file that is missing or differs from its entry. With
+                ``remote``: ``stage.range`` for a part that embeds or has the head; ``stage.backend`` for an option that
+                is the server's; ``train.refused``; ``keys.file``; ``peer.*``.
+            MissingExtra: ``grpcio`` isn't installed, with ``remote``.
         """
-        selection = self.select(name, layers=layers, embeds=embeds, head=head)
         chosen = backend or registry.installed_backend()
+        remote, remote_options = remote_stages.take_options(options)
+        if remote is not None and layers is not None:  # the ends stay here
+            embeds, head = embeds or False, head or False
+        selection = self.select(name, layers=layers, embeds=embeds, head=head)
+        if remote is not None:
+            return remote_stages.load_stage(self, selection, chosen, remote, remote_options, options)
         own = registry.own_options(chosen, options, "stage")
         with self._told(name):
             made = registry.module(chosen, "stage").load_stages(self, [selection], **own)[0]
@@ -209,15 +265,40 @@ class Bundle(BundleFiles):
     @overload
     def pipeline(self, *, backend: str | Mapping[str, str], **options: Unpack[AllOptions]) -> Any: ...
 
+    @overload
+    def pipeline(
+        self,
+        *,
+        backend: Literal["torch"] | None = None,
+        remote: Mapping[str, str | Sequence[str]],
+        **options: Unpack[RemotePipelineOptions],
+    ) -> torch_pipeline.Pipeline: ...
+
+    @overload
+    def pipeline(
+        self,
+        *,
+        backend: str | Mapping[str, str],
+        remote: Mapping[str, str | Sequence[str]],
+        **options: Unpack[RemotePipelineOptions],
+    ) -> Any: ...
+
     def pipeline(self, *, backend: str | Mapping[str, str] | None = None, **options: Any) -> Any:
         """Load all shards as stages in order. Tied weights are one parameter.
 
         Arguments and errors are those of ``stage``. ``backend`` may also map shards to backends, as in
         ``{"bottom": "onnxruntime"}``; torch computes the other shards. A pipeline of two backends takes and returns
         numpy arrays.
+
+        ``remote`` maps shards to the addresses of their servers, as in ``{"trunk": "grpcs://HOST:PORT"}``. The other
+        shards are computed here, with the options of their backend.
         """
         chosen = backend if isinstance(backend, Mapping) else backend or registry.installed_backend()
-        if not isinstance(chosen, Mapping):
+        remote, remote_options = remote_stages.take_options(options)
+        if remote is not None:
+            with self._told():
+                made = remote_stages.load_pipeline(self, chosen, remote, remote_options, options)
+        elif not isinstance(chosen, Mapping):
             own = registry.own_options(chosen, options, "pipeline")
             with self._told():
                 made = registry.module(chosen, "pipeline").load_pipeline(self, **own)
@@ -226,142 +307,6 @@ class Bundle(BundleFiles):
                 made = registry.mixed_pipeline(self, chosen, options)
         logs.debug("loaded a pipeline with %s", chosen)
         made.bundle = self  # for its tokenizer and its context length
-        return made
-
-    def cast(
-        self,
-        path: str | os.PathLike[str],
-        dtype: str,
-        *,
-        vectors: bool = True,
-        force: bool = False,
-        notes: Callable[[str], None] | None = None,
-        progress: Progress | None = None,
-    ) -> Bundle:
-        """Write a bundle whose weights are all stored in another dtype. It needs torch, and no memory for the model.
-
-        A wider dtype changes no value, so the golden vectors stay. A narrower one rounds, and the golden vectors are
-        computed anew from the new bundle, as for ``save_as``.
-
-        Args:
-            path: the directory of the new bundle.
-            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-            vectors: as for ``save_as``.
-            force: whether to replace an existing bundle. It may be this one.
-            notes: as for ``save_as``.
-            progress: called with the name of the work, the amount that is done, and the total amount.
-
-        Returns:
-            The new bundle, opened.
-
-        Raises:
-            BundleError: ``input.value`` for another dtype; ``input.overflow``; ``output.*``; ``file.*``.
-        """
-        saving = registry.module("torch", "saving")
-        with self._told():
-            made: Bundle = saving.cast(self, path, dtype, vectors=vectors, force=force, notes=notes, progress=progress)
-        return made
-
-    def quantize(
-        self,
-        path: str | os.PathLike[str],
-        to: str = "int4",
-        *,
-        group: int = 32,
-        keep: Sequence[str] = (),
-        method: str = "search",
-        calibration: Sequence[Sequence[int]] | None = None,
-        vectors: bool = True,
-        force: bool = False,
-        notes: Callable[[str], None] | None = None,
-        progress: Progress | None = None,
-    ) -> Bundle:
-        """Write a bundle whose matrices are stored in 8 or 4 bits. It needs torch, and memory for one tensor.
-
-        The same bundle, method and calibration give the same bytes on the same machine. Norms, biases, routers and
-        tables of positions stay as they are, as do matrices whose sizes no encoding fits.
-
-        Args:
-            path: the directory of the new bundle.
-            to: ``"int8"``, or ``"int4"``, where the token table and the head are stored in 8 bits.
-            group: for ``"int4"``: how many numbers of a row share a scale: 32, 64 or 128.
-            keep: parts that stay as they are: ``"head"``, ``"embedding"``, ``"layers.0"``, ``"mlp.down"`` and such.
-            method: how 4 bits are chosen. ``"rtn"`` rounds to the nearest code. ``"search"`` also searches for the
-                scale with the least squared error. ``"gptq"`` (arXiv:2210.17323) lets each column make up for the
-                rounding of those before it, which needs memory for one layer in float32.
-            calibration: for ``"gptq"``: token ids of some texts; by default those of the golden vectors.
-            vectors: as for ``save_as``. The bundle also keeps the golden vectors of this one, so that ``verify`` can
-                tell how far it is from the original.
-            force: whether to replace an existing bundle.
-            notes: as for ``save_as``.
-            progress: called with the name of the work, the amount that is done, and the total amount.
-
-        Returns:
-            The new bundle, opened.
-
-        Raises:
-            BundleError: ``input.value`` for a quantized bundle, and for an argument out of range; ``vectors.none``;
-                ``output.*``; ``file.*``.
-        """
-        quantizing = registry.module("torch", "quantizing")
-        with self._told():
-            made: Bundle = quantizing.quantize(
-                self,
-                path,
-                to,
-                group=group,
-                keep=keep,
-                method=method,
-                calibration=calibration,
-                vectors=vectors,
-                force=force,
-                notes=notes,
-                progress=progress,
-            )
-        return made
-
-    def save_as(
-        self,
-        path: str | os.PathLike[str],
-        stages: torch_stage.Stage | torch_pipeline.Pipeline | Sequence[torch_stage.Stage],
-        *,
-        dtype: str = "keep",
-        vectors: bool = True,
-        force: bool = False,
-        notes: Callable[[str], None] | None = None,
-        progress: Progress | None = None,
-    ) -> Bundle:
-        """Write a bundle with the weights of some stages, as training or an edit left them.
-
-        A weight file is written anew if one of its tensors has another value. All other files are copied byte for
-        byte; the copies share disk blocks if the file system can. The new bundle has its own fingerprint, and
-        ``manifest.model.parent`` is the fingerprint of this one. It appears complete, or not at all.
-
-        Args:
-            path: the directory of the new bundle.
-            stages: torch stages of this bundle: one, several, or a pipeline. Every other weight is taken over. Wrappers
-                such as ``DistributedDataParallel`` are looked through.
-            dtype: ``"keep"`` stores each tensor in the dtype that it has in this bundle, and rounds to it. Or
-                ``"float32"``, ``"float16"`` or ``"bfloat16"``, in which all weights are stored. Graphs
-                name the dtype, so new ones are written then if ``onnx`` is installed. Otherwise they are left out.
-            vectors: whether to compute golden vectors through the new bundle's own shards, if this bundle has some.
-                They prove that another machine gives the same numbers. They can't prove parity with an original model.
-            force: whether to replace an existing bundle. It may be this one.
-            notes: called with a sentence for each thing that was left out; by default, it becomes a warning.
-            progress: called with the name of the work, the amount that is done, and the total amount.
-
-        Returns:
-            The new bundle, opened.
-
-        Raises:
-            BundleError: ``input.value`` for stages that don't fit this bundle, for adapters that weren't merged, and
-                for two values of a tied table, also if the other end was saved into this bundle before;
-                ``input.overflow``; ``output.*``; ``file.*``.
-        """
-        saving = registry.module("torch", "saving")
-        made: Bundle = saving.save_as(
-            self, path, stages, dtype=dtype, vectors=vectors, force=force, notes=notes, progress=progress
-        )
         return made
 
 

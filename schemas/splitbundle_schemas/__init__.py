@@ -17,6 +17,7 @@ NAMES: Final = (
     "model-config",
     "cached-reference",
     "revoked-certificates",
+    "wire-header",
 )
 
 

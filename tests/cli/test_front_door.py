@@ -286,7 +286,8 @@ def test_no_text_of_the_packages_names_an_option() -> None:
 
 
 def test_every_call_in_a_hint_has_its_words_in_the_command() -> None:
-    call = re.compile(r"\b(?:force|check|tokenizer|allow_pickle|part|variant|genai|verify)=(?:True|False|\"[a-z]+\")?")
+    names = "force|check|tokenizer|allow_pickle|part|variant|genai|verify|insecure|tls"
+    call = re.compile(rf"\b(?:{names})=(?:True|False|\"[a-z]+\")?")
     for text in hints():
         for found in call.findall(text):
             assert found in words.COMMANDS or any(found.startswith(known) for known in words.COMMANDS), text

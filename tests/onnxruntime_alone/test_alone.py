@@ -49,6 +49,17 @@ def test_pieces_padding_and_rollback_are_one_answer(golden: splitbundle.Bundle) 
     assert numpy.abs(padded[0, 4:] - alone[0]).max() <= TOLERANCE * numpy.abs(alone).max()
 
 
+def test_some_rows_are_computed_while_others_wait(golden: splitbundle.Bundle) -> None:
+    pipeline = golden.pipeline(backend="onnxruntime", threads=1)
+    ids = numpy.random.default_rng(0).integers(0, 80, (3, 6))
+    session, whole = pipeline.session(5, 20), pipeline(ids)
+    given = [pipeline(ids[row : row + 1, :4], session=session, rows=[place]) for row, place in enumerate((4, 0, 2))]
+    last = pipeline(ids[::-1, 4:], session=session, rows=[2, 0, 4])[::-1]
+    got = numpy.concatenate((numpy.concatenate(given), last), axis=1)
+    assert numpy.abs(got - whole).max() <= TOLERANCE * numpy.abs(whole).max()
+    assert session.past == [6, 0, 6, 0, 6]
+
+
 def test_shards_chain_by_hand(golden: splitbundle.Bundle) -> None:
     ids = numpy.arange(9)[None]
     x = ids

@@ -41,8 +41,13 @@ def use(path: Path, backend: str) -> tuple[Problem, ...]:
     stage = bundle.stage("bottom", device="cpu", dtype="float32", trainable=True)
     other = bundle.stage(layers=(0, 2), backend="onnxruntime", threads=2, prepack=True)
     either = bundle.pipeline(backend=backend, dtype="float32", threads=1)
+    remote = bundle.stage("trunk", remote="grpcs://a.example:7000", tls="keys", trainable=True)
+    remote.step(learning_rate=1e-4)
+    bundle.pipeline(remote={"trunk": ["grpcs://a.example:7000"]}, tls=path, wire="float16", threads=1)
+    bundle.pipeline(backend=backend, remote={"trunk": "grpcs://a.example:7000"}, timeout=5.0)
     reveal_type(stage)
     reveal_type(other)
+    reveal_type(remote)
     reveal_type(either)
     reveal_type(bundle.pipeline())
     reveal_type(splitbundle_converter.convert("gpt2", "gpt2.splitbundle", split=[2, 10]))
@@ -57,6 +62,7 @@ def use(path: Path, backend: str) -> tuple[Problem, ...]:
 REVEALED = (
     "splitbundle.backends.torch.stage.Stage",
     "splitbundle.backends.onnxruntime.stage.Stage",
+    "splitbundle.backends.torch.remote.RemoteStage",
     "Any",
     "splitbundle.backends.torch.pipeline.Pipeline",
     "splitbundle.bundle.Bundle",
@@ -188,7 +194,7 @@ def test_the_pages_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     venv.create(environment, with_pip=True)
     pip = [python_of(environment), "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
     run(*pip, "torch", cwd=tmp_path)  # first: a loose requirement brings gigabytes of GPU packages
-    run(*pip, f"{wheel}[onnx,share]", "peft", cwd=tmp_path)  # a guide hands an adapter to peft
+    run(*pip, f"{wheel}[onnx,share,network]", "peft", cwd=tmp_path)  # a guide hands an adapter to peft
     settings = os.environ | {"SPLITBUNDLE_DOCS_PYTHON": str(python_of(environment))}
     pages = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/project/test_readme.py"]
     done = subprocess.run(

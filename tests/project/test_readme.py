@@ -3,12 +3,14 @@
 Each page runs in a directory of its own, its blocks in their order. One process runs all pages, as importing the
 libraries takes longer than the pages do:
 
-- In a ``console`` block, ``$ splitbundle …`` runs the command line. The lines below a command are what it prints, where
-  ``…`` stands for any text; on a line of its own it stands for any lines. A command must succeed; ``diff`` may find
-  differences.
+- In a ``console`` block, ``$ splitbundle …`` runs the command line, which goes on in the next line after a backslash.
+  The lines below a command are what it prints, where ``…`` stands for any text; on a line of its own it stands for any
+  lines. A command must succeed; ``diff`` may find differences.
 - A ``python`` block runs with the names of the page's blocks before it. After ``<!-- file: NAME -->`` it is saved under
   this name instead, for later blocks to run.
 - ``<!-- starts with: NAME … -->`` anywhere in a page copies a checkpoint or a bundle of ``PREPARED`` there first.
+- After ``<!-- serves: PORT -->``, the command of a ``console`` block is a server. It runs in a process of its own until
+  the page ends, and the block shows its first line. The page gets a free port in place of this one.
 - ``<!-- needs: MODULE -->`` before a block skips it where the module isn't installed.
 - ``<!-- not run: REASON -->`` before a block leaves it out.
 
@@ -17,10 +19,12 @@ With the path of another environment's Python in ``SPLITBUNDLE_DOCS_PYTHON``, th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -58,9 +62,18 @@ PREPARED: Final = {
 }
 """A bundle or checkpoint that a page may start with -> the command that makes it."""
 _RUNNER: Final = """
-import contextlib, io, json, os, runpy, shlex, sys, traceback
+import contextlib, io, json, os, runpy, shlex, subprocess, sys, traceback
 
 def run(directory, blocks):
+    servers = []
+    try:
+        return run_blocks(directory, blocks, servers)
+    finally:
+        for server in servers:
+            server.terminate()
+            server.communicate()
+
+def run_blocks(directory, blocks, servers):
     os.chdir(directory)
     names, printed = {"__name__": "__main__"}, []
     for kind, where, text in blocks:
@@ -72,6 +85,10 @@ def run(directory, blocks):
                         file.write(text)
                 elif kind == "python":
                     exec(compile(text, where, "exec"), names)
+                elif kind == "server":
+                    command = [sys.executable, "-m", "splitbundle", *shlex.split(text)[1:]]
+                    servers.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+                    out.write(servers[-1].stdout.readline())
                 else:
                     sys.argv = shlex.split(text)
                     runpy.run_module("splitbundle", run_name="__main__", alter_sys=True)
@@ -87,7 +104,7 @@ for line in sys.stdin:
     print(json.dumps(run(*json.loads(line))), flush=True)
 """
 Block = tuple[str, str, str]
-"""The kind (``python``, or ``command`` for one line of a console), where it is, and its text.
+"""The kind (``python``, or ``command`` or ``server`` for one line of a console), where it is, and its text.
 
 The kind ``file`` has the file's name in place of where it is."""
 
@@ -106,12 +123,12 @@ def blocks(page: str) -> Iterator[tuple[Block, str]]:
         if kind == "python":
             yield ("python", where, body), ""
             continue
-        first, *commands = re.split(r"^\$ ", body, flags=re.MULTILINE)
+        first, *commands = re.split(r"^\$ ", re.sub(r"\\\n *", "", body), flags=re.MULTILINE)
         assert not first, f"{where}: a console block begins with a command"
         for command in commands:
             line, _, said = command.partition("\n")
             assert line.startswith("splitbundle "), f"{where}: {line}"
-            yield ("command", where, line), said
+            yield ("server" if note == "serves" else "command", where, line), said
 
 
 Runner = Callable[[Path, list[Block]], list[str]]
@@ -161,12 +178,25 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path, run: Runner, prepare
     for names in re.findall(r"<!-- starts with: ([^>]*?) -->", (ROOT / page).read_text("utf-8")):
         for name in names.split():
             shutil.copytree(prepared(name), tmp_path / name)
-    content = list(blocks(page))
+    content = with_free_ports(page, list(blocks(page)))
     if not content:
         pytest.skip("no code that runs")
     printed = run(tmp_path, [block for block, _ in content])
     for ((_, where, text), said), out in zip(content, printed, strict=True):
         assert is_like(said, out), f"{where}: {text}\nprinted:\n{out}"
+
+
+def with_free_ports(page: str, content: list[tuple[Block, str]]) -> list[tuple[Block, str]]:
+    """Return blocks with a free port in place of each port at which the page serves."""
+    ports = dict.fromkeys(re.findall(r"<!-- serves: (\d+) -->", (ROOT / page).read_text("utf-8")))
+    with contextlib.ExitStack() as held:  # all at once, so that no two are the same
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in ports]
+        free = {port: str(own.getsockname()[1]) for port, own in zip(ports, sockets, strict=True)}
+
+    def put(text: str) -> str:
+        return re.sub(r"(?<=:)\d+\b", lambda found: free.get(found[0], found[0]), text)
+
+    return [((kind, where, put(text)), put(said)) for (kind, where, text), said in content]
 
 
 def is_like(said: str, printed: str) -> bool:
@@ -215,6 +245,19 @@ def test_links_lead_to_files(name: str) -> None:
     assert [link for pair in links for link in pair if link and not (page.parent / link).exists()] == []
     paths = re.findall(r"`((?:tests|benchmarks|spec|runtime|examples|converter|schemas|docs)/[\w./-]+)`", prose)
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_codes_in_the_pages_exist() -> None:
+    """Codes of stages on other machines, which only few pages explain."""
+    known = set(re.findall(r"^\| `([a-z]+\.[a-z]+)` \|", (ROOT / "spec/v1/bundle.md").read_text("utf-8"), re.MULTILINE))
+    named = {
+        (name, code)
+        for name in LINKED
+        for code in re.findall(r"`((?:wire|peer|server|train)\.[a-z]+)`", (ROOT / name).read_text("utf-8"))
+        if not code.endswith((".py", ".md"))
+    }
+    assert len(named) > 10
+    assert {(name, code) for name, code in named if code not in known} == set()
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:

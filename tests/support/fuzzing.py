@@ -1,4 +1,4 @@
-"""Fuzz the readers of bytes from strangers: documents, headers of weight files, graphs, tokenizers, archives.
+"""Fuzz the readers of bytes from strangers: documents, weight headers, graphs, tokenizers, archives, frames.
 
     python -m tests.support.fuzzing TARGET --seconds 600 [--corpus DIRECTORY]
 
@@ -164,6 +164,59 @@ def signature_target() -> Target:
     return run
 
 
+def frame_target() -> Target:
+    """Read a frame by either way of reading a header, and write it again."""
+    from splitbundle.wire import frames, headers
+
+    def run(data: bytes) -> None:
+        message, payload = frames.unpack(data, LENGTH)
+        if headers._parse_any(data[frames.PREFIX : len(data) - len(payload)]) != message:
+            raise AssertionError(f"only the fast way reads {message}")
+        again, same = frames.unpack(frames.pack(message, [payload]))
+        if (again, bytes(same)) != (message, bytes(payload)):
+            raise AssertionError(f"{message} was written as {again}")
+
+    return run
+
+
+def service_target() -> Target:
+    """Answer requests in order. Each line is a header; ``$session`` and ``$run`` in it are the last ids.
+
+    A payload of the right size is added, so that the code behind the check of sizes is reached.
+    """
+    from splitbundle import BundleError
+    from splitbundle.wire import frames, headers
+    from tests.support import stand_in_stage
+
+    def answered(data: bytes, ids: dict[bytes, bytes], to: Any) -> None:
+        for name, value in ids.items():
+            data = data.replace(name, value)
+        try:
+            size = frames.payload_size(headers.parse(data))
+        except BundleError:
+            size = 0
+        frame = frames.MAGIC + len(data).to_bytes(4, "little") + data + bytes(min(size, LENGTH))
+        try:
+            answer, _ = frames.unpack(to.answer(frame, "alice" if len(data) % 8 else "bob"))
+        except BundleError as error:
+            raise AssertionError("an answer that is no frame") from error
+        for name, member in ((b"$session", "session"), (b"$run", "run")):
+            if hasattr(answer, member):
+                ids[name] = getattr(answer, member).encode()
+
+    def run(data: bytes) -> None:
+        to, _, clock = stand_in_stage.service()
+        ids: dict[bytes, bytes] = {}
+        for line in data.split(b"\n")[:50]:
+            answered(line, ids, to)
+            clock.now += len(line) % 3
+        to.stop()
+        if len(to.sessions) or to.sessions.slots or to.sessions._kept_bytes:
+            raise AssertionError("sessions are left")
+
+    return run
+
+
 def with_loop(data: bytes) -> bytes:
     """Return a graph with a loop, which the graphs of the small bundle don't have."""
     from onnx import ModelProto
@@ -192,7 +245,35 @@ def first_signature() -> bytes:
     return signature_document.make_envelope(signature_document.make_statement("x", digests), b"x" * 64, "0" * 64)
 
 
-MADE: Final[dict[str, Callable[[], bytes]]] = {"archive": first_archive, "signature": first_signature}
+def wire_seeds(name: str) -> dict[str, bytes]:
+    """Return the frames of the vectors of the protocol, or the requests of its dialogues, by the vectors' names."""
+    found: dict[str, bytes] = {}
+    for path in sorted((TESTS / "conformance" / "wire").glob("*/*.json")):
+        vector = json.loads(path.read_text("utf-8"))
+        if name == "service" and "steps" in vector:
+            text = "\n".join(json.dumps(step["request"]) for step in vector["steps"] if "request" in step)
+            for short, known in (("s", "session"), ("r", "run")):
+                text = text.replace(f'"${short}"', f'"${known}"')
+            found[path.stem] = text.encode()
+        elif name == "frame" and "frame" in vector:
+            found[f"{path.parent.name}-{path.stem}"] = bytes.fromhex(vector["frame"])
+    return found
+
+
+def first_frame() -> bytes:
+    return wire_seeds("frame")["accept-run-all"]
+
+
+def first_dialogue() -> bytes:
+    return wire_seeds("service")["training"]
+
+
+MADE: Final[dict[str, Callable[[], bytes]]] = {
+    "archive": first_archive,
+    "signature": first_signature,
+    "frame": first_frame,
+    "service": first_dialogue,
+}
 """Name -> the function that makes the input that fuzzing begins with, where the small bundle has no file for it."""
 TARGETS: Final[dict[str, tuple[Callable[[], Target], str]]] = {
     "manifest": (manifest_target, "manifest.json"),
@@ -202,14 +283,20 @@ TARGETS: Final[dict[str, tuple[Callable[[], Target], str]]] = {
     "tokenizer": (tokenizer_target, "tokenizer/tokenizer.json"),
     "archive": (archive_target, "*.tar"),
     "signature": (signature_target, "signatures/*.json"),
+    "frame": (frame_target, "*.frame"),
+    "service": (service_target, "*.frame"),
 }
 """Name -> the function that makes the reader, and the files of the small bundle that fuzzing begins with."""
+ANSWERS: Final = {"service"}
+"""Targets that answer whatever comes, and refuse by an answer."""
 
 
 def seeds(name: str, directory: Path) -> None:
     """Write the first inputs: the small bundle's own files, and the conformance vectors of the kind."""
     if name in MADE:
         (directory / "made").write_bytes(MADE[name]())
+    for stem, data in wire_seeds(name).items():
+        (directory / stem).write_bytes(data[:LENGTH])
     for path in BUNDLE.glob(TARGETS[name][1]):
         (directory / path.name).write_bytes(path.read_bytes()[:LENGTH])
         if name == "graph":

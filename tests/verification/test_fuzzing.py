@@ -41,8 +41,9 @@ def test_what_is_made_to_begin_with_reaches_the_reader(name: str) -> None:
     target, data = fuzzing.TARGETS[name][0](), fuzzing.MADE[name]()
     assert len(data) < fuzzing.LENGTH
     target(data)
-    with pytest.raises(BundleError):
-        target(data[: len(data) // 2])
+    if name not in fuzzing.ANSWERS:
+        with pytest.raises(BundleError):
+            target(data[: len(data) // 2])
 
 
 def test_a_panic_that_is_no_error_of_the_bundle_is_a_finding(

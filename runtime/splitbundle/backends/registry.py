@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,6 +51,28 @@ class OnnxRuntimeOptions(_CommonOptions, _OnnxRuntimeOnly, total=False):
 
 class AllOptions(_CommonOptions, _TorchOnly, _OnnxRuntimeOnly, total=False):
     """The options of every backend, for a call that names its backend by a variable."""
+
+
+class _RemoteOptions(TypedDict, total=False):
+    tls: str | os.PathLike[str] | None
+    token: str | None
+    wire: str | None
+    replay: str | None
+    timeout: float | None
+    step_timeout: float | None
+    insecure: bool | None
+    same_weights: bool | None
+
+
+class RemoteStageOptions(_RemoteOptions, total=False):
+    """The options of a stage of another machine. ``Bundle.stage`` explains each."""
+
+    device: str | None
+    trainable: bool
+
+
+class RemotePipelineOptions(_CommonOptions, _TorchOnly, _OnnxRuntimeOnly, _RemoteOptions, total=False):
+    """The options of a pipeline with stages of other machines. ``Bundle.stage`` explains each."""
 
 
 OPTIONS: Final[dict[str, tuple[str, ...]]] = {
@@ -103,9 +126,8 @@ def module(backend: str, name: str) -> ModuleType:
 
     Args:
         backend: the backend.
-        name: ``"stage"``, ``"pipeline"`` or ``"golden"``; with torch also ``"kernels"``, ``"kernel_choice"``,
-            ``"threads"``, ``"saving"``, ``"quantizing"``, ``"quantization_report"``, ``"differences"`` and those of
-            ``training``.
+        name: the name of a file in the backend's folder, or of one in torch's folder ``training``. ``_import`` lists
+            them.
     """
     full = f"splitbundle.backends.{backend}.{name}"
     if full in sys.modules:
@@ -142,6 +164,14 @@ def _import(backend: str, name: str) -> ModuleType:
             from splitbundle.backends.torch import quantization_report, quantizing
 
             return quantizing if name == "quantizing" else quantization_report
+        if name in ("remote", "served", "served_training"):
+            from splitbundle.backends.torch import remote, served, served_training
+
+            return {"remote": remote, "served": served, "served_training": served_training}[name]
+        if name in ("tensors", "payloads"):
+            from splitbundle.backends.torch import payloads, tensors
+
+            return tensors if name == "tensors" else payloads
         if name == "differences":
             from splitbundle.backends.torch import differences
 
@@ -157,6 +187,16 @@ def _import(backend: str, name: str) -> ModuleType:
         from splitbundle.backends.onnxruntime import golden as onnxruntime_golden
 
         return onnxruntime_golden
+    if name in ("arrays", "payloads"):
+        from splitbundle.backends.onnxruntime import arrays
+        from splitbundle.backends.onnxruntime import payloads as onnxruntime_payloads
+
+        return arrays if name == "arrays" else onnxruntime_payloads
+    if name in ("remote", "served"):
+        from splitbundle.backends.onnxruntime import remote as onnxruntime_remote
+        from splitbundle.backends.onnxruntime import served as onnxruntime_served
+
+        return onnxruntime_remote if name == "remote" else onnxruntime_served
     if name == "stage":
         from splitbundle.backends.onnxruntime import stage as onnxruntime_stage
 

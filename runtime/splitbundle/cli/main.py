@@ -10,21 +10,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from splitbundle.cli.commands import COMMANDS
 from splitbundle.cli.console import Command, Console
+from splitbundle.cli.exit_status import FAILURE, INTERRUPTED, USAGE, exit_status
 from splitbundle.cli.words import as_usage, in_command
-from splitbundle.errors import BundleError, MissingExtra, Problem, VerificationError
+from splitbundle.errors import BundleError, Problem
 from splitbundle.version import __version__
-
-OK: Final = 0
-FAILURE: Final = 1
-USAGE: Final = 2
-NOT_VERIFIED: Final = 3
-MISSING_EXTRA: Final = 4
-NETWORK: Final = 5
-INTERRUPTED: Final = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,19 +115,6 @@ class _Parser(argparse.ArgumentParser):
             problem = Problem(code="usage.arguments", expected=" ".join(self.format_usage().split()), got=message)
             sys.stdout.write(json.dumps({"ok": False, "problems": [problem.as_json()]}) + "\n")
         super().error(message)
-
-
-def exit_status(error: BundleError) -> int:
-    """Return the exit status for an error."""
-    if isinstance(error, MissingExtra):
-        return MISSING_EXTRA
-    if isinstance(error, VerificationError):
-        return NOT_VERIFIED
-    if any(code.partition(".")[0] in ("network", "remote") for code in error.codes):
-        return NETWORK
-    if all(code.startswith("usage.") or code == "stage.name" for code in error.codes):
-        return USAGE
-    return FAILURE
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:

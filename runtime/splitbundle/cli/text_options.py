@@ -20,6 +20,7 @@ from splitbundle.cli.arguments import (
     temperature,
 )
 from splitbundle.cli.console import Console
+from splitbundle.cli.remote_options import add_remote_arguments, remote_options
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.stages.text_generation import with_defaults
 
@@ -109,6 +110,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_compute_arguments(parser)
     add_strict_argument(parser)
+    add_remote_arguments(parser)
 
 
 def load_pipeline(bundle: Bundle, args: argparse.Namespace) -> Any:
@@ -119,6 +121,7 @@ def load_pipeline(bundle: Bundle, args: argparse.Namespace) -> Any:
         dtype=args.dtype,
         threads=args.threads,
         kernels=args.kernels,
+        **remote_options(args),
     )
 
 

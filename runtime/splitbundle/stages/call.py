@@ -3,19 +3,31 @@
 In a stage, the tokens of a row come first. Positions past[b] … past[b]+count[b]−1 of row b stand at 0 … count[b]−1 of
 the sequence, and padding follows. So slot = position, and a causal mask keeps padding out by itself if all rows have
 the same past.
+
+A call may compute some rows of a cache. A cache keeps each row at a place of its memory. Before a call, it swaps rows
+until those of the call lie next to each other, so that the call gets them as a view of the memory, without a copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-from splitbundle.errors import BundleError, Problem
+from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.rotary import Dynamic, LongRope
+from splitbundle.integers import as_integers
 
 
 class Call:
     """The number of past positions of each row, and the number of its tokens in this call."""
+
+    rows: tuple[int, ...] | None = None
+    """The row of the cache that each row of this call is; None for all rows in order."""
+    first_place = 0
+    """The first of the neighboring places at which the rows lie in the memory of a cache (``CacheState.arrange``)."""
+    order: tuple[int, ...] | None = None
+    """The row of this call that lies at each of these places; None if they lie there in order."""
 
     def __init__(self, past: Sequence[int], count: Sequence[int], length: int) -> None:
         self.past, self.count, self.length = tuple(past), tuple(count), length
@@ -24,6 +36,36 @@ class Call:
         self.padded = any(n != length for n in self.count)
         self.stop = max(p + n for p, n in zip(self.past, self.count, strict=True)) if self.past else 0
         """The last position plus one."""
+        self._arranged: dict[tuple[int, ...], Any] = {}
+        self._placed: Any = None
+
+    def _like(self, past: Sequence[int], count: Sequence[int]) -> Call:
+        """Return another call of this length in the form of this one."""
+        return Call(past, count, self.length)
+
+    def arranged(self, first_place: int, order: Sequence[int]) -> Any:
+        """Return this call with ``first_place`` and ``order``.
+
+        The stages of a pipeline ask for the same ones, so that all of them use one call.
+        """
+        key = (first_place, *order)
+        if key not in self._arranged:
+            made, in_order = self._like(self.past, self.count), list(order) == list(range(len(order)))
+            made.rows, made.first_place, made.order = self.rows, first_place, None if in_order else tuple(order)
+            self._arranged[key] = made
+        return self._arranged[key]
+
+    @property
+    def placed(self) -> Any:
+        """Return this call with its rows in the order in which they lie in memory."""
+        if self.order is None:
+            return self
+        if self._placed is None:
+            rows = range(len(self.past)) if self.rows is None else self.rows
+            past, count, named = ([values[i] for i in self.order] for values in (self.past, self.count, rows))
+            self._placed = self._like(past, count)
+            self._placed.rows, self._placed.first_place = tuple(named), self.first_place
+        return self._placed
 
     def pieces(self, size: int) -> Iterator[tuple[int, Call]]:
         """Yield parts of this call with at most ``size`` tokens a row, each with the offset of its first token."""
@@ -31,7 +73,24 @@ class Call:
             length = min(size, self.length - start)
             past = [p + min(n, start) for p, n in zip(self.past, self.count, strict=True)]
             count = [min(max(n - start, 0), length) for n in self.count]
-            yield start, Call(past, count, length)
+            piece = Call(past, count, length)
+            piece.rows, piece.first_place, piece.order = self.rows, self.first_place, self.order
+            yield start, piece
+
+
+def named_rows(rows: Iterable[int], batch_size: int | None = None) -> tuple[int, ...]:
+    """Return the rows of a cache that a caller names. Without ``batch_size``, there may be any number of them.
+
+    Raises:
+        BundleError: ``input.value`` unless they are distinct, at least one, and rows of the cache.
+    """
+    found = tuple(as_integers(rows, "rows"))
+    most = batch_size if batch_size is not None else max(found, default=0) + 1
+    if not found or len(set(found)) != len(found) or not all(0 <= row < most for row in found):
+        upper = "" if batch_size is None else f" to {batch_size - 1}"
+        expected = f"distinct row numbers from 0{upper}, at least one"
+        raise BundleError(Problem(code="input.value", argument="rows", expected=expected, got=quoted(list(found))))
+    return found
 
 
 class CacheState:
@@ -40,10 +99,14 @@ class CacheState:
     Slots at or above a row's past + count have no meaning. A call with a lower past discards the slots above it.
     """
 
+    places: list[int]
+    """Where each row lies in memory."""
+
     def __init__(self, architecture: Architecture, layers: tuple[int, int], batch_size: int, capacity: int) -> None:
         self.layers, self.batch_size, self.capacity = layers, batch_size, capacity
         self.position_limit = architecture.position_limit
         self.lengths = [0] * batch_size
+        self.places = list(range(batch_size))
         self.thresholds: set[int] = set()
         """The lengths at which the rotation of some layer changes."""
         for layer in range(*layers):
@@ -55,10 +118,12 @@ class CacheState:
         """Check that this call fits.
 
         Raises:
-            BundleError: ``input.shape`` for another number of rows; ``session.capacity``; ``input.position`` for a past
-                above the number of positions that the cache holds; ``session.rollback``.
+            BundleError: ``input.shape`` for another number of rows; ``input.value`` for rows that the cache hasn't;
+                ``session.capacity``; ``input.position`` for a past above the number of positions that the cache holds;
+                ``session.rollback``.
         """
-        if len(call.past) != self.batch_size:
+        named = range(self.batch_size) if call.rows is None else named_rows(call.rows, self.batch_size)
+        if len(call.past) != len(named):
             rows = len(call.past)
             raise BundleError(
                 Problem(
@@ -78,13 +143,13 @@ class CacheState:
                     hint="Open a session with more capacity",
                 )
             )
-        for row, (past, filled) in enumerate(zip(call.past, self.lengths, strict=True)):
-            if past > filled:
+        for i, (row, past) in enumerate(zip(named, call.past, strict=True)):
+            if past > self.lengths[row]:
                 raise BundleError(
                     Problem(
                         code="input.position",
-                        argument=f"past[{row}]",
-                        expected=f"at most {filled}, the positions that this stage's cache holds",
+                        argument=f"past[{i}]",
+                        expected=f"at most {self.lengths[row]}, the positions that this stage's cache holds",
                         got=f"{past}",
                     )
                 )
@@ -125,8 +190,49 @@ class CacheState:
 
     def advance(self, call: Call) -> None:
         """Record that this call's tokens are stored."""
-        self.lengths = [past + count for past, count in zip(call.past, call.count, strict=True)]
+        rows = range(self.batch_size) if call.rows is None else call.rows
+        for row, past, count in zip(rows, call.past, call.count, strict=True):
+            self.lengths[row] = past + count
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Give row i the state of the former row ``rows[i]``."""
+        """Give row i the state of the former row ``rows[i]``. Each row then lies at the place of its number."""
         self.lengths = [self.lengths[row] for row in rows]
+        self.places = list(range(self.batch_size))
+
+    def arrange(self, call: Call) -> Any:
+        """Swap rows of this cache until those of a call lie next to each other. Return the call with their places."""
+        rows = range(self.batch_size) if call.rows is None else call.rows
+        places = [self.places[row] for row in rows]
+        if places == list(range(len(rows))):
+            return call
+        if max(places) - min(places) >= len(rows):
+            self._gather(rows)
+            places = [self.places[row] for row in rows]
+        return call.arranged(min(places), sorted(range(len(rows)), key=places.__getitem__))
+
+    def _gather(self, rows: Sequence[int]) -> None:
+        """Move rows next to each other, to where most of them lie already."""
+        number = len(rows)
+
+        def inside(row: int, first: int) -> bool:  # torch.compile can follow a comparison, but not ``in range``
+            return first <= self.places[row] < first + number
+
+        held = [sum(inside(row, first) for row in rows) for first in range(self.batch_size - number + 1)]
+        first = held.index(max(held))
+        others = iter([row for row in range(self.batch_size) if row not in rows and inside(row, first)])
+        for row in rows:
+            if not inside(row, first):
+                self._exchange(row, next(others))
+
+    def _exchange(self, row: int, other: int) -> None:
+        """Let two rows change places."""
+        lengths = self.lengths
+        # If the process is interrupted in between, some layers are swapped. Then both rows hold nothing.
+        self.lengths = [0 if i in (row, other) else length for i, length in enumerate(lengths)]
+        self._swap(self.places[row], self.places[other], max(lengths[row], lengths[other]))
+        self.places[row], self.places[other] = self.places[other], self.places[row]
+        self.lengths = lengths
+
+    def _swap(self, place: int, other: int, slots: int) -> None:
+        """Swap the first slots of two places in memory. Each backend defines it."""
+        raise NotImplementedError

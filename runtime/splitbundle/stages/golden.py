@@ -19,6 +19,8 @@ ITSELF: Final = "itself"
 """The other side of a comparison, if the golden vectors come from the bundle itself, as a changed one has them."""
 TOLERANCE: Final = 1e-5
 """A share of the scale: ten times the difference between two ways to compute the original model."""
+BFLOAT16_TOLERANCE: Final = TOLERANCE * 2**13
+"""bfloat16 has three bits less than float16."""
 FLOAT16_TOLERANCE: Final = TOLERANCE * 2**10
 """1.7 times the need of float16: the largest known difference, of 175 configurations, is 0.006 of the largest value.
 A smaller change of a number can't be told from rounding."""
@@ -173,6 +175,16 @@ def part(where: str) -> str:
 def wrong(differences: list[Difference]) -> list[Difference]:
     """Return the differences above the tolerance, and those that aren't numbers."""
     return [difference for difference in differences if not difference.relative <= difference.tolerance]
+
+
+def of_dtype(dtype: str) -> float:
+    """Return the tolerance for a stage that computes in a dtype."""
+    return {"float16": FLOAT16_TOLERANCE, "bfloat16": BFLOAT16_TOLERANCE}.get(dtype, TOLERANCE)
+
+
+def file_of(bundle: BundleReader) -> str:
+    """Return the file of the golden vectors, for messages."""
+    return "" if bundle.manifest.vectors is None else bundle.manifest.vectors.file
 
 
 def side(bundle: BundleReader) -> str:

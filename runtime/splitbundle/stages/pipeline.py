@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.stages.call import Call, named_rows
+from splitbundle.stages.contract import check_contract
 from splitbundle.stages.generation import GeneratingPipeline
 from splitbundle.stages.sampling import History, RowGenerators, Sampling
 from splitbundle.stages.session import Session
@@ -18,7 +20,7 @@ def check_tiling(stages: Sequence[StageBase], *, same_weights: bool) -> None:
     """Check that stages, in order, make one model.
 
     Raises:
-        BundleError: ``pipeline.tiling``, ``pipeline.fingerprint``.
+        BundleError: ``pipeline.stage``, ``pipeline.tiling``, ``pipeline.fingerprint``.
     """
 
     def refuse(code: str, where: str, expected: str, got: str, hint: str | None = None) -> NoReturn:
@@ -26,6 +28,7 @@ def check_tiling(stages: Sequence[StageBase], *, same_weights: bool) -> None:
 
     at = 0
     for i, stage in enumerate(stages):
+        check_contract(stage, f"stages[{i}]")
         ends = (stage.embeds == (i == 0)) and (stage.has_head == (i == len(stages) - 1))
         if stage.layer_range[0] != at or not ends or stage.architecture != stages[0].architecture:
             expected = f"a stage of one model from layer {at} on, the first embeds, the last has the head"
@@ -120,6 +123,7 @@ class PipelineBase(GeneratingPipeline, TextPipeline):
         attention_mask: Array | None = None,
         session: Session | None = None,
         logits: LogitsWanted = "all",
+        rows: Sequence[int] | None = None,
     ) -> Array:
         """Compute logits for some tokens of each row, after the tokens of the session.
 
@@ -131,6 +135,9 @@ class PipelineBase(GeneratingPipeline, TextPipeline):
                 possibly empty, padded left, right or on both sides. Padding enters no cache, and its logits are zero.
             session: a session from ``session()``, which this call extends.
             logits: "all" positions, each row's "last" one, or its last k.
+            rows: (batch) the rows of the session that this call computes: its row i is ``rows[i]``. They are distinct
+                numbers from 0 in any order; by default all rows in order. The other rows stay as they are, and cost no
+                time. So a prompt can join while other rows go on.
 
         Raises:
             BundleError: ``input.*``, ``session.*``.
@@ -149,20 +156,41 @@ class PipelineBase(GeneratingPipeline, TextPipeline):
             starts, counts = self._runs(attention_mask, shape)
             token_ids = self._shift(token_ids, starts)
         past = None if session is None else session.past
+        named: dict[str, Any] = {}  # empty unless there are rows, because a stage of others may not know the argument
+        if rows is not None:
+            rows = named["rows"] = self._named(rows, session)
+            past = [session.past[row] for row in rows] if session is not None else None
         if session is not None and session.grows:
-            session.make_room(shape, counts)
+            session.make_room(shape, counts, rows)
         # Every stage checks the call before any cache is written, so that a refusal changes nothing.
-        call = stages[0].check(token_ids, past=past, count=counts, cache=caches[0], logits=logits)
+        call = stages[0].check(token_ids, past=past, count=counts, cache=caches[0], logits=logits, **named)
         for stage, cache in zip(stages[1:], caches[1:], strict=True):
-            stage.check_call(token_ids, stage.convert_call(call), cache, logits)
+            stage.check_call(token_ids, _converted(call, stage), cache, logits)
         x = token_ids[:, : call.length]
         for stage, cache in zip(stages, caches, strict=True):
-            x = stage(self._enter(x, stage), positions=stage.convert_call(call), cache=cache, logits=logits)
+            x = stage(self._enter(x, stage), positions=_converted(call, stage), cache=cache, logits=logits)
         if session is not None:
-            session.advance(self._nested(token_ids) or [], call.count)
+            session.advance(self._nested(token_ids) or [], call.count, rows)
         if starts is not None and logits == "all":
             x = self._shift(self._lengthen(x, shape[1] - x.shape[1]), [-start for start in starts])
         return x
+
+    def _named(self, rows: Sequence[int], session: Session | None) -> tuple[int, ...]:
+        """Return the rows of a call.
+
+        Raises:
+            BundleError: ``input.value`` without a session, for rows that it hasn't, or where a stage takes no rows.
+        """
+
+        def refuse(expected: str, got: str) -> NoReturn:
+            raise BundleError(Problem(code="input.value", argument="rows", expected=expected, got=got))
+
+        if session is None:
+            refuse("no rows without a session, whose rows they are", quoted(rows))
+        for stage in self._in_order():
+            if not getattr(stage, "takes_rows", False):
+                refuse(f"no rows, because stage {stage.name} computes all rows of its cache", quoted(rows))
+        return named_rows(rows, session.batch_size)
 
     def _runs(self, mask: object, shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
         """Return where the tokens of each row begin, and their number.
@@ -186,3 +214,10 @@ class PipelineBase(GeneratingPipeline, TextPipeline):
             starts.append(ones[0] if ones else 0)
             counts.append(len(ones))
         return starts, counts
+
+
+def _converted(call: Call, stage: Any) -> Call:
+    """Return a call in the form of a stage. A stage of a user may have none of its own."""
+    convert = getattr(stage, "convert_call", None)
+    converted: Call = call if convert is None else convert(call)
+    return converted

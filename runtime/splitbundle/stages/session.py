@@ -22,21 +22,29 @@ class Session:
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
         """The ids that each row has in the caches."""
 
-    def advance(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> None:
-        """Record that each row got the first ``counts[i]`` of some ids."""
-        for held, past, row, count in zip(self.tokens, self.past, rows, counts, strict=True):
-            held[past:] = row[:count]
-        self.past = [before + n for before, n in zip(self.past, counts, strict=True)]
+    def advance(
+        self, token_ids: Sequence[Sequence[int]], counts: Sequence[int], rows: Sequence[int] | None = None
+    ) -> None:
+        """Record that each row, or each of ``rows``, got the first ``counts[i]`` of some ids."""
+        past = list(self.past)
+        for row, ids, count in zip(self._all(rows), token_ids, counts, strict=True):
+            self.tokens[row][past[row] :] = ids[:count]
+            past[row] += count
+        self.past = past
 
-    def make_room(self, shape: Sequence[int], counts: Sequence[int] | None = None) -> None:
+    def make_room(
+        self, shape: Sequence[int], counts: Sequence[int] | None = None, rows: Sequence[int] | None = None
+    ) -> None:
         """Grow until a call of this shape fits: to twice the capacity at least, and never beyond the model's positions.
 
-        *Shape:* of ids, (batch, sequence); with ``counts``, the number of tokens of each row.
+        *Shape:* of ids, (batch, sequence); with ``counts``, the number of tokens of each row; with ``rows``, the rows
+        that the call computes.
         """
-        if len(shape) != 2 or shape[0] != self.batch_size:
+        named = self._all(rows)
+        if len(shape) != 2 or shape[0] != len(named):
             return  # the call is refused
-        added = [shape[1]] * self.batch_size if counts is None else counts
-        needed = max(past + count for past, count in zip(self.past, added, strict=True))
+        added = [shape[1]] * len(named) if counts is None else counts
+        needed = max(self.past[row] + count for row, count in zip(named, added, strict=True))
         limit = min((cache.position_limit for cache in self.caches if cache.position_limit is not None), default=None)
         if needed > self.capacity and (limit is None or needed <= limit):
             doubled = max(needed, 2 * self.capacity)
@@ -104,3 +112,6 @@ class Session:
             cache.reorder(order)
         self.past = [self.past[row] for row in order]
         self.tokens = [list(self.tokens[row]) for row in order]
+
+    def _all(self, rows: Sequence[int] | None) -> Sequence[int]:
+        return range(self.batch_size) if rows is None else rows

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.integers import as_integer
-from splitbundle.stages.call import CacheState, Call
+from splitbundle.stages.call import CacheState, Call, named_rows
 
 if TYPE_CHECKING:
     from splitbundle.format.selection import Selection
@@ -35,6 +35,8 @@ class StageBase:
     array: ClassVar[str]
     """The name of an array, for messages."""
     integer_dtypes: ClassVar[frozenset[str]]
+    takes_rows: ClassVar[bool] = False
+    """Whether a call may compute some rows of a cache, as ``Call.rows`` names them."""
 
     name: str
     fingerprint: str
@@ -44,7 +46,8 @@ class StageBase:
     embeds: bool
     has_head: bool
 
-    def _describe(self, bundle: BundleReader, selection: Selection) -> None:
+    def describe(self, bundle: BundleReader, selection: Selection) -> None:
+        """Set what says which part of which model this stage is, from ``bundle.select(…)``."""
         self.name = selection.name
         self.fingerprint = bundle.fingerprint
         self.source = str(bundle.path), bundle.id
@@ -69,9 +72,6 @@ class StageBase:
     def _call(self, past: Sequence[int], count: Sequence[int], length: int) -> Call:
         """Return a call in the form of this backend."""
         return Call(past, count, length)
-
-    def _make_cache(self, batch_size: int, capacity: int) -> CacheState:
-        raise NotImplementedError
 
     def convert_call(self, call: Call) -> Call:
         """Return a call of another stage in the form of this one."""
@@ -116,18 +116,22 @@ class StageBase:
         count: Any = None,
         cache: Any = None,
         logits: LogitsWanted = "all",
+        rows: Any = None,
     ) -> Any:
         """Check that a call can be computed, and return its positions.
 
-        Nothing is written, so a refusal never changes a cache. Arguments and errors are those of a call.
+        Nothing is written, so a refusal never changes a cache. Arguments and errors are those of a call. With ``rows``,
+        row i of the call is the row ``rows[i]`` of the cache.
         """
         self._check_inputs(inputs)
         batch, length = inputs.shape[:2]
+        named = None if rows is None else self._named(rows, batch, cache)
         before = self._rows("past", past, batch, 0, 0, 2**31)
         brought = self._rows("count", count, batch, length, 0, length)
         if cache is None and any(before):
             self._refuse("input.position", "past", "0 for every row without a cache", quoted(before))
         call = self._call(before, brought, max(1, *brought))
+        call.rows = named
         limit = self.architecture.position_limit
         if self.embeds and limit is not None and call.stop > limit:
             expected = f"at most {limit}, the positions of the model"
@@ -143,8 +147,15 @@ class StageBase:
         if self.has_head:
             self._logits_wanted(logits)
 
+    # These two are right for a stage whose keys and values aren't here. A stage that keeps them has its own.
+
+    def _make_cache(self, batch_size: int, capacity: int) -> CacheState:
+        return CacheState(self.architecture, self.layer_range, batch_size, capacity)
+
     def _check_cache(self, cache: Any) -> None:
-        raise NotImplementedError
+        if not isinstance(cache, CacheState) or cache.layers != self.layer_range:
+            got = f"one of layers {cache.layers}" if isinstance(cache, CacheState) else type(cache).__name__
+            self._refuse("input.cache", "cache", f"a cache of layers {self.layer_range}", got)
 
     def _logits_wanted(self, logits: LogitsWanted) -> int | None:
         if logits == "all":
@@ -202,6 +213,14 @@ class StageBase:
         if len(found) < len(values):
             self._refuse("input.value", name, f"integers from {low} to {high}", quoted(values))
         return found
+
+    def _named(self, rows: Any, batch: int, cache: Any) -> tuple[int, ...]:
+        if cache is None:
+            self._refuse("input.value", "rows", "no rows without a cache, whose rows they are", quoted(rows))
+        named = named_rows(rows)
+        if len(named) != batch:
+            self._refuse("input.shape", "rows", f"{batch} rows, as the tokens", f"{len(named)}")
+        return named
 
     def _refuse(self, code: str, argument: str, expected: str, got: str, hint: str | None = None) -> NoReturn:
         where = f"stage {self.name}, {argument}"

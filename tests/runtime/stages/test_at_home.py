@@ -178,7 +178,9 @@ def test_wrapped_stages_in_a_pipeline(gpt2: splitbundle.Bundle) -> None:
 
 
 def test_what_is_no_stage_is_refused(gpt2: splitbundle.Bundle) -> None:
-    with pytest.raises(BundleError, match=r"\[pipeline.tiling\] stages: expected stages, or wrappers of stages"):
+    with pytest.raises(
+        BundleError, match=r"\[pipeline.stage\] stages\[0\]: expected a stage, or an object that keeps the contract"
+    ):
         Pipeline([nn.Linear(2, 2)])  # type: ignore[list-item]
 
 
@@ -191,6 +193,17 @@ def test_compiled_stages_in_a_pipeline(gpt2: splitbundle.Bundle) -> None:
     ]
     with torch.no_grad():
         assert torch.allclose(Pipeline(compiled)(IDS), gpt2.pipeline()(IDS), atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_a_compiled_stage_computes_some_rows(gpt2: splitbundle.Bundle) -> None:
+    stages = [gpt2.stage(shard.name) for shard in gpt2.shards]
+    compiled = Pipeline([stages[0], torch.compile(stages[1], backend="eager"), stages[2]])  # type: ignore[list-item]
+    plain, ids = gpt2.pipeline(), IDS.repeat(2, 1)
+    session, expected = compiled.session(4, 20), plain.session(4, 20)
+    with torch.no_grad():
+        for rows in ([3, 1], [1, 3], [0, 3]):
+            got = compiled(ids, session=session, rows=rows)
+            assert torch.allclose(got, plain(ids, session=expected, rows=rows), atol=1e-5)
 
 
 def test_what_adapters_look_for(gpt2: splitbundle.Bundle) -> None:

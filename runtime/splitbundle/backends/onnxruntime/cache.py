@@ -16,6 +16,8 @@ from splitbundle.stages.call import CacheState, Call
 
 BLOCK: Final = 64
 """The number of slots is a multiple of this, except at the full capacity."""
+BINDINGS: Final = 256
+"""The most bindings that a cache keeps, so that many sets of rows don't fill the memory with them."""
 
 
 class KVCache(CacheState):
@@ -39,10 +41,9 @@ class KVCache(CacheState):
         self.slots = 0
         """The current number of slots."""
         self.arrays: dict[str, numpy.ndarray] = {}
-        self.values: dict[str, Any] = {}
-        """The same memory for onnxruntime. It is bound as an input and as an output, so that graphs write in place."""
         self._sizes = {name: cache_sizes(architecture, name) for name in cache_names(layers)}
-        self._bindings: dict[Any, Any] = {}
+        self._bindings: dict[tuple[Any, int, int], Any] = {}
+        """A graph's session, the place of a call's first row and the number of its rows -> the binding."""
         # Fail now, not in the middle of a text, if there is too little memory: this allocates all of it and doesn't
         # touch it.
         each = sum(math.prod(size) * numpy.dtype(self.dtypes[name]).itemsize for name, size in self._sizes.items())
@@ -50,12 +51,7 @@ class KVCache(CacheState):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or a pickle, has the arrays. The objects of onnxruntime over their memory are made anew.
-        return self.__dict__ | {"values": {}, "_bindings": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        for name, array in self.arrays.items():
-            self._put(name, array)
+        return self.__dict__ | {"_bindings": {}}
 
     def __copy__(self) -> KVCache:
         return copy.deepcopy(self)  # two caches that write into one memory would be no copy
@@ -75,26 +71,33 @@ class KVCache(CacheState):
             array = numpy.zeros((self.batch_size, heads, slots, width), self.dtypes[name])
             if name in self.arrays:
                 array[:, :, : self.slots] = self.arrays[name]
-            self._put(name, array)
+            self.arrays[name] = array
+        self._bindings.clear()
         self.slots = slots
 
-    def _put(self, name: str, array: numpy.ndarray) -> None:
-        self.arrays[name] = array
-        self.values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-        self._bindings.clear()
-
-    def binding(self, session: Any, names: Sequence[str]) -> Any:
-        """Return an IO binding that binds the cache ports of a graph to these arrays. Calls reuse it."""
-        if session not in self._bindings:
+    def binding(self, session: Any, names: Sequence[str], call: Call) -> Any:
+        """Return an IO binding that binds the cache ports of a graph to the rows of a call. Other calls reuse it."""
+        key = session, call.first_place, len(call.past)
+        if key not in self._bindings:
+            if len(self._bindings) >= BINDINGS:
+                self._bindings.clear()
             binding = session.io_binding()
             for name in names:
-                binding.bind_ortvalue_input(name, self.values[name])
-                binding.bind_ortvalue_output(next_name(name), self.values[name])
-            self._bindings[session] = binding
-        return self._bindings[session]
+                rows = self.arrays[name][call.first_place : call.first_place + len(call.past)]
+                # The same memory is bound as an input and as an output, so that graphs write in place.
+                value = onnxruntime.OrtValue.ortvalue_from_numpy(rows)
+                binding.bind_ortvalue_input(name, value)
+                binding.bind_ortvalue_output(next_name(name), value)
+            self._bindings[key] = binding
+        return self._bindings[key]
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Replace each row i with the former row ``rows[i]``."""
-        for name, array in list(self.arrays.items()):
-            self._put(name, numpy.ascontiguousarray(array[list(rows)]))
+        places = [self.places[row] for row in rows]
+        self.arrays = {name: numpy.ascontiguousarray(array[places]) for name, array in self.arrays.items()}
+        self._bindings.clear()
         super().reorder(rows)
+
+    def _swap(self, place: int, other: int, slots: int) -> None:
+        for array in self.arrays.values():
+            array[[place, other], :, :slots] = array[[other, place], :, :slots]

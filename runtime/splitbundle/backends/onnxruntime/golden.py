@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -26,6 +26,15 @@ def run_vectors(
     )
     original = golden.original_outputs(tensors, outputs)
     return golden.compare(outputs, original, ("onnxruntime", golden.side(bundle)), tensors, tolerance(bundle))
+
+
+def check_stage(bundle: BundleReader, shard: str, stage: Any) -> list[golden.Difference]:
+    """Compare a stage that another machine computes with the golden vectors of its shard."""
+    tensors = {} if bundle.manifest.vectors is None else read_golden(bundle)
+    outputs = golden.compute(bundle, shard, tensors, lambda selection: stage, None)
+    between = "the server", golden.side(bundle)
+    limit = max(golden.of_dtype(stage.link.welcome.dtype), tolerance(bundle))
+    return golden.compare(outputs, golden.original_outputs(tensors, outputs), between, tensors, limit)
 
 
 def tolerance(bundle: BundleReader) -> float:

@@ -75,7 +75,7 @@ class LoadedGraph:
 
         *Shape:* token ids (batch, sequence) or hidden -> hidden (batch, sequence, hidden), or (selected, vocab).
         """
-        binding = cache.binding(self.session, tuple(self.caches))
+        binding = cache.binding(self.session, tuple(self.caches), call)
         given = {self.input: x, "past": call.past, "count": call.count}
         sizes = {"batch": len(x), "sequence": x.shape[1]}
         if self.head and selected is not None:

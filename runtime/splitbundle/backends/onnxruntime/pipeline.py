@@ -26,15 +26,15 @@ class Pipeline(PipelineBase):
         """Check the stages and join them.
 
         Args:
-            stages: the stages in order, each of this backend or of torch. Their layer ranges tile the model; the first
-                embeds, the last has the head.
+            stages: the stages in order: each of this backend, of torch, or one that keeps the contract of a stage
+                (``splitbundle.extending``). Their layer ranges tile the model; the first embeds, the last has the head.
             same_weights: whether the fingerprints must show that all stages come from one model.
 
         Raises:
             BundleError: ``pipeline.tiling``, ``pipeline.fingerprint``.
         """
         check_tiling(stages, same_weights=same_weights)
-        self.stages = [stage.over_numpy() for stage in stages]
+        self.stages = [stage.over_numpy() if hasattr(stage, "over_numpy") else stage for stage in stages]
 
     __call__ = PipelineBase.forward
 

@@ -11,13 +11,14 @@ import numpy
 import onnxruntime
 
 from splitbundle import processors
+from splitbundle.backends.onnxruntime.arrays import ArrayStage
 from splitbundle.backends.onnxruntime.cache import KVCache
 from splitbundle.backends.onnxruntime.graph import LoadedGraph, no_graph
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.graph import VARIANTS
 from splitbundle.integers import as_integer
 from splitbundle.stages.call import Call
-from splitbundle.stages.stage import ArrayInfo, LogitsWanted, StageBase
+from splitbundle.stages.stage import LogitsWanted
 
 if TYPE_CHECKING:
     from splitbundle.format.manifest.document import Shard
@@ -37,7 +38,7 @@ see (``spec/decisions/0009``)."""
 _Pieces = Sequence[tuple[int, Call]]
 
 
-class Stage(StageBase):
+class Stage(ArrayStage):
     """A part of the model.
 
     The first stage takes token ids, and the others take ``hidden``. The last stage returns logits, and the others
@@ -45,14 +46,13 @@ class Stage(StageBase):
     computation.
     """
 
-    backend = "onnxruntime"
-    array = "a numpy.ndarray"
+    takes_rows = True
     integer_dtypes = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
     dtype = "float32"
     device = "cpu"
 
     def __init__(self, bundle: BundleReader, selection: Selection, graphs: Sequence[LoadedGraph]) -> None:
-        self._describe(bundle, selection)
+        self.describe(bundle, selection)
         self.graphs = tuple(graphs)
         self._cache_dtypes = {name: dtype for graph in self.graphs for name, dtype in graph.caches.items()}
 
@@ -61,20 +61,6 @@ class Stage(StageBase):
 
     def _make_cache(self, batch_size: int, capacity: int) -> KVCache:
         return KVCache(self.architecture, self.layer_range, batch_size, capacity, self._cache_dtypes)
-
-    def _info(self, array: object) -> ArrayInfo | None:
-        if not isinstance(array, numpy.ndarray):
-            return None
-        return ArrayInfo(shape=array.shape, dtype=str(array.dtype), device=self.device)
-
-    def _min_max(self, array: numpy.ndarray) -> tuple[int, int]:
-        return int(array.min()), int(array.max())
-
-    def _expected(self) -> ArrayInfo:
-        return ArrayInfo(shape=(), dtype=self.dtype, device=self.device)
-
-    def _other_dtype(self) -> str:
-        return "Convert it with .astype(numpy.float32)"
 
     def _check_cache(self, cache: KVCache) -> None:
         own = self.layer_range, self._cache_dtypes
@@ -90,6 +76,7 @@ class Stage(StageBase):
         count: Any = None,
         cache: KVCache | None = None,
         logits: LogitsWanted = "all",
+        rows: Any = None,
         positions: Call | None = None,
     ) -> numpy.ndarray:
         """Compute this stage for some tokens of each row.
@@ -106,15 +93,18 @@ class Stage(StageBase):
             cache: a cache from ``cache()``. This call adds its tokens to the cache.
             logits: the positions for which the last stage computes logits: "all", "last" (k = 1), or an integer k for
                 the last k of each row. A row with fewer tokens starts with zeros.
-            positions: the result of ``check`` for this call. It replaces ``past`` and ``count``, and the call is not
-                checked again.
+            rows: (batch) the rows of the cache that this call computes: its row i is the cache's row ``rows[i]``.
+                They are distinct numbers from 0 in any order; by default all rows in order. The other rows stay as
+                they are, and cost no time.
+            positions: the result of ``check`` for this call. It replaces ``past``, ``count`` and ``rows``, and the
+                call is not checked again.
 
         Raises:
             BundleError: ``input.*`` with the name of the boundary, the expected value and the given one.
         """
-        call = (
-            self.check(inputs, past=past, count=count, cache=cache, logits=logits) if positions is None else positions
-        )
+        call = positions
+        if call is None:
+            call = self.check(inputs, past=past, count=count, cache=cache, logits=logits, rows=rows)
         length = inputs.shape[1]
         x = self._compute(inputs[:, : call.length], call, cache, self._logits_wanted(logits))
         short = length - call.length if not self.has_head or logits == "all" else 0
@@ -126,16 +116,22 @@ class Stage(StageBase):
             width = self.architecture.vocab_size if self.has_head else self.architecture.hidden_size
             return numpy.zeros((batch, wanted or call.length, width), numpy.float32)
         own = cache if cache is not None else self._make_cache(batch, call.stop)
-        pieces = [(0, call)] if own.rescales(call) else list(call.pieces(max(PIECE // batch, 1)))
+        call = own.arrange(call)
+        x, placed = x if call.order is None else x[list(call.order)], call.placed
+        pieces = [(0, placed)] if own.rescales(call) else list(placed.pieces(max(PIECE // batch, 1)))
         result = self._logits(x, pieces, own, call, wanted) if self.has_head else self._hidden(x, pieces, own, call)
         if cache is not None:
             cache.advance(call)
         return result
 
     def _hidden(self, x: numpy.ndarray, pieces: _Pieces, cache: KVCache, call: Call) -> numpy.ndarray:
-        """Compute hidden states. *Shape:* (batch, sequence) or hidden -> (batch, sequence, hidden), zero at padding."""
+        """Compute hidden states, in the order of the call. ``x`` and ``pieces`` have the order of the cache.
+
+        *Shape:* (batch, sequence) or hidden -> (batch, sequence, hidden), zero at padding.
+        """
         parts = [self._run(x[:, start : start + piece.length], piece, cache) for start, piece in pieces]
         hidden = parts[0] if len(parts) == 1 else numpy.concatenate(parts, axis=1)
+        hidden = hidden if call.order is None else hidden[numpy.argsort(call.order)]
         if call.padded:
             hidden[numpy.arange(call.length)[None] >= numpy.array(call.count)[:, None]] = 0
         return hidden
@@ -143,7 +139,10 @@ class Stage(StageBase):
     def _logits(
         self, x: numpy.ndarray, pieces: _Pieces, cache: KVCache, call: Call, wanted: int | None
     ) -> numpy.ndarray:
-        """Compute logits. *Shape:* (batch, sequence) or hidden -> (batch, k, vocab), zero where a row has no token."""
+        """Compute logits, in the order of the call. ``x`` and ``pieces`` have the order of the cache.
+
+        *Shape:* (batch, sequence) or hidden -> (batch, k, vocab), zero where a row has no token.
+        """
         count = numpy.array(call.count)[:, None]
         offsets = numpy.arange(call.length)[None] if wanted is None else count + numpy.arange(-wanted, 0)[None]
         valid = (offsets >= 0) & (offsets < count)  # (batch, k)
@@ -151,7 +150,8 @@ class Stage(StageBase):
         for start, piece in pieces:
             here = valid & (offsets >= start) & (offsets < start + piece.length)
             rows, places = numpy.nonzero(here)
-            selected = rows * piece.length + numpy.broadcast_to(offsets, here.shape)[rows, places] - start
+            lines = rows if call.order is None else numpy.argsort(call.order)[rows]
+            selected = lines * piece.length + numpy.broadcast_to(offsets, here.shape)[rows, places] - start
             part = self._run(x[:, start : start + piece.length], piece, cache, selected)
             if here.all():  # all in one piece and in order: the logits may be large, so don't copy them
                 logits = part.reshape(logits.shape)

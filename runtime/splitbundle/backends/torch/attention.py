@@ -54,6 +54,10 @@ class Attention(nn.Module):
         queries, keys, values = self._project(x, positions)  # [B, S, H, D]
         if facts_.query_temperature is not None:
             queries = queries * positions.temperature(facts_.query_temperature)
+        # All else is computed in the order of the call, and gives the same bits wherever the rows lie in a cache.
+        permutation, positions = positions.permutation, positions.placed
+        if permutation is not None:
+            queries, keys, values = (part.index_select(0, permutation[0]) for part in (queries, keys, values))
         queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))  # [B, H, S, D]
         if cache is not None:
             keys, values = cache.extend(self.layer, keys, values, positions)
@@ -74,6 +78,7 @@ class Attention(nn.Module):
                 queries, keys, values, mask=mask, scale=facts_.scale, cap=cap, sinks=sinks, dropout=dropout
             )
         mixed = mixed.transpose(1, 2)  # [B, S, H, D]
+        mixed = mixed if permutation is None else mixed.index_select(0, permutation[1])
         if facts_.output_gate is not None and self.gate is not None:
             gate = self.gate(x).unflatten(-1, (facts_.heads, -1))
             gate = gate if self.gate_bias is None else gate + self.gate_bias[:, None]

@@ -51,13 +51,18 @@ class KVCache(CacheState):
 
         *Shape:* (batch, kv_heads, sequence, head_dim) and (…, value_dim) -> the same with slots for the sequence.
         """
-        for stored, new in ((self.keys[layer], keys), (self.values[layer], values)):
+        held = [own[layer].narrow(0, positions.first_place, len(positions.past)) for own in (self.keys, self.values)]
+        for stored, new in zip(held, (keys, values), strict=True):
             if positions.uniform is not None:
                 stored.narrow(2, positions.uniform, positions.length).copy_(new)
             else:
                 rows, places, slots = positions.tokens
                 stored[rows, :, slots] = new[rows, :, places].to(stored.dtype)  # under autocast, new may have another
-        return self.keys[layer].narrow(2, 0, positions.stop), self.values[layer].narrow(2, 0, positions.stop)
+        return held[0].narrow(2, 0, positions.stop), held[1].narrow(2, 0, positions.stop)
+
+    def _swap(self, place: int, other: int, slots: int) -> None:
+        for stored in (*self.keys.values(), *self.values.values()):
+            stored[[place, other], :, :slots] = stored[[other, place], :, :slots]
 
     def grow(self, capacity: int) -> None:
         """Give each row more slots, by a copy."""
@@ -75,8 +80,9 @@ class KVCache(CacheState):
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Replace each row i with the former row ``rows[i]``."""
+        places = [self.places[row] for row in rows]
         with torch.inference_mode(False):  # as in __init__
             for stored in (self.keys, self.values):
                 for layer, tensor in stored.items():
-                    stored[layer] = tensor.index_select(0, torch.tensor(rows, device=tensor.device))
+                    stored[layer] = tensor.index_select(0, torch.tensor(places, device=tensor.device))
         super().reorder(rows)

@@ -50,3 +50,19 @@ def run_vectors(
 def distances(bundle: BundleReader) -> list[golden.Difference]:
     """See ``Bundle.distances``."""
     return golden.distances(bundle, map_tensors(bundle, VECTORS), map_tensors(bundle, ORIGINAL_VECTORS))
+
+
+def check_stage(bundle: BundleReader, shard: str, stage: Any) -> list[golden.Difference]:
+    """Compare a stage that another machine computes with the golden vectors of its shard."""
+    tensors = {} if bundle.manifest.vectors is None else map_tensors(bundle, VECTORS)
+
+    def run(given: Tensor, **options: Any) -> Tensor:
+        with torch.no_grad():
+            return stage(given.to(stage.dtype), **options).float()  # type: ignore[no-any-return]
+
+    outputs = golden.compute(bundle, shard, tensors, lambda selection: run, None)
+    between = "the server", golden.side(bundle)
+    limit = golden.of_dtype(stage.link.welcome.dtype)
+    if bundle.manifest.storage.encodings:
+        limit = max(limit, golden.QUANTIZED_TOLERANCE)
+    return golden.compare(outputs, golden.original_outputs(tensors, outputs), between, tensors, limit)

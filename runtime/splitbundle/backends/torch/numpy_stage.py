@@ -15,6 +15,7 @@ class NumpyStage(StageBase):
     """Take and return float32 arrays. The torch stage inside may have any dtype and device."""
 
     backend = "torch"
+    takes_rows = True
 
     inner: Any
     """The torch stage. Its module imports this one, for ``over_numpy``, so this one can't import its class."""

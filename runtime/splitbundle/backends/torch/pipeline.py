@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from splitbundle.backends.torch.sampling import draw, likeliest, log_probabilities
 from splitbundle.backends.torch.stage import Stage, load_stages, unwrapped
-from splitbundle.errors import BundleError, Problem
 from splitbundle.stages.pipeline import PipelineBase, check_tiling
 from splitbundle.stages.sampling import History, RowGenerators, Sampling
 from splitbundle.stages.session import Session
@@ -32,17 +31,31 @@ class _Wrapped:
     @staticmethod
     def of(module: nn.Module) -> Any:
         """Return a stage as it is, and a wrapper of a stage with the attributes of the stage."""
-        inner: Any = module if hasattr(module, "layer_range") else unwrapped(module)
-        if inner is None:
-            expected, got = "stages, or wrappers of stages", type(module).__name__
-            raise BundleError(Problem(code="pipeline.tiling", argument="stages", expected=expected, got=got))
-        return inner if inner is module else _Wrapped(module, inner)
+        inner = None if hasattr(module, "layer_range") else unwrapped(module)
+        return module if inner is None else _Wrapped(module, inner)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stage, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._wrapper(*args, **kwargs)
+
+
+class _AsModule(nn.Module):
+    """A stage that isn't a module, as one: torch's list of modules takes no other objects."""
+
+    def __init__(self, stage: Any) -> None:
+        super().__init__()
+        self._stage = [stage]  # in a list, which no module looks into
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_stage"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._stage[0](*args, **kwargs)
 
 
 class Pipeline(PipelineBase, nn.Module):
@@ -52,7 +65,8 @@ class Pipeline(PipelineBase, nn.Module):
         """Check the stages and join them.
 
         Args:
-            stages: the stages in order. Their layer ranges tile the model; the first embeds, the last has the head.
+            stages: the stages in order: stages, wrappers of stages, or objects that keep the contract of a stage
+                (``splitbundle.extending``). Their layer ranges tile the model; the first embeds, the last has the head.
             same_weights: whether the fingerprints must show that all stages come from one model. Stages that were
                 trained and saved separately have different fingerprints.
 
@@ -61,7 +75,7 @@ class Pipeline(PipelineBase, nn.Module):
         """
         super().__init__()
         check_tiling([_Wrapped.of(stage) for stage in stages], same_weights=same_weights)
-        self.stages = nn.ModuleList(stages)
+        self.stages = nn.ModuleList(stage if isinstance(stage, nn.Module) else _AsModule(stage) for stage in stages)
 
     def _in_order(self) -> list[Stage]:
         return [_Wrapped.of(module) for module in self.stages]
@@ -71,7 +85,8 @@ class Pipeline(PipelineBase, nn.Module):
         return torch.tensor(rows, dtype=torch.int64, device=self.first.device)
 
     def _enter(self, x: Tensor, stage: Stage) -> Tensor:
-        return x.to(stage.device) if stage.embeds else x.to(stage.device, stage.dtype)
+        device, dtype = getattr(stage, "device", None), getattr(stage, "dtype", None)
+        return x.to(device=device) if stage.embeds else x.to(device=device, dtype=dtype)
 
     def _nested(self, array: object) -> list[list[Any]] | None:
         return array.tolist() if isinstance(array, Tensor) else None

@@ -22,11 +22,23 @@ class Positions(Call):
     ):
         super().__init__(past, count, length)
         self.device, self.dtype = device, dtype
+        self._permutation: tuple[Tensor, Tensor] | None = None
         self._slots: Tensor | None = None
         self._tokens: tuple[Tensor, Tensor, Tensor] | None = None
         self._masks: dict[AttentionSpan, tuple[int, Tensor | None, bool]] = {}
         self._rotations: dict[int, tuple[Rotary, tuple[Tensor, Tensor]]] = {}
         self._biases: dict[tuple[Alibi, int, AttentionSpan], tuple[int, Tensor]] = {}
+
+    def _like(self, past: Sequence[int], count: Sequence[int]) -> Positions:
+        return Positions(past, count, self.length, self.device, self.dtype)
+
+    @property
+    def permutation(self) -> tuple[Tensor, Tensor] | None:
+        """Return ``order`` as indices, and the indices that undo it; None without one. *Shape:* twice (batch)."""
+        if self._permutation is None and self.order is not None:
+            order = torch.tensor(self.order, device=self.device)
+            self._permutation = order, order.argsort()
+        return self._permutation
 
     @property
     def slots(self) -> Tensor:

@@ -21,12 +21,13 @@ from splitbundle.backends.torch.numpy_stage import NumpyStage
 from splitbundle.backends.torch.positions import Positions
 from splitbundle.backends.torch.quantized_modules import Codes
 from splitbundle.backends.torch.quantized_stages import is_code, use_quantized
+from splitbundle.backends.torch.tensors import TensorStage
 from splitbundle.backends.torch.threads import checked, using
-from splitbundle.backends.torch.weights import MappedTensors, compute_dtype, map_tensors, rounded
-from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.backends.torch.weights import MappedTensors, assign, check_device, compute_dtype, map_tensors, rounded
+from splitbundle.errors import BundleError, Problem
 from splitbundle.format.weight_layout import SCALE
 from splitbundle.stages.call import Call
-from splitbundle.stages.stage import ArrayInfo, LogitsWanted, StageBase
+from splitbundle.stages.stage import LogitsWanted
 
 if TYPE_CHECKING:
     from splitbundle.format.selection import Selection
@@ -36,15 +37,14 @@ Rows = Sequence[int] | Tensor
 """One integer for each row."""
 
 
-class Stage(StageBase, nn.Module):
+class Stage(TensorStage, nn.Module):
     """A part of the model. Its parameters have the canonical names, with global layer numbers.
 
     The first stage takes token ids, and the others take ``hidden``. The last stage returns logits, and the others
     return ``hidden``.
     """
 
-    backend = "torch"
-    array = "a torch.Tensor"
+    takes_rows = True
     integer_dtypes = frozenset(f"torch.{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
     kernels: kernel_choice.Choice | None = None
@@ -59,7 +59,7 @@ class Stage(StageBase, nn.Module):
 
     def __init__(self, bundle: BundleReader, selection: Selection) -> None:
         super().__init__()
-        self._describe(bundle, selection)
+        self.describe(bundle, selection)
         architecture, hidden = bundle.architecture, bundle.architecture.hidden_size
         tied = selection.head and architecture.head.tied
         self.embedding = Embedding(architecture, embeds=self.embeds) if self.embeds or tied else None
@@ -95,33 +95,6 @@ class Stage(StageBase, nn.Module):
 
     def _make_cache(self, batch_size: int, capacity: int) -> KVCache:
         return KVCache(self.architecture, self.layer_range, batch_size, capacity, self.device, self.dtype)
-
-    def _info(self, array: object) -> ArrayInfo | None:
-        if not isinstance(array, Tensor):
-            return None
-        return ArrayInfo(shape=tuple(array.shape), dtype=str(array.dtype), device=str(array.device))
-
-    def _min_max(self, array: Tensor) -> tuple[int, int]:
-        if torch.compiler.is_compiling():
-            return 0, 0  # an exported or compiled stage has no ids yet; its embedding refuses those that are too large
-        # torch finds no minimum of wide unsigned integers. As int64, ids of 2^63 and above are negative, and refused.
-        low, high = array.long().aminmax()
-        return int(low), int(high)
-
-    def _expected(self) -> ArrayInfo:
-        return ArrayInfo(shape=(), dtype=str(self.dtype), device=str(self.device))
-
-    def _other_dtype(self) -> str:
-        return "Convert it with .to(stage.dtype), or open the stage with dtype="
-
-    def _call(self, past: Sequence[int], count: Sequence[int], length: int) -> Positions:
-        return Positions(past, count, length, self.device, self.dtype)
-
-    def convert_call(self, call: Call) -> Positions:
-        """Return a call of another stage with the device and the dtype of this one."""
-        if isinstance(call, Positions) and call.device == self.device and call.dtype == self.dtype:
-            return call
-        return self._call(call.past, call.count, call.length)
 
     def add_lora(
         self,
@@ -184,6 +157,7 @@ class Stage(StageBase, nn.Module):
         count: Rows | None = None,
         cache: KVCache | None = None,
         logits: LogitsWanted = "all",
+        rows: Rows | None = None,
         positions: Positions | None = None,
     ) -> Tensor:
         """Compute this stage for some tokens of each row.
@@ -200,15 +174,18 @@ class Stage(StageBase, nn.Module):
             cache: a cache from ``cache()``. This call adds its tokens to the cache.
             logits: the positions for which the last stage computes logits: "all", "last" (k = 1), or an integer k for
                 the last k of each row. A row with fewer tokens starts with zeros.
-            positions: the result of ``check`` for this call. It replaces ``past`` and ``count``, and the call is not
-                checked again.
+            rows: (batch) the rows of the cache that this call computes: its row i is the cache's row ``rows[i]``.
+                They are distinct numbers from 0 in any order; by default all rows in order. The other rows stay as
+                they are, and cost no time.
+            positions: the result of ``check`` for this call. It replaces ``past``, ``count`` and ``rows``, and the
+                call is not checked again.
 
         Raises:
             BundleError: ``input.*`` with the name of the boundary, the expected value and the given one.
         """
         length = inputs.shape[1] if isinstance(inputs, Tensor) and inputs.ndim > 1 else 0
         if positions is None:
-            positions = self.check(inputs, past=past, count=count, cache=cache, logits=logits)
+            positions = self.check(inputs, past=past, count=count, cache=cache, logits=logits, rows=rows)
         # Positions that are padding in every row are not computed, and need no slots in a cache.
         with nullcontext() if torch.compiler.is_compiling() else using(self.threads):
             x = self._compute(inputs[:, : positions.length], positions, cache, logits)
@@ -220,6 +197,7 @@ class Stage(StageBase, nn.Module):
             width = self.architecture.hidden_size if self.head is None else self.architecture.vocab_size
             kept = None if self.head is None else self._logits_wanted(logits)
             return torch.zeros(len(x), kept or x.shape[1], width, device=self.device, dtype=self.dtype)
+        positions = positions if cache is None else cache.arrange(positions)
         x = with_kernels_for(
             x, positions.dtype, self.kernels, self._through_layers, positions, cache, codes=self.quantized
         )
@@ -319,7 +297,7 @@ def load_stages(
 ) -> list[Stage]:
     """Load stages over mapped weights. Stages share one parameter for a common tensor. See ``Bundle.stage``."""
     target = compute_dtype(bundle, dtype)
-    _check_device(device)
+    check_device(device)
     number = checked(threads)
     rates = parse_dropout(dropout, trainable, bundle.manifest.model.dropout)
     if kernels is None:
@@ -362,34 +340,8 @@ def _load(
                     mapped[name] = nn.Parameter(value.to(device), requires_grad=learns)
         stage = Stage(bundle, selection)
         use_quantized(stage, bundle.manifest.storage, dtype)
-        _assign(stage, mapped)
+        assign(stage, mapped)
         if not trainable:
             join(stage.layers, tensors)
         stages.append(stage)
     return stages
-
-
-def _assign(stage: Stage, mapped: Mapping[str, nn.Parameter]) -> None:
-    """Do the same as ``stage.load_state_dict(mapped, assign=True)``.
-
-    The extra work in ``load_state_dict`` would take a quarter of the loading time.
-    """
-    for prefix, module in stage.named_modules():
-        for name, empty in module._parameters.items():
-            if empty is not None:
-                full = f"{prefix}.{name}"
-                if mapped[full].shape != empty.shape:
-                    raise RuntimeError(
-                        f"{full}: {tuple(empty.shape)} in the architecture, {tuple(mapped[full].shape)} here"
-                    )
-                module._parameters[name] = mapped[full]
-
-
-def _check_device(device: str | torch.device | None) -> None:
-    try:
-        torch.empty(0, device=device).sum().item()  # "meta" can make tensors, but can't compute
-    except (RuntimeError, AssertionError) as error:  # an unknown name, no driver, or a torch build without this device
-        got = f"{quoted(str(device))}: {str(error).splitlines()[0]}"
-        raise BundleError(
-            Problem(code="input.device", argument="device", expected="a device that torch has here", got=got)
-        ) from error

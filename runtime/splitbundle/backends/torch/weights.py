@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import dtypes
@@ -115,3 +115,34 @@ def rounded(tensor: Tensor, dtype: torch.dtype, name: str, file: str | None = No
             )
         )
     return result
+
+
+def assign(module: nn.Module, mapped: Mapping[str, nn.Parameter]) -> None:
+    """Do the same as ``module.load_state_dict(mapped, assign=True)``.
+
+    The extra work in ``load_state_dict`` would take a quarter of the loading time.
+    """
+    for prefix, part in module.named_modules():
+        for name, empty in part._parameters.items():
+            if empty is not None:
+                full = f"{prefix}.{name}"
+                if mapped[full].shape != empty.shape:
+                    raise RuntimeError(
+                        f"{full}: {tuple(empty.shape)} in the architecture, {tuple(mapped[full].shape)} here"
+                    )
+                part._parameters[name] = mapped[full]
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Check that torch can compute on a device.
+
+    Raises:
+        BundleError: ``input.device``.
+    """
+    try:
+        torch.empty(0, device=device).sum().item()  # "meta" can make tensors, but can't compute
+    except (RuntimeError, AssertionError) as error:  # an unknown name, no driver, or a torch build without this device
+        got = f"{quoted(str(device))}: {str(error).splitlines()[0]}"
+        raise BundleError(
+            Problem(code="input.device", argument="device", expected="a device that torch has here", got=got)
+        ) from error

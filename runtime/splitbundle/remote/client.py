@@ -1,0 +1,10 @@
+"""The names of this folder that the backends' loader needs. Importing it imports gRPC."""
+
+from __future__ import annotations
+
+from splitbundle.remote.channel import Lost
+from splitbundle.remote.measuring import Measured, measure
+from splitbundle.remote.options import RemoteOptions
+from splitbundle.remote.peers import Expected, Peers
+
+__all__ = ["Expected", "Lost", "Measured", "Peers", "RemoteOptions", "measure"]
