@@ -218,8 +218,8 @@ def read_tokens(path: str) -> dict[str, str]:
         parts = line.split()
         if not parts or parts[0].startswith("#"):
             continue
-        if len(parts) != 2 or parts[0] in tokens:
-            expected, got = "a new name, a space, and a token", "a name twice" if len(parts) == 2 else "another form"
+        if len(parts) != 2 or parts[0] in tokens or parts[1] in tokens.values():
+            expected, got = "a new name, a space, and a new token", "one twice" if len(parts) == 2 else "another form"
             raise BundleError(Problem(code="keys.file", file=f"{path}, line {number}", expected=expected, got=got))
         tokens[parts[0]] = parts[1]
     return tokens

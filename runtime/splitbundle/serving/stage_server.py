@@ -181,7 +181,7 @@ class StageServer:
         shown = f"[{host}]" if ":" in host else host
         self.url = f"{'grpc' if identity is None else 'grpcs'}://{shown}:{self._server.port}"
         """The address for clients. If the host means all addresses of the machine, they need its name instead."""
-        self.status_url = None if self._status is None else f"http://{status[0]}:{self._status.port}"  # type: ignore[index]
+        self.status_url = None if self._status is None or status is None else _http(status[0], self._status.port)
         self._begun, self._ended = False, threading.Event()
         self._sweeper = threading.Thread(
             target=_sweep, args=(self.service, self._ended), name="splitbundle-leases", daemon=True
@@ -244,6 +244,10 @@ def _check_ends(bundle: Bundle, name: str | None, layers: tuple[int, int] | None
         expected = "a part between the embedding and the head: token ids and logits stay with the client"
         got = "one that embeds" if selection.embeds else "one that has the head"
         raise BundleError(Problem(code="stage.range", argument=selection.name, expected=expected, got=got, hint=hint))
+
+
+def _http(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _checked_port(port: object) -> int:

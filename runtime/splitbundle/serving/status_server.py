@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,8 +50,11 @@ class StatusServer:
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the name that http.server gives
                 return
 
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
+            self._server = Server((host, port), Handler)
         except (OSError, OverflowError) as error:
             got = f"{type(error).__name__}: {error}"
             problem = Problem(code="server.address", argument=f"{host}:{port}", expected="a free address", got=got)
