@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 from benchmarks.files import Workshop
@@ -46,7 +47,8 @@ server.wait_for_termination()
 IDLE: Final = """
 import time
 from benchmarks.wire import serve_nothing
-print(serve_nothing(), flush=True)
+server = serve_nothing()
+print(f"grpc://127.0.0.1:{server.port}", flush=True)
 time.sleep(1e6)
 """
 
@@ -62,7 +64,7 @@ class NothingStage:
 
     def cache(self, rows: int, capacity: int) -> Any:
         """Return a cache that holds nothing."""
-        return contextlib.nullcontext()
+        return SimpleNamespace(lengths=[0] * rows, capacity=capacity)
 
     def decode(self, payload: memoryview, encoding: str, count: Any, sequence: int) -> Any:
         """Return the tensor of a payload."""
@@ -84,8 +86,8 @@ class NothingStage:
         return encode(hidden, count, encoding)
 
 
-def serve_nothing() -> str:
-    """Serve a stage that computes nothing, and return its address."""
+def serve_nothing() -> Any:
+    """Serve a stage that computes nothing, and return the server."""
     from splitbundle.serving.grpc_server import GrpcServer
     from splitbundle.serving.stage_service import Served, StageService
     from splitbundle.wire.frames import MAX_FRAME
@@ -94,13 +96,9 @@ def serve_nothing() -> str:
     slots = 2**40
     limits = Limits(message=MAX_FRAME, rows=64, capacity=slots, slots=slots, sessions=9, tickets=9, lease=60.0)
     offer = Served(bundle=f"sha256:{'0' * 64}", limits=limits, max_bytes=slots, slot_bytes=1)
-    stage = NothingStage()
-    nothing: Any = type("Cache", (), {"lengths": [0], "capacity": slots})
-    stage.cache = lambda rows, capacity: nothing()  # type: ignore[method-assign]
-    server = GrpcServer(StageService(stage, offer).answer, "127.0.0.1", 0, max_message=MAX_FRAME)
+    server = GrpcServer(StageService(NothingStage(), offer).answer, "127.0.0.1", 0, max_message=MAX_FRAME)
     server.start()
-    serve_nothing.kept = server  # type: ignore[attr-defined]
-    return f"grpc://127.0.0.1:{server.port}"
+    return server
 
 
 @contextlib.contextmanager

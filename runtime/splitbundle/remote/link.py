@@ -224,6 +224,16 @@ class Link:
         # The answer is as long as the request, and has to fit into a frame that this side takes.
         return min(self.welcome.limits.message, frames.MAX_FRAME) - MAX_BYTES - frames.PREFIX
 
+    def pieces(self, call: Call, cache: RemoteCache | None) -> list[tuple[int, Call]]:
+        """Return the parts of a call that frames can hold, each with the offset of its first token.
+
+        A call without a cache can't be divided, nor one whose rotations depend on its length.
+        """
+        room = max(self.room // (payload_bytes(self.encoding, 1, self.welcome.width) * len(call.past)), 1)
+        if cache is None or cache.rescales(call) or call.length <= room:
+            return [(0, call)]
+        return list(call.pieces(room))
+
     def _step(
         self,
         peer: Peer,

@@ -119,7 +119,7 @@ class GrpcServer:
                 owner = self._owner(context)  # each time, because a certificate may have been revoked
                 yield self._answer(data, owner, context.is_active)
                 self._idle[context] = time.monotonic()
-                if self._ending.is_set():  # nobody may look for idle streams any more
+                if self._ending.is_set():  # the search for idle streams may be over
                     return
         finally:
             self._idle.pop(context, None)

@@ -11,7 +11,6 @@ from splitbundle.backends.onnxruntime.payloads import decode, encode
 from splitbundle.remote.link import Link, RemoteCache
 from splitbundle.stages.call import Call
 from splitbundle.stages.stage import LogitsWanted
-from splitbundle.wire.encodings import payload_bytes
 
 if TYPE_CHECKING:
     from splitbundle.format.selection import Selection
@@ -73,13 +72,9 @@ class RemoteStage(ArrayStage):
         return numpy.pad(result, ((0, 0), (0, short), (0, 0))) if short else result
 
     def _compute(self, x: numpy.ndarray, call: Call, cache: RemoteCache | None) -> numpy.ndarray:
-        link = self.link
-        room = max(link.room // (payload_bytes(link.encoding, 1, link.welcome.width) * len(x)), 1)
-        if cache is None or cache.rescales(call) or call.length <= room:
-            return self._piece(x, call, cache)
-        pieces = call.pieces(room)  # a prompt that no frame can hold
+        pieces = self.link.pieces(call, cache)
         parts = [self._piece(x[:, start : start + each.length], each, cache) for start, each in pieces]
-        return numpy.concatenate(parts, axis=1)
+        return parts[0] if len(parts) == 1 else numpy.concatenate(parts, axis=1)
 
     def _piece(self, x: numpy.ndarray, call: Call, cache: RemoteCache | None) -> numpy.ndarray:
         encoding = self.link.encoding

@@ -19,7 +19,6 @@ from splitbundle.remote.link import Link, RemoteCache
 from splitbundle.remote.training import TrainingLink
 from splitbundle.stages.call import Call
 from splitbundle.stages.stage import LogitsWanted
-from splitbundle.wire.encodings import payload_bytes
 
 if TYPE_CHECKING:
     from splitbundle.format.selection import Selection
@@ -136,12 +135,9 @@ class RemoteStage(TensorStage, nn.Module):
         return functional.pad(result, (0, 0, 0, short)) if short else result
 
     def _compute(self, x: Tensor, positions: Positions, cache: RemoteCache | None) -> Tensor:
-        link = self.link
-        room = max(link.room // (payload_bytes(link.encoding, 1, link.welcome.width) * len(x)), 1)
-        if cache is None or cache.rescales(positions) or positions.length <= room:
-            return self._piece(x, positions, cache)
-        pieces = positions.pieces(room)  # a prompt that no frame can hold
-        return torch.cat([self._piece(x[:, start : start + each.length], each, cache) for start, each in pieces], dim=1)
+        pieces = self.link.pieces(positions, cache)
+        parts = [self._piece(x[:, start : start + each.length], each, cache) for start, each in pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _piece(self, x: Tensor, call: Call, cache: RemoteCache | None) -> Tensor:
         encoding = self.link.encoding
