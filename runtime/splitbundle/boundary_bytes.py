@@ -15,8 +15,8 @@ from splitbundle.integers import as_integers
 from splitbundle.records import record
 from splitbundle.wire import frames
 from splitbundle.wire.encodings import ENCODINGS, EXACT
-from splitbundle.wire.headers import MAX_POSITION, MAX_ROWS
 from splitbundle.wire.messages import Boundary
+from splitbundle.wire.step_headers import MAX_POSITION, MAX_ROWS
 
 
 @record(frozen=True, slots=True, kw_only=True)

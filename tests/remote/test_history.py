@@ -91,10 +91,9 @@ class Client:
             width=1 if self.encoding == SCALED else 2 if self.encoding == "float16" else 1,
             encoding=self.encoding,
             payload=payload_of(tokens, self.encoding),
-            needs=(),
         )
         self.server.compute(sent)
-        self.history.add(named, past, count, sent.sequence, sent.width, sent.encoding, sent.payload)
+        self.history.add(sent)
 
 
 def exact(client: Client) -> Server:
@@ -135,7 +134,7 @@ def test_one_prompt_a_row_fills_the_same_cache(piece: int, encoding: str) -> Non
             assert max(sent.count) <= piece
             assert sent.sequence == max(sent.count)
             other.compute(sent)
-            again.add(None, sent.past, sent.count, sent.sequence, sent.width, sent.encoding, sent.payload)
+            again.add(sent)
         assert other.rows == client.server.rows, seed
         # The client goes on with a history of the merged prompts.
         client.history = again
@@ -160,10 +159,9 @@ def test_a_history_keeps_no_more_than_it_needs() -> None:
             width=1,
             encoding="float32",
             payload=payload_of(tokens, "float32"),
-            needs=(),
         )
         client.server.compute(sent)
-        client.history.add(None, past, (1, 1), 1, 1, "float32", sent.payload)
+        client.history.add(sent)
     assert client.history.size < 2000
     assert len(list(client.history.calls())) == 4
     assert client.history.size == 4 * 8

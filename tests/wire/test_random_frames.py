@@ -82,6 +82,19 @@ USUAL = [header for header in HEADERS if header["op"] == "run"] + [
         "computed": 1,
     }
 ]
+WHOLE = {
+    "op": "run",
+    "session": "0123456789abcdef" * 2,
+    "number": 1,
+    "past": [4],
+    "count": [1],
+    "sequence": 1,
+    "width": 2,
+    "encoding": "float32",
+    "rows": [0],
+    "order": [1, 0],
+    "capacity": 8,
+}
 FORMS = ["%s", " %s", "%s ", "%s\n", "%s\0", "\ufeff%s", "[%s]", "%s,"]
 
 
@@ -104,9 +117,29 @@ def test_the_fast_way_of_reading_takes_nothing_else(data: st.DataObject) -> None
     if data.draw(st.booleans()):
         text = text.replace("{", '{"number":1,', 1)
     encoded = text.encode(data.draw(st.sampled_from(["utf-8", "utf-8", "utf-16"])))
-    fast = headers._parse_usual(encoded)
+    fast = headers.parse_step(encoded)
     assert fast is None or fast == headers._parse_any(encoded)
-    assert headers._parse_usual(json.dumps(USUAL[-1], separators=(",", ":")).encode()) is not None
+    assert headers.parse_step(json.dumps(USUAL[-1], separators=(",", ":")).encode()) is not None
+
+
+@pytest.mark.rule("SB-X-004", "SB-X-009")
+@pytest.mark.parametrize("header", [WHOLE, USUAL[-1]], ids=["run", "ran"])
+def test_the_fast_way_has_the_same_borders(header: dict[str, Any]) -> None:
+    taken = 0
+    for name, value in header.items():
+        borders = [power + by for power in (0, 16, 4096, 2**20, 2**28, 2**31, 2**53, 2**60) for by in (-1, 0, 1)]
+        for border in (each for each in borders if each >= 0):
+            data = json.dumps(header | {name: [border] if type(value) is list else border}, separators=(",", ":"))
+            fast = headers.parse_step(data.encode())
+            try:
+                strict = headers._parse_any(data.encode())
+            except BundleError:
+                strict = None
+            assert fast == strict, data
+            if fast is not None:
+                assert headers.dump(fast).decode() == data
+                taken += 1
+    assert taken > 20
 
 
 @pytest.mark.rule("SB-X-026")

@@ -15,7 +15,7 @@ _SWEEP_BYTES: Final = 2**20
 
 
 class Sent:
-    """A call that a server computed. A plain class, because a step of decoding makes two of them."""
+    """A call that a server computed. A plain class, because each step of decoding makes one."""
 
     __slots__ = ("count", "encoding", "needs", "past", "payload", "rows", "sequence", "width")
 
@@ -28,8 +28,8 @@ class Sent:
         sequence: int,
         width: int,
         encoding: str,
-        payload: bytes | memoryview,
-        needs: tuple[int, ...],
+        payload: bytes | memoryview = b"",
+        needs: tuple[int, ...] = (),
     ) -> None:
         self.rows, self.past, self.count = rows, past, count
         """Rows of the cache, or None for all of them; and the positions of their tokens."""
@@ -84,19 +84,11 @@ class History:
         self._order = tuple(order) if self._order is None else tuple(self._order[row] for row in order)
         self._spans = [[_Span(s.call, s.row, s.start, s.stop) for s in self._spans[row]] for row in order]
 
-    def add(
-        self,
-        rows: tuple[int, ...] | None,
-        past: tuple[int, ...],
-        count: tuple[int, ...],
-        sequence: int,
-        width: int,
-        encoding: str,
-        payload: bytes | memoryview,
-    ) -> None:
-        """Note a call that was computed. A lower ``past`` forgets the positions above it."""
+    def add(self, sent: Sent) -> None:
+        """Note a call that was computed, and set what it needs. A lower ``past`` forgets the positions above it."""
+        past, count = sent.past, sent.count
         number = self._next
-        named = range(len(self._spans)) if rows is None else rows
+        named = range(len(self._spans)) if sent.rows is None else sent.rows
         needs = []
         for own, row in enumerate(named):
             spans = self._spans[row]
@@ -107,20 +99,12 @@ class History:
                 needs.append(spans[-1].call)
             if count[own]:
                 spans.append(_Span(number, own, past[own], past[own] + count[own]))
-        self._calls[number] = Sent(
-            rows=rows,
-            past=past,
-            count=count,
-            sequence=sequence,
-            width=width,
-            encoding=encoding,
-            payload=payload,
-            needs=tuple(sorted(set(needs))),
-        )
+        sent.needs = tuple(sorted(set(needs)))
+        self._calls[number] = sent
         if self._order is not None:
             self._orders[number], self._order = self._order, None
         self._next += 1
-        self._bytes += len(payload)
+        self._bytes += len(sent.payload)
         if len(self._calls) > max(_SWEEP, 2 * self._swept) or self._bytes > max(_SWEEP_BYTES, 2 * self._swept_bytes):
             self._sweep()
 
@@ -177,7 +161,6 @@ class History:
                 width=first.width,
                 encoding=first.encoding,
                 payload=b"".join((*scales, *codes)),
-                needs=(),
             )
 
     def _tokens(self, row: int, start: int, stop: int) -> Iterator[tuple[bytes, bytes]]:

@@ -139,8 +139,6 @@ class Link:
             sequence=sequence,
             width=self.welcome.width,
             encoding=self.encoding,
-            payload=b"",
-            needs=(),
         )
         self._check_size(sum(map(len, parts)))
         attempt = _Attempt(time.monotonic() + self._options.timeout)
@@ -179,8 +177,8 @@ class Link:
             if time.monotonic() >= attempt.until:
                 raise self._peers.unreachable()
         if cache is not None:  # the frame is kept as it is, without a copy of the payload
-            payload = memoryview(frame)[len(frame) - sum(map(len, parts)) :]
-            cache.history.add(sent.rows, sent.past, sent.count, sequence, sent.width, sent.encoding, payload)
+            sent.payload = memoryview(frame)[len(frame) - sum(map(len, parts)) :]
+            cache.history.add(sent)
         return result
 
     def _attempt(
@@ -278,7 +276,7 @@ class Link:
             history = History(cache.batch_size)
             for sent in cache.history.merged(cache.lengths, max(room, 1)):
                 self._again(handle, sent, None)
-                history.add(None, sent.past, sent.count, sent.sequence, sent.width, sent.encoding, sent.payload)
+                history.add(sent)
             cache.history = history
             return
         for order, sent in cache.history.calls():

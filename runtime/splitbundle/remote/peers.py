@@ -15,7 +15,7 @@ from splitbundle.remote.channel import Channel, Lost
 from splitbundle.remote.options import RemoteOptions
 from splitbundle.remote.tls_files import read_identity
 from splitbundle.wire import frames
-from splitbundle.wire.messages import ANSWERS, PROTOCOL, Answer, Failure, Forward, Hello, Request, Run, Welcome
+from splitbundle.wire.messages import ANSWERS, PROTOCOL, Answer, Failure, Forward, Hello, Ran, Request, Run, Welcome
 
 FIRST_WAIT: Final = 5.0
 """The seconds after which a client asks whether a silent server still lives. Each further wait is twice as long."""
@@ -260,6 +260,9 @@ class Peers:
 
 def _fits(request: Request, answer: object) -> bool:
     """Return whether an answer says of itself that it belongs to a request."""
+    if isinstance(request, Run) and isinstance(answer, Ran):  # at once, as a decoding step waits for it
+        same = answer.number == request.number and answer.width == request.width
+        return same and answer.encoding == request.encoding and answer.tokens == sum(request.count)
     for name in ("number", "ticket", "width", "encoding"):
         if hasattr(request, name) and getattr(answer, name, getattr(request, name)) != getattr(request, name):
             return False

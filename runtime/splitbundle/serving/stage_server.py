@@ -16,8 +16,9 @@ from splitbundle.records import record
 from splitbundle.serving.stage_service import Served, StageService
 from splitbundle.serving.status_server import StatusServer
 from splitbundle.wire.frames import MAX_FRAME
-from splitbundle.wire.headers import MAX_BYTES, MAX_LEASE, MAX_ROWS
+from splitbundle.wire.headers import MAX_BYTES, MAX_LEASE
 from splitbundle.wire.messages import Limits
+from splitbundle.wire.step_headers import MAX_ROWS
 
 if TYPE_CHECKING:
     from types import TracebackType

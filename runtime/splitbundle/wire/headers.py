@@ -11,23 +11,13 @@ from typing import Any, Final
 from splitbundle.format import strict_json
 from splitbundle.format.fields import Field, Members, Problems
 from splitbundle.records import as_dict, types
-from splitbundle.wire import messages
+from splitbundle.wire import messages, step_headers
 from splitbundle.wire.encodings import ENCODINGS, EXACT
-from splitbundle.wire.messages import KINDS, Limits, Message, Ran, Run
+from splitbundle.wire.messages import KINDS, Limits, Message
+from splitbundle.wire.step_headers import MAX_PADDED, MAX_PADDING, MAX_POSITION, MAX_ROWS, MAX_WIDTH
 
 MAX_BYTES: Final = 2**16
-MAX_ROWS: Final = 4096
-MAX_POSITION: Final = 2**31 - 1
-MAX_WIDTH: Final = 2**20
-MAX_PADDED: Final = 2**28
-"""The numbers of a hidden state with its padding, if it has many more of them than of tokens."""
-MAX_PADDING: Final = 16
 MAX_LEASE: Final = 86400.0
-_USUAL: Final[dict[str, Any]] = {Run.op: Run, Ran.op: Ran}
-_ABSENT: Final[dict[Any, dict[str, None]]] = {Run: dict.fromkeys(Run.may_be_absent), Ran: {}}
-_LISTS: Final = {"past": MAX_POSITION, "count": MAX_POSITION, "rows": MAX_ROWS - 1, "order": MAX_ROWS - 1}
-_LEAST: Final = {"sequence": 1, "width": 1, "capacity": 1}
-_MOST: Final = {"sequence": MAX_POSITION, "width": MAX_WIDTH, "capacity": MAX_POSITION, "tokens": MAX_POSITION}
 _ENCODER: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 RETRIES: Final = ("never", "same", "other", "replay")
 WHERE: Final = "header"
@@ -40,6 +30,9 @@ _TEXT: Final = 1024
 
 def dump(message: Message) -> bytes:
     """Return the header of a message, without padding."""
+    step = step_headers.dump(message)
+    if step is not None:
+        return step.encode("ascii")
     optional = getattr(message, "may_be_absent", ())
     values = {name: getattr(message, name) for name in type(message).__slots__}
     for name in optional:
@@ -56,52 +49,15 @@ def parse(data: bytes) -> Message:
     Raises:
         BundleError: ``json.*``, ``field.*``.
     """
-    return _parse_usual(data) or _parse_any(data)
+    return parse_step(data) or _parse_any(data)
 
 
-def _parse_usual(data: bytes) -> Message | None:
-    """Return a step or its answer, if the header is in order and as ``dump`` writes it; None for any other.
-
-    It does the same as ``_parse_any``, in a third of the time, which a step of decoding has twice.
-    """
+def parse_step(data: bytes) -> Message | None:
+    """Return a step or its answer, if the header has the usual form; None for any other. See ``step_headers``."""
     try:
-        values = json.loads(data)
-        kind = _USUAL.get(values.pop("op"))
-        if kind is None:
-            return None
-        for name, value in values.items():
-            if type(value) is list:
-                values[name] = tuple(value)
-        made = kind(**(_ABSENT[kind] | values))
-        # The same bytes again: so no key came twice, and no number has another form.
-        if dump(made) != data.rstrip(b" ") or not all(_in_order(name, value) for name, value in values.items()):
-            return None
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        return step_headers.parse(data.decode("ascii"))
+    except UnicodeDecodeError:
         return None
-    return None if isinstance(made, Run) and not _rows_fit(made) else made
-
-
-def _in_order(name: str, value: Any) -> bool:
-    """Return whether a value of a usual message is of the right type, and in its range."""
-    if name in _LISTS:
-        most = _LISTS[name]
-        return (
-            type(value) is tuple
-            and 0 < len(value) <= MAX_ROWS
-            and all(type(each) is int and 0 <= each <= most for each in value)
-        )
-    if name in ("session", "instance"):
-        return (value is None and name == "session") or (type(value) is str and _ID.fullmatch(value) is not None)
-    if name == "encoding":
-        return value in ENCODINGS
-    return type(value) is int and _LEAST.get(name, 0) <= value <= _MOST.get(name, strict_json.MAX_INTEGER)
-
-
-def _rows_fit(run: Run) -> bool:
-    number, most = len(run.count), max(run.count)
-    padded = number * run.sequence * run.width
-    same = len(run.past) == number and (run.rows is None or len(run.rows) == number)
-    return same and most <= run.sequence and padded <= max(MAX_PADDED, MAX_PADDING * sum(run.count) * run.width)
 
 
 def _parse_any(data: bytes) -> Message:
