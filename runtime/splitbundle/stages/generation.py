@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
@@ -114,19 +114,12 @@ class GeneratingPipeline:
             BundleError: ``input.*``, ``session.*``.
         """
         pipeline: Any = self
-        known = set(Sampling.__slots__)
-        if unknown := sorted(sampling.keys() - known):
-            raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
-        chosen = Sampling.of(**sampling)
         vocab_size = pipeline.first.architecture.vocab_size
-        if beyond := [token for token in chosen.logit_bias or () if token >= vocab_size]:
-            raise wrong_argument("logit_bias", f"token ids below {vocab_size}", quoted(beyond[0]))
+        chosen = chosen_sampling(sampling, vocab_size)
         most = as_integer(max_new_tokens)
         if most is None or most < 0:
             raise wrong_argument("max_new_tokens", "a number from 0", quoted(max_new_tokens))
-        wanted = None if logprobs is None else as_integer(logprobs)
-        if logprobs is not None and (wanted is None or not 0 <= wanted <= vocab_size):
-            raise wrong_argument("logprobs", f"a number from 0 to {vocab_size}, or None", quoted(logprobs))
+        wanted = chosen_logprobs(logprobs, vocab_size)
         guesses = 0 if prompt_lookup is None else as_integer(prompt_lookup)
         if guesses is None or not 0 <= guesses <= MAX_GUESSES:
             raise wrong_argument("prompt_lookup", f"a number from 0 to {MAX_GUESSES}, or None", quoted(prompt_lookup))
@@ -148,86 +141,123 @@ class GeneratingPipeline:
             # The last token is yielded and not fed again, so it needs no slot.
             session = pipeline.session(shape[0], max(1, longest + most - 1))
         stops = frozenset(as_integers(stop_ids, "stop_ids"))
-        drawing = _Drawing(pipeline, chosen, stops, session, wanted, shape[0])
+        drawing = Drawing(pipeline, chosen, stops, wanted, shape[0])
         if guesses:
-            return drawing.guessed_steps(token_ids, attention_mask, most, guesses)
-        return drawing.steps(token_ids, attention_mask, most)
+            return _guessed_steps(drawing, session, token_ids, attention_mask, most, guesses)
+        return _steps(drawing, session, token_ids, attention_mask, most)
 
 
-class _Drawing:
-    """The tokens of one call of ``steps``: how they are drawn, and what has been drawn."""
+def chosen_sampling(given: Mapping[str, Any], vocab_size: int) -> Sampling:
+    """Return the sampling for the arguments of a caller.
+
+    Raises:
+        TypeError: for an argument that doesn't exist.
+        BundleError: ``input.value``.
+    """
+    if unknown := sorted(given.keys() - set(Sampling.__slots__)):
+        raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
+    chosen = Sampling.of(**given)
+    if beyond := [token for token in chosen.logit_bias or () if token >= vocab_size]:
+        raise wrong_argument("logit_bias", f"token ids below {vocab_size}", quoted(beyond[0]))
+    return chosen
+
+
+def chosen_logprobs(given: object, vocab_size: int) -> int | None:
+    """Return the number of likeliest tokens to report, or None for no log-probabilities.
+
+    Raises:
+        BundleError: ``input.value``.
+    """
+    wanted = None if given is None else as_integer(given)
+    if given is not None and (wanted is None or not 0 <= wanted <= vocab_size):
+        raise wrong_argument("logprobs", f"a number from 0 to {vocab_size}, or None", quoted(given))
+    return wanted
+
+
+class Drawing:
+    """How the tokens of some rows are drawn, and what has been drawn."""
 
     def __init__(
-        self,
-        pipeline: Any,
-        sampling: Sampling,
-        stop_ids: frozenset[int],
-        session: Session,
-        logprobs: int | None,
-        rows: int,
+        self, pipeline: Any, sampling: Sampling, stop_ids: frozenset[int], logprobs: int | None, rows: int
     ) -> None:
-        self._pipeline, self._sampling, self._stop_ids = pipeline, sampling, stop_ids
-        self._session, self._logprobs = session, logprobs
+        self.pipeline, self.stop_ids = pipeline, stop_ids
+        self._sampling, self._logprobs = sampling, logprobs
         self._generators = RowGenerators(sampling.seed, rows)
         self._history: History | None = None
-        self._running = [True] * rows
+        self.running = [True] * rows
+        """Whether each row goes on."""
 
-    def steps(self, token_ids: Array, attention_mask: Array | None, most: int) -> Iterator[Step]:
-        """Yield one step for each call of the pipeline."""
-        pipeline = self._pipeline
-        for _ in range(most):
-            with pipeline._without_gradients():  # not around the loop, as the caller's code runs between two tokens
-                last = self._forward(token_ids, attention_mask, "last")
-                step, drawn = self._step(last)
-            yield step
-            self._running = [token >= 0 and token not in self._stop_ids for token in step.ids]
-            if not any(self._running):
-                return
-            token_ids, attention_mask = pipeline._row(drawn, token_ids)[:, None], None
-            if not all(self._running):
-                attention_mask = pipeline._row([int(alive) for alive in self._running], token_ids)[:, None]
+    def step(self, last: Array, prompt: Sequence[Sequence[int]]) -> tuple[Step, list[int]]:
+        """Draw a token of each row.
 
-    def guessed_steps(self, token_ids: Array, attention_mask: Array | None, most: int, number: int) -> Iterator[Step]:
-        """Yield the steps of one row. A call of the pipeline checks some guessed tokens, and may make several steps."""
-        pipeline, made, guessed = self._pipeline, 0, list[int]()
-        while made < most:
-            with pipeline._without_gradients():
-                logits = self._forward(token_ids, attention_mask, len(guessed) + 1)
-                steps = []
-                for place in range(len(guessed) + 1):
-                    step, _ = self._step(logits[:, place : place + 1])
-                    steps.append(step)
-                    ended = step.ids[0] in self._stop_ids
-                    if ended or place == len(guessed) or step.ids[0] != guessed[place]:
-                        break
-            if wrong := len(guessed) + 1 - len(steps):
-                self._session.rollback(wrong)
-            yield from steps
-            made += len(steps)
-            if ended:
-                return
-            drawn = steps[-1].ids[0]
-            known = [*self._session.tokens[0], drawn]
-            # Above such a length, rotations depend on the length of the row, and so on the number of guesses.
-            limits = [limit for cache in self._session.caches for limit in cache.thresholds]
-            room = min([number, most - made - 1, *(limit - len(known) for limit in limits)])
-            guessed = guess(known, room) if room > 0 else []
-            token_ids, attention_mask = pipeline.token_ids([[drawn, *guessed]]), None
+        *Shape:* (batch, 1, vocab) -> the step, and the tokens of all rows.
 
-    def _forward(self, token_ids: Array, attention_mask: Array | None, logits: Any) -> Array:
-        made = self._pipeline.forward(token_ids, attention_mask=attention_mask, session=self._session, logits=logits)
+        Args:
+            last: the logits of each row's last position.
+            prompt: for the first step, the tokens of each row before it.
+        """
+        pipeline, logprobs = self.pipeline, self._logprobs
         if self._history is None and self._sampling.adjusts:
-            self._history = History(self._session.tokens)
-        return made
-
-    def _step(self, last: Array) -> tuple[Step, list[int]]:
-        """Draw a token of each row. *Shape:* (batch, 1, vocab) -> the step, and the tokens of all rows."""
-        pipeline, logprobs = self._pipeline, self._logprobs
+            self._history = History(prompt)
         drawn = pipeline._draw(last[:, -1], self._sampling, self._generators, self._history)
         chances = None if logprobs is None else tuple(pipeline._scores(last, drawn[:, None])[:, 0].tolist())
         top = None if logprobs is None else tuple(pipeline._likeliest(last[:, -1], logprobs))
         tokens = drawn.tolist()
-        given = tuple(token if alive else STOPPED for token, alive in zip(tokens, self._running, strict=True))
+        given = tuple(token if alive else STOPPED for token, alive in zip(tokens, self.running, strict=True))
         if self._history is not None:
             self._history.add(given)
         return Step(ids=given, logprobs=chances, top=top), tokens
+
+    def end_rows(self, step: Step) -> None:
+        """End the rows that drew a token which ends them."""
+        self.running = [token >= 0 and token not in self.stop_ids for token in step.ids]
+
+
+def _steps(
+    drawing: Drawing, session: Session, token_ids: Array, attention_mask: Array | None, most: int
+) -> Iterator[Step]:
+    """Yield one step for each call of the pipeline."""
+    pipeline = drawing.pipeline
+    for _ in range(most):
+        with pipeline._without_gradients():  # not around the loop, as the caller's code runs between two tokens
+            last = pipeline.forward(token_ids, attention_mask=attention_mask, session=session, logits="last")
+            step, drawn = drawing.step(last, session.tokens)
+        yield step
+        drawing.end_rows(step)
+        if not any(drawing.running):
+            return
+        token_ids, attention_mask = pipeline._row(drawn, token_ids)[:, None], None
+        if not all(drawing.running):
+            attention_mask = pipeline._row([int(alive) for alive in drawing.running], token_ids)[:, None]
+
+
+def _guessed_steps(
+    drawing: Drawing, session: Session, token_ids: Array, attention_mask: Array | None, most: int, number: int
+) -> Iterator[Step]:
+    """Yield the steps of one row. A call of the pipeline checks some guessed tokens, and may make several steps."""
+    pipeline, made, guessed = drawing.pipeline, 0, list[int]()
+    while made < most:
+        with pipeline._without_gradients():
+            logits = pipeline.forward(
+                token_ids, attention_mask=attention_mask, session=session, logits=len(guessed) + 1
+            )
+            steps = []
+            for place in range(len(guessed) + 1):
+                step, _ = drawing.step(logits[:, place : place + 1], session.tokens)
+                steps.append(step)
+                ended = step.ids[0] in drawing.stop_ids
+                if ended or place == len(guessed) or step.ids[0] != guessed[place]:
+                    break
+        if wrong := len(guessed) + 1 - len(steps):
+            session.rollback(wrong)
+        yield from steps
+        made += len(steps)
+        if ended:
+            return
+        drawn = steps[-1].ids[0]
+        known = [*session.tokens[0], drawn]
+        # Above such a length, rotations depend on the length of the row, and so on the number of guesses.
+        limits = [limit for cache in session.caches for limit in cache.thresholds]
+        room = min([number, most - made - 1, *(limit - len(known) for limit in limits)])
+        guessed = guess(known, room) if room > 0 else []
+        token_ids, attention_mask = pipeline.token_ids([[drawn, *guessed]]), None

@@ -166,22 +166,11 @@ class TextGeneration:
         self.text = ""
         self.finish_reason: str | None = None
         self.stopped_by: str | int | None = None
-        self.reused = 0
         self._times: list[float] = []  # of the first token and of the last
         self._drawn = 0
         self._closed = False
-        rest = list(self.prompt_ids)
-        if session is None:
-            # The number of new tokens is only a limit, so the session grows with the text.
-            session = pipeline.session(1, max(1, len(rest) + min(self._most, FIRST_TOKENS) - 1), grows=True)
-        else:
-            if session.batch_size != 1:
-                raise wrong_argument("session", "a session of one row", f"one of {session.batch_size}")
-            session.grows = True
-            self.reused = resume(session, self.prompt_ids)
-            rest = rest[self.reused :]
-        self._steps = pipeline.steps(
-            pipeline.token_ids([rest]),
+        self._steps = pipeline.row_steps(
+            self.prompt_ids,
             max_new_tokens=self._most,
             stop_ids=sorted(self._stop_ids),
             session=session,
@@ -219,6 +208,12 @@ class TextGeneration:
             return  # another thread is computing a token: it sees the mark, and ends
         if self.finish_reason is None:
             self._finish(CANCELLED)
+
+    @property
+    def reused(self) -> int:
+        """Return the number of tokens of the prompt that weren't computed again."""
+        reused: int = self._steps.reused
+        return reused
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -287,6 +282,37 @@ class TextGeneration:
         )
 
 
+class RowSteps:
+    """The steps of one row: an iterator, the number of tokens of the prompt that weren't computed, and ``close``."""
+
+    def __init__(self, steps: Iterator[Any], reused: int) -> None:
+        self._steps, self.reused = steps, reused
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._steps
+
+    def close(self) -> None:
+        """Make no more steps, and free what they hold."""
+        self._steps.close()  # type: ignore[attr-defined]
+
+
+def row_steps(
+    pipeline: Any, prompt_ids: Sequence[int], *, session: Session | None, max_new_tokens: int, **options: Any
+) -> RowSteps:
+    """Begin to continue one row. See ``TextPipeline.row_steps``."""
+    reused = 0
+    if session is None:
+        # The number of new tokens is only a limit, so the session grows with the text.
+        session = pipeline.session(1, max(1, len(prompt_ids) + min(max_new_tokens, FIRST_TOKENS) - 1), grows=True)
+    else:
+        if session.batch_size != 1:
+            raise wrong_argument("session", "a session of one row", f"one of {session.batch_size}")
+        session.grows = True
+        reused = resume(session, prompt_ids)
+    ids = pipeline.token_ids([list(prompt_ids[reused:])])
+    return RowSteps(pipeline.steps(ids, session=session, max_new_tokens=max_new_tokens, **options), reused)
+
+
 def context_of(pipeline: Any) -> int | None:
     """Return the number of tokens that a model can take, or None if nothing states it."""
     known = (pipeline.first.architecture.position_limit, pipeline.context_length)
@@ -315,20 +341,29 @@ def room_after(pipeline: Any, prompt: int, *, beyond: bool) -> int | None:
     return context - prompt + 1
 
 
-def resume(session: Session, prompt: Sequence[int]) -> int:
-    """Take back what a session has beyond a prompt's beginning, and return the number of tokens that stay.
+def resume(session: Session, prompt: Sequence[int], row: int = 0) -> int:
+    """Take back what a row has beyond a prompt's beginning, and return the number of tokens that stay.
 
     At least one token of the prompt is left to compute, as its logits are needed.
     """
-    (held,) = session.tokens
-    same = next((i for i, (a, b) in enumerate(zip(held, prompt, strict=False)) if a != b), min(len(held), len(prompt)))
-    same = min(same, len(prompt) - 1)
+    held = session.tokens[row]
+    same = common_beginning(held, prompt)
+
+    def back(tokens: int) -> None:
+        session.rollback([tokens if each == row else 0 for each in range(session.batch_size)])
+
     if same < len(held):
         try:
-            session.rollback(len(held) - same)
+            back(len(held) - same)
         except BundleError as error:
             if error.codes != ("session.rollback",):
                 raise
-            session.rollback(len(held))  # rotations depend on the length here, so nothing can stay
+            back(len(held))  # rotations depend on the length here, so nothing can stay
             return 0
     return same
+
+
+def common_beginning(held: Sequence[int], prompt: Sequence[int]) -> int:
+    """Return how many tokens of a prompt a row holds, from the beginning on, without the prompt's last one."""
+    most = min(len(held), len(prompt) - 1)
+    return next((i for i in range(most) if held[i] != prompt[i]), most)

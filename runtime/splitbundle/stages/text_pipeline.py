@@ -117,6 +117,21 @@ class TextPipeline:
             sampling=_sampling(sampling, own.document if defaults else None),
         )
 
+    def row_steps(self, prompt_ids: Sequence[int], **options: Any) -> Any:
+        """Begin to continue one row, and return its steps.
+
+        Args:
+            prompt_ids: the prompt.
+            options: ``session``, and the arguments of ``steps``.
+
+        Returns:
+            An iterator of ``Step``, with ``reused`` and ``close``.
+
+        Raises:
+            BundleError: as ``steps``.
+        """
+        return text_generation.row_steps(self, prompt_ids, **options)
+
     def complete_text(self, prompt: str | Sequence[Mapping[str, Any]] | Sequence[int], **options: Any) -> Completion:
         """Continue a text, or answer in a chat, and return the whole answer. The arguments are those of stream_text."""
         return self.stream_text(prompt, **options).completion()
