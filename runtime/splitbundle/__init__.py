@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from splitbundle.opening import push_bundle as push
     from splitbundle.opening import unpack_archive as unpack
     from splitbundle.serving.stage_server import StageServer
+    from splitbundle.stages.shared_pipeline import SharedPipeline
     from splitbundle.verification.verify import Verification
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ParityError",
     "Problem",
     "Selection",
+    "SharedPipeline",
     "StageServer",
     "Verification",
     "VerificationError",
@@ -50,6 +52,7 @@ __all__ = [
 _LATER = {
     "Bundle": ("splitbundle.bundle", "Bundle"),
     "Selection": ("splitbundle.format.selection", "Selection"),
+    "SharedPipeline": ("splitbundle.stages.shared_pipeline", "SharedPipeline"),
     "StageServer": ("splitbundle.serving.stage_server", "StageServer"),
     "Verification": ("splitbundle.verification.verify", "Verification"),
     "merge": ("splitbundle.opening", "merge_bundles"),

@@ -198,10 +198,11 @@ class TextGeneration:
     def cancel(self) -> None:
         """End the generation before its next token. A handler of signals, or another thread, may call this."""
         self._closed = True
+        self._steps.cancel()
 
     def close(self) -> None:
         """End the generation. Its ``finish_reason`` is ``"cancelled"`` unless it had ended before."""
-        self._closed = True
+        self.cancel()
         try:
             self._pieces.close()
         except ValueError:
@@ -258,6 +259,9 @@ class TextGeneration:
                 if self._stops.found is not None:
                     self._finish(STOP, self._stops.found)
                     return
+            if self._closed:  # a shared pipeline gave no more steps
+                self._finish(CANCELLED)
+                return
             # A character that isn't whole, or the beginning of a stop string that didn't come.
             rest = self._stops.feed(self._stream.rest())
             if self._stops.found is not None:
@@ -290,6 +294,9 @@ class RowSteps:
 
     def __iter__(self) -> Iterator[Any]:
         return self._steps
+
+    def cancel(self) -> None:
+        """Do nothing: the one who asks for steps makes them."""
 
     def close(self) -> None:
         """Make no more steps, and free what they hold."""
