@@ -117,6 +117,11 @@ class Link:
         if self.encoding not in self.welcome.encodings:
             self._refuse("peer.encoding", f"one of {', '.join(self.welcome.encodings)}", self.encoding)
 
+    @property
+    def where(self) -> str:
+        """Return the addresses of the servers, in the order in which they are tried."""
+        return ", ".join(peer.address.text for peer in self._peers.peers)
+
     def _refuse(self, code: str, expected: str, got: str) -> None:
         raise BundleError(Problem(code=code, argument=f"stage {self._name}", expected=expected, got=got))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -124,6 +125,7 @@ class PipelineBase(GeneratingPipeline, TextPipeline):
         session: Session | None = None,
         logits: LogitsWanted = "all",
         rows: Sequence[int] | None = None,
+        timed: Callable[[str, float], None] | None = None,
     ) -> Array:
         """Compute logits for some tokens of each row, after the tokens of the session.
 
@@ -138,6 +140,7 @@ class PipelineBase(GeneratingPipeline, TextPipeline):
             rows: (batch) the rows of the session that this call computes: its row i is ``rows[i]``. They are distinct
                 numbers from 0 in any order; by default all rows in order. The other rows stay as they are, and cost no
                 time. So a prompt can join while other rows go on.
+            timed: is called with the name of each stage and the seconds that its call took.
 
         Raises:
             BundleError: ``input.*``, ``session.*``.
@@ -168,7 +171,10 @@ class PipelineBase(GeneratingPipeline, TextPipeline):
             stage.check_call(token_ids, _converted(call, stage), cache, logits)
         x = token_ids[:, : call.length]
         for stage, cache in zip(stages, caches, strict=True):
+            began = time.perf_counter() if timed is not None else 0.0
             x = stage(self._enter(x, stage), positions=_converted(call, stage), cache=cache, logits=logits)
+            if timed is not None:
+                timed(stage.name, time.perf_counter() - began)
         if session is not None:
             session.advance(self._nested(token_ids) or [], call.count, rows)
         if starts is not None and logits == "all":

@@ -79,6 +79,8 @@ class _Owner:
         """The rows without a text, the one that has rested longest first."""
         self.counts = {"texts": 0, "prompt_tokens": 0, "reused_tokens": 0, "new_tokens": 0, "calls": 0, "call_rows": 0}
         self.seconds = {"queue": 0.0, "first_token": 0.0, "compute": 0.0}
+        self.stage_seconds: dict[str, float] = {}
+        """The name of a stage -> the seconds of its last call with one token a row."""
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._changed = threading.Condition()
         self._closing, self._process = False, os.getpid()
@@ -208,8 +210,11 @@ class _Owner:
         if any(count < longest for _, count in chosen):
             mask = pipeline.token_ids([[1] * count + [0] * (longest - count) for _, count in chosen])
         rows = [text.row for text, _ in chosen]
+        timed = self.stage_seconds.__setitem__ if longest == 1 else None
         with pipeline._without_gradients():
-            return pipeline.forward(ids, attention_mask=mask, session=self.session, logits="last", rows=rows)
+            return pipeline.forward(
+                ids, attention_mask=mask, session=self.session, logits="last", rows=rows, timed=timed
+            )
 
     def _draw(self, text: Text, last: Any) -> None:
         drawing = text.drawing
@@ -301,6 +306,16 @@ class SharedPipeline(TextPipeline):
     def first(self) -> Any:
         """Return the stage that takes token ids."""
         return self.pipeline.first
+
+    @property
+    def stages(self) -> list[Any]:
+        """Return the stages in order."""
+        return list(self.pipeline._in_order())
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Return the name of each stage with the seconds of its last call of one token a row."""
+        return dict(self._owner.stage_seconds)
 
     @property
     def context_length(self) -> int | None:

@@ -36,6 +36,11 @@ class RemoteStage(ArrayStage):
     def __repr__(self) -> str:
         return f"RemoteStage({self.name}, layers [{self.layer_range[0]}, {self.layer_range[1]}))"
 
+    @property
+    def where(self) -> str:
+        """Return the addresses of the servers."""
+        return self.link.where
+
     def _make_cache(self, batch_size: int, capacity: int) -> RemoteCache:
         return RemoteCache(self.architecture, self.layer_range, batch_size, capacity)
 

@@ -82,6 +82,11 @@ class RemoteStage(TensorStage, nn.Module):
         """Return a stage that wraps this one, and that takes and returns numpy arrays in float32."""
         return NumpyStage(self)
 
+    @property
+    def where(self) -> str:
+        """Return the addresses of the servers."""
+        return self.link.where
+
     def _make_cache(self, batch_size: int, capacity: int) -> RemoteCache:
         return RemoteCache(self.architecture, self.layer_range, batch_size, capacity)
 

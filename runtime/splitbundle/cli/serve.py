@@ -1,0 +1,186 @@
+"""The command ``serve``: answer OpenAI's interface, and show a page, over one or several bundles."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from splitbundle.bundle import Bundle
+from splitbundle.cli import text_options
+from splitbundle.cli.arguments import number_in, number_of, positive, size, verify_when
+from splitbundle.cli.console import Command, Console
+from splitbundle.errors import BundleError, Problem
+from splitbundle.opening import open_bundle
+from splitbundle.remote.address import is_loopback
+from splitbundle.serving.web.access import Access
+from splitbundle.serving.web.models import Model, Models
+from splitbundle.serving.web.opening import open_web_server
+from splitbundle.stages.shared_pipeline import SharedPipeline
+
+_LISTEN: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_LOCAL: Final = ("localhost", "127.0.0.1", "::1")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "bundles",
+        nargs="+",
+        metavar="BUNDLE",
+        help="a .splitbundle directory, or NAME=DIRECTORY; of several ones, each is loaded when it is asked for",
+    )
+    group = parser.add_argument_group("who can connect")
+    group.add_argument(
+        "--listen",
+        type=_address,
+        metavar="HOST:PORT",
+        default=("127.0.0.1", 8000),
+        help="the address; by default 127.0.0.1:8000, this machine alone; 0.0.0.0 is all; port 0 is any free one",
+    )
+    group.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="clients show one of these keys; each line has a name, a space, a key, and limits such as concurrent=4 "
+        "requests-per-minute=60 tokens-per-minute=20000",
+    )
+    group.add_argument("--certificate", metavar="FILE", help="the server's certificate in PEM, for https")
+    group.add_argument("--private-key", metavar="FILE", help="the key of the certificate, in PEM")
+    group.add_argument(
+        "--plain-http", action="store_true", help="allow other machines without https, such as a proxy that has it"
+    )
+    group.add_argument(
+        "--cors",
+        action="append",
+        metavar="ORIGIN",
+        help="a page of this origin may ask; by default none",
+    )
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--rows", type=number_of(1, 4096), metavar="N", default=8, help="the texts made at once; by default 8"
+    )
+    group.add_argument(
+        "--queue", type=number_of(0, 65536), metavar="N", default=64, help="the texts that may wait; by default 64"
+    )
+    group.add_argument(
+        "--capacity", type=positive, metavar="N", help="the most tokens of a text; by default the model's context"
+    )
+    group.add_argument(
+        "--memory",
+        type=size,
+        metavar="SIZE",
+        help="the weights that may be loaded, such as 8GiB; idle ones make room",
+    )
+    parser.add_argument(
+        "--log", action="store_true", help="write a line to stderr for each request: time, client, path, no content"
+    )
+    parser.add_argument(
+        "--grace",
+        type=number_in(0, 3600),
+        metavar="SECONDS",
+        default=10.0,
+        help="how long answers may take to end after SIGTERM or Ctrl-C; by default 10",
+    )
+    text_options.add_model_arguments(parser)
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    host, port = args.listen
+    _check_safety(args, host)
+    named = _named(args.bundles)
+    if args.remote and len(named) > 1:
+        args.parser.error("argument --remote: give one bundle with it")
+    access = Access(args.api_key_file)
+    models = {}
+    for name, path in named.items():
+        bundle = open_bundle(path, verify=verify_when(args), progress=console.transfer)
+        bundle.tokenizer()  # its absence, or that of its library, is said before weights are loaded
+        models[name] = Model(name, bundle, _loader(bundle, args))
+    served = Models(models, args.memory)
+    server = open_web_server(
+        served,
+        access,
+        host=host,
+        port=port,
+        hosts=None if args.api_key_file is not None else (*_LOCAL, host),
+        origins=args.cors or (),
+        certificate=args.certificate,
+        key=args.private_key,
+        log=_logger(console) if args.log else None,
+    )
+    try:
+        if len(models) == 1:
+            with served.using(served.first.name):
+                pass  # loaded now, so that an error is seen now
+        server.start()
+        console.text(f"{server.url} answers for {', '.join(models)}; {server.url}/v1 is for clients; Ctrl-C ends it")
+        console.json({"ok": True, "url": server.url, "models": list(models)})
+        server.wait()
+    except KeyboardInterrupt:  # Ctrl-C and SIGTERM are how this command ends
+        console.note("ending: new requests are refused, and answers end")
+    finally:
+        server.stop(args.grace)
+    return 0
+
+
+def _check_safety(args: argparse.Namespace, host: str) -> None:
+    if (args.certificate is None) != (args.private_key is None):
+        args.parser.error("give both --certificate and --private-key, or none of them")
+    if is_loopback(host):
+        return
+    if args.api_key_file is None:
+        expected = "--api-key-file, as other machines reach this address; or a loopback address, such as 127.0.0.1"
+        raise BundleError(Problem(code="server.address", argument=host, expected=expected, got="no keys"))
+    if args.certificate is None and not args.plain_http:
+        expected = "--certificate and --private-key, as keys and texts can be read on the way; or --plain-http"
+        raise BundleError(Problem(code="server.address", argument=host, expected=expected, got="no https"))
+
+
+def _named(given: list[str]) -> dict[str, str]:
+    """Return the name of each bundle -> its directory."""
+    found: dict[str, str] = {}
+    for each in given:
+        name, equals, path = each.partition("=")
+        if not equals or not _NAME.fullmatch(name):
+            name, path = Path(each).name.removesuffix(".splitbundle") or "model", each
+        if name in found:
+            expected = "names that differ, as in first=DIRECTORY second=DIRECTORY"
+            raise BundleError(
+                Problem(code="usage.arguments", argument="BUNDLE", expected=expected, got=f"{name} twice")
+            )
+        found[name] = path
+    return found
+
+
+def _loader(bundle: Bundle, args: argparse.Namespace) -> Callable[[], SharedPipeline]:
+    def load() -> SharedPipeline:
+        pipeline = text_options.load_pipeline(bundle, args)
+        return SharedPipeline(pipeline, rows=args.rows, waiting=args.queue, capacity=args.capacity)
+
+    return load
+
+
+def _logger(console: Console) -> Callable[[str], None]:
+    def log(line: str) -> None:
+        console.note(f"{datetime.datetime.now().astimezone().isoformat(timespec='seconds')} {line}")
+
+    return log
+
+
+def _address(text: str) -> tuple[str, int]:
+    found = _LISTEN.fullmatch(text)
+    if found is None or int(found[2]) >= 2**16:
+        raise argparse.ArgumentTypeError(f"expected HOST:PORT, got {text!r}")
+    return found[1].strip("[]"), int(found[2])
+
+
+COMMAND: Final = Command(
+    name="serve",
+    help="answer OpenAI's interface, with a page to look at",
+    configure=_add_arguments,
+    run=_run,
+)
+"""The command needs the extra ``serve``: starlette, uvicorn and prometheus_client."""

@@ -1,0 +1,1 @@
+"""The HTTP server of ``splitbundle serve``: OpenAI's interface, a page, health and metrics."""
