@@ -15,7 +15,7 @@ import pytest
 import splitbundle
 import splitbundle_converter
 from splitbundle import BundleError, SharedPipeline
-from splitbundle.stages import shared_pipeline
+from splitbundle.stages import shared_rows
 from tests.support.paths import ROOT
 
 EXAMPLE = ROOT / "examples" / "license-gpt2"
@@ -103,7 +103,7 @@ def test_the_next_turn_of_a_chat_computes_what_is_new(pipeline: Any, shared: Sha
 
 
 def test_a_longer_text_makes_the_rows_grow(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_pipeline, "FIRST_SLOTS", 32)
+    monkeypatch.setattr(shared_rows, "FIRST_SLOTS", 32)
     with SharedPipeline(pipeline, rows=4, piece=16) as shared, ThreadPoolExecutor(4) as pool:
         short = [pool.submit(shared.complete_text, prompt, max_new_tokens=60) for prompt in PROMPTS[:3]]
         long = pool.submit(shared.complete_text, TEXT[:600], max_new_tokens=5)

@@ -141,7 +141,7 @@ class Access:
                 found = key
         if kind.lower() != "bearer" or found is None:
             message = "This server wants an API key, in the header Authorization: Bearer KEY"
-            raise RequestError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            raise RequestError(401, message, reason="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return found
 
     @contextlib.contextmanager
@@ -189,4 +189,4 @@ def _forget(use: _Use, now: float) -> None:
 def _limited(limit: str, wait: float) -> RequestError:
     seconds = max(math.ceil(wait), 1)
     message = f"This key may have {limit}. Try again in {seconds} s"
-    return RequestError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
+    return RequestError(429, message, reason="rate_limit_exceeded", headers={"Retry-After": str(seconds)})

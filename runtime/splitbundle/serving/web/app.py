@@ -122,7 +122,7 @@ class Door:
                 answer = Response(status_code=_HUNG_UP)
             except Exception as error:  # noqa: BLE001  # the client gets an answer, and the log the traceback
                 logs.debug("%s %s failed:\n%s", http.method, path, "".join(traceback.format_exception(error)))
-                answer = _failed(RequestError(500, f"{type(error).__name__} in the server", code="server.failed"))
+                answer = _failed(RequestError(500, f"{type(error).__name__} in the server", reason="server.failed"))
             code = getattr(answer, "status_code", 200)
             self.metrics.requests.labels(path, str(code)).inc()
             self._write(http, key, path, code, began)
@@ -143,7 +143,7 @@ class Door:
         host = http.headers.get("host", "").rpartition(":")[0] or http.headers.get("host", "")
         if self.hosts is not None and host.strip("[]").lower() not in self.hosts:
             message = f"this server answers requests to {', '.join(self.hosts)} alone"
-            raise RequestError(403, message, code="wrong_host")
+            raise RequestError(403, message, reason="wrong_host")
 
     # Models, health, metrics
 
@@ -185,7 +185,7 @@ class Door:
         own, kind = _PAGE.get(dot + end if stem else name, ("", ""))
         path = resources.files("splitbundle.serving.web") / "page" / (own or name)
         if not kind or "/" in name or not path.is_file():
-            raise RequestError(404, f"there is nothing at /{printable(name)[:100]}", code="not_found")
+            raise RequestError(404, f"there is nothing at /{printable(name)[:100]}", reason="not_found")
         headers = {
             "Content-Type": kind,
             "Content-Security-Policy": _POLICY,
@@ -207,7 +207,7 @@ class Door:
         """Answer a request for text. Whatever happens, the model, the key and the rows are free afterwards."""
         asked = time.perf_counter()
         if self.draining:
-            raise RequestError(503, "this server is ending", code="server.draining", headers={"Retry-After": "5"})
+            raise RequestError(503, "this server is ending", reason="server.draining", headers={"Retry-After": "5"})
         request = parse(await _body(http))
         model = self._named(request.model) if request.model is not None else self.models.first
         request = request.named(model.name)
@@ -264,7 +264,7 @@ class Door:
             yield answers.event(of_bundle_error(error).document)
         except Exception as error:  # noqa: BLE001  # likewise; a traceback is of no use to the client
             logs.debug("a stream ended with %s: %s", type(error).__name__, error)
-            failure = RequestError(500, f"{type(error).__name__} in the server", code="server.failed")
+            failure = RequestError(500, f"{type(error).__name__} in the server", reason="server.failed")
             yield answers.event(failure.document)
 
     def _ended(self) -> None:
@@ -284,7 +284,7 @@ class Door:
             raise RequestError(
                 404,
                 f"there is no model {printable(name)[:100]!a}; there is {known}",
-                code="model_not_found",
+                reason="model_not_found",
                 param="model",
             )
         return self.models[name]
@@ -293,12 +293,12 @@ class Door:
 async def _body(http: HttpRequest) -> Any:
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a page of the web can send other kinds without asking first
-        raise RequestError(415, "the body has to be JSON, with Content-Type: application/json", code="wrong_type")
+        raise RequestError(415, "the body has to be JSON, with Content-Type: application/json", reason="wrong_type")
     data = bytearray()
     async for piece in http.stream():
         data += piece
         if len(data) > MAX_BODY:
-            raise RequestError(413, f"the body may have {MAX_BODY} bytes", code="too_large")
+            raise RequestError(413, f"the body may have {MAX_BODY} bytes", reason="too_large")
     return strict_json.parse(bytes(data), "body", max_bytes=MAX_BODY)
 
 
@@ -311,8 +311,8 @@ def _failed(error: RequestError) -> Response:
 
 
 async def _missing(http: HttpRequest, error: Exception) -> Response:
-    return _failed(RequestError(404, "there is nothing at this path", code="not_found"))
+    return _failed(RequestError(404, "there is nothing at this path", reason="not_found"))
 
 
 async def _method(http: HttpRequest, error: Exception) -> Response:
-    return _failed(RequestError(405, "this path has another method", code="wrong_method"))
+    return _failed(RequestError(405, "this path has another method", reason="wrong_method"))

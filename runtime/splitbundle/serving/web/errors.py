@@ -32,26 +32,26 @@ class RequestError(Exception):
     """A request that isn't answered: the status, and what the client is told."""
 
     def __init__(
-        self, status: int, message: str, *, code: str, param: str | None = None, headers: dict[str, str] | None = None
+        self, status: int, message: str, *, reason: str, param: str | None = None, headers: dict[str, str] | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers or {}
+        self.status, self.message, self.reason, self.param, self.headers = status, message, reason, param, headers or {}
 
     @property
     def document(self) -> dict[str, Any]:
         """Return the body of the answer."""
         kind = _KINDS.get(self.status, "server_error")
-        return {"error": {"message": self.message, "type": kind, "code": self.code, "param": self.param}}
+        return {"error": {"message": self.message, "type": kind, "code": self.reason, "param": self.param}}
 
 
-def invalid(param: str, expected: str, got: str, *, code: str = "invalid_value") -> RequestError:
+def invalid(param: str, expected: str, got: str, *, reason: str = "invalid_value") -> RequestError:
     """Return the error for a parameter with a wrong value."""
-    return RequestError(400, f"{param}: expected {expected}, got {got}", code=code, param=param)
+    return RequestError(400, f"{param}: expected {expected}, got {got}", reason=reason, param=param)
 
 
 def unsupported(param: str, instead: str) -> RequestError:
     """Return the error for a parameter of OpenAI's interface that this server doesn't have."""
-    return RequestError(400, f"{param} isn't supported here: {instead}", code="unsupported_parameter", param=param)
+    return RequestError(400, f"{param} isn't supported here: {instead}", reason="unsupported_parameter", param=param)
 
 
 def of_bundle_error(error: BundleError) -> RequestError:
@@ -60,4 +60,4 @@ def of_bundle_error(error: BundleError) -> RequestError:
     status = _STATUS.get(problem.code) or _STATUS.get(problem.code.partition(".")[0], 500)
     headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
     param = problem.argument if status == 400 else None
-    return RequestError(status, str(problem), code=problem.code, param=param, headers=headers)
+    return RequestError(status, str(problem), reason=problem.code, param=param, headers=headers)

@@ -98,7 +98,7 @@ def parse_completion(values: Any) -> Request:
     body = _Body(_object("body", values))
     model, prompts = body.take("model", _text), body.take("prompt", _prompts)
     if prompts is None:
-        raise invalid("prompt", "a text, token ids, or a list of them", "nothing", code="missing_required_parameter")
+        raise invalid("prompt", "a text, token ids, or a list of them", "nothing", reason="missing_required_parameter")
     best_of = body.take("best_of", _integer(1, MOST_CHOICES))
     number = body.take("n", _integer(1, MOST_CHOICES), 1)
     if best_of not in (None, number):
@@ -122,7 +122,7 @@ def parse_chat(values: Any) -> Request:
     body = _Body(_object("body", values))
     model, messages = body.take("model", _text), body.take("messages", _messages)
     if messages is None:
-        raise invalid("messages", "a list of messages", "nothing", code="missing_required_parameter")
+        raise invalid("messages", "a list of messages", "nothing", reason="missing_required_parameter")
     wanted, top = body.take("logprobs", _boolean, False), body.take("top_logprobs", _integer(0, MOST_TOP))
     if top is not None and not wanted:
         raise invalid("top_logprobs", "logprobs: true beside it", "none")
@@ -168,7 +168,7 @@ def _request(body: _Body, **own: Any) -> Request:
 
 
 def _wrong(name: str, expected: str, value: Any) -> RequestError:
-    return invalid(name, expected, quoted(value), code="invalid_type")
+    return invalid(name, expected, quoted(value), reason="invalid_type")
 
 
 def _object(name: str, value: Any) -> dict[str, Any]:
