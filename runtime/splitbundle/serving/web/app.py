@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any, Final
@@ -33,14 +33,17 @@ from splitbundle.serving.web.sending import EventStream, HungUp, unless_left
 from splitbundle.serving.web.web_metrics import CONTENT_TYPE, WebMetrics
 
 MAX_BODY: Final = 16 * 2**20
+_MOST_DRAINED: Final = 64 * 2**20
 IGNORED: Final = "Splitbundle-Ignored"
 """The header with the names of the fields that had no effect."""
-_PAGE: Final = {
-    "": ("index.html", "text/html; charset=utf-8"),
-    ".css": ("", "text/css; charset=utf-8"),
-    ".js": ("", "text/javascript; charset=utf-8"),
-    ".svg": ("", "image/svg+xml"),
+_KINDS: Final = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
 }
+"""The end of a name of a file of the page -> its media type."""
+_INDEX: Final = "index.html"
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -89,7 +92,7 @@ class Door:
             Route("/api/status", self._routed(self._status, "/api/status"), methods=get),
             Route("/healthz", self._routed(self._health, "/healthz", guarded=False), methods=get),
             Route("/metrics", self._routed(self._metrics, "/metrics", guarded=False), methods=get),
-            Route("/{file:path}", self._routed(self._file, "page", guarded=False), methods=get),
+            *(Route(path, self._routed(_file(*file), "page", guarded=False), methods=get) for path, file in _page()),
         ]
         middleware = []
         if origins:
@@ -177,23 +180,6 @@ class Door:
 
     async def _metrics(self, http: HttpRequest) -> Response:
         return Response(self.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
-
-    async def _file(self, http: HttpRequest) -> Response:
-        """Return a file of the page."""
-        name = http.path_params["file"]
-        stem, dot, end = name.rpartition(".")
-        own, kind = _PAGE.get(dot + end if stem else name, ("", ""))
-        path = resources.files("splitbundle.serving.web") / "page" / (own or name)
-        if not kind or "/" in name or not path.is_file():
-            raise RequestError(404, f"there is nothing at /{printable(name)[:100]}", reason="not_found")
-        headers = {
-            "Content-Type": kind,
-            "Content-Security-Policy": _POLICY,
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-cache",
-        }
-        return Response(path.read_bytes(), headers=headers)
 
     # Texts
 
@@ -290,15 +276,42 @@ class Door:
         return self.models[name]
 
 
+def _page() -> Iterator[tuple[str, tuple[bytes, str]]]:
+    """Yield the path of each file of the page, with its bytes and its media type."""
+    for file in (resources.files("splitbundle.serving.web") / "page").iterdir():
+        kind = _KINDS.get(file.name[file.name.rfind(".") :])
+        if kind is not None:
+            yield "/" if file.name == _INDEX else f"/{file.name}", (file.read_bytes(), kind)
+
+
+def _file(data: bytes, kind: str) -> Handler:
+    headers = {
+        "Content-Type": kind,
+        "Content-Security-Policy": _POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+    async def answer(http: HttpRequest) -> Response:
+        return Response(data, headers=headers)
+
+    return answer
+
+
 async def _body(http: HttpRequest) -> Any:
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a page of the web can send other kinds without asking first
         raise RequestError(415, "the body has to be JSON, with Content-Type: application/json", reason="wrong_type")
-    data = bytearray()
+    data, size = bytearray(), 0
     async for piece in http.stream():
-        data += piece
-        if len(data) > MAX_BODY:
-            raise RequestError(413, f"the body may have {MAX_BODY} bytes", reason="too_large")
+        size += len(piece)
+        if size <= MAX_BODY:
+            data += piece
+        elif size > _MOST_DRAINED:
+            break
+    if size > MAX_BODY:  # the rest was read, as a client that still sends would see a lost connection in place of this
+        raise RequestError(413, f"the body may have {MAX_BODY} bytes", reason="too_large")
     return strict_json.parse(bytes(data), "body", max_bytes=MAX_BODY)
 
 

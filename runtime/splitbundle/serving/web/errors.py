@@ -19,10 +19,11 @@ _STATUS: Final = {
 }
 """A code, or its first word -> the status of the answer. Any other error is 500."""
 _KINDS: Final = {
-    400: "invalid_request_error",
+    **dict.fromkeys((400, 405, 413, 415), "invalid_request_error"),
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    429: "rate_limit_error",
 }
 RETRY_SECONDS: Final = 1
 """How long a client should wait before it asks a full server again."""
