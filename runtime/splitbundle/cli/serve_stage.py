@@ -78,6 +78,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.rows,
         help=f"the rows of a session; by default {_DEFAULTS.rows}",
     )
+    group.add_argument(
+        "--shared-rows",
+        type=number_of(0, 4096),
+        metavar="N",
+        default=_DEFAULTS.shared_rows,
+        help=f"the rows of a cache that sessions share, so that steps of several clients are computed together; 0 for "
+        f"none; by default {_DEFAULTS.shared_rows}",
+    )
     group.add_argument("--memory", type=size, metavar="SIZE", help="the memory of all caches, such as 2GiB")
     group.add_argument(
         "--lease",
@@ -146,7 +154,12 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         tls=args.tls,
         tokens=None if args.token_file is None else read_tokens(args.token_file),
         budget=Budget(
-            slots=args.slots, sessions=args.sessions, rows=args.rows, max_bytes=args.memory, lease=args.lease
+            slots=args.slots,
+            sessions=args.sessions,
+            rows=args.rows,
+            shared_rows=args.shared_rows,
+            max_bytes=args.memory,
+            lease=args.lease,
         ),
         trainer=_trainer(args) if args.trainable else None,
         status=args.status,

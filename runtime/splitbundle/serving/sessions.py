@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from splitbundle.serving.refusals import Refusal, unknown
+from splitbundle.serving.shared_cache import LEAST_CAPACITY, SharedCache, SharedRows, no_longer_here
 from splitbundle.wire.messages import Limits
 
 ID_BYTES: Final = 16
@@ -24,6 +25,8 @@ class Session:
     def __init__(self, name: str, owner: str, cache: Any, rows: int, capacity: int, expires: float) -> None:
         self.name, self.owner, self.cache, self.rows, self.capacity = name, owner, cache, rows, capacity
         self.expires, self.steps_waiting, self.ended = expires, 0, False
+        self.reserved = 0
+        """The slots that are reserved for this session alone."""
         self.lock = threading.Lock()
         self.number = 0
         """The number of the last step."""
@@ -37,16 +40,20 @@ class Session:
         """Return the bytes that are kept for a repeated step."""
         return len(self.request) + len(self.answer)
 
-    @property
-    def slots(self) -> int:
-        """Return the number of slots that the session has reserved."""
-        return self.rows * self.capacity
-
 
 class Sessions:
     """The sessions of a server."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float], *, max_bytes: int, slot_bytes: int) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        clock: Callable[[], float],
+        *,
+        max_bytes: int,
+        slot_bytes: int,
+        shared_rows: int = 0,
+        architecture: Any = None,
+    ) -> None:
         """Make an empty table.
 
         Args:
@@ -54,9 +61,13 @@ class Sessions:
             clock: returns the time in seconds. It never goes back.
             max_bytes: the bytes that all caches may take.
             slot_bytes: the bytes of a slot.
+            shared_rows: the rows of the cache that sessions share; 0 for none.
+            architecture: the model's architecture, for a shared cache.
         """
         self._limits, self._clock = limits, clock
-        self._max_bytes, self._slot_bytes = max_bytes, slot_bytes
+        self._most = min(limits.slots, max_bytes // max(slot_bytes, 1))
+        self._shared_rows, self._architecture = shared_rows, architecture
+        self._shared: SharedCache | None = None
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
         self._reserved = self._kept_bytes = self._opening = 0
@@ -85,25 +96,45 @@ class Sessions:
         with self._lock:
             if len(self._sessions) + self._opening >= limits.sessions:
                 raise Refusal("server.full", "sessions", f"at most {limits.sessions} sessions", "one more", "other")
-            self._reserve(rows * capacity)
+            cache: Any = self._shared_rows_for(rows, capacity, make)
+            own = 0 if cache is not None else rows * capacity
+            self._reserve(own)
             self._opening += 1
         try:
-            cache = make(rows, capacity)
+            cache = make(rows, capacity) if cache is None else cache
         except BaseException:
             with self._lock:
                 self._opening -= 1
-                self._reserved -= rows * capacity
+                self._reserved -= own
             raise
         session = Session(secrets.token_hex(ID_BYTES), owner, cache, rows, capacity, self._clock() + limits.lease)
+        session.reserved = own
         with self._lock:
             self._opening -= 1
             self._sessions[session.name] = session
         return session
 
+    def _shared_rows_for(self, rows: int, capacity: int, make: Callable[[int, int], Any]) -> SharedRows | None:
+        """Return rows of the shared cache, which is made first if need be; None if a session has to have its own."""
+        if self._shared is None:
+            slots = 2 ** (max(capacity, LEAST_CAPACITY) - 1).bit_length()
+            limit = getattr(self._architecture, "position_limit", None)
+            slots = slots if limit is None else max(capacity, min(slots, limit))
+            # Half of the budget is left to sessions that need caches of their own.
+            needed = self._shared_rows * slots
+            if not rows <= self._shared_rows or needed > min(self._most // 2, self._most - self._reserved):
+                return None
+            shared = SharedCache(self._architecture, make, self._shared_rows, slots)
+            if shared.cache.thresholds:  # rotations depend on the length of a call, and so on its other rows
+                self._shared_rows = 0
+                return None
+            self._shared = shared
+            self._reserved += shared.slots
+        return self._shared.take(rows, capacity)
+
     def _reserve(self, slots: int) -> None:
-        most = min(self._limits.slots, self._max_bytes // max(self._slot_bytes, 1))
-        if self._reserved + slots > most:
-            expected = f"at most {most - self._reserved} slots, which are free of {most}"
+        if self._reserved + slots > self._most:
+            expected = f"at most {self._most - self._reserved} slots, which are free of {self._most}"
             raise Refusal("server.full", "capacity", expected, f"{slots}", "other")
         self._reserved += slots
 
@@ -117,13 +148,29 @@ class Sessions:
             expected = f"{session.capacity} to {self._limits.capacity} slots"
             raise Refusal("session.capacity", "capacity", expected, f"{capacity}")
         with self._lock:
-            self._reserve(session.rows * (capacity - session.capacity))
+            if isinstance(session.cache, SharedRows):
+                self._grow_shared(session.cache.shared, capacity)
+            else:
+                self._reserve(session.rows * (capacity - session.capacity))
+                session.reserved = session.rows * capacity
             session.capacity = capacity
+
+    def _grow_shared(self, shared: SharedCache, capacity: int) -> None:
+        """Give the shared cache more slots if a session needs them. The caller computes nothing meanwhile."""
+        more = shared.rows * (capacity - shared.cache.capacity)
+        if more <= 0:
+            return
+        if self._reserved + more > self._most:
+            raise no_longer_here()
+        shared.cache.grow(capacity)
+        self._reserved += more
 
     def shrink(self, session: Session, capacity: int) -> None:
         """Give back slots that ``grow`` reserved, where the step was refused after all."""
         with self._lock:
-            self._reserved -= session.rows * (session.capacity - capacity)
+            if not isinstance(session.cache, SharedRows):  # a shared cache keeps what it has
+                self._reserved -= session.rows * (session.capacity - capacity)
+                session.reserved = session.rows * capacity
             session.capacity = capacity
 
     def enter(self, name: str, owner: str) -> Session:
@@ -193,5 +240,10 @@ class Sessions:
                 self._free(session)
 
     def _free(self, session: Session) -> None:
-        self._reserved -= session.slots
-        session.cache = None  # at once, and not when the last reference to the session goes
+        self._reserved -= session.reserved
+        cache, session.cache = session.cache, None  # at once, and not when the last reference to the session goes
+        if isinstance(cache, SharedRows):
+            cache.shared.release(cache)
+            if cache.shared.is_unused and cache.shared is self._shared:
+                self._reserved -= cache.shared.slots
+                self._shared = None

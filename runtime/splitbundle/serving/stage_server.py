@@ -29,12 +29,12 @@ DEFAULT_SLOTS: Final = 65536
 DEFAULT_CAPACITY: Final = 2**20
 _MOST: Final = {
     **dict.fromkeys(("slots", "sessions", "tickets"), 2**40),
-    "rows": MAX_ROWS,
+    **dict.fromkeys(("rows", "shared_rows"), MAX_ROWS),
     "max_bytes": 2**60,
     "message": MAX_FRAME,
 }
-_LEAST_MESSAGE: Final = MAX_BYTES + 2**10
-"""A header fits, and some tokens."""
+_LEAST: Final = {"message": MAX_BYTES + 2**10, "shared_rows": 0}
+"""The least value of a number, if it isn't 1. In the shortest message a header fits, and some tokens."""
 _INNER: Final[Any] = {"embeds": False, "head": False}
 """Layers that are served have no ends, even the first and the last ones."""
 _SWEEP: Final = 0.5
@@ -50,6 +50,9 @@ class Budget:
     sessions: int = 256
     rows: int = 64
     """The most rows of a session."""
+    shared_rows: int = 8
+    """The rows of a cache that sessions share: steps of several sessions that wait are computed together, and long ones
+    in pieces between them. A client that is alone gets the same bits as without it; 0 for no such cache."""
     max_bytes: int | None = None
     """The bytes that the caches of all sessions may take; None for what the slots take."""
     message: int = MAX_FRAME
@@ -66,7 +69,7 @@ class Budget:
             BundleError: ``input.value`` for one that clients couldn't use.
         """
         for name, most in _MOST.items():
-            number, least = getattr(self, name), _LEAST_MESSAGE if name == "message" else 1
+            number, least = getattr(self, name), _LEAST.get(name, 1)
             if number is not None and (as_integer(number) is None or not least <= number <= most):
                 raise wrong_argument(name, f"a number from {least} to {most}", quoted(number))
         lease = as_number(self.lease)
@@ -301,4 +304,4 @@ def _offer(bundle: Bundle, stage: Any, dtype: str, budget: Budget) -> Served:
         lease=budget.lease,
     )
     most = budget.slots * slot if budget.max_bytes is None else budget.max_bytes
-    return Served(bundle=bundle.id, limits=limits, max_bytes=most, slot_bytes=slot)
+    return Served(bundle=bundle.id, limits=limits, max_bytes=most, slot_bytes=slot, shared_rows=budget.shared_rows)

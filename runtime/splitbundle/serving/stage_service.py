@@ -1,7 +1,7 @@
 """A stage for clients on other machines: it answers frames. A carrier, such as gRPC, brings them.
 
-One step is computed at a time, in the order in which they came: a stage uses all processors, and two steps at once
-would be slower than one after the other.
+One call of the stage is computed at a time: a stage uses all processors, and two calls at once would be slower than one
+after the other. Steps of several sessions may be one call (``stage_steps``).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from splitbundle.records import record
 from splitbundle.serving.computing import Computing, Stopped
 from splitbundle.serving.refusals import Refusal, compare, draining, retry_of, unknown
 from splitbundle.serving.sessions import Session, Sessions
+from splitbundle.serving.stage_steps import StageSteps
 from splitbundle.serving.training_runs import TrainingRuns
 from splitbundle.version import __version__
 from splitbundle.wire import frames
@@ -72,6 +73,8 @@ class Served:
     """The bytes that the caches of all sessions may take."""
     slot_bytes: int
     """The bytes of a slot in the stage's caches."""
+    shared_rows: int = 0
+    """The rows of the cache that sessions share; 0 for none."""
 
 
 class StageService:
@@ -109,7 +112,14 @@ class StageService:
             )
         self.served, self.offer = served, offer
         self.instance = secrets.token_hex(16)
-        self.sessions = Sessions(offer.limits, clock, max_bytes=offer.max_bytes, slot_bytes=offer.slot_bytes)
+        self.sessions = Sessions(
+            offer.limits,
+            clock,
+            max_bytes=offer.max_bytes,
+            slot_bytes=offer.slot_bytes,
+            shared_rows=offer.shared_rows,
+            architecture=stage.architecture,
+        )
         self.training = None if training is None else TrainingRuns(training, served, offer.limits, clock)
         self.draining = False
         self._log = log or (lambda line: logs.debug("%s", line))
@@ -120,6 +130,7 @@ class StageService:
         self.queued_seconds = 0.0
         self._counting = threading.Lock()
         self._computing = Computing("splitbundle-stage")
+        self.steps = StageSteps(served, self._computing, self.sessions)
 
     def answer(self, data: bytes, owner: str, alive: Alive = lambda: True) -> bytes:
         """Return the frame that answers a frame. It never raises because of a client.
@@ -299,29 +310,13 @@ class StageService:
     def _ran(
         self, message: Run, payload: memoryview, session: Session | None, alive: Alive
     ) -> tuple[Ran, list[memoryview]]:
-        def step() -> list[memoryview]:
-            if session is not None and session.ended:  # while this step waited, perhaps by a step that moved weights
-                raise unknown()
-            # The rest of the sequence is padding, which no row needs.
-            hidden = self.served.decode(payload, message.encoding, message.count, max(1, *message.count))
-            try:
-                positions, cache = self._prepare(message, hidden, session)
-            except BundleError:
-                raise
-            except BaseException:
-                self._give_up(session)
-                raise
-            try:
-                result = self.served.run(hidden, positions, cache)
-                return self.served.encode(result, message.count, message.encoding)  # type: ignore[no-any-return]
-            except BaseException:  # the cache may hold half of the step
-                self._give_up(session)
-                raise
-
-        parts, queued, computed = self._compute(step, alive)
+        step = self.steps.run(message, payload, session, alive)
+        queued, computed = (step.begun - step.asked) // 1000, (step.ended - step.begun) // 1000
         tokens = sum(message.count)
         with self._counting:
             self.tokens += tokens
+            self.queued_seconds += queued / 1e6
+            self.computed_seconds += computed / 1e6
         ran = Ran(
             number=message.number,
             instance=self.instance,
@@ -331,44 +326,7 @@ class StageService:
             queued=queued,
             computed=computed,
         )
-        return ran, parts
-
-    def _give_up(self, session: Session | None) -> None:
-        if session is not None:
-            self.sessions.end(session)
-
-    def _prepare(self, message: Run, hidden: Any, session: Session | None) -> tuple[Any, Any]:
-        """Check a step, and only then apply its order and capacity. Return its positions and its cache."""
-        check = self.served.check
-        rows = {} if message.rows is None else {"rows": message.rows}
-        if session is None:
-            return check(hidden, past=message.past, count=message.count), None
-        cache, before = session.cache, session.capacity
-        lengths, capacity = cache.lengths, cache.capacity
-        if message.order is not None:
-            if len(message.order) != session.rows or max(message.order) >= session.rows:
-                expected = f"{session.rows} row numbers below {session.rows}"
-                raise Refusal("input.value", "order", expected, str(list(message.order))[:_TEXT])
-            cache.lengths = [lengths[row] for row in message.order]
-        if message.capacity is not None:
-            self.sessions.grow(session, message.capacity)
-            cache.capacity = message.capacity
-        try:
-            positions = check(hidden, past=message.past, count=message.count, cache=cache, **rows)
-        except BaseException:
-            self.sessions.shrink(session, before)
-            raise
-        finally:
-            cache.lengths, cache.capacity = lengths, capacity
-        if message.capacity is not None and message.capacity != capacity:
-            try:
-                cache.grow(message.capacity)
-            except BundleError:  # it refuses before it changes anything
-                self.sessions.shrink(session, before)
-                raise
-        if message.order is not None:
-            cache.reorder(message.order)
-        return positions, cache
+        return ran, step.parts or []
 
     @property
     def waiting(self) -> int:

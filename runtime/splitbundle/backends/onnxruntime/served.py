@@ -51,6 +51,10 @@ class ServedStage:
         """
         return encode(hidden, count, encoding)
 
+    def joined(self, parts: Sequence[numpy.ndarray], axis: int) -> numpy.ndarray:
+        """Return hidden states as one: side by side in the batch (axis 0), or one after another (axis 1)."""
+        return parts[0] if len(parts) == 1 else numpy.concatenate(parts, axis)
+
     def zeros(self) -> numpy.ndarray:
         """Return a hidden state of one token. *Shape:* (1, 1, hidden), float32."""
         return numpy.zeros((1, 1, self.stage.architecture.hidden_size), numpy.float32)

@@ -44,6 +44,10 @@ class ServedStage:
         """
         return encode(hidden, count, encoding)
 
+    def joined(self, parts: Sequence[Tensor], axis: int) -> Tensor:
+        """Return hidden states as one: side by side in the batch (axis 0), or one after another (axis 1)."""
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=axis)
+
     def zeros(self) -> Tensor:
         """Return a hidden state of one token. *Shape:* (1, 1, hidden)."""
         return torch.zeros(1, 1, self.stage.architecture.hidden_size, dtype=self.stage.dtype, device=self.stage.device)
