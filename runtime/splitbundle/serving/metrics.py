@@ -28,6 +28,11 @@ def render(service: StageService) -> str:
     add("tokens_total", "counter", "Tokens that were computed.", {"": service.tokens})
     add("compute_seconds_total", "counter", "Seconds that the stage computed.", {"": service.computed_seconds})
     add("queue_seconds_total", "counter", "Seconds that requests waited for the stage.", {"": service.queued_seconds})
+    add("shared_calls_total", "counter", "Calls of the cache that sessions share.", {"": service.steps.calls})
+    add("shared_call_rows_total", "counter", "Rows of these calls.", {"": service.steps.call_rows})
+    lines += service.step_seconds.lines(
+        "splitbundle_stage_step_seconds", "Seconds of a step, with its time in the queue."
+    )
     add("waiting", "gauge", "Requests that wait for the stage.", {"": service.waiting})
     add("sessions", "gauge", "Sessions that live.", {"": len(sessions)})
     add("sessions_limit", "gauge", "The most sessions.", {"": limits.sessions})

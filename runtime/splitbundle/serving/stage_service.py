@@ -17,6 +17,7 @@ from splitbundle import logs
 from splitbundle.errors import BundleError, Problem
 from splitbundle.records import record
 from splitbundle.serving.computing import Computing, Stopped
+from splitbundle.serving.histogram import Histogram
 from splitbundle.serving.refusals import Refusal, compare, draining, retry_of, unknown
 from splitbundle.serving.sessions import Session, Sessions
 from splitbundle.serving.stage_steps import StageSteps
@@ -128,6 +129,7 @@ class StageService:
         self.tokens = 0
         self.computed_seconds = 0.0
         self.queued_seconds = 0.0
+        self.step_seconds = Histogram()
         self._counting = threading.Lock()
         self._computing = Computing("splitbundle-stage")
         self.steps = StageSteps(served, self._computing, self.sessions)
@@ -317,6 +319,7 @@ class StageService:
             self.tokens += tokens
             self.queued_seconds += queued / 1e6
             self.computed_seconds += computed / 1e6
+            self.step_seconds.observe((queued + computed) / 1e6)
         ran = Ran(
             number=message.number,
             instance=self.instance,
