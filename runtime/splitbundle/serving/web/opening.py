@@ -48,8 +48,9 @@ def open_web_server(
         from splitbundle.serving.web.app import Door
         from splitbundle.serving.web.web_server import WebServer
     except ModuleNotFoundError as error:
-        if error.name not in _LIBRARIES:
+        library = (error.name or "").partition(".")[0]
+        if library not in _LIBRARIES:
             raise
-        raise MissingExtra.of(error.name, "serve", "answer over HTTP") from None
+        raise MissingExtra.of(library, "serve", "answer over HTTP") from None
     door = Door(models, access or Access(), hosts=hosts, origins=origins, log=log)
     return WebServer(door, host, port, certificate=certificate, key=key)
