@@ -142,6 +142,15 @@ def test_an_installation_works(kind: str, tmp_path: Path, request: pytest.Fixtur
     smoke(environment, tmp_path)
 
 
+def test_the_wheel_has_the_page(wheel: Path) -> None:
+    """The page isn't Python, so nothing imports it, and a build that leaves it out would work until it is served."""
+    page = Path("splitbundle", "serving", "web", "page")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    files = {(page / path.name).as_posix() for path in (ROOT / "runtime" / page).iterdir()}
+    assert files
+    assert files - names == set()
+
+
 def test_the_sdist_builds_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, sdist, cwd=tmp_path)
     first, second = zipfile.ZipFile(wheel), zipfile.ZipFile(next(tmp_path.glob("*.whl")))
