@@ -105,7 +105,6 @@ def bundle(name: str, *, chat: bool) -> dict[str, Any]:
         "bytes": sum(each["bytes"] for each in shards),
         "chat": chat,
         "verified": "hashes" if chat else "none",
-        "signed_by": ["ed25519:2f4a"] if chat else [],
         "shards": shards,
     }
 

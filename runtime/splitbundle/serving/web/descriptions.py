@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from splitbundle.format.manifest.document import version_text
 from splitbundle.serving.web.models import Model
+from splitbundle.version import FORMAT_VERSION
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -37,6 +39,7 @@ def describe(model: Model) -> dict[str, Any]:
         "id": model.name,
         "loaded": pipeline is not None,
         "bundle_id": bundle.id,
+        "format_version": version_text(FORMAT_VERSION),
         "fingerprint": bundle.fingerprint,
         "name": own.name,
         "architecture": own.family,
@@ -50,8 +53,7 @@ def describe(model: Model) -> dict[str, Any]:
         "backend": next((each["backend"] for each in shards if each["backend"]), None),
         "bytes": sum(file.size for file in manifest.files.values()),
         "chat": model.has_template,
-        "verified": "digests of all files that are used" if bundle.strict else "sizes and headers",
-        "signed_by": [],
+        "verified": "hashes" if bundle.strict else "sizes",
         "shards": shards,
     }
 

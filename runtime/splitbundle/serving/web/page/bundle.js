@@ -33,7 +33,6 @@ const title = (bundle, again) => make("div", { class: "row" }, make("h2", {}, bu
 
 function facts(bundle) {
   const context = bundle.context_length === null ? "no stated limit" : plural(bundle.context_length, "token");
-  const signers = bundle.signed_by ?? [];
   const checked = make("dd", { class: bundle.verified === "none" ? "warning" : "good" });
   checked.append(VERIFIED[bundle.verified] ?? String(bundle.verified));
   const rows = [
@@ -48,7 +47,6 @@ function facts(bundle) {
     ["Format", `version ${bundle.format_version}`],
   ].map(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
   rows.push([make("dt", {}, "Verified"), checked]);
-  rows.push([make("dt", {}, "Signed by"), make("dd", {}, signers.join(", ") || "no known signer")]);
   const copies = copyButton("Copy", () => bundle.bundle_id);
   const id = make("code", { class: "hash" }, bundle.bundle_id);
   rows.push([make("dt", {}, "Bundle id"), make("dd", {}, id, " ", copies)]);

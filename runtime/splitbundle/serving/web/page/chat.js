@@ -19,6 +19,7 @@ const WORDS = {
 };
 const SPOKEN = 5000; // milliseconds that a text stays for screen readers; longer, and they meet it twice
 const NEAR = 80; // pixels from the end of the page within which the page follows the answer
+const MOST_OF_A_TEXT = 512; // tokens; without a number, the server would end a completion after 16
 
 export class Chat {
   #turns = [];
@@ -141,7 +142,8 @@ export class Chat {
     try {
       if (model === null) throw new Failure({ message: "No model is chosen.", advice: "Load the page again." });
       const streaming = { stream: true, stream_options: { include_usage: true } };
-      const body = { model, ...asked, ...streaming, ...this.sampling.values() };
+      const most = turn.mode === "text" ? { max_tokens: MOST_OF_A_TEXT } : {};
+      const body = { model, ...asked, ...streaming, ...most, ...this.sampling.values() };
       for await (const chunk of post(path, body, this.#stop.signal)) turn.take(chunk);
       turn.finish();
     } catch (error) {
