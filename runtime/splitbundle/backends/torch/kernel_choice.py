@@ -24,6 +24,7 @@ TORCH: Final = "torch"
 ONEDNN: Final = "onednn"
 GEMV: Final = "gemv"
 COLUMN: Final = "column"
+TURNED: Final = "turned"
 FEW: Final = "few"
 INT8PACK: Final = "int8pack"
 COLUMNS: Final = "columns"
@@ -34,6 +35,7 @@ KERNELS: Final[dict[str, tuple[str, ...]]] = {
     "float32/2-3": (TORCH, ONEDNN),
     "float32/4-": (ONEDNN, TORCH),
     "bfloat16/1": (COLUMN, GEMV, TORCH),
+    "bfloat16/2-16": (TURNED, TORCH),
     "rows8-bfloat16/1-8": (INT8PACK, COLUMNS, TORCH),
     "rows8-bfloat16-amx/1-8": (COLUMNS, INT8PACK, TORCH),
     "rows8-float32/1-8": (COLUMNS, INT8PACK, TORCH),
@@ -44,14 +46,15 @@ KERNELS: Final[dict[str, tuple[str, ...]]] = {
 
 "torch" is ``functional.linear`` as it is. "onednn" is oneDNN through the operator of torch's compiler. "gemv" is
 torch's own kernel for one row, which runs where oneDNN is switched off. "column" is the weight times a vector: the same
-kernel as "torch" in float32, with fewer steps around it. The first kernel of each line is preferred. ``quantized``
+kernel as "torch" in float32, with fewer steps around it. "turned" is the weight times the inputs as columns: oneDNN
+reads a weight in bfloat16 faster if it is the left factor. The first kernel of each line is preferred. ``quantized``
 explains "int8pack", "columns" and "int4pack", and for which products a processor with AMX has a key of its own.
 
 The key "steps" says in how many steps a layer computes. With "few", linear layers that multiply the same input are one
 product where their weights lie side by side, and the RMSNorm of a single position takes three steps. With "torch",
 every module computes for itself.
 """
-MEASURED: Final = ("float32/1", "float32/2-3", "bfloat16/1")
+MEASURED: Final = ("float32/1", "float32/2-3", "bfloat16/1", "bfloat16/2-16")
 """The keys whose kernel is measured. For four rows and more, oneDNN was the fastest on every processor that was tried,
 or as fast, and computes activations in the same pass."""
 AUTO: Final = "auto"
@@ -148,7 +151,7 @@ class Measured:
         kernels = {name: product for name in KERNELS[place[0]] if (product := self._products(name)) is not None}
         times = dict.fromkeys(kernels, float("inf"))
         if len(kernels) > 1 and place[0] in MEASURED:
-            own, count = getattr(torch, dtype), {"1": 1, "2-3": 2}[rows]
+            own, count = getattr(torch, dtype), {"1": 1, "2-3": 2, "2-16": 8}[rows]
             with torch.inference_mode(False), torch.no_grad():
                 weights = [torch.ones(_SHAPE, dtype=own) for _ in range(_WEIGHTS)]
                 x = torch.ones((count, _SHAPE[1]), dtype=own)

@@ -35,6 +35,7 @@ from splitbundle.backends.torch.kernel_choice import (
     ONEDNN,
     STEPS,
     TORCH,
+    TURNED,
     Choice,
     Measured,
 )
@@ -149,6 +150,12 @@ def _column(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
+def _turned(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x Wᵀ + b as (W xᵀ)ᵀ + b. *Shape:* (…, columns) -> (…, rows)."""
+    out = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous()
+    return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], weight.shape[0])
+
+
 def _gemv(x: Tensor, weight: Tensor) -> Tensor:
     call = object()
     try:
@@ -166,7 +173,7 @@ def _products(kernel: str) -> kernel_choice.Product | None:
         return _gemv if _SWITCHES else None
     if kernel in (INT8PACK, COLUMNS, INT4PACK):
         return functional.linear if quantized.works(kernel) else None  # chosen by a rule, so its time doesn't count
-    return _column if kernel == COLUMN else functional.linear
+    return {COLUMN: _column, TURNED: _turned}.get(kernel, functional.linear)
 
 
 class _Current(threading.local):
@@ -254,6 +261,8 @@ def product(kernel: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     """Return x Wᵀ + b, computed by a kernel. *Shape:* as for ``linear``."""
     if kernel == ONEDNN and _ONEDNN is not None:
         return _ONEDNN.product(x, weight, bias)
+    if kernel == TURNED:
+        return _turned(x, weight, bias)
     return _column(x, weight, bias) if kernel == COLUMN else functional.linear(x, weight, bias)
 
 
@@ -345,7 +354,9 @@ def _key(x: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> str | None
         return None
     if dtype == torch.float32:
         return "float32/1" if scalars == inputs else "float32/2-3" if scalars < 4 * inputs else "float32/4-"
-    return "bfloat16/1" if scalars == inputs and dtype == torch.bfloat16 else None
+    if dtype != torch.bfloat16 or scalars > 16 * inputs:
+        return None
+    return "bfloat16/1" if scalars == inputs else "bfloat16/2-16"
 
 
 def _is_plain(x: Tensor, *others: Tensor | None) -> bool:

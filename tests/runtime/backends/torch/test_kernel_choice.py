@@ -42,7 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.mark.parametrize("key", kernel_choice.MEASURED)
-@pytest.mark.parametrize("fastest", ["column", "onednn", "torch", "gemv"])
+@pytest.mark.parametrize("fastest", ["column", "onednn", "torch", "gemv", "turned"])
 def test_the_fastest_kernel_is_found(key: str, fastest: str, clock: Clock) -> None:
     if fastest not in KERNELS[key]:
         pytest.skip("this kernel doesn't compute such products")
@@ -110,7 +110,7 @@ def test_every_kernel_computes_the_same_product() -> None:
     for key, names in KERNELS.items():
         if key == kernel_choice.STEPS or key.startswith(("rows8", "blocks4")):
             continue  # the kernels of quantized weights have tests of their own
-        dtype, rows = getattr(torch, key.partition("/")[0]), {"1": 1, "2-3": 3, "4-": 5}[key.partition("/")[2]]
+        dtype, rows = getattr(torch, key.partition("/")[0]), {"1": 1, "2-3": 3, "4-": 5, "2-16": 9}[key.partition("/")[2]]
         x, weight = (torch.randn(size, generator=generator).to(dtype) for size in ((rows, 768), (1024, 768)))
         exact = x.double() @ weight.double().T
         for name in names:
@@ -125,7 +125,7 @@ def test_every_kernel_computes_the_same_product() -> None:
 def test_a_choice_as_text() -> None:
     choice = PINNED | {"float32/1": "onednn", "bfloat16/1": "gemv"}
     text = kernel_choice.as_text(choice)
-    plain = "float32/1=onednn,float32/2-3=torch,float32/4-=torch,bfloat16/1=gemv"
+    plain = "float32/1=onednn,float32/2-3=torch,float32/4-=torch,bfloat16/1=gemv,bfloat16/2-16=torch"
     quantized = "rows8-bfloat16/1-8=torch,rows8-bfloat16-amx/1-8=torch,rows8-float32/1-8=torch,blocks4/1-16=torch"
     assert text == f"{plain},{quantized},steps=torch"
     assert kernel_choice.parse(text) == choice

@@ -40,7 +40,7 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def fastest(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Say which kernels are the fastest here, in place of a measurement."""
     found = {key: "onednn" for key in KERNELS if key.startswith("float32/")}
-    found |= {"bfloat16/1": "gemv", STEPS: "torch"}
+    found |= {"bfloat16/1": "gemv", "bfloat16/2-16": "torch", STEPS: "torch"}
     monkeypatch.setattr(kernels.measured, "kernel", found.__getitem__)
     return found
 
@@ -88,6 +88,17 @@ def test_it_is_a_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert got.dtype == dtype
         assert got.shape == exact.shape
         assert (got - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 48), (3, 1, 48), (2, 8, 33)])
+def test_the_weight_times_columns_is_the_same_product(shape: tuple[int, ...]) -> None:
+    x, weight, bias = case(*shape, dtype=torch.bfloat16)
+    for b in (bias, None):
+        exact = functional.linear(x.double(), weight.double(), None if b is None else b.double())
+        got = kernels.product("turned", x, weight, b)
+        assert got.is_contiguous()
+        assert (got.shape, got.dtype) == (exact.shape, torch.bfloat16)
+        assert (got - exact).abs().max() <= 2**-7 * exact.abs().max()
 
 
 def test_a_view_is_as_good() -> None:
