@@ -149,7 +149,8 @@ class SharedRows:
             if closing:
                 self._end_all()
                 return
-            self._compute(self.turns.next())  # without a name, as a name would keep its texts while this thread waits
+            # In the order of rows, so that nothing is permuted; without a name, which would keep texts from being freed.
+            self._compute(sorted(self.turns.next(), key=lambda chosen: chosen[0].row or 0))
 
     def _drop_cancelled(self) -> None:
         for text in self.turns:

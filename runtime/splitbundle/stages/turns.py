@@ -72,8 +72,9 @@ class Turns(Generic[W]):
         size = min(first.left, self._piece if len(self._running) > 1 else self._large_piece)
         chosen = [(first, size)]
         # Further prompts go along where padding costs little: a call computes the padding, too.
+        limit = self._piece if steps else self._large_piece
         for work in prompts[1:]:
-            if size // 2 <= min(work.left, size) and (len(chosen) + 1) * size <= self._piece:
+            if size // 2 <= min(work.left, size) and (len(chosen) + 1) * size <= limit:
                 chosen.append((work, min(work.left, size)))
         for work, _ in chosen:  # to the end: prompts take turns
             del self._running[work]

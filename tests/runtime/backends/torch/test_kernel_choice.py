@@ -110,7 +110,10 @@ def test_every_kernel_computes_the_same_product() -> None:
     for key, names in KERNELS.items():
         if key == kernel_choice.STEPS or key.startswith(("rows8", "blocks4")):
             continue  # the kernels of quantized weights have tests of their own
-        dtype, rows = getattr(torch, key.partition("/")[0]), {"1": 1, "2-3": 3, "4-": 5, "2-16": 9}[key.partition("/")[2]]
+        dtype, rows = (
+            getattr(torch, key.partition("/")[0]),
+            {"1": 1, "2-3": 3, "4-": 5, "2-16": 9}[key.partition("/")[2]],
+        )
         x, weight = (torch.randn(size, generator=generator).to(dtype) for size in ((rows, 768), (1024, 768)))
         exact = x.double() @ weight.double().T
         for name in names:
