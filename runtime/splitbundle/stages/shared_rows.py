@@ -149,7 +149,7 @@ class SharedRows:
             if closing:
                 self._end_all()
                 return
-            # In the order of rows, so that nothing is permuted; without a name, which would keep texts from being freed.
+            # In the order of rows, so that nothing is permuted. A name for them would keep texts from being freed.
             self._compute(sorted(self.turns.next(), key=lambda chosen: chosen[0].row or 0))
 
     def _drop_cancelled(self) -> None:

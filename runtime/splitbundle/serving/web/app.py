@@ -34,6 +34,8 @@ from splitbundle.serving.web.web_metrics import CONTENT_TYPE, WebMetrics
 
 MAX_BODY: Final = 16 * 2**20
 _MOST_DRAINED: Final = 64 * 2**20
+_PATIENCE: Final = 60.0
+"""The seconds in which a body has to come."""
 IGNORED: Final = "Splitbundle-Ignored"
 """The header with the names of the fields that had no effect."""
 _KINDS: Final = {
@@ -194,7 +196,11 @@ class Door:
         asked = time.perf_counter()
         if self.draining:
             raise RequestError(503, "this server is ending", reason="server.draining", headers={"Retry-After": "5"})
-        request = parse(await _body(http))
+        try:
+            request = parse(await asyncio.wait_for(_body(http), _PATIENCE))
+        except asyncio.TimeoutError:
+            message = f"the body didn't come within {_PATIENCE:g} s"
+            raise RequestError(408, message, reason="too_slow") from None
         model = self._named(request.model) if request.model is not None else self.models.first
         request = request.named(model.name)
         headers = {IGNORED: ", ".join(printable(name)[:64] for name in request.ignored[:32])} if request.ignored else {}
@@ -208,7 +214,7 @@ class Door:
             stack.callback(using.__exit__, None, None, None)
             client = http.state.key.name if http.state.key else (http.client.host if http.client else "")
             job = Job(model, pipeline, request, client)
-            stack.callback(lambda: spend(job.new_tokens))
+            stack.callback(lambda: spend(job.prompt_tokens + job.new_tokens))
             stack.callback(lambda: self._measure(job, asked))
             stack.callback(job.cancel)
             await unless_left(loop.run_in_executor(self.pool, job.begin), http.receive)

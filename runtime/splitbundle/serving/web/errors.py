@@ -19,7 +19,7 @@ _STATUS: Final = {
 }
 """A code, or its first word -> the status of the answer. Any other error is 500."""
 _KINDS: Final = {
-    **dict.fromkeys((400, 405, 413, 415), "invalid_request_error"),
+    **dict.fromkeys((400, 405, 408, 413, 415), "invalid_request_error"),
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",

@@ -97,6 +97,11 @@ class Job:
             choice.generation.cancel()
 
     @property
+    def prompt_tokens(self) -> int:
+        """Return the number of tokens of the prompts."""
+        return sum(len(choice.generation.prompt_ids) for choice in self.choices[:: self.request.number])
+
+    @property
     def new_tokens(self) -> int:
         """Return the number of tokens that were made."""
         return sum(len(choice.generation.ids) for choice in self.choices)

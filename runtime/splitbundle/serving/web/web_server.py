@@ -13,6 +13,8 @@ from splitbundle.errors import BundleError, Problem
 from splitbundle.serving.web.app import Door
 
 _BACKLOG: Final = 512
+_MOST_CONNECTIONS: Final = 2048
+"""The connections that are answered at once. A further one gets status 503."""
 
 
 class WebServer:
@@ -45,6 +47,7 @@ class WebServer:
             lifespan="off",
             ws="none",
             server_header=False,
+            limit_concurrency=_MOST_CONNECTIONS,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=None,
             ssl_certfile=certificate,
