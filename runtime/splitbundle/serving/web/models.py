@@ -33,6 +33,8 @@ class Model:
         self.created = int(time.time())
         self.pipeline: SharedPipeline | None = None
         self.users = 0
+        self.is_loading = False
+        """Whether room was made for it, and it isn't loaded yet."""
         self.last_used = time.monotonic()
         self.loaded_at = 0.0
         self.lock = threading.RLock()
@@ -132,7 +134,10 @@ class Models:
             with model.lock:
                 if model.pipeline is None:
                     self._make_room(model)
-                pipeline = model.load()
+                try:
+                    pipeline = model.load()
+                finally:
+                    model.is_loading = False
             yield model, pipeline
         finally:
             with self._lock:
@@ -145,8 +150,10 @@ class Models:
             return
         with self._lock:
             while True:
-                loaded = [model for model in self if model.pipeline is not None and model is not wanted]
+                others = [model for model in self if model is not wanted]
+                loaded = [model for model in others if model.pipeline is not None or model.is_loading]
                 if sum(model.bytes for model in loaded) + wanted.bytes <= self._max_bytes:
+                    wanted.is_loading = True
                     return
                 idle = [model for model in loaded if not model.users]
                 if not idle:
