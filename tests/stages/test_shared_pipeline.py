@@ -249,3 +249,26 @@ def test_wrong_arguments_of_a_text(pipeline: Any, shared: SharedPipeline) -> Non
             small.stream_text(PROMPTS[3])
         assert caught.value.codes == ("input.position",)
         assert small.complete_text("You may").finish_reason in ("context", "stop")
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "likeliest": {},
+    "drawn": {"temperature": 0.9, "top_p": 0.95, "seed": 5},
+    "with penalties": {"temperature": 0.9, "seed": 5, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_another_pipeline_goes_on_with_the_same_draws(shared: SharedPipeline, way: str) -> None:
+    prompt = shared.tokenizer().encode(PROMPTS[0])
+    whole = [step.ids[0] for step in shared.row_steps(prompt, max_new_tokens=24, **WAYS[way])]
+    assert len(set(whole)) > 3
+    for made in (1, 7, 23):
+        rest = shared.row_steps([*prompt, *whole[:made]], max_new_tokens=24 - made, drawn=made, **WAYS[way])
+        assert [step.ids[0] for step in rest] == whole[made:]
+
+
+@pytest.mark.parametrize("drawn", [-1, 3, 4, 1.5])
+def test_a_text_has_at_least_one_token_that_was_not_drawn(shared: SharedPipeline, drawn: Any) -> None:
+    with pytest.raises(BundleError, match=r"\[input.value\] drawn: expected a number from 0"):
+        shared.row_steps([1, 2, 3], drawn=drawn)

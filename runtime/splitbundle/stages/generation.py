@@ -178,11 +178,19 @@ class Drawing:
     """How the tokens of some rows are drawn, and what has been drawn."""
 
     def __init__(
-        self, pipeline: Any, sampling: Sampling, stop_ids: frozenset[int], logprobs: int | None, rows: int
+        self,
+        pipeline: Any,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        logprobs: int | None,
+        rows: int,
+        drawn: int = 0,
     ) -> None:
+        """Begin to draw, or go on after ``drawn`` tokens of each row, which are the last ones of its prompt."""
         self.pipeline, self.stop_ids = pipeline, stop_ids
-        self._sampling, self._logprobs = sampling, logprobs
+        self._sampling, self._logprobs, self._drawn = sampling, logprobs, drawn
         self._generators = RowGenerators(sampling.seed, rows)
+        self._generators.skip(drawn)
         self._history: History | None = None
         self.running = [True] * rows
         """Whether each row goes on."""
@@ -198,7 +206,7 @@ class Drawing:
         """
         pipeline, logprobs = self.pipeline, self._logprobs
         if self._history is None and self._sampling.adjusts:
-            self._history = History(prompt)
+            self._history = History(prompt, self._drawn)
         drawn = pipeline._draw(last[:, -1], self._sampling, self._generators, self._history)
         chances = None if logprobs is None else tuple(pipeline._scores(last, drawn[:, None])[:, 0].tolist())
         top = None if logprobs is None else tuple(pipeline._likeliest(last[:, -1], logprobs))

@@ -137,9 +137,10 @@ def _are_biases(value: object) -> bool:
 class History:
     """The tokens of each row that penalties count: all that the model has seen, and the new ones with their numbers."""
 
-    def __init__(self, rows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, rows: Sequence[Sequence[int]], drawn: int = 0) -> None:
+        """Begin with the tokens of each row, of which the last ``drawn`` are new ones."""
         self.seen = [set(row) for row in rows]
-        self.new: list[Counter[int]] = [Counter() for _ in rows]
+        self.new: list[Counter[int]] = [Counter(row[len(row) - drawn :]) for row in rows]
 
     def add(self, tokens: Sequence[int]) -> None:
         """Count a new token of each row, or none where it is negative."""
@@ -158,6 +159,12 @@ class RowGenerators:
     def __init__(self, seed: int | None, rows: int) -> None:
         self._rows = [random.Random(seed if not i or seed is None else f"{seed}/{i}") for i in range(rows)]
         self._next = 0
+
+    def skip(self, draws: int) -> None:
+        """Leave out some draws of each row, which were made before."""
+        for generator in self._rows:
+            for _ in range(draws):
+                generator.random()
 
     def random(self) -> float:
         """Return a number from [0, 1) of the next row. After the last row comes the first."""

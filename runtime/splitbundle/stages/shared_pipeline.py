@@ -99,6 +99,7 @@ class SharedPipeline(TextPipeline):
         session: Session | None = None,
         logprobs: int | None = None,
         prompt_lookup: int | None = None,
+        drawn: int = 0,
         **sampling: Any,
     ) -> Text:
         """Begin to continue one row among others, and return its steps. ``stream_text`` calls this.
@@ -110,6 +111,7 @@ class SharedPipeline(TextPipeline):
             session: None: the pipeline has a session for all.
             logprobs: as for ``steps``.
             prompt_lookup: it has no effect: rows that are computed together need one token at a time.
+            drawn: how many of the last tokens of the prompt another pipeline drew, for a text that goes on here.
             sampling: as for ``generate``.
 
         Raises:
@@ -120,7 +122,9 @@ class SharedPipeline(TextPipeline):
         vocab_size = self.first.architecture.vocab_size
         chosen = chosen_sampling(sampling, vocab_size)
         stops = frozenset(as_integers(stop_ids, "stop_ids"))
-        drawing = Drawing(self.pipeline, chosen, stops, chosen_logprobs(logprobs, vocab_size), 1)
+        if (before := as_integer(drawn)) is None or not 0 <= before < max(1, len(prompt_ids)):
+            raise wrong_argument("drawn", "a number from 0, below that of the prompt's tokens", quoted(drawn))
+        drawing = Drawing(self.pipeline, chosen, stops, chosen_logprobs(logprobs, vocab_size), 1, before)
         text = Text(self, prompt_ids, max_new_tokens, drawing)
         self._rows.add(text)
         return text
