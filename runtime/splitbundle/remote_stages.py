@@ -131,18 +131,22 @@ def check(bundle: BundleReader, shard: str, remote: Any, remote_options: Mapping
     return found
 
 
-def _addresses(given: Any) -> list[str]:
+def _addresses(given: Any) -> list[Any]:
+    """Return the addresses of servers, each by itself. A carrier (``remote.carrier``) stands for an address, too."""
     found = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else None
-    if not found or not all(isinstance(address, str) for address in found):
+    if not found or not all(isinstance(each, str) or hasattr(each, "step") for each in found):
         raise wrong_argument("remote", "an address such as grpcs://HOST:PORT, or a list of them", quoted(given))
-    return [address.strip() for each in found for address in each.split(",")]
+    made: list[Any] = []
+    for each in found:
+        made += [address.strip() for address in each.split(",")] if isinstance(each, str) else [each]
+    return made
 
 
 def _connect(
     bundle: BundleReader,
     selection: Selection,
     backend: str,
-    addresses: Sequence[str],
+    addresses: Sequence[Any],
     remote_options: Mapping[str, Any],
     own: Mapping[str, Any],
 ) -> Any:

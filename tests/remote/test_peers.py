@@ -14,7 +14,7 @@ import splitbundle
 from splitbundle.errors import BundleError
 from splitbundle.format.architecture.rotary import Dynamic
 from splitbundle.records import replace
-from splitbundle.remote.channel import Lost
+from splitbundle.remote.carrier import Lost
 from splitbundle.remote.link import Link, RemoteCache
 from splitbundle.remote.options import RemoteOptions
 from splitbundle.remote.peers import Expected, Peers

@@ -20,7 +20,8 @@ import torch
 import splitbundle
 from splitbundle import BundleError, StageServer
 from splitbundle.remote.address import METHOD, SERVICE, parse_address
-from splitbundle.remote.channel import Channel, Lost
+from splitbundle.remote.carrier import Lost
+from splitbundle.remote.channel import Channel
 from splitbundle.remote.tls_files import read_identity
 from splitbundle.serving import keys
 from splitbundle.serving.stage_server import Budget

@@ -12,6 +12,7 @@ import grpc
 from splitbundle.errors import BundleError, Problem
 from splitbundle.records import record
 from splitbundle.remote.address import METHOD, SERVICE, STREAM, Address
+from splitbundle.remote.carrier import Lost
 from splitbundle.remote.streams import Ended, Streams, TimedOut
 from splitbundle.remote.tls_files import TlsFiles
 from splitbundle.wire.frames import MAX_FRAME
@@ -27,14 +28,6 @@ _OPTIONS: Final = [
 _TLS_WORDS: Final = ("Tls handshake failed", "SSL_ERROR", "Peer name", "peer name", "Hostname Verification")
 """Words of gRPC's messages about certificates. It has no code for them."""
 _ENDED_WORDS: Final = ("reset by peer", "socket closed", "broken pipe", "endpoint closing")
-
-
-class Lost(Exception):
-    """A frame has no answer: the server can't be reached, or is silent."""
-
-    def __init__(self, reason: str, *, silent: bool = False) -> None:
-        super().__init__(reason)
-        self.reason, self.silent = reason, silent
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -67,6 +60,11 @@ class Channel:
         self._lock = threading.Lock()
         self._opened: _Open | None = None
         self._sent: set[Any] = set()
+
+    @property
+    def text(self) -> str:
+        """Return the address, as the user wrote it."""
+        return self.address.text
 
     def call(self, frame: bytes, timeout: float) -> bytes:
         """Return the answer to a frame.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from splitbundle.remote.channel import Lost
+from splitbundle.remote.carrier import Lost
 from splitbundle.remote.measuring import Measured, measure
 from splitbundle.remote.options import RemoteOptions
 from splitbundle.remote.peers import Expected, Peers

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format.architecture.decoder import Architecture
-from splitbundle.remote.channel import Lost
+from splitbundle.remote.carrier import Lost
 from splitbundle.remote.history import History, Sent
 from splitbundle.remote.options import RemoteOptions
 from splitbundle.remote.peers import Peer, Peers, Refused
@@ -120,7 +120,7 @@ class Link:
     @property
     def where(self) -> str:
         """Return the addresses of the servers, in the order in which they are tried."""
-        return ", ".join(peer.address.text for peer in self._peers.peers)
+        return ", ".join(peer.text for peer in self._peers.peers)
 
     def _refuse(self, code: str, expected: str, got: str) -> None:
         raise BundleError(Problem(code=code, argument=f"stage {self._name}", expected=expected, got=got))

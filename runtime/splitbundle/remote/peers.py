@@ -10,8 +10,9 @@ from typing import Final
 from splitbundle import logs
 from splitbundle.errors import BundleError, Problem
 from splitbundle.records import record, replace
-from splitbundle.remote.address import Address, parse_address
-from splitbundle.remote.channel import Channel, Lost
+from splitbundle.remote.address import parse_address
+from splitbundle.remote.carrier import Carrier, Lost
+from splitbundle.remote.channel import Channel
 from splitbundle.remote.options import RemoteOptions
 from splitbundle.remote.tls_files import read_identity
 from splitbundle.wire import frames
@@ -59,8 +60,8 @@ class Refused(BundleError):
 class Peer:
     """One server of a stage."""
 
-    def __init__(self, address: Address, channel: Channel, expected: Expected) -> None:
-        self.address, self._channel, self._expected = address, channel, expected
+    def __init__(self, channel: Carrier, expected: Expected) -> None:
+        self.text, self._channel, self._expected = channel.text, channel, expected
         self.welcome: Welcome | None = None
         self.reason = "not asked yet"
         """Why it can't be used at the moment."""
@@ -70,7 +71,7 @@ class Peer:
     @property
     def where(self) -> str:
         """Return the name of the stage and the address, for messages."""
-        return f"stage {self._expected.name} at {self.address.text}"
+        return f"stage {self._expected.name} at {self.text}"
 
     def connect(self, timeout: float) -> Welcome:
         """Ask the server what it is, and compare it with what the client wants.
@@ -184,24 +185,20 @@ class Peer:
 class Peers:
     """The servers of one stage, in the order of the user's wish. Threads may share it."""
 
-    def __init__(self, addresses: str | Sequence[str], expected: Expected, options: RemoteOptions) -> None:
-        """Name the servers. Nothing is sent yet.
+    def __init__(self, addresses: str | Sequence[str | Carrier], expected: Expected, options: RemoteOptions) -> None:
+        """Name the servers, by their addresses or by what brings frames to them. Nothing is sent yet.
 
         Raises:
             BundleError: ``input.value`` for an address of another form; ``keys.file`` and ``file.*``.
         """
         given = [addresses] if isinstance(addresses, str) else list(addresses)
-        parsed = [parse_address(address, insecure=options.insecure) for address in given]
-        if not parsed:
+        if not given:
             raise BundleError(
                 Problem(code="input.value", argument="remote", expected="at least one address", got="none")
             )
-        identity = None if options.tls is None else read_identity(options.tls)
+        channels = [_channel(each, options) if isinstance(each, str) else each for each in given]
         self.expected, self._options = expected, options
-        self.peers = [
-            Peer(address, Channel(address, identity if address.secure else None, options.token), expected)
-            for address in parsed
-        ]
+        self.peers = [Peer(channel, expected) for channel in channels]
         self._lock = threading.Lock()
         self._dtype: str | None = None
 
@@ -245,7 +242,7 @@ class Peers:
 
     def unreachable(self) -> BundleError:
         """Return the error of a stage without a server, which names each server and why it can't be used."""
-        reasons = "; ".join(f"{peer.address.text}: {peer.reason}" for peer in self.peers)
+        reasons = "; ".join(f"{peer.text}: {peer.reason}" for peer in self.peers)
         hint = "Start a server with splitbundle serve-stage, or wait and try again: the session stays usable"
         return BundleError(
             Problem(
@@ -256,6 +253,12 @@ class Peers:
                 hint=hint,
             )
         )
+
+
+def _channel(text: str, options: RemoteOptions) -> Channel:
+    address = parse_address(text, insecure=options.insecure)
+    identity = None if options.tls is None else read_identity(options.tls)
+    return Channel(address, identity if address.secure else None, options.token)
 
 
 def _fits(request: Request, answer: object) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TypeVar
 
 from splitbundle.errors import BundleError, Problem
-from splitbundle.remote.channel import Lost
+from splitbundle.remote.carrier import Lost
 from splitbundle.remote.options import RemoteOptions
 from splitbundle.remote.peers import Peers, Refused
 from splitbundle.wire import frames

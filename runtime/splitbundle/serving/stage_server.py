@@ -145,24 +145,14 @@ class StageServer:
             if error.name != "grpc":
                 raise
             raise MissingExtra.of("grpcio", "network", "serve a stage") from None
-        _check_ends(bundle, name, layers)
+        check_ends(bundle, name, layers)
         given = Budget() if budget is None else budget
         _check_tokens(tokens)
         identity = None if tls is None else read_identity(tls)
         if identity is not None and identity.certificate is None:
             raise wrong_argument("tls", "a directory with cert.pem and key.pem", "ca.pem alone")
-        chosen = backend or registry.installed_backend()
-        if chosen == "torch" and options.get("kernels") is None:
-            options["kernels"] = "torch"
-        if trainer is not None:
-            options["trainable"] = True
-        if layers is not None:
-            options |= _INNER
-        self.stage: Any = bundle.stage(name, layers=layers, backend=chosen, **options)
-        training = None if trainer is None else _training(self.stage, trainer)
-        served = registry.module(chosen, "served").ServedStage(self.stage)
-        offer = _offer(bundle, self.stage, served.dtype, given)
-        self.service = StageService(served, offer, training=training, log=log)
+        self.service = load_service(bundle, name, layers, backend, given, trainer=trainer, log=log, **options)
+        self.stage: Any = self.service.served.stage
         revoked = None if tls is None else RevokedCertificates(Path(tls))
         self._status = None
         try:
@@ -234,12 +224,41 @@ class StageServer:
         self.stop()
 
 
+def load_service(
+    bundle: Bundle,
+    name: str | None,
+    layers: tuple[int, int] | None,
+    backend: str | None,
+    budget: Budget,
+    *,
+    trainer: Trainer | None = None,
+    log: Callable[[str], None] | None = None,
+    **options: Any,
+) -> StageService:
+    """Load a stage, and return what answers its frames. ``StageServer`` says what the arguments are.
+
+    Raises:
+        BundleError: ``stage.range``; the errors of loading.
+    """
+    chosen = backend or registry.installed_backend()
+    if chosen == "torch" and options.get("kernels") is None:
+        options["kernels"] = "torch"
+    if trainer is not None:
+        options["trainable"] = True
+    if layers is not None:
+        options |= _INNER
+    stage = bundle.stage(name, layers=layers, backend=chosen, **options)
+    training = None if trainer is None else _training(stage, trainer)
+    served = registry.module(chosen, "served").ServedStage(stage)
+    return StageService(served, _offer(bundle, stage, served.dtype, budget), training=training, log=log)
+
+
 def _sweep(service: StageService, ended: threading.Event) -> None:
     while not ended.wait(_SWEEP):
         service.end_leases()
 
 
-def _check_ends(bundle: Bundle, name: str | None, layers: tuple[int, int] | None) -> None:
+def check_ends(bundle: Bundle, name: str | None, layers: tuple[int, int] | None) -> None:
     """Check before weights are read that a part neither embeds nor has the head."""
     selection = bundle.select(name) if layers is None else bundle.select(layers=layers, **_INNER)
     if selection.embeds or selection.head:
