@@ -39,6 +39,7 @@ smartquotes = False  # or --json becomes a dash and a word
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
+autodoc_mock_imports = ["ray"]  # 300 MB that these pages don't need
 
 html_theme = "furo"
 html_title = f"splitbundle {__version__}"

@@ -43,6 +43,7 @@ GROUPS: Final = {
     "wire": "Frames and payloads of stages on other machines",
     "peer": "Servers of stages",
     "server": "What a server of a stage answers",
+    "cluster": "Clusters of Ray",
     "train": "Training over a network",
     "checkpoint": "Training checkpoints",
     "adapter": "Adapters",
