@@ -21,7 +21,7 @@ def exit_status(error: BundleError) -> int:
         return MISSING_EXTRA
     if isinstance(error, VerificationError):
         return NOT_VERIFIED
-    if any(code.partition(".")[0] in ("network", "remote", "peer", "server") for code in error.codes):
+    if any(code.partition(".")[0] in ("network", "remote", "peer", "server", "cluster") for code in error.codes):
         return NETWORK
     if all(code.startswith("usage.") or code == "stage.name" for code in error.codes):
         return USAGE

@@ -7,8 +7,9 @@ import datetime
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from splitbundle import ray
 from splitbundle.bundle import Bundle
 from splitbundle.cli import text_options
 from splitbundle.cli.arguments import number_in, number_of, positive, size, verify_when
@@ -74,6 +75,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="the weights that may be loaded, such as 8GiB; idle ones make room",
     )
+    group = parser.add_argument_group("a cluster of Ray")
+    group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="compute in replicas on a cluster: auto for that of this machine, HOST:PORT for another one, or local to "
+        "start one here",
+    )
+    group.add_argument(
+        "--replicas",
+        type=_replicas,
+        metavar="LEAST[:MOST]",
+        help="the replicas; with two numbers, theirs follows the load; by default 1",
+    )
+    group.add_argument("--spread", action="store_true", help="put the processes of a replica on different machines")
     parser.add_argument(
         "--log", action="store_true", help="write a line to stderr for each request: time, client, path, no content"
     )
@@ -91,8 +106,13 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     host, port = args.listen
     _check_safety(args, host)
     named = _named(args.bundles)
-    if args.remote and len(named) > 1:
-        args.parser.error("argument --remote: give one bundle with it")
+    for option in ("remote", "ray"):
+        if getattr(args, option) and len(named) > 1:
+            args.parser.error(f"argument --{option}: give one bundle with it")
+    if args.ray and args.remote:
+        args.parser.error("argument --ray: give it or --remote")
+    if not args.ray and (args.replicas or args.spread):
+        args.parser.error("arguments --replicas and --spread: they need --ray")
     access = Access(args.api_key_file)
     models = {}
     for name, path in named.items():
@@ -155,8 +175,13 @@ def _named(given: list[str]) -> dict[str, str]:
     return found
 
 
-def _loader(bundle: Bundle, args: argparse.Namespace) -> Callable[[], SharedPipeline]:
-    def load() -> SharedPipeline:
+def _loader(bundle: Bundle, args: argparse.Namespace) -> Callable[[], Any]:
+    def load() -> Any:
+        if args.ray:
+            own = {"backend": args.backend, "device": args.device, "dtype": args.dtype, "context": args.capacity}
+            own |= {"threads": args.threads, "kernels": args.kernels, "replicas": args.replicas}
+            given = {name: value for name, value in own.items() if value is not None}
+            return ray.deploy(bundle, address=args.ray, rows=args.rows, queue=args.queue, spread=args.spread, **given)
         pipeline = text_options.load_pipeline(bundle, args)
         return SharedPipeline(pipeline, rows=args.rows, waiting=args.queue, capacity=args.capacity)
 
@@ -168,6 +193,13 @@ def _logger(console: Console) -> Callable[[str], None]:
         console.note(f"{datetime.datetime.now().astimezone().isoformat(timespec='seconds')} {line}")
 
     return log
+
+
+def _replicas(text: str) -> int | tuple[int, int]:
+    least, colon, most = text.partition(":")
+    if not all(part.isascii() and part.isdigit() and len(part) < 5 for part in ((least, most) if colon else (least,))):
+        raise argparse.ArgumentTypeError(f"expected LEAST or LEAST:MOST, such as 1:4, got {text!r}")
+    return (int(least), int(most)) if colon else int(least)
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -36,6 +36,7 @@ class RayPipeline(TextPipeline):
     A program with an event loop calls these methods in threads: Ray refuses to wait in a loop.
     """
 
+    where = "Ray"
     client: str | None = None
     """Who asks. Clients take turns where texts wait for a row."""
 

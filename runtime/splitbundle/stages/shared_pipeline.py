@@ -143,7 +143,12 @@ class SharedPipeline(TextPipeline):
 
     def log_probabilities(self, token_ids: Any, *, last: int | None = None) -> list[list[float]]:
         """Return the logarithm of the probability of each token. See ``TextPipeline.log_probabilities``."""
-        return self.run(lambda pipeline: pipeline.log_probabilities(token_ids, last=last))
+
+        def work(pipeline: Any) -> list[list[float]]:
+            ids = pipeline.token_ids(token_ids) if isinstance(token_ids, list) else token_ids
+            return pipeline.log_probabilities(ids, last=last)  # type: ignore[no-any-return]
+
+        return self.run(work)
 
     @property
     def state(self) -> dict[str, float]:

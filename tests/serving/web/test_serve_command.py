@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import statistics
@@ -40,6 +41,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (["{bundle}", "--memory", "1KiB"], 5, "server.memory"),
         (["{bundle}", "other={bundle}", "--remote", "trunk=grpc://127.0.0.1:1"], 2, "one bundle"),
         (["{golden}"], 1, "text.none"),
+        (["{bundle}", "--replicas", "2"], 2, "--ray"),
+        (["{bundle}", "--ray", "auto", "--replicas", "2:x"], 2, "LEAST"),
+        (["{bundle}", "--ray", "auto", "--remote", "trunk=grpc://127.0.0.1:1"], 2, "--remote"),
     ],
 )
 def test_exit_statuses(
@@ -72,6 +76,14 @@ def test_without_its_libraries_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
     assert main(["serve", str(chat_bundle.path)]) == 4
     assert 'pip install "splitbundle[serve]"' in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed")
+def test_without_ray_it_says_what_to_install(
+    chat_bundle: splitbundle.Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(chat_bundle.path), "--ray", "auto", "--listen", "127.0.0.1:0"]) == 4
+    assert 'pip install "splitbundle[ray]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,9 @@ class Door:
             message = f"this server answers requests to {', '.join(self.hosts)} alone"
             raise RequestError(403, message, reason="wrong_host")
 
+    async def _in_thread(self, work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.pool, work)
+
     # Models, health, metrics
 
     async def _list(self, http: HttpRequest) -> Response:
@@ -159,19 +162,17 @@ class Door:
         return JSONResponse(_listed(self._named(http.path_params["name"])))
 
     async def _bundles(self, http: HttpRequest) -> Response:
-        made = await asyncio.get_running_loop().run_in_executor(
-            self.pool, lambda: [describe(model) for model in self.models]
-        )
-        return JSONResponse({"bundles": made})
+        return JSONResponse({"bundles": await self._in_thread(lambda: [describe(model) for model in self.models])})
 
     async def _status(self, http: HttpRequest) -> Response:
-        return JSONResponse({"models": {model.name: status(model) for model in self.models}})
+        found = await self._in_thread(lambda: {model.name: status(model) for model in self.models})
+        return JSONResponse({"models": found})
 
     async def _health(self, http: HttpRequest) -> Response:
         """Compute a token with each model that is loaded."""
         if self.draining:
             return JSONResponse({"ok": False, "reason": "ending"}, status_code=503)
-        checks = [asyncio.get_running_loop().run_in_executor(self.pool, model.is_healthy) for model in self.models]
+        checks = [self._in_thread(model.is_healthy) for model in self.models]
         try:
             healthy = await asyncio.wait_for(asyncio.gather(*checks), 30)
         except asyncio.TimeoutError:
@@ -181,7 +182,7 @@ class Door:
         return JSONResponse(document, status_code=503 if failed else 200)
 
     async def _metrics(self, http: HttpRequest) -> Response:
-        return Response(self.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(await self._in_thread(self.metrics.render), headers={"Content-Type": CONTENT_TYPE})
 
     # Texts
 

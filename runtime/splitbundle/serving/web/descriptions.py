@@ -14,8 +14,9 @@ def describe(model: Model) -> dict[str, Any]:
     """Return what the page shows of a model. ``milliseconds`` is the time of a stage for a call of one token a row."""
     bundle, pipeline = model.bundle, model.pipeline
     manifest, own = bundle.manifest, bundle.manifest.model
-    stages = {} if pipeline is None else {stage.name: stage for stage in pipeline.stages}
-    times = {} if pipeline is None else pipeline.stage_seconds
+    stages = {stage.name: stage for stage in getattr(pipeline, "stages", ())}
+    times = getattr(pipeline, "stage_seconds", {})
+    elsewhere = getattr(pipeline, "where", "here")
     absent = set(bundle.absent())
     shards = [
         {
@@ -26,7 +27,7 @@ def describe(model: Model) -> dict[str, Any]:
             "bytes": shard.bytes,
             "parameters": shard.parameters,
             "backend": getattr(stages.get(shard.name), "backend", None),
-            "where": getattr(stages.get(shard.name), "where", "here"),
+            "where": getattr(stages.get(shard.name), "where", elsewhere),
             "milliseconds": round(1000 * times[shard.name], 3) if shard.name in times else None,
             "files": [
                 {"name": path, "bytes": file.size, "sha256": file.sha256, "absent": path in absent}
@@ -64,7 +65,7 @@ def status(model: Model) -> dict[str, Any]:
     if pipeline is None:
         return {"loaded": False}
     state = pipeline.state
-    computed = state["compute_seconds"]
+    computed = state.get("compute_seconds")
     return {
         "loaded": True,
         "uptime_seconds": round(time.monotonic() - model.loaded_at, 1),

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from splitbundle.serving.web.choices import Choice, Part
+from splitbundle.serving.web.errors import unsupported
 from splitbundle.serving.web.models import Model
 from splitbundle.serving.web.requests import Request
 from splitbundle.stages.scoring import scored
@@ -78,6 +79,8 @@ class Job:
         """Return the prompt of a choice as a part, with the log-probabilities of its tokens if they are wanted."""
         ids, chances = choice.generation.prompt_ids, None
         if self.request.logprobs is not None:
+            if not hasattr(self._pipeline, "run"):
+                raise unsupported("logprobs", "with echo, it needs a pipeline of this process")
             known = scored(self._pipeline.pipeline, ids, self.request.logprobs, self._pipeline.run)
             chances = ((ids[0], float("nan"), ()), *known)
         return Part(index=choice.index, text=self.tokenizer.decode(ids), chances=chances)

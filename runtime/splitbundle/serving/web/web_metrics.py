@@ -91,17 +91,17 @@ class _OfModels:
             pipeline = model.pipeline
             loaded.add_metric([model.name], float(pipeline is not None))
             if pipeline is not None:
-                states[model.name] = (pipeline.state, pipeline.stage_seconds)
+                states[model.name] = (pipeline.state, getattr(pipeline, "stage_seconds", {}))
         yield loaded
         for name, help_text in _GAUGES.items():
             gauge = GaugeMetricFamily(f"splitbundle_{name}", help_text, labels=["model"])
             for model_name, (state, _) in states.items():
-                gauge.add_metric([model_name], state[name])
+                gauge.add_metric([model_name], state.get(name, 0))
             yield gauge
         for key, (name, help_text) in _TOTALS.items():
             total = CounterMetricFamily(f"splitbundle_{name}", help_text, labels=["model"])
             for model_name, (state, _) in states.items():
-                total.add_metric([model_name], state[key])
+                total.add_metric([model_name], state.get(key, 0))
             yield total
         help_text = "Seconds of a stage's last call with one token a row."
         stage = GaugeMetricFamily("splitbundle_pipeline_stage_seconds", help_text, labels=["model", "stage"])

@@ -95,9 +95,10 @@ class WebServer:
             time.sleep(0.02)
         self._door.models.close()
         self._server.should_exit = True
-        self._thread.join(2)
-        self._server.force_exit = True
-        self._thread.join(5)
+        if self._thread.is_alive():  # it may not have been started
+            self._thread.join(2)
+            self._server.force_exit = True
+            self._thread.join(5)
         self._door.pool.shutdown(wait=False, cancel_futures=True)
         self._socket.close()
 
