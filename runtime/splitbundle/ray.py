@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
-from splitbundle import opening
+from splitbundle import opening, processors
 from splitbundle.bundle import Bundle
 from splitbundle.errors import MissingExtra, quoted, wrong_argument
 from splitbundle.integers import as_integer, as_number
@@ -63,7 +64,8 @@ def deploy(
         step_timeout: the seconds after which an actor that lives and doesn't answer is given up.
         delays: the seconds of more or less load after which there are more or fewer replicas.
         queue: the texts that may wait in this process for a replica. A further one is refused.
-        local_cpus: for ``"local"``, the processors that the cluster gives; by default those of the machine.
+        local_cpus: for ``"local"``, the processors that the cluster gives; by default those of the machine, and at
+            least what the replicas ask for.
         object_store_bytes: for ``"local"``, the memory for large messages.
         options: those of ``Bundle.pipeline``, such as ``dtype``, ``device`` and ``threads``.
 
@@ -96,6 +98,9 @@ def deploy(
         step_timeout=step_timeout,
         options=options,
     )
+    if address == "local" and local_cpus is None:  # Ray only counts them, and a small machine should have room, too
+        inner = sum(not (shard.embeds or shard.head) for shard in opened.shards) if stages == "actors" else 0
+        local_cpus = max(processors.usable(), math.ceil(float(cpus) * (1 + inner) * bounds[1]))
     joined = cluster.join(address, object_store_bytes=object_store_bytes, cpus=local_cpus)
     return deployment.start(  # type: ignore[no-any-return]
         opened, joined, settings, name=name, replicas=bounds, delays=waits, spread=bool(spread), queue=int(queue)

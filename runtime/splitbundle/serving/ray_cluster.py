@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -68,6 +70,7 @@ def join(address: str | None, *, object_store_bytes: int | None = None, cpus: in
     options: dict[str, Any] = {"address": address, "log_to_driver": False}
     if address == LOCAL:
         options |= {"include_dashboard": False, "object_store_memory": object_store_bytes, "num_cpus": cpus}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except ray.exceptions.AuthenticationError:
@@ -80,6 +83,8 @@ def join(address: str | None, *, object_store_bytes: int | None = None, cpus: in
         expected = "a cluster that takes this process"
         problem = Problem(code="cluster.address", argument=address, expected=expected, got=got, hint=hint)
         raise BundleError(problem) from None
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray puts its own there, which would end the process without ``close``
     try:
         _demand_tokens()
     except BaseException:
