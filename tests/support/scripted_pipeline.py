@@ -87,5 +87,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     """Wait until a condition holds, and fail if it doesn't in time."""
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "it didn't happen in time"
+        if time.monotonic() > until:
+            raise TimeoutError("it didn't happen in time")
         time.sleep(0.01)
