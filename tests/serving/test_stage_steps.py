@@ -214,6 +214,23 @@ def test_a_session_that_does_not_fit_has_its_own_cache(bundle: splitbundle.Bundl
         each.stop()
 
 
+def test_a_session_that_outgrows_the_shared_cache_begins_again(bundle: splitbundle.Bundle) -> None:
+    """The shared cache can't have more slots. The session ends, and a new one of that size has a cache of its own."""
+    service = made(bundle, "torch", 8, slots=8 * 256 * 2)
+    client, other = Client(service, "a", capacity=16), Client(service, "b", capacity=16)
+    shared = service.sessions._sessions[client.session].cache.shared
+    service.sessions._most = shared.slots + 300
+    shared.cache.capacity = 200  # as if it had been made for shorter rows
+    assert client.run(hidden(1, 1, 4), [0], [4]).shape == (4, WIDTH)
+    refused = client.run(hidden(2, 1, 1), [4], [1], capacity=250)
+    assert refused.code == "session.unknown"
+    assert client.run(hidden(2, 1, 1), [4], [1]).code == "session.unknown"
+    assert other.run(hidden(3, 1, 1), [0], [1]).shape == (1, WIDTH)
+    again = Client(service, "a", capacity=250)
+    assert again.run(hidden(1, 1, 4), [0], [4]).shape == (4, WIDTH)
+    service.stop()
+
+
 def test_a_failing_call_ends_its_sessions_and_no_others(services: tuple[StageService, StageService]) -> None:
     shared, _ = services
     first, second = Client(shared, "first"), Client(shared, "second")

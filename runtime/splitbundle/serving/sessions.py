@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from splitbundle.serving.refusals import Refusal, unknown
-from splitbundle.serving.shared_cache import LEAST_CAPACITY, SharedCache, SharedRows, no_longer_here
+from splitbundle.serving.shared_cache import LEAST_CAPACITY, SharedCache, SharedRows
 from splitbundle.wire.messages import Limits
 
 ID_BYTES: Final = 16
@@ -149,19 +149,20 @@ class Sessions:
             raise Refusal("session.capacity", "capacity", expected, f"{capacity}")
         with self._lock:
             if isinstance(session.cache, SharedRows):
-                self._grow_shared(session.cache.shared, capacity)
+                self._grow_shared(session, session.cache.shared, capacity)
             else:
                 self._reserve(session.rows * (capacity - session.capacity))
                 session.reserved = session.rows * capacity
             session.capacity = capacity
 
-    def _grow_shared(self, shared: SharedCache, capacity: int) -> None:
-        """Give the shared cache more slots if a session needs them. The caller computes nothing meanwhile."""
+    def _grow_shared(self, session: Session, shared: SharedCache, capacity: int) -> None:
+        """Give the shared cache more slots if need be, or end the session. The caller computes nothing meanwhile."""
         more = shared.rows * (capacity - shared.cache.capacity)
         if more <= 0:
             return
         if self._reserved + more > self._most:
-            raise no_longer_here()
+            self._end(session)
+            raise unknown()
         shared.cache.grow(capacity)
         self._reserved += more
 

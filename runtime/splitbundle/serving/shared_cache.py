@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from splitbundle.serving.refusals import Refusal
 from splitbundle.stages.call import CacheState
 
 LEAST_CAPACITY: Final = 512
@@ -31,10 +30,6 @@ class SharedRows(CacheState):
             order[self.at[own]] = self.at[row]
         self.shared.cache.reorder(order)
         super().reorder(rows)
-
-    def grow(self, capacity: int) -> None:
-        """Give each row more slots. The shared cache has them already (``SharedCache.grow``)."""
-        super().grow(capacity)
 
 
 class SharedCache:
@@ -67,8 +62,3 @@ class SharedCache:
     def release(self, rows: SharedRows) -> None:
         """Take rows back."""
         self._free = sorted((*self._free, *rows.at))
-
-
-def no_longer_here() -> Refusal:
-    """Return the refusal of a session that has outgrown a shared cache. The client begins one of its own."""
-    return Refusal("session.unknown", "session", "a session that fits into a shared cache", "one that grew", "replay")
