@@ -4,8 +4,9 @@
     python -m benchmarks.serving peers BUNDLE --gguf FILE --llama-server PROGRAM --users 1,8 --rounds 5
 
 ``rows``: twelve texts of different lengths, one after another, and then from twelve threads over four rows of a
-``SharedPipeline``. In the same round, four texts of one length, one after another and as a batch of four. The result
-is the gain of the first pair divided by the gain of the second.
+``SharedPipeline``. In the same round, four texts of one length, one after another and as a batch of four, which no
+queue can beat: all rows work to the end. And the twelve texts as three batches of four, each as long as its longest
+text. The results are the gains, and the first gain divided by each of the other two.
 
 ``peers``: ``splitbundle serve`` and ``llama-server`` with the same weights, each in a process of its own, in turn. Each
 user asks for a text of its own over HTTP, as a stream, and all ask at once. The results are the ratios of tokens a
@@ -53,7 +54,7 @@ def rows(path: str, rounds: int, options: dict[str, Any]) -> dict[str, list[floa
     loading: Any = splitbundle.open(path).pipeline
     pipeline = loading(**options)
     vocab_size = pipeline.first.architecture.vocab_size
-    found: dict[str, list[float]] = {name: [] for name in ("apart", "shared", "four", "batch")}
+    found: dict[str, list[float]] = {name: [] for name in ("apart", "shared", "four", "batch", "batches")}
 
     def one(owner: Any, prompt: list[int], tokens: int) -> None:
         for _ in owner.row_steps(prompt, session=None, max_new_tokens=tokens):
@@ -75,11 +76,15 @@ def rows(path: str, rounds: int, options: dict[str, Any]) -> dict[str, list[floa
             for _ in pipeline.generate(pipeline.token_ids(four), max_new_tokens=64):
                 pass
             batch = time.perf_counter()
+            for first in range(0, 12, 4):
+                group = texts[first : first + 4]
+                longest = max(tokens for _, tokens in group)
+                for _ in pipeline.generate(pipeline.token_ids([own for own, _ in group]), max_new_tokens=longest):
+                    pass
+            times = (began, apart, together, each, batch, time.perf_counter())
             if turn:  # the first one warms up
-                for name, seconds in zip(
-                    found, (apart - began, together - apart, each - together, batch - each), strict=True
-                ):
-                    found[name].append(seconds)
+                for name, start, stop in zip(found, times, times[1:], strict=False):
+                    found[name].append(stop - start)
     return found
 
 
@@ -212,9 +217,11 @@ def main() -> int:
         if not args.json:
             shared = [a / b for a, b in zip(document["apart"], document["shared"], strict=True)]
             batch = [a / b for a, b in zip(document["four"], document["batch"], strict=True)]
-            share = [a / b for a, b in zip(shared, batch, strict=True)]
-            print("| gain of 12 texts over 4 rows | gain of a batch of 4 | the one of the other |\n|---|---|---|")
-            print(f"| {spread(shared)} | {spread(batch)} | {spread(share)} |")
+            static = [a / b for a, b in zip(document["apart"], document["batches"], strict=True)]
+            print("| | gain | gain of 12 texts over 4 rows, of it |\n|---|---|---|")
+            print(f"| 12 texts over 4 rows | {spread(shared)} | |")
+            for name, gains in (("a batch of 4 of one length", batch), ("the 12 texts as 3 batches", static)):
+                print(f"| {name} | {spread(gains)} | {spread([a / b for a, b in zip(shared, gains, strict=True)])} |")
     else:
         document = peers(args)
         if not args.json:
