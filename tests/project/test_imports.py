@@ -81,6 +81,7 @@ LIBRARIES = {
         "serving/grpc_server.py": {"grpc"},
         **{f"serving/web/{name}.py": {"starlette"} for name in ("app", "sending")},
         "serving/web/web_server.py": {"uvicorn"},
+        "serving/web/patient_protocol.py": {"uvicorn"},
         "serving/web/web_metrics.py": {"prometheus_client"},
         "remote/ray_channel.py": {"ray"},
         "serving/ray_*.py": {"ray"},

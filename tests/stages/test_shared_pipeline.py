@@ -272,3 +272,43 @@ def test_another_pipeline_goes_on_with_the_same_draws(shared: SharedPipeline, wa
 def test_a_text_has_at_least_one_token_that_was_not_drawn(shared: SharedPipeline, drawn: Any) -> None:
     with pytest.raises(BundleError, match=r"\[input.value\] drawn: expected a number from 0"):
         shared.row_steps([1, 2, 3], drawn=drawn)
+
+
+def test_clients_do_not_go_on_from_each_others_rows(pipeline: Any, shared: SharedPipeline) -> None:
+    text = "Unless required by applicable law or agreed to in writing"
+    first = shared.of("alice").complete_text(text, max_new_tokens=3)
+    other = shared.of("bob").complete_text(text, max_new_tokens=3)
+    again = shared.of("alice").complete_text(text, max_new_tokens=3)
+    assert (first.reused, other.reused) == (0, 0)
+    assert again.reused > 3
+    assert first.text == other.text == again.text
+
+
+def test_one_client_has_half_of_the_queue(pipeline: Any) -> None:
+    with SharedPipeline(pipeline, rows=1, waiting=4) as shared:
+        running = shared.of("a").stream_text(PROMPTS[0], max_new_tokens=150, stop_ids=())
+        next(running)
+        waiting = [shared.of("a").stream_text(PROMPTS[1], max_new_tokens=1) for _ in range(2)]
+        with pytest.raises(BundleError):
+            shared.of("a").stream_text(PROMPTS[1], max_new_tokens=1)
+        other = shared.of("b").stream_text(PROMPTS[2], max_new_tokens=1)
+        running.close()
+        for text in (*waiting, other):
+            assert text.completion().ids
+
+
+def test_texts_that_nobody_reads_end(pipeline: Any, shared: SharedPipeline) -> None:
+    for _ in range(6):
+        shared.stream_text(PROMPTS[0], max_new_tokens=200, stop_ids=())
+    gc.collect()
+    for _ in range(1000):
+        if not shared.state["active"] and not shared.state["waiting"]:
+            break
+        time.sleep(0.01)
+    assert (shared.state["active"], shared.state["waiting"]) == (0, 0)
+
+
+def test_a_call_from_within_is_refused(shared: SharedPipeline) -> None:
+    for work in (lambda _: shared.run(len), lambda _: shared.complete_text("You", max_new_tokens=1)):
+        with pytest.raises(BundleError, match="another thread"):
+            shared.run(work)

@@ -79,13 +79,14 @@ def test_nothing_is_left_out_for_long() -> None:
 
 
 def test_clients_take_turns_and_the_queue_is_bounded() -> None:
-    waiting: Waiting[Work] = Waiting(5)
-    works = [made(1, client) for client in ("a", "a", "a", "b", "c")]
+    waiting: Waiting[Work] = Waiting(6)
+    works = [made(1, client) for client in ("a", "a", "a", "b", "c", "c")]
     for work in works:
         waiting.add(work)
-    with pytest.raises(BundleError) as caught:
-        waiting.add(made(1, "d"))
-    assert caught.value.codes == ("server.full",)
+    for client in ("d", "a"):
+        with pytest.raises(BundleError) as caught:
+            waiting.add(made(1, client))
+        assert caught.value.codes == ("server.full",)
     assert waiting.drop(lambda work: work is works[1]) == [works[1]]
-    assert [waiting.take() for _ in range(5)] == [works[0], works[3], works[4], works[2], None]
+    assert [waiting.take() for _ in range(6)] == [works[0], works[3], works[4], works[2], works[5], None]
     assert len(waiting) == 0

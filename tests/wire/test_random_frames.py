@@ -163,7 +163,7 @@ def test_a_server_answers_whatever_comes(requests: list[dict[str, Any] | bytes])
         assert isinstance(answer, (Failure, *ANSWERS.values()))
         ids["$s"], ids["$r"] = getattr(answer, "session", ids["$s"]), getattr(answer, "run", ids["$r"])
         clock.now += 5
-    slots = sum(session.slots for session in to.sessions._sessions.values())
+    slots = sum(session.reserved for session in to.sessions._sessions.values())
     assert to.sessions.slots == slots
     to.stop()
     assert (len(to.sessions), to.sessions.slots, to.sessions._kept_bytes) == (0, 0, 0)

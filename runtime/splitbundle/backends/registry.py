@@ -130,8 +130,9 @@ def module(backend: str, name: str) -> ModuleType:
             them.
     """
     full = f"splitbundle.backends.{backend}.{name}"
-    if full in sys.modules:
-        return sys.modules[full]
+    known = sys.modules.get(full)
+    if known is not None and not getattr(known.__spec__, "_initializing", False):  # another thread may be at it
+        return known
     try:
         with warnings.catch_warnings():
             # torch warns about this if numpy is missing, which is normal when torch is installed alone.

@@ -24,6 +24,7 @@ from splitbundle.stages.shared_pipeline import SharedPipeline
 
 _LISTEN: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_ORIGIN: Final = re.compile(r"https?://[^/\s]+")
 _LOCAL: Final = ("localhost", "127.0.0.1", "::1")
 
 
@@ -56,6 +57,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cors",
         action="append",
+        type=_origin,
         metavar="ORIGIN",
         help="a page of this origin may ask; by default none",
     )
@@ -113,7 +115,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         args.parser.error("argument --ray: give it or --remote")
     if not args.ray and (args.replicas or args.spread):
         args.parser.error("arguments --replicas and --spread: they need --ray")
-    access = Access(args.api_key_file)
+    access = Access(args.api_key_file, note=console.note)
     models = {}
     for name, path in named.items():
         bundle = open_bundle(path, verify=verify_when(args), progress=console.transfer)
@@ -125,7 +127,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         access,
         host=host,
         port=port,
-        hosts=None if args.api_key_file is not None else (*_LOCAL, host),
+        hosts=None if args.api_key_file is not None else tuple(dict.fromkeys((*_LOCAL, host))),
         origins=args.cors or (),
         certificate=args.certificate,
         key=args.private_key,
@@ -200,6 +202,12 @@ def _replicas(text: str) -> int | tuple[int, int]:
     if not all(part.isascii() and part.isdigit() and len(part) < 5 for part in ((least, most) if colon else (least,))):
         raise argparse.ArgumentTypeError(f"expected LEAST or LEAST:MOST, such as 1:4, got {text!r}")
     return (int(least), int(most)) if colon else int(least)
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not _ORIGIN.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"expected an origin, such as https://page.example, got {text!r}")
+    return text
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -11,7 +11,10 @@ Score = tuple[int, float, tuple[tuple[int, float], ...]]
 
 
 def scored(
-    pipeline: Any, ids: Sequence[int], top: int, run: Callable[[Callable[[Any], Any]], Any] | None = None
+    pipeline: Any,
+    ids: Sequence[int],
+    top: int,
+    run: Callable[[Callable[[Any], Any]], Any] | None = None,
 ) -> Iterator[Score]:
     """Yield each token of a text but the first, its log-probability, and the likeliest tokens in its place.
 

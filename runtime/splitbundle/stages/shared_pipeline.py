@@ -41,7 +41,7 @@ class SharedPipeline(TextPipeline):
         Args:
             pipeline: a pipeline of any backend, with any stages that take ``rows``.
             rows: the texts that are continued at once. Each row has a KV cache, whose size grows with the longest text.
-            waiting: the texts that may wait for a row. A further one is refused.
+            waiting: the texts that may wait for a row, half of them of one client. A further one is refused.
             capacity: the most tokens of a text, with its prompt; by default the model's context.
             piece: the tokens of a prompt that are computed in one call while other rows wait.
 
@@ -149,6 +149,11 @@ class SharedPipeline(TextPipeline):
             return pipeline.log_probabilities(ids, last=last)  # type: ignore[no-any-return]
 
         return self.run(work)
+
+    @property
+    def most_texts(self) -> int:
+        """Return how many texts one client may have at once: in rows, and in the queue."""
+        return self._rows.number + self._rows.waiting.most_of_a_client
 
     @property
     def state(self) -> dict[str, float]:

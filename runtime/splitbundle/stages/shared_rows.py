@@ -10,7 +10,7 @@ import copy
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
@@ -74,6 +74,9 @@ class SharedRows:
         self.waiting: Waiting[Text] = Waiting(waiting)
         self.free: dict[int, None] = dict.fromkeys(range(rows))
         """The rows without a text, the one that has rested longest first."""
+        self.clients: dict[int, Hashable] = {}
+        """A row -> whose text it had last. Only the same client goes on from what is there: the time, and the number of
+        reused tokens, would tell others what he asked."""
         self.counts = {"texts": 0, "prompt_tokens": 0, "reused_tokens": 0, "new_tokens": 0, "calls": 0, "call_rows": 0}
         self.seconds = {"queue": 0.0, "first_token": 0.0, "compute": 0.0}
         self.stage_seconds: dict[str, float] = {}
@@ -89,6 +92,10 @@ class SharedRows:
             expected, got = "a shared pipeline that is open", "a closed one"
             raise BundleError(Problem(code="server.draining", argument="pipeline", expected=expected, got=got))
 
+    def _check_thread(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise wrong_argument("pipeline", "a call from another thread", "one from within run()")
+
     def _check_process(self) -> None:
         if os.getpid() != self._process:
             expected, got = "a shared pipeline of this process", "one of the process that was forked"
@@ -96,6 +103,7 @@ class SharedRows:
 
     def add(self, text: Text) -> None:
         self._check_process()
+        self._check_thread()
         with self._changed:
             self._check_open()
             self.waiting.add(text)
@@ -116,6 +124,7 @@ class SharedRows:
                 made.put((False, error))
 
         self._check_process()
+        self._check_thread()
         with self._changed:
             self._check_open()
             self._jobs.put(job)
@@ -167,10 +176,14 @@ class SharedRows:
                 continue
             held = self.session.tokens
             # The longest beginning in common; among equals, the row that has rested longest.
-            row = max(self.free, key=lambda row: common_beginning(held[row], text.prompt_ids))
+            known = {row: self._known(row, text) for row in self.free}
+            row = max(known, key=lambda row: known[row])
             del self.free[row]
             text.row = row
+            if not known[row]:
+                self.session.rollback([len(held[each]) if each == row else 0 for each in range(self.number)])
             text.reused = resume(self.session, text.prompt_ids, row)
+            self.clients[row] = text.client
             text.pending = text.prompt_ids[text.reused :]
             text.left = len(text.pending)
             self.turns.add(text)
@@ -178,6 +191,12 @@ class SharedRows:
             self.counts["prompt_tokens"] += len(text.prompt_ids)
             self.counts["reused_tokens"] += text.reused
             self.seconds["queue"] += time.perf_counter() - text.asked
+
+    def _known(self, row: int, text: Text) -> int:
+        """Return how many tokens of a text's prompt a row holds for its client."""
+        if self.clients.get(row) != text.client:
+            return 0
+        return common_beginning(self.session.tokens[row], text.prompt_ids)
 
     def _compute(self, chosen: list[tuple[Text, int]]) -> None:
         if not chosen:
@@ -246,6 +265,7 @@ class SharedRows:
         expected, got = "a shared pipeline that stays open", "one that was closed"
         error = BundleError(Problem(code="server.draining", argument="pipeline", expected=expected, got=got))
         for text in self.turns:
+            self.turns.remove(text)
             text.made.put(error)
         while (waiting := self.waiting.take()) is not None:
             waiting.made.put(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -179,6 +180,8 @@ class TextGeneration:
             **sampling,
         )
         self._pieces = self._make()
+        # Nobody may ever ask for a piece. A shared pipeline makes the text all the same, until it is told not to.
+        weakref.finalize(self, self._steps.cancel).atexit = False
 
     def __iter__(self) -> Iterator[str]:
         return self

@@ -92,6 +92,8 @@ class Waiting(Generic[W]):
             most: the largest number of pieces of work that wait.
         """
         self._most = most
+        self.most_of_a_client = most if most < 2 else most // 2
+        """One client can't keep the others out of the queue."""
         self._by_client: dict[Hashable, deque[W]] = {}
 
     def __len__(self) -> int:
@@ -103,8 +105,9 @@ class Waiting(Generic[W]):
         Raises:
             BundleError: ``server.full`` if too much waits already.
         """
-        if len(self) >= self._most:
-            expected = f"at most {self._most} requests that wait"
+        own = len(self._by_client.get(work.client, ()))
+        if len(self) >= self._most or own >= self.most_of_a_client:
+            expected = f"at most {self._most} requests that wait, and {self.most_of_a_client} of one client"
             raise BundleError(
                 Problem(code="server.full", argument="queue", expected=expected, got="one more", hint="Try again later")
             )

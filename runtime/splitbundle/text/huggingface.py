@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,11 @@ class TextTokenizer:
 
     def __deepcopy__(self, memo: object) -> TextTokenizer:
         return self
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Return the length of the longest token, in characters or bytes as the vocabulary spells it."""
+        return max(map(len, self._tokenizer.get_vocab()))
 
     @property
     def document(self) -> TextDocument | None:

@@ -14,8 +14,10 @@ import pytest
 
 from splitbundle import BundleError, SharedPipeline
 from splitbundle.serving.web.access import Access
+from splitbundle.serving.web.errors import RequestError
 from splitbundle.serving.web.models import Model, Models
 from splitbundle.serving.web.opening import open_web_server
+from splitbundle.serving.web.requests import parse_completion
 from splitbundle.serving.web.web_server import WebServer
 from tests.serving.web.conftest import ask
 from tests.support.paths import TESTS
@@ -245,8 +247,10 @@ def spoken(server: WebServer, key: str | None, **body: Any) -> int:
     return ask(server, "/v1/completions", {"prompt": "x", "max_tokens": 3, **body}, **headers)[0]
 
 
-def test_keys(keyed: tuple[WebServer, Path]) -> None:
+def test_keys(keyed: tuple[WebServer, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     server, path = keyed
+    notes: list[str] = []
+    monkeypatch.setattr(server._door.access, "_note", notes.append)
     for wrong in (None, "", "sk-alice", "sk-alice-0123456789x", "Sk-alice-0123456789", "\xff\xfe"):
         assert spoken(server, wrong) == 401
     assert ask(server, "/v1/models")[0] == 401
@@ -259,12 +263,13 @@ def test_keys(keyed: tuple[WebServer, Path]) -> None:
     assert spoken(server, "sk-carol-0123456789") == 200
     path.write_text("half a li")  # it is being written: the last keys hold on
     assert spoken(server, "sk-carol-0123456789") == 200
+    assert notes[-1].startswith("the keys stay as they were: [keys.file]")
 
 
 def test_the_limits_of_a_key(keyed: tuple[WebServer, Path]) -> None:
     server, _ = keyed
     assert [spoken(server, "sk-eve-0123456789ab") for _ in range(3)] == [200, 200, 429]
-    assert [spoken(server, "sk-dan-0123456789ab") for _ in range(3)] == [200, 200, 429]
+    assert [spoken(server, "sk-dan-0123456789ab") for _ in range(3)] == [200, 429, 429]
     headers = {"Authorization": "Bearer sk-bob-0123456789ab", "Content-Type": "application/json"}
     first = http.client.HTTPConnection("127.0.0.1", server.port)
     first.request("POST", "/v1/completions", json.dumps({"prompt": "x", "stream": True}).encode(), headers)
@@ -358,3 +363,120 @@ def test_stopping_ends_what_runs(scripted: Callable[..., WebServer]) -> None:
     assert b'"code":"server.draining"' in rest
     with pytest.raises(OSError, match=r"refused|reset"):
         ask(server, "/v1/models")
+
+
+def test_a_head_that_comes_slowly_is_cut_off(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from splitbundle.serving.web import patient_protocol
+
+    monkeypatch.setattr(patient_protocol, "SECONDS", 0.3)
+    for before in (b"", b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"):  # the first head, and a later one
+        with socket.create_connection(("127.0.0.1", server.port)) as slow:
+            slow.settimeout(30)
+            if before:
+                slow.sendall(before)
+                assert slow.recv(4096).startswith(b"HTTP/1.1 200")
+            slow.sendall(b"GET / HTTP/1.1\r\nX: ")
+            while slow.recv(4096):
+                pass
+    body = json.dumps({"prompt": "You may", "max_tokens": 40}).encode()
+    assert ask(server, "/v1/completions", body)[0] == 200  # an answer may take longer
+
+
+def test_a_body_that_never_ends_is_a_hang_up(server: WebServer) -> None:
+    before = _metrics(server).get("splitbundle_http_requests_total", 0)
+    with socket.create_connection(("127.0.0.1", server.port)) as gone:
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        )
+        gone.sendall(head.encode() + b"{")
+    wait_until(lambda: _metrics(server)["splitbundle_http_requests_total"] >= before + 2)
+    assert b'status="499"' in ask(server, "/metrics")[2]
+    assert b'status="500"' not in ask(server, "/metrics")[2]
+
+
+def test_a_text_that_cannot_fit_is_refused_at_once(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = server._door.models.first.pipeline.tokenizer()  # type: ignore[union-attr]
+    monkeypatch.setattr(tokenizer, "encode", lambda *args, **given: pytest.fail("it was tokenized"))
+    text = "word " * 10**6
+    for path, given in (
+        ("/v1/completions", {"prompt": text}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+    ):
+        status, _, data = ask(server, path, given)
+        assert (status, json.loads(data)["error"]["param"]) == (400, next(iter(given)))
+
+
+def test_more_texts_than_there_is_room_for_are_refused(server: WebServer) -> None:
+    status, _, data = ask(server, "/v1/completions", {"prompt": ["x"] * 64, "n": 2})
+    assert (status, json.loads(data)["error"]["param"]) == (400, "n")
+
+
+def test_names_that_no_header_can_have(server: WebServer) -> None:
+    status, headers, _ = ask(server, "/v1/completions", {"prompt": "You", "max_tokens": 1, "ключ": 1, "€\n": 2})
+    assert status == 200
+    assert headers["splitbundle-ignored"].isascii()
+
+
+@pytest.mark.parametrize("name", ["messages", "self", "add_generation_prompt", "tokenize", "a b"])
+def test_variables_that_are_arguments(server: WebServer, name: str) -> None:
+    body = {"messages": MESSAGES, "chat_template_kwargs": {name: 1}}
+    status, _, data = ask(server, "/v1/chat/completions", body)
+    assert (status, json.loads(data)["error"]["param"]) == (400, f"chat_template_kwargs.{name}")
+
+
+@pytest.mark.parametrize("given", [{"response_format": {"type": "json_object"}}, {"tools": TOOLS}])
+def test_what_completions_have_not(server: WebServer, given: dict[str, Any]) -> None:
+    status, _, data = ask(server, "/v1/completions", {"prompt": "x", **given})
+    assert (status, json.loads(data)["error"]["param"]) == (400, next(iter(given)))
+
+
+def test_an_echo_stops_with_its_client(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from splitbundle.serving.web.generating import Job
+
+    pieces: list[object] = []
+    monkeypatch.setattr("splitbundle.stages.scoring.PIECE", 1)
+    with server._door.models.using("license") as (model, shared):
+        request = parse_completion({"prompt": [5] * 200, "echo": True, "logprobs": 1, "max_tokens": 0, "n": 3})
+        job = Job(model, shared, request, "x")
+        real = job._pipeline.run
+
+        def run(work: Any) -> Any:
+            pieces.append(work)
+            if len(pieces) == 5:
+                job.cancel()
+            return real(work)
+
+        monkeypatch.setattr(type(job._pipeline), "run", lambda self, work: run(work))
+        job.begin()
+    assert len(pieces) == 5  # and not once more for the other choices
+
+
+def test_a_failed_health_check_is_shared(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    model, calls = server._door.models.first, []
+    real = model.pipeline.log_probabilities  # type: ignore[union-attr]
+    monkeypatch.setattr(model.pipeline, "log_probabilities", lambda ids: (calls.append(1), real(ids))[1])
+    monkeypatch.setattr(model, "_checked", -1e9)
+    with ThreadPoolExecutor(20) as pool:
+        assert set(pool.map(lambda _: ask(server, "/healthz")[0], range(20))) == {200}
+    assert len(calls) == 1
+
+
+def test_tokens_are_set_aside_while_a_request_runs(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("dan sk-dan-0123456789ab tokens-per-minute=30\n")
+    now = [0.0]
+    access = Access(tmp_path / "keys", lambda: now[0])
+    key = access.identify("Bearer sk-dan-0123456789ab")
+    with access.using(key) as first, access.using(key) as second:
+        first.reserve(200)  # alone, it may have more
+        with pytest.raises(RequestError, match="30 tokens in a minute"):
+            second.reserve(1)
+        first.spend(12)
+    with access.using(key) as third:
+        third.reserve(18)
+        with access.using(key) as fourth, pytest.raises(RequestError):
+            fourth.reserve(1)
+    now[0] = 61.0
+    with access.using(key) as fifth:
+        fifth.reserve(30)

@@ -52,7 +52,14 @@ def read_keys(path: str | os.PathLike[str]) -> tuple[Key, ...]:
         BundleError: ``keys.file`` for a line of another form, or a name or key twice; ``file.*``.
     """
     place = Path(os.path.abspath(path))
-    text = files.read_file(place.parent, place.name, MAX_BYTES).decode("utf-8", "replace")
+    try:
+        text = files.read_file(place.parent, place.name, MAX_BYTES).decode("utf-8", "replace")
+    except BundleError as error:
+        got = error.problems[0].got
+        problem = Problem(
+            code="keys.file", file=str(path), expected=f"a file of keys, up to {MAX_BYTES} bytes", got=got
+        )
+        raise BundleError(problem) from None
     found: list[Key] = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
@@ -90,22 +97,68 @@ class _Use:
         """The times of the last minute's requests."""
         self.tokens: deque[tuple[float, int]] = deque()
         """The times of the last minute's answers, with their tokens."""
+        self.reserved = 0
+        """The tokens that running requests may still make."""
+
+
+class Grant:
+    """The leave to answer one request."""
+
+    def __init__(self, key: Key | None, use: _Use, lock: threading.Lock, clock: Callable[[], float]) -> None:
+        self._key, self._use, self._lock, self._clock = key, use, lock, clock
+        self._reserved = 0
+
+    def reserve(self, tokens: int) -> None:
+        """Set tokens aside that the answer may have. A request alone may have more than the limit of a minute.
+
+        Raises:
+            RequestError: 429 where other requests of the key have, or may make, as many as its limit allows.
+        """
+        limit = None if self._key is None else self._key.tokens_per_minute
+        if limit is None:
+            return
+        with self._lock:
+            use, now = self._use, self._clock()
+            _forget(use, now)
+            known = use.reserved + sum(n for _, n in use.tokens)
+            if known and known + tokens > limit:
+                wait = use.tokens[0][0] + _MINUTE - now if use.tokens else 1.0
+                raise _limited(f"{limit} tokens in a minute", wait)
+            self._reserved = tokens
+            use.reserved += tokens
+
+    def spend(self, tokens: int) -> None:
+        """Note the tokens of the request and its answer."""
+        with self._lock:
+            self._use.tokens.append((self._clock(), tokens))
+
+    def end(self) -> None:
+        """Give back what was set aside."""
+        with self._lock:
+            self._use.running -= 1
+            self._use.reserved -= self._reserved
 
 
 class Access:
     """The keys of a server, and what their holders have done. Threads may share it."""
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """Read the keys.
 
         Args:
             path: the file of keys, which is read again when it changes; None if everybody may ask.
             clock: returns the time in seconds.
+            note: called with a line if the file can't be read again. Then the last keys hold on.
 
         Raises:
             BundleError: as ``read_keys``.
         """
-        self._path, self._clock, self._lock = path, clock, threading.Lock()
+        self._path, self._clock, self._lock, self._note = path, clock, threading.Lock(), note
         self._keys = () if path is None else read_keys(path)
         self._stamp = self._changed_at()
         self._uses: dict[str, _Use] = {}
@@ -131,9 +184,12 @@ class Access:
         if self._path is None:
             return None
         stamp = self._changed_at()
-        if stamp is not None and stamp != self._stamp:
-            with contextlib.suppress(BundleError):  # a file that is being written: the last keys hold on
-                self._keys, self._stamp = read_keys(self._path), stamp
+        if stamp != self._stamp:
+            self._stamp = stamp
+            try:
+                self._keys = read_keys(self._path)
+            except BundleError as error:  # it may be half written: the last keys hold on until it changes again
+                self._note(f"the keys stay as they were: {error.problems[0]}")
         kind, _, shown = authorization.partition(" ")
         found = None
         for key in self._keys:  # all of them, so that the time says nothing
@@ -145,14 +201,14 @@ class Access:
         return found
 
     @contextlib.contextmanager
-    def using(self, key: Key | None) -> Iterator[Callable[[int], None]]:
-        """Count a request. The block gets a function to call with the tokens of the answer.
+    def using(self, key: Key | None) -> Iterator[Grant]:
+        """Count a request, which the block answers.
 
         Raises:
             RequestError: 429 where the key's limits are reached.
         """
         if key is None:
-            yield lambda tokens: None
+            yield Grant(None, _Use(), self._lock, self._clock)
             return
         with self._lock:
             use, now = self._uses.setdefault(key.name, _Use()), self._clock()
@@ -162,21 +218,14 @@ class Access:
             if key.requests_per_minute is not None and len(use.requests) >= key.requests_per_minute:
                 wait = use.requests[0] + _MINUTE - now
                 raise _limited(f"{key.requests_per_minute} requests in a minute", wait)
-            if key.tokens_per_minute is not None and sum(n for _, n in use.tokens) >= key.tokens_per_minute:
-                wait = use.tokens[0][0] + _MINUTE - now
-                raise _limited(f"{key.tokens_per_minute} tokens in a minute", wait)
             use.requests.append(now)
             use.running += 1
 
-        def spend(tokens: int) -> None:
-            with self._lock:
-                use.tokens.append((self._clock(), tokens))
-
+        grant = Grant(key, use, self._lock, self._clock)
         try:
-            yield spend
+            yield grant
         finally:
-            with self._lock:
-                use.running -= 1
+            grant.end()
 
 
 def _forget(use: _Use, now: float) -> None:

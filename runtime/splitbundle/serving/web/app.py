@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Final
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -103,11 +105,13 @@ class Door:
                     CORSMiddleware,
                     allow_origins=list(origins),
                     allow_methods=["GET", "POST"],
-                    allow_headers=["Authorization", "Content-Type"],
+                    allow_headers=["*"],  # clients send headers of their own
                     expose_headers=[IGNORED, "Retry-After"],
                 )
             ]
-        self.app = Starlette(routes=routes, middleware=middleware, exception_handlers={404: _missing, 405: _method})
+        self.app = Starlette(
+            routes=routes, middleware=middleware, exception_handlers={404: self._missing, 405: self._wrong_method}
+        )
 
     def _routed(self, handler: Handler, path: str, *, guarded: bool = True) -> Handler:
         """Return a handler that checks who asks, counts and logs, and turns errors into documents."""
@@ -123,19 +127,35 @@ class Door:
                 answer = _failed(error)
             except BundleError as error:
                 answer = _failed(of_bundle_error(error))
-            except HungUp:
+            except (HungUp, ClientDisconnect):
                 answer = Response(status_code=_HUNG_UP)
-            except Exception as error:  # noqa: BLE001  # the client gets an answer, and the log the traceback
-                logs.debug("%s %s failed:\n%s", http.method, path, "".join(traceback.format_exception(error)))
+            except Exception as error:  # noqa: BLE001  # the client gets an answer, and the log the place
+                self._note_failure(path, error)
                 answer = _failed(RequestError(500, f"{type(error).__name__} in the server", reason="server.failed"))
-            code = getattr(answer, "status_code", 200)
-            self.metrics.requests.labels(path, str(code)).inc()
-            self._write(http, key, path, code, began)
+            if isinstance(answer, EventStream):  # it is logged at its end
+                answer.on_end = functools.partial(self._stream_ended, answer.on_end, http, key, path, began)
+            else:
+                self._count(http, key, path, answer.status_code, began)
             return answer
 
         return handle
 
-    def _write(self, http: HttpRequest, key: Key | None, path: str, code: int, began: float) -> None:
+    def _stream_ended(
+        self, end: Callable[[bool], None], http: HttpRequest, key: Key | None, path: str, began: float, complete: bool
+    ) -> None:
+        end(complete)
+        self._count(http, key, path, 200 if complete else _HUNG_UP, began)
+
+    def _note_failure(self, path: str, error: Exception) -> None:
+        """Log where an error came from. Its text may hold what a client wrote, so that goes to the debug log alone."""
+        logs.debug("%s failed:\n%s", path, "".join(traceback.format_exception(error)))
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if self.log is not None:
+            self.log(f"{path} failed: {type(error).__name__} at {last.filename.rpartition('/')[2]}:{last.lineno}")
+
+    def _count(self, http: HttpRequest, key: Key | None, path: str, code: int, began: float) -> None:
+        """Count and log a request that was answered."""
+        self.metrics.requests.labels(path, str(code)).inc()
         line = (
             f"{http.client.host if http.client else '-'} {key.name if key else '-'} {http.method} {path} {code} "
             f"{1000 * (time.perf_counter() - began):.0f} ms"
@@ -152,6 +172,14 @@ class Door:
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.pool, work)
+
+    async def _missing(self, http: HttpRequest, error: Exception) -> Response:
+        self._count(http, None, "other", 404, time.perf_counter())
+        return _failed(RequestError(404, "there is nothing at this path", reason="not_found"))
+
+    async def _wrong_method(self, http: HttpRequest, error: Exception) -> Response:
+        self._count(http, None, "other", 405, time.perf_counter())
+        return _failed(RequestError(405, "this path has another method", reason="wrong_method"))
 
     # Models, health, metrics
 
@@ -197,16 +225,18 @@ class Door:
         asked = time.perf_counter()
         if self.draining:
             raise RequestError(503, "this server is ending", reason="server.draining", headers={"Retry-After": "5"})
-        try:
-            request = parse(await asyncio.wait_for(_body(http), _PATIENCE))
-        except asyncio.TimeoutError:
-            message = f"the body didn't come within {_PATIENCE:g} s"
-            raise RequestError(408, message, reason="too_slow") from None
-        model = self._named(request.model) if request.model is not None else self.models.first
-        request = request.named(model.name)
-        headers = {IGNORED: ", ".join(printable(name)[:64] for name in request.ignored[:32])} if request.ignored else {}
         with contextlib.ExitStack() as stack:
-            spend = stack.enter_context(self.access.using(http.state.key))
+            use = stack.enter_context(self.access.using(http.state.key))  # before the body, which takes memory
+            try:
+                request = parse(await asyncio.wait_for(_body(http), _PATIENCE))
+            except asyncio.TimeoutError:
+                message = f"the body didn't come within {_PATIENCE:g} s"
+                raise RequestError(408, message, reason="too_slow") from None
+            model = self._named(request.model) if request.model is not None else self.models.first
+            request = request.named(model.name)
+            headers = {IGNORED: _spelled(request.ignored)} if request.ignored else {}
+            most = request.max_tokens if request.max_tokens is not None else model.bundle.manifest.model.context_length
+            use.reserve((most or 0) * request.number * len(request.prompts))
             self.running += 1
             stack.callback(self._ended)
             using = self.models.using(model.name)
@@ -215,12 +245,15 @@ class Door:
             stack.callback(using.__exit__, None, None, None)
             client = http.state.key.name if http.state.key else (http.client.host if http.client else "")
             job = Job(model, pipeline, request, client)
-            stack.callback(lambda: spend(job.prompt_tokens + job.new_tokens))
+            stack.callback(lambda: use.spend(job.prompt_tokens + job.new_tokens))
             stack.callback(lambda: self._measure(job, asked))
             stack.callback(job.cancel)
             await unless_left(loop.run_in_executor(self.pool, job.begin), http.receive)
             if not request.stream:
                 return JSONResponse(await unless_left(self._whole(job), http.receive), headers=headers)
+            # What fails before the first token still has a status of its own.
+            parts = parts_of(job, self.pool)
+            first = await unless_left(_next(parts), http.receive)
             # The rest of the stack belongs to the stream, which ends later.
             closing = stack.pop_all()
 
@@ -229,7 +262,7 @@ class Door:
                     self.metrics.cancelled.labels(model.name).inc()
                 closing.close()
 
-            return EventStream(self._events(job), headers, end)
+            return EventStream(self._events(job, first, parts), headers, end)
 
     async def _whole(self, job: Job) -> Any:
         parts: list[list[Part]] = [[] for _ in job.choices]
@@ -238,7 +271,7 @@ class Door:
         generations = [choice.generation for choice in job.choices]
         return answers.Answer(job.request, job.tokenizer).whole(parts, generations, job.echoes)
 
-    async def _events(self, job: Job) -> AsyncIterator[bytes]:
+    async def _events(self, job: Job, head: Part | None, parts: AsyncIterator[Part]) -> AsyncIterator[bytes]:
         answer, request = answers.Answer(job.request, job.tokenizer), job.request
         try:
             for choice in job.choices:
@@ -247,16 +280,20 @@ class Door:
             for echo in job.echoes:
                 for chunk in answer.chunks(echo):
                     yield answers.event(chunk)
-            async for part in parts_of(job, self.pool):
+            if head is not None:
+                for chunk in answer.chunks(head):
+                    yield answers.event(chunk)
+            async for part in parts:
                 for chunk in answer.chunks(part):
                     yield answers.event(chunk)
             if request.usage_in_stream:
                 yield answers.event(answer.usage_chunk(choice.generation for choice in job.choices))
             yield answers.DONE
         except BundleError as error:  # the status is sent already, so the stream itself says what happened
+            self._note_failure("a stream", error)
             yield answers.event(of_bundle_error(error).document)
         except Exception as error:  # noqa: BLE001  # likewise; a traceback is of no use to the client
-            logs.debug("a stream ended with %s: %s", type(error).__name__, error)
+            self._note_failure("a stream", error)
             failure = RequestError(500, f"{type(error).__name__} in the server", reason="server.failed")
             yield answers.event(failure.document)
 
@@ -322,17 +359,21 @@ async def _body(http: HttpRequest) -> Any:
     return strict_json.parse(bytes(data), "body", max_bytes=MAX_BODY)
 
 
+async def _next(parts: AsyncIterator[Part]) -> Part | None:
+    """Return the first part, or None if there is none."""
+    async for part in parts:
+        return part
+    return None
+
+
+def _spelled(names: Sequence[str]) -> str:
+    """Return names for a header, which has only ASCII."""
+    return ", ".join(name.encode("ascii", "backslashreplace").decode()[:64] for name in map(printable, names[:32]))
+
+
 def _listed(model: Model) -> Mapping[str, Any]:
     return {"id": model.name, "object": "model", "created": model.created, "owned_by": "splitbundle"}
 
 
 def _failed(error: RequestError) -> Response:
     return JSONResponse(error.document, status_code=error.status, headers=error.headers)
-
-
-async def _missing(http: HttpRequest, error: Exception) -> Response:
-    return _failed(RequestError(404, "there is nothing at this path", reason="not_found"))
-
-
-async def _method(http: HttpRequest, error: Exception) -> Response:
-    return _failed(RequestError(405, "this path has another method", reason="wrong_method"))

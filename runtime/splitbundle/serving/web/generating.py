@@ -10,12 +10,13 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-from splitbundle.serving.web.choices import Choice, Part
-from splitbundle.serving.web.errors import unsupported
+from splitbundle.serving.web.choices import Chance, Choice, Part
+from splitbundle.serving.web.errors import invalid, unsupported
 from splitbundle.serving.web.models import Model
 from splitbundle.serving.web.requests import Request
 from splitbundle.stages.scoring import scored
 from splitbundle.stages.shared_pipeline import SharedPipeline
+from splitbundle.stages.text_generation import context_of
 
 THREADS: Final = 512
 """The texts that can be made or wait at once. A shared pipeline refuses before that."""
@@ -34,6 +35,7 @@ class Job:
         self.first_token: float | None = None
         self.last_token: float | None = None
         self._cancelled = threading.Event()
+        self._scores: dict[tuple[int, ...], tuple[Chance, ...]] = {}
 
     def begin(self) -> None:
         """Read the prompts, and begin to continue them.
@@ -42,6 +44,7 @@ class Job:
             BundleError: ``input.*``, ``text.*``, ``server.full``.
         """
         request = self.request
+        self._check_size()
         try:
             for number, prompt in enumerate(request.prompts):
                 for copy in range(request.number):
@@ -56,6 +59,29 @@ class Job:
             self.cancel()
         elif request.echo:
             self.echoes = [self._echo(choice) for choice in self.choices]
+
+    def _check_size(self) -> None:
+        """Refuse what can't fit before anything is computed for it.
+
+        Raises:
+            RequestError: for more choices than one client may have at once, or a text that is longer than the longest
+                tokens could make the context.
+        """
+        request, most = self.request, getattr(self._pipeline, "most_texts", None)
+        if most is not None and len(request.prompts) * request.number > most:
+            got = f"{len(request.prompts)} prompts with {request.number} choices each"
+            raise invalid("n", f"at most {most} texts in a request", got)
+        context = context_of(self._pipeline)
+        if context is None:
+            return
+        longest = context * self.tokenizer.longest_token
+        for prompt in request.prompts:
+            texts = [prompt] if isinstance(prompt, str) else []
+            if request.is_chat:
+                texts = [each["content"] for each in prompt if isinstance(each.get("content"), str)]
+            if sum(map(len, texts)) > longest:
+                name = "messages" if request.is_chat else "prompt"
+                raise invalid(name, f"at most {context} tokens, the model's context", "a much longer text")
 
     def _begin(self, prompt: Any, copy: int) -> Any:
         request = self.request
@@ -81,9 +107,19 @@ class Job:
         if self.request.logprobs is not None:
             if not hasattr(self._pipeline, "run"):
                 raise unsupported("logprobs", "with echo, it needs a pipeline of this process")
-            known = scored(self._pipeline.pipeline, ids, self.request.logprobs, self._pipeline.run)
-            chances = ((ids[0], float("nan"), ()), *known)
+            chances = self._scored(ids)
         return Part(index=choice.index, text=self.tokenizer.decode(ids), chances=chances)
+
+    def _scored(self, ids: tuple[int, ...]) -> tuple[Chance, ...]:
+        """Return the tokens of a prompt with their log-probabilities. Choices of one prompt share them."""
+        if ids not in self._scores:
+            made: list[Chance] = [(ids[0], float("nan"), ())]
+            for each in scored(self._pipeline.pipeline, ids, self.request.logprobs or 0, self._pipeline.run):
+                if self._cancelled.is_set():
+                    break
+                made.append(each)
+            self._scores[ids] = tuple(made)
+        return self._scores[ids]
 
     def make(self, choice: Choice, emit: Callable[[Part], None]) -> None:
         """Make one choice, and emit its parts."""

@@ -38,6 +38,7 @@ class Model:
         self.last_used = time.monotonic()
         self.loaded_at = 0.0
         self.lock = threading.RLock()
+        self._checking = threading.Lock()
         self._checked, self._healthy = -_FRESH, False
 
     @property
@@ -76,15 +77,16 @@ class Model:
             pipeline = self.pipeline
         if pipeline is None:
             return True
-        if time.monotonic() - self._checked >= _FRESH:
-            try:
-                (scores,) = pipeline.log_probabilities([[0, 0]])
-                self._healthy = all(abs(score) < float("inf") for score in scores)
-            except Exception as error:  # noqa: BLE001  # whatever it is, the model doesn't answer
-                logs.debug("%s failed its health check: %s", self.name, error)
-                self._healthy = False
-            self._checked = time.monotonic()
-        return self._healthy
+        with self._checking:  # those who ask meanwhile share the result
+            if time.monotonic() - self._checked >= _FRESH:
+                try:
+                    (scores,) = pipeline.log_probabilities([[0, 0]])
+                    self._healthy = all(abs(score) < float("inf") for score in scores)
+                except Exception as error:  # noqa: BLE001  # whatever it is, the model doesn't answer
+                    logs.debug("%s failed its health check: %s", self.name, error)
+                    self._healthy = False
+                self._checked = time.monotonic()
+            return self._healthy
 
 
 class Models:

@@ -27,6 +27,12 @@ _SAMPLING: Final = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
 _ALL: Final = 2**31
+_ARGUMENTS: Final = frozenset(
+    {"self", "messages", "conversation", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize"}
+    | {"return_tensors", "return_dict", "continue_final_message", "padding", "truncation", "max_length"}
+    | {"return_assistant_tokens_mask", "tokenizer_kwargs"}
+)
+"""Names that arguments of ``apply_chat_template`` have, here or in transformers."""
 _INSTEAD: Final = {
     "audio": "it answers with text",
     "best_of": "ask for n, and choose",
@@ -101,6 +107,9 @@ def parse_completion(values: Any) -> Request:
         raise invalid("prompt", "a text, token ids, or a list of them", "nothing", reason="missing_required_parameter")
     best_of = body.take("best_of", _integer(1, MOST_CHOICES))
     number = body.take("n", _integer(1, MOST_CHOICES), 1)
+    body.take("response_format", _response_format)
+    body.take("modalities", _modalities)
+    body.refuse({"tools": "use /v1/chat/completions", "tool_choice": "use /v1/chat/completions"})
     if best_of not in (None, number):
         raise unsupported("best_of", _INSTEAD["best_of"])
     return _request(
@@ -131,7 +140,7 @@ def parse_chat(values: Any) -> Request:
     tools, choice = body.take("tools", _tools), body.take("tool_choice", _tool_choice, "auto")
     body.take("response_format", _response_format)
     body.take("modalities", _modalities)
-    variables = body.take("chat_template_kwargs", _object, {})
+    variables = body.take("chat_template_kwargs", _variables, {})
     if (effort := body.take("reasoning_effort", _text)) is not None:  # some templates have such a variable
         variables = {"reasoning_effort": effort, **variables}
     return _request(
@@ -175,6 +184,13 @@ def _object(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _wrong(name, "an object", value)
     return value
+
+
+def _variables(name: str, value: Any) -> dict[str, Any]:
+    for variable in _object(name, value):
+        if variable in _ARGUMENTS or not variable.isidentifier():
+            raise unsupported(f"{name}.{variable}", "it isn't a variable of a template")
+    return dict(value)
 
 
 def _text(name: str, value: Any) -> str:

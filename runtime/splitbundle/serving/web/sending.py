@@ -30,7 +30,7 @@ class EventStream:
             headers: further headers.
             on_end: called at the end, with whether all of it was sent.
         """
-        self._events, self._headers, self._on_end = events, headers, on_end
+        self._events, self._headers, self.on_end = events, headers, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer. Starlette calls this."""
@@ -51,7 +51,7 @@ class EventStream:
             for task in (sending, leaving):
                 task.cancel()
             await asyncio.gather(sending, leaving, return_exceptions=True)
-            self._on_end(complete)
+            self.on_end(complete)
 
     async def _send_all(self, headers: list[tuple[bytes, bytes]], send: Send) -> None:
         async def patiently(message: dict[str, Any]) -> None:

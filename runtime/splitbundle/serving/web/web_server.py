@@ -11,6 +11,7 @@ import uvicorn
 
 from splitbundle.errors import BundleError, Problem
 from splitbundle.serving.web.app import Door
+from splitbundle.serving.web.patient_protocol import PatientProtocol
 
 _BACKLOG: Final = 512
 _MOST_CONNECTIONS: Final = 2048
@@ -42,6 +43,7 @@ class WebServer:
         self.url = f"{kind}://[{host}]:{self.port}" if ":" in host else f"{kind}://{host}:{self.port}"
         config = uvicorn.Config(
             door.app,
+            http=PatientProtocol,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -91,8 +93,13 @@ class WebServer:
         """Take nothing new, give the answers that are sent ``grace`` seconds, and end."""
         self._door.draining = True
         until = time.monotonic() + grace
-        while self._door.running and time.monotonic() < until:
-            time.sleep(0.02)
+        try:
+            while self._door.running and time.monotonic() < until:
+                time.sleep(0.02)
+        finally:  # also at a second Ctrl-C: then the texts end at once
+            self._end()
+
+    def _end(self) -> None:
         self._door.models.close()
         self._server.should_exit = True
         if self._thread.is_alive():  # it may not have been started
