@@ -37,6 +37,8 @@ _LEAST: Final = {"message": MAX_BYTES + 2**10, "shared_rows": 0}
 """The least value of a number, if it isn't 1. In the shortest message a header fits, and some tokens."""
 _INNER: Final[Any] = {"embeds": False, "head": False}
 """Layers that are served have no ends, even the first and the last ones."""
+_WAKE: Final = 0.25
+"""The seconds after which a thread that waits looks whether a signal has come."""
 _SWEEP: Final = 0.5
 """The seconds between two looks for sessions whose lease ran out."""
 
@@ -197,7 +199,12 @@ class StageServer:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until ``stop`` is called. Return whether it was."""
-        return self._ended.wait(timeout)
+        if timeout is not None:
+            return self._ended.wait(timeout)
+        # The system may hand a signal to another thread. Then Python handles it when the main thread wakes up.
+        while not self._ended.wait(_WAKE):
+            pass
+        return True
 
     def stop(self, grace: float = 10.0) -> None:
         """Begin nothing new, give the steps that are computed ``grace`` seconds, and end.
