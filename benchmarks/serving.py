@@ -35,8 +35,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-LENGTHS: Final = (16, 24, 32, 40, 48, 56, 64, 72, 80, 24, 40, 56)
-"""The new tokens of the twelve texts."""
+LENGTHS: Final = {
+    "wide": (16, 24, 32, 40, 48, 56, 64, 72, 80, 24, 40, 56),
+    "narrow": (60, 44, 76, 52, 80, 40, 68, 56, 84, 48, 72, 64),
+}
+"""The new tokens of the twelve texts. In their order, the rows of "wide" rest longer at the end."""
 PROMPT: Final = 32
 """The tokens of each prompt."""
 
@@ -47,7 +50,7 @@ def prompts(number: int, vocab_size: int, seed: int) -> list[list[int]]:
     return [[draw.randrange(200, vocab_size) for _ in range(PROMPT)] for _ in range(number)]
 
 
-def rows(path: str, rounds: int, options: dict[str, Any]) -> dict[str, list[float]]:
+def rows(path: str, rounds: int, lengths: tuple[int, ...], options: dict[str, Any]) -> dict[str, list[float]]:
     """Return the seconds of each round: twelve texts apart and shared, four apart and as a batch."""
     import splitbundle
 
@@ -62,7 +65,7 @@ def rows(path: str, rounds: int, options: dict[str, Any]) -> dict[str, list[floa
 
     with splitbundle.SharedPipeline(pipeline, rows=4) as shared, ThreadPoolExecutor(12) as pool:
         for turn in range(rounds + 1):
-            texts = list(zip(prompts(12, vocab_size, turn), LENGTHS, strict=True))
+            texts = list(zip(prompts(12, vocab_size, turn), lengths, strict=True))
             began = time.perf_counter()
             for prompt, tokens in texts:
                 one(pipeline, prompt, tokens)
@@ -204,6 +207,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a text (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each process (default: %(default)s)")
     parser.add_argument("--option", action="append", help="a further option of serve, such as --option=--backend=torch")
+    parser.add_argument("--lengths", choices=tuple(LENGTHS), default="wide", help="for rows: the lengths of the texts")
     parser.add_argument("--backend", help="for rows: the backend")
     parser.add_argument("--dtype", help="for rows: the dtype to compute in")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -212,7 +216,10 @@ def main() -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
         given = {"backend": args.backend, "dtype": args.dtype, "threads": args.threads}
         document: dict[str, Any] = rows(
-            args.bundle, args.rounds, {name: value for name, value in given.items() if value is not None}
+            args.bundle,
+            args.rounds,
+            LENGTHS[args.lengths],
+            {name: value for name, value in given.items() if value is not None},
         )
         if not args.json:
             shared = [a / b for a, b in zip(document["apart"], document["shared"], strict=True)]
