@@ -207,7 +207,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a text (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each process (default: %(default)s)")
     parser.add_argument("--option", action="append", help="a further option of serve, such as --option=--backend=torch")
-    parser.add_argument("--lengths", choices=tuple(LENGTHS), default="wide", help="for rows: the lengths of the texts")
+    parser.add_argument("--lengths", choices=tuple(LENGTHS), default="wide", help="for rows: of the texts")
     parser.add_argument("--backend", help="for rows: the backend")
     parser.add_argument("--dtype", help="for rows: the dtype to compute in")
     parser.add_argument("--json", action="store_true", help="print JSON")
