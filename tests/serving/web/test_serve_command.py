@@ -92,7 +92,7 @@ def test_without_ray_it_says_what_to_install(
 def test_many_users(chat_bundle: splitbundle.Bundle, number: int, seconds: float, record_property: Any) -> None:
     """They hang up, read slowly, and cancel. Nobody sees an error but a stated 429, and nothing is left over."""
     with DoorProcess(chat_bundle.path, "--threads", "1", "--queue", str(number // 2)) as door:
-        Users(door.port, PROMPTS, 4, 2.0)  # libraries are loaded, and pools have their threads
+        Users(door.port, PROMPTS, number, max(2.0, seconds / 6))  # libraries are loaded, and pools have their threads
         held = door.held
         users = Users(door.port, PROMPTS, number, seconds)
         expected = {"whole", "stream", "hang-up", "slow", "cancel", "early", "429"}
