@@ -124,9 +124,8 @@ def test_a_lost_machine_costs_a_pause(five: Path, sockets: str) -> None:
     assert moved == 0
     assert found["left"] == []
     if "replica" in found:
-        ids, _, moved = found["replica"]
-        assert ids == found["want"]
-        assert moved >= 1
+        ids, _, _ = found["replica"]
+        assert ids == found["want"]  # it may have ended before the loss was noticed
 
 
 def test_the_number_of_replicas_follows_the_load(five: Path, sockets: str) -> None:
