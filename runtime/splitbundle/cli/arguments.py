@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from splitbundle.format import names
 
+_LISTEN: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _SIZE: Final = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)(?:([kmgtp])(i?b)?|b)?", re.ASCII | re.IGNORECASE)
 
 
@@ -58,6 +59,14 @@ def add_cut_arguments(group: argparse._MutuallyExclusiveGroup, verb: str) -> Non
 def verify_when(args: argparse.Namespace) -> Literal["never", "always"]:
     """Return the argument ``verify`` of ``splitbundle.open`` for ``--strict``."""
     return "always" if args.strict else "never"
+
+
+def listen_address(text: str) -> tuple[str, int]:
+    """Parse ``HOST:PORT`` for argparse. A host of version 6 stands in brackets."""
+    found = _LISTEN.fullmatch(text)
+    if found is None or int(found[2]) >= 2**16:
+        raise argparse.ArgumentTypeError(f"expected HOST:PORT, got {text!r}")
+    return found[1].strip("[]"), int(found[2])
 
 
 def integers(text: str) -> tuple[int, ...]:

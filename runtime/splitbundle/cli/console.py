@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import io
 import json
 import os
@@ -142,3 +143,12 @@ class Command:
     help: str
     configure: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, Console], int]
+
+
+def timed_notes(console: Console) -> Callable[[str], None]:
+    """Return a function that notes a line with the time before it."""
+
+    def log(line: str) -> None:
+        console.note(f"{datetime.datetime.now().astimezone().isoformat(timespec='seconds')} {line}")
+
+    return log

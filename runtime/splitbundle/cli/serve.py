@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any, Final
 from splitbundle import ray
 from splitbundle.bundle import Bundle
 from splitbundle.cli import text_options
-from splitbundle.cli.arguments import number_in, number_of, positive, size, verify_when
-from splitbundle.cli.console import Command, Console
+from splitbundle.cli.arguments import listen_address, number_in, number_of, positive, size, verify_when
+from splitbundle.cli.console import Command, Console, timed_notes
 from splitbundle.errors import BundleError, Problem
 from splitbundle.opening import open_bundle
 from splitbundle.remote.address import is_loopback
@@ -22,7 +21,6 @@ from splitbundle.serving.web.models import Model, Models
 from splitbundle.serving.web.opening import open_web_server
 from splitbundle.stages.shared_pipeline import SharedPipeline
 
-_LISTEN: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ORIGIN: Final = re.compile(r"https?://[^/\s]+")
 _LOCAL: Final = ("localhost", "127.0.0.1", "::1")
@@ -38,7 +36,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("who can connect")
     group.add_argument(
         "--listen",
-        type=_address,
+        type=listen_address,
         metavar="HOST:PORT",
         default=("127.0.0.1", 8000),
         help="the address; by default 127.0.0.1:8000, this machine alone; 0.0.0.0 is all; port 0 is any free one",
@@ -131,7 +129,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         origins=args.cors or (),
         certificate=args.certificate,
         key=args.private_key,
-        log=_logger(console) if args.log else None,
+        log=timed_notes(console) if args.log else None,
     )
     try:
         if len(models) == 1:
@@ -190,13 +188,6 @@ def _loader(bundle: Bundle, args: argparse.Namespace) -> Callable[[], Any]:
     return load
 
 
-def _logger(console: Console) -> Callable[[str], None]:
-    def log(line: str) -> None:
-        console.note(f"{datetime.datetime.now().astimezone().isoformat(timespec='seconds')} {line}")
-
-    return log
-
-
 def _replicas(text: str) -> int | tuple[int, int]:
     least, colon, most = text.partition(":")
     if not all(part.isascii() and part.isdigit() and len(part) < 5 for part in ((least, most) if colon else (least,))):
@@ -208,13 +199,6 @@ def _origin(text: str) -> str:
     if text != "*" and not _ORIGIN.fullmatch(text):
         raise argparse.ArgumentTypeError(f"expected an origin, such as https://page.example, got {text!r}")
     return text
-
-
-def _address(text: str) -> tuple[str, int]:
-    found = _LISTEN.fullmatch(text)
-    if found is None or int(found[2]) >= 2**16:
-        raise argparse.ArgumentTypeError(f"expected HOST:PORT, got {text!r}")
-    return found[1].strip("[]"), int(found[2])
 
 
 COMMAND: Final = Command(

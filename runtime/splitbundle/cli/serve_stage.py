@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,19 +11,19 @@ from splitbundle.backends.registry import BACKENDS
 from splitbundle.cli.arguments import (
     add_compute_arguments,
     add_strict_argument,
+    listen_address,
     number_in,
     number_of,
     positive,
     size,
     verify_when,
 )
-from splitbundle.cli.console import Command, Console
+from splitbundle.cli.console import Command, Console, timed_notes
 from splitbundle.errors import BundleError, Problem
 from splitbundle.opening import open_bundle
 from splitbundle.serving.stage_server import Budget, StageServer, Trainer
 from splitbundle.storage import files
 
-_LISTEN: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _MAX_TOKEN_BYTES: Final = 2**20
 _DEFAULTS: Final = Budget()
 _OF_TRAINING: Final = ("optimizer", "learning_rate", "weight_decay", "lora", "lora_alpha", "checkpoints")
@@ -41,7 +38,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("who can connect")
     group.add_argument(
         "--listen",
-        type=_address,
+        type=listen_address,
         metavar="HOST:PORT",
         default=("127.0.0.1", 7000),
         help="the address; by default 127.0.0.1:7000, this machine alone; 0.0.0.0 is all; port 0 is any free one",
@@ -115,7 +112,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--status",
-        type=_address,
+        type=listen_address,
         metavar="HOST:PORT",
         help="answer /healthz and /metrics (Prometheus) over HTTP there; by default nowhere",
     )
@@ -163,7 +160,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         ),
         trainer=_trainer(args) if args.trainable else None,
         status=args.status,
-        log=_logger(console) if args.log else None,
+        log=timed_notes(console) if args.log else None,
         **options,
     )
     stage = server.stage
@@ -199,13 +196,6 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _logger(console: Console) -> Callable[[str], None]:
-    def log(line: str) -> None:
-        console.note(f"{datetime.datetime.now().astimezone().isoformat(timespec='seconds')} {line}")
-
-    return log
-
-
 def _trainer(args: argparse.Namespace) -> Trainer:
     own = {
         "optimizer": args.optimizer,
@@ -236,13 +226,6 @@ def read_tokens(path: str) -> dict[str, str]:
             raise BundleError(Problem(code="keys.file", file=f"{path}, line {number}", expected=expected, got=got))
         tokens[parts[0]] = parts[1]
     return tokens
-
-
-def _address(text: str) -> tuple[str, int]:
-    found = _LISTEN.fullmatch(text)
-    if found is None or int(found[2]) >= 2**16:
-        raise argparse.ArgumentTypeError(f"expected HOST:PORT, got {text!r}")
-    return found[1].strip("[]"), int(found[2])
 
 
 def _layers(text: str) -> tuple[int, int]:

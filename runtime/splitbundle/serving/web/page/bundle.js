@@ -33,7 +33,7 @@ const title = (bundle, again) => make("div", { class: "row" }, make("h2", {}, bu
 
 function facts(bundle) {
   const context = bundle.context_length === null ? "no stated limit" : plural(bundle.context_length, "token");
-  const checked = make("dd", { class: bundle.verified === "none" ? "warning" : "good" });
+  const checked = make("dd", { class: bundle.verified === "hashes" ? "good" : "warning" });
   checked.append(VERIFIED[bundle.verified] ?? String(bundle.verified));
   const rows = [
     ["Model", `${bundle.architecture}, ${many(bundle.parameters)} parameters in ${bundle.dtype}`],
