@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -81,8 +82,97 @@ def _schemas(step: str, path: str) -> Verdict:
     return {"verdict": "refused", "problems": problems} if problems else {"verdict": "accepted"}
 
 
+def _numbers(step: str, path: str) -> Verdict:
+    """The results of calls, by the stages of torch in float32."""
+    import torch
+
+    import splitbundle
+
+    bundle = splitbundle.open(Path(path, "model.splitbundle"))
+    cases = json.loads(Path(path, "calls.json").read_text("ascii"))["cases"]
+    with torch.inference_mode():
+        return {"verdict": "computed", "cases": [_results(torch, splitbundle, bundle, case) for case in cases]}
+
+
+def _results(torch: Any, splitbundle: Any, bundle: Any, case: Any) -> list[Any]:
+    layers = len(bundle.architecture.layers)
+    ends = [0, *case["cuts"], layers]
+    parts = [
+        bundle.stage(layers=(start, stop), embeds=i == 0, head=i == len(ends) - 2, dtype="float32", threads=1)
+        for i, (start, stop) in enumerate(itertools.pairwise(ends))
+    ]
+    caches = [part.cache(len(case["calls"][0]["past"]), CAPACITY) for part in parts]
+    return [_call(torch, splitbundle, parts, caches, call) for call in case["calls"]]
+
+
+def _call(torch: Any, splitbundle: Any, parts: list[Any], caches: list[Any], call: Any) -> Any:
+    rows, past = call["rows"], call["past"]
+    count = [len(row) for row in rows]
+    longest = max(count)
+    given: Any = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    states = []
+    try:
+        for part, cache in zip(parts, caches, strict=True):
+            given = part(given, past=past, count=count, cache=cache)
+            states.append([row[:n].tolist() for row, n in zip(given, count, strict=True)])
+    except splitbundle.BundleError as error:
+        return {"code": error.problems[0].code}
+    return {"hidden": states[:-1], "logits": states[-1]}
+
+
+def _wire(step: str, path: str) -> Verdict:
+    """Frames, and the payloads of one row of tokens."""
+    import numpy
+
+    from splitbundle.backends.onnxruntime import payloads
+    from splitbundle.errors import BundleError
+    from splitbundle.records import as_dict
+    from splitbundle.wire import frames
+    from splitbundle.wire.messages import PROTOCOL
+
+    files = {place.name: place.read_bytes() for place in Path(path).iterdir()}
+
+    def numbers(payload: bytes, encoding: str, tokens: int, width: int) -> str:
+        found = payloads.decode(memoryview(payload), encoding, (tokens,), max(tokens, 1), width)
+        return found[0, :tokens].astype("<f4").tobytes().hex()
+
+    try:
+        if step == "frame":
+            message, payload = frames.unpack(files["frame"], int(files["limit"]))
+            header = json.loads(json.dumps({"op": message.op, **as_dict(message)}))
+            if header.get("protocol", PROTOCOL) != PROTOCOL:  # of another protocol, only the number is known
+                header = {name: header[name] for name in ("op", "protocol")}
+            found: Verdict = {"verdict": "accepted", "header": header}
+            if hasattr(message, "encoding"):
+                tokens = sum(message.count) if hasattr(message, "count") else message.tokens
+                found["numbers"] = numbers(bytes(payload), message.encoding, tokens, message.width)
+            return found
+        encoding, width = files["encoding"].decode(), int(files["width"])
+        if step == "encode":
+            given = numpy.frombuffer(files["numbers"], "<f4").reshape(1, -1, width)
+            made = b"".join(bytes(piece) for piece in payloads.encode(given, (given.shape[1],), encoding))
+            return {"verdict": "accepted", "payload": made.hex()}
+        size = {"float32": 4 * width, "int8": 4 + width}.get(encoding, 2 * width)
+        tokens = len(files["payload"]) // size
+        return {"verdict": "accepted", "numbers": numbers(files["payload"], encoding, tokens, width)}
+    except BundleError as error:
+        return {"verdict": "refused", "problems": [problem.as_json() for problem in error.problems]}
+
+
+def _with_more(judge: Callable[[str, str], Verdict]) -> Callable[[str, str], Verdict]:
+    """Answer the steps of ``--wire`` and ``--numbers`` too."""
+
+    def answer(step: str, path: str) -> Verdict:
+        return _numbers(step, path) if step == "numbers" else _wire(step, path) if step in WIRE else judge(step, path)
+
+    return answer
+
+
+CAPACITY = 40
+"""Slots of a cache: more than the calls of the kit need."""
+WIRE = ("frame", "encode", "decode")
 ADAPTERS: dict[str, Callable[[str, str], Verdict]] = {
-    "torch": _runtime("torch"),
+    "torch": _with_more(_runtime("torch")),
     "onnxruntime": _runtime("onnxruntime"),
     "command": _command,
     "schemas": _schemas,
@@ -93,7 +183,7 @@ def main() -> int:
     """Print one verdict."""
     parser = argparse.ArgumentParser(prog="adapters.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", choices=ADAPTERS)
-    parser.add_argument("step", choices=COMMANDS)
+    parser.add_argument("step", choices=(*COMMANDS, *WIRE, "numbers"))
     parser.add_argument("bundle")
     args = parser.parse_args()
     print(json.dumps(ADAPTERS[args.name](args.step, args.bundle)))

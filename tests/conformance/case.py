@@ -21,6 +21,8 @@ class Case:
 
     name: str
     about: str
+    rules: tuple[str, ...]
+    """The ids of the rules that it holds."""
     steps: tuple[str, ...]
     """The steps at which the reader is asked, each by itself. It must give the same verdict at all of them."""
     make: Callable[[Path], None]
@@ -36,10 +38,12 @@ class Case:
     points: bool = False
     schema: str = "silent"
     """A JSON Schema validator's verdict on the two documents: accept, reject, silent (either)."""
-    about_file: str | None = None
-    """If only problems of one file count, that file."""
     limited: bool = False
     """Whether a reader must judge it soon, and within 256 MiB."""
+    argument: str | None = None
+    """What the first problem names in place of a file, if anything."""
+    compare: Callable[[Any], str | None] | None = None
+    """Returns why an accepted answer is unexpected, or None: for steps that give more than a verdict."""
 
 
 def dump(value: object) -> bytes:

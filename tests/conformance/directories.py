@@ -14,6 +14,18 @@ from conformance.case import LAYER, TOKENIZER, VECTORS, Case, Draft
 
 Spoil = Callable[[Path], object]
 EVERY = ("open", "stage", "verify")
+RULES: dict[str | None, tuple[str, ...]] = {
+    None: ("SB-D-001", "SB-D-006", "SB-D-008", "SB-D-013", "SB-D-014"),
+    "file.digest": ("SB-D-007",),
+    "file.header-digest": ("SB-D-012", "SB-W-004"),
+    "file.kind": ("SB-D-004", "SB-D-005"),
+    "file.missing": ("SB-D-001", "SB-D-008", "SB-D-013"),
+    "file.size": ("SB-D-007", "SB-D-010"),
+    "file.unlisted": ("SB-D-006",),
+    "sums.mismatch": ("SB-D-010",),
+    "weights.tensors": ("SB-W-012",),
+}
+"""The rules that a case of each code holds."""
 
 
 def _spoilt(name: str, about: str, steps: tuple[str, ...], spoil: Spoil, code: str | None, file: str | None) -> Case:
@@ -23,7 +35,7 @@ def _spoilt(name: str, about: str, steps: tuple[str, ...], spoil: Spoil, code: s
         Draft().write(root)
         spoil(root)
 
-    return Case(name=f"directory/{name}", about=about, steps=steps, make=make, code=code, file=file, schema="silent")
+    return Case(name=f"directory/{name}", about=about, rules=RULES[code], steps=steps, make=make, code=code, file=file)
 
 
 def directory_cases() -> Iterator[Case]:
@@ -32,6 +44,7 @@ def directory_cases() -> Iterator[Case]:
     sealed = Case(
         name="directory/sealed",
         about="the small bundle, listed anew: what the other cases start from is right",
+        rules=RULES[None],
         steps=(*EVERY, "exact"),
         make=lambda root: Draft().seal().write(root),
     )
@@ -99,10 +112,7 @@ def _kind_cases() -> Iterator[Case]:
         for kind, make in _KINDS.items():
             name = f"{kind}-{Path(path).name.partition('.')[0]}"
             about = f"{path} is a {kind}"
-            if (path, kind) == ("manifest.json", "hanging-link"):
-                yield _spoilt(name, about, steps, _at(path, make), "file.missing", None)
-            else:
-                yield _spoilt(name, about, steps, _at(path, make), "file.kind", path)
+            yield _spoilt(name, about, steps, _at(path, make), "file.kind", path)
     for kind in ("link", "pipe"):
         about = f"SHA256SUMS is a {kind}"
         spoil = _at("SHA256SUMS", _KINDS[kind])
@@ -205,6 +215,8 @@ def _other_content_cases() -> Iterator[Case]:
         "cut": (lambda data: data[:-1], "SHA256SUMS"),
         "empty": (lambda data: b"", "SHA256SUMS"),
         "manifest": (lambda data: _redigest(data, b"manifest.json"), "manifest.json"),
+        "manifest-half": (lambda data: _redigest(data, b"manifest.json", digits=32), "SHA256SUMS"),
+        "manifest-over-half": (lambda data: _redigest(data, b"manifest.json", digits=33), "manifest.json"),
         "layer": (lambda data: _redigest(data, LAYER.encode("ascii")), "SHA256SUMS"),
         "too-large": (lambda data: data + b"\n" * 2**24, "SHA256SUMS"),
     }
@@ -213,9 +225,15 @@ def _other_content_cases() -> Iterator[Case]:
         yield _spoilt(f"sums-{name}", f"SHA256SUMS: {name}", ("verify",), change("SHA256SUMS", edit), code, culprit)
 
 
-def _redigest(data: bytes, path: bytes) -> bytes:
-    lines = data.splitlines(keepends=True)
-    return b"".join(b"0" * 64 + b"  " + path + b"\n" if line.endswith(b"  " + path + b"\n") else line for line in lines)
+def _redigest(data: bytes, path: bytes, digits: int = 64) -> bytes:
+    """Change some of the digits of a path's line."""
+
+    def other(line: bytes) -> bytes:
+        if not line.endswith(b"  " + path + b"\n"):
+            return line
+        return bytes(b"10"[digit == b"1"[0]] for digit in line[:digits]) + line[digits:]
+
+    return b"".join(map(other, data.splitlines(keepends=True)))
 
 
 def _limited(case: Case) -> Case:
@@ -237,6 +255,7 @@ def _listed_sparse(path: str) -> Case:
     return Case(
         name=f"directory/listed-sparse-{Path(path).stem.lower()}",
         about=f"a sparse {path} of 8 TiB that the manifest lists",
+        rules=("SB-M-053",),
         steps=("open", "verify"),
         make=make,
         code="manifest.files",

@@ -41,7 +41,9 @@ def encoding_cases() -> Iterator[Case]:
             draft.seal().write(root)
 
         file = LAYER if code else None
-        return Case(name=f"encoding/{name}", about=about, steps=("stage", "verify"), make=make, code=code, file=file)
+        rules = ("SB-W-015",) if code == "weights.scale" else ("SB-W-014",)
+        steps = ("stage", "verify")
+        return Case(name=f"encoding/{name}", about=about, rules=rules, steps=steps, make=make, code=code, file=file)
 
     yield case("whole", "a quantized bundle", lambda data: data, None)
     yield from (case(*fault) for fault in faults)

@@ -9,6 +9,15 @@ from typing import Any
 
 from conformance.case import LAYER, Case, Draft
 
+RULES = {
+    "field": ("SB-W-006", "SB-W-007"),
+    "json": ("SB-W-005", "SB-J-011"),
+    "weights.header": ("SB-W-001", "SB-W-002", "SB-W-003"),
+    "weights.layout": ("SB-W-008", "SB-W-009", "SB-W-010"),
+    "weights.tensors": ("SB-W-007", "SB-W-012"),
+}
+"""The rules that a case of each code holds."""
+
 
 def _header_case(name: str, about: str, edit: Callable[[bytes], bytes], code: str, limited: bool = False) -> Case:
     def make(root: Path) -> None:
@@ -17,7 +26,16 @@ def _header_case(name: str, about: str, edit: Callable[[bytes], bytes], code: st
         draft.seal().write(root)
 
     steps = ("stage", "verify")
-    return Case(name=f"header/{name}", about=about, steps=steps, make=make, code=code, file=LAYER, limited=limited)
+    return Case(
+        name=f"header/{name}",
+        about=about,
+        rules=RULES[code.partition(".")[0] if not code.startswith("weights.") else code],
+        steps=steps,
+        make=make,
+        code=code,
+        file=LAYER,
+        limited=limited,
+    )
 
 
 def header_cases() -> Iterator[Case]:
@@ -83,6 +101,13 @@ def header_cases() -> Iterator[Case]:
         ("name-dots", "a tensor ../x", entries(_renamed(q, "../x")), "weights.tensors"),
         ("missing", "a tensor is missing", entries(lambda x: x.pop(q) and None), "weights.tensors"),
         ("extra", "a tensor more", entries(lambda x: x.update(extra=x[q])), "weights.tensors"),
+        ("proto", "a tensor __proto__", entries(_renamed(q, "__proto__")), "weights.tensors"),
+        (
+            "proto-metadata",
+            "a member __proto__ that has the digest",
+            entries(lambda x: x.update(__metadata__={"__proto__": x["__metadata__"]})),
+            "field.missing",
+        ),
         (
             "other-layer",
             "the tensors of layer 1",

@@ -128,6 +128,23 @@ def tokenizer_cases() -> Iterator[Case]:
             bad,
             "/model/vocab",
         ),
+        (
+            "special-tokens-bare",
+            "special tokens without ids, and others that aren't objects",
+            set_(
+                "post_processor",
+                {"type": "TemplateProcessing", "single": [], "special_tokens": {"x": {"id": "x"}, "y": None}},
+            ),
+            None,
+            None,
+        ),
+        (
+            "special-tokens-array",
+            "an array in place of the special tokens",
+            set_("post_processor", {"type": "TemplateProcessing", "single": {}, "pair": 1, "special_tokens": [1]}),
+            None,
+            None,
+        ),
         ("padding", "a padding id out of range, as nothing is padded", set_("padding", {"pad_id": 24}), None, None),
         (
             "template-unused",
@@ -267,6 +284,7 @@ def tokenizer_cases() -> Iterator[Case]:
         yield Case(
             name=f"tokenizer/{name}",
             about=about,
+            rules=_rules(code, pointer),
             steps=("verify",),
             make=make,
             code=code,
@@ -275,3 +293,14 @@ def tokenizer_cases() -> Iterator[Case]:
             points=code == "text.tokenizer",
             limited=name == "nested",
         )
+
+
+def _rules(code: str | None, pointer: str | None) -> tuple[str, ...]:
+    """Return the rules that a case holds, by the place of the fault."""
+    if code is None:
+        return "SB-T-004", "SB-T-005", "SB-T-006", "SB-T-007", "SB-T-008"
+    if code.startswith("json."):
+        return ("SB-T-003",)
+    at = (pointer or "").split("/")[1]
+    of_model = "SB-T-004", "SB-T-006", "SB-T-008"
+    return {"model": of_model, "added_tokens": of_model[:2], "post_processor": ("SB-T-005",)}.get(at, ("SB-T-007",))

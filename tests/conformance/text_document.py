@@ -138,6 +138,7 @@ def _case(name: str, about: str, make: Callable[[Path], None], code: str | None,
     return Case(
         name=f"text/{name}",
         about=about,
+        rules=_rules(code, pointer),
         steps=("verify",),
         make=make,
         code=code,
@@ -146,3 +147,10 @@ def _case(name: str, about: str, make: Callable[[Path], None], code: str | None,
         points=code is not None and not code.startswith("json."),
         limited=name == "nested",
     )
+
+
+def _rules(code: str | None, pointer: str | None) -> tuple[str, ...]:
+    """Return the rules that a case holds, by the place of the fault."""
+    places = {"variables": "011", "templates": "012", "defaults": "013", "cases": "014", "chats": "015"}
+    at = (pointer or "").strip("/").split("/")[0]
+    return (f"SB-T-{places[at]}",) if at in places else ("SB-T-010", "SB-M-063")

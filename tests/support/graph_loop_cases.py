@@ -105,7 +105,7 @@ def loop_body_of_relu(model: ModelProto) -> None:
 
 @changed("graph.operator")
 def loop_nested_deeply(model: ModelProto) -> bytes:
-    """Two thousand loops, each in the body of another one."""
+    """Five hundred loops, each in the body of another one."""
     add_loop(model)
     outer = loop(model)
     del outer.attribute[:]
@@ -113,7 +113,7 @@ def loop_nested_deeply(model: ModelProto) -> bytes:
     shell = body()
     del shell.node[:]
     rest = shell.SerializeToString(deterministic=True)
-    for _ in range(2_000):
+    for _ in range(500):
         graph = rest + b"\x0a" + varint(len(node)) + node
         attribute = b"\x0a\x04body" + b"\x32" + varint(len(graph)) + graph + b"\xa0\x01\x05"
         node = head + b"\x2a" + varint(len(attribute)) + attribute

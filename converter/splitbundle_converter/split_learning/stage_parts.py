@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from splitbundle.format.architecture.decoder import Architecture
-from splitbundle.format.manifest.document import EMBEDDING, ROW
+from splitbundle.format.manifest.document import EMBEDDING
+from splitbundle.format.manifest.row_names import ROW
 from splitbundle.records import replace
 from splitbundle_converter.errors import refusal
 from splitbundle_converter.families.row import Family

@@ -14,7 +14,8 @@ from splitbundle.backends.torch.weights import DTYPES, map_tensors, rounded
 from splitbundle.bundle import Bundle
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.dtypes import TABLE
-from splitbundle.format.manifest.document import ROW, Manifest, SourceName, expand, row_sources
+from splitbundle.format.manifest.document import Manifest, SourceName, expand, row_sources
+from splitbundle.format.manifest.row_names import ROW
 from splitbundle_converter.translation.constants import read_constants
 
 

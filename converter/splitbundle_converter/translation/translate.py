@@ -13,7 +13,8 @@ from torch import Tensor
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.fields import MAX_PROBLEMS
-from splitbundle.format.manifest.document import EMBEDDING, ROW, SourceName, expand, row_sources
+from splitbundle.format.manifest.document import EMBEDDING, SourceName, expand, row_sources
+from splitbundle.format.manifest.row_names import ROW
 from splitbundle_converter.checkpoint.quantized import HINT, check_plain, is_quantized
 from splitbundle_converter.checkpoint.source import Checkpoint, Reader, dtype_of
 from splitbundle_converter.checkpoint.weight_files import SourceTensor, check_unwrapped

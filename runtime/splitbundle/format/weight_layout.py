@@ -9,7 +9,7 @@ from typing import Any, Final
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import names, strict_json
 from splitbundle.format.dtypes import SAFETENSORS_CODES, TABLE
-from splitbundle.format.fields import Field, Problems
+from splitbundle.format.fields import Field, Problems, escape
 from splitbundle.records import record
 
 ALIGNMENT: Final = 4096
@@ -131,7 +131,8 @@ def parse(
             problems.add("weights.tensors", pointer, str(tensor), str(found[name]))
     for name in found:
         if name not in expected:
-            problems.add("weights.tensors", "", "only tensors that the architecture implies", quoted(name))
+            extra = f"/{escape(name)}"
+            problems.add("weights.tensors", extra, "only tensors that the architecture implies", quoted(name))
     problems.raise_if_any()
     layout = lay_out(expected)
     canonical = header(layout, data_sha256)

@@ -44,7 +44,7 @@ def find_bundle(path: str | os.PathLike[str]) -> Path:
     there, archive = "", None
     try:
         recover(root)
-        if not (root / document.FILE).exists():
+        if not _has_manifest(root):
             archive = None if root.is_dir() else file_kind(root)
             file = "a file" if archive is None else f"a {archive} archive"
             there = "a directory without it" if root.is_dir() else file if root.exists() else "nothing there"
@@ -64,6 +64,15 @@ def find_bundle(path: str | os.PathLike[str]) -> Path:
             )
         )
     return root
+
+
+def _has_manifest(root: Path) -> bool:
+    """Return whether something has the manifest's name. A link that leads nowhere is refused when it is read."""
+    try:
+        os.lstat(root / document.FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def read_documents(root: Path, id: str | None = None) -> Documents:  # noqa: A002

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.format import strict_json
+from splitbundle.format.fields import escape
 from splitbundle.format.genai import GENAI, configuration, graphs
 from splitbundle.storage import files
 from splitbundle.verification import onnx_rules
@@ -27,6 +28,8 @@ def check(bundle: BundleReader) -> None:
     if absent is not None or any(shard.graph is None for shard in bundle.shards):
         got = f"no {absent}" if absent is not None else "a shard without a graph"
         raise _problem("", f"{', '.join(GENAI)} together, and a graph a shard", got)
+    if not bundle.manifest.text.stop_ids:
+        raise _problem("", "a bundle with an id that ends a text", "none")
     limit = strict_json.MAX_BYTES
     found = strict_json.parse(files.read_listed(bundle.path, GENAI[0], listed[GENAI[0]], limit), GENAI[0])
     _compare(found, configuration(bundle.manifest, bundle.architecture), "")
@@ -40,14 +43,17 @@ def _compare(found: Any, expected: Any, pointer: str) -> None:
     if pointer == "/search" and isinstance(found, dict):
         bad = next((name for name, value in found.items() if not isinstance(value, int | float)), None)
         if bad is not None:
-            raise _problem(f"{pointer}/{bad}", "a number, true or false", type(found[bad]).__name__)
+            raise _problem(f"{pointer}/{escape(bad)}", "a number, true or false", type(found[bad]).__name__)
         return
     if isinstance(found, dict) and isinstance(expected, dict):
-        for name in found.keys() ^ expected.keys():
-            want, got = ("a member", "none") if name in expected else ("no such member", "one")
-            raise _problem(f"{pointer}/{name}", want, got)
+        for name in expected:
+            if name not in found:
+                raise _problem(pointer, f"a member {quoted(name)}", "an object without it")
+        for name in found:
+            if name not in expected:
+                raise _problem(f"{pointer}/{escape(name)}", "no such member", "one")
         for name, value in expected.items():
-            _compare(found[name], value, f"{pointer}/{name}")
+            _compare(found[name], value, f"{pointer}/{escape(name)}")
     elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
         for i, (one, other) in enumerate(zip(found, expected, strict=True)):
             _compare(one, other, f"{pointer}/{i}")

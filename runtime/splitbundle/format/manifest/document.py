@@ -12,6 +12,7 @@ from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE_FILE
 from splitbundle.format.encodings import EXTENSIONS as OF_STORAGE
 from splitbundle.format.encodings import TABLE, Encoding
 from splitbundle.format.graph import NBITS, STANDARD, Graph
+from splitbundle.format.manifest.row_names import ROW
 from splitbundle.format.weight_layout import Tensor
 from splitbundle.records import as_dict, field, members, record, replace
 from splitbundle.version import FORMAT_VERSION
@@ -25,8 +26,6 @@ EXTENSIONS: Final = frozenset({SELF_VECTORS, *OF_STORAGE, *OF_ARCHITECTURE})
 BOUNDARY_TENSORS: Final = ("hidden", "past", "count")
 EMBEDDING: Final = "embedding.token.weight"
 """The one logical tensor that a source may have twice: also as the projection of a tied head."""
-ROW: Final = "{row}"
-"""The placeholder for the number of a row in the name of a source tensor, if each row is a tensor."""
 DROPOUT: Final = ("embedding", "attention", "attention_output", "mlp_output")
 """The places of dropout. No dropout is applied but in training."""
 MAY_BE_ABSENT: Final = ("parent", "dropout", "source_configuration", "text_file")

@@ -95,12 +95,13 @@ def _check_version(document: Field) -> None:
         document.members([])
         document.problems.raise_if_any()
     head = document.members(["format", "format_version", "requires"], open=True)
-    if head["format"].string() != "splitbundle":
+    if head["format"].string() != "splitbundle" and isinstance(head["format"].value, str):
         head["format"].refuse('"splitbundle"', code="format.name")
     version = head["format_version"]
-    text = version.string()
-    parts = text.split(".")
-    if len(parts) != 2 or not all(p.isascii() and p.isdigit() and len(p) < 5 and str(int(p)) == p for p in parts):
+    parts = version.string().split(".")
+    if not isinstance(version.value, str):
+        pass  # noted, as a field that is missing or of another type
+    elif len(parts) != 2 or not all(p.isascii() and p.isdigit() and len(p) < 5 and str(int(p)) == p for p in parts):
         version.refuse('a string "MAJOR.MINOR"', code="format.version")
     elif (int(parts[0]), int(parts[1])) > FORMAT_VERSION or int(parts[0]) == 0:
         version.refuse(
@@ -109,7 +110,7 @@ def _check_version(document: Field) -> None:
             hint="A newer splitbundle reads this bundle",
         )
     for item in head["requires"].items():
-        if item.string() not in EXTENSIONS:
+        if item.string() not in EXTENSIONS and isinstance(item.value, str):
             item.refuse(
                 f"an extension that this reader knows ({', '.join(sorted(EXTENSIONS)) or 'none'})",
                 code="format.requires",

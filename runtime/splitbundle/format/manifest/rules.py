@@ -15,7 +15,8 @@ from splitbundle.format.dtypes import ITEM_SIZES
 from splitbundle.format.encodings import COLUMNS, ROWS, is_matrix
 from splitbundle.format.fields import Problems, escape
 from splitbundle.format.graph import OPSET, VARIANTS, Graph, ports
-from splitbundle.format.manifest.document import EMBEDDING, FILE, ROW, SOURCE, Manifest, Shard, expand, fingerprint
+from splitbundle.format.manifest.document import EMBEDDING, FILE, SOURCE, Manifest, Shard, expand, fingerprint
+from splitbundle.format.manifest.row_names import ROW, named_twice
 from splitbundle.format.text_document import FILE as TEXT
 from splitbundle.format.text_document import MAX_BYTES as MAX_TEXT
 
@@ -50,10 +51,11 @@ def check_files(manifest: Manifest, problems: Problems) -> None:
         problems.add("manifest.files", "/files", f"an entry {quoted(ARCHITECTURE_FILE)}", "none")
     folded: dict[str, str] = {}
     directories = {path[:i].lower() for path in manifest.files for i, letter in enumerate(path) if letter == "/"}
-    for path in manifest.files:
+    for path in sorted(manifest.files):  # the order of an object's members has no meaning
         other = folded.setdefault(path.lower(), path)
         if other != path or path.lower() in directories:
-            problems.add("manifest.files", "/files", "paths that differ in more than case", quoted(path))
+            at = f"/files/{escape(path)}"
+            problems.add("manifest.files", at, "paths that differ in more than case", quoted(path))
     listed: set[str] = set()
     for unit, paths in manifest.units.items():
         for i, path in enumerate(paths):
@@ -155,7 +157,8 @@ def check_against(manifest: Manifest, architecture: Architecture) -> None:
         problems.add("manifest.boundaries", at, expected, str(manifest.hidden_size))
     for name in manifest.storage.exceptions:
         if name not in shapes:
-            problems.add("manifest.storage", "/storage/exceptions", "names of logical tensors", quoted(name))
+            at = f"/storage/exceptions/{escape(name)}"
+            problems.add("manifest.storage", at, "names of logical tensors", quoted(name))
     _check_encodings(manifest, shapes, problems)
     for i, stop in enumerate(manifest.text.stop_ids):
         if stop >= architecture.vocab_size:
@@ -189,7 +192,7 @@ def _check_encodings(manifest: Manifest, shapes: dict[str, tuple[int, ...]], pro
         encoding, at = storage.encoding_of(name), f"{pointer}/{escape(name)}"
         if name not in shapes or not is_matrix(name) or name in storage.exceptions:
             wanted = "names of weights of linear layers, of experts or of the token table that aren't exceptions"
-            problems.add("manifest.storage", pointer, wanted, quoted(name))
+            problems.add("manifest.storage", at, wanted, quoted(name))
         elif encoding is not None and not encoding.fits(shapes[name]):
             columns = f"a multiple of {encoding.block or COLUMNS} columns"
             wanted = columns if encoding.block is None else f"{columns}, and of {ROWS} rows"
@@ -256,9 +259,11 @@ def _check_graph(
     expected = ports(architecture, shard.layers, embeds=shard.embeds, head=shard.head, dtype=dtype)
     for which, wanted, found in zip(("inputs", "outputs"), expected, (graph.inputs, graph.outputs), strict=True):
         for i, port in enumerate(wanted):
-            if i >= len(found) or found[i] != port:
-                got = f"{found[i]}" if i < len(found) else "none"
-                problems.add("manifest.graphs", f"{at}/{which}/{i}", str(port), got)
+            if i >= len(found):
+                problems.add("manifest.graphs", f"{at}/{which}", f"also {port}", f"{len(found)} of them")
+                break
+            if found[i] != port:
+                problems.add("manifest.graphs", f"{at}/{which}/{i}", str(port), f"{found[i]}")
                 break
         if len(found) > len(wanted):
             problems.add("manifest.graphs", f"{at}/{which}", f"{len(wanted)} of them", str(len(found)))
@@ -271,7 +276,7 @@ def _check_source_names(
 
     It must have every logical tensor, and no source tensor twice.
     """
-    sources: set[str] = set()
+    sources: dict[str, int] = {}  # its name, or that of those of all matrix rows -> how many it stands for
     covered: set[str] = set()
     for i, entry in enumerate(manifest.source_names):
         at = f"/source_names/{i}"
@@ -336,13 +341,10 @@ def _check_source_names(
                 wanted = f"tensors that no other source tensor holds, except {EMBEDDING}"
                 problems.add("manifest.sources", f"{at}/tensors", wanted, quoted(expanded.tensors))
                 break
-            sources.add(expanded.source)
+            sources[expanded.source] = first[0]
             covered.update(expanded.tensors)
-    by_row = {source for source in sources if ROW in source}
-    for source in sources if by_row else ():
-        templates = {f"{source[: n.start()]}{ROW}{source[n.end() :]}" for n in re.finditer(r"\d+", source)}
-        if not by_row.isdisjoint(templates):
-            problems.add("manifest.sources", "/source_names", "a source tensor that no other entry has", quoted(source))
+    if (twice := named_twice(sources)) is not None:
+        problems.add("manifest.sources", "/source_names", "a source tensor that no other entry has", quoted(twice))
     left = shapes.keys() - covered
     if left and not problems.found:
         problems.add(

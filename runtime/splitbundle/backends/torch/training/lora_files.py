@@ -29,7 +29,8 @@ from splitbundle.backends.torch.training.adapter_files import (
 from splitbundle.backends.torch.training.lora import LoraLinear, adapters_of, add_lora, canonical_layers, linear_layers
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
 from splitbundle.format.fields import MAX_PROBLEMS
-from splitbundle.format.manifest.document import ROW, SourceName, row_sources
+from splitbundle.format.manifest.document import SourceName, row_sources
+from splitbundle.format.manifest.row_names import ROW
 from splitbundle.records import replace
 
 
