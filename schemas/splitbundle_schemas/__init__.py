@@ -18,6 +18,12 @@ NAMES: Final = (
     "cached-reference",
     "revoked-certificates",
     "wire-header",
+    "weight-header",
+    "genai-config",
+    "source-configuration",
+    "extensions",
+    "problems",
+    "adapter-config",
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import splitbundle
 import splitbundle_converter
+import splitbundle_schemas
 from splitbundle import Bundle
 from splitbundle.cli.main import main
 from splitbundle_converter.families.composites import COMPOSITES
@@ -72,6 +74,7 @@ def test_the_language_part_computes_what_the_whole_model_does(
     bundle.verify(exact=True)
     assert bundle.manifest.model.family == COMPOSITES[model_type].text_type
     part = bundle.manifest.extensions["part"]
+    jsonschema.validate(bundle.manifest.extensions, splitbundle_schemas.load("extensions"))
     assert (part["name"], part["of"], part["class"]) == ("language", model_type, type(model).__name__)
     restored = dict(splitbundle_converter.source_tensors(bundle))
     for name, tensor in restored.items():

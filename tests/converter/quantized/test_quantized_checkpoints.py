@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import splitbundle
 import splitbundle_converter
+import splitbundle_schemas
 from splitbundle_converter.quantized import formulas
 from splitbundle_converter.quantized.methods import METHODS
 from tests.support.checkpoints import accepted
@@ -76,6 +78,7 @@ def test_a_quantized_checkpoint_converts_and_exports(tmp_path: Path, output: Pat
     for name, tensor in plain.items():
         assert torch.equal(back[name], tensor), name
     method = FORMS[form].fields.get("quant_method", "mlx")
+    jsonschema.validate(made.manifest.extensions, splitbundle_schemas.load("extensions"))
     about = made.manifest.extensions["quantization"]
     assert about["method"] == method
     assert about["formula"] == METHODS[method].formula
