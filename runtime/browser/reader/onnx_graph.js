@@ -1,0 +1,406 @@
+/**
+ * Judges ONNX graphs (SB-O-006 to SB-O-021): what a graph may read, and what it consists of. Neither builds nor runs it.
+ *
+ * The order is: the outer message, versions, inputs and outputs, initializers, then node by node. So the body of a
+ * loop is parsed when its node is reached.
+ */
+
+import { graphPorts } from "./cross_rules.js";
+import { parseMessage } from "./onnx_messages.js";
+import {
+  ELEMENT_TYPES,
+  GRAPH,
+  LOOP,
+  MICROSOFT,
+  OPERATORS,
+  PRODUCT,
+  PRODUCT_ATTRIBUTES,
+  VALUE_FIELDS,
+} from "./onnx_operators.js";
+import { refuse } from "./problems.js";
+
+/** SB-O-008 */
+const LARGEST_GRAPH = 16_777_216;
+const MOST_NODES = 32_768;
+/** SB-O-014 */
+const MOST_CONSTANTS = 1_048_576;
+/** SB-O-009 */
+const IR_VERSION = 12;
+const OPSET = 24;
+const EXTERNAL = 1;
+const STORED_TYPES = { F32: 1, F16: 10, BF16: 16, I8: 3, U8: 2 };
+const CONSTANT_SIZES = new Map([
+  [ELEMENT_TYPES.float32, 4],
+  [ELEMENT_TYPES.float16, 2],
+  [ELEMENT_TYPES.int64, 8],
+  [ELEMENT_TYPES.uint8, 1],
+]);
+const DIGITS = /^(?:0|[1-9][0-9]{0,15})$/;
+
+/**
+ * Judge a shard's graph.
+ *
+ * @param {import("./bundle.js").Bundle} bundle
+ * @param {object} shard of the manifest, with a graph
+ * @param {Uint8Array} bytes the graph, whose digest was checked
+ * @throws {BundleError} graph.*
+ */
+export async function judgeGraph(bundle, shard, bytes) {
+  let tensors = await bundle.tensors(shard.name);
+  if (shard.head && !shard.embeds) {
+    // SB-O-013: an embedding that is listed for a tied head alone is only its table
+    const table = ["embedding.token.weight", "embedding.token.weight_scale"];
+    tensors = tensors.filter(({ unit, name }) => unit !== "embedding" || table.includes(name));
+  }
+  const products = shard.graph.variant === "matmul_nbits";
+  judgeModel(bytes, shard.graph.file, { ports: graphPorts(shard, bundle.architecture), tensors, products });
+}
+
+/**
+ * Judge any graph of a bundle.
+ *
+ * @param {Uint8Array} bytes
+ * @param {string} file
+ * @param {{ports: {inputs: object[], outputs: object[]}, tensors: object[], products: boolean}} wanted `products`:
+ *   whether it may have the operator of SB-O-021
+ */
+export function judgeModel(bytes, file, { ports, tensors, products }) {
+  if (bytes.length > LARGEST_GRAPH) {
+    refuse("graph.size", file, `at most ${LARGEST_GRAPH} bytes`, bytes.length);
+  }
+  // A copy begins at 0, so that offsets within it are those of the file.
+  const model = parseMessage("ModelProto", bytes.byteOffset ? bytes.slice() : bytes, file);
+  new Judge(model, file, tensors, products).judge(ports);
+}
+
+/** Names that a node may take. A body also has those around it: they aren't copied for each body. */
+class Scope {
+  #own = new Set();
+
+  constructor(outer = null) {
+    this.outer = outer;
+  }
+
+  add(name) {
+    this.#own.add(name);
+  }
+
+  has(name) {
+    return this.#own.has(name) || (this.outer?.has(name) ?? false);
+  }
+}
+
+class Judge {
+  constructor(model, file, tensors, products) {
+    this.model = model;
+    this.graph = model.graph;
+    this.file = file;
+    this.tensors = new Map(tensors.map((tensor) => [tensor.name, tensor]));
+    this.products = products;
+    /** The names of all values, in the graph and in bodies. */
+    this.names = new Set();
+    this.taken = new Set();
+    /** The operator that gives each value of the graph or of the body at hand. */
+    this.makers = new Map();
+    this.nodes = 0;
+  }
+
+  refuse(code, expected, got) {
+    refuse(`graph.${code}`, this.file, expected, got);
+  }
+
+  judge({ inputs, outputs }) {
+    this.versions();
+    this.ports(this.graph.input, inputs, "inputs");
+    this.ports(this.graph.output, outputs, "outputs");
+    this.initializers();
+    for (const name of [this.graph.name, this.model.producerName, this.model.producerVersion]) {
+      this.label(name);
+    }
+    const known = new Scope();
+    for (const { name } of [...this.graph.input, ...this.graph.initializer]) {
+      this.give(name, known);
+    }
+    const made = this.walk(this.graph.node, known, false);
+    for (const { name } of this.graph.initializer) {
+      if (!this.taken.has(name)) {
+        this.refuse("values", "initializers that a node takes", name);
+      }
+    }
+    for (const { name } of this.graph.output) {
+      if (!made.has(name)) {
+        this.refuse("values", "outputs that a node gives", name);
+      }
+    }
+  }
+
+  /** SB-O-009, SB-O-021 */
+  versions() {
+    const { irVersion, opsetImport } = this.model;
+    if (irVersion !== IR_VERSION) {
+      this.refuse("version", `ir_version ${IR_VERSION}`, irVersion);
+    }
+    const own = opsetImport.map(({ domain = "", version }) => `${domain} ${version}`).sort();
+    const wanted = [` ${OPSET}`, ...(this.products ? [`${MICROSOFT} 1`] : [])];
+    if (own.join() !== wanted.join()) {
+      this.refuse("version", `the operators${wanted}`, own.join());
+    }
+  }
+
+  /** SB-O-011 */
+  ports(own, wanted, side) {
+    if (own.length !== wanted.length) {
+      this.refuse("ports", `${wanted.length} ${side}`, own.length);
+    }
+    for (const [i, { name, dtype, shape }] of wanted.entries()) {
+      const { elemType, shape: ownShape } = own[i].type.tensorType;
+      const fits =
+        own[i].name === name &&
+        elemType === ELEMENT_TYPES[dtype] &&
+        ownShape.dim.length === shape.length &&
+        shape.every((size, k) => sameSize(ownShape.dim[k], size));
+      if (!fits) {
+        this.refuse("ports", `${name}: ${dtype} [${shape}] among the ${side}`, own[i].name);
+      }
+    }
+  }
+
+  /** SB-O-006, SB-O-013, SB-O-014 */
+  initializers() {
+    const there = new Set();
+    let size = 0;
+    for (const own of this.graph.initializer) {
+      const tensor = this.tensors.get(own.name);
+      if (own.externalData.length || own.dataLocation === EXTERNAL || tensor) {
+        this.weight(own, tensor);
+        there.add(own.name);
+      } else {
+        size += this.constant(own);
+      }
+    }
+    for (const name of this.tensors.keys()) {
+      if (!there.has(name)) {
+        this.refuse("weights", `the weight ${name}`, "a graph without it");
+      }
+    }
+    if (size > MOST_CONSTANTS) {
+      this.refuse("size", `at most ${MOST_CONSTANTS} bytes of numbers`, size);
+    }
+  }
+
+  weight({ name, dims, dataType, rawData, externalData, dataLocation }, tensor) {
+    if (!tensor) {
+      this.refuse("weights", "external data of the shard's tensors alone", name);
+    }
+    const entries = new Map(externalData.map(({ key, value }) => [key, value]));
+    const number = (key) => (DIGITS.test(entries.get(key) ?? "") ? Number(entries.get(key)) : null);
+    const fits =
+      dataType === STORED_TYPES[tensor.dtype] &&
+      dims.length === tensor.shape.length &&
+      dims.every((size, i) => size === tensor.shape[i]) &&
+      dataLocation === EXTERNAL &&
+      rawData === undefined &&
+      externalData.length === 3 &&
+      entries.get("location") === tensor.file &&
+      number("offset") === tensor.offset &&
+      number("length") === tensor.length;
+    if (!fits) {
+      const expected = `${tensor.dtype} [${tensor.shape}] at ${tensor.offset} of ${tensor.file}`;
+      this.refuse("weights", `${name}: ${expected}`, [...entries].map((entry) => entry.join("=")).join(" "));
+    }
+  }
+
+  /** Returns the bytes of a constant. */
+  constant({ name, dims, dataType, rawData, dataLocation = 0 }) {
+    const item = CONSTANT_SIZES.get(dataType);
+    const positive = dims.every((size) => typeof size === "number" && size >= 1);
+    const bytes = dims.reduce((product, size) => product * Number(size), item ?? 0);
+    if (dataLocation !== 0 || item === undefined || !positive || rawData?.length !== bytes) {
+      const expected = "raw data of float32, float16, int64 or uint8, as much as the dimensions take";
+      this.refuse("constants", `${name}: ${expected}`, `type ${dataType} [${dims}], ${rawData?.length ?? "no"} bytes`);
+    }
+    return bytes;
+  }
+
+  /** SB-O-012, of what isn't a value */
+  label(name = "") {
+    if (!/^[\x20-\x7e]{0,256}$/.test(name)) {
+      this.refuse("values", "names of at most 256 characters of printable ASCII", name);
+    }
+  }
+
+  /** A new value, of a name that no value has. */
+  give(name, known) {
+    if (!/^[\x21-\x7e]{1,256}$/.test(name)) {
+      this.refuse("values", "values of 1 to 256 characters of printable ASCII without the space", name);
+    }
+    if (this.names.has(name)) {
+      this.refuse("values", "values of different names", name);
+    }
+    this.names.add(name);
+    known.add(name);
+  }
+
+  /**
+   * Judge nodes in order.
+   *
+   * @param {object[]} nodes
+   * @param {Scope} known the values that they may take; those that they give are added
+   * @param {boolean} inBody
+   * @returns {Set<string>} what they give
+   */
+  walk(nodes, known, inBody) {
+    const made = new Set();
+    this.nodes += nodes.length;
+    if (this.nodes > MOST_NODES) {
+      this.refuse("size", `at most ${MOST_NODES} nodes together`, this.nodes);
+    }
+    for (const node of nodes) {
+      const attributes = this.operator(node, inBody);
+      for (const name of node.input) {
+        if (!known.has(name)) {
+          this.refuse("values", "values that stand before the node", name);
+        }
+        this.taken.add(name);
+      }
+      this.label(node.name);
+      if (node.opType === LOOP) {
+        this.body(attributes.get("body").g, known);
+      }
+      for (const name of node.output) {
+        this.give(name, known);
+        this.makers.set(name, node.opType);
+        made.add(name);
+      }
+    }
+    return made;
+  }
+
+  /**
+   * SB-O-010, SB-O-019, SB-O-021
+   *
+   * @returns {Map<string, object>} the node's attributes
+   */
+  operator({ opType, domain = "", input, output, attribute }, inBody) {
+    const product = this.products && domain === MICROSOFT && opType === PRODUCT;
+    const known = product
+      ? { least: 3, most: 3, attributes: PRODUCT_ATTRIBUTES }
+      : domain === "" && !(inBody && opType === LOOP) && OPERATORS.get(opType);
+    if (!known) {
+      this.refuse("operator", inBody ? "an operator of a body" : "a known operator", `${domain} ${opType}`);
+    }
+    if (output.length !== (opType === "TopK" ? 2 : 1)) {
+      this.refuse("syntax", `the outputs of ${opType}`, output.length);
+    }
+    if (input.length < known.least || input.length > known.most) {
+      this.refuse("operator", `${known.least} to ${known.most} inputs of ${opType}`, input.length);
+    }
+    const attributes = opType === LOOP ? this.loopAttributes(attribute) : this.attributes(attribute, known, opType);
+    if (opType === LOOP && this.makers.get(input[0]) !== "Size") {
+      this.refuse("operator", "a loop whose count is the output of Size", input[0]);
+    }
+    if (product) {
+      this.product(input[1], attributes);
+    }
+    return attributes;
+  }
+
+  attributes(messages, known, opType) {
+    const found = new Map();
+    for (const bytes of messages) {
+      const own = parseMessage("AttributeProto", bytes, this.file);
+      const wanted = Object.hasOwn(known.attributes, own.name) ? known.attributes[own.name] : undefined;
+      if (!wanted || found.has(own.name)) {
+        this.refuse("operator", `known attributes of ${opType}, each once`, own.name);
+      }
+      // An attribute without numbers is an empty list; every other field says whether it is there.
+      const filled = VALUE_FIELDS.filter((field) => (field === "ints" ? own.ints.length : own[field] !== undefined));
+      const typed = own.type === wanted.type && filled.length === 1 && filled[0] === wanted.field;
+      if (!typed || (wanted.among && !wanted.among.includes(own[wanted.field]))) {
+        this.refuse("operator", `${own.name} of ${opType} in its type, with a value it may have`, `type ${own.type}`);
+      }
+      found.set(own.name, own);
+    }
+    return found;
+  }
+
+  loopAttributes(messages) {
+    const found = new Map();
+    for (const bytes of messages) {
+      const own = parseMessage("AttributeProto of a Loop", bytes, this.file);
+      if (own.name !== "body" || own.type !== GRAPH || found.has(own.name)) {
+        this.refuse("operator", "a loop with one body and no other attribute", own.name);
+      }
+      found.set(own.name, own);
+    }
+    if (!found.has("body")) {
+      this.refuse("operator", "a loop with a body", "none");
+    }
+    return found;
+  }
+
+  /** SB-O-021 */
+  product(name, attributes) {
+    const tensor = this.tensors.get(name);
+    const codes = tensor?.dtype === "U8" && tensor.shape.length === 3;
+    const [rows, blocks, half] = codes ? tensor.shape : [];
+    const wanted = { K: blocks * half * 2, N: rows, bits: 4, block_size: half * 2, accuracy_level: 4 };
+    if (!codes || Object.entries(wanted).some(([key, value]) => attributes.get(key)?.i !== value)) {
+      this.refuse("operator", `${PRODUCT} over the codes of a stored matrix, with its sizes`, name);
+    }
+  }
+
+  /** SB-O-019 and, for the values, SB-O-012 */
+  body(bytes, outer) {
+    const graph = parseMessage("GraphProto of a Loop", bytes, this.file);
+    const [first, condition, carried] = graph.input;
+    const [next, result] = graph.output;
+    for (const { dimParam } of graph.input.flatMap((port) => port.type.tensorType.shape.dim)) {
+      this.label(dimParam);
+    }
+    const there = graph.input.length === 3 && graph.output.length === 2;
+    const scalars = there && isScalar(first, "int64") && isScalar(condition, "bool") && isScalar(next, "bool");
+    if (!scalars || !sameCarried(carried, result)) {
+      const expected = "a body from count, condition and carried value to condition and carried value";
+      this.refuse("ports", expected, graph.name);
+    }
+    this.label(graph.name);
+    const known = new Scope(outer);
+    for (const { name } of graph.input) {
+      this.give(name, known);
+    }
+    const made = this.walk(graph.node, known, true);
+    for (const { name } of graph.output) {
+      if (!made.has(name)) {
+        this.refuse("values", "outputs of a body that one of its nodes gives", name);
+      }
+    }
+  }
+}
+
+/** Whether a dimension is a size, or a name, and nothing else. */
+function sameSize({ dimValue, dimParam }, size) {
+  return typeof size === "number"
+    ? dimValue === size && dimParam === undefined
+    : dimParam === size && dimValue === undefined;
+}
+
+function isScalar({ type: { tensorType } }, dtype) {
+  return tensorType.elemType === ELEMENT_TYPES[dtype] && tensorType.shape.dim.length === 0;
+}
+
+function sameCarried(one, other) {
+  const [a, b] = [one.type.tensorType, other.type.tensorType];
+  const floating = [ELEMENT_TYPES.float32, ELEMENT_TYPES.float16].includes(a.elemType);
+  const size = ({ dimValue, dimParam }) =>
+    dimParam === undefined ? typeof dimValue === "number" && dimValue >= 1 : dimValue === undefined && dimParam !== "";
+  return (
+    floating &&
+    a.elemType === b.elemType &&
+    a.shape.dim.length === b.shape.dim.length &&
+    a.shape.dim.every((own, i) => {
+      const same = own.dimValue === b.shape.dim[i].dimValue && own.dimParam === b.shape.dim[i].dimParam;
+      return same && size(own);
+    })
+  );
+}
