@@ -24,17 +24,14 @@ const STEPS = {
 
 /** @returns {Promise<object>} the verdict */
 async function judge(step, directory) {
-  const source = new DirectorySource(directory);
   try {
-    await STEPS[step](await openBundle(source));
+    await STEPS[step](await openBundle(new DirectorySource(directory)));
     return { verdict: "accepted" };
   } catch (error) {
     if (!(error instanceof BundleError)) {
       throw error;
     }
     return { verdict: "refused", problems: error.problems };
-  } finally {
-    await source.close();
   }
 }
 

@@ -6,10 +6,11 @@ import { join } from "node:path";
 
 import { BundleError, problem } from "../reader/problems.js";
 
+/** Where a system has these: a link isn't followed, and a pipe isn't waited for. */
+const FLAGS = constants.O_RDONLY | (constants.O_NOFOLLOW ?? 0) | (constants.O_NONBLOCK ?? 0);
+
 /** @implements {import("../reader/bundle.js").Source} */
 export class DirectorySource {
-  #handles = new Map();
-
   /** @param {string} directory */
   constructor(directory) {
     this.directory = directory;
@@ -18,17 +19,17 @@ export class DirectorySource {
   /**
    * @param {string} path
    * @returns {Promise<{kind: "file" | "directory" | "link" | "other", size: number, hanging?: boolean} | null>}
+   *   of a path below something that is no directory, the kind of that
    */
   async stat(path) {
     const parts = path.split("/");
-    for (let i = 1; i <= parts.length; i++) {
-      const found = await this.#lstat(parts.slice(0, i).join("/"));
-      if (found === null || i === parts.length || found.kind !== "directory") {
-        // What isn't a directory on the way is reported in place of the file.
-        return found && i < parts.length ? { ...found, kind: found.kind === "file" ? "other" : found.kind } : found;
+    for (let i = 1; i < parts.length; i++) {
+      const above = await this.#lstat(parts.slice(0, i).join("/"));
+      if (above?.kind !== "directory") {
+        return above && { ...above, kind: above.kind === "file" ? "other" : above.kind };
       }
     }
-    return null;
+    return this.#lstat(path);
   }
 
   async #lstat(path) {
@@ -36,14 +37,7 @@ export class DirectorySource {
     try {
       const found = await lstat(place);
       const kind = kindOf(found);
-      if (kind !== "link") {
-        return { kind, size: found.size };
-      }
-      const hanging = await stat(place).then(
-        () => false,
-        () => true,
-      );
-      return { kind, size: 0, hanging };
+      return kind === "link" ? { kind, size: 0, hanging: await leadsNowhere(place) } : { kind, size: found.size };
     } catch (error) {
       if (error.code === "ENOENT" || error.code === "ENOTDIR") {
         return null;
@@ -59,8 +53,13 @@ export class DirectorySource {
    * @returns {Promise<Uint8Array>} fewer bytes if the file ends before
    */
   async read(path, start, end) {
+    let handle;
     try {
-      const handle = await this.#handle(path);
+      handle = await open(join(this.directory, path), FLAGS);
+      // Since `stat` was asked, something else may have come to stand there.
+      if (kindOf(await handle.stat()) !== "file") {
+        throw new BundleError(problem("file.kind", path, "a regular file", "something else"));
+      }
       const bytes = new Uint8Array(end - start);
       let at = 0;
       while (at < bytes.length) {
@@ -73,27 +72,9 @@ export class DirectorySource {
       return bytes.subarray(0, at);
     } catch (error) {
       throw error instanceof BundleError ? error : unreadable(path, error);
+    } finally {
+      await handle?.close();
     }
-  }
-
-  /** Keeps the last file open: most reads are of the same one. */
-  async #handle(path) {
-    const known = this.#handles.get(path);
-    if (known) {
-      return known;
-    }
-    await this.close();
-    // Between `stat` and here, the file may have been exchanged: this neither follows a link nor waits for a pipe.
-    const handle = await open(
-      join(this.directory, path),
-      constants.O_RDONLY | (constants.O_NOFOLLOW ?? 0) | (constants.O_NONBLOCK ?? 0),
-    );
-    if (kindOf(await handle.stat()) !== "file") {
-      await handle.close();
-      throw new BundleError(problem("file.kind", path, "a regular file", "something else"));
-    }
-    this.#handles.set(path, handle);
-    return handle;
   }
 
   /** Everything in the directory. Links aren't followed. */
@@ -111,14 +92,6 @@ export class DirectorySource {
     await visit(this.directory, "");
     return found;
   }
-
-  /** Close the file that is open. */
-  async close() {
-    for (const handle of this.#handles.values()) {
-      await handle.close();
-    }
-    this.#handles.clear();
-  }
 }
 
 function kindOf(entry) {
@@ -126,6 +99,15 @@ function kindOf(entry) {
     return "link";
   }
   return entry.isFile() ? "file" : entry.isDirectory() ? "directory" : "other";
+}
+
+async function leadsNowhere(place) {
+  try {
+    await stat(place);
+    return false;
+  } catch {
+    return true;
+  }
 }
 
 function unreadable(path, error) {
