@@ -1,8 +1,9 @@
 /**
- * Adapter of the JavaScript reader for the kit: `node javascript.mjs STEP DIRECTORY`. README.md has the protocol.
+ * Adapter of the JavaScript reader for the kit: `node javascript.mjs STEP DIRECTORY`. README.md has the
+ * protocol.
  *
- * `node javascript.mjs --serve` reads lines `STEP DIRECTORY` from stdin and answers each with one line, so that a test
- * needn't start Node a thousand times.
+ * `node javascript.mjs --serve` reads lines `STEP DIRECTORY` from stdin and answers each with one line, so
+ * that a test needn't start Node a thousand times.
  */
 
 import { createInterface } from "node:readline";
@@ -39,7 +40,8 @@ async function main([first, directory]) {
   if (first === "--serve") {
     for await (const line of createInterface({ input: process.stdin })) {
       const at = line.indexOf(" ");
-      const verdict = await judge(line.slice(0, at), line.slice(at + 1)).catch((error) => ({ error: error.stack }));
+      const asked = judge(line.slice(0, at), line.slice(at + 1));
+      const verdict = await asked.catch((error) => ({ error: error.stack }));
       process.stdout.write(`${JSON.stringify(verdict)}\n`);
     }
     return;

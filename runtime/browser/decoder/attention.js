@@ -1,4 +1,6 @@
-/** Self-attention over a cache (SB-C-008 to SB-C-010, SB-C-020 to SB-C-024, SB-C-032, SB-C-039 to SB-C-041). */
+/**
+ * Self-attention over a cache (SB-C-008 to SB-C-010, SB-C-020 to SB-C-024, SB-C-032, SB-C-039 to SB-C-041).
+ */
 
 import { sigmoid, softplus } from "./activations.js";
 import { linear, makeNorm } from "./linear.js";
@@ -108,7 +110,8 @@ export class Attention {
     const width = heads * headDim;
     for (let token = 0; own && token < total; token++) {
       const quotient = (positions[token] + own.offset) / own.original_positions;
-      const grown = own.growth === "power" ? (1 + quotient) ** own.beta : 1 + own.beta * Math.log1p(Math.floor(quotient));
+      const power = own.growth === "power";
+      const grown = power ? (1 + quotient) ** own.beta : 1 + own.beta * Math.log1p(Math.floor(quotient));
       const factor = fround(grown);
       for (let i = token * width; i < (token + 1) * width; i++) {
         queries[i] *= factor;

@@ -3,7 +3,10 @@
 import { lengthThreshold } from "./positions.js";
 import { refuse } from "../reader/problems.js";
 
-/** The cache of one layer. `keys` is (rows, kv_heads, slots, head_dim), `values` (rows, kv_heads, slots, value_dim). */
+/**
+ * The cache of one layer. `keys` is (rows, kv_heads, slots, head_dim), `values` (rows, kv_heads, slots,
+ * value_dim).
+ */
 export class LayerCache {
   constructor({ kv_heads: heads, head_dim: keyDim, value_dim: valueDim = keyDim }, rows, slots) {
     this.heads = heads;
@@ -20,8 +23,9 @@ export class LayerCache {
       for (let head = 0; head < this.heads; head++) {
         const slot = (rows[token] * this.heads + head) * this.slots + positions[token];
         const from = token * this.heads + head;
-        this.keys.set(keys.subarray(from * this.keyDim, (from + 1) * this.keyDim), slot * this.keyDim);
-        this.values.set(values.subarray(from * this.valueDim, (from + 1) * this.valueDim), slot * this.valueDim);
+        const { keyDim, valueDim } = this;
+        this.keys.set(keys.subarray(from * keyDim, (from + 1) * keyDim), slot * keyDim);
+        this.values.set(values.subarray(from * valueDim, (from + 1) * valueDim), slot * valueDim);
       }
     }
   }
@@ -38,8 +42,8 @@ export class Cache {
     this.slots = slots;
     this.lengths = new Int32Array(rows);
     this.layers = attentions.map((facts) => new LayerCache(facts, rows, slots));
-    const thresholds = attentions.map((facts) => lengthThreshold(facts.position)).filter((own) => own !== null);
-    this.thresholds = [...new Set(thresholds)];
+    const thresholds = attentions.map((facts) => lengthThreshold(facts.position));
+    this.thresholds = [...new Set(thresholds)].filter((own) => own !== null);
   }
 
   /**

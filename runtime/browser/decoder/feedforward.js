@@ -13,7 +13,8 @@ export class Dense {
   constructor(facts, name, weights) {
     this.gated = facts.gated;
     const learned = (part) => weights.get(`${name}.activation.${part}`)?.row(0)[0];
-    this.activation = activation(facts.activation, { alphaP: learned("alpha_p"), alphaN: learned("alpha_n") });
+    const alphas = { alphaP: learned("alpha_p"), alphaN: learned("alpha_n") };
+    this.activation = activation(facts.activation, alphas);
     this.linear = (part, x, tokens) => {
       const bias = weights.get(`${name}.${part}.bias`);
       return linear(weights.get(`${name}.${part}.weight`), x, tokens, { bias });
@@ -102,7 +103,8 @@ export class Experts {
     const gates = this.sharedGate && linear(this.sharedGate, x, tokens);
     const width = x.length / tokens;
     const half = this.facts.shared.average ? 0.5 : 1;
-    return added.map((value, i) => half * (result[i] + value * (gates ? sigmoid(gates[Math.floor(i / width)]) : 1)));
+    const factors = gates ? gates.map(sigmoid) : new Float32Array(tokens).fill(1);
+    return added.map((value, i) => half * (result[i] + value * factors[Math.floor(i / width)]));
   }
 }
 

@@ -9,9 +9,9 @@ import { judgeHeader, readHeader } from "../reader/weight_file.js";
  * Compute every case with every shard, from the golden hidden state before it, and compare.
  *
  * @param {import("../reader/bundle.js").Bundle} bundle
- * @returns {Promise<{worst: number, tensors: {name: string, shard: string, difference: number}[], self: boolean}>}
- *   differences relative to the largest value that SB-C-001 compares with; Infinity where a number isn't finite.
- *   `self`: the vectors come from the bundle's own stages (SB-G-004)
+ * @returns {Promise<{worst: number, tensors: {name: string, shard: string, difference: number}[], self:
+ *   boolean}>} differences relative to the largest value that SB-C-001 compares with; Infinity where a number
+ *   isn't finite. `self`: the vectors come from the bundle's own stages (SB-G-004)
  * @throws {BundleError} vectors.none, file.*, weights.*
  */
 export async function checkGolden(bundle) {
@@ -45,11 +45,12 @@ async function openVectors(bundle, vectors) {
   const path = vectors.file;
   await files.check(path);
   const header = await readHeader((...part) => files.read(path, ...part), path, bundle.manifest.files[path]);
-  const placed = new Map(judgeHeader(header, vectorTensors(vectors, bundle.architecture)).map((own) => [own.name, own]));
+  const tensors = judgeHeader(header, vectorTensors(vectors, bundle.architecture));
+  const placed = new Map(tensors.map((own) => [own.name, own]));
   return async (name) => {
     const { dtype, offset, length } = placed.get(name);
-    const bytes = (await files.read(path, offset, offset + length)).slice();
-    return dtype === "I64" ? Array.from(new BigInt64Array(bytes.buffer), Number) : new Float32Array(bytes.buffer);
+    const { buffer } = (await files.read(path, offset, offset + length)).slice();
+    return dtype === "I64" ? Array.from(new BigInt64Array(buffer), Number) : new Float32Array(buffer);
   };
 }
 

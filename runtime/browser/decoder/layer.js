@@ -1,4 +1,7 @@
-/** One layer: norms around attention and the feed-forward block, by the row of its placement (SB-C-004, SB-C-042). */
+/**
+ * One layer: norms around attention and the feed-forward block, by the row of its placement (SB-C-004,
+ * SB-C-042).
+ */
 
 import { Attention } from "./attention.js";
 import { Dense, Experts } from "./feedforward.js";

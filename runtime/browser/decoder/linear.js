@@ -8,8 +8,8 @@
  * @param {import("./weights.js").Matrix} weight out rows, from `first` on
  * @param {Float32Array} x
  * @param {number} tokens
- * @param {{bias?: import("./weights.js").Matrix, biasRow?: number, first?: number, rows?: number}} [options] `first`
- *   and `rows`: the rows of a stack of matrices that are meant
+ * @param {{bias?: import("./weights.js").Matrix, biasRow?: number, first?: number, rows?: number}} [options]
+ *   `first` and `rows`: the rows of a stack of matrices that are meant
  * @returns {Float32Array}
  */
 export function linear(weight, x, tokens, { bias, biasRow = 0, first = 0, rows = weight.rows } = {}) {
@@ -26,7 +26,10 @@ export function linear(weight, x, tokens, { bias, biasRow = 0, first = 0, rows =
   return result;
 }
 
-/** The product of a row with `width` numbers of x from `at` on. Four sums, so that they don't wait for each other. */
+/**
+ * The product of a row with `width` numbers of x from `at` on. Four sums, so that they don't wait for each
+ * other.
+ */
 function dot(row, x, at, width) {
   let [a, b, c, d] = [0, 0, 0, 0];
   const even = width - (width % 4);
@@ -48,7 +51,8 @@ function dot(row, x, at, width) {
  * @param {{kind: string, eps: number, weight_offset: number}} norm
  * @param {Float32Array} x any number of groups
  * @param {number} size numbers of a group
- * @param {Float32Array | undefined} weight whose numbers repeat after `weight.length`: a weight a head, or one for all
+ * @param {Float32Array | undefined} weight whose numbers repeat after `weight.length`: a weight a head, or
+ *   one for all
  * @param {Float32Array | undefined} bias
  * @returns {Float32Array}
  */

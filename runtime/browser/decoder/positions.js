@@ -63,8 +63,9 @@ function scaler({ base, dim, scaling }, length) {
 }
 
 /** SB-C-014 */
-function llama3(f, { factor, low_frequency_factor: low, high_frequency_factor: high, original_positions: original }) {
-  const turns = original / ((2 * Math.PI) / f);
+function llama3(f, scaling) {
+  const { factor, low_frequency_factor: low, high_frequency_factor: high } = scaling;
+  const turns = scaling.original_positions / ((2 * Math.PI) / f);
   if (turns < low) {
     return f / factor;
   }

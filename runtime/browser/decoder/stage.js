@@ -1,4 +1,7 @@
-/** A stage: any range of layers, with the embedding before or the head after it, ready to compute (decoder.md). */
+/**
+ * A stage: any range of layers, with the embedding before or the head after it, ready to compute
+ * (decoder.md).
+ */
 
 import { Cache } from "./cache.js";
 import { Layer } from "./layer.js";
@@ -15,16 +18,17 @@ import { refuse } from "../reader/problems.js";
 
 export class Stage {
   /**
-   * Load a range of layers. It embeds if it begins at 0, and has the head if it ends at the last layer. A shard without
-   * the embedding may begin at 0 too, so both can be said.
+   * Load a range of layers. It embeds if it begins at 0, and has the head if it ends at the last layer. A
+   * shard without the embedding may begin at 0 too, so both can be said.
    *
    * @param {import("../reader/bundle.js").Bundle} bundle
    * @param {{start: number, stop: number, embeds?: boolean, head?: boolean}} range
    * @returns {Promise<Stage>}
    * @throws {BundleError} stage.range, file.*, weights.*
    */
-  static async load(bundle, { start, stop, embeds = start === 0, head = stop === bundle.architecture.layers.length }) {
+  static async load(bundle, range) {
     const { architecture, logicalTensors } = bundle;
+    const { start, stop, embeds = start === 0, head = stop === architecture.layers.length } = range;
     const whole = Number.isInteger(start) && Number.isInteger(stop) && start >= 0 && start <= stop;
     const ends = whole && (!embeds || start === 0) && (!head || stop === architecture.layers.length);
     if (!ends || stop > architecture.layers.length || (start === stop && !embeds && !head)) {
@@ -60,12 +64,14 @@ export class Stage {
     this.architecture = architecture;
     this.range = range;
     this.weights = weights;
-    const kinds = architecture.layers.slice(range.start, range.stop).map((name) => architecture.layer_kinds[name]);
+    const names = architecture.layers.slice(range.start, range.stop);
+    const kinds = names.map((name) => architecture.layer_kinds[name]);
     this.layers = kinds.map((kind, i) => new Layer(kind, range.start + i, weights));
     this.attentions = kinds.map((kind) => kind.attention);
     const { embedding, head } = architecture;
-    this.embeddingNorm = range.embeds && embedding.norm ? makeNorm(embedding.norm, "embedding.norm", weights) : null;
-    this.headNorm = range.head && head.norm ? makeNorm(head.norm, "head.norm", weights) : null;
+    const norm = (there, own, name) => (there && own ? makeNorm(own, name, weights) : null);
+    this.embeddingNorm = norm(range.embeds, embedding.norm, "embedding.norm");
+    this.headNorm = norm(range.head, head.norm, "head.norm");
   }
 
   /**
@@ -82,7 +88,8 @@ export class Stage {
    * Compute one call.
    *
    * @param {object} call
-   * @param {ArrayLike<number>[]} [call.tokenIds] a row of ids each, if the stage embeds; ids after `count` are padding
+   * @param {ArrayLike<number>[]} [call.tokenIds] a row of ids each, if the stage embeds; ids after `count`
+   *   are padding
    * @param {Batch} [call.hidden] if it doesn't
    * @param {ArrayLike<number>} [call.past] the positions behind each row; 0 by default
    * @param {ArrayLike<number>} [call.count] the tokens of each row; by default all
@@ -121,7 +128,8 @@ export class Stage {
     if (!rows || !sequence) {
       refuse("input.shape", null, "at least one row and one place", `${rows} rows of ${sequence}`);
     }
-    const counts = Array.from(count ?? Array.from({ length: rows }, (_, b) => tokenIds?.[b].length ?? sequence));
+    const all = Array.from({ length: rows }, (_, b) => tokenIds?.[b].length ?? sequence);
+    const counts = Array.from(count ?? all);
     const before = Array.from(past ?? new Int32Array(rows));
     if (counts.length !== rows || before.length !== rows) {
       refuse("input.shape", null, `past and count of ${rows} rows`, `${before.length} and ${counts.length}`);
@@ -244,7 +252,8 @@ function gather({ data, shape: [, sequence, width] }, { total, rows, places }) {
 function scatter(x, { total, shape: [rowCount, sequence], rows, places }, width = x.length / total) {
   const data = new Float32Array(rowCount * sequence * width);
   for (let token = 0; token < total; token++) {
-    data.set(x.subarray(token * width, (token + 1) * width), (rows[token] * sequence + places[token]) * width);
+    const place = rows[token] * sequence + places[token];
+    data.set(x.subarray(token * width, (token + 1) * width), place * width);
   }
   return { data, shape: [rowCount, sequence, width] };
 }

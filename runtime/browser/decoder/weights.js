@@ -1,6 +1,6 @@
 /**
- * Weights as they are stored, widened to float32 row by row when they are used: a stage needs no more memory than its
- * files.
+ * Weights as they are stored, widened to float32 row by row when they are used: a stage needs no more memory
+ * than its files.
  */
 
 import { blockSize } from "../reader/logical_tensors.js";

@@ -2,7 +2,19 @@
 
 import { parseJson } from "./json.js";
 import { Collector, escaped } from "./problems.js";
-import { aboveZero, array, boolean, choice, integer, mapping, number, object, orNull, string, variant } from "./fields.js";
+import {
+  aboveZero,
+  array,
+  boolean,
+  choice,
+  integer,
+  mapping,
+  number,
+  object,
+  orNull,
+  string,
+  variant,
+} from "./fields.js";
 
 const FILE = "architecture.json";
 const MOST = 2 ** 31 - 1; // SB-A-002
@@ -69,7 +81,10 @@ const attention = object(
     clip: orNull(aboveZero),
     query_key_norm: orNull(object({ norm, width: choice("head", "heads", "full"), after_rotation: boolean })),
     query_temperature: orNull(
-      object({ beta: aboveZero, original_positions: size, offset }, { optional: { growth: choice("power") } }),
+      object(
+        { beta: aboveZero, original_positions: size, offset },
+        { optional: { growth: choice("power") } },
+      ),
     ),
     logit_cap: orNull(aboveZero),
     window: orNull(size),
@@ -212,7 +227,8 @@ function checkRules(architecture, found) {
 function checkKind(kind, pointer, rule) {
   checkNorm(kind.norm, `${pointer}/norm`, rule);
   const parallel = kind.placement.startsWith("parallel");
-  rule(!kind.residual_scales || !parallel, `${pointer}/residual_scales`, "none in a parallel layer", "some"); // SB-A-040
+  // SB-A-040
+  rule(!kind.residual_scales || !parallel, `${pointer}/residual_scales`, "none in a parallel layer", "some");
   checkAttention(kind.attention, `${pointer}/attention`, rule);
   if (kind.mlp.kind === "experts") {
     checkExperts(kind.mlp, `${pointer}/mlp`, rule);
@@ -230,10 +246,14 @@ function checkNorm(value, pointer, rule) {
 
 function checkAttention(value, pointer, rule) {
   const alibi = value.position.kind === "alibi";
-  rule(value.heads % value.kv_heads === 0, `${pointer}/kv_heads`, "a divisor of heads", value.kv_heads); // SB-A-011
-  rule(value.chunk === null || value.window === null, `${pointer}/chunk`, "null beside a window", value.chunk); // SB-A-029
+  // SB-A-011
+  rule(value.heads % value.kv_heads === 0, `${pointer}/kv_heads`, "a divisor of heads", value.kv_heads);
+  // SB-A-029
+  const one = value.chunk === null || value.window === null;
+  rule(one, `${pointer}/chunk`, "null beside a window", value.chunk);
   rule(!(alibi && value.sinks), `${pointer}/sinks`, "false with alibi", true); // SB-A-030
-  rule(!alibi || value.logit_cap === null, `${pointer}/logit_cap`, "null with alibi", value.logit_cap); // SB-A-026
+  // SB-A-026
+  rule(!alibi || value.logit_cap === null, `${pointer}/logit_cap`, "null with alibi", value.logit_cap);
   const own = value.query_key_norm;
   if (own) {
     checkNorm(own.norm, `${pointer}/query_key_norm/norm`, rule);
@@ -271,20 +291,22 @@ function checkRotary({ dim, base, scaling: own }, headDim, pointer, rule) {
 function checkExperts(value, pointer, rule) {
   const { router } = value;
   const at = `${pointer}/router`;
-  rule(value.per_token <= value.count, `${pointer}/per_token`, `at most ${value.count}`, value.per_token); // SB-A-033
+  // SB-A-033
+  rule(value.per_token <= value.count, `${pointer}/per_token`, `at most ${value.count}`, value.per_token);
   const plainSilu = value.gated && value.activation === "silu";
   const slope = value.gate_slope;
   rule(plainSilu || slope === 1, `${pointer}/gate_slope`, "1 unless it is a gate of silu", slope); // SB-A-034
   rule(value.gated || value.up_offset === 0, `${pointer}/up_offset`, "0 without gates", value.up_offset);
   const mixer = router.function === "sparsemixer";
   const summed = router.normalised || mixer;
-  rule(summed || router.epsilon === 0, `${at}/epsilon`, "0 where nothing is divided", router.epsilon); // SB-A-035
+  // SB-A-035
+  rule(summed || router.epsilon === 0, `${at}/epsilon`, "0 where nothing is divided", router.epsilon);
   if (router.groups) {
     checkGroups(router.groups, value, `${at}/groups`, rule);
   }
   if (mixer) {
-    const fits =
-      value.per_token === 2 && router.epsilon > 0 && !router.correction && !router.groups && !router.normalised;
+    const { epsilon, correction, groups, normalised } = router;
+    const fits = value.per_token === 2 && epsilon > 0 && !correction && !groups && !normalised;
     const expected = "2 experts a token, an epsilon, and no correction, groups or normalised weights";
     rule(fits, `${at}/function`, expected, "sparsemixer"); // SB-A-037
   }

@@ -7,7 +7,8 @@
  * @property {(path: string) => Promise<{kind: "file" | "directory" | "link" | "other", size: number,
  *   hanging?: boolean} | null>} stat
  * @property {(path: string, start: number, end: number) => Promise<Uint8Array>} read
- * @property {() => Promise<{path: string, kind: string}[] | null>} list null where a source can't list its files
+ * @property {() => Promise<{path: string, kind: string}[] | null>} list null where a source can't list its
+ *   files
  */
 
 import { parseArchitecture } from "./architecture.js";
@@ -45,7 +46,8 @@ export async function openBundle(source) {
 async function readManifest(source) {
   const found = await source.stat(MANIFEST);
   if (found === null || found.hanging) {
-    throw new BundleError(problem("file.missing", MANIFEST, "a bundle with a manifest", "nothing")); // SB-D-001
+    // SB-D-001
+    throw new BundleError(problem("file.missing", MANIFEST, "a bundle with a manifest", "nothing"));
   }
   const files = new Files(source);
   await files.check(MANIFEST);
@@ -106,7 +108,8 @@ export class Bundle {
     const headers = [];
     for (const path of this.manifest.units[unit].files) {
       await this.files.check(path);
-      headers.push(await readHeader((...range) => this.files.read(path, ...range), path, this.manifest.files[path]));
+      const read = (start, end) => this.files.read(path, start, end);
+      headers.push(await readHeader(read, path, this.manifest.files[path]));
     }
     const wanted = storedTensors(this.logicalTensors.of(unit), this.manifest.storage);
     return judgeParts(headers, wanted);
@@ -143,7 +146,8 @@ export class Bundle {
   }
 
   /**
-   * Check sizes and header digests of a shard's weight files, its scales, and its graph if there is one (SB-O-007).
+   * Check sizes and header digests of a shard's weight files, its scales, and its graph if there is one
+   * (SB-O-007).
    *
    * @param {string} name
    * @returns {Promise<object[]>} its tensors, as `tensors` returns them
@@ -170,8 +174,8 @@ export class Bundle {
   /**
    * Verify all files that are there, by their digests and by every rule about their content.
    *
-   * @param {{exact?: boolean, whole?: boolean, onProgress?: (path: string, done: number, total: number) => void}}
-   *   [options] `exact`: files that aren't listed are refused; `whole`: so is every absent file
+   * @param {{exact?: boolean, whole?: boolean, onProgress?: (path: string, done: number, total: number) =>
+   *   void}} [options] `exact`: files that aren't listed are refused; `whole`: so is every absent file
    * @returns {Promise<{unlisted: string[], absent: string[], shards: string[]}>} `shards`: the whole ones
    * @throws {BundleError}
    */

@@ -11,7 +11,9 @@ const FILE = "manifest.json";
 const LARGEST_HEADER = 33_554_432;
 const LARGEST_OTHER = 268_435_456;
 /** SB-M-092 */
-const LAYER_MATRIX = /^layers\.[0-9]+\.(?:attention\.(?:query|key|value|gate|output)|mlp\.(?:experts\.|shared\.)?(?:gate|up|down))\.weight$/;
+const ATTENTION_MATRIX = "attention\\.(?:query|key|value|gate|output)";
+const MLP_MATRIX = "mlp\\.(?:experts\\.|shared\\.)?(?:gate|up|down)";
+const LAYER_MATRIX = new RegExp(`^layers\\.[0-9]+\\.(?:${ATTENTION_MATRIX}|${MLP_MATRIX})\\.weight$`);
 const MATRICES = new Set([
   "embedding.token.weight",
   "embedding.projection.weight",
@@ -110,9 +112,11 @@ function checkStorage({ storage }, tensors, found) {
     }
     const [rows, columns] = shape.slice(-2);
     const fits =
-      encoding === "rows8" ? columns % 16 === 0 : columns % blockSize(encoding) === 0 && rows % 16 === 0; // SB-M-093
+      // SB-M-093
+      encoding === "rows8" ? columns % 16 === 0 : columns % blockSize(encoding) === 0 && rows % 16 === 0;
     if (!fits) {
-      wrong(`/storage/encodings/${escaped(name)}`, "an encoding for its rows and columns", `${encoding} of [${shape}]`);
+      const pointer = `/storage/encodings/${escaped(name)}`;
+      wrong(pointer, "an encoding for its rows and columns", `${encoding} of [${shape}]`);
     }
   }
 }
@@ -129,7 +133,8 @@ export function graphPorts(shard, architecture) {
   const caches = (suffix) => {
     const ports = [];
     for (let layer = shard.layers[0]; layer < shard.layers[1]; layer++) {
-      const { kv_heads: heads, head_dim: keyDim, value_dim: valueDim = keyDim } = kinds[layers[layer]].attention;
+      const { attention } = kinds[layers[layer]];
+      const { kv_heads: heads, head_dim: keyDim, value_dim: valueDim = keyDim } = attention;
       ports.push(port(`layers.${layer}.key${suffix}`, compute, "batch", heads, "slots", keyDim));
       ports.push(port(`layers.${layer}.value${suffix}`, compute, "batch", heads, "slots", valueDim));
     }
@@ -144,7 +149,10 @@ export function graphPorts(shard, architecture) {
       ...(shard.head ? [port("selected", "int64", "selected")] : []),
       ...caches(""),
     ],
-    outputs: [shard.head ? port("logits", "float32", "selected", vocab) : hidden("hidden.next"), ...caches(".next")],
+    outputs: [
+      shard.head ? port("logits", "float32", "selected", vocab) : hidden("hidden.next"),
+      ...caches(".next"),
+    ],
   };
 }
 
@@ -259,7 +267,8 @@ function checkSizes({ files, units, vectors, storage }, tensors, found) {
 function checkTotals({ shards, units, files, model }, tensors, found) {
   const parameters = new Map(tensors.units().map((unit) => [unit, tensors.parameters(unit)]));
   for (const [i, shard] of shards.entries()) {
-    const bytes = shard.units.flatMap((unit) => units[unit].files).reduce((sum, path) => sum + files[path].size, 0);
+    const paths = shard.units.flatMap((unit) => units[unit].files);
+    const bytes = paths.reduce((sum, path) => sum + files[path].size, 0);
     if (shard.bytes !== bytes) {
       found.add("manifest.shards", `/shards/${i}/bytes`, `${bytes}`, shard.bytes); // SB-M-027
     }

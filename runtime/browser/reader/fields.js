@@ -1,6 +1,7 @@
 /**
- * Typed fields of a parsed document. A *type* is a function of (value, pointer, collector): it reports what is wrong
- * and returns plain frozen data. Objects have no prototype, so a key such as `__proto__` is a key like any other.
+ * Typed fields of a parsed document. A *type* is a function of (value, pointer, collector): it reports what
+ * is wrong and returns plain frozen data. Objects have no prototype, so a key such as `__proto__` is a key
+ * like any other.
  *
  * @typedef {(value: unknown, pointer: string, found: import("./problems.js").Collector) => any} Type
  */
@@ -58,7 +59,9 @@ export function boolean(value, pointer, found) {
 }
 
 /** A string of at most `most` characters (code points), for which `holds` is true. */
-export function string({ most = MOST_CODE_POINTS, holds = () => true, expected = "a string", code = "field.value" } = {}) {
+export function string(options = {}) {
+  const { most = MOST_CODE_POINTS, holds = () => true } = options;
+  const { expected = "a string", code = "field.value" } = options;
   return (value, pointer, found) => {
     if (typeof value !== "string") {
       found.add("field.type", pointer, expected, value);
@@ -73,7 +76,8 @@ export function string({ most = MOST_CODE_POINTS, holds = () => true, expected =
 
 /** One of some strings. */
 export function choice(...values) {
-  return string({ holds: (value) => values.includes(value), expected: values.map((each) => `"${each}"`).join(" or ") });
+  const expected = values.map((each) => `"${each}"`).join(" or ");
+  return string({ holds: (value) => values.includes(value), expected });
 }
 
 /** @param {Type} type */
@@ -113,7 +117,8 @@ export function tuple(...types) {
  * An object with exactly these fields (SB-V-007, SB-V-008), of which those of `optional` may be absent.
  *
  * @param {Record<string, Type>} fields
- * @param {{optional?: Record<string, Type>, open?: boolean}} [options] `open`: other members are ignored and kept
+ * @param {{optional?: Record<string, Type>, open?: boolean}} [options] `open`: other members are ignored and
+ *   kept
  * @returns {Type}
  */
 export function object(fields, { optional = {}, open = false } = {}) {
@@ -186,7 +191,9 @@ export function mapping(typeOf, { holds = () => true, expected = "another key" }
 export function variant(kinds, optional = {}) {
   const kind = choice(...Object.keys(kinds));
   const types = new Map(
-    Object.entries(kinds).map(([name, fields]) => [name, object({ kind, ...fields }, { optional: optional[name] })]),
+    Object.entries(kinds).map(([name, fields]) => {
+      return [name, object({ kind, ...fields }, { optional: optional[name] })];
+    }),
   );
   return (value, pointer, found) => {
     if (!(value instanceof Map)) {

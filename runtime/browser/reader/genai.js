@@ -68,7 +68,7 @@ function genaiPorts(vocabulary) {
 function wantedModel({ manifest, architecture }, ports) {
   const { text, storage, shards } = manifest;
   const { position } = architecture.embedding;
-  const { heads, kv_heads: kvHeads, head_dim: headDim } = architecture.layer_kinds[architecture.layers[0]].attention;
+  const { attention } = architecture.layer_kinds[architecture.layers[0]];
   const positions = position.kind === "learned" ? position.count : null;
   const directory = text.tokenizer === null ? null : text.tokenizer.split("/").slice(0, -1).join("/");
   const stage = (filename, own, more = {}) => ({ filename, ...own, ...more });
@@ -92,9 +92,9 @@ function wantedModel({ manifest, architecture }, ports) {
       },
       hidden_size: architecture.hidden_size,
       num_hidden_layers: architecture.layers.length,
-      num_attention_heads: heads,
-      num_key_value_heads: kvHeads,
-      head_size: headDim,
+      num_attention_heads: attention.heads,
+      num_key_value_heads: attention.kv_heads,
+      head_size: attention.head_dim,
       inputs: {
         input_ids: "token_ids",
         attention_mask: "attention_mask",

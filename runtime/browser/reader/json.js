@@ -1,8 +1,9 @@
 /**
  * Strict JSON: what section "JSON" of spec/v1/bundle.md allows, and nothing that can be read in two ways.
  *
- * Objects become `Map`s, so that no key (`__proto__`) has a meaning of its own. Integers become numbers. A number
- * with a fraction or an exponent becomes a `Fraction`, because an integer field refuses even `1.0` (SB-J-008).
+ * Objects become `Map`s, so that no key (`__proto__`) has a meaning of its own. Integers become numbers. A
+ * number with a fraction or an exponent becomes a `Fraction`, because an integer field refuses even `1.0`
+ * (SB-J-008).
  */
 
 import { refuse } from "./problems.js";
@@ -321,7 +322,10 @@ function loneSurrogate(text) {
   return false;
 }
 
-/** Return a parsed value as plain frozen data: objects without a prototype, and numbers of either form as numbers. */
+/**
+ * Return a parsed value as plain frozen data: objects without a prototype, and numbers of either form as
+ * numbers.
+ */
 export function plain(value) {
   if (value instanceof Map) {
     const object = Object.create(null);

@@ -226,7 +226,8 @@ function attentionTensors(attention, hidden) {
   if (gate?.bias) {
     tensors.push({ name: "attention.gate_bias", shape: [heads] });
   }
-  return [...tensors, ...linearTensors("attention.output", [hidden, heads * valueDim], attention.output_bias)];
+  const output = linearTensors("attention.output", [hidden, heads * valueDim], attention.output_bias);
+  return [...tensors, ...output];
 }
 
 /** SB-C-021 */
@@ -238,7 +239,8 @@ function denseTensors(name, { gated, activation, intermediate_size: inner, bias 
   const tensors = gated ? linearTensors(`${name}.gate`, [inner, hidden], bias) : [];
   tensors.push(...linearTensors(`${name}.up`, [inner, hidden], bias));
   if (activation === "xielu") {
-    tensors.push({ name: `${name}.activation.alpha_p`, shape: [1] }, { name: `${name}.activation.alpha_n`, shape: [1] });
+    tensors.push({ name: `${name}.activation.alpha_p`, shape: [1] });
+    tensors.push({ name: `${name}.activation.alpha_n`, shape: [1] });
   }
   return [...tensors, ...linearTensors(`${name}.down`, [hidden, inner], bias)];
 }
@@ -255,7 +257,8 @@ function expertTensors(mlp, hidden) {
   tensors.push(...linearTensors("mlp.experts.up", [count, inner, hidden], bias));
   tensors.push(...linearTensors("mlp.experts.down", [count, hidden, inner], bias));
   if (shared) {
-    tensors.push(...denseTensors("mlp.shared", { ...mlp, intermediate_size: shared.intermediate_size }, hidden));
+    const own = { ...mlp, intermediate_size: shared.intermediate_size };
+    tensors.push(...denseTensors("mlp.shared", own, hidden));
   }
   if (shared?.gate) {
     tensors.push({ name: "mlp.shared_gate.weight", shape: [1, hidden] });

@@ -23,16 +23,28 @@ const OPSET = 24; // SB-O-002
 /** SB-M-009, SB-M-063 */
 const LARGEST_DOCUMENT = 16_777_216;
 /** SB-V-004 */
-const KNOWN_EXTENSIONS = new Set(
-  "self_vectors rows8 blocks4 experts output_gate value_dim value_multiplier residual_scales query_growth rotary_direction".split(" "),
-);
+const KNOWN_EXTENSIONS = new Set([
+  "self_vectors",
+  "rows8",
+  "blocks4",
+  "experts",
+  "output_gate",
+  "value_dim",
+  "value_multiplier",
+  "residual_scales",
+  "query_growth",
+  "rotary_direction",
+]);
 const MOST = 2 ** 31 - 1;
 
 const text = string();
 const positive = integer(1);
 const whole = integer();
 const digest = string({ holds: (value) => /^[0-9a-f]{64}$/.test(value), expected: "64 of 0-9a-f" });
-const id = string({ holds: (value) => /^sha256:[0-9a-f]{64}$/.test(value), expected: "sha256: and 64 of 0-9a-f" });
+const id = string({
+  holds: (value) => /^sha256:[0-9a-f]{64}$/.test(value),
+  expected: "sha256: and 64 of 0-9a-f",
+});
 const dtype = choice("float32", "float16", "bfloat16");
 const rate = number("a number from 0 to below 1", (value) => value >= 0 && value < 1);
 
@@ -52,7 +64,12 @@ const model = object(
     optional: {
       parent: id,
       dropout: object({ embedding: rate, attention: rate, attention_output: rate, mlp_output: rate }),
-      source_configuration: object({ file: text, part: orNull(text), generation: orNull(text), cast: boolean }),
+      source_configuration: object({
+        file: text,
+        part: orNull(text),
+        generation: orNull(text),
+        cast: boolean,
+      }),
       text_file: choice("text.json"),
     },
     open: true, // SB-V-006
@@ -101,7 +118,8 @@ const shard = object({
 });
 
 const row = object({ dtype: choice("int64"), shape: tuple(choice("batch")) });
-const hidden = object({ dtype: choice("compute"), shape: tuple(choice("batch"), choice("sequence"), positive) });
+const hiddenShape = tuple(choice("batch"), choice("sequence"), positive);
+const hidden = object({ dtype: choice("compute"), shape: hiddenShape });
 const boundary = object({ at: whole, tensors: object({ hidden, past: row, count: row }) });
 
 const plainFile = object({ size: whole, sha256: digest });
@@ -160,7 +178,10 @@ export function parseManifest(bytes) {
   return manifest;
 }
 
-/** The group of SB-V-001 to SB-V-004. A document of a newer format is refused for its version, whatever it lacks. */
+/**
+ * The group of SB-V-001 to SB-V-004. A document of a newer format is refused for its version, whatever it
+ * lacks.
+ */
 function checkFormat(value, found) {
   if (!(value instanceof Map)) {
     found.add("field.type", "", "an object", value);
@@ -308,17 +329,21 @@ function checkGraphs({ shards, files, storage: stored }, found) {
     const pointer = `/shards/${i}/graph`;
     const { file, variant } = own;
     if (!(file in files) || file.includes("/") || !file.endsWith(".onnx") || owners.has(file)) {
-      found.add("manifest.files", `${pointer}/file`, "a listed .onnx file at the top, of this shard alone", file);
+      const expected = "a listed .onnx file at the top, of this shard alone"; // SB-O-001
+      found.add("manifest.files", `${pointer}/file`, expected, file);
     }
     owners.add(file);
     if (own.opset !== OPSET) {
       found.add("manifest.graphs", `${pointer}/opset`, String(OPSET), own.opset); // SB-O-002
     }
     if (variant === "float16" && !float16) {
-      found.add("manifest.graphs", `${pointer}/variant`, "another one, unless all weights are float16", variant); // SB-O-017
+      // SB-O-017
+      const expected = "another one, unless all weights are float16";
+      found.add("manifest.graphs", `${pointer}/variant`, expected, variant);
     }
     if ((variant === "matmul_nbits") !== blocks) {
-      found.add("manifest.graphs", `${pointer}/variant`, "matmul_nbits for weights of 4 bits alone", variant); // SB-O-020
+      // SB-O-020
+      found.add("manifest.graphs", `${pointer}/variant`, "matmul_nbits for weights of 4 bits alone", variant);
     }
   }
 }

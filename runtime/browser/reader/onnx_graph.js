@@ -1,8 +1,9 @@
 /**
- * Judges ONNX graphs (SB-O-006 to SB-O-021): what a graph may read, and what it consists of. Neither builds nor runs it.
+ * Judges ONNX graphs (SB-O-006 to SB-O-021): what a graph may read, and what it consists of. Neither builds
+ * nor runs it.
  *
- * The order is: the outer message, versions, inputs and outputs, initializers, then node by node. So the body of a
- * loop is parsed when its node is reached.
+ * The order is: the outer message, versions, inputs and outputs, initializers, then node by node. So the body
+ * of a loop is parsed when its node is reached.
  */
 
 import { graphPorts } from "./cross_rules.js";
@@ -17,6 +18,7 @@ import {
   PRODUCT_ATTRIBUTES,
   VALUE_FIELDS,
 } from "./onnx_operators.js";
+import { isScalar, sameCarried, sameSize } from "./onnx_values.js";
 import { refuse } from "./problems.js";
 
 /** SB-O-008 */
@@ -61,8 +63,8 @@ export async function judgeGraph(bundle, shard, bytes) {
  *
  * @param {Uint8Array} bytes
  * @param {string} file
- * @param {{ports: {inputs: object[], outputs: object[]}, tensors: object[], products: boolean}} wanted `products`:
- *   whether it may have the operator of SB-O-021
+ * @param {{ports: {inputs: object[], outputs: object[]}, tensors: object[], products: boolean}} wanted
+ *   `products`: whether it may have the operator of SB-O-021
  */
 export function judgeModel(bytes, file, { ports, tensors, products }) {
   if (bytes.length > LARGEST_GRAPH) {
@@ -217,7 +219,8 @@ class Judge {
     const bytes = dims.reduce((product, size) => product * Number(size), item ?? 0);
     if (dataLocation !== 0 || item === undefined || !positive || rawData?.length !== bytes) {
       const expected = "raw data of float32, float16, int64 or uint8, as much as the dimensions take";
-      this.refuse("constants", `${name}: ${expected}`, `type ${dataType} [${dims}], ${rawData?.length ?? "no"} bytes`);
+      const got = `type ${dataType} [${dims}], ${rawData?.length ?? "no"} bytes`;
+      this.refuse("constants", `${name}: ${expected}`, got);
     }
     return bytes;
   }
@@ -295,8 +298,9 @@ class Judge {
     if (input.length < known.least || input.length > known.most) {
       this.refuse("operator", `${known.least} to ${known.most} inputs of ${opType}`, input.length);
     }
-    const attributes = opType === LOOP ? this.loopAttributes(attribute) : this.attributes(attribute, known, opType);
-    if (opType === LOOP && this.makers.get(input[0]) !== "Size") {
+    const loop = opType === LOOP;
+    const attributes = loop ? this.loopAttributes(attribute) : this.attributes(attribute, known, opType);
+    if (loop && this.makers.get(input[0]) !== "Size") {
       this.refuse("operator", "a loop whose count is the output of Size", input[0]);
     }
     if (product) {
@@ -314,10 +318,12 @@ class Judge {
         this.refuse("operator", `known attributes of ${opType}, each once`, own.name);
       }
       // An attribute without numbers is an empty list; every other field says whether it is there.
-      const filled = VALUE_FIELDS.filter((field) => (field === "ints" ? own.ints.length : own[field] !== undefined));
+      const isThere = (field) => (field === "ints" ? own.ints.length > 0 : own[field] !== undefined);
+      const filled = VALUE_FIELDS.filter(isThere);
       const typed = own.type === wanted.type && filled.length === 1 && filled[0] === wanted.field;
       if (!typed || (wanted.among && !wanted.among.includes(own[wanted.field]))) {
-        this.refuse("operator", `${own.name} of ${opType} in its type, with a value it may have`, `type ${own.type}`);
+        const expected = `${own.name} of ${opType} in its type, with a value it may have`;
+        this.refuse("operator", expected, `type ${own.type}`);
       }
       found.set(own.name, own);
     }
@@ -359,8 +365,8 @@ class Judge {
       this.label(dimParam);
     }
     const there = graph.input.length === 3 && graph.output.length === 2;
-    const scalars = there && isScalar(first, "int64") && isScalar(condition, "bool") && isScalar(next, "bool");
-    if (!scalars || !sameCarried(carried, result)) {
+    const conditions = () => isScalar(condition, "bool") && isScalar(next, "bool");
+    if (!there || !isScalar(first, "int64") || !conditions() || !sameCarried(carried, result)) {
       const expected = "a body from count, condition and carried value to condition and carried value";
       this.refuse("ports", expected, graph.name);
     }
@@ -376,31 +382,4 @@ class Judge {
       }
     }
   }
-}
-
-/** Whether a dimension is a size, or a name, and nothing else. */
-function sameSize({ dimValue, dimParam }, size) {
-  return typeof size === "number"
-    ? dimValue === size && dimParam === undefined
-    : dimParam === size && dimValue === undefined;
-}
-
-function isScalar({ type: { tensorType } }, dtype) {
-  return tensorType.elemType === ELEMENT_TYPES[dtype] && tensorType.shape.dim.length === 0;
-}
-
-function sameCarried(one, other) {
-  const [a, b] = [one.type.tensorType, other.type.tensorType];
-  const floating = [ELEMENT_TYPES.float32, ELEMENT_TYPES.float16].includes(a.elemType);
-  const size = ({ dimValue, dimParam }) =>
-    dimParam === undefined ? typeof dimValue === "number" && dimValue >= 1 : dimValue === undefined && dimParam !== "";
-  return (
-    floating &&
-    a.elemType === b.elemType &&
-    a.shape.dim.length === b.shape.dim.length &&
-    a.shape.dim.every((own, i) => {
-      const same = own.dimValue === b.shape.dim[i].dimValue && own.dimParam === b.shape.dim[i].dimParam;
-      return same && size(own);
-    })
-  );
 }

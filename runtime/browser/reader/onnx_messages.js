@@ -1,9 +1,10 @@
 /**
- * The messages of ONNX that a graph may consist of, read from the wire format of protocol buffers by the table of
- * SB-O-008: a field that isn't in the table is refused, and so is one that is written in another way.
+ * The messages of ONNX that a graph may consist of, read from the wire format of protocol buffers by the
+ * table of SB-O-008: a field that isn't in the table is refused, and so is one that is written in another
+ * way.
  *
- * Texts are strings of one character a byte. Numbers of 64 bits are JavaScript numbers if these are exact, and
- * BigInts otherwise: no rule allows such a number, and they compare unequal to everything that one does.
+ * Texts are strings of one character a byte. Numbers of 64 bits are JavaScript numbers if these are exact,
+ * and BigInts otherwise: no rule allows such a number, and they compare unequal to everything that one does.
  */
 
 import { refuse } from "./problems.js";
@@ -96,15 +97,15 @@ export function parseMessage(kind, bytes, file) {
     counts[name] = 0;
   }
   while (reader.at < bytes.length) {
-    const start = reader.at;
+    const place = { offset: bytes.byteOffset + reader.at };
     const tag = reader.varint();
     const field = typeof tag === "number" ? table[Math.floor(tag / 8)] : undefined;
     if (!field || field.wire !== tag % 8) {
-      refuse("graph.syntax", file, `only the fields of ${kind}`, `the tag ${tag}`, { offset: bytes.byteOffset + start });
+      refuse("graph.syntax", file, `only the fields of ${kind}`, `the tag ${tag}`, place);
     }
     if (++counts[field.name] > field.most) {
-      const [code, times] = field.list ? ["graph.size", `at most ${field.most} times`] : ["graph.syntax", "once"];
-      refuse(code, file, `${field.name} of ${kind} ${times}`, "once more", { offset: bytes.byteOffset + start });
+      const [code, times] = field.list ? ["size", `at most ${field.most} times`] : ["syntax", "once"];
+      refuse(`graph.${code}`, file, `${field.name} of ${kind} ${times}`, "once more", place);
     }
     const value = reader.value(field);
     if (field.list) {
@@ -115,7 +116,8 @@ export function parseMessage(kind, bytes, file) {
   }
   for (const { name, least } of Object.values(table)) {
     if (counts[name] < least) {
-      refuse("graph.syntax", file, `${name} of ${kind}`, "a message without it", { offset: bytes.byteOffset });
+      const place = { offset: bytes.byteOffset };
+      refuse("graph.syntax", file, `${name} of ${kind}`, "a message without it", place);
     }
   }
   return fields;

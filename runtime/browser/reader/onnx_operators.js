@@ -27,7 +27,8 @@ export const PRODUCT = "MatMulNBits";
 export const PRODUCT_ATTRIBUTES = { K: INT, N: INT, bits: INT, block_size: INT, accuracy_level: INT };
 
 const TABLE = [
-  ["Abs Cos Exp Identity Log Neg NonZero Reciprocal Relu Round Sigmoid Sin Size Softplus Squeeze Tanh Unique", 1, 1],
+  ["Abs Cos Exp Identity Log Neg NonZero Reciprocal Relu Round Sigmoid", 1, 1],
+  ["Sin Size Softplus Squeeze Tanh Unique", 1, 1],
   ["Cast", 1, 1, { to: { ...INT, among: CASTS } }],
   ["Gelu", 1, 1, { approximate: { ...STRING, among: ["none", "tanh"] } }],
   ["Shape", 1, 1, { start: INT, end: INT }],

@@ -14,7 +14,9 @@
 /** A reader stops collecting problems of one group here (SB-E-002). */
 export const MOST_PROBLEMS = 100;
 
-/** A bundle, or a part of one, that is refused. `problems` holds at least one problem, the first one first. */
+/**
+ * A bundle, or a part of one, that is refused. `problems` holds at least one problem, the first one first.
+ */
 export class BundleError extends Error {
   /** @param {Problem | Problem[]} problems */
   constructor(problems) {

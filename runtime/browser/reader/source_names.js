@@ -47,7 +47,8 @@ class SourceTable {
     const { source, tensors: names } = entry;
     const layered = source.includes(LAYER);
     if (names.some((name) => name.includes(LAYER) !== layered)) {
-      return this.wrong(`${pointer}/tensors`, "{layer} in the source and all tensors, or in none", source); // SB-M-081
+      // SB-M-081
+      return this.wrong(`${pointer}/tensors`, "{layer} in the source and all tensors, or in none", source);
     }
     const layers = layered ? this.tensors.layers : 1;
     let rows = 0;
@@ -99,7 +100,8 @@ class SourceTable {
     const dtypes = new Set(entry.tensors.map((name) => this.stored(name.replaceAll(LAYER, layer))));
     const alike = shapes.every((own) => own.length === first.length && others(own) === others(first));
     if (!alike || dtypes.size > 1) {
-      return this.wrong(`${pointer}/tensors`, "tensors of one dtype that differ in one dimension", entry.tensors[0]);
+      const expected = "tensors of one dtype that differ in one dimension";
+      return this.wrong(`${pointer}/tensors`, expected, entry.tensors[0]);
     }
     if (transposed && first.length < 2) {
       return this.wrong(`${pointer}/transposed`, "false for a vector", true); // SB-M-086
@@ -114,7 +116,8 @@ class SourceTable {
     if (shape !== undefined) {
       const numbers = shapes.reduce((sum, own) => sum + product(own), 0n);
       if (source.includes(ROW) || !this.experts || product(shape) !== numbers) {
-        return this.wrong(`${pointer}/shape`, `a shape of ${numbers} numbers, in a bundle with experts`, String(shape));
+        const expected = `a shape of ${numbers} numbers, in a bundle with experts`;
+        return this.wrong(`${pointer}/shape`, expected, String(shape));
       }
     }
     return true;
@@ -164,8 +167,8 @@ function rowFits({ source, tensors, groups, transposed }, shape) {
 }
 
 /**
- * Find a source name that two entries give, where one or both have a row in it. Rows aren't enumerated: there may be
- * 2^31 of them. A name is compared with a row's halves once for each of its parts that is a number.
+ * Find a source name that two entries give, where one or both have a row in it. Rows aren't enumerated: there
+ * may be 2^31 of them. A name is compared with a row's halves once for each of its parts that is a number.
  */
 function repeatedRow(rows, sources) {
   const key = (before, after) => JSON.stringify([before, after]);

@@ -1,7 +1,7 @@
 /** `SHA256SUMS` (SB-D-010). */
 
 import { byBytes } from "./paths.js";
-import { BundleError, problem } from "./problems.js";
+import { refuse } from "./problems.js";
 
 const FILE = "SHA256SUMS";
 const MANIFEST = "manifest.json";
@@ -39,7 +39,8 @@ export function checkSums(bytes, wanted, manifestDigest) {
   const digest = /^[0-9a-f]{64}(?= )/.exec(own)?.[0] ?? manifestDigest;
   const differing = [...digest].filter((digit, i) => digit !== manifestDigest[i]).length;
   // Two digests of two manifests differ nearly everywhere. A few other digits are damage to this file.
-  const file = differing > DIGITS / 2 ? MANIFEST : FILE;
-  const expected = file === MANIFEST ? `the manifest that SHA256SUMS lists, ${digest}` : "a line for each listed file";
-  throw new BundleError(problem("sums.mismatch", file, expected, file === MANIFEST ? manifestDigest : "other lines"));
+  if (differing > DIGITS / 2) {
+    refuse("sums.mismatch", MANIFEST, `the manifest that SHA256SUMS lists, ${digest}`, manifestDigest);
+  }
+  refuse("sums.mismatch", FILE, "a line for each listed file, sorted", "other lines");
 }

@@ -8,7 +8,10 @@ const text = (most) => string({ most });
 const positive = number("a number above 0", (value) => value > 0);
 const share = number("a number above 0, up to 1", (value) => value > 0 && value <= 1);
 const template = object({
-  name: string({ holds: (name) => /^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$/.test(name), expected: "a template's name" }),
+  name: string({
+    holds: (name) => /^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$/.test(name),
+    expected: "a template's name",
+  }),
   template: text(1_048_576),
 });
 const defaults = object({
@@ -21,7 +24,10 @@ const defaults = object({
   repetition_penalty: orNull(positive),
 });
 const message = object({
-  role: string({ holds: (role) => /^[A-Za-z0-9_-]{1,64}$/.test(role), expected: "1 to 64 of A-Z a-z 0-9 _ -" }),
+  role: string({
+    holds: (role) => /^[A-Za-z0-9_-]{1,64}$/.test(role),
+    expected: "1 to 64 of A-Z a-z 0-9 _ -",
+  }),
   content: text(4096),
 });
 

@@ -29,7 +29,8 @@ export function checkTokenizer(bytes, file, vocabulary) {
   checkAddedTokens(document.get("added_tokens") ?? [], tokens, wrong);
   const beyond = [...tokens.values()].filter((id) => id >= vocabulary).length;
   if (beyond * 100 > tokens.size) {
-    wrong("/model/vocab", `ids below ${vocabulary}, but for one in a hundred`, `${beyond} beyond`); // SB-T-008
+    // SB-T-008
+    wrong("/model/vocab", `ids below ${vocabulary}, but for one in a hundred`, `${beyond} beyond`);
   }
   checkInsertedIds(document.get("post_processor"), vocabulary, wrong);
   for (const name of ["normalizer", "pre_tokenizer", "decoder"]) {
@@ -135,7 +136,9 @@ function checkInsertedIds(processor, vocabulary, wrong) {
       count(ids);
       if (used.has(name)) {
         const place = `${pointer}/special_tokens/${escaped(name)}/ids`;
-        (Array.isArray(ids) ? ids : [ids]).forEach((id, i) => checkId(id, vocabulary - 1, `${place}/${i}`, wrong));
+        for (const [i, id] of (Array.isArray(ids) ? ids : [ids]).entries()) {
+          checkId(id, vocabulary - 1, `${place}/${i}`, wrong);
+        }
       }
     }
   };
@@ -173,7 +176,8 @@ function checkGrowth(steps, place, wrong) {
   for (const [pointer, value] of objects(steps, place)) {
     product *= factor(value, pointer, wrong);
     if (++count > MOST_OBJECTS || product > MOST_GROWTH) {
-      wrong(pointer, `at most ${MOST_OBJECTS} objects, and a growth of ${MOST_GROWTH}`, `${count}, and ${product}`);
+      const expected = `at most ${MOST_OBJECTS} objects, and a growth of ${MOST_GROWTH}`;
+      wrong(pointer, expected, `${count}, and ${product}`);
     }
   }
 }

@@ -18,8 +18,8 @@ const LARGEST_SIGNATURE = 16_777_216;
 /**
  * Verify a bundle. `Bundle.verify` describes the options and the result.
  *
- * The groups are: what is there, and of which kind and size; `SHA256SUMS`; digests; content. No group follows one
- * with a problem.
+ * The groups are: what is there, and of which kind and size; `SHA256SUMS`; digests; content. No group follows
+ * one with a problem.
  */
 export async function verifyBundle(bundle, { exact = false, whole = false, onProgress = () => {} } = {}) {
   const state = await survey(bundle, whole);
@@ -116,8 +116,8 @@ async function findUnlisted({ files, manifest }, exact) {
     .map(({ path }) => path)
     .sort(byBytes);
   if (exact && unlisted.length) {
-    const problems = unlisted.map((path) => problem("file.unlisted", path, "listed files alone", "another one"));
-    throw new BundleError(problems.slice(0, MOST_PROBLEMS));
+    const one = (path) => problem("file.unlisted", path, "listed files alone", "another one");
+    throw new BundleError(unlisted.slice(0, MOST_PROBLEMS).map(one));
   }
   return unlisted;
 }
@@ -125,8 +125,8 @@ async function findUnlisted({ files, manifest }, exact) {
 /** SB-D-014: regular files of a size, the first 64 by their names. */
 async function findSignatures(files, entries) {
   const found = new Set();
-  const paths = entries.filter(({ path, kind }) => kind === "file" && isSignature(path)).map(({ path }) => path);
-  for (const path of paths.sort(byBytes)) {
+  const regular = entries.filter(({ path, kind }) => kind === "file" && isSignature(path));
+  for (const path of regular.map((entry) => entry.path).sort(byBytes)) {
     const { size } = (await files.source.stat(path)) ?? { size: Infinity };
     if (size <= LARGEST_SIGNATURE && found.size < MOST_SIGNATURES) {
       found.add(path);
@@ -149,8 +149,8 @@ async function verifySums({ files, manifest, manifestDigest }) {
 async function verifyContent(bundle, { present, absent }) {
   const { manifest, architecture, files } = bundle;
   const there = new Set(present);
-  const units = Object.entries(manifest.units).filter(([, unit]) => unit.files.every((path) => there.has(path)));
-  await inGroup(units, async ([unit]) => {
+  const whole = (unit) => manifest.units[unit].files.every((path) => there.has(path));
+  await inGroup(Object.keys(manifest.units).filter(whole), async (unit) => {
     for (const tensor of await bundle.unitTensors(unit)) {
       await bundle.checkScales(tensor);
     }

@@ -26,7 +26,8 @@ const entry = object({
 const members = mapping((name) => (name === METADATA ? metadata : entry));
 
 /**
- * A header that was read and whose fields were judged. `judgeHeader` judges it against what the file is to hold.
+ * A header that was read and whose fields were judged. `judgeHeader` judges it against what the file is to
+ * hold.
  *
  * @typedef {object} Header
  * @property {string} path
@@ -36,8 +37,8 @@ const members = mapping((name) => (name === METADATA ? metadata : entry));
  * @property {string} dataDigest
  * @property {Map<string, {dtype: string, shape: readonly number[], data_offsets: readonly number[]}>} entries
  *
- * @typedef {{name: string, dtype: string, shape: readonly number[], file: string, offset: number, length: number,
- *   scale: boolean}} PlacedTensor offset and length are in bytes of the file
+ * @typedef {{name: string, dtype: string, shape: readonly number[], file: string, offset: number, length:
+ *   number, scale: boolean}} PlacedTensor offset and length are in bytes of the file
  */
 
 /**
@@ -56,12 +57,14 @@ export async function readHeader(read, path, { size, header_sha256: listedDigest
   const view = new DataView((await read(0, 8)).slice().buffer);
   const length = view.getUint32(0, true) + view.getUint32(4, true) * 2 ** 32;
   if (length > LARGEST_HEADER || 8 + length > size || (8 + length) % PAGE) {
-    refuse("weights.header", path, "a header that ends at a page of the file, of at most 16 MiB", length, { offset: 0 });
+    const expected = "a header that ends at a page of the file, of at most 16 MiB";
+    refuse("weights.header", path, expected, length, { offset: 0 });
   }
   const dataStart = 8 + length;
   const begin = await read(0, dataStart);
   if (sha256(begin) !== listedDigest) {
-    refuse("file.header-digest", path, `${listedDigest} for the first ${dataStart} bytes`, sha256(begin)); // SB-W-004
+    // SB-W-004
+    refuse("file.header-digest", path, `${listedDigest} for the first ${dataStart} bytes`, sha256(begin));
   }
   const text = begin.subarray(8);
   let end = text.length;
@@ -115,13 +118,15 @@ export function judgeHeader(header, tensors) {
   }
   checkText(header, placed);
   if (dataStart + offset !== header.size) {
-    refuse("weights.layout", path, `${dataStart + offset} bytes, to the end of the last tensor`, header.size); // SB-W-010
+    // SB-W-010
+    refuse("weights.layout", path, `${dataStart + offset} bytes, to the end of the last tensor`, header.size);
   }
   return placed;
 }
 
 /**
- * Give each part of a unit the tensors that it is to hold (SB-W-012): the first part holds the first few, and so on.
+ * Give each part of a unit the tensors that it is to hold (SB-W-012): the first part holds the first few, and
+ * so on.
  *
  * @param {Header[]} headers of all parts in order
  * @param {import("./logical_tensors.js").StoredTensor[]} tensors of the unit, in order of use
@@ -167,7 +172,8 @@ function checkText({ path, text, dataDigest, dataStart }, placed) {
   const canonical = new TextEncoder().encode(`{"${METADATA}":{"sha256":"${dataDigest}"}${parts.join("")}}`);
   const padded = Math.ceil((8 + canonical.length) / PAGE) * PAGE - 8;
   const other = canonical.findIndex((byte, i) => byte !== text[i]);
-  if (padded !== text.length || other >= 0 || text.subarray(canonical.length).some((byte) => byte !== SPACE)) {
+  const rest = text.subarray(canonical.length);
+  if (padded !== text.length || other >= 0 || rest.some((byte) => byte !== SPACE)) {
     const offset = 8 + (other >= 0 ? other : canonical.length);
     throw new BundleError(problem("weights.layout", path, "the canonical header", "another one", { offset }));
   }

@@ -3,7 +3,8 @@
 import { BundleError, problem } from "../reader/problems.js";
 
 /**
- * The files of `<input type="file" webkitdirectory>`. The browser has left out links, pipes and empty directories.
+ * The files of `<input type="file" webkitdirectory>`. The browser has left out links, pipes and empty
+ * directories.
  *
  * @implements {import("../reader/bundle.js").Source}
  */
@@ -38,8 +39,8 @@ export class FileListSource {
 }
 
 /**
- * A directory that was chosen with `showDirectoryPicker`, or one of the page's own file system. Handles are files or
- * directories, and nothing else.
+ * A directory that was chosen with `showDirectoryPicker`, or one of the page's own file system. Handles are
+ * files or directories, and nothing else.
  *
  * @implements {import("../reader/bundle.js").Source}
  */

@@ -1,4 +1,7 @@
-/** A bundle below a URL. Parts of files are asked for by `Range`, so a whole weight file is never fetched for one. */
+/**
+ * A bundle below a URL. Parts of files are asked for by `Range`, so a whole weight file is never fetched for
+ * one.
+ */
 
 import { BundleError, problem, refuse } from "../reader/problems.js";
 
@@ -10,7 +13,8 @@ export class HttpSource {
 
   /**
    * @param {string | URL} url of the bundle's directory
-   * @param {{fetch?: typeof fetch, headers?: Record<string, string>}} [options] `headers` go with each request
+   * @param {{fetch?: typeof fetch, headers?: Record<string, string>}} [options] `headers` go with each
+   *   request
    */
   constructor(url, { fetch: own = (...request) => fetch(...request), headers = {} } = {}) {
     const base = new URL(url, globalThis.document?.baseURI);
@@ -63,7 +67,8 @@ export class HttpSource {
    */
   async read(path, start, end) {
     const answer = await this.#ask(path, { headers: { Range: `bytes=${start}-${end - 1}` } });
-    // Of another origin, a page may see the header only if the server allows it. The length shows enough then.
+    // Of another origin, a page may see the header only if the server allows it. The length shows enough
+    // then.
     const range = answer.headers.get("Content-Range") ?? `bytes ${start}-${end - 1}/*`;
     const [, given, total] = /^bytes ([0-9]+-[0-9]+)\/([0-9]+|\*)$/.exec(range) ?? [];
     if (answer.status !== 206 || given !== `${start}-${end - 1}`) {

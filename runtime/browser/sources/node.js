@@ -18,8 +18,8 @@ export class DirectorySource {
 
   /**
    * @param {string} path
-   * @returns {Promise<{kind: "file" | "directory" | "link" | "other", size: number, hanging?: boolean} | null>}
-   *   of a path below something that is no directory, the kind of that
+   * @returns {Promise<{kind: "file" | "directory" | "link" | "other", size: number, hanging?: boolean} |
+   *   null>} of a path below something that is no directory, the kind of that
    */
   async stat(path) {
     const parts = path.split("/");
@@ -37,7 +37,8 @@ export class DirectorySource {
     try {
       const found = await lstat(place);
       const kind = kindOf(found);
-      return kind === "link" ? { kind, size: 0, hanging: await leadsNowhere(place) } : { kind, size: found.size };
+      const link = kind === "link" && { kind, size: 0, hanging: await leadsNowhere(place) };
+      return link || { kind, size: found.size };
     } catch (error) {
       if (error.code === "ENOENT" || error.code === "ENOTDIR") {
         return null;
@@ -111,5 +112,6 @@ async function leadsNowhere(place) {
 }
 
 function unreadable(path, error) {
-  return new BundleError(problem("file.unreadable", path, "a file that can be read", error.code ?? error.message));
+  const got = error.code ?? error.message;
+  return new BundleError(problem("file.unreadable", path, "a file that can be read", got));
 }
