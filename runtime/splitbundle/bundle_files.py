@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from splitbundle.backends import registry
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted, wrong_argument
 from splitbundle.storage.documents import telling_of_replacement
+from splitbundle.storage.drafts import telling_of_draft
 from splitbundle.storage.files import Progress
 from splitbundle.storage.reader import BundleReader
 
@@ -320,7 +321,7 @@ class BundleFiles(BundleReader):
     def _told(self, shard: str | None = None) -> Iterator[None]:
         """If the block fails, say so where the bundle was replaced, and where an absent file can be pulled from."""
         try:
-            with telling_of_replacement(self.path, self.id):
+            with telling_of_replacement(self.path, self.id), telling_of_draft(self.path, self.manifest.producer):
                 yield
         except BundleError as error:
             if not any(code.startswith("file.") for code in error.codes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__ = "1.0.0rc1"
 
 FORMAT_VERSION = (1, 0)
 """MAJOR, MINOR: the newest version of a manifest that this reader knows."""

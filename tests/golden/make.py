@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig
+from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2MoeConfig
 
 import splitbundle_converter
 
@@ -52,7 +52,28 @@ CONFIGS: dict[str, tuple[PreTrainedConfig, list[int], str]] = {
         [1],
         "bfloat16",
     ),
+    # A dense layer, and one with experts and a shared block.
+    "experts": (
+        Qwen2MoeConfig(
+            num_hidden_layers=2,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+            num_experts=6,
+            num_experts_per_tok=2,
+            mlp_only_layers=[0],
+            vocab_size=71,
+        ),
+        [1],
+        "float32",
+    ),
+    # Matrices in 4 bits, and the token table in 8.
+    "int4": (GPT2Config(n_layer=2, n_embd=64, n_head=4, n_positions=64, vocab_size=96), [1], "float32"),
 }
+QUANTIZED = ("int4",)
 
 
 def main() -> None:
@@ -69,7 +90,10 @@ def main() -> None:
             source = Path(directory, f"golden-{name}")
             model.save_pretrained(source)
             output = HERE / sys.argv[1] / f"{name}.splitbundle"
-            splitbundle_converter.convert(source, output, split=cuts, dtype=dtype, onnx=True, force=True)
+            quantize = name if name in QUANTIZED else None
+            splitbundle_converter.convert(
+                source, output, split=cuts, dtype=dtype, onnx=True, quantize=quantize, force=True
+            )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import splitbundle
 from tests.support.paths import TESTS
 
 GOLDEN = TESTS / "golden" / "v1.0"
-NAMES = sorted(path.name for path in GOLDEN.glob("*.splitbundle"))
+ALL = sorted(path.name for path in GOLDEN.glob("*.splitbundle"))
+NAMES = [name for name in ALL if name not in ("experts.splitbundle", "int4.splitbundle")]
+"""The bundles of plain dense models, on which everything is tried."""
 
 
 @pytest.fixture(params=NAMES)

@@ -19,6 +19,7 @@ from splitbundle.format.manifest.document import Manifest
 from splitbundle.format.manifest.parser import parse_manifest
 from splitbundle.storage import files
 from splitbundle.storage.archive_kind import file_kind, next_step
+from splitbundle.storage.drafts import telling_of_draft
 from splitbundle.storage.recovery import recover
 
 MAX_REPLACEMENTS: Final = 8
@@ -85,10 +86,11 @@ def read_documents(root: Path, id: str | None = None) -> Documents:  # noqa: A00
     Raises:
         BundleError: every problem of either file; ``file.digest`` if the bundle has another id.
     """
-    data, parsed, architecture_data = _read_both(root, id)
-    architecture = parse_architecture(architecture_data)
-    rules.check_against(parsed, architecture)
-    return Documents(parsed, architecture, document.identity(data))
+    with telling_of_draft(root):
+        data, parsed, architecture_data = _read_both(root, id)
+        architecture = parse_architecture(architecture_data)
+        rules.check_against(parsed, architecture)
+        return Documents(parsed, architecture, document.identity(data))
 
 
 def _read_both(root: Path, wanted: str | None) -> tuple[bytes, Manifest, bytes]:

@@ -14,6 +14,7 @@ import pytest
 
 import splitbundle
 from splitbundle import BundleError
+from tests.runtime.conftest import ALL, GOLDEN
 
 
 def test_opening_reads_no_weights(copy: Path) -> None:
@@ -24,7 +25,9 @@ def test_opening_reads_no_weights(copy: Path) -> None:
     assert "layer-000.safetensors" in bundle.absent()
 
 
-def test_every_golden_bundle_verifies(golden: splitbundle.Bundle) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_every_golden_bundle_verifies(name: str) -> None:
+    golden = splitbundle.open(GOLDEN / name)
     found = golden.verify(exact=True)
     assert set(found.files) == set(golden.manifest.files)
     assert found.bytes == sum(file.stat().st_size for file in golden.path.rglob("*") if file.is_file()) - sum(
@@ -104,10 +107,10 @@ def test_a_changed_manifest_that_still_opens_is_named_by_the_sums(copy: Path) ->
 
 @pytest.mark.rule("SB-D-001")
 def test_unlisted_files_are_reported_and_with_exact_refused(copy: Path) -> None:
-    (copy / "tokenizer" / "extra.txt").write_text("hello")
+    (copy / "source" / "extra.txt").write_text("hello")
     bundle = splitbundle.open(copy)
-    assert bundle.verify().unlisted == ("tokenizer/extra.txt",)
-    with pytest.raises(BundleError, match=r"\[file.unlisted\] tokenizer/extra.txt"):
+    assert bundle.verify().unlisted == ("source/extra.txt",)
+    with pytest.raises(BundleError, match=r"\[file.unlisted\] source/extra.txt"):
         bundle.verify(exact=True)
 
 
@@ -132,10 +135,10 @@ def test_links_and_pipes_are_refused(copy: Path, tmp_path: Path) -> None:
     unit.mkdir()
     with pytest.raises(BundleError, match="is a directory"):
         splitbundle.open(copy).verify()
-    text = copy / "tokenizer"
+    text = copy / "source"
     moved = Path(shutil.move(text, tmp_path / "text"))
     text.symlink_to(moved)
-    with pytest.raises(BundleError, match="tokenizer is a symbolic link"):
+    with pytest.raises(BundleError, match="source is a symbolic link"):
         splitbundle.open(copy).verify()
 
 

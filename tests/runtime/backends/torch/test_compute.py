@@ -14,6 +14,7 @@ from splitbundle import BundleError
 from splitbundle.backends.torch.weights import map_tensors
 from splitbundle.stages.golden import TOLERANCE
 from splitbundle.storage.reader import VECTORS
+from tests.runtime.conftest import ALL, GOLDEN
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -22,7 +23,9 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.mark.rule("SB-G-001")
-def test_golden_vectors_hold(golden: splitbundle.Bundle) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_golden_vectors_hold(name: str) -> None:
+    golden = splitbundle.open(GOLDEN / name)
     assert TOLERANCE == 1e-5
     differences = golden.run_vectors()
     places = [f"hidden.{cut}" for cut in golden.manifest.cuts] + ["logits"]
