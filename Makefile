@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-long test-real lint docs clean
+.PHONY: demo test test-long test-real lint docs dist clean
 
 demo: .venv/demo/.installed
 	.venv/demo/bin/python examples/demo.py
@@ -26,6 +26,16 @@ lint: .venv/test/.installed
 
 docs: .venv/test/.installed
 	.venv/test/bin/python -m sphinx -b html -c docs -d build/doctrees --fail-on-warning --keep-going . build/docs
+
+# The sdist and the wheel of a release. The wheel is then installed alone, and opens what it must.
+dist:
+	$(PYTHON) -m venv --clear .venv/dist
+	.venv/dist/bin/python $(PIP) hatchling
+	rm -rf dist
+	.venv/dist/bin/python -m hatchling build
+	$(PYTHON) -m venv --clear .venv/dist
+	.venv/dist/bin/python $(PIP) dist/*.whl
+	cd dist && ../.venv/dist/bin/splitbundle verify ../tests/golden/v1.0/gpt2.splitbundle
 
 # torch first and by its exact version: a loose requirement brings gigabytes of GPU packages.
 .venv/demo/.installed: pyproject.toml constraints.txt
