@@ -15,6 +15,7 @@ from conformance.encodings import encoding_cases
 from conformance.graphs import genai_cases, graph_cases
 from conformance.headers import header_cases
 from conformance.number_calls import number_cases
+from conformance.parts import part_cases
 from conformance.text import tokenizer_cases
 from conformance.text_document import text_cases
 from conformance.wire_frames import wire_cases
@@ -28,6 +29,7 @@ def cases() -> Iterator[Case]:
     yield from large_cases()
     yield from directory_cases()
     yield from header_cases()
+    yield from part_cases()
     yield from encoding_cases()
     yield from graph_cases()
     yield from genai_cases()
