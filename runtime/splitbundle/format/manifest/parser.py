@@ -206,7 +206,7 @@ def _graph(field: Field) -> Graph:
     return Graph(
         file=members["file"].string(),
         variant=members["variant"].choice(VARIANTS),
-        opset=members["opset"].integer(1),
+        opset=members["opset"].integer(),
         inputs=tuple(_port(item) for item in members["inputs"].items()),
         outputs=tuple(_port(item) for item in members["outputs"].items()),
     )
