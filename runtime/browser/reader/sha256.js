@@ -61,44 +61,61 @@ export function sha256(bytes) {
   return new Sha256().update(bytes).hex();
 }
 
+const choice = (x, y, z) => z ^ (x & (y ^ z));
+const majority = (x, y, z) => (x & y) | (z & (x | y));
+const sum0 = (x) => ((x >>> 2) | (x << 30)) ^ ((x >>> 13) | (x << 19)) ^ ((x >>> 22) | (x << 10));
+const sum1 = (x) => ((x >>> 6) | (x << 26)) ^ ((x >>> 11) | (x << 21)) ^ ((x >>> 25) | (x << 7));
+const sigma0 = (x) => ((x >>> 7) | (x << 25)) ^ ((x >>> 18) | (x << 14)) ^ (x >>> 3);
+const sigma1 = (x) => ((x >>> 17) | (x << 15)) ^ ((x >>> 19) | (x << 13)) ^ (x >>> 10);
+
+/**
+ * Take whole blocks. Eight rounds are written out, so that no round has to move the eight working variables.
+ */
 function compress(state, words, bytes, start, end) {
-  let [a0, b0, c0, d0, e0, f0, g0, h0] = state;
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  let [a, b, c, d, e, f, g, h] = state;
   for (let block = start; block < end; block += BLOCK) {
-    for (let i = 0, at = block; i < 16; i++, at += 4) {
-      words[i] = (bytes[at] << 24) | (bytes[at + 1] << 16) | (bytes[at + 2] << 8) | bytes[at + 3];
+    for (let i = 0; i < 16; i++) {
+      words[i] = view.getInt32(block + 4 * i);
     }
     for (let i = 16; i < 64; i++) {
-      const x = words[i - 15];
-      const y = words[i - 2];
-      const s0 = ((x >>> 7) | (x << 25)) ^ ((x >>> 18) | (x << 14)) ^ (x >>> 3);
-      const s1 = ((y >>> 17) | (y << 15)) ^ ((y >>> 19) | (y << 13)) ^ (y >>> 10);
-      words[i] = (words[i - 16] + s0 + words[i - 7] + s1) | 0;
+      words[i] = (words[i - 16] + sigma0(words[i - 15]) + words[i - 7] + sigma1(words[i - 2])) | 0;
     }
-    let a = a0, b = b0, c = c0, d = d0, e = e0, f = f0, g = g0, h = h0;
-    for (let i = 0; i < 64; i++) {
-      const s1 = ((e >>> 6) | (e << 26)) ^ ((e >>> 11) | (e << 21)) ^ ((e >>> 25) | (e << 7));
-      const first = (h + s1 + ((e & f) ^ (~e & g)) + ROUND_CONSTANTS[i] + words[i]) | 0;
-      const s0 = ((a >>> 2) | (a << 30)) ^ ((a >>> 13) | (a << 19)) ^ ((a >>> 22) | (a << 10));
-      const second = (s0 + ((a & b) ^ (a & c) ^ (b & c))) | 0;
-      h = g;
-      g = f;
-      f = e;
-      e = (d + first) | 0;
-      d = c;
-      c = b;
-      b = a;
-      a = (first + second) | 0;
+    for (let i = 0; i < 64; i += 8) {
+      h = (h + sum1(e) + choice(e, f, g) + ROUND_CONSTANTS[i] + words[i]) | 0;
+      d = (d + h) | 0;
+      h = (h + sum0(a) + majority(a, b, c)) | 0;
+      g = (g + sum1(d) + choice(d, e, f) + ROUND_CONSTANTS[i + 1] + words[i + 1]) | 0;
+      c = (c + g) | 0;
+      g = (g + sum0(h) + majority(h, a, b)) | 0;
+      f = (f + sum1(c) + choice(c, d, e) + ROUND_CONSTANTS[i + 2] + words[i + 2]) | 0;
+      b = (b + f) | 0;
+      f = (f + sum0(g) + majority(g, h, a)) | 0;
+      e = (e + sum1(b) + choice(b, c, d) + ROUND_CONSTANTS[i + 3] + words[i + 3]) | 0;
+      a = (a + e) | 0;
+      e = (e + sum0(f) + majority(f, g, h)) | 0;
+      d = (d + sum1(a) + choice(a, b, c) + ROUND_CONSTANTS[i + 4] + words[i + 4]) | 0;
+      h = (h + d) | 0;
+      d = (d + sum0(e) + majority(e, f, g)) | 0;
+      c = (c + sum1(h) + choice(h, a, b) + ROUND_CONSTANTS[i + 5] + words[i + 5]) | 0;
+      g = (g + c) | 0;
+      c = (c + sum0(d) + majority(d, e, f)) | 0;
+      b = (b + sum1(g) + choice(g, h, a) + ROUND_CONSTANTS[i + 6] + words[i + 6]) | 0;
+      f = (f + b) | 0;
+      b = (b + sum0(c) + majority(c, d, e)) | 0;
+      a = (a + sum1(f) + choice(f, g, h) + ROUND_CONSTANTS[i + 7] + words[i + 7]) | 0;
+      e = (e + a) | 0;
+      a = (a + sum0(b) + majority(b, c, d)) | 0;
     }
-    a0 = (a0 + a) | 0;
-    b0 = (b0 + b) | 0;
-    c0 = (c0 + c) | 0;
-    d0 = (d0 + d) | 0;
-    e0 = (e0 + e) | 0;
-    f0 = (f0 + f) | 0;
-    g0 = (g0 + g) | 0;
-    h0 = (h0 + h) | 0;
+    state[0] = a = (a + state[0]) | 0;
+    state[1] = b = (b + state[1]) | 0;
+    state[2] = c = (c + state[2]) | 0;
+    state[3] = d = (d + state[3]) | 0;
+    state[4] = e = (e + state[4]) | 0;
+    state[5] = f = (f + state[5]) | 0;
+    state[6] = g = (g + state[6]) | 0;
+    state[7] = h = (h + state[7]) | 0;
   }
-  state.set([a0, b0, c0, d0, e0, f0, g0, h0]);
 }
 
 function firstPrimes(count) {

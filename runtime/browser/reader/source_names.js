@@ -171,7 +171,7 @@ function rowFits({ source, tensors, groups, transposed }, shape) {
  * may be 2^31 of them. A name is compared with a row's halves once for each of its parts that is a number.
  */
 function repeatedRow(rows, sources) {
-  const key = (before, after) => JSON.stringify([before, after]);
+  const key = (...parts) => JSON.stringify(parts);
   const known = new Map();
   for (const own of rows) {
     const halves = key(own.before, own.after);
@@ -191,8 +191,8 @@ function repeatedRow(rows, sources) {
   const crossings = new Map();
   for (const own of rows) {
     const sides = [
-      ...numbers(own.before).map(([b, n, a]) => [n, key(b, a + ROW + own.after), false]),
-      ...numbers(own.after).map(([b, n, a]) => [n, key(own.before + ROW + b, a), true]),
+      ...numbers(own.before).map(([b, number, between]) => [number, key(b, between, own.after), false]),
+      ...numbers(own.after).map(([between, number, a]) => [number, key(own.before, between, a), true]),
     ];
     for (const [number, crossing, later] of sides) {
       const met = crossings.get(crossing) ?? [];
