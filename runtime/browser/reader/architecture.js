@@ -119,29 +119,30 @@ const dense = object({
   bias: boolean,
 });
 
-const mixture = object({
-  kind: choice("experts"),
-  count: experts,
-  per_token: experts,
-  gated: boolean,
-  activation: choice(...DENSE_ACTIVATIONS),
-  intermediate_size: size,
-  bias: boolean,
-  clamp: orNull(aboveZero),
-  gate_slope: aboveZero,
-  up_offset: zeroOrOne,
-  router: object({
-    function: choice("softmax", "sigmoid", "sparsemixer"),
+const mixture = variant({
+  experts: {
+    count: experts,
+    per_token: experts,
+    gated: boolean,
+    activation: choice(...DENSE_ACTIVATIONS),
+    intermediate_size: size,
     bias: boolean,
-    logit_cap: orNull(aboveZero),
-    correction: orNull(choice("score", "logit")),
-    groups: orNull(object({ count: experts, kept: experts, score: choice("max", "top_two") })),
-    normalised: boolean,
-    epsilon: zeroOrAbove,
-    scale: aboveZero,
-    weighs: choice("output", "input"),
-  }),
-  shared: orNull(object({ intermediate_size: size, gate: boolean, average: boolean })),
+    clamp: orNull(aboveZero),
+    gate_slope: aboveZero,
+    up_offset: zeroOrOne,
+    router: object({
+      function: choice("softmax", "sigmoid", "sparsemixer"),
+      bias: boolean,
+      logit_cap: orNull(aboveZero),
+      correction: orNull(choice("score", "logit")),
+      groups: orNull(object({ count: experts, kept: experts, score: choice("max", "top_two") })),
+      normalised: boolean,
+      epsilon: zeroOrAbove,
+      scale: aboveZero,
+      weighs: choice("output", "input"),
+    }),
+    shared: orNull(object({ intermediate_size: size, gate: boolean, average: boolean })),
+  },
 });
 
 const residualScale = object({ kept: aboveZero, added: aboveZero });

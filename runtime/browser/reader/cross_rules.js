@@ -39,6 +39,7 @@ export function checkTogether(manifest, architecture) {
   checkStorage(manifest, tensors, found);
   found.close(); // sizes of quantized tensors need encodings that fit
   checkPorts(manifest, architecture, found);
+  checkParameters(manifest, tensors, found);
   checkCounts(manifest, architecture, found);
   checkExtensions(manifest, architecture, found);
   checkSizes(manifest, tensors, found);
@@ -183,6 +184,14 @@ function samePort(one, other) {
   );
 }
 
+/** SB-M-005 */
+function checkParameters({ model }, tensors, found) {
+  const all = tensors.units().reduce((sum, unit) => sum + tensors.parameters(unit), 0n);
+  if (BigInt(model.parameters) !== all) {
+    found.add("manifest.model", "/model/parameters", `${all}`, model.parameters);
+  }
+}
+
 function checkCounts({ text, vectors }, { vocab_size: vocab, embedding }, found) {
   for (const [i, id] of text.stop_ids.entries()) {
     if (id >= vocab) {
@@ -264,7 +273,7 @@ function checkSizes({ files, units, vectors, storage }, tensors, found) {
   }
 }
 
-function checkTotals({ shards, units, files, model }, tensors, found) {
+function checkTotals({ shards, units, files }, tensors, found) {
   const parameters = new Map(tensors.units().map((unit) => [unit, tensors.parameters(unit)]));
   for (const [i, shard] of shards.entries()) {
     const paths = shard.units.flatMap((unit) => units[unit].files);
@@ -276,10 +285,6 @@ function checkTotals({ shards, units, files, model }, tensors, found) {
     if (BigInt(shard.parameters) !== own) {
       found.add("manifest.shards", `/shards/${i}/parameters`, `${own}`, shard.parameters); // SB-M-028
     }
-  }
-  const all = [...parameters.values()].reduce((sum, own) => sum + own, 0n);
-  if (BigInt(model.parameters) !== all) {
-    found.add("manifest.model", "/model/parameters", `${all}`, model.parameters); // SB-M-005
   }
 }
 

@@ -129,23 +129,27 @@ export function object(fields, { optional = {}, open = false } = {}) {
       return undefined;
     }
     const result = Object.create(null);
-    for (const [name, type] of known) {
-      if (value.has(name)) {
-        result[name] = type(value.get(name), `${pointer}/${name}`, found);
-      } else if (!Object.hasOwn(optional, name)) {
+    for (const name of Object.keys(fields)) {
+      if (!value.has(name)) {
         found.add("field.missing", pointer, `the field ${name}`, "an object without it");
       }
     }
     for (const [name, member] of value) {
+      if (known.has(name)) {
+        continue;
+      }
       if (found.full) {
         break;
       }
-      if (!known.has(name)) {
-        if (open) {
-          result[name] = plain(member);
-        } else {
-          found.add("field.unknown", `${pointer}/${escaped(name)}`, "no such field", name);
-        }
+      if (open) {
+        result[name] = plain(member);
+      } else {
+        found.add("field.unknown", `${pointer}/${escaped(name)}`, "no such field", name);
+      }
+    }
+    for (const [name, type] of known) {
+      if (value.has(name)) {
+        result[name] = type(value.get(name), `${pointer}/${name}`, found);
       }
     }
     return Object.freeze(result);

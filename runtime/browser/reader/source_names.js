@@ -51,16 +51,16 @@ class SourceTable {
       return this.wrong(`${pointer}/tensors`, "{layer} in the source and all tensors, or in none", source);
     }
     const layers = layered ? this.tensors.layers : 1;
-    let rows = 0;
     for (let layer = 0; layer < layers; layer++) {
+      const name = source.replaceAll(LAYER, layer);
+      if (!this.addSource(name, pointer)) {
+        return false;
+      }
       const shapes = this.name(names.map((name) => name.replaceAll(LAYER, layer)), pointer);
       if (!shapes || !this.fits(entry, shapes, layer, pointer)) {
         return false;
       }
-      rows = shapes[0][0];
-      if (!this.addSource(source.replaceAll(LAYER, layer), rows, pointer)) {
-        return false;
-      }
+      this.addRow(name, shapes[0][0]);
     }
     return true;
   }
@@ -128,17 +128,22 @@ class SourceTable {
   }
 
   /** SB-M-082 */
-  addSource(name, rows, pointer) {
-    const at = name.indexOf(ROW);
-    if (at >= 0) {
-      this.rows.push({ before: name.slice(0, at), after: name.slice(at + ROW.length), rows });
-      return true;
-    }
+  addSource(name, pointer) {
     if (this.sources.has(name)) {
       return this.wrong(`${pointer}/source`, "source names that differ", name);
     }
-    this.sources.add(name);
+    if (!name.includes(ROW)) {
+      this.sources.add(name);
+    }
     return true;
+  }
+
+  /** Names with a row are compared at the end, when all are known. */
+  addRow(name, rows) {
+    const at = name.indexOf(ROW);
+    if (at >= 0) {
+      this.rows.push({ before: name.slice(0, at), after: name.slice(at + ROW.length), rows });
+    }
   }
 
   close() {

@@ -100,7 +100,7 @@ function checkAddedTokens(added, tokens, wrong) {
     }
     const content = own.get("content");
     if (typeof content !== "string") {
-      wrong(`${pointer}/content`, "a string", content);
+      wrong(own.has("content") ? `${pointer}/content` : pointer, "content, a string", content);
     }
     checkId(own.get("id"), MOST_IDS, `${pointer}/id`, wrong);
     follows ||= content !== "" && !tokens.has(content);

@@ -3,7 +3,7 @@
 import { LARGEST_INTEGER, array, integer, mapping, object, string, tuple } from "./fields.js";
 import { parseJson } from "./json.js";
 import { ITEM_SIZES, byteLength } from "./logical_tensors.js";
-import { BundleError, Collector, problem, refuse } from "./problems.js";
+import { BundleError, Collector, escaped, problem, refuse } from "./problems.js";
 import { sha256 } from "./sha256.js";
 
 /** SB-W-002 */
@@ -93,19 +93,19 @@ export async function readHeader(read, path, { size, header_sha256: listedDigest
 export function judgeHeader(header, tensors) {
   const { path, entries, dataStart } = header;
   const found = new Collector(path);
-  const wrong = (expected, got) => found.add("weights.tensors", null, expected, got);
+  const wrong = (pointer, expected, got) => found.add("weights.tensors", pointer, expected, got);
   const wanted = new Set(tensors.map((tensor) => tensor.name));
   for (const { name, dtype, shape } of tensors) {
     const own = entries.get(name);
     if (!own) {
-      wrong(`the tensor ${name}`, "a header without it");
+      wrong("", `the tensor ${name}`, "a header without it");
     } else if (own.dtype !== dtype || own.shape.join() !== shape.join()) {
-      wrong(`${name} as ${dtype} [${shape}]`, `${own.dtype} [${own.shape}]`);
+      wrong(`/${escaped(name)}`, `${name} as ${dtype} [${shape}]`, `${own.dtype} [${own.shape}]`);
     }
   }
   for (const name of entries.keys()) {
     if (!wanted.has(name)) {
-      wrong("no other tensors", name);
+      wrong(`/${escaped(name)}`, "no other tensors", name);
     }
   }
   found.close();
