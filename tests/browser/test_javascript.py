@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ import torch
 
 from conformance import run
 from conformance.cases import cases
+from tests.support import graph_cases
 from tests.support.paths import TESTS
 from tests.support.second_decoder import Reference, made
 from tests.support.variants import VARIANTS, facts
@@ -73,9 +75,25 @@ def test_limited_cases_take_little_memory_and_time() -> None:
     """A few of them. The kit itself, run by hand, measures all."""
     chosen = ["large/files-500000", "large/values-600000", "header/many"]
     only = [word for name in chosen for word in ("--only", name)]
-    command = ["python3", str(ADAPTER.parent / "run.py"), "--jobs", "1", *only, "node", str(ADAPTER)]
+    command = [sys.executable, str(ADAPTER.parent / "run.py"), "--jobs", "1", *only, "node", str(ADAPTER)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.rule("SB-O-007", "SB-O-015")
+def test_hostile_graphs(tmp_path: Path, ask: run.Ask) -> None:
+    graph_cases.write_all(tmp_path)
+    wrong = {}
+    for about in sorted(tmp_path.glob("*.json")):
+        case = json.loads(about.read_text("ascii"))
+        for step in ("stage", "verify"):
+            verdict = ask(step, about.with_suffix(".splitbundle"), False)
+            first = verdict.get("problems", [{}])[0]
+            if (first.get("code"), first.get("file")) != (case["code"], case["file"]):
+                wrong[about.stem, step] = first
+    assert wrong == {}
+    assert ask("exact", tmp_path / "good.splitbundle", False) == {"verdict": "accepted"}
 
 
 @pytest.mark.rule("SB-C-001", "SB-C-002")

@@ -73,7 +73,8 @@ async function survey({ files, manifest }, whole) {
       present.push(path);
     }
   }
-  const there = (path) => !absent.includes(path);
+  const gone = new Set(absent);
+  const there = (path) => !gone.has(path);
   const shardFiles = ({ units, graph }) => [
     ...units.flatMap((unit) => manifest.units[unit].files),
     ...(graph ? [graph.file] : []),
