@@ -29,15 +29,15 @@ PYTHON: Final = (
     _bug(
         "lengths of strings in UTF-16",
         f"{FORMAT}/fields.py",
-        "if len(self.value) > maximum:",
-        'if len(self.value.encode("utf-16-le")) // 2 > maximum:',
+        'if len(self.value) > maximum:\n            self.refuse(f"at most {maximum} characters")',
+        'if len(self.value.encode("utf-16-le")) // 2 > maximum:\n            self.refuse(f"at most {maximum} characters")',
         "manifest-string-of-code-points",
     ),
     _bug(
         "lengths of strings in bytes",
         f"{FORMAT}/fields.py",
-        "if len(self.value) > maximum:",
-        "if len(self.value.encode()) > maximum:",
+        'if len(self.value) > maximum:\n            self.refuse(f"at most {maximum} characters")',
+        'if len(self.value.encode()) > maximum:\n            self.refuse(f"at most {maximum} characters")',
         "manifest-string-of-code-points",
     ),
     _bug(
@@ -62,7 +62,7 @@ PYTHON: Final = (
         "if len(members) > len(pairs):",
         "json-duplicate",
     ),
-    _bug("65 levels", f"{FORMAT}/strict_json.py", "MAX_DEPTH: Final = 64", "MAX_DEPTH: Final = 65", "manifest-depth"),
+    _bug("65 levels", f"{FORMAT}/strict_json.py", "MAX_DEPTH: Final = 64", "MAX_DEPTH: Final = 65", "json-depth-65"),
     _bug(
         "surrogates are overlooked",
         f"{FORMAT}/strict_json.py",
@@ -70,7 +70,7 @@ PYTHON: Final = (
         "pass\n    return value",
         "surrogate",
     ),
-    _bug("integers up to 2^53", f"{FORMAT}/strict_json.py", "2**53 - 1", "2**53", "integer"),
+    _bug("integers up to 2^53", f"{FORMAT}/strict_json.py", "2**53 - 1", "2**53", "2-to-the-53"),
     _bug(
         "units above 1,000 with three digits",
         f"{FORMAT}/architecture/decoder.py",
@@ -229,8 +229,8 @@ PYTHON: Final = (
         "runtime/splitbundle/verification/onnx_reader.py",
         "if (shift and not last) or at >= stop",
         "if at >= stop",
-        "graph/number-in",
-        "graph/tag-in",
+        "number-in-two-bytes",
+        "tag-in-two-bytes",
     ),
     _bug(
         "another directory of the tokenizer",
