@@ -117,6 +117,7 @@ def test_another_family(gpt2: splitbundle.Bundle) -> None:
 
 def test_a_changed_tokenizer(gpt2: splitbundle.Bundle, copy: Path) -> None:
     path = "tokenizer/generation_config.json"
+    (copy / "tokenizer").mkdir()
     (copy / path).write_bytes(b"{}")
 
     def change(bundle: splitbundle.Bundle) -> object:
