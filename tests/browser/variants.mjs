@@ -1,6 +1,7 @@
 /**
- * Compute variants of decoders: `node variants.mjs` reads a list of `{architecture, tensors, ids}` as JSON from stdin,
- * and writes for each the hidden states before the first layer and after each one, and all logits.
+ * Compute variants of decoders: `node variants.mjs` reads a list of `{architecture, tensors, ids}` as JSON
+ * from stdin, and writes for each the hidden states before the first layer and after each one, and all
+ * logits.
  *
  * A tensor is `{shape, data}`. Nothing is compared here.
  */

@@ -6,8 +6,11 @@
  * that a test needn't start Node a thousand times.
  */
 
+import { readFile } from "node:fs/promises";
+import { join } from "node:path";
 import { createInterface } from "node:readline";
 
+import { Stage } from "../../runtime/browser/decoder/stage.js";
 import { openBundle } from "../../runtime/browser/reader/bundle.js";
 import { BundleError } from "../../runtime/browser/reader/problems.js";
 import { DirectorySource } from "../../runtime/browser/sources/node.js";
@@ -23,8 +26,63 @@ const STEPS = {
   exact: (bundle) => bundle.verify({ exact: true }),
 };
 
+/** Slots of a cache: more than the calls of the kit need. */
+const SLOTS = 40;
+
+/** Compute the calls of `calls.json`. */
+async function compute(directory) {
+  const bundle = await openBundle(new DirectorySource(join(directory, "model.splitbundle")));
+  const { cases } = JSON.parse(await readFile(join(directory, "calls.json"), "utf8"));
+  const results = [];
+  for (const { cuts, calls } of cases) {
+    const ends = [0, ...cuts, bundle.architecture.layers.length];
+    const stages = [];
+    for (let i = 0; i + 1 < ends.length; i++) {
+      const [embeds, head] = [i === 0, i + 2 === ends.length];
+      stages.push(await Stage.load(bundle, { start: ends[i], stop: ends[i + 1], embeds, head }));
+    }
+    const caches = stages.map((stage) => stage.newCache({ rows: calls[0].past.length, slots: SLOTS }));
+    results.push(calls.map((call) => callResults(stages, caches, call)));
+  }
+  return { verdict: "computed", cases: results };
+}
+
+/** What the stages give for one call, without padding; or the code of its refusal. */
+function callResults(stages, caches, { past, rows }) {
+  const count = rows.map((row) => row.length);
+  const longest = Math.max(...count);
+  let given = { tokenIds: rows.map((row) => [...row, ...Array(longest - row.length).fill(0)]) };
+  const states = [];
+  try {
+    caches.forEach((cache) => cache.check(past, count)); // a call is refused by all stages or by none
+    stages.forEach((stage, i) => {
+      given = stage.run({ ...given, past, count, cache: caches[i] });
+      states.push(rowsOf(given.hidden ?? given.logits, count));
+    });
+  } catch (error) {
+    if (!(error instanceof BundleError)) {
+      throw error;
+    }
+    return { code: error.problems[0].code };
+  }
+  return { hidden: states.slice(0, -1), logits: states.at(-1) };
+}
+
+/** A batch as nested arrays: row, token, number. */
+function rowsOf({ data, shape: [, sequence, width] }, count) {
+  return count.map((tokens, row) => {
+    return Array.from({ length: tokens }, (_, i) => {
+      const start = (row * sequence + i) * width;
+      return Array.from(data.subarray(start, start + width));
+    });
+  });
+}
+
 /** @returns {Promise<object>} the verdict */
 async function judge(step, directory) {
+  if (step === "numbers") {
+    return compute(directory);
+  }
   try {
     await STEPS[step](await openBundle(new DirectorySource(directory)));
     return { verdict: "accepted" };
@@ -46,8 +104,9 @@ async function main([first, directory]) {
     }
     return;
   }
-  if (!Object.hasOwn(STEPS, first) || directory === undefined) {
-    throw new Error(`usage: node javascript.mjs ${Object.keys(STEPS).join("|")} DIRECTORY`);
+  const steps = [...Object.keys(STEPS), "numbers"];
+  if (!steps.includes(first) || directory === undefined) {
+    throw new Error(`usage: node javascript.mjs ${steps.join("|")} DIRECTORY`);
   }
   process.stdout.write(`${JSON.stringify(await judge(first, directory))}\n`);
 }

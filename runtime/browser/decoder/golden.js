@@ -44,8 +44,10 @@ async function openVectors(bundle, vectors) {
   const { files } = bundle;
   const path = vectors.file;
   await files.check(path);
-  const header = await readHeader((...part) => files.read(path, ...part), path, bundle.manifest.files[path]);
-  const tensors = judgeHeader(header, vectorTensors(vectors, bundle.architecture));
+  const wanted = vectorTensors(vectors, bundle.architecture);
+  const read = (start, end) => files.read(path, start, end);
+  const header = await readHeader(read, path, bundle.manifest.files[path], wanted.length);
+  const tensors = judgeHeader(header, wanted);
   const placed = new Map(tensors.map((own) => [own.name, own]));
   return async (name) => {
     const { dtype, offset, length } = placed.get(name);

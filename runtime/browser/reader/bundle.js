@@ -4,8 +4,8 @@
  * A *source* gives the bytes. `stat` never follows a link, and `read` is called only for regular files.
  *
  * @typedef {object} Source
- * @property {(path: string) => Promise<{kind: "file" | "directory" | "link" | "other", size: number,
- *   hanging?: boolean} | null>} stat
+ * @property {(path: string) => Promise<{kind: "file" | "directory" | "link" | "other", size: number}
+ *   | null>} stat
  * @property {(path: string, start: number, end: number) => Promise<Uint8Array>} read
  * @property {() => Promise<{path: string, kind: string}[] | null>} list null where a source can't list its
  *   files
@@ -45,7 +45,7 @@ export async function openBundle(source) {
 
 async function readManifest(source) {
   const found = await source.stat(MANIFEST);
-  if (found === null || found.hanging) {
+  if (found === null) {
     // SB-D-001
     throw new BundleError(problem("file.missing", MANIFEST, "a bundle with a manifest", "nothing"));
   }
@@ -106,12 +106,12 @@ export class Bundle {
 
   async #readUnit(unit) {
     const headers = [];
+    const wanted = storedTensors(this.logicalTensors.of(unit), this.manifest.storage);
     for (const path of this.manifest.units[unit].files) {
       await this.files.check(path);
       const read = (start, end) => this.files.read(path, start, end);
-      headers.push(await readHeader(read, path, this.manifest.files[path]));
+      headers.push(await readHeader(read, path, this.manifest.files[path], wanted.length));
     }
-    const wanted = storedTensors(this.logicalTensors.of(unit), this.manifest.storage);
     return judgeParts(headers, wanted);
   }
 

@@ -1,14 +1,16 @@
 /** Rules that need both documents (SB-E-002, the last group). */
 
-import { LogicalTensors, blockSize, byteLength, storedTensors } from "./logical_tensors.js";
+import { LogicalTensors, blockSize, exactByteLength, storedTensors } from "./logical_tensors.js";
 import { byBytes } from "./paths.js";
 import { Collector, escaped } from "./problems.js";
 import { sha256 } from "./sha256.js";
 import { checkSourceNames } from "./source_names.js";
 
 const FILE = "manifest.json";
+/** SB-O-002 */
+const OPSET = 24;
 /** SB-M-053: a file's header and more, and the size of a file that isn't a weight file */
-const LARGEST_HEADER = 33_554_432;
+const LARGEST_HEADER = 33_554_432n;
 const LARGEST_OTHER = 268_435_456;
 /** SB-M-092 */
 const ATTENTION_MATRIX = "attention\\.(?:query|key|value|gate|output)";
@@ -32,19 +34,19 @@ const MATRICES = new Set([
 export function checkTogether(manifest, architecture) {
   const tensors = new LogicalTensors(architecture);
   const found = new Collector(FILE);
+  checkExtensions(manifest, architecture, found);
   checkUnits(manifest, tensors, found);
-  found.close();
   checkLayers(manifest, tensors, found);
   checkWidths(manifest, architecture, found);
   checkStorage(manifest, tensors, found);
-  found.close(); // sizes of quantized tensors need encodings that fit
-  checkPorts(manifest, architecture, found);
-  checkParameters(manifest, tensors, found);
   checkCounts(manifest, architecture, found);
-  checkExtensions(manifest, architecture, found);
-  checkSizes(manifest, tensors, found);
+  checkParameters(manifest, tensors, found);
   found.close();
+  checkGraphs(manifest, architecture, found);
+  checkShardUnits(manifest, tensors, found);
+  found.close(); // totals need units that fit
   checkTotals(manifest, tensors, found);
+  checkSizes(manifest, tensors, found);
   checkSourceNames(manifest, tensors, found);
   checkIds(manifest, found);
   found.close();
@@ -61,13 +63,16 @@ function checkUnits({ units }, tensors, found) {
   }
 }
 
-/** SB-M-023, SB-M-026 */
+/** SB-M-023 */
 function checkLayers({ shards }, tensors, found) {
   const last = shards.length - 1;
   if (shards[last].layers[1] !== tensors.layers) {
     found.add("manifest.layers", `/shards/${last}/layers/1`, `${tensors.layers}`, shards[last].layers[1]);
-    return;
   }
+}
+
+/** SB-M-026 */
+function checkShardUnits({ shards }, tensors, found) {
   for (const [i, shard] of shards.entries()) {
     const wanted = shardUnits(shard, tensors);
     if (wanted.length !== shard.units.length || wanted.some((unit, k) => unit !== shard.units[k])) {
@@ -88,38 +93,41 @@ function shardUnits({ layers: [start, stop], embeds, head }, tensors) {
   return head ? [...units, "head"] : units;
 }
 
-/** SB-M-032 */
+/** SB-M-032: all boundaries have one width by now. */
 function checkWidths({ boundaries }, { hidden_size: wanted }, found) {
-  for (const [i, { tensors }] of boundaries.entries()) {
-    const width = tensors.hidden.shape[2];
-    if (width !== wanted) {
-      found.add("manifest.boundaries", `/boundaries/${i}/tensors/hidden/shape/2`, `${wanted}`, width);
-    }
+  const width = boundaries[0]?.tensors.hidden.shape[2];
+  if (width !== undefined && width !== wanted) {
+    found.add("manifest.boundaries", "/boundaries/0/tensors/hidden/shape/2", `${wanted}`, width);
   }
 }
 
 function checkStorage({ storage }, tensors, found) {
-  const wrong = (pointer, expected, got) => found.add("manifest.storage", pointer, expected, got);
+  const wrong = (place, name, expected, got) => {
+    found.add("manifest.storage", `/storage/${place}/${escaped(name)}`, expected, got);
+  };
   for (const name of Object.keys(storage.exceptions)) {
     if (!tensors.shape(name)) {
-      wrong("/storage/exceptions", "names of logical tensors", name); // SB-M-012
+      wrong("exceptions", name, "the name of a logical tensor", name); // SB-M-012
     }
   }
-  for (const [name, encoding] of Object.entries(storage.encodings ?? {})) {
+  const encodings = Object.entries(storage.encodings ?? {});
+  const unfit = ([name]) => !tensors.shape(name) || name in storage.exceptions || !isMatrix(name);
+  for (const [name] of encodings.filter(unfit)) {
+    wrong("encodings", name, "the name of a matrix that is no exception", name); // SB-M-092
+  }
+  for (const [name, encoding] of encodings.filter((entry) => !unfit(entry))) {
     const shape = tensors.shape(name);
-    if (!shape || name in storage.exceptions || !(MATRICES.has(name) || LAYER_MATRIX.test(name))) {
-      wrong("/storage/encodings", "names of matrices that aren't exceptions", name); // SB-M-092
-      continue;
-    }
     const [rows, columns] = shape.slice(-2);
-    const fits =
-      // SB-M-093
-      encoding === "rows8" ? columns % 16 === 0 : columns % blockSize(encoding) === 0 && rows % 16 === 0;
-    if (!fits) {
-      const pointer = `/storage/encodings/${escaped(name)}`;
-      wrong(pointer, "an encoding for its rows and columns", `${encoding} of [${shape}]`);
+    const fits = (size, unit) => BigInt(size) % BigInt(unit) === 0n; // SB-M-093
+    const block = encoding === "rows8" ? 16 : blockSize(encoding);
+    if (!fits(columns, block) || (encoding !== "rows8" && !fits(rows, 16))) {
+      wrong("encodings", name, "an encoding for its rows and columns", `${encoding} of [${shape}]`);
     }
   }
+}
+
+function isMatrix(name) {
+  return MATRICES.has(name) || LAYER_MATRIX.test(name);
 }
 
 /**
@@ -157,20 +165,41 @@ export function graphPorts(shard, architecture) {
   };
 }
 
-function checkPorts({ shards }, architecture, found) {
+function checkGraphs({ shards, storage }, architecture, found) {
+  const encodings = Object.values(storage.encodings ?? {});
+  const blocks = encodings.some((name) => name.startsWith("blocks4"));
+  const plain = [storage.dtype, ...Object.values(storage.exceptions)];
+  const float16 = encodings.length === 0 && plain.every((name) => name === "float16");
   for (const [i, shard] of shards.entries()) {
     if (shard.graph === null) {
       continue;
     }
-    for (const [side, wanted] of Object.entries(graphPorts(shard, architecture))) {
-      const own = shard.graph[side];
-      const pointer = `/shards/${i}/graph/${side}`;
-      const at = wanted.findIndex((port, k) => !own[k] || !samePort(port, own[k]));
-      if (at >= 0) {
-        found.add("manifest.graphs", `${pointer}/${at}`, wanted[at].name, own[at]?.name ?? "nothing");
-      } else if (own.length !== wanted.length) {
-        found.add("manifest.graphs", pointer, `${wanted.length} ${side}`, own.length);
-      }
+    const { opset, variant } = shard.graph;
+    const wrong = (place, expected, got) => {
+      found.add("manifest.graphs", `/shards/${i}/graph/${place}`, expected, got);
+    };
+    if (opset !== OPSET) {
+      wrong("opset", String(OPSET), opset); // SB-O-002
+    }
+    if (variant === "float16" && !float16) {
+      wrong("variant", "another one, unless all weights are float16", variant); // SB-O-017
+    }
+    if ((variant === "matmul_nbits") !== blocks) {
+      wrong("variant", "matmul_nbits for weights of 4 bits alone", variant); // SB-O-020
+    }
+    checkPorts(shard, architecture, wrong);
+  }
+}
+
+/** SB-O-003 */
+function checkPorts(shard, architecture, wrong) {
+  for (const [side, wanted] of Object.entries(graphPorts(shard, architecture))) {
+    const own = shard.graph[side];
+    const at = own.findIndex((port, k) => wanted[k] && !samePort(port, wanted[k]));
+    if (at >= 0) {
+      wrong(`${side}/${at}`, wanted[at].name, own[at].name);
+    } else if (own.length !== wanted.length) {
+      wrong(side, `${wanted.length} ${side}`, own.length);
     }
   }
 }
@@ -206,9 +235,10 @@ function checkCounts({ text, vectors }, { vocab_size: vocab, embedding }, found)
   }
 }
 
-/** SB-M-089 */
-function checkExtensions({ requires }, { layer_kinds: kinds }, found) {
-  const needed = new Set();
+/** SB-M-089, SB-M-094 */
+function checkExtensions({ requires, storage }, { layer_kinds: kinds }, found) {
+  const encodings = Object.values(storage.encodings ?? {});
+  const needed = new Set(encodings.map((name) => (name === "rows8" ? name : "blocks4")));
   for (const { attention, mlp, residual_scales: scales } of Object.values(kinds)) {
     const uses = {
       experts: mlp.kind === "experts",
@@ -243,42 +273,46 @@ export function vectorTensors({ lengths }, { layers, hidden_size: width, vocab_s
   ]);
 }
 
-/** SB-M-053 */
+/** SB-M-053. Sums are exact (SB-M-096). */
 function checkSizes({ files, units, vectors, storage }, tensors, found) {
   const seen = new Set();
-  const limit = (paths, data) => {
+  const wrong = (path, most) => {
+    found.add("manifest.files", `/files/${escaped(path)}/size`, `at most ${most} bytes`, files[path].size);
+  };
+  const limit = (paths, stored) => {
+    const data = stored.reduce((sum, tensor) => sum + exactByteLength(tensor), 0n);
+    const most = data + LARGEST_HEADER * BigInt(paths.length);
     paths.forEach((path) => seen.add(path));
-    const size = paths.reduce((sum, path) => sum + files[path].size, 0);
-    const most = data + LARGEST_HEADER * paths.length;
-    if (size > most) {
-      const largest = paths.reduce((one, other) => (files[other].size > files[one].size ? other : one));
-      found.add("manifest.files", `/files/${escaped(largest)}/size`, `at most ${most} bytes`, size);
+    if (sizeOf(paths, files) > most) {
+      paths.forEach((path) => wrong(path, most));
     }
   };
-  const sum = (stored) => stored.reduce((total, tensor) => total + byteLength(tensor), 0);
   for (const unit of tensors.units()) {
-    limit(units[unit].files, sum(storedTensors(tensors.of(unit), storage)));
+    limit(units[unit].files, storedTensors(tensors.of(unit), storage));
   }
   if (vectors) {
-    const data = sum(vectorTensors(vectors, tensors.architecture));
-    limit([vectors.file], data);
-    if (vectors.original !== undefined) {
-      limit([vectors.original], data);
+    const stored = vectorTensors(vectors, tensors.architecture);
+    for (const path of [vectors.file, vectors.original].filter((each) => each !== undefined)) {
+      limit([path], stored);
     }
   }
   for (const [path, { size }] of Object.entries(files)) {
     if (!seen.has(path) && size > LARGEST_OTHER) {
-      found.add("manifest.files", `/files/${escaped(path)}/size`, `at most ${LARGEST_OTHER} bytes`, size);
+      wrong(path, LARGEST_OTHER);
     }
   }
+}
+
+function sizeOf(paths, files) {
+  return paths.reduce((sum, path) => sum + BigInt(files[path].size), 0n);
 }
 
 function checkTotals({ shards, units, files }, tensors, found) {
   const parameters = new Map(tensors.units().map((unit) => [unit, tensors.parameters(unit)]));
   for (const [i, shard] of shards.entries()) {
     const paths = shard.units.flatMap((unit) => units[unit].files);
-    const bytes = paths.reduce((sum, path) => sum + files[path].size, 0);
-    if (shard.bytes !== bytes) {
+    const bytes = sizeOf(paths, files);
+    if (BigInt(shard.bytes) !== bytes) {
       found.add("manifest.shards", `/shards/${i}/bytes`, `${bytes}`, shard.bytes); // SB-M-027
     }
     const own = shard.units.reduce((sum, unit) => sum + parameters.get(unit), 0n);

@@ -17,12 +17,14 @@ const MOST_POSITIONS = 1_048_576;
  * @throws {BundleError} genai.config, graph.*, json.*
  */
 export async function checkGenai(bundle) {
-  const { files, shards } = bundle.manifest;
+  const { files, shards, text } = bundle.manifest;
   if (!ALL.some((path) => path in files)) {
     return;
   }
-  if (!ALL.every((path) => path in files) || shards.some((shard) => shard.graph === null)) {
-    refuse("genai.config", CONFIG, `${ALL.join(", ")} together, and a graph for each shard`, "fewer");
+  const complete = ALL.every((path) => path in files) && shards.every((shard) => shard.graph !== null);
+  if (!complete || text.stop_ids.length === 0) {
+    const expected = `${ALL.join(", ")} together, a graph for each shard, and a stop id`;
+    refuse("genai.config", CONFIG, expected, "fewer", { pointer: "" });
   }
   const ports = genaiPorts(bundle.architecture.vocab_size);
   for (const path of [INPUTS, LOGITS]) {

@@ -83,6 +83,8 @@ class Parser {
     this.text = text;
     this.file = file;
     this.at = 0;
+    /** Where a string with half of a pair begins. The grammar of all comes first (SB-J-011). */
+    this.lone = null;
   }
 
   document() {
@@ -90,6 +92,10 @@ class Parser {
     this.space();
     if (this.at < this.text.length) {
       this.fault("json.syntax", "the end of the document");
+    }
+    if (this.lone !== null) {
+      this.at = this.lone;
+      this.fault("json.encoding", "surrogates in pairs");
     }
     return value;
   }
@@ -212,8 +218,7 @@ class Parser {
     }
     const value = parts + text.slice(from, this.at++);
     if (surrogates && loneSurrogate(value)) {
-      this.at = begin;
-      this.fault("json.encoding", "surrogates in pairs");
+      this.lone ??= begin;
     }
     return value;
   }

@@ -136,6 +136,17 @@ export function byteLength({ dtype, shape }) {
   return shape.reduce((result, dimension) => result * dimension, ITEM_SIZES[dtype]);
 }
 
+/** The same, exactly: a hostile shape may have more bytes than a number can count. */
+export function exactByteLength({ dtype, shape }) {
+  return BigInt(ITEM_SIZES[dtype]) * product(shape);
+}
+
+/** A product as a number, or as a BigInt where a number can't state it (SB-M-096). */
+function times(one, other) {
+  const result = one * other;
+  return Number.isSafeInteger(result) ? result : BigInt(one) * BigInt(other);
+}
+
 function shapesByName(tensors) {
   return new Map(tensors.map(({ name, shape }) => [name, shape]));
 }
@@ -208,9 +219,9 @@ function attentionTensors(attention, hidden) {
   const valueDim = attention.value_dim ?? headDim;
   const gate = attention.output_gate;
   const tensors = [
-    ...linearTensors("attention.query", [heads * headDim, hidden], bias),
-    ...linearTensors("attention.key", [kvHeads * headDim, hidden], bias),
-    ...linearTensors("attention.value", [kvHeads * valueDim, hidden], bias),
+    ...linearTensors("attention.query", [times(heads, headDim), hidden], bias),
+    ...linearTensors("attention.key", [times(kvHeads, headDim), hidden], bias),
+    ...linearTensors("attention.value", [times(kvHeads, valueDim), hidden], bias),
   ];
   if (own) {
     tensors.push(...normTensors("attention.query_norm", own.norm, normShape(own.width, heads, headDim)));
@@ -220,19 +231,19 @@ function attentionTensors(attention, hidden) {
     tensors.push({ name: "attention.sinks", shape: [heads] });
   }
   if (gate) {
-    const rows = gate.width === "head" ? heads : heads * valueDim;
+    const rows = gate.width === "head" ? heads : times(heads, valueDim);
     tensors.push({ name: "attention.gate.weight", shape: [rows, hidden] });
   }
   if (gate?.bias) {
     tensors.push({ name: "attention.gate_bias", shape: [heads] });
   }
-  const output = linearTensors("attention.output", [hidden, heads * valueDim], attention.output_bias);
+  const output = linearTensors("attention.output", [hidden, times(heads, valueDim)], attention.output_bias);
   return [...tensors, ...output];
 }
 
 /** SB-C-021 */
 function normShape(width, heads, headDim) {
-  return { head: [headDim], heads: [heads, headDim], full: [heads * headDim] }[width];
+  return { head: [headDim], heads: [heads, headDim], full: [times(heads, headDim)] }[width];
 }
 
 function denseTensors(name, { gated, activation, intermediate_size: inner, bias }, hidden) {

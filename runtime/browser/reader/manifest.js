@@ -1,7 +1,7 @@
 /** `manifest.json`: its fields, and the rules between them that need no other document. */
 
 import { parseJson } from "./json.js";
-import { isPath, isShardName, parents } from "./paths.js";
+import { byBytes, isPath, isShardName, parents } from "./paths.js";
 import { Collector, escaped } from "./problems.js";
 import {
   anything,
@@ -19,7 +19,6 @@ import {
 
 const FILE = "manifest.json";
 const VERSION = "1.0";
-const OPSET = 24; // SB-O-002
 /** SB-M-009, SB-M-063 */
 const LARGEST_DOCUMENT = 16_777_216;
 /** SB-V-004 */
@@ -172,25 +171,14 @@ export function parseManifest(bytes) {
   found.close();
   checkFiles(manifest, found);
   checkShards(manifest, found);
-  checkGraphs(manifest, found);
-  checkRequires(manifest, found);
   found.close();
   return manifest;
 }
 
-/**
- * The group of SB-V-001 to SB-V-004. A document of a newer format is refused for its version, whatever it
- * lacks.
- */
+/** The group of SB-V-001 to SB-V-004. */
 function checkFormat(value, found) {
   if (!(value instanceof Map)) {
     found.add("field.type", "", "an object", value);
-    return;
-  }
-  const version = value.get("format_version");
-  if (value.get("format") === "splitbundle" && typeof version === "string" && version !== VERSION) {
-    const expected = `${VERSION}; another version needs another reader`;
-    found.add("format.version", "/format_version", expected, version);
     return;
   }
   for (const name of ["format", "format_version", "requires"]) {
@@ -199,162 +187,153 @@ function checkFormat(value, found) {
     }
   }
   const given = (name, type) => value.has(name) && type(value.get(name), `/${name}`, found);
-  const exactly = (wanted, code) => string({ holds: (own) => own === wanted, expected: `"${wanted}"`, code });
-  given("format", exactly("splitbundle", "format.name"));
-  given("format_version", exactly(VERSION, "format.version"));
+  const exactly = (wanted, code, expected) => string({ holds: (own) => own === wanted, expected, code });
+  given("format", exactly("splitbundle", "format.name", '"splitbundle"'));
+  const readable = `"${VERSION}": another version needs another reader`;
+  given("format_version", exactly(VERSION, "format.version", readable));
   const known = (own) => KNOWN_EXTENSIONS.has(own);
   given("requires", array(string({ holds: known, expected: "a known extension", code: "format.requires" })));
 }
 
-function checkFiles({ files, units, text: own, vectors, model: about, storage: stored }, found) {
+/** Files and paths, rule by rule in the order of SB-E-002. */
+function checkFiles(manifest, found) {
+  const { files, units, text: own, vectors, model: about, storage: stored, shards } = manifest;
   const wrong = (pointer, expected, got) => found.add("manifest.files", pointer, expected, got);
-  if (!("architecture.json" in files)) {
-    wrong("/files", "architecture.json among the files", "no such path"); // SB-M-052
-  }
-  checkCollisions(Object.keys(files), wrong);
-  const owners = new Map();
-  for (const [unit, { files: paths }] of Object.entries(units)) {
-    for (const [i, path] of paths.entries()) {
-      const pointer = `/units/${escaped(unit)}/files/${i}`;
-      if (!(path in files) || !path.endsWith(".safetensors") || path.includes("/")) {
-        wrong(pointer, "a listed .safetensors file at the top", path); // SB-M-041
-      } else if (owners.has(path)) {
-        wrong(pointer, "a file of this unit alone, once", path); // SB-M-042
-      }
-      owners.set(path, unit);
+  const use = (path, pointer, expected = "a listed file", holds = () => true) => {
+    if (!(path in files) || !holds(path)) {
+      wrong(pointer, expected, path);
     }
-  }
-  if (own.tokenizer !== null && !(own.tokenizer in files)) {
-    wrong("/text/tokenizer", "a listed file", own.tokenizer); // SB-M-061
-  }
-  const freeWeightFile = (path) => path in files && path.endsWith(".safetensors") && !owners.has(path);
-  if (vectors && !freeWeightFile(vectors.file)) {
-    wrong("/vectors/file", "a listed .safetensors file of no unit", vectors.file); // SB-M-070
-  }
-  if (vectors?.original !== undefined) {
-    if (!freeWeightFile(vectors.original) || vectors.original === vectors.file) {
-      wrong("/vectors/original", "another listed .safetensors file of no unit", vectors.original); // SB-M-095
-    }
-    if (!stored.encodings || vectors.origin !== "self") {
-      const expected = "no such field, unless weights are quantized and the origin is self";
-      found.add("manifest.vectors", "/vectors/original", expected, vectors.original);
-    }
-  }
-  const document = (path, pointer) => {
-    if (!(path in files)) {
-      wrong(pointer, "a listed file", path);
-    } else if (files[path].size > LARGEST_DOCUMENT) {
+  };
+  const small = (path) => {
+    if (path in files && files[path].size > LARGEST_DOCUMENT) {
       wrong(`/files/${escaped(path)}/size`, `at most ${LARGEST_DOCUMENT} bytes`, files[path].size);
     }
   };
+  checkCollisions(Object.keys(files), wrong);
   const source = about.source_configuration ?? {};
-  for (const name of ["file", "part", "generation"]) {
-    const path = source[name] ?? null;
-    const pointer = `/model/source_configuration/${name}`;
-    if (path !== null && !path.startsWith("source/")) {
-      wrong(pointer, "a path that begins with source/", path); // SB-M-009
-    } else if (path !== null) {
-      document(path, pointer);
-    }
+  for (const name of ["file", "part", "generation"].filter((each) => typeof source[each] === "string")) {
+    const pointer = `/model/source_configuration/${name}`; // SB-M-009
+    const expected = "a listed path that begins with source/";
+    use(source[name], pointer, expected, (path) => path.startsWith("source/"));
+    small(source[name]);
+  }
+  const owners = checkUnitFiles(units, use, wrong);
+  if (!("architecture.json" in files)) {
+    wrong("/files", "architecture.json among the files", "no such path"); // SB-M-052
+  }
+  if (own.tokenizer !== null) {
+    use(own.tokenizer, "/text/tokenizer"); // SB-M-061
   }
   if (about.text_file !== undefined) {
-    document(about.text_file, "/model/text_file"); // SB-M-063
+    use(about.text_file, "/model/text_file"); // SB-M-063
     if (own.tokenizer === null) {
       wrong("/model/text_file", "no text document without a tokenizer", about.text_file);
     }
+    small(about.text_file);
   }
+  const free = (path) => path.endsWith(".safetensors") && !owners.has(path);
+  if (vectors) {
+    use(vectors.file, "/vectors/file", "a listed .safetensors file of no unit", free); // SB-M-070
+  }
+  if (vectors?.original !== undefined) {
+    checkOriginal(vectors, stored, use, free, found);
+  }
+  const graphs = new Set();
+  for (const [i, { graph: each }] of shards.entries()) {
+    if (each !== null) {
+      const fits = (path) => !path.includes("/") && path.endsWith(".onnx") && !graphs.has(path);
+      const expected = "a listed .onnx file at the top, of this shard alone"; // SB-O-001
+      use(each.file, `/shards/${i}/graph/file`, expected, fits);
+      graphs.add(each.file);
+    }
+  }
+}
+
+/** SB-M-095 */
+function checkOriginal({ file, original, origin }, { encodings }, use, free, found) {
+  const pointer = "/vectors/original";
+  const other = (path) => free(path) && path !== file;
+  use(original, pointer, "another listed .safetensors file of no unit", other);
+  if (!encodings || origin !== "self") {
+    const expected = "no such field, unless weights are quantized and the origin is self";
+    found.add("manifest.vectors", pointer, expected, original);
+  }
+}
+
+/** SB-M-041 of all units, then SB-M-042. Returns the files that belong to units. */
+function checkUnitFiles(units, use, wrong) {
+  const uses = Object.entries(units).flatMap(([unit, { files: paths }]) => {
+    return paths.map((path, i) => ({ path, pointer: `/units/${escaped(unit)}/files/${i}` }));
+  });
+  const fits = (path) => path.endsWith(".safetensors") && !path.includes("/");
+  for (const { path, pointer } of uses) {
+    use(path, pointer, "a listed .safetensors file at the top", fits);
+  }
+  const owners = new Set();
+  for (const { path, pointer } of uses) {
+    if (owners.has(path)) {
+      wrong(pointer, "a file of this unit alone, once", path);
+    }
+    owners.add(path);
+  }
+  return owners;
 }
 
 /** SB-D-003 */
 function checkCollisions(paths, wrong) {
-  const lower = new Set();
-  for (const path of paths) {
+  const lower = new Map();
+  for (const path of [...paths].sort(byBytes)) {
     const own = path.toLowerCase();
     if (lower.has(own)) {
-      wrong("/files", "paths that differ in lowercase", path);
+      wrong(`/files/${escaped(path)}`, `another path than ${lower.get(own)} in lowercase`, path);
+    } else {
+      lower.set(own, path);
     }
-    lower.add(own);
   }
-  for (const path of lower) {
-    const above = parents(path).find((parent) => lower.has(parent));
-    if (above !== undefined) {
-      wrong("/files", `no file below the file ${above}`, path);
-    }
+  const above = new Set([...lower.keys()].flatMap(parents).filter((parent) => lower.has(parent)));
+  for (const own of above) {
+    wrong(`/files/${escaped(lower.get(own))}`, "no path below a file", own);
   }
 }
 
+/** Shards and boundaries, rule by rule: SB-M-022 to SB-M-025, SB-M-030 and, among boundaries, SB-M-032. */
 function checkShards({ shards, boundaries }, found) {
   const names = new Set();
-  let end = 0;
-  for (const [i, own] of shards.entries()) {
-    if (found.full) {
-      return;
+  const last = shards.length - 1;
+  shards.forEach(({ name }, i) => {
+    if (names.has(name)) {
+      found.add("manifest.shards", `/shards/${i}/name`, "names that differ", name); // SB-M-022
     }
-    const [first, last] = [i === 0, i === shards.length - 1];
-    if (names.has(own.name)) {
-      found.add("manifest.shards", `/shards/${i}/name`, "names that differ", own.name); // SB-M-022
+    names.add(name);
+  });
+  shards.forEach(({ layers: [start] }, i) => {
+    const wanted = i ? shards[i - 1].layers[1] : 0;
+    if (start !== wanted) {
+      found.add("manifest.layers", `/shards/${i}/layers/0`, `${wanted}`, start); // SB-M-023
     }
-    names.add(own.name);
-    if (own.layers[0] !== end) {
-      found.add("manifest.layers", `/shards/${i}/layers/0`, `${end}`, own.layers[0]); // SB-M-023
+  });
+  shards.forEach(({ layers: [start, stop] }, i) => {
+    const least = start + (i === 0 || i === last ? 0 : 1);
+    if (stop < least) {
+      found.add("manifest.layers", `/shards/${i}/layers/1`, `at least ${least}`, stop); // SB-M-024
     }
-    const least = own.layers[0] + (first || last ? 0 : 1);
-    if (own.layers[1] < least) {
-      found.add("manifest.layers", `/shards/${i}/layers/1`, `at least ${least}`, own.layers[1]); // SB-M-024
-    }
-    end = own.layers[1];
-    for (const [name, wanted] of [["embeds", first], ["head", last]]) {
+  });
+  shards.forEach((own, i) => {
+    for (const [name, wanted] of [["embeds", i === 0], ["head", i === last]]) {
       if (own[name] !== wanted) {
         found.add("manifest.shards", `/shards/${i}/${name}`, String(wanted), own[name]); // SB-M-025
       }
     }
-  }
+  });
   const cuts = shards.slice(1).map((own) => own.layers[0]);
   const at = boundaries.map((own) => own.at);
   if (cuts.length !== at.length || cuts.some((cut, i) => cut !== at[i])) {
     found.add("manifest.boundaries", "/boundaries", `one at each cut: ${cuts}`, String(at)); // SB-M-030
   }
-}
-
-function checkGraphs({ shards, files, storage: stored }, found) {
-  const encodings = Object.values(stored.encodings ?? {});
-  const blocks = encodings.some((name) => name.startsWith("blocks4"));
-  const plain = [stored.dtype, ...Object.values(stored.exceptions)];
-  const float16 = encodings.length === 0 && plain.every((name) => name === "float16");
-  const owners = new Set();
-  for (const [i, { graph: own }] of shards.entries()) {
-    if (own === null) {
-      continue;
-    }
-    const pointer = `/shards/${i}/graph`;
-    const { file, variant } = own;
-    if (!(file in files) || file.includes("/") || !file.endsWith(".onnx") || owners.has(file)) {
-      const expected = "a listed .onnx file at the top, of this shard alone"; // SB-O-001
-      found.add("manifest.files", `${pointer}/file`, expected, file);
-    }
-    owners.add(file);
-    if (own.opset !== OPSET) {
-      found.add("manifest.graphs", `${pointer}/opset`, String(OPSET), own.opset); // SB-O-002
-    }
-    if (variant === "float16" && !float16) {
-      // SB-O-017
-      const expected = "another one, unless all weights are float16";
-      found.add("manifest.graphs", `${pointer}/variant`, expected, variant);
-    }
-    if ((variant === "matmul_nbits") !== blocks) {
-      // SB-O-020
-      found.add("manifest.graphs", `${pointer}/variant`, "matmul_nbits for weights of 4 bits alone", variant);
-    }
+  const widths = boundaries.map(({ tensors }) => tensors.hidden.shape[2]);
+  const other = widths.findIndex((width) => width !== widths[0]);
+  if (other > 0) {
+    const pointer = `/boundaries/${other}/tensors/hidden/shape/2`; // SB-M-032
+    found.add("manifest.boundaries", pointer, `${widths[0]}, as at the first boundary`, widths[other]);
   }
 }
-
-/** SB-M-094 */
-function checkRequires({ requires, storage: stored }, found) {
-  const encodings = Object.values(stored.encodings ?? {});
-  for (const name of ["rows8", "blocks4"]) {
-    if (encodings.some((encoding) => encoding.startsWith(name)) && !requires.includes(name)) {
-      found.add("manifest.requires", "/requires", `the name ${name}`, "a list without it");
-    }
-  }
-}
-

@@ -2,8 +2,7 @@
  * Judges ONNX graphs (SB-O-006 to SB-O-021): what a graph may read, and what it consists of. Neither builds
  * nor runs it.
  *
- * The order is: the outer message, versions, inputs and outputs, initializers, then node by node. So the body
- * of a loop is parsed when its node is reached.
+ * The order is that of SB-O-022. So a message is parsed when its turn comes.
  */
 
 import { graphPorts } from "./cross_rules.js";
@@ -18,7 +17,7 @@ import {
   PRODUCT_ATTRIBUTES,
   VALUE_FIELDS,
 } from "./onnx_operators.js";
-import { isScalar, sameCarried, sameSize } from "./onnx_values.js";
+import { isCarried, isScalar, sameSize, sameType } from "./onnx_values.js";
 import { refuse } from "./problems.js";
 
 /** SB-O-008 */
@@ -95,7 +94,6 @@ class Scope {
 class Judge {
   constructor(model, file, tensors, products) {
     this.model = model;
-    this.graph = model.graph;
     this.file = file;
     this.tensors = new Map(tensors.map((tensor) => [tensor.name, tensor]));
     this.products = products;
@@ -111,83 +109,99 @@ class Judge {
     refuse(`graph.${code}`, this.file, expected, got);
   }
 
+  parse(kind, bytes) {
+    return parseMessage(kind, bytes, this.file);
+  }
+
   judge({ inputs, outputs }) {
     this.versions();
-    this.ports(this.graph.input, inputs, "inputs");
-    this.ports(this.graph.output, outputs, "outputs");
-    this.initializers();
-    for (const name of [this.graph.name, this.model.producerName, this.model.producerVersion]) {
-      this.label(name);
-    }
+    const graph = this.parse("GraphProto", this.model.graph);
     const known = new Scope();
-    for (const { name } of [...this.graph.input, ...this.graph.initializer]) {
-      this.give(name, known);
-    }
-    const made = this.walk(this.graph.node, known, false);
-    for (const { name } of this.graph.initializer) {
+    this.label(graph.name);
+    this.ports(graph.input, inputs, "inputs", (name) => this.give(name, known));
+    const initializers = this.initializers(graph.initializer, known);
+    const made = this.walk(graph.node, known, false);
+    this.ports(graph.output, outputs, "outputs", (name) => this.checkMade(name, made));
+    for (const name of initializers) {
       if (!this.taken.has(name)) {
         this.refuse("values", "initializers that a node takes", name);
       }
     }
-    for (const { name } of this.graph.output) {
-      if (!made.has(name)) {
-        this.refuse("values", "outputs that a node gives", name);
-      }
+  }
+
+  checkMade(name, made) {
+    if (!made.has(name)) {
+      this.refuse("values", "outputs that a node gives", name);
     }
   }
 
   /** SB-O-009, SB-O-021 */
   versions() {
-    const { irVersion, opsetImport } = this.model;
+    const { irVersion, opsetImport, producerName, producerVersion } = this.model;
     if (irVersion !== IR_VERSION) {
       this.refuse("version", `ir_version ${IR_VERSION}`, irVersion);
     }
-    const own = opsetImport.map(({ domain = "", version }) => `${domain} ${version}`).sort();
-    const wanted = [` ${OPSET}`, ...(this.products ? [`${MICROSOFT} 1`] : [])];
-    if (own.join() !== wanted.join()) {
-      this.refuse("version", `the operators${wanted}`, own.join());
+    [producerName, producerVersion].forEach((name) => this.label(name));
+    const wanted = new Map([["", OPSET], ...(this.products ? [[MICROSOFT, 1]] : [])]);
+    for (const bytes of opsetImport) {
+      const { domain = "", version } = this.parse("OperatorSetIdProto", bytes);
+      if (wanted.get(domain) !== version) {
+        this.refuse("version", "the operators of this variant, each set once", `${domain} ${version}`);
+      }
+      wanted.delete(domain);
+    }
+    if (wanted.size) {
+      this.refuse("version", `the operators ${[...wanted].join(" ")}`, "a model without them");
     }
   }
 
-  /** SB-O-011 */
-  ports(own, wanted, side) {
-    if (own.length !== wanted.length) {
-      this.refuse("ports", `${wanted.length} ${side}`, own.length);
-    }
-    for (const [i, { name, dtype, shape }] of wanted.entries()) {
-      const { elemType, shape: ownShape } = own[i].type.tensorType;
+  /** SB-O-011; `then` gets the name of each port when it was compared. */
+  ports(messages, wanted, side, then) {
+    for (const [i, bytes] of messages.entries()) {
+      const own = this.parse("ValueInfoProto", bytes);
+      const { elemType, shape } = own.type.tensorType;
+      const port = wanted[i];
       const fits =
-        own[i].name === name &&
-        elemType === ELEMENT_TYPES[dtype] &&
-        ownShape.dim.length === shape.length &&
-        shape.every((size, k) => sameSize(ownShape.dim[k], size));
+        port &&
+        own.name === port.name &&
+        elemType === ELEMENT_TYPES[port.dtype] &&
+        shape.dim.length === port.shape.length &&
+        port.shape.every((size, k) => sameSize(shape.dim[k], size));
       if (!fits) {
-        this.refuse("ports", `${name}: ${dtype} [${shape}] among the ${side}`, own[i].name);
+        const expected = port ? `${port.name}: ${port.dtype} [${port.shape}]` : `no more ${side}`;
+        this.refuse("ports", expected, own.name);
       }
+      then(own.name);
+    }
+    if (messages.length !== wanted.length) {
+      this.refuse("ports", `${wanted.length} ${side}`, messages.length);
     }
   }
 
   /** SB-O-006, SB-O-013, SB-O-014 */
-  initializers() {
-    const there = new Set();
+  initializers(messages, known) {
+    const names = [];
     let size = 0;
-    for (const own of this.graph.initializer) {
+    for (const bytes of messages) {
+      const own = this.parse("TensorProto", bytes);
       const tensor = this.tensors.get(own.name);
       if (own.externalData.length || own.dataLocation === EXTERNAL || tensor) {
         this.weight(own, tensor);
-        there.add(own.name);
       } else {
         size += this.constant(own);
       }
+      if (size > MOST_CONSTANTS) {
+        this.refuse("size", `at most ${MOST_CONSTANTS} bytes of numbers`, size);
+      }
+      this.give(own.name, known);
+      names.push(own.name);
     }
     for (const name of this.tensors.keys()) {
-      if (!there.has(name)) {
+      if (!known.has(name)) {
         this.refuse("weights", `the weight ${name}`, "a graph without it");
       }
     }
-    if (size > MOST_CONSTANTS) {
-      this.refuse("size", `at most ${MOST_CONSTANTS} bytes of numbers`, size);
-    }
+    return names;
   }
 
   weight({ name, dims, dataType, rawData, externalData, dataLocation }, tensor) {
@@ -247,7 +261,7 @@ class Judge {
   /**
    * Judge nodes in order.
    *
-   * @param {object[]} nodes
+   * @param {Uint8Array[]} nodes
    * @param {Scope} known the values that they may take; those that they give are added
    * @param {boolean} inBody
    * @returns {Set<string>} what they give
@@ -258,17 +272,14 @@ class Judge {
     if (this.nodes > MOST_NODES) {
       this.refuse("size", `at most ${MOST_NODES} nodes together`, this.nodes);
     }
-    for (const node of nodes) {
-      const attributes = this.operator(node, inBody);
+    for (const bytes of nodes) {
+      const node = this.parse("NodeProto", bytes);
+      this.operator(node, known, inBody);
       for (const name of node.input) {
         if (!known.has(name)) {
           this.refuse("values", "values that stand before the node", name);
         }
         this.taken.add(name);
-      }
-      this.label(node.name);
-      if (node.opType === LOOP) {
-        this.body(attributes.get("body").g, known);
       }
       for (const name of node.output) {
         this.give(name, known);
@@ -279,40 +290,37 @@ class Judge {
     return made;
   }
 
-  /**
-   * SB-O-010, SB-O-019, SB-O-021
-   *
-   * @returns {Map<string, object>} the node's attributes
-   */
-  operator({ opType, domain = "", input, output, attribute }, inBody) {
+  /** SB-O-010, SB-O-019, SB-O-021 */
+  operator({ opType, name, domain = "", input, output, attribute }, values, inBody) {
+    const loop = opType === LOOP && domain === "" && !inBody;
     const product = this.products && domain === MICROSOFT && opType === PRODUCT;
     const known = product
       ? { least: 3, most: 3, attributes: PRODUCT_ATTRIBUTES }
-      : domain === "" && !(inBody && opType === LOOP) && OPERATORS.get(opType);
+      : domain === "" && (loop || opType !== LOOP) && OPERATORS.get(opType);
     if (!known) {
       this.refuse("operator", inBody ? "an operator of a body" : "a known operator", `${domain} ${opType}`);
     }
+    this.label(name);
     if (output.length !== (opType === "TopK" ? 2 : 1)) {
       this.refuse("syntax", `the outputs of ${opType}`, output.length);
     }
     if (input.length < known.least || input.length > known.most) {
       this.refuse("operator", `${known.least} to ${known.most} inputs of ${opType}`, input.length);
     }
-    const loop = opType === LOOP;
-    const attributes = loop ? this.loopAttributes(attribute) : this.attributes(attribute, known, opType);
-    if (loop && this.makers.get(input[0]) !== "Size") {
-      this.refuse("operator", "a loop whose count is the output of Size", input[0]);
+    if (loop) {
+      this.loop(attribute, input[0], values);
+      return;
     }
+    const attributes = this.attributes(attribute, known, opType);
     if (product) {
       this.product(input[1], attributes);
     }
-    return attributes;
   }
 
   attributes(messages, known, opType) {
     const found = new Map();
     for (const bytes of messages) {
-      const own = parseMessage("AttributeProto", bytes, this.file);
+      const own = this.parse("AttributeProto", bytes);
       const wanted = Object.hasOwn(known.attributes, own.name) ? known.attributes[own.name] : undefined;
       if (!wanted || found.has(own.name)) {
         this.refuse("operator", `known attributes of ${opType}, each once`, own.name);
@@ -330,19 +338,23 @@ class Judge {
     return found;
   }
 
-  loopAttributes(messages) {
-    const found = new Map();
+  /** SB-O-019 */
+  loop(messages, count, values) {
+    let body = null;
     for (const bytes of messages) {
-      const own = parseMessage("AttributeProto of a Loop", bytes, this.file);
-      if (own.name !== "body" || own.type !== GRAPH || found.has(own.name)) {
+      const own = this.parse("AttributeProto of a Loop", bytes);
+      if (own.name !== "body" || own.type !== GRAPH || body !== null) {
         this.refuse("operator", "a loop with one body and no other attribute", own.name);
       }
-      found.set(own.name, own);
+      body = own.g;
     }
-    if (!found.has("body")) {
+    if (body === null) {
       this.refuse("operator", "a loop with a body", "none");
     }
-    return found;
+    if (this.makers.get(count) !== "Size") {
+      this.refuse("operator", "a loop whose count is the output of Size", count);
+    }
+    this.body(body, values);
   }
 
   /** SB-O-021 */
@@ -358,28 +370,35 @@ class Judge {
 
   /** SB-O-019 and, for the values, SB-O-012 */
   body(bytes, outer) {
-    const graph = parseMessage("GraphProto of a Loop", bytes, this.file);
-    const [first, condition, carried] = graph.input;
-    const [next, result] = graph.output;
-    for (const { dimParam } of graph.input.flatMap((port) => port.type.tensorType.shape.dim)) {
-      this.label(dimParam);
-    }
-    const there = graph.input.length === 3 && graph.output.length === 2;
-    const conditions = () => isScalar(condition, "bool") && isScalar(next, "bool");
-    if (!there || !isScalar(first, "int64") || !conditions() || !sameCarried(carried, result)) {
-      const expected = "a body from count, condition and carried value to condition and carried value";
-      this.refuse("ports", expected, graph.name);
-    }
+    const graph = this.parse("GraphProto of a Loop", bytes);
     this.label(graph.name);
     const known = new Scope(outer);
-    for (const { name } of graph.input) {
-      this.give(name, known);
-    }
+    const count = (port) => isScalar(port, "int64");
+    const condition = (port) => isScalar(port, "bool");
+    const give = (name) => this.give(name, known);
+    const given = this.bodyPorts(graph.input, [count, condition, isCarried], give);
     const made = this.walk(graph.node, known, true);
-    for (const { name } of graph.output) {
-      if (!made.has(name)) {
-        this.refuse("values", "outputs of a body that one of its nodes gives", name);
-      }
+    const check = (name) => this.checkMade(name, made);
+    const results = this.bodyPorts(graph.output, [condition, isCarried], check);
+    if (!sameType(given.at(-1), results.at(-1))) {
+      this.refuse("ports", "a carried value of one dtype and shape", graph.name);
     }
+  }
+
+  /** Returns the messages. */
+  bodyPorts(messages, kinds, then) {
+    const ports = messages.map((bytes, i) => {
+      const port = this.parse("ValueInfoProto", bytes);
+      port.type.tensorType.shape.dim.forEach(({ dimParam }) => this.label(dimParam));
+      if (!kinds[i]?.(port)) {
+        this.refuse("ports", "a count, conditions and a carried value", port.name);
+      }
+      then(port.name);
+      return port;
+    });
+    if (ports.length !== kinds.length) {
+      this.refuse("ports", `${kinds.length} inputs or outputs of a body`, ports.length);
+    }
+    return ports;
   }
 }

@@ -19,7 +19,7 @@ const upTo = (most) => ({ least: 0, most, list: true });
 const int = (name, times = ONE) => ({ name, wire: VARINT, ...times });
 const text = (name, times = ONE) => ({ name, wire: BYTES, ...times });
 const float = (name, times = ONE) => ({ name, wire: FIXED32, ...times });
-/** A message; `later`: its bytes are kept, and whoever knows its kind parses it. */
+/** A message; `later`: its bytes are kept, and it is parsed when its turn comes (SB-O-022). */
 const message = (name, kind, times = ONE) => ({ name, wire: BYTES, kind, ...times });
 const later = (name, times = ONE) => ({ name, wire: BYTES, raw: true, ...times });
 
@@ -28,16 +28,16 @@ const MESSAGES = {
     1: int("irVersion"),
     2: text("producerName", ANY),
     3: text("producerVersion", ANY),
-    7: message("graph", "GraphProto"),
-    8: message("opsetImport", "OperatorSetIdProto", upTo(8)),
+    7: later("graph"),
+    8: later("opsetImport", upTo(8)),
   },
   OperatorSetIdProto: { 1: text("domain", ANY), 2: int("version") },
   GraphProto: {
-    1: message("node", "NodeProto", upTo(32_768)),
+    1: later("node", upTo(32_768)),
     2: text("name"),
-    5: message("initializer", "TensorProto", upTo(16_384)),
-    11: message("input", "ValueInfoProto", upTo(32_768)),
-    12: message("output", "ValueInfoProto", upTo(32_768)),
+    5: later("initializer", upTo(16_384)),
+    11: later("input", upTo(32_768)),
+    12: later("output", upTo(32_768)),
   },
   NodeProto: {
     1: text("input", upTo(16)),
@@ -57,10 +57,10 @@ const MESSAGES = {
   },
   "AttributeProto of a Loop": { 1: text("name"), 6: later("g"), 20: int("type") },
   "GraphProto of a Loop": {
-    1: message("node", "NodeProto", upTo(256)),
+    1: later("node", upTo(256)),
     2: text("name"),
-    11: message("input", "ValueInfoProto", upTo(3)),
-    12: message("output", "ValueInfoProto", upTo(2)),
+    11: later("input", upTo(3)),
+    12: later("output", upTo(2)),
   },
   TensorProto: {
     1: int("dims", upTo(8)),

@@ -14,21 +14,23 @@ export function isScalar({ type: { tensorType } }, dtype) {
   return tensorType.elemType === ELEMENT_TYPES[dtype] && tensorType.shape.dim.length === 0;
 }
 
-/** Whether a body takes and gives the same floating-point value, of sizes that are names or at least 1. */
-export function sameCarried(one, other) {
+/** Whether a value can be carried: of a floating-point dtype, with sizes that are names or at least 1. */
+export function isCarried({ type: { tensorType } }) {
+  const { elemType, shape } = tensorType;
+  const floating = elemType === ELEMENT_TYPES.float32 || elemType === ELEMENT_TYPES.float16;
+  return floating && shape.dim.every(isSize);
+}
+
+function isSize({ dimValue, dimParam }) {
+  if (dimParam !== undefined) {
+    return dimValue === undefined && dimParam !== "";
+  }
+  return typeof dimValue === "number" && dimValue >= 1;
+}
+
+/** Whether two values have one dtype and one shape. */
+export function sameType(one, other) {
   const [a, b] = [one.type.tensorType, other.type.tensorType];
-  const floating = [ELEMENT_TYPES.float32, ELEMENT_TYPES.float16].includes(a.elemType);
-  const size = ({ dimValue, dimParam }) => {
-    const named = dimValue === undefined && dimParam !== "";
-    return dimParam === undefined ? typeof dimValue === "number" && dimValue >= 1 : named;
-  };
-  return (
-    floating &&
-    a.elemType === b.elemType &&
-    a.shape.dim.length === b.shape.dim.length &&
-    a.shape.dim.every((own, i) => {
-      const same = own.dimValue === b.shape.dim[i].dimValue && own.dimParam === b.shape.dim[i].dimParam;
-      return same && size(own);
-    })
-  );
+  const sizes = ({ shape }) => shape.dim.map(({ dimValue, dimParam }) => `${dimValue} ${dimParam}`).join();
+  return a.elemType === b.elemType && sizes(a) === sizes(b);
 }

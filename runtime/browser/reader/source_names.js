@@ -4,7 +4,7 @@ import { product } from "./logical_tensors.js";
 
 const LAYER = "{layer}";
 const ROW = "{row}";
-/** SB-M-085: a source may keep it once more, as the projection of a tied head. */
+/** SB-M-085: a source may keep copies of it. */
 const KEPT_AGAIN = "embedding.token.weight";
 
 /**
@@ -28,10 +28,9 @@ class SourceTable {
     this.storage = manifest.storage;
     this.experts = manifest.requires.includes("experts");
     this.tensors = tensors;
-    this.tied = tensors.architecture.head.tied;
     this.found = found;
-    /** How often each logical tensor is named. */
-    this.named = new Map();
+    /** The logical tensors that entries name. */
+    this.named = new Set();
     this.sources = new Set();
     /** Source names with a row in them, in two halves around the row. */
     this.rows = [];
@@ -78,13 +77,11 @@ class SourceTable {
         this.wrong(`${pointer}/tensors`, "logical tensors", name); // SB-M-083
         return null;
       }
-      const times = (this.named.get(name) ?? 0) + 1;
-      const most = name === KEPT_AGAIN && this.tied ? 2 : 1;
-      if (times > most) {
+      if (this.named.has(name) && name !== KEPT_AGAIN) {
         this.wrong(`${pointer}/tensors`, "no logical tensor twice", name); // SB-M-085
         return null;
       }
-      this.named.set(name, times);
+      this.named.add(name);
       shapes.push(shape);
     }
     return shapes;
@@ -165,10 +162,10 @@ class SourceTable {
 
 /** SB-M-088 */
 function rowFits({ source, tensors, groups, transposed }, shape) {
-  const parts = source.split(".");
-  const plain = source.replace(ROW, "").replaceAll(LAYER, "");
-  const once = parts.filter((part) => part === ROW).length === 1 && !/[{}]/.test(plain);
-  return once && tensors.length === 1 && shape.length >= 2 && groups === 1 && !transposed;
+  const [before, after, ...more] = source.replaceAll(LAYER, "0").split(ROW);
+  const alone = more.length === 0 && !/[{}]/.test(before + after);
+  const between = (before === "" || /^.+\.$/s.test(before)) && (after === "" || /^\..+$/s.test(after));
+  return alone && between && tensors.length === 1 && shape.length >= 2 && groups === 1 && !transposed;
 }
 
 /**

@@ -5,8 +5,12 @@ import { parseJson } from "./json.js";
 import { Collector } from "./problems.js";
 
 const text = (most) => string({ most });
-const positive = number("a number above 0", (value) => value > 0);
-const share = number("a number above 0, up to 1", (value) => value > 0 && value <= 1);
+/** SB-T-013: zero, where it may be, or from 1e-37 on. */
+const from = (zero, most) => {
+  const holds = (value) => (zero && value === 0) || (value >= 1e-37 && value <= most);
+  return number(`a number from 1e-37 to ${most}${zero ? ", or 0" : ""}`, holds);
+};
+const share = from(false, 1);
 const template = object({
   name: string({
     holds: (name) => /^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$/.test(name),
@@ -16,12 +20,12 @@ const template = object({
 });
 const defaults = object({
   sample: orNull(boolean),
-  temperature: orNull(number("a number from 0", (value) => value >= 0)),
+  temperature: orNull(from(true, 1e37)),
   top_k: orNull(integer(1)),
   top_p: orNull(share),
-  min_p: orNull(number("a number from 0 to 1", (value) => value >= 0 && value <= 1)),
+  min_p: orNull(from(true, 1)),
   typical_p: orNull(share),
-  repetition_penalty: orNull(positive),
+  repetition_penalty: orNull(from(false, 1e37)),
 });
 const message = object({
   role: string({
@@ -32,7 +36,7 @@ const message = object({
 });
 
 function documentType(vocabulary) {
-  const ids = array(integer(0, vocabulary - 1));
+  const ids = array(integer(0, vocabulary - 1), { most: Infinity });
   return object({
     version: integer(1, 1),
     variables: mapping(() => text(4096), {

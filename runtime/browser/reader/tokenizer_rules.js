@@ -26,7 +26,9 @@ export function checkTokenizer(bytes, file, vocabulary) {
     wrong("/model", "an object", model);
   }
   const tokens = readVocabulary(model, wrong);
-  checkAddedTokens(document.get("added_tokens") ?? [], tokens, wrong);
+  const vocabularyList = model.get("vocab");
+  const entries = Array.isArray(vocabularyList) ? vocabularyList.length : tokens.size;
+  checkAddedTokens(document.get("added_tokens") ?? [], tokens, entries, wrong);
   const beyond = [...tokens.values()].filter((id) => id >= vocabulary).length;
   if (beyond * 100 > tokens.size) {
     // SB-T-008
@@ -88,7 +90,7 @@ function checkId(id, most, pointer, wrong) {
 }
 
 /** SB-T-004, and the half of SB-T-006 that is about ids after the vocabulary's */
-function checkAddedTokens(added, tokens, wrong) {
+function checkAddedTokens(added, tokens, entries, wrong) {
   if (!Array.isArray(added)) {
     wrong("/added_tokens", "an array", added);
   }
@@ -107,46 +109,37 @@ function checkAddedTokens(added, tokens, wrong) {
   }
   if (follows) {
     for (const id of tokens.values()) {
-      if (id >= tokens.size) {
+      if (id >= entries) {
         wrong("/model/vocab", "ids without holes, because added tokens follow", id);
       }
     }
   }
 }
 
-/** SB-T-005: at any depth of the post-processor */
+/** SB-T-005: at any depth of the post-processor. A member of another type counts as empty. */
 function checkInsertedIds(processor, vocabulary, wrong) {
-  let inserted = 0;
-  const count = (value) => {
-    inserted += Array.isArray(value) ? value.length : 0;
-  };
-  const own = (value, pointer) => {
-    for (const name of ["cls", "sep"]) {
-      if (value.has(name)) {
-        const pair = value.get(name);
-        checkId(Array.isArray(pair) ? pair[1] : undefined, vocabulary - 1, `${pointer}/${name}/1`, wrong);
-      }
-    }
-    count(value.get("single"));
-    count(value.get("pair"));
-    const special = value.get("special_tokens");
-    const used = namedTokens(value.get("single"));
-    for (const [name, token] of special instanceof Map ? special : []) {
-      const ids = token instanceof Map ? token.get("ids") : undefined;
-      count(ids);
-      if (used.has(name)) {
-        const place = `${pointer}/special_tokens/${escaped(name)}/ids`;
-        for (const [i, id] of (Array.isArray(ids) ? ids : [ids]).entries()) {
-          checkId(id, vocabulary - 1, `${place}/${i}`, wrong);
-        }
-      }
-    }
-  };
+  const list = (value) => (Array.isArray(value) ? value : []);
+  const check = (id, pointer) => checkId(id, vocabulary - 1, pointer, wrong);
   for (const [pointer, value] of objects(processor, "/post_processor")) {
-    own(value, pointer);
-  }
-  if (inserted > MOST_INSERTED) {
-    wrong("/post_processor", `at most ${MOST_INSERTED} items in templates`, inserted);
+    for (const name of ["cls", "sep"]) {
+      const pair = list(value.get(name));
+      if (pair.length > 1) {
+        check(pair[1], `${pointer}/${name}/1`);
+      }
+    }
+    const used = namedTokens(value.get("single"));
+    const special = value.get("special_tokens");
+    let inserted = list(value.get("single")).length + list(value.get("pair")).length;
+    for (const [name, token] of special instanceof Map ? special : []) {
+      const ids = list(token instanceof Map ? token.get("ids") : undefined);
+      inserted += ids.length;
+      if (used.has(name)) {
+        ids.forEach((id, i) => check(id, `${pointer}/special_tokens/${escaped(name)}/ids/${i}`));
+      }
+    }
+    if (inserted > MOST_INSERTED) {
+      wrong(pointer, `at most ${MOST_INSERTED} items in templates`, inserted);
+    }
   }
 }
 

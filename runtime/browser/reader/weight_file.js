@@ -47,10 +47,11 @@ const members = mapping((name) => (name === METADATA ? metadata : entry));
  * @param {(start: number, end: number) => Promise<Uint8Array>} read
  * @param {string} path
  * @param {{size: number, header_sha256: string}} listed the file has this size
+ * @param {number} most how many tensors the file may hold
  * @returns {Promise<Header>}
- * @throws {BundleError} weights.header, file.header-digest, json.*, field.*
+ * @throws {BundleError} weights.header, file.header-digest, json.*, weights.tensors, field.*
  */
-export async function readHeader(read, path, { size, header_sha256: listedDigest }) {
+export async function readHeader(read, path, { size, header_sha256: listedDigest }, most) {
   if (size < 8) {
     refuse("weights.header", path, "at least 8 bytes", size);
   }
@@ -73,6 +74,10 @@ export async function readHeader(read, path, { size, header_sha256: listedDigest
   }
   const value = parseJson(text.subarray(0, end), path); // SB-W-005
   const found = new Collector(path);
+  const count = value instanceof Map ? value.size - Number(value.has(METADATA)) : 0;
+  if (count > most) {
+    refuse("weights.tensors", path, `at most ${most} tensors`, count, { pointer: "" });
+  }
   if (value instanceof Map && !value.has(METADATA)) {
     found.add("field.missing", "", `the field ${METADATA}`, "an object without it"); // SB-W-006
   }

@@ -1,7 +1,7 @@
 /** A bundle in a directory, for Node. Nothing but regular files is ever opened (SB-D-004). */
 
 import { constants } from "node:fs";
-import { lstat, open, readdir, stat } from "node:fs/promises";
+import { lstat, open, readdir } from "node:fs/promises";
 import { join } from "node:path";
 
 import { BundleError, problem } from "../reader/problems.js";
@@ -18,8 +18,8 @@ export class DirectorySource {
 
   /**
    * @param {string} path
-   * @returns {Promise<{kind: "file" | "directory" | "link" | "other", size: number, hanging?: boolean} |
-   *   null>} of a path below something that is no directory, the kind of that
+   * @returns {Promise<{kind: "file" | "directory" | "link" | "other", size: number} | null>} of a path
+   *   below something that is no directory, the kind of that
    */
   async stat(path) {
     const parts = path.split("/");
@@ -33,12 +33,9 @@ export class DirectorySource {
   }
 
   async #lstat(path) {
-    const place = join(this.directory, path);
     try {
-      const found = await lstat(place);
-      const kind = kindOf(found);
-      const link = kind === "link" && { kind, size: 0, hanging: await leadsNowhere(place) };
-      return link || { kind, size: found.size };
+      const found = await lstat(join(this.directory, path));
+      return { kind: kindOf(found), size: found.size };
     } catch (error) {
       if (error.code === "ENOENT" || error.code === "ENOTDIR") {
         return null;
@@ -100,15 +97,6 @@ function kindOf(entry) {
     return "link";
   }
   return entry.isFile() ? "file" : entry.isDirectory() ? "directory" : "other";
-}
-
-async function leadsNowhere(place) {
-  try {
-    await stat(place);
-    return false;
-  } catch {
-    return true;
-  }
 }
 
 function unreadable(path, error) {
