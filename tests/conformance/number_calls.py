@@ -33,6 +33,9 @@ def number_cases() -> Iterator[Case]:
 def _copier(source: Path, document: dict[str, Any]) -> Callable[[Path], None]:
     """Write the bundle, and the calls without what is expected of them."""
 
+    if not (source / "model.splitbundle" / "manifest.json").is_file():
+        raise ValueError(f"{source} has no model.splitbundle: the copy of the kit isn't whole")
+
     def make(root: Path) -> None:
         shutil.copytree(source / "model.splitbundle", root / "model.splitbundle")
         asked = [

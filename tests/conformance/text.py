@@ -139,6 +139,20 @@ def tokenizer_cases() -> Iterator[Case]:
             None,
         ),
         (
+            "special-tokens-used",
+            "a special token without ids that the template uses",
+            set_(
+                "post_processor",
+                {
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": "x"}}, {"SpecialToken": {"id": "y"}}],
+                    "special_tokens": {"x": {"id": "x"}, "y": {"id": "y", "ids": "23"}},
+                },
+            ),
+            None,
+            None,
+        ),
+        (
             "special-tokens-array",
             "an array in place of the special tokens",
             set_("post_processor", {"type": "TemplateProcessing", "single": {}, "pair": 1, "special_tokens": [1]}),
@@ -172,7 +186,16 @@ def tokenizer_cases() -> Iterator[Case]:
         ("utf16", "UTF-16", lambda data: data.decode("ascii").encode("utf-16"), "json.encoding", None),
         ("duplicate-token", "a token twice", lambda d: d.replace(b'"cat":', b'"dog":'), "json.duplicate-key", None),
         ("nested", "100,000-fold nesting", lambda data: b"[" * 100_000, "json.depth", None),
-        ("array", "an array", lambda data: b"[]", bad, "/model"),
+        ("array", "an array", lambda data: b"[]", bad, ""),
+        ("no-model", "no model", edited(lambda v: v.pop("model")), bad, ""),
+        ("no-vocabulary", "no vocabulary", edited(lambda v: v["model"].pop("vocab")), bad, "/model"),
+        (
+            "vocabulary-null",
+            "null for the vocabulary",
+            edited(lambda v: v["model"].update(vocab=None)),
+            bad,
+            "/model/vocab",
+        ),
         ("type", "a model of an unknown type", edited(lambda v: v["model"].update(type="X")), bad, "/model/type"),
         (
             "id-deep",
@@ -250,7 +273,7 @@ def tokenizer_cases() -> Iterator[Case]:
             "/model/vocab",
         ),
         ("unigram-larger", "more pieces than the embedding has rows", unigram(25), bad, "/model/vocab"),
-        ("added-no-id", "an added token without an id", added({"content": "new"}), bad, "/added_tokens/1/id"),
+        ("added-no-id", "an added token without an id", added({"content": "new"}), bad, "/added_tokens/1"),
         (
             "added-negative",
             "a negative id of an added token",
@@ -301,6 +324,6 @@ def _rules(code: str | None, pointer: str | None) -> tuple[str, ...]:
         return "SB-T-004", "SB-T-005", "SB-T-006", "SB-T-007", "SB-T-008"
     if code.startswith("json."):
         return ("SB-T-003",)
-    at = (pointer or "").split("/")[1]
+    at = pointer.split("/")[1] if pointer else "model"
     of_model = "SB-T-004", "SB-T-006", "SB-T-008"
     return {"model": of_model, "added_tokens": of_model[:2], "post_processor": ("SB-T-005",)}.get(at, ("SB-T-007",))

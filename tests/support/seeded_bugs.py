@@ -7,6 +7,7 @@ from typing import Final
 
 FORMAT: Final = "runtime/splitbundle/format"
 TORCH: Final = "runtime/splitbundle/backends/torch"
+AT_MOST: Final = 'if len(self.value) > maximum:\n            self.refuse(f"at most {maximum} characters")'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,15 +30,15 @@ PYTHON: Final = (
     _bug(
         "lengths of strings in UTF-16",
         f"{FORMAT}/fields.py",
-        'if len(self.value) > maximum:\n            self.refuse(f"at most {maximum} characters")',
-        'if len(self.value.encode("utf-16-le")) // 2 > maximum:\n            self.refuse(f"at most {maximum} characters")',
+        AT_MOST,
+        AT_MOST.replace("len(self.value)", 'len(self.value.encode("utf-16-le")) // 2'),
         "manifest-string-of-code-points",
     ),
     _bug(
         "lengths of strings in bytes",
         f"{FORMAT}/fields.py",
-        'if len(self.value) > maximum:\n            self.refuse(f"at most {maximum} characters")',
-        'if len(self.value.encode()) > maximum:\n            self.refuse(f"at most {maximum} characters")',
+        AT_MOST,
+        AT_MOST.replace("len(self.value)", "len(self.value.encode())"),
         "manifest-string-of-code-points",
     ),
     _bug(

@@ -122,7 +122,9 @@ def _added(
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
             raise _problem(path, at, "an object with a token's content and id", quoted(entry))
         token = entry["content"]
-        given = _check_id(entry.get("id"), f"{at}/id", path)
+        if "id" not in entry:
+            raise _problem(path, at, "an object with a token's content and id", quoted(entry))
+        given = _check_id(entry["id"], f"{at}/id", path)
         if not token:  # the library leaves it out
             continue
         if token not in vocabulary and token not in added:
@@ -224,11 +226,12 @@ def _longest_replacement(charsmap: str) -> int:
 
 
 def _member(value: Any, path: str, at: str, name: str, kind: type) -> Any:
-    member = value.get(name) if isinstance(value, dict) else None
-    if not isinstance(member, kind):
-        what = "an object" if kind is dict else "an array"
-        raise _problem(path, f"{at}/{name}", what, quoted(member))
-    return member
+    what = "an object" if kind is dict else "an array"
+    if not isinstance(value, dict) or name not in value:
+        raise _problem(path, at, f"an object with {quoted(name)}, {what}", quoted(value))
+    if not isinstance(value[name], kind):
+        raise _problem(path, f"{at}/{name}", what, quoted(value[name]))
+    return value[name]
 
 
 def _list(value: Any, path: str, at: str, name: str) -> list[Any]:
