@@ -7,9 +7,9 @@ Each contender runs in fresh processes, on the same tokens. The contenders run i
 round gives its own ratios; tables have the median, the least and the greatest ratio. Before the rounds, each
 contender's logits are compared with those of transformers; a contender with different logits is not timed. All files
 are read once before, so they are in the page cache for all contenders. A contender that is not installed is left out
-with a line on stderr. The results go to ``benchmarks/results/`` or ``--results``: JSON, a table and a plot for each
-set, and whether the goals were reached. Exit status: 0 done, 1 nothing could be measured, 2 called wrongly, 4 a library
-is missing, 130 interrupted. After an interruption, the complete rounds of the current case are kept.
+with a line on stderr. The results go to ``benchmarks/results/`` or ``--results``: JSON, a table and a picture for
+each set, and whether the goals were reached. Exit status: 0 done, 1 nothing could be measured, 2 called wrongly, 4 a
+library is missing, 130 interrupted. After an interruption, the complete rounds of the current case are kept.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import machine, plot
+from benchmarks import machine, pictures
 from benchmarks.goals import spread, times_as_fast
 from benchmarks.processes import say
 from benchmarks.sets import LIMIT
@@ -56,7 +56,7 @@ def _path(document: dict[str, Any], results: Path) -> Path:
 
 
 def write_pages(results: Path) -> None:
-    """Write all pages, and a plot for each set, from all JSON files in the directory."""
+    """Write all pages, and a picture for each set, from all JSON files in the directory."""
     if not results.is_dir():
         return
     by_set: dict[str, list[dict[str, Any]]] = {name: [] for name in _ABOUT}
@@ -71,8 +71,9 @@ def write_pages(results: Path) -> None:
         if not own:
             continue
         own.sort(key=lambda each: (each["model"], each["dtype"], _place(each)))
-        picture = plot.draw(own, results / f"{name}.svg")
-        shown = f"\n![Ratios of the set {name}]({name}.svg)\n" if picture else ""
+        drawn = pictures.draw(own, results / f"{name}.svg")
+        against = " or ".join(dict.fromkeys(each["reference"] for each in own))
+        shown = f"\n![How many times as fast as {against} each contender is]({name}.svg)\n" if drawn else ""
         head = f"# {name}\n\nMeasured on {'; '.join(_places(own))}.\n\n{_ABOUT[name]}\n"
         (results / f"{name}.md").write_text(f"{head}{shown}\n{markdown(own)}", "utf-8")
         pages.append(f"[{name}]({name}.md)")

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from itertools import groupby
@@ -21,6 +23,11 @@ from splitbundle_converter.families import summary
 from splitbundle_converter.families.composites import COMPOSITES
 
 ROOT: Final = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from benchmarks import machine  # noqa: E402  # they lie beside docs/, and are in no package
+from benchmarks.goals import times_as_fast  # noqa: E402
+
 COMMON: Final = ("--help", "--json", "--quiet", "--debug")
 """Options of every command: the page names them once."""
 GROUPS: Final = {
@@ -151,9 +158,45 @@ def language_parts() -> str:
     )
 
 
+_FIGURES: Final = {
+    "first token": "process start to first token",
+    "prefill 256": "prompt of 256",
+    "prefill 1024": "prompt of 1,024",
+    "decode 256": "a token after 256",
+}
+"""What a picture calls a figure -> what the page of speeds calls it."""
+_BESIDE: Final = {
+    "transformers": "transformers",
+    "llama.cpp": "llama.cpp",
+    "the machine's limit": "the machine's limit",
+}
+
+
+def speed() -> str:
+    """Return a table for each processor of the stored results, with the ratios of both backends."""
+    tables: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        document = json.loads(path.read_text("utf-8"))
+        if document["set"] not in ("cold", "prefill", "decode"):
+            continue
+        place = f"{machine.processor(document['machine'])}, {document['threads']} threads"
+        for figure in [each for each in document["figures"] if each in _FIGURES]:
+            for backend in ("torch", "onnxruntime"):
+                row = [times_as_fast(document["runs"], figure, f"splitbundle {backend}", other) for other in _BESIDE]
+                cells = ["" if each is None else f"{each['median']:.2f}" for each in row]
+                if any(cells):
+                    model = f"{document['model']} {document['dtype']}"
+                    names = [_FIGURES[figure], model, backend, *cells]
+                    tables.setdefault(place, []).append(f"| {' | '.join(names)} |")
+    heads = " | ".join(["", "model", "backend", *_BESIDE])
+    head = [f"|{heads} |", f"|{'---|' * (3 + len(_BESIDE))}"]
+    return "\n".join("\n".join([f"### {place}", "", *head, *rows, ""]) for place, rows in tables.items())
+
+
 PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "commands.md": commands,
     "error-codes.md": error_codes,
     "families.md": families,
     "language-parts.md": language_parts,
+    "speed.md": speed,
 }

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from benchmarks import cases, computing, file_sets, files, machine, processes, report, sets
+from benchmarks import cases, computing, file_sets, files, machine, pictures, processes, report, sets
 from benchmarks.computing import tokens
 from benchmarks.contenders import (
     COMMANDS,
@@ -476,6 +478,39 @@ def test_the_stored_results_have_a_place_on_their_pages() -> None:
         first = [(results / name).read_text("utf-8").split("\n## ")[0] for name in (f"{stored['set']}.md", "README.md")]
         assert [place in text for text in first] == [True, True]
         assert "-".join(filter(None, (stored[key] for key in ("set", "model", "dtype")))) in path.name
+
+
+def test_the_stored_pictures_and_pages_are_those_of_the_stored_results(tmp_path: Path) -> None:
+    """``python -m benchmarks.pictures`` writes them anew."""
+    results = ROOT / "benchmarks" / "results"
+    for path in results.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    report.write_pages(tmp_path)
+    written = {path.name: path.read_text("utf-8") for path in tmp_path.iterdir() if path.suffix != ".json"}
+    stored = {path.name: path.read_text("utf-8") for path in results.iterdir() if path.suffix != ".json"}
+    assert sorted(written) == sorted(stored)
+    assert [name for name in written if written[name] != stored[name]] == []
+
+
+def test_a_picture_says_machine_threads_and_spread_and_has_one_scale() -> None:
+    runs = [{"a": {"decode 256": own}, "b": {"decode 256": 1.0}} for own in (0.5, 0.25, 1.0)]
+    facts = machine.facts() | {"processor": "AMD EPYC", "instructions": ["avx512f"]}
+    one = document(runs=runs, reference="b", threads=2, machine=facts, figures=["decode 256"])
+    drawn = pictures.picture([one, one | {"model": "other", "runs": runs[:1]}])
+    assert drawn is not None
+    root = ElementTree.fromstring(drawn)
+    said = [element.text or "" for element in root.iter() if element.tag.endswith("text")]
+    assert "tiny float32 decode 256: AMD EPYC (avx512), 2 threads, 3 rounds" in said
+    assert "other float32 decode 256: AMD EPYC (avx512), 2 threads, 1 round" in said
+    assert "Bar: median of the rounds. Line across it: least to greatest round." in said
+    assert "All panels have one scale; a step of it is a factor of 2." in next(text for text in said if "scale" in text)
+    assert [said.count(text) for text in ("2.00 (1.00 to 4.00)", "2.00", "1.00 (1.00 to 1.00)")] == [1, 1, 1]
+    bars = [element.attrib for element in root.iter() if element.get("class") == "peer"]
+    assert bars[0]["width"] == bars[2]["width"] != bars[1]["width"]
+    about = next(element.text or "" for element in root.iter() if element.tag.endswith("desc"))
+    assert "3 rounds: a 2.00 (1.00 to 4.00); b 1.00 (1.00 to 1.00). other" in about
+    assert "prefers-color-scheme: dark" in drawn
+    assert pictures.picture([one | {"reference": "c"}]) is None
 
 
 def test_memory_that_the_system_does_not_tell_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
