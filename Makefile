@@ -26,6 +26,7 @@ lint: .venv/test/.installed
 
 docs: .venv/test/.installed
 	.venv/test/bin/python -m sphinx -b html -c docs -d build/doctrees --fail-on-warning --keep-going . build/docs
+	.venv/test/bin/python docs/check_links.py build/docs
 
 # The sdist and the wheel of a release. The wheel is then installed alone, and opens what it must.
 dist:
