@@ -31,7 +31,12 @@ if TYPE_CHECKING:
 
 
 class Bundle(BundleSaving):
-    """A ``.splitbundle`` directory. It is immutable: threads may share it, and worker processes may unpickle it."""
+    """A ``.splitbundle`` directory. It is immutable: threads may share it, and worker processes may unpickle it.
+
+    ``splitbundle.open`` makes one. ``path`` is the directory, ``id`` the bundle id (``sha256:…``), and ``strict`` tells
+    whether it was opened with ``verify="always"``. ``manifest`` and ``architecture`` have the fields of the two
+    documents, under their names in the specification.
+    """
 
     def __reduce__(self) -> tuple[Any, tuple[Path, str, bool]]:
         # A worker reads the documents again. So a pickle names no internal module, which may move, and holds no copy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __version__ = "1.0.0rc1"
+"""The version of this distribution."""
 
 FORMAT_VERSION = (1, 0)
 """MAJOR, MINOR: the newest version of a manifest that this reader knows."""

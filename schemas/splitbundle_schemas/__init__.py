@@ -25,10 +25,15 @@ NAMES: Final = (
     "problems",
     "adapter-config",
 )
+"""The names of the schemas."""
 
 
 def load(name: str, version: int = 1) -> dict[str, Any]:
     """Return the schema of ``name``.json.
+
+    Args:
+        name: one of ``NAMES``.
+        version: the version of the format.
 
     Raises:
         ValueError: no schema has this name and version.

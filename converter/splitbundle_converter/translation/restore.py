@@ -141,7 +141,11 @@ def stored_tensors(bundle: Bundle) -> Callable[[str], Tensor]:
 def source_tensors(bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of the source checkpoint with its original name and layout, one at a time.
 
-    The tensors have the stored dtype. They are exact to the bit, except for the rounding of ``--dtype``.
+    The tensors have the stored dtype, and lie on the CPU. They are exact to the bit, except for the rounding of
+    ``--dtype``.
+
+    Args:
+        bundle: the bundle, with the files of all its units.
 
     Raises:
         BundleError: A unit is absent, or differs from the manifest.

@@ -198,7 +198,7 @@ class StageServer:
             self._status.start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until ``stop`` is called. Return whether it was."""
+        """Wait until ``stop`` is called, at most ``timeout`` seconds. Return whether it was called."""
         if timeout is not None:
             return self._ended.wait(timeout)
         # The system may hand a signal to another thread. Then Python handles it when the main thread wakes up.

@@ -20,7 +20,9 @@ from splitbundle.integers import as_integers
 
 
 class Call:
-    """The number of past positions of each row, and the number of its tokens in this call."""
+    """The positions of a call: ``past`` has the number of earlier tokens of each row, and ``count`` that of its tokens
+    in this call. ``length`` is the length of the sequence, padding included.
+    """
 
     rows: tuple[int, ...] | None = None
     """The row of the cache that each row of this call is; None for all rows in order."""
@@ -97,6 +99,7 @@ class CacheState:
     """The bookkeeping of a KV cache. Each row has ``capacity`` slots, of which the first ``lengths`` hold a token.
 
     Slots at or above a row's past + count have no meaning. A call with a lower past discards the slots above it.
+    ``layers`` are the first layer and the last one plus one, and ``batch_size`` is the number of rows.
     """
 
     places: list[int]

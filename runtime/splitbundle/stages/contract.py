@@ -32,10 +32,22 @@ class StageContract(Protocol):
     """Whether it returns logits, in place of hidden states."""
 
     def cache(self, batch_size: int, capacity: int) -> Any:
-        """Return an empty cache: a ``CacheState``, or an object with all of its attributes and methods."""
+        """Return an empty cache: a ``CacheState``, or an object with all of its attributes and methods.
+
+        Args:
+            batch_size: the number of rows.
+            capacity: the number of tokens that each row has room for.
+        """
 
     def check(self, inputs: Any, *, past: Any = None, count: Any = None, cache: Any = None, logits: Any = "all") -> Any:
         """Check a call before anything is written, and return its positions: a ``Call``. Only the first stage needs it.
+
+        Args:
+            inputs: what the user gives: token ids, or hidden states for a pipeline that doesn't embed.
+            past: for each row, the number of earlier tokens; by default 0.
+            count: for each row, the number of its tokens in this call; by default all.
+            cache: the cache of this stage, or None.
+            logits: ``"all"``, ``"last"``, or a number of last positions.
 
         Raises:
             BundleError: the call can't be computed.
@@ -43,6 +55,12 @@ class StageContract(Protocol):
 
     def check_call(self, inputs: Any, call: Any, cache: Any, logits: Any = "all") -> None:
         """Check what this stage must check itself, before any stage of the pipeline has written anything.
+
+        Args:
+            inputs: the inputs of the pipeline, which aren't those of this stage unless it is the first one.
+            call: the positions: ``call.past`` and ``call.count`` for each row.
+            cache: the cache of this stage, or None.
+            logits: as for ``check``.
 
         Raises:
             BundleError: the call can't be computed.
@@ -54,6 +72,12 @@ class StageContract(Protocol):
         *Shape:* token ids (batch, sequence), or hidden (batch, sequence, hidden) -> hidden, or logits (batch, k,
         vocab). Row b has ``positions.count[b]`` tokens, after ``positions.past[b]`` earlier ones. The results of
         padding are zeros.
+
+        Args:
+            inputs: token ids, or the result of the stage before.
+            positions: the ``Call`` that was checked.
+            cache: the cache of this stage, or None.
+            logits: as for ``check``; only a stage with the head gets another value than ``"all"``.
         """
 
 

@@ -13,7 +13,8 @@ from splitbundle.stages.call import CacheState
 class Session:
     """The state of one running batch: the KV cache of each stage, and the tokens that each row has in there.
 
-    One thread uses a session at a time.
+    One thread uses a session at a time. ``past`` has the number of tokens of each row, ``batch_size`` is the number of
+    rows, and ``capacity`` the number of tokens that each row has room for.
     """
 
     def __init__(self, caches: Sequence[CacheState], batch_size: int, capacity: int, *, grows: bool = False) -> None:

@@ -136,13 +136,26 @@ class SharedPipeline(TextPipeline):
     def run(self, work: Callable[[Any], Result]) -> Result:
         """Call a function with the pipeline, between two calls of the texts, and return its result.
 
+        Args:
+            work: takes the pipeline. Meanwhile no text gets a token.
+
         Raises:
             BundleError: ``server.draining`` after ``close``; what the function raises.
         """
         return self._rows.run(lambda: work(self.pipeline))
 
     def log_probabilities(self, token_ids: Any, *, last: int | None = None) -> list[list[float]]:
-        """Return the logarithm of the probability of each token. See ``TextPipeline.log_probabilities``."""
+        """Return the natural logarithm of the probability of each token, given those before it.
+
+        *Shape:* (batch, sequence) -> batch lists of ``sequence - 1`` numbers, or of ``last``.
+
+        Args:
+            token_ids: rows of ids, as lists or as ``token_ids`` of the pipeline makes them.
+            last: the number of tokens at the end to score; by default all but the first.
+
+        Raises:
+            BundleError: ``input.*``; ``server.draining`` after ``close``.
+        """
 
         def work(pipeline: Any) -> list[list[float]]:
             ids = pipeline.token_ids(token_ids) if isinstance(token_ids, list) else token_ids

@@ -47,7 +47,12 @@ class StageBase:
     has_head: bool
 
     def describe(self, bundle: BundleReader, selection: Selection) -> None:
-        """Set what says which part of which model this stage is, from ``bundle.select(…)``."""
+        """Set what says which part of which model this stage is.
+
+        Args:
+            bundle: the bundle.
+            selection: the part, from ``bundle.select(…)``.
+        """
         self.name = selection.name
         self.fingerprint = bundle.fingerprint
         self.source = str(bundle.path), bundle.id
@@ -86,8 +91,13 @@ class StageBase:
     def cache(self, batch_size: int, capacity: int) -> Any:
         """Return an empty KV cache for this stage's layers.
 
+        Args:
+            batch_size: the number of rows.
+            capacity: the number of tokens that each row has room for.
+
         Raises:
-            BundleError: ``session.capacity`` for more positions than the model has, or than memory can hold.
+            BundleError: ``input.value`` for a wrong number of rows; ``session.capacity`` for more positions than the
+                model has, or than memory can hold.
         """
         rows, slots = as_integer(batch_size), as_integer(capacity)
         if rows is None or rows < 1:
@@ -120,8 +130,22 @@ class StageBase:
     ) -> Any:
         """Check that a call can be computed, and return its positions.
 
-        Nothing is written, so a refusal never changes a cache. Arguments and errors are those of a call. With ``rows``,
-        row i of the call is the row ``rows[i]`` of the cache.
+        Nothing is written, so a refusal never changes a cache.
+
+        Args:
+            inputs: token ids, or hidden states for a stage that doesn't embed. *Shape:* (batch, sequence) of integers,
+                or (batch, sequence, hidden) of the stage's dtype.
+            past: for each row, the number of tokens that the cache already has; by default 0.
+            count: for each row, the number of its tokens in this call, which come first; by default all of them.
+            cache: the cache of this stage, or None.
+            logits: ``"all"``, ``"last"``, or the number of last positions; for a stage with the head.
+            rows: for each row of the call, the row of the cache that it is; by default the same one.
+
+        Returns:
+            The positions of the call: a ``Call``.
+
+        Raises:
+            BundleError: ``input.*``; ``session.capacity`` if the cache has no room.
         """
         self._check_inputs(inputs)
         batch, length = inputs.shape[:2]
@@ -140,7 +164,17 @@ class StageBase:
         return call
 
     def check_call(self, inputs: Array, call: Call, cache: Any, logits: LogitsWanted = "all") -> None:
-        """Do the part of ``check`` that every stage of a pipeline must do itself."""
+        """Do the part of ``check`` that every stage of a pipeline must do itself.
+
+        Args:
+            inputs: the inputs of the pipeline, which are those of this stage only if it is the first one.
+            call: the positions, as ``check`` of the first stage returned them.
+            cache: the cache of this stage, or None.
+            logits: as for ``check``.
+
+        Raises:
+            BundleError: ``input.cache``, ``input.position`` or ``session.capacity`` of the cache; ``input.value``.
+        """
         if cache is not None:
             self._check_cache(cache)
             cache.check(call)

@@ -133,7 +133,15 @@ class TextPipeline:
         return text_generation.row_steps(self, prompt_ids, **options)
 
     def complete_text(self, prompt: str | Sequence[Mapping[str, Any]] | Sequence[int], **options: Any) -> Completion:
-        """Continue a text, or answer in a chat, and return the whole answer. The arguments are those of stream_text."""
+        """Continue a text, or answer in a chat, and return the whole answer.
+
+        Args:
+            prompt: a text, the messages of a chat, or token ids.
+            options: those of ``stream_text``.
+
+        Raises:
+            BundleError: as for ``stream_text``.
+        """
         return self.stream_text(prompt, **options).completion()
 
     def log_probabilities(self, token_ids: Any, *, last: int | None = None) -> list[list[float]]:

@@ -89,7 +89,11 @@ class BundleReader:
     ) -> Selection:
         """Return the part of the model that a shard's name or a range of global layers means.
 
-        By default a range that begins at 0 has the embedding, and a range that ends at the last layer has the head.
+        Args:
+            name: a shard's name.
+            layers: in place of a name, the first layer and the last one plus one.
+            embeds: whether the part has the embedding; by default if its range begins at 0.
+            head: whether the part has the head; by default if its range ends at the last layer.
 
         Raises:
             BundleError: ``stage.name``, ``stage.range``.

@@ -92,6 +92,13 @@ class ChatTemplate:
         count as absent, and the names ``reasoning_content``, ``thinking`` and ``reasoning`` mean the same. Strings of
         assistant messages have the mark ``MODEL``. Other strings that are given here have the mark ``USER``.
 
+        Args:
+            messages: the messages, each with ``role`` and ``content``, and what else the template knows.
+            tools: the tools that the model may call, as JSON schemas.
+            documents: the documents that the model may cite.
+            add_generation_prompt: whether to end with the beginning of the model's answer.
+            variables: further variables of the template.
+
         Raises:
             BundleError: ``input.value`` if an argument isn't plain data; ``text.template`` if the template refuses the
                 messages, needs something that isn't given, fails, or takes more work than it may.

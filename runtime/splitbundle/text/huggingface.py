@@ -187,7 +187,20 @@ class TextTokenizer:
         chat_template: str | None = None,
         **variables: Any,
     ) -> Marked:
-        """Return the text of a chat. Its ``marks`` tell who wrote each character. See ``apply_chat_template``."""
+        """Return the text of a chat. Its ``marks`` tell who wrote each character.
+
+        Args:
+            messages: the messages, as for ``apply_chat_template``.
+            tools: the tools that the model may call, as JSON schemas.
+            documents: the documents that the model may cite.
+            add_generation_prompt: whether to end with the beginning of the model's answer.
+            chat_template: the name of another template of the bundle, or the text of a template.
+            variables: further variables of the template.
+
+        Raises:
+            TypeError: as for ``apply_chat_template``.
+            BundleError: ``text.template``; ``input.value`` for an argument that isn't plain data.
+        """
         if foreign := sorted(variables.keys() & _OF_TRANSFORMERS):
             raise TypeError(
                 f"{foreign[0]} is an argument of transformers. Here apply_chat_template returns a list of ids, and "

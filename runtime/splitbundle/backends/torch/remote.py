@@ -118,6 +118,15 @@ class RemoteStage(TensorStage, nn.Module):
 
         *Shape:* hidden (batch, sequence, hidden) of the stage's dtype -> the same.
 
+        Args:
+            inputs: hidden states.
+            past: for each row, the number of earlier tokens in the cache; by default 0.
+            count: for each row, the number of its tokens in this call; by default all.
+            cache: a cache of this stage, or None.
+            logits: ignored: a remote stage has no head.
+            rows: for each row of the call, the row of the cache that it is; by default the same one.
+            positions: in place of ``past``, ``count`` and ``rows``, a call that was checked, from a pipeline.
+
         Raises:
             BundleError: ``peer.unreachable`` if no server answers in time; ``input.grad`` for an input that needs a
                 gradient from a stage that isn't trainable; ``wire.value``; ``train.lost``; ``input.*``.
@@ -181,7 +190,7 @@ class RemoteStage(TensorStage, nn.Module):
         return self.training_link.step(None if rate is None else float(rate))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients on the server.
+        """Drop the gradients on the server. ``set_to_none`` is there because modules of torch have it.
 
         Raises:
             BundleError: ``peer.*``.

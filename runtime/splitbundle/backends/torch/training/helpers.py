@@ -79,7 +79,11 @@ class Boundary:
 
 
 def boundary(hidden: Tensor) -> Boundary:
-    """Detach a hidden state at a cut, so that its gradient can be handed back. See ``Boundary``."""
+    """Detach a hidden state at a cut, so that its gradient can be handed back. See ``Boundary``.
+
+    Args:
+        hidden: the result of a trainable stage. *Shape:* (batch, sequence, hidden), of the stage's dtype.
+    """
     return Boundary(hidden)
 
 
@@ -116,7 +120,9 @@ def freeze(*stages: nn.Module, but: Iterable[str] | None = None) -> None:
 def label_count(labels: Tensor | Sequence[Tensor]) -> int:
     """Return the number of positions that have a loss, in one batch or in all micro-batches of a step.
 
-    *Shape:* each (batch, sequence), int64: the token id after each position, or -100 where there is no loss.
+    Args:
+        labels: labels, or a list of those of all micro-batches. *Shape:* each (batch, sequence), int64: the token id
+            after each position, or -100 where there is no loss.
     """
     each = [labels] if isinstance(labels, Tensor) else labels
     return sum(int((one != IGNORED).sum()) for one in each)

@@ -94,6 +94,14 @@ def merge_adapters(
 ) -> Path:
     """Join the adapters of several shards, each saved by ``save_lora``, in one directory that PEFT loads.
 
+    Args:
+        paths: the directories of the adapters.
+        path: the directory to write.
+        force: whether an adapter there is replaced.
+
+    Returns:
+        The directory.
+
     Raises:
         BundleError: ``input.value`` if two have the same layer, or if their scaling or base differs; ``output.*``; and
             the errors of reading them.
