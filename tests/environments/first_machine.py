@@ -1,7 +1,7 @@
 """The machine that has the bottom and the top: ``first_machine BUNDLE COMMAND …``.
 
 The command starts the other machine. Two rows of different lengths are continued by the likeliest tokens. Each step
-sends the hidden states, ``past`` and ``count`` through the other machine's pipe, as ``docs/guides/take-a-shard.md``
+sends the hidden states, ``past`` and ``count`` through the other machine's pipe, as ``docs/guides/pipe.md``
 shows. Every stage keeps its cache. The tokens of both rows are printed, and then those of a pipeline that computes all
 shards in this process.
 """

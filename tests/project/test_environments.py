@@ -147,7 +147,7 @@ def test_a_second_machine_computes_the_trunk(bundle: Path, tmp_path: Path, libra
     assert lacking.returncode == 4, lacking.stderr  # the other backend is barred
 
     program = tmp_path / f"trunk_{library}.py"
-    program.write_text(programs("docs/guides/take-a-shard.md")[program.name], "utf-8")
+    program.write_text(programs("docs/guides/pipe.md")[program.name], "utf-8")
     # The first machine needs no more than torch, either.
     first = (*barred, "torch", ENVIRONMENTS / "first_machine.py", bundle)
     out = run(*first, *barred, library, program, there)

@@ -61,6 +61,8 @@ PREPARED: Final = {
     "license-onnx.splitbundle": "add-onnx license.splitbundle -o license-onnx.splitbundle",
 }
 """A bundle or checkpoint that a page may start with -> the command that makes it."""
+ATTRIBUTES: Final = {"pipeline.state", "pipeline.replicas", "session.reorder"}
+"""What pages write in backticks that looks like a code, and is none."""
 _RUNNER: Final = """
 import contextlib, io, json, os, runpy, shlex, subprocess, sys, traceback
 
@@ -245,15 +247,17 @@ def test_paths_in_backticks_exist(name: str) -> None:
 
 
 def test_the_codes_in_the_pages_exist() -> None:
-    """Codes of stages on other machines, which only few pages explain."""
-    known = set(re.findall(r"^\| `([a-z]+\.[a-z]+)` \|", (ROOT / "spec/v1/bundle.md").read_text("utf-8"), re.MULTILINE))
+    known = set(
+        re.findall(r"^\| `([a-z-]+\.[a-z-]+)` \|", (ROOT / "spec/v1/bundle.md").read_text("utf-8"), re.MULTILINE)
+    )
+    groups = "|".join(sorted({code.partition(".")[0] for code in known}))
     named = {
         (name, code)
         for name in LINKED
-        for code in re.findall(r"`((?:wire|peer|server|train)\.[a-z]+)`", (ROOT / name).read_text("utf-8"))
-        if not code.endswith((".py", ".md"))
+        for code in re.findall(rf"`((?:{groups})\.[a-z-]+)`", (ROOT / name).read_text("utf-8"))
+        if code.rpartition(".")[2] not in ("py", "md", "json", "safetensors") and code not in ATTRIBUTES
     }
-    assert len(named) > 10
+    assert len(named) > 80
     assert {(name, code) for name, code in named if code not in known} == set()
 
 
@@ -266,6 +270,16 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     }
     pages = {page.resolve() for page in DOCS.rglob("*.md") if page.parent.name != "generated"}
     assert pages - listed == {DOCS / "index.md"}
+
+
+def test_the_first_page_leads_to_every_page_in_the_order_of_the_contents() -> None:
+    """A reader of the first page alone sees each page of the contents, in their order."""
+    text = (DOCS / "index.md").read_text("utf-8")
+    shown, _, contents = text.partition("\n```{toctree}")
+    first = shown.index("## Learn it")
+    linked = list(dict.fromkeys(re.findall(r"\]\(([\w./-]+)\.md\)", shown[first:])))
+    listed = [line for line in contents.splitlines() if re.fullmatch(r"[\w./-]+", line)]
+    assert linked == listed
 
 
 def test_every_door_is_named_with_what_guards_it() -> None:
