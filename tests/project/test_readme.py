@@ -196,7 +196,7 @@ def with_free_ports(page: str, content: list[tuple[Block, str]]) -> list[tuple[B
         free = {port: str(own.getsockname()[1]) for port, own in zip(ports, sockets, strict=True)}
 
     def put(text: str) -> str:
-        return re.sub(r"(?<=:)\d+\b", lambda found: free.get(found[0], found[0]), text)
+        return re.sub(r"(?<=:)\d+\b|(?<=--port )\d+\b", lambda found: free.get(found[0], found[0]), text)
 
     return [((kind, where, put(text)), put(said)) for (kind, where, text), said in content]
 
