@@ -282,6 +282,13 @@ def test_the_first_page_leads_to_every_page_in_the_order_of_the_contents() -> No
     assert linked == listed
 
 
+def test_every_example_is_on_its_page() -> None:
+    page = (DOCS / "reference" / "examples.md").read_text("utf-8")
+    programs = [path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.py")]
+    assert len(programs) > 10
+    assert [name for name in programs if f"`{name}`" not in page] == []
+
+
 def test_every_door_is_named_with_what_guards_it() -> None:
     """Each command that reads files from strangers has a row in SECURITY.md, and the modules in the rows exist."""
     doors = (ROOT / "SECURITY.md").read_text("utf-8").partition("\n## The doors\n")[2].partition("\n## ")[0]
