@@ -492,6 +492,30 @@ def test_the_stored_pictures_and_pages_are_those_of_the_stored_results(tmp_path:
     assert [name for name in written if written[name] != stored[name]] == []
 
 
+def test_the_page_of_speeds_begins_with_the_ranges_of_the_stored_results() -> None:
+    """In float32, on all processors and models that were measured."""
+    stored = [json.loads(path.read_text("utf-8")) for path in (ROOT / "benchmarks" / "results").glob("*.json")]
+
+    def span(of_set: str, other: str, *backends: str) -> str:
+        found = [
+            ratio["median"]
+            for each in stored
+            if (each["set"], each["dtype"]) == (of_set, "float32")
+            for figure in each["figures"]
+            for backend in backends
+            if (ratio := times_as_fast(each["runs"], figure, f"splitbundle {backend}", other))
+        ]
+        return f"{min(found):.1f} to {max(found):.1f} ×"
+
+    both = ("torch", "onnxruntime")
+    cells = [
+        *(f"{span('prefill', other, *both)} as fast" for other in ("transformers", "llama.cpp")),
+        *(f"{span('decode', other, own)} with {own}" for own in both for other in ("transformers", "llama.cpp")),
+    ]
+    head = (ROOT / "docs" / "explanation" / "speed.md").read_text("utf-8").partition("\n## ")[0]
+    assert [cell for cell in cells if cell not in head] == []
+
+
 def test_a_picture_says_machine_threads_and_spread_and_has_one_scale() -> None:
     runs = [{"a": {"decode 256": own}, "b": {"decode 256": 1.0}} for own in (0.5, 0.25, 1.0)]
     facts = machine.facts() | {"processor": "AMD EPYC", "instructions": ["avx512f"]}
