@@ -17,7 +17,7 @@ import {
   PRODUCT_ATTRIBUTES,
   VALUE_FIELDS,
 } from "./onnx_operators.js";
-import { isCarried, isScalar, sameSize, sameType } from "./onnx_values.js";
+import { Scope, isCarried, isScalar, sameSize, sameType } from "./onnx_values.js";
 import { refuse } from "./problems.js";
 
 /** SB-O-008 */
@@ -72,23 +72,6 @@ export function judgeModel(bytes, file, { ports, tensors, products }) {
   // A copy begins at 0, so that offsets within it are those of the file.
   const model = parseMessage("ModelProto", bytes.byteOffset ? bytes.slice() : bytes, file);
   new Judge(model, file, tensors, products).judge(ports);
-}
-
-/** Names that a node may take. A body also has those around it: they aren't copied for each body. */
-class Scope {
-  #own = new Set();
-
-  constructor(outer = null) {
-    this.outer = outer;
-  }
-
-  add(name) {
-    this.#own.add(name);
-  }
-
-  has(name) {
-    return this.#own.has(name) || (this.outer?.has(name) ?? false);
-  }
 }
 
 class Judge {

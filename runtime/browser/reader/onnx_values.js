@@ -1,4 +1,7 @@
-/** The types and sizes of a graph's inputs and outputs (SB-O-011, SB-O-019). */
+/**
+ * Values of a graph: their names, and the types and sizes of inputs and outputs (SB-O-011, SB-O-012,
+ * SB-O-019).
+ */
 
 import { ELEMENT_TYPES } from "./onnx_operators.js";
 
@@ -33,4 +36,21 @@ export function sameType(one, other) {
   const [a, b] = [one.type.tensorType, other.type.tensorType];
   const sizes = ({ shape }) => shape.dim.map(({ dimValue, dimParam }) => `${dimValue} ${dimParam}`).join();
   return a.elemType === b.elemType && sizes(a) === sizes(b);
+}
+
+/** Names that a node may take. A body also has those around it: they aren't copied for each body. */
+export class Scope {
+  #own = new Set();
+
+  constructor(outer = null) {
+    this.outer = outer;
+  }
+
+  add(name) {
+    this.#own.add(name);
+  }
+
+  has(name) {
+    return this.#own.has(name) || (this.outer?.has(name) ?? false);
+  }
 }
