@@ -59,7 +59,7 @@ def test_version_help_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main.main(["--version"])
     assert left.value.code == 0
-    assert capsys.readouterr().out == f"splitbundle {__version__}\n"
+    assert capsys.readouterr().out == f"splitbundle {__version__}, bundle format 1.0\n"
     with pytest.raises(SystemExit):
         main.main(["--help"])
     out = capsys.readouterr().out

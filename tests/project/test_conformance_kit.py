@@ -186,7 +186,7 @@ def test_every_reader_says_what_the_kit_expects(
             results += judged(case, tmp_path, every=readers == "all")
     assert [(r["name"], r["step"], r["wrong"]) for r in results if r["wrong"]] == []
     assert [r["name"] for r in results if r["skipped"] and not NOT_EVERYWHERE.fullmatch(r["name"])] == []
-    assert len(results) >= 16
+    assert len(results) >= 8
     tally("verdicts of the conformance kit as expected", sum(not r["skipped"] for r in results))
 
 

@@ -8,9 +8,10 @@ from typing import Final
 
 from splitbundle.bundle import Bundle
 from splitbundle.cli.console import Command, Console
-from splitbundle.format.manifest.document import BOUNDARY_TENSORS
+from splitbundle.format.manifest.document import BOUNDARY_TENSORS, version_text
 from splitbundle.opening import open_bundle
 from splitbundle.records import as_dict
+from splitbundle.version import FORMAT_VERSION
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         out = [item.get("module") for item in part.get("left_out", []) if isinstance(item, dict)]
         left = f"; without {', '.join(map(str, out))}" if out else ""
         console.text(f"  part         {part.get('name')} of {part.get('of')}{left}")
+    if bundle.manifest.requires:
+        console.text(f"  requires     {', '.join(bundle.manifest.requires)}")
     console.text(f"  bundle id    {bundle.id}")
     console.text(f"  fingerprint  {bundle.fingerprint}")
     if bundle.manifest.model.parent is not None:
@@ -96,6 +99,8 @@ def describe(bundle: Bundle) -> dict[str, object]:
     boundary = dict(zip(BOUNDARY_TENSORS, shapes, strict=True))
     return {
         "ok": True,
+        "format_version": version_text(FORMAT_VERSION),
+        "requires": list(manifest.requires),
         "bundle_id": bundle.id,
         "fingerprint": bundle.fingerprint,
         "parent": bundle.manifest.model.parent,

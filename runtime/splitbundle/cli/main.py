@@ -17,7 +17,7 @@ from splitbundle.cli.console import Command, Console
 from splitbundle.cli.exit_status import FAILURE, INTERRUPTED, USAGE, exit_status
 from splitbundle.cli.words import as_usage, in_command
 from splitbundle.errors import BundleError, Problem
-from splitbundle.version import __version__
+from splitbundle.version import FORMAT_VERSION, __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,7 +162,8 @@ def build_parsers(commands: Sequence[Command]) -> tuple[argparse.ArgumentParser,
     parser = _Parser(
         prog="splitbundle", description="Run or train a part of a transformer: convert, inspect, verify, generate."
     )
-    parser.add_argument("--version", action="version", version=f"splitbundle {__version__}")
+    newest = ".".join(map(str, FORMAT_VERSION))
+    parser.add_argument("--version", action="version", version=f"splitbundle {__version__}, bundle format {newest}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     own: dict[str, argparse.ArgumentParser] = {}
     for command in commands:

@@ -111,7 +111,7 @@ def parse(
         return canonical_weights
     problems = Problems(path)
     document = Field(strict_json.parse(raw[8:].rstrip(b" "), path), problems)
-    if isinstance(document.value, dict) and len(document.value) - 1 > len(expected):
+    if isinstance(document.value, dict) and len(document.value.keys() - {"__metadata__"}) > len(expected):
         most = f"at most {len(expected)} tensors, those that the architecture implies"
         problems.add("weights.tensors", "", most, f"{len(document.value) - 1}")
         problems.raise_if_any()

@@ -232,6 +232,12 @@ class Manifest:
         """Return the numbers of the global layers at which shards meet."""
         return tuple(shard.layers[0] for shard in self.shards[1:])
 
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """Return the names of the extensions that a reader must understand."""
+        own = (SELF_VECTORS,) if self.vectors is not None and self.vectors.of_itself else ()
+        return (*own, *self.features)
+
     def weight_files(self) -> tuple[str, ...]:
         """Return the paths of all weight files, unit by unit."""
         return tuple(path for paths in self.units.values() for path in paths)
@@ -243,10 +249,7 @@ class Manifest:
         document = {
             "format": "splitbundle",
             "format_version": version_text(FORMAT_VERSION),
-            "requires": [
-                *([SELF_VECTORS] if self.vectors is not None and self.vectors.of_itself else []),
-                *self.features,
-            ],
+            "requires": list(self.requires),
             "producer": self.producer,
             "model": {
                 key: value
