@@ -273,6 +273,9 @@ def tokenizer_cases() -> Iterator[Case]:
             "/model/vocab",
         ),
         ("unigram-larger", "more pieces than the embedding has rows", unigram(25), bad, "/model/vocab"),
+        ("added-no-content", "an added token without a text", added({"id": 24}), bad, "/added_tokens/1"),
+        ("added-number", "a number for a text", added({"id": 24, "content": 1}), bad, "/added_tokens/1/content"),
+        ("unigram-no-score", "null for a score", model(type="Unigram", vocab=[["a", None]]), bad, "/model/vocab/0"),
         ("added-no-id", "an added token without an id", added({"content": "new"}), bad, "/added_tokens/1"),
         (
             "added-negative",

@@ -22,6 +22,9 @@ export function checkTokenizer(bytes, file, vocabulary) {
   const wrong = (pointer, expected, got) => refuse("text.tokenizer", file, expected, got, { pointer });
   const document = value instanceof Map ? value : new Map();
   const model = document.get("model");
+  if (!document.has("model")) {
+    wrong("", "an object with a model", value);
+  }
   if (!(model instanceof Map)) {
     wrong("/model", "an object", model);
   }
@@ -52,6 +55,9 @@ function readVocabulary(model, wrong) {
     wrong("/model/type", TYPES.join(" or "), type);
   }
   const listed = type === "Unigram" || (!model.has("type") && Array.isArray(vocabulary));
+  if (!model.has("vocab")) {
+    wrong("/model", "a vocabulary", model);
+  }
   if (listed ? !Array.isArray(vocabulary) : !(vocabulary instanceof Map)) {
     wrong("/model/vocab", listed ? "an array of pairs" : "an object", vocabulary);
   }
@@ -103,6 +109,9 @@ function checkAddedTokens(added, tokens, entries, wrong) {
     const content = own.get("content");
     if (typeof content !== "string") {
       wrong(own.has("content") ? `${pointer}/content` : pointer, "content, a string", content);
+    }
+    if (!own.has("id")) {
+      wrong(pointer, "an id", own);
     }
     checkId(own.get("id"), MOST_IDS, `${pointer}/id`, wrong);
     follows ||= content !== "" && !tokens.has(content);

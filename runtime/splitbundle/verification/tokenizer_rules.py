@@ -78,7 +78,8 @@ def _vocabulary(document: Any, path: str) -> tuple[dict[str, int], int]:
     if kind == "Unigram" or (kind is None and isinstance(model.get("vocab"), list)):
         entries = _member(model, path, "/model", "vocab", list)
         for number, entry in enumerate(entries):  # (token, score); the index in the list is the id
-            if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+            good = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+            if not good or type(entry[1]) not in (int, float):
                 raise _problem(path, f"/model/vocab/{number}", "a token and its score", quoted(entry))
         return {entry[0]: number for number, entry in enumerate(entries)}, len(entries)
     vocabulary: dict[str, int] = _member(model, path, "/model", "vocab", dict)
@@ -119,11 +120,11 @@ def _added(
     next_id = size
     for i, entry in enumerate(_list(document, path, "", "added_tokens")):
         at = f"/added_tokens/{i}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+        if not isinstance(entry, dict) or not {"content", "id"} <= entry.keys():
             raise _problem(path, at, "an object with a token's content and id", quoted(entry))
         token = entry["content"]
-        if "id" not in entry:
-            raise _problem(path, at, "an object with a token's content and id", quoted(entry))
+        if not isinstance(token, str):
+            raise _problem(path, f"{at}/content", "a string", quoted(token))
         given = _check_id(entry["id"], f"{at}/id", path)
         if not token:  # the library leaves it out
             continue
