@@ -21,6 +21,11 @@ _OF_STAGES: Final = {"torch": ("device", "trainable"), "onnxruntime": ()}
 """The options of a backend that a remote stage has, too. The others are the server's."""
 
 
+def token_of_environment() -> str | None:
+    """Return the token for servers that the environment has, or None."""
+    return os.environ.get(TOKEN) or None
+
+
 def take_options(given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Take the options of remote stages out of those of a call. Return ``remote``, and its options.
 
@@ -183,7 +188,7 @@ def _network() -> Any:
 
 
 def _options(network: Any, given: Mapping[str, Any]) -> Any:
-    return network.RemoteOptions.of(**{"token": os.environ.get(TOKEN) or None, **_given(given)})
+    return network.RemoteOptions.of(**{"token": token_of_environment(), **_given(given)})
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

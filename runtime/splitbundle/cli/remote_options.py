@@ -10,8 +10,13 @@ from splitbundle.cli.arguments import number_in
 _NAMES: Final = ("tls", "wire", "replay", "timeout")
 
 
-def add_remote_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--remote`` and its companions."""
+def add_remote_arguments(parser: argparse.ArgumentParser, *, computes: bool = True) -> None:
+    """Add ``--remote`` and its companions.
+
+    Args:
+        parser: the parser of the command.
+        computes: whether the command computes with the stages, so that it chooses how hidden states travel.
+    """
     group = parser.add_argument_group("stages on other machines")
     group.add_argument(
         "--remote",
@@ -25,26 +30,30 @@ def add_remote_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the directory with this machine's certificate; the variable SPLITBUNDLE_STAGE_TOKEN has a token",
     )
-    group.add_argument(
-        "--wire",
-        choices=("float32", "float16", "bfloat16", "int8"),
-        help="send hidden states in fewer bits; by default exactly",
-    )
-    group.add_argument(
-        "--replay",
-        choices=("exact", "merged"),
-        help="how another server gets a lost session: by the same calls, or faster, as one prompt; by default exact",
-    )
+    if computes:
+        group.add_argument(
+            "--wire",
+            choices=("float32", "float16", "bfloat16", "int8"),
+            help="send hidden states in fewer bits; by default exactly",
+        )
+        group.add_argument(
+            "--replay",
+            choices=("exact", "merged"),
+            help="how another server gets a lost session: by the same calls, or faster, as one prompt; by default "
+            "exact",
+        )
+        group.add_argument(
+            "--other-weights",
+            action="store_true",
+            help="take servers of the same layers with other weights, such as trained ones",
+        )
+    else:
+        parser.set_defaults(wire=None, replay=None, other_weights=False)
     group.add_argument(
         "--timeout",
         type=number_in(0.1, 86400),
         metavar="SECONDS",
         help="how long to wait where no server answers; by default 30",
-    )
-    group.add_argument(
-        "--other-weights",
-        action="store_true",
-        help="take servers of the same layers with other weights, such as trained ones",
     )
     group.add_argument(
         "--insecure", action="store_true", help="allow grpc:// to another machine: anybody on the way can read it"

@@ -11,11 +11,11 @@ from typing import Any, Final
 from splitbundle import ray
 from splitbundle.bundle import Bundle
 from splitbundle.cli import text_options
-from splitbundle.cli.arguments import listen_address, number_in, number_of, positive, size, verify_when
+from splitbundle.cli.arguments import number_of, positive, size, verify_when
 from splitbundle.cli.console import Command, Console, timed_notes
+from splitbundle.cli.web_options import add_access_arguments, add_end_arguments, check_access, listening
 from splitbundle.errors import BundleError, Problem
 from splitbundle.opening import open_bundle
-from splitbundle.remote.address import is_loopback
 from splitbundle.serving.web.access import Access
 from splitbundle.serving.web.models import Model, Models
 from splitbundle.serving.web.opening import open_web_server
@@ -23,7 +23,6 @@ from splitbundle.stages.shared_pipeline import SharedPipeline
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ORIGIN: Final = re.compile(r"https?://[^/\s]+")
-_LOCAL: Final = ("localhost", "127.0.0.1", "::1")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,25 +32,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BUNDLE",
         help="a .splitbundle directory, or NAME=DIRECTORY; of several ones, each is loaded when it is asked for",
     )
-    group = parser.add_argument_group("who can connect")
-    group.add_argument(
-        "--listen",
-        type=listen_address,
-        metavar="HOST:PORT",
-        default=("127.0.0.1", 8000),
-        help="the address; by default 127.0.0.1:8000, this machine alone; 0.0.0.0 is all; port 0 is any free one",
-    )
-    group.add_argument(
-        "--api-key-file",
-        metavar="FILE",
-        help="clients show one of these keys; each line has a name, a space, a key, and limits such as concurrent=4 "
-        "requests-per-minute=60 tokens-per-minute=20000",
-    )
-    group.add_argument("--certificate", metavar="FILE", help="the server's certificate in PEM, for https")
-    group.add_argument("--private-key", metavar="FILE", help="the key of the certificate, in PEM")
-    group.add_argument(
-        "--plain-http", action="store_true", help="allow other machines without https, such as a proxy that has it"
-    )
+    group = add_access_arguments(parser)
     group.add_argument(
         "--cors",
         action="append",
@@ -89,22 +70,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the replicas; with two numbers, theirs follows the load; by default 1",
     )
     group.add_argument("--spread", action="store_true", help="put the processes of a replica on different machines")
-    parser.add_argument(
-        "--log", action="store_true", help="write a line to stderr for each request: time, client, path, no content"
-    )
-    parser.add_argument(
-        "--grace",
-        type=number_in(0, 3600),
-        metavar="SECONDS",
-        default=10.0,
-        help="how long answers may take to end after SIGTERM or Ctrl-C; by default 10",
-    )
+    add_end_arguments(parser)
     text_options.add_model_arguments(parser)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    host, port = args.listen
-    _check_safety(args, host)
+    check_access(args)
     named = _named(args.bundles)
     for option in ("remote", "ray"):
         if getattr(args, option) and len(named) > 1:
@@ -123,13 +94,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     server = open_web_server(
         served,
         access,
-        host=host,
-        port=port,
-        hosts=None if args.api_key_file is not None else tuple(dict.fromkeys((*_LOCAL, host))),
         origins=args.cors or (),
-        certificate=args.certificate,
-        key=args.private_key,
         log=timed_notes(console) if args.log else None,
+        **listening(args),
     )
     try:
         if len(models) == 1:
@@ -144,19 +111,6 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     finally:
         server.stop(args.grace)
     return 0
-
-
-def _check_safety(args: argparse.Namespace, host: str) -> None:
-    if (args.certificate is None) != (args.private_key is None):
-        args.parser.error("give both --certificate and --private-key, or none of them")
-    if is_loopback(host):
-        return
-    if args.api_key_file is None:
-        expected = "--api-key-file, as other machines reach this address; or a loopback address, such as 127.0.0.1"
-        raise BundleError(Problem(code="server.address", argument=host, expected=expected, got="no keys"))
-    if args.certificate is None and not args.plain_http:
-        expected = "--certificate and --private-key, as keys and texts can be read on the way; or --plain-http"
-        raise BundleError(Problem(code="server.address", argument=host, expected=expected, got="no https"))
 
 
 def _named(given: list[str]) -> dict[str, str]:

@@ -171,6 +171,20 @@ class Peer:
         """Send a request whose answer doesn't matter, and don't wait."""
         self._channel.send(frames.pack(message), PROBE)
 
+    def relay(self, frame: bytes, timeout: float, *, steps: bool) -> bytes:
+        """Return the bytes that answer a frame of another client, sent once, as they are.
+
+        Args:
+            frame: the frame.
+            timeout: the seconds to wait.
+            steps: whether it is a frame of a session, whose steps follow each other.
+
+        Raises:
+            Lost: there is no answer.
+            BundleError: ``peer.identity``, ``wire.size``.
+        """
+        return self._channel.step(frame, timeout) if steps else self._channel.call(frame, timeout)
+
     def failed(self, reason: str) -> None:
         """Note that the server can't be used for a while: twice as long as the last time."""
         self.reason, self.next_try = reason, time.monotonic() + self._back_off

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import time
-import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any, Final
@@ -15,23 +13,22 @@ from typing import Any, Final
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from splitbundle import logs
 from splitbundle.errors import BundleError, printable
 from splitbundle.format import strict_json
 from splitbundle.serving.web import answers
-from splitbundle.serving.web.access import Access, Key
+from splitbundle.serving.web.access import Access
 from splitbundle.serving.web.choices import Part
 from splitbundle.serving.web.descriptions import describe, status
 from splitbundle.serving.web.errors import RequestError, of_bundle_error
 from splitbundle.serving.web.generating import THREADS, Job, parts_of
+from splitbundle.serving.web.guard import Guard, Handler, Log
 from splitbundle.serving.web.models import Model, Models
 from splitbundle.serving.web.requests import Request, parse_chat, parse_completion
-from splitbundle.serving.web.sending import EventStream, HungUp, unless_left
+from splitbundle.serving.web.sending import EventStream, unless_left
 from splitbundle.serving.web.web_metrics import CONTENT_TYPE, WebMetrics
 
 MAX_BODY: Final = 16 * 2**20
@@ -52,10 +49,6 @@ _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_HUNG_UP: Final = 499
-"""The status in the log for a client that went away, as nginx has it. Nobody receives it."""
-Log = Callable[[str], None]
-Handler = Callable[[HttpRequest], Awaitable[Any]]
 
 
 class Door:
@@ -80,23 +73,27 @@ class Door:
             origins: the origins of other pages that may ask from a browser; by default none.
             log: called with a line for each request, without content.
         """
-        self.models, self.access, self.hosts, self.log = models, access, hosts, log
+        self.models, self.access = models, access
         self.metrics = WebMetrics(models)
+        self.guard = Guard(access, hosts=hosts, log=log, counted=self._counted)
         self.pool = ThreadPoolExecutor(THREADS, "splitbundle-text")
         self.draining = False
         self.running = 0
         """The requests that are answered."""
         get, post = ["GET"], ["POST"]
         routes = [
-            Route("/v1/models", self._routed(self._list, "/v1/models"), methods=get),
-            Route("/v1/models/{name:path}", self._routed(self._model, "/v1/models"), methods=get),
-            Route("/v1/completions", self._routed(self._complete, "/v1/completions"), methods=post),
-            Route("/v1/chat/completions", self._routed(self._chat, "/v1/chat/completions"), methods=post),
-            Route("/api/bundles", self._routed(self._bundles, "/api/bundles"), methods=get),
-            Route("/api/status", self._routed(self._status, "/api/status"), methods=get),
-            Route("/healthz", self._routed(self._health, "/healthz", guarded=False), methods=get),
-            Route("/metrics", self._routed(self._metrics, "/metrics", guarded=False), methods=get),
-            *(Route(path, self._routed(_file(*file), "page", guarded=False), methods=get) for path, file in _page()),
+            Route("/v1/models", self.guard.routed(self._list, "/v1/models"), methods=get),
+            Route("/v1/models/{name:path}", self.guard.routed(self._model, "/v1/models"), methods=get),
+            Route("/v1/completions", self.guard.routed(self._complete, "/v1/completions"), methods=post),
+            Route("/v1/chat/completions", self.guard.routed(self._chat, "/v1/chat/completions"), methods=post),
+            Route("/api/bundles", self.guard.routed(self._bundles, "/api/bundles"), methods=get),
+            Route("/api/status", self.guard.routed(self._status, "/api/status"), methods=get),
+            Route("/healthz", self.guard.routed(self._health, "/healthz", guarded=False), methods=get),
+            Route("/metrics", self.guard.routed(self._metrics, "/metrics", guarded=False), methods=get),
+            *(
+                Route(path, self.guard.routed(_file(*file), "page", guarded=False), methods=get)
+                for path, file in _page()
+            ),
         ]
         middleware = []
         if origins:
@@ -109,77 +106,18 @@ class Door:
                     expose_headers=[IGNORED, "Retry-After"],
                 )
             ]
-        self.app = Starlette(
-            routes=routes, middleware=middleware, exception_handlers={404: self._missing, 405: self._wrong_method}
-        )
+        self.app = Starlette(routes=routes, middleware=middleware, exception_handlers=self.guard.exception_handlers)
 
-    def _routed(self, handler: Handler, path: str, *, guarded: bool = True) -> Handler:
-        """Return a handler that checks who asks, counts and logs, and turns errors into documents."""
-
-        async def handle(http: HttpRequest) -> Any:
-            began, key = time.perf_counter(), None
-            try:
-                self._check_host(http)
-                if guarded:
-                    key = http.state.key = self.access.identify(http.headers.get("authorization", ""))
-                answer = await handler(http)
-            except RequestError as error:
-                answer = _failed(error)
-            except BundleError as error:
-                answer = _failed(of_bundle_error(error))
-            except (HungUp, ClientDisconnect):
-                answer = Response(status_code=_HUNG_UP)
-            except Exception as error:  # noqa: BLE001  # the client gets an answer, and the log the place
-                self._note_failure(path, error)
-                answer = _failed(RequestError(500, f"{type(error).__name__} in the server", reason="server.failed"))
-            if isinstance(answer, EventStream):  # it is logged at its end
-                answer.on_end = functools.partial(self._stream_ended, answer.on_end, http, key, path, began)
-            else:
-                self._count(http, key, path, answer.status_code, began)
-            return answer
-
-        return handle
-
-    def _stream_ended(
-        self, end: Callable[[bool], None], http: HttpRequest, key: Key | None, path: str, began: float, complete: bool
-    ) -> None:
-        end(complete)
-        self._count(http, key, path, 200 if complete else _HUNG_UP, began)
-
-    def _note_failure(self, path: str, error: Exception) -> None:
-        """Log where an error came from. Its text may hold what a client wrote, so that goes to the debug log alone."""
-        logs.debug("%s failed:\n%s", path, "".join(traceback.format_exception(error)))
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        if self.log is not None:
-            self.log(f"{path} failed: {type(error).__name__} at {last.filename.rpartition('/')[2]}:{last.lineno}")
-
-    def _count(self, http: HttpRequest, key: Key | None, path: str, code: int, began: float) -> None:
-        """Count and log a request that was answered."""
+    def _counted(self, path: str, code: int) -> None:
         self.metrics.requests.labels(path, str(code)).inc()
-        line = (
-            f"{http.client.host if http.client else '-'} {key.name if key else '-'} {http.method} {path} {code} "
-            f"{1000 * (time.perf_counter() - began):.0f} ms"
-        )
-        logs.debug("%s", line)
-        if self.log is not None:
-            self.log(printable(line))
 
-    def _check_host(self, http: HttpRequest) -> None:
-        host = http.headers.get("host", "").rpartition(":")[0] or http.headers.get("host", "")
-        if self.hosts is not None and host.strip("[]").lower() not in self.hosts:
-            message = f"this server answers requests to {', '.join(self.hosts)} alone"
-            raise RequestError(403, message, reason="wrong_host")
+    def close(self) -> None:
+        """End all texts, and the threads."""
+        self.models.close()
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.pool, work)
-
-    async def _missing(self, http: HttpRequest, error: Exception) -> Response:
-        self._count(http, None, "other", 404, time.perf_counter())
-        return _failed(RequestError(404, "there is nothing at this path", reason="not_found"))
-
-    async def _wrong_method(self, http: HttpRequest, error: Exception) -> Response:
-        self._count(http, None, "other", 405, time.perf_counter())
-        return _failed(RequestError(405, "this path has another method", reason="wrong_method"))
 
     # Models, health, metrics
 
@@ -290,10 +228,10 @@ class Door:
                 yield answers.event(answer.usage_chunk(choice.generation for choice in job.choices))
             yield answers.DONE
         except BundleError as error:  # the status is sent already, so the stream itself says what happened
-            self._note_failure("a stream", error)
+            self.guard.note_failure("a stream", error)
             yield answers.event(of_bundle_error(error).document)
         except Exception as error:  # noqa: BLE001  # likewise; a traceback is of no use to the client
-            self._note_failure("a stream", error)
+            self.guard.note_failure("a stream", error)
             failure = RequestError(500, f"{type(error).__name__} in the server", reason="server.failed")
             yield answers.event(failure.document)
 
@@ -373,7 +311,3 @@ def _spelled(names: Sequence[str]) -> str:
 
 def _listed(model: Model) -> Mapping[str, Any]:
     return {"id": model.name, "object": "model", "created": model.created, "owned_by": "splitbundle"}
-
-
-def _failed(error: RequestError) -> Response:
-    return JSONResponse(error.document, status_code=error.status, headers=error.headers)

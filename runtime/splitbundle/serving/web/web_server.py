@@ -5,12 +5,11 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from typing import Final
+from typing import Any, Final, Protocol
 
 import uvicorn
 
 from splitbundle.errors import BundleError, Problem
-from splitbundle.serving.web.app import Door
 from splitbundle.serving.web.patient_protocol import PatientProtocol
 
 _BACKLOG: Final = 512
@@ -18,11 +17,27 @@ _MOST_CONNECTIONS: Final = 2048
 """The connections that are answered at once. A further one gets status 503."""
 
 
+class Answering(Protocol):
+    """What answers at a port."""
+
+    @property
+    def app(self) -> Any:
+        """Return the application, as uvicorn runs it."""
+
+    draining: bool
+    """Whether new requests are refused."""
+    running: int
+    """The requests that are answered."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
 class WebServer:
     """A port at which a door answers. It serves from ``start`` on, in a thread of its own."""
 
     def __init__(
-        self, door: Door, host: str, port: int, *, certificate: str | None = None, key: str | None = None
+        self, door: Answering, host: str, port: int, *, certificate: str | None = None, key: str | None = None
     ) -> None:
         """Listen at an address.
 
@@ -100,13 +115,12 @@ class WebServer:
             self._end()
 
     def _end(self) -> None:
-        self._door.models.close()
+        self._door.close()
         self._server.should_exit = True
         if self._thread.is_alive():  # it may not have been started
             self._thread.join(2)
             self._server.force_exit = True
             self._thread.join(5)
-        self._door.pool.shutdown(wait=False, cancel_futures=True)
         self._socket.close()
 
     def __enter__(self) -> WebServer:
