@@ -37,7 +37,7 @@ async function load(base, threads) {
   }
   ort.env.wasm.wasmPaths = base;
   ort.env.wasm.numThreads = threads ?? (globalThis.crossOriginIsolated ? usable() : 1);
-  ort.env.logLevel = "error"; // it would warn of each cache that it copies
+  ort.env.logLevel = "error";
   return ort;
 }
 

@@ -3,6 +3,8 @@
 import { refuse } from "../wire/refusal.js";
 
 const FIRST_SLOTS = 128;
+/** It would warn of each cache that it copies, at each step. */
+const QUIET = { logSeverityLevel: 3 };
 
 /** A shard's graph, loaded with its weights. */
 export class OrtStage {
@@ -92,7 +94,7 @@ export class OrtSession {
       feeds.token_ids = new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, count]);
     } else feeds.hidden = new ort.Tensor("float32", hidden, [1, count, width]);
     if (head) feeds.selected = whole(wanted ? [count - 1] : [0]);
-    const found = await session.run(feeds);
+    const found = await session.run(feeds, QUIET);
     for (const name of Object.keys(this.tensors)) this.tensors[name] = found[`${name}.next`];
     this.held = past + count;
     return head ? { logits: wanted ? found.logits.data : undefined } : { hidden: found["hidden.next"].data };
