@@ -1,7 +1,7 @@
 // The page: opens a bundle, and has two views of it.
 
 import { openBundle } from "../reader/bundle.js";
-import { FilesSource } from "../sources/files.js";
+import { FileListSource } from "../sources/files.js";
 import { HttpSource } from "../sources/http.js";
 import { showBundle } from "./bundle_view.js";
 import { byId, make, told } from "./elements.js";
@@ -82,7 +82,7 @@ byId("url-form").addEventListener("submit", (event) => {
   open(new HttpSource(url.endsWith("/") ? url : `${url}/`), false);
 });
 byId("folder").addEventListener("change", () => {
-  if (byId("folder").files.length) open(new FilesSource(byId("folder").files), true);
+  if (byId("folder").files.length) open(new FileListSource(byId("folder").files), true);
 });
 
 function showView() {

@@ -27,6 +27,7 @@ export class TextView {
     byId("prompt").addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("composer").requestSubmit();
     });
+    addEventListener("pagehide", () => this.model?.text.end());
     document.addEventListener("keydown", (event) => {
       if (event.key === "Escape") this.running?.abort();
     });
@@ -160,8 +161,8 @@ export class TextView {
   async write(prompt, answer, numbers, ends) {
     const { model } = this;
     const options = {
-      most: whole("most") ?? 256,
-      sampling: { temperature: number("temperature") ?? 0, topK: whole("top-k"), topP: number("top-p"), seed: whole("seed") },
+      most: number("most") ?? 256,
+      sampling: { temperature: number("temperature") ?? 0, topK: number("top-k"), topP: number("top-p"), seed: number("seed") },
       stopIds: [...this.bundle.manifest.text.stop_ids, ...ends],
       signal: this.running.signal,
     };
@@ -227,6 +228,11 @@ function counted(carrier, sent) {
       sent.back += answer.length;
       return answer;
     },
+    send(frame) {
+      sent.frames += 1;
+      sent.bytes += frame.length;
+      carrier.send(frame);
+    },
   };
 }
 
@@ -238,5 +244,3 @@ function number(id) {
   }
   return field.value === "" ? null : field.valueAsNumber;
 }
-
-const whole = number;

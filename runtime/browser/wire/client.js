@@ -26,7 +26,7 @@ export class StageClient {
   /**
    * Name a stage. Nothing is sent yet.
    *
-   * @param {{call: (frame: Uint8Array, signal?: AbortSignal) => Promise<Uint8Array>, text: string}} carrier
+   * @param {import("./http_carrier.js").HttpCarrier} carrier
    * @param {{name: string, fingerprint: string, layers: number[], width: number}} expected from the own bundle
    * @param {{encoding?: string, patience?: number}} [options] the encoding, if not the exact one (SB-X-007), and the
    *   seconds after which a server that doesn't answer is given up
@@ -169,11 +169,12 @@ export class RemoteSession {
         answer = await this.step(call, signal);
       } catch (failure) {
         if (!["replay", "other"].includes(failure.retry)) {
-          if (failure.retry !== "never") this.id = null; // it may have been computed: the next step begins anew
+          if (failure.retry !== "never") this.abandon(); // it may have been computed: the next step begins anew
           throw failure;
         }
         if (replays >= MOST_REPLAYS) throw failure;
         this.id = null;
+        if (signal?.aborted) throw signal.reason;
         await pause(failure.retry === "other" ? LAST_WAIT : replays * FIRST_WAIT, signal);
         await this.client.connect(signal);
       }
@@ -227,15 +228,14 @@ export class RemoteSession {
 
   /** End the session on the server. An answer doesn't matter: otherwise it ends with its lease. */
   async end() {
-    const session = this.id;
-    this.id = null;
+    this.abandon();
     this.history = [];
-    if (session === null) return;
-    try {
-      await this.client.carrier.call(pack({ op: "close", session }));
-    } catch {
-      // its lease ends it
-    }
+  }
+
+  /** Let go of the session. If the next step comes, it begins a new one. */
+  abandon() {
+    if (this.id !== null) this.client.carrier.send(pack({ op: "close", session: this.id }));
+    this.id = null;
   }
 }
 

@@ -3,6 +3,10 @@
 import { MOST_FRAME } from "./frames.js";
 import { refuse } from "./refusal.js";
 
+const REQUEST = {
+  method: "POST", cache: "no-store", credentials: "omit", redirect: "error", referrerPolicy: "no-referrer",
+};
+
 /** A frame has no answer: the stage can't be reached, is silent, or is busy. */
 export class Lost extends Error {
   constructor(reason) {
@@ -39,16 +43,8 @@ export class HttpCarrier {
     const silent = AbortSignal.timeout(1000 * this.timeout);
     const either = signal ? AbortSignal.any([signal, silent]) : silent;
     try {
-      const answer = await this.fetch(this.text, {
-        method: "POST",
-        body: frame,
-        headers: { "Content-Type": "application/octet-stream", ...this.headers() },
-        cache: "no-store",
-        credentials: "omit",
-        redirect: "error",
-        referrerPolicy: "no-referrer",
-        signal: either,
-      });
+      const options = { ...REQUEST, body: frame, headers: this.ownHeaders(), signal: either };
+      const answer = await this.fetch(this.text, options);
       if (!answer.ok) await this.fail(answer);
       return await bodyOf(answer, this.text);
     } catch (failure) {
@@ -57,6 +53,20 @@ export class HttpCarrier {
       if (failure instanceof TypeError) throw new Lost(`no connection: ${failure.message}`);
       throw failure;
     }
+  }
+
+  /**
+   * Send a frame whose answer doesn't matter, also from a page that is being closed.
+   *
+   * @param {Uint8Array} frame
+   */
+  send(frame) {
+    const options = { ...REQUEST, body: frame, headers: this.ownHeaders(), keepalive: true };
+    this.fetch(this.text, options).then((answer) => answer.body?.cancel()).catch(() => {});
+  }
+
+  ownHeaders() {
+    return { "Content-Type": "application/octet-stream", ...this.headers() };
   }
 
   async fail(answer) {
