@@ -149,6 +149,7 @@ class Page:
         problems: errors of JavaScript and violations of the content policy, as texts.
         console: what scripts wrote to the console.
         loaded: the ids of the documents that were loaded whole.
+        requested: the URLs that it asked for, from ``call("Network.enable")`` on.
     """
 
     def __init__(self, browser: Chromium, session: str, target: str) -> None:
@@ -156,6 +157,7 @@ class Page:
         self.problems: list[str] = []
         self.console: list[str] = []
         self.loaded: set[str] = set()
+        self.requested: list[str] = []
 
     def __enter__(self) -> Self:
         return self
@@ -172,6 +174,8 @@ class Page:
             self.problems.append(told["entry"]["text"])
         elif method == "Page.lifecycleEvent" and told["name"] == "load":
             self.loaded.add(told["loaderId"])
+        elif method == "Network.requestWillBeSent":
+            self.requested.append(told["request"]["url"])
         elif method == "Runtime.consoleAPICalled":
             self.console.append(" ".join(str(each.get("value")) for each in told["args"]))
 

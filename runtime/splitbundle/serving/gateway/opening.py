@@ -20,7 +20,7 @@ _EXTRAS: Final = {"starlette": "serve", "uvicorn": "serve", "grpc": "network"}
 
 def open_relays(
     bundle: Bundle,
-    remote: Mapping[str, Sequence[str]],
+    remote: Mapping[str, Sequence[Any]],
     options: Mapping[str, Any],
     log: Callable[[str], None] | None = None,
 ) -> dict[str, Relay]:
@@ -28,7 +28,7 @@ def open_relays(
 
     Args:
         bundle: the bundle.
-        remote: the addresses of the servers of each shard.
+        remote: the servers of each shard, by their addresses or by what brings frames to them.
         options: as for ``RemoteOptions.of``.
         log: called with a line where no server answers.
 

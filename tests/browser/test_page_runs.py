@@ -1,0 +1,176 @@
+"""The page in a browser: it shows and verifies a bundle, and makes the text that the local pipeline makes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import splitbundle
+from tests.support import chromium
+from tests.support.chromium import Chromium, Page
+from tests.support.gateway_users import GatewayProcess, greedy, load, make_text
+from tests.support.recording_proxy import RecordingProxy, found_in
+from tests.support.stage_servers import StageProcess
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(chromium.PATH is None, reason="chromium isn't installed"),
+]
+PROMPT = "Licensed under the Apache License"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Chromium]:
+    with Chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def proxy(license_bundle: splitbundle.Bundle, onnxruntime_web: Path) -> Iterator[RecordingProxy]:
+    """A proxy before a gateway whose trunk is a process."""
+    with (
+        StageProcess(license_bundle.path, "trunk", "--threads", "1") as stage,
+        GatewayProcess(
+            license_bundle.path, "--remote", f"trunk={stage.url}", "--onnxruntime-web", onnxruntime_web
+        ) as gateway,
+        RecordingProxy(gateway.url) as made,
+    ):
+        yield made
+
+
+@pytest.fixture
+def page(browser: Chromium, proxy: RecordingProxy) -> Iterator[Page]:
+    with browser.page("about:blank") as made:
+        made.call("Network.enable")
+        made.go(proxy.url)
+        made.wait("document.querySelectorAll('.shards tbody').length === 3")
+        yield made
+        assert made.problems == []
+        outside = [url for url in made.requested if not url.startswith((proxy.url, "data:", "about:"))]
+        assert outside == []
+
+
+def test_it_shows_and_verifies_a_bundle(page: Page, license_bundle: splitbundle.Bundle, tmp_path: Path) -> None:
+    shown = page.run("document.body.innerText")
+    assert license_bundle.id in shown
+    assert license_bundle.fingerprint in shown
+    page.click("summary", "Tensors of top")
+    page.wait("[...document.querySelectorAll('.file')].some((each) => each.textContent === 'head.norm.weight')")
+    page.click("summary", "SHA-256")
+    listed = license_bundle.manifest.files["head.safetensors"].sha256
+    page.wait(f"document.body.innerText.includes({json.dumps(listed)})")
+    page.click("summary", "Model card")
+    page.wait("[...document.querySelectorAll('pre')].some((each) => each.textContent.includes('splitbundle'))")
+    page.click("#verify")
+    page.wait("document.querySelector('.verify .good, .verify .bad')")
+    assert "Every file has the size and the digest" in page.text(".verify")
+    page.screenshot(tmp_path / "bundle.png", whole=True)
+
+
+def test_text_is_the_local_pipelines_and_none_of_it_leaves(
+    page: Page, proxy: RecordingProxy, license_bundle: splitbundle.Bundle, tmp_path: Path
+) -> None:
+    tokenizer = license_bundle.tokenizer()
+    prompt = tokenizer.encode(PROMPT)
+    new = greedy(license_bundle.pipeline(threads=1), prompt, 48, license_bundle.manifest.text.stop_ids)
+    load(page)
+    before = proxy.sent
+    text = make_text(page, PROMPT, 48)
+    assert text == tokenizer.decode(new)
+    assert "hidden states" in page.text("#sent")
+    sent = proxy.sent
+    assert sum(each.count(b"SBW1") for each in sent) > 48
+    assert found_in(sent, f"{PROMPT}{text}", [*prompt, *new], before) == []
+    assert found_in([*sent, PROMPT.encode()], PROMPT, prompt, before) == ["utf-8"]
+    assert found_in([*sent, struct.pack(f"<{len(new)}q", *new)], PROMPT, new) == ["ids as <q"]
+    page.screenshot(tmp_path / "text.png", whole=True)
+    # The seed draws the same text again, and another one another text.
+    for name, value in (("temperature", 1.5), ("seed", 7)):
+        page.run(f"document.getElementById('{name}').value = {value}")
+    drawn = [make_text(page, PROMPT, 24) for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    page.run("document.getElementById('seed').value = 8")
+    assert make_text(page, PROMPT, 24) != drawn[0]
+
+
+def test_it_works_by_keyboard_on_a_phone_and_in_the_dark(
+    browser: Chromium, proxy: RecordingProxy, tmp_path: Path
+) -> None:
+    with browser.page(proxy.url, width=360, height=740, dark=True) as page:
+        page.wait("document.querySelectorAll('.shards tbody').length === 3")
+        assert page.run("document.documentElement.scrollWidth") <= 360
+        assert page.run("crossOriginIsolated")
+        page.screenshot(tmp_path / "phone-bundle.png", whole=True)
+        load(page)
+        page.run("document.getElementById('temperature').value = 0")
+        assert page.run("document.activeElement.id") == "prompt"
+        page.type(PROMPT)
+        page.press("Tab")
+        assert page.run("document.activeElement.id") == "send"
+        page.press("Enter")
+        page.wait("document.querySelector('.answer')?.textContent.length > 5")
+        page.press("Escape")
+        page.wait("document.querySelector('.turn[data-ended]')")
+        assert page.run("document.activeElement.id") == "prompt"
+        assert page.run("document.documentElement.scrollWidth") <= 360
+        unlabelled = page.run(
+            "[...document.querySelectorAll('input, select, textarea')].filter((each) => !each.labels.length).length"
+        )
+        assert unlabelled == 0
+        page.screenshot(tmp_path / "phone-text.png", whole=True)
+        assert page.problems == []
+
+
+def test_a_bundle_that_is_not_right_is_refused(
+    browser: Chromium, license_bundle: splitbundle.Bundle, onnxruntime_web: Path, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(license_bundle.path, tmp_path / "some.splitbundle"))
+    data = bytearray((place / "layer-004.safetensors").read_bytes())
+    data[-1] ^= 1
+    (place / "layer-004.safetensors").write_bytes(data)
+    with (
+        StageProcess(license_bundle.path, "trunk", "--threads", "1") as stage,
+        GatewayProcess(place, "--remote", f"trunk={stage.url}", "--onnxruntime-web", onnxruntime_web) as gateway,
+        browser.page(gateway.url) as page,
+    ):
+        page.wait("document.querySelectorAll('.shards tbody').length === 3")
+        page.click("#verify")
+        page.wait("document.querySelector('.verify .good, .verify .bad')")
+        assert "file.digest" in page.text(".verify")
+        page.click("#to-text")
+        page.wait("!document.getElementById('load').disabled")
+        page.click("#load")
+        page.wait("document.querySelector('#load-state .problems')")
+        assert "file.digest" in page.text("#load-state")
+        assert page.run("document.getElementById('composer-panel').hidden")
+
+
+def test_a_key_is_asked_for(
+    browser: Chromium, license_bundle: splitbundle.Bundle, onnxruntime_web: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "keys").write_text("alice sk-alice-0123456789\n")
+    with (
+        StageProcess(license_bundle.path, "trunk", "--threads", "1") as stage,
+        GatewayProcess(
+            license_bundle.path,
+            *("--remote", f"trunk={stage.url}", "--onnxruntime-web", onnxruntime_web),
+            *("--api-key-file", tmp_path / "keys"),
+        ) as gateway,
+        browser.page(gateway.url) as page,
+    ):
+        page.wait("!document.getElementById('key-form').hidden")
+        assert page.run("document.activeElement.id") == "key"
+        page.type("sk-nobody-0123456789")
+        page.press("Enter")
+        page.wait("document.getElementById('key-message').textContent.includes('doesn’t accept')")
+        page.type("sk-alice-0123456789")
+        page.press("Enter")
+        page.wait("document.querySelectorAll('.shards tbody').length === 3")
+        load(page)
+        assert make_text(page, PROMPT, 8)
+        assert page.problems == []
