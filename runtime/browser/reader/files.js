@@ -1,9 +1,11 @@
 /** Reading listed files of a source, with the refusals of SB-D-004 to SB-D-008. */
 
 import { BundleError, problem, refuse } from "./problems.js";
-import { Sha256 } from "./sha256.js";
+import { Sha256, sha256OfAll } from "./sha256.js";
 
 const CHUNK = 1 << 22;
+/** A file up to this size is held as a whole while it is hashed, as the system then hashes it. */
+const LARGEST_HELD = 1 << 26;
 const HINTS = { link: "a link", directory: "a directory", other: "a device, a pipe or a socket" };
 
 /** The files of one bundle. `listed` is the manifest's `files`. */
@@ -65,7 +67,7 @@ export class Files {
   }
 
   /**
-   * Hash a listed file in pieces.
+   * Hash a listed file. A large one is read and hashed in pieces.
    *
    * @param {string} path
    * @param {(done: number) => void} [onProgress]
@@ -73,12 +75,18 @@ export class Files {
    */
   async checkDigest(path, onProgress = () => {}) {
     const { size, sha256: wanted } = this.listed[path];
+    const whole = size <= LARGEST_HELD && globalThis.crypto?.subtle ? new Uint8Array(size) : null;
     const digest = new Sha256();
     for (let at = 0; at < size; at += CHUNK) {
-      digest.update(await this.read(path, at, Math.min(at + CHUNK, size)));
+      const piece = await this.read(path, at, Math.min(at + CHUNK, size));
+      if (whole) {
+        whole.set(piece, at);
+      } else {
+        digest.update(piece);
+      }
       onProgress(Math.min(at + CHUNK, size));
     }
-    checkDigestOf(path, wanted, digest);
+    checkDigestOf(path, wanted, whole ? await sha256OfAll(whole) : digest.hex());
   }
 
   /**
@@ -94,13 +102,12 @@ export class Files {
     await this.check(path);
     const { size, sha256: wanted } = this.listed[path];
     const bytes = await this.read(path, 0, size);
-    checkDigestOf(path, wanted, new Sha256().update(bytes));
+    checkDigestOf(path, wanted, await sha256OfAll(bytes));
     return bytes;
   }
 }
 
-function checkDigestOf(path, wanted, digest) {
-  const got = digest.hex();
+function checkDigestOf(path, wanted, got) {
   if (got !== wanted) {
     refuse("file.digest", path, wanted, got);
   }

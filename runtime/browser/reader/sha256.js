@@ -61,6 +61,21 @@ export function sha256(bytes) {
   return new Sha256().update(bytes).hex();
 }
 
+/**
+ * The same by the system, which is much faster and uses another thread. Pages that came over plain HTTP from
+ * another machine have no `crypto.subtle`.
+ *
+ * @param {Uint8Array} bytes
+ * @returns {Promise<string>} 64 lowercase hexadecimal digits
+ */
+export async function sha256OfAll(bytes) {
+  if (!globalThis.crypto?.subtle) {
+    return sha256(bytes);
+  }
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
 const choice = (x, y, z) => z ^ (x & (y ^ z));
 const majority = (x, y, z) => (x & y) | (z & (x | y));
 const sum0 = (x) => ((x >>> 2) | (x << 30)) ^ ((x >>> 13) | (x << 19)) ^ ((x >>> 22) | (x << 10));
