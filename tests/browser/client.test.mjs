@@ -40,7 +40,8 @@ test("the stand-in answers as the dialogues say", async () => {
     for (const [i, step] of steps.entries()) {
       if (step.wait !== undefined || (step.owner ?? "alice") !== "alice") break; // one client, and no clock
       const { op, session, rows, order } = step.request ?? {};
-      if (step.frame !== undefined || (op && !server[op]) || session === null || (op === "run" && (rows || order))) break;
+      const lacks = (op && !server[op]) || session === null || (op === "run" && (rows || order));
+      if (step.frame !== undefined || lacks) break;
       compared += 1;
       if (!step.again) {
         const request = Object.fromEntries(
@@ -53,7 +54,9 @@ test("the stand-in answers as the dialogues say", async () => {
         if (typeof value === "string" && value.startsWith("$")) names.set(value, message[key]);
         else assert.deepEqual(message[key], value, `${name}, step ${i}: ${key}`);
       }
-      if (step.result !== undefined) assert.deepEqual([...new Float32Array(payload.slice().buffer)], step.result);
+      if (step.result !== undefined) {
+        assert.deepEqual([...new Float32Array(payload.slice().buffer)], step.result);
+      }
       if (step.calls !== undefined) assert.equal(server.calls, step.calls, `${name}, step ${i}`);
     }
   }
@@ -142,7 +145,9 @@ test("a session may get more slots, up to the limit", async () => {
   server.sessions.get(session.id).capacity = 1;
   await session.run(called(1, 1, 2));
   assert.ok(server.sessions.get(session.id).capacity >= 2);
-  assert.equal(await code(session.run({ hidden: new Float32Array(80), past: 2, count: 40 })), "session.capacity");
+  assert.equal(
+    await code(session.run({ hidden: new Float32Array(80), past: 2, count: 40 })), "session.capacity",
+  );
   assert.deepEqual([...(await session.run(called(2, 1, 1))).hidden], [3, 5]);
 });
 

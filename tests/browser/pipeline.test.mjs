@@ -100,7 +100,9 @@ test("a long prompt goes in pieces, and a failure leaves the text usable", async
 
 test("stages in another order are refused", () => {
   const { bundle, stages } = chained();
-  assert.throws(() => new Pipeline(bundle, stages.reverse()), ({ problems }) => problems[0].code === "pipeline.tiling");
+  assert.throws(
+    () => new Pipeline(bundle, stages.reverse()), ({ problems }) => problems[0].code === "pipeline.tiling",
+  );
 });
 
 test("a seed draws as Python's random.Random does", () => {
@@ -127,16 +129,20 @@ test("draws", () => {
   const all = drawn({ temperature: 1 });
   const powers = [...logits].map(Math.exp);
   const total = powers.reduce((sum, each) => sum + each);
-  for (const [i, each] of all.entries()) assert.ok(Math.abs(each / 2000 - powers[i] / total) < 0.04, `${all}`);
+  for (const [i, each] of all.entries()) {
+    assert.ok(Math.abs(each / 2000 - powers[i] / total) < 0.04, `${all}`);
+  }
   assert.deepEqual(drawn({ temperature: 1, topK: 1 }), [0, 2000, 0, 0, 0]);
   const two = drawn({ temperature: 1, topP: 0.6 });
   assert.deepEqual([two[0], two[3], two[4]], [0, 0, 0]);
   assert.deepEqual(drawn({ temperature: 1e-30 })[0], 0);
   assert.deepEqual(drawn({ temperature: 1, topP: 0.6 }), two);
-  for (const wrong of [{ temperature: -1 }, { topK: 0 }, { topP: 0 }, { topP: 2 }, { seed: 0.5 }, { temperature: NaN }]) {
+  const wrongs = [{ temperature: -1 }, { topK: 0 }, { topP: 0 }, { topP: 2 }, { seed: 0.5 }];
+  for (const wrong of [...wrongs, { temperature: NaN }]) {
     assert.throws(() => new Sampler(wrong), ({ problems }) => problems[0].code === "input.value");
   }
   for (const wrong of [NaN, Infinity]) {
-    assert.throws(() => new Sampler().draw(Float32Array.of(1, wrong)), ({ problems }) => problems[0].argument === "logits");
+    const refused = ({ problems }) => problems[0].argument === "logits";
+    assert.throws(() => new Sampler().draw(Float32Array.of(1, wrong)), refused);
   }
 });

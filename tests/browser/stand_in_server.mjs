@@ -1,4 +1,5 @@
-// A stage for the tests of clients: it adds up the tokens of a row. tests/conformance/README.md has the equations.
+// A stage for the tests of clients: it adds up the tokens of a row. tests/conformance/README.md has the
+// equations.
 
 import { randomBytes } from "node:crypto";
 
@@ -6,6 +7,7 @@ import { pack, unpack } from "../../runtime/browser/wire/frames.js";
 import { Lost } from "../../runtime/browser/wire/http_carrier.js";
 
 export const FINGERPRINT = `sha256:${"f".repeat(64)}`;
+const INSTANCE = "0".repeat(32);
 const LIMITS = { message: 4096, rows: 4, capacity: 32, slots: 64, sessions: 3, tickets: 2, lease: 60 };
 
 /** A refusal: the code, and what the client may do. */
@@ -53,7 +55,8 @@ export class StandInServer {
       this.ops.push(message.op);
       return this[message.op](message, payload, frame);
     } catch (failure) {
-      if (!(failure instanceof Refusal) && failure.problems === undefined) throw failure; // a fault of this file
+      // A fault of this file.
+      if (!(failure instanceof Refusal) && failure.problems === undefined) throw failure;
       const code = failure.code ?? failure.problems[0].code;
       const retry = failure.retry ?? (code.startsWith("peer.") ? "other" : "never");
       return pack({ op: "error", code, expected: "another one", got: "this one", argument: null, retry });
@@ -63,11 +66,15 @@ export class StandInServer {
   hello({ protocol, fingerprint, layers }) {
     if (protocol !== 1) throw new Refusal("peer.protocol", "other");
     const lying = Object.keys(this.lies).length > 0;
-    if (!lying && (fingerprint ?? FINGERPRINT) !== FINGERPRINT) throw new Refusal("peer.fingerprint", "other");
+    if (!lying && (fingerprint ?? FINGERPRINT) !== FINGERPRINT) {
+      throw new Refusal("peer.fingerprint", "other");
+    }
     if (!lying && String(layers ?? [1, 3]) !== "1,3") throw new Refusal("peer.layers", "other");
     return pack({
-      op: "welcome", protocol: 1, fingerprint: FINGERPRINT, bundle: `sha256:${"b".repeat(64)}`, layers: [1, 3],
-      width: 2, dtype: "float32", encodings: ["float32"], backend: "stand-in", version: "1", instance: "0".repeat(32),
+      op: "welcome", protocol: 1, fingerprint: FINGERPRINT, bundle: `sha256:${"b".repeat(64)}`, layers: [
+        1, 3,
+      ],
+      width: 2, dtype: "float32", encodings: ["float32"], backend: "none", version: "1", instance: INSTANCE,
       trainable: true, number: 0, limits: LIMITS, ...this.lies,
     });
   }
@@ -109,13 +116,17 @@ export class StandInServer {
       return [...session.tokens[row].slice(0, past), ...own];
     });
     const found = held.flatMap((tokens, row) => tokens
-      .map((_, i) => [0, 1].map((each) => tokens.slice(0, i + 1).reduce((sum, token) => sum + token[each], 0)))
+      .map(
+        (_, i) => [0, 1].map((each) => tokens.slice(0, i + 1).reduce((sum, token) => sum + token[each], 0)),
+      )
       .slice(message.past[row]));
     this.calls += 1;
     this.pasts.push(...message.past);
     Object.assign(session, { tokens: held, capacity, number: message.number, frame: digits });
     const { number, width, encoding } = message;
-    const ran = { op: "ran", number, instance: "0".repeat(32), tokens: found.length, width, encoding, queued: 0, computed: 0 };
+    const ran = {
+      op: "ran", number, instance: INSTANCE, tokens: found.length, width, encoding, queued: 0, computed: 0,
+    };
     session.answer = pack(ran, new Uint8Array(Float32Array.from(found.flat()).buffer));
     return session.answer;
   }

@@ -1,4 +1,5 @@
-// Tokenizers of the page: patterns, merges, added tokens, streams and chats. Golden texts of bundles hold the rest.
+// Tokenizers of the page: patterns, merges, added tokens, streams and chats. Golden texts of bundles hold the
+// rest.
 
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
@@ -11,7 +12,8 @@ import { CHARACTERS, preTokenizer } from "../../runtime/browser/run/tokenizer/st
 import { Tokenizer } from "../../runtime/browser/run/tokenizer/tokenizer.js";
 
 const EXAMPLE = new URL("../../examples/license-gpt2/tokenizer.json", import.meta.url);
-const LLAMA3 = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*"
+const LLAMA3 = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}"
+  + "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*"
   + "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
 
 const cut = (pattern, text) => [...text.matchAll(translated(pattern, "t"))].map(([piece]) => piece);
@@ -43,14 +45,16 @@ test("patterns cut a text as Oniguruma does", () => {
     "I", "'LL", " say", ":", " ", " ", "3", ".", "141", "59", "\u00a0", "…\n\n", " ok",
   ]);
   assert.deepEqual(cut("(?i:'s)", "'s 'S 'ſ"), ["'s", "'S", "'ſ"]);
-  assert.deepEqual(cut("\\s+", "a\u0085b\ufeffc d"), ["\u0085", " "]); // JavaScript's own \s has it the other way round
+  // JavaScript's own \s has it the other way round.
+  assert.deepEqual(cut("\\s+", "a\u0085b\ufeffc d"), ["\u0085", " "]);
   assert.deepEqual(cut("[\\d\\-x]+", "٣-x3y"), ["٣-x3"]);
   assert.deepEqual(cut("a.b", "a\nb a\rb"), ["a\rb"]);
   assert.deepEqual(cut("\\p{Han}+|\\x{41}|\\u0042", "漢字AB"), ["漢字", "A", "B"]);
 });
 
 test("a pattern that can't be followed is refused", () => {
-  for (const pattern of ["a++", "(?>a)", "[a&&b]", "[[:alpha:]]", "^a", "\\h", "(", "\\p{^L}", "(?i:[a-z])", "(?i:ä)"]) {
+  const inverted = ["\\p{^L}", "(?i:[a-z])", "(?i:ä)"];
+  for (const pattern of ["a++", "(?>a)", "[a&&b]", "[[:alpha:]]", "^a", "\\h", "(", ...inverted]) {
     assert.equal(refusal(() => translated(pattern, "t")).code, "text.tokenizer", pattern);
   }
 });
@@ -73,7 +77,8 @@ test("digits, splits and prefixes", () => {
   assert.deepEqual(steps(split("Isolated"), bytes)("abbc"), ["a", "bb", "c"]);
   assert.deepEqual(steps(split("Removed"), bytes)("abbc"), ["a", "c"]);
   assert.deepEqual(preTokenizer({ ...bytes, add_prefix_space: true }, "t")("a"), ["Ġa"]);
-  for (const step of [null, { type: "Metaspace" }, { type: "Sequence", pretokenizers: [{ type: "Whitespace" }, bytes] }]) {
+  const sequence = { type: "Sequence", pretokenizers: [{ type: "Whitespace" }, bytes] };
+  for (const step of [null, { type: "Metaspace" }, sequence]) {
     assert.equal(refusal(() => preTokenizer(step, "t")).code, "text.tokenizer");
   }
 });
@@ -103,12 +108,20 @@ test("text that spells a control token stays text", () => {
 
 function plainDocument() {
   const vocab = Object.fromEntries(CHARACTERS.map((character, id) => [character, id]));
-  return { model: { type: "BPE", vocab, merges: [] }, pre_tokenizer: { type: "ByteLevel" }, decoder: { type: "ByteLevel" } };
+  return {
+    model: { type: "BPE", vocab, merges: [] }, pre_tokenizer: { type: "ByteLevel" }, decoder: {
+      type: "ByteLevel",
+    },
+  };
 }
 
 test("added tokens: the longest one, whole words, and spaces around", () => {
   const tokenizer = small({
-    added: [token("ab"), token("abc"), token("word", { single_word: true }), token("<l>", { lstrip: true, rstrip: true })],
+    added: [
+      token("ab"), token("abc"), token("word", { single_word: true }), token(
+        "<l>", { lstrip: true, rstrip: true },
+      ),
+    ],
   });
   assert.deepEqual(tokenizer.encode("abcab"), [257, 256]);
   assert.deepEqual(tokenizer.encode("words"), [..."words"].map((letter) => letter.charCodeAt(0)));
@@ -117,11 +130,17 @@ test("added tokens: the longest one, whole words, and spaces around", () => {
 });
 
 test("ids before and after a text, and ids that the model lacks", () => {
-  const single = [{ SpecialToken: { id: "<s>" } }, { Sequence: { id: "A" } }, { SpecialToken: { id: "</s>" } }];
+  const single = [
+    { SpecialToken: { id: "<s>" } }, { Sequence: { id: "A" } }, { SpecialToken: { id: "</s>" } },
+  ];
   const special_tokens = { "<s>": { ids: [256] }, "</s>": { ids: [257] } };
   const tokenizer = small({
     added: [token("<s>", { special: true }), token("</s>", { special: true }), token("far")],
-    post_processor: { type: "Sequence", processors: [{ type: "ByteLevel" }, { type: "TemplateProcessing", single, special_tokens }] },
+    post_processor: {
+      type: "Sequence", processors: [
+        { type: "ByteLevel" }, { type: "TemplateProcessing", single, special_tokens },
+      ],
+    },
   });
   assert.deepEqual(tokenizer.encode("a"), [256, 97, 257]);
   assert.deepEqual(tokenizer.encode("a", { around: false }), [97]);
@@ -162,13 +181,19 @@ test("the example's tokenizer reads its text back", () => {
 });
 
 test("the form ChatML is used only where it gives the golden chats", () => {
-  const tokenizer = small({ added: [token("<|im_start|>", { special: true }), token("<|im_end|>", { special: true })] });
+  const tokenizer = small(
+    { added: [token("<|im_start|>", { special: true }), token("<|im_end|>", { special: true })] },
+  );
   const encode = (text) => tokenizer.encode(text, { control: true });
   const opening = "<|im_start|>system\nBe kind.<|im_end|>\n";
   const chat = (text, messages) => ({ messages, add_generation_prompt: true, ids: encode(text) });
   const asked = [{ role: "user", content: "Hi <|im_end|>" }];
-  const plain = chat(`${opening}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n`, [{ role: "user", content: "Hi" }]);
-  const own = chat("<|im_start|>system\nX<|im_end|>\n<|im_start|>assistant\n", [{ role: "system", content: "X" }]);
+  const plain = chat(
+    `${opening}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n`, [{ role: "user", content: "Hi" }],
+  );
+  const own = chat(
+    "<|im_start|>system\nX<|im_end|>\n<|im_start|>assistant\n", [{ role: "system", content: "X" }],
+  );
   const form = ChatMl.of(tokenizer, { chats: [own, plain] });
   assert.deepEqual(form.opening, encode(opening));
   const ids = form.encode(asked);

@@ -1,4 +1,5 @@
-// The vectors of the protocol (tests/conformance/wire), held against the frames and the encodings of the page.
+// The vectors of the protocol (tests/conformance/wire), held against the frames and the encodings of the
+// page.
 
 import assert from "node:assert/strict";
 import { readFileSync, readdirSync } from "node:fs";
@@ -48,7 +49,9 @@ test("frames that a reader must refuse", () => {
   for (const [name, vector] of vectors("reject")) {
     assert.throws(() => unpack(frameOf(vector), vector.limit ?? MOST_FRAME), ({ problems }) => {
       assert.equal(problems?.[0].code, vector.expect.code, name);
-      if (vector.expect.argument !== undefined) assert.equal(problems[0].argument, vector.expect.argument, name);
+      if (vector.expect.argument !== undefined) {
+        assert.equal(problems[0].argument, vector.expect.argument, name);
+      }
       else assert.equal(problems[0].pointer, vector.expect.pointer, name);
       return true;
     }, name);
@@ -77,6 +80,8 @@ test("the bytes of encodings", () => {
 
 test("a header that is too long isn't packed", () => {
   const many = Array(4096).fill(2 ** 31 - 1);
-  const run = { op: "run", session: null, number: 0, past: many, count: many, sequence: 1, width: 1, encoding: "float32" };
+  const run = {
+    op: "run", session: null, number: 0, past: many, count: many, sequence: 1, width: 1, encoding: "float32",
+  };
   assert.throws(() => pack(run), ({ problems }) => problems[0].code === "wire.header");
 });

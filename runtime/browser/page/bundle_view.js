@@ -1,4 +1,5 @@
-// The bundle view: what a bundle says of itself, its shards with their tensors, its files, and whether they are right.
+// The bundle view: what a bundle says of itself, its shards with their tensors, its files, and whether they
+// are right.
 
 import { bar, breathe, button, byId, bytes, count, make, many, plural, told } from "./elements.js";
 
@@ -19,6 +20,7 @@ export function showBundle(bundle, { whole }) {
 }
 
 function facts({ id, fingerprint, manifest, architecture }) {
+  const { layers, hidden_size: hiddenSize } = architecture;
   const { model, storage, text } = manifest;
   const encodings = new Set(Object.values(storage.encodings ?? {}));
   const stored = [storage.dtype, ...encodings].join(", ");
@@ -26,7 +28,7 @@ function facts({ id, fingerprint, manifest, architecture }) {
     ["Model", `${model.family}, ${many(model.parameters)} parameters in ${stored}`],
     ["Source", model.revision === null ? model.source : `${model.source}, ${model.revision}`],
     ["Licence", model.license ?? "the source names none"],
-    ["Shape", `${plural(architecture.layers.length, "layer")}, hidden size ${count(architecture.hidden_size)}`],
+    ["Shape", `${plural(layers.length, "layer")}, hidden size ${count(hiddenSize)}`],
     ["Vocabulary", plural(architecture.vocab_size, "token")],
     ["Context", model.context_length === null ? "no stated limit" : plural(model.context_length, "token")],
     ["Tokenizer", text.tokenizer ?? "none"],
@@ -71,11 +73,14 @@ function verification(bundle, whole) {
 
 function verdict({ unlisted, absent, shards: wholeShards }, milliseconds) {
   const all = absent.length === 0;
+  const seconds = (milliseconds / 1000).toFixed(1);
   const said = all
-    ? `Every file has the size and the digest that the manifest lists (${(milliseconds / 1000).toFixed(1)} s).`
+    ? `Every file has the size and the digest that the manifest lists (${seconds} s).`
     : `The files that are there are right. Whole shards: ${wholeShards.join(", ") || "none"}.`;
   const lines = [make("p", { class: "good" }, said)];
-  if (!all) lines.push(make("p", { class: "quiet" }, `${plural(absent.length, "file")} of the bundle aren’t here.`));
+  if (!all) {
+    lines.push(make("p", { class: "quiet" }, `${plural(absent.length, "file")} of the bundle aren’t here.`));
+  }
   if (unlisted?.length) lines.push(make("p", { class: "warning" }, `Not listed: ${unlisted.join(", ")}`));
   return lines;
 }
@@ -88,11 +93,14 @@ function layersOf({ layers: [start, stop], embeds, head }) {
 
 const COLUMNS = ["Shard", "Holds", "Size", "Graph"];
 
-// The roles are said once more, as a narrow page shows rows as blocks, and browsers then take them for plain text.
+// The roles are said once more, as a narrow page shows rows as blocks, and browsers then take them for plain
+// text.
 function shards(bundle) {
   const own = bundle.manifest.shards;
   const largest = Math.max(...own.map((shard) => shard.bytes), 1);
-  const cell = (name, ...inside) => make("td", { role: "cell", "data-name": name }, make("div", {}, ...inside));
+  const cell = (name, ...inside) => make(
+    "td", { role: "cell", "data-name": name }, make("div", {}, ...inside),
+  );
   const bodies = own.map((shard) => make(
     "tbody", { role: "rowgroup" },
     make(
@@ -147,9 +155,13 @@ function boundaries({ manifest }) {
   const items = manifest.boundaries.map(({ at, tensors: crossing }) => make(
     "li", {},
     `at layer ${at}: `,
-    Object.entries(crossing).map(([name, { dtype, shape }]) => `${name} ${dtype} [${shape.join(", ")}]`).join("; "),
+    Object.entries(crossing)
+      .map(([name, { dtype, shape }]) => `${name} ${dtype} [${shape.join(", ")}]`)
+      .join("; "),
   ));
-  const inside = items.length ? make("ul", { class: "files" }, ...items) : make("p", {}, "The model is in one piece.");
+  const inside = items.length
+    ? make("ul", { class: "files" }, ...items)
+    : make("p", {}, "The model is in one piece.");
   return make("details", { class: "folded" }, make("summary", {}, "What crosses the cuts"), inside);
 }
 

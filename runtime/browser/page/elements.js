@@ -1,4 +1,5 @@
-// Small helpers for the document. Text goes in as text nodes only, so nothing that a bundle says becomes markup.
+// Small helpers for the document. Text goes in as text nodes only, so nothing that a bundle says becomes
+// markup.
 
 /** Return the element with an id. */
 export const byId = (id) => document.getElementById(id);
@@ -7,7 +8,8 @@ export const byId = (id) => document.getElementById(id);
  * Return a new element.
  *
  * @param {string} tag
- * @param {Object<string, string|boolean|Function>} [properties] attributes; a function listens to the event of its name
+ * @param {Object<string, string|boolean|Function>} [properties] attributes; a function listens to the event
+ *   of its name
  * @param {...(Node|string|null)} children null is left out
  */
 export function make(tag, properties = {}, ...children) {
@@ -58,16 +60,23 @@ export function bar(share) {
 /** Return the problems of an error as a list, or its text for an error of another kind. */
 export function told(failure) {
   const problems = failure?.problems;
-  if (!Array.isArray(problems)) return make("p", {}, `${failure?.name ?? "Error"}: ${failure?.message ?? failure}`);
+  if (!Array.isArray(problems)) {
+    return make("p", {}, `${failure?.name ?? "Error"}: ${failure?.message ?? failure}`);
+  }
   const items = problems.slice(0, 20).map((each) => make(
     "li", {},
     make("code", {}, each.code), " ",
-    ...(each.file || each.argument ? [make("code", {}, `${each.file ?? each.argument}${each.pointer ?? ""}`), ": "] : []),
+    ...placeOf(each),
     `expected ${each.expected}, got ${each.got}`,
     each.hint ? make("span", { class: "advice" }, ` ${each.hint}.`) : null,
   ));
   if (problems.length > 20) items.push(make("li", {}, `and ${problems.length - 20} more`));
   return make("ul", { class: "problems" }, ...items);
+}
+
+function placeOf({ file, argument, pointer }) {
+  const place = file ?? argument;
+  return place ? [make("code", {}, `${place}${pointer ?? ""}`), ": "] : [];
 }
 
 /** Let the browser draw, and take clicks, before a long piece of work goes on. */

@@ -1,4 +1,5 @@
-// The gateway that this page came from, if it came from one: its bundle, its remote stages, and the key for it.
+// The gateway that this page came from, if it came from one: its bundle, its remote stages, and the key for
+// it.
 
 import { refuse } from "../wire/refusal.js";
 
@@ -32,13 +33,15 @@ export const fetchWithKey = (url, options = {}) =>
 /**
  * Ask the gateway what it has.
  *
- * @returns {Promise<{bundle: string, stages: object, onnxruntime_web: boolean} | null>} null where the page came from
- *   another server
+ * @returns {Promise<{bundle: string, stages: object, onnxruntime_web: boolean} | null>} null where the page
+ *   came from another server
  * @throws {BundleError} `peer.identity` where it wants a key, or another one
  */
 export async function describeGateway() {
   const answer = await fetchWithKey(new URL("gateway.json", ROOT), { cache: "no-store" });
-  if (answer.status === 401) refuse("peer.identity", "gateway", "a key of the gateway", hasKey() ? "another one" : "none");
+  if (answer.status === 401) {
+    refuse("peer.identity", "gateway", "a key of the gateway", hasKey() ? "another one" : "none");
+  }
   if (!answer.ok || !answer.headers.get("content-type")?.startsWith("application/json")) return null;
   return answer.json();
 }

@@ -26,7 +26,9 @@ async function attempt(action) {
   }
 }
 
-/** Open a bundle and show it. `whole`: whether the source lists all of its files, so that others are noticed. */
+/**
+ * Open a bundle and show it. `whole`: whether the source lists all of its files, so that others are noticed.
+ */
 async function open(source, whole) {
   await attempt(async () => {
     byId("opened").textContent = "opening";
@@ -97,6 +99,10 @@ function showView() {
 }
 
 addEventListener("hashchange", showView);
-if (text.bundle === null) byId("load-about").replaceChildren("Open a bundle first, in the view ", make("a", { href: "#bundle" }, "Bundle"), ".");
+if (text.bundle === null) {
+  byId("load-about").replaceChildren(
+    "Open a bundle first, in the view ", make("a", { href: "#bundle" }, "Bundle"), ".",
+  );
+}
 showView();
 askGateway();

@@ -45,7 +45,8 @@ export class TextView {
     const places = bundle.manifest.shards.map((shard) => this.placeOf(shard));
     byId("places").replaceChildren(...places.map(({ line }) => line));
     const missing = this.missing(places);
-    byId("load-about").textContent = missing ?? "The page computes the parts that are here, and asks servers for the rest.";
+    byId("load-about").textContent = missing
+      ?? "The page computes the parts that are here, and asks servers for the rest.";
     byId("load").disabled = missing !== null;
     byId("load-state").textContent = "";
   }
@@ -54,7 +55,9 @@ export class TextView {
     const remote = this.gateway !== null && Object.hasOwn(this.gateway.stages, name);
     const where = remote ? "on a server, behind the gateway" : `in this browser: ${bytes(size)} to load`;
     const fault = remote || graph !== null ? null : `${name} has no graph`;
-    const line = make("li", {}, make("strong", {}, name), ` ${where}`, fault && make("span", { class: "bad" }, ` (${fault})`));
+    const line = make(
+      "li", {}, make("strong", {}, name), ` ${where}`, fault && make("span", { class: "bad" }, ` (${fault})`),
+    );
     return { line, fault, remote };
   }
 
@@ -62,10 +65,12 @@ export class TextView {
   missing(places) {
     const faults = places.map(({ fault }) => fault).filter((fault) => fault !== null);
     if (faults.length) return `${faults.join("; ")}. splitbundle add-onnx adds graphs to a bundle.`;
-    if (this.bundle.manifest.text.tokenizer === null) return "This bundle has no tokenizer, so it makes no text.";
+    if (this.bundle.manifest.text.tokenizer === null) {
+      return "This bundle has no tokenizer, so it makes no text.";
+    }
     if (this.gateway !== null && !this.gateway.onnxruntime_web && places.some(({ remote }) => !remote)) {
-      return "The gateway has no onnxruntime-web. On its machine, run npm install onnxruntime-web, and start it there or "
-        + "with --onnxruntime-web DIR.";
+      return "The gateway has no onnxruntime-web. On its machine, run npm install onnxruntime-web, and start "
+        + "it there or with --onnxruntime-web DIR.";
     }
     return null;
   }
@@ -86,8 +91,11 @@ export class TextView {
       const here = this.bundle.manifest.shards.some(({ name }) => !remote(name));
       await say("loading onnxruntime-web");
       const ort = here ? await loadOnnxRuntime(ONNXRUNTIME) : null;
-      const carrierOf = (name) => (remote(name) ? counted(new HttpCarrier(stageUrl(name), { headers }), sent) : null);
-      const pipeline = await loadPipeline(this.bundle, { ort, carrierOf, onStep: (what) => (state.textContent = what) });
+      const carrierOf = (name) =>
+        remote(name) ? counted(new HttpCarrier(stageUrl(name), { headers }), sent) : null;
+      const pipeline = await loadPipeline(
+        this.bundle, { ort, carrierOf, onStep: (what) => (state.textContent = what) },
+      );
       this.model = { tokenizer, chat, pipeline, sent, text: pipeline.begin(), messages: [] };
       this.loaded(performance.now() - began, golden, ort);
     } catch (failure) {
@@ -150,7 +158,9 @@ export class TextView {
       turn.dataset.ended = "failed";
       const stopped = failure.name === "AbortError";
       turn.append(stopped ? make("p", { class: "quiet" }, "You stopped it.") : told(failure));
-      if (stopped && chats) model.messages = [...messages, { role: "assistant", content: answer.textContent }];
+      if (stopped && chats) {
+        model.messages = [...messages, { role: "assistant", content: answer.textContent }];
+      }
     } finally {
       answer.classList.remove("writing");
       this.end();
@@ -162,7 +172,12 @@ export class TextView {
     const { model } = this;
     const options = {
       most: number("most") ?? 256,
-      sampling: { temperature: number("temperature") ?? 0, topK: number("top-k"), topP: number("top-p"), seed: number("seed") },
+      sampling: {
+        temperature: number("temperature") ?? 0,
+        topK: number("top-k"),
+        topP: number("top-p"),
+        seed: number("seed"),
+      },
       stopIds: [...this.bundle.manifest.text.stop_ids, ...ends],
       signal: this.running.signal,
     };
@@ -184,7 +199,8 @@ export class TextView {
       const seconds = (performance.now() - first) / 1000;
       const speed = made > 1 ? `, ${((made - 1) / seconds).toFixed(1)} tokens/s` : "";
       const share = Math.round((100 * model.text.remote) / (performance.now() - began));
-      numbers.textContent = `${plural(prompt.length, "token")} read in ${((first - began) / 1000).toFixed(2)} s, `
+      const waited = ((first - began) / 1000).toFixed(2);
+      numbers.textContent = `${plural(prompt.length, "token")} read in ${waited} s, `
         + `${plural(made, "token")} written${speed}; ${share} % of the time at servers`;
       this.account();
       await breathe();
@@ -213,7 +229,8 @@ export class TextView {
     const { frames, bytes: out, back } = this.model.sent;
     byId("sent").textContent = frames === 0
       ? "Nothing: every stage is computed here."
-      : `${plural(frames, "frame")} with hidden states and positions: ${bytes(out)} out, ${bytes(back)} back. No text, no ids.`;
+      : `${plural(frames, "frame")} with hidden states and positions: ${bytes(out)} out, `
+        + `${bytes(back)} back. No text, no ids.`;
   }
 }
 
@@ -240,7 +257,8 @@ function counted(carrier, sent) {
 function number(id) {
   const field = byId(id);
   if (!field.checkValidity()) {
-    refuse("input.value", field.labels[0].textContent, "a number that the field can have", field.value || "another one");
+    const got = field.value || "another one";
+    refuse("input.value", field.labels[0].textContent, "a number that the field can have", got);
   }
   return field.value === "" ? null : field.valueAsNumber;
 }

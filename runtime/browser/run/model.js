@@ -19,8 +19,8 @@ const NOTHING = { templates: [], defaults: {}, cases: [], chats: [] };
  * Load the tokenizer of a bundle. It is held against the golden texts before it is used.
  *
  * @param {object} bundle what `openBundle` returns
- * @returns {Promise<{tokenizer: Tokenizer, chat: ChatMl | null, golden: number, defaults: object}>} `golden`: how many
- *   golden texts were checked
+ * @returns {Promise<{tokenizer: Tokenizer, chat: ChatMl | null, golden: number, defaults: object}>} `golden`:
+ *   how many golden texts were checked
  * @throws {BundleError} `text.none`, `text.tokenizer`, `text.ids`, and what reading throws
  */
 export async function loadText(bundle) {
@@ -46,8 +46,8 @@ export async function loadText(bundle) {
  * @param {object} bundle what `openBundle` returns
  * @param {object} options
  * @param {object | null} options.ort the module onnxruntime-web, if some stage is computed here
- * @param {(shard: string) => object | null} options.carrierOf returns what brings frames to a stage, or null for one
- *   that is computed here
+ * @param {(shard: string) => object | null} options.carrierOf returns what brings frames to a stage, or null
+ *   for one that is computed here
  * @param {(what: string) => void} [options.onStep] called with what comes next
  * @param {AbortSignal} [options.signal]
  * @returns {Promise<Pipeline>}
@@ -60,10 +60,13 @@ export async function loadPipeline(bundle, { ort, carrierOf, onStep = () => {}, 
     const carrier = carrierOf(name);
     if (carrier === null) continue;
     if (embeds || head) {
-      refuse("stage.range", name, "a stage that neither embeds nor has the head", "one that does"); // SB-X-001
+      // SB-X-001
+      refuse("stage.range", name, "a stage that neither embeds nor has the head", "one that does");
     }
     onStep(`asking the server of ${name}`);
-    const expected = { name, layers, fingerprint: bundle.fingerprint, width: bundle.architecture.hidden_size };
+    const expected = {
+      name, layers, fingerprint: bundle.fingerprint, width: bundle.architecture.hidden_size,
+    };
     const client = new StageClient(carrier, expected);
     await client.connect(signal); // before weights are read, which takes longer
     stages.set(name, client);
@@ -78,11 +81,14 @@ export async function loadPipeline(bundle, { ort, carrierOf, onStep = () => {}, 
   return new Pipeline(bundle, shards.map(({ name }) => stages.get(name)));
 }
 
-/** Return a view of a bundle that reads a file that several shards need only once: a tied head needs the embedding. */
+/**
+ * Return a view of a bundle that reads a file that several shards need only once: a tied head needs the
+ * embedding.
+ */
 function readOnce(bundle, shards) {
   const uses = new Map();
-  for (const path of shards.flatMap(({ units }) => units.flatMap((unit) => bundle.manifest.units[unit].files))) {
-    uses.set(path, (uses.get(path) ?? 0) + 1);
+  for (const unit of shards.flatMap(({ units }) => units)) {
+    for (const path of bundle.manifest.units[unit].files) uses.set(path, (uses.get(path) ?? 0) + 1);
   }
   const held = new Map();
   const bytes = (path) => {
@@ -94,6 +100,9 @@ function readOnce(bundle, shards) {
     return found;
   };
   return {
-    manifest: bundle.manifest, architecture: bundle.architecture, bytes, loadStage: (name) => bundle.loadStage(name),
+    manifest: bundle.manifest,
+    architecture: bundle.architecture,
+    bytes,
+    loadStage: (name) => bundle.loadStage(name),
   };
 }

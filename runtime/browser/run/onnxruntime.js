@@ -14,8 +14,8 @@ let loaded = null;
  * Load onnxruntime-web once.
  *
  * @param {string} base the URL of the folder with its files, with `/` at the end
- * @param {{threads?: number}} [options] by default as many as the browser allows, up to four: a page may have several
- *   if its server isolates it (`crossOriginIsolated`)
+ * @param {{threads?: number}} [options] by default as many as the browser allows, up to four: a page may have
+ *   several if its server isolates it (`crossOriginIsolated`)
  * @returns {Promise<object>} the module
  * @throws {BundleError} `backend.missing`
  */

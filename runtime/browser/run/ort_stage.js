@@ -9,13 +9,15 @@ const QUIET = { logSeverityLevel: 3 };
 /** A shard's graph, loaded with its weights. */
 export class OrtStage {
   /**
-   * Load a shard. Its graph is judged, and onnxruntime gets only bytes that were read and hashed before (SB-D-011).
+   * Load a shard. Its graph is judged, and onnxruntime gets only bytes that were read and hashed before
+   * (SB-D-011).
    *
    * @param {object} ort the module onnxruntime-web
    * @param {object} bundle what `openBundle` returns
    * @param {string} name the shard
    * @param {(path: string) => void} [onFile] called before each file is read
-   * @throws {BundleError} `stage.graph` for a shard without a graph; what `loadStage` and `bytes` of the bundle throw
+   * @throws {BundleError} `stage.graph` for a shard without a graph; what `loadStage` and `bytes` of the
+   *   bundle throw
    */
   static async load(ort, bundle, name, onFile = () => {}) {
     const shard = bundle.manifest.shards.find((each) => each.name === name);
@@ -31,7 +33,9 @@ export class OrtStage {
       onFile(path);
       externalData.push({ path, data: await bundle.bytes(path) });
     }
-    const options = { executionProviders: ["wasm"], graphOptimizationLevel: "all", logSeverityLevel: 3, externalData };
+    const options = {
+      executionProviders: ["wasm"], graphOptimizationLevel: "all", logSeverityLevel: 3, externalData,
+    };
     const session = await ort.InferenceSession.create(graph, options);
     return new OrtStage(ort, session, shard, bundle.architecture);
   }
@@ -77,8 +81,8 @@ export class OrtSession {
    * @param {number} call.past the positions before; tokens from there on are forgotten first
    * @param {number} call.count the tokens of this call
    * @param {boolean} [call.wanted] whether the logits are wanted, if the stage has the head
-   * @returns {Promise<{hidden?: Float32Array, logits?: Float32Array}>} the hidden states, (count, width); or the
-   *   logits of the last token, (vocab), if they are wanted
+   * @returns {Promise<{hidden?: Float32Array, logits?: Float32Array}>} the hidden states, (count, width); or
+   *   the logits of the last token, (vocab), if they are wanted
    * @throws {BundleError} `input.position` for positions that nobody computed; `input.value` for a wrong id
    */
   async run({ ids, hidden, past, count, wanted = true }) {
@@ -89,7 +93,9 @@ export class OrtSession {
     const feeds = { past: whole([past]), count: whole([count]), ...this.tensors };
     if (embeds) {
       for (const id of ids) {
-        if (!(id >= 0 && id < vocabulary)) refuse("input.value", "ids", `ids below ${vocabulary}`, String(id));
+        if (!(id >= 0 && id < vocabulary)) {
+          refuse("input.value", "ids", `ids below ${vocabulary}`, String(id));
+        }
       }
       feeds.token_ids = new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, count]);
     } else feeds.hidden = new ort.Tensor("float32", hidden, [1, count, width]);
@@ -128,7 +134,10 @@ function grown(ort, before, dtype, [, heads, , size], slots, more) {
   return new ort.Tensor(dtype, made, [1, heads, more, size]);
 }
 
-/** Return zeros. onnxruntime-web keeps float16 as numbers where the browser has them, and as their bits elsewhere. */
+/**
+ * Return zeros. onnxruntime-web keeps float16 as numbers where the browser has them, and as their bits
+ * elsewhere.
+ */
 function emptyArray(dtype, length) {
   if (dtype === "float32") return new Float32Array(length);
   return new (globalThis.Float16Array ?? Uint16Array)(length);

@@ -5,7 +5,10 @@ import { Sampler } from "./sampling.js";
 
 /** The tokens of a prompt that are computed at once, so that a page stays alive and a frame stays small. */
 const PIECE = 256;
-/** The kinds of rotary positions whose angles depend on the length of the row: nothing is rolled back (SB-C-031). */
+/**
+ * The kinds of rotary positions whose angles depend on the length of the row: nothing is rolled back
+ * (SB-C-031).
+ */
 const BY_LENGTH = ["dynamic", "longrope"];
 
 /** A model of stages in order. Token ids and logits stay with the first and the last one. */
@@ -14,7 +17,8 @@ export class Pipeline {
    * Chain stages.
    *
    * @param {object} bundle what `openBundle` returns
-   * @param {{name: string, begin: () => object}[]} stages one for each shard, in order: `OrtStage` or `StageClient`
+   * @param {{name: string, begin: () => object}[]} stages one for each shard, in order: `OrtStage` or
+   *   `StageClient`
    * @throws {BundleError} `pipeline.tiling`
    */
   constructor(bundle, stages) {
@@ -57,7 +61,9 @@ export class Text {
   async feed(ids, signal) {
     const { context, rollsBack } = this.pipeline;
     if (ids.length === 0) refuse("input.value", "ids", "at least one id", "none");
-    if (ids.length > context) refuse("input.position", "ids", `at most ${context} tokens`, String(ids.length));
+    if (ids.length > context) {
+      refuse("input.position", "ids", `at most ${context} tokens`, String(ids.length));
+    }
     let kept = 0;
     while (kept < this.ids.length && kept < ids.length - 1 && this.ids[kept] === ids[kept]) kept += 1;
     if (kept < this.ids.length && !rollsBack) kept = 0;

@@ -1,5 +1,6 @@
-// Uniform numbers from a seed: the Mersenne twister (Matsumoto and Nishimura 1998), seeded as Python's `random.Random`
-// is. So a seed draws the same tokens here and in the Python runtime, as far as their logits agree.
+// Uniform numbers from a seed: the Mersenne twister (Matsumoto and Nishimura 1998), seeded as Python's
+// `random.Random` is. So a seed draws the same tokens here and in the Python runtime, as far as their logits
+// agree.
 
 const N = 624;
 const M = 397;

@@ -18,7 +18,8 @@ export class Sampler {
    * @throws {BundleError} `input.value`
    */
   constructor({ temperature = 0, topK = null, topP = null, seed = null } = {}) {
-    const fits = (name, value, good, expected) => good || refuse("input.value", name, expected, String(value));
+    const fits = (name, value, good, expected) =>
+      good || refuse("input.value", name, expected, String(value));
     fits("temperature", temperature, temperature >= 0 && temperature < Infinity, "a number from 0");
     fits("topK", topK, topK === null || (Number.isInteger(topK) && topK >= 1), "an integer from 1, or null");
     fits("topP", topP, topP === null || (topP > 0 && topP <= 1), "a number above 0, up to 1, or null");

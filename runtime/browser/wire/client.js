@@ -1,4 +1,5 @@
-// The client of a stage (spec/v1/wire.md): each step is computed once, by a server that holds the right cache.
+// The client of a stage (spec/v1/wire.md): each step is computed once, by a server that holds the right
+// cache.
 
 import { decode, encode } from "./encodings.js";
 import { pack, unpack } from "./frames.js";
@@ -8,7 +9,9 @@ import { refusal, refuse } from "./refusal.js";
 
 const FIRST_WAIT = 100; // milliseconds; each further one is twice as long
 const LAST_WAIT = 3000;
-/** How often one step may begin a new session: a server that always loses it mustn't keep a client for ever. */
+/**
+ * How often one step may begin a new session: a server that always loses it mustn't keep a client for ever.
+ */
 const MOST_REPLAYS = 10;
 /** How often a server may damage a frame, or answer something else, while it lives. */
 const MOST_DAMAGED = 3;
@@ -27,9 +30,10 @@ export class StageClient {
    * Name a stage. Nothing is sent yet.
    *
    * @param {import("./http_carrier.js").HttpCarrier} carrier
-   * @param {{name: string, fingerprint: string, layers: number[], width: number}} expected from the own bundle
-   * @param {{encoding?: string, patience?: number}} [options] the encoding, if not the exact one (SB-X-007), and the
-   *   seconds after which a server that doesn't answer is given up
+   * @param {{name: string, fingerprint: string, layers: number[], width: number}} expected from the own
+   *   bundle
+   * @param {{encoding?: string, patience?: number}} [options] the encoding, if not the exact one (SB-X-007),
+   *   and the seconds after which a server that doesn't answer is given up
    */
   constructor(carrier, expected, { encoding = null, patience = 30 } = {}) {
     this.carrier = carrier;
@@ -57,7 +61,9 @@ export class StageClient {
    */
   async connect(signal) {
     const { fingerprint, layers, width } = this.expected;
-    const { message } = await this.exchange({ op: "hello", protocol: PROTOCOL, fingerprint, layers }, null, signal);
+    const { message } = await this.exchange(
+      { op: "hello", protocol: PROTOCOL, fingerprint, layers }, null, signal,
+    );
     this.compare("peer.protocol", PROTOCOL, message.protocol);
     this.compare("peer.fingerprint", fingerprint, message.fingerprint);
     if (message.number > 0) {
@@ -87,8 +93,8 @@ export class StageClient {
   }
 
   /**
-   * Return the answer to a request. Where there is none, the same frame is sent again: a step is computed once
-   * (SB-X-013, SB-X-017).
+   * Return the answer to a request. Where there is none, the same frame is sent again: a step is computed
+   * once (SB-X-013, SB-X-017).
    *
    * @param {object} request
    * @param {Uint8Array | null} payload
@@ -99,7 +105,8 @@ export class StageClient {
   async exchange(request, payload, signal) {
     const frame = pack(request, payload ?? undefined);
     if (this.welcome !== null && frame.length > this.welcome.limits.message) {
-      refuse("wire.size", this.where, `a frame of at most ${this.welcome.limits.message} bytes`, `${frame.length} bytes`);
+      const expected = `a frame of at most ${this.welcome.limits.message} bytes`;
+      refuse("wire.size", this.where, expected, `${frame.length} bytes`);
     }
     const until = Date.now() + this.patience;
     let wait = FIRST_WAIT;
@@ -149,10 +156,11 @@ export class RemoteSession {
   /**
    * Compute the stage for some tokens.
    *
-   * @param {{hidden: Float32Array, past: number, count: number}} call `hidden` is (count, width); tokens from `past`
-   *   on are forgotten first
+   * @param {{hidden: Float32Array, past: number, count: number}} call `hidden` is (count, width); tokens from
+   *   `past` on are forgotten first
    * @param {AbortSignal} [signal]
-   * @returns {Promise<{hidden: Float32Array, queued: number, computed: number}>} microseconds of the server, too
+   * @returns {Promise<{hidden: Float32Array, queued: number, computed: number}>} microseconds of the server,
+   *   too
    * @throws {BundleError} `peer.*`, `wire.*`, `session.capacity`, and what the server refuses
    */
   async run({ hidden, past, count }, signal) {
@@ -169,7 +177,8 @@ export class RemoteSession {
         answer = await this.step(call, signal);
       } catch (failure) {
         if (!["replay", "other"].includes(failure.retry)) {
-          if (failure.retry !== "never") this.abandon(); // it may have been computed: the next step begins anew
+          // It may have been computed: the next step begins anew.
+          if (failure.retry !== "never") this.abandon();
           throw failure;
         }
         if (replays >= MOST_REPLAYS) throw failure;
@@ -206,7 +215,9 @@ export class RemoteSession {
     };
     if (slots > this.capacity) {
       const most = welcome.limits.capacity;
-      if (slots > most) refuse("session.capacity", this.client.where, `at most ${most} tokens`, String(slots));
+      if (slots > most) {
+        refuse("session.capacity", this.client.where, `at most ${most} tokens`, String(slots));
+      }
       request.capacity = Math.min(most, Math.max(slots, 2 * this.capacity));
     }
     const answer = await this.client.exchange(request, payload, signal);
@@ -243,10 +254,9 @@ export class RemoteSession {
 function fits(request, answer) {
   if (answer.op !== ANSWERS[request.op]) return false;
   if (answer.op !== "ran") return true;
-  return (
-    answer.number === request.number && answer.width === request.width && answer.encoding === request.encoding &&
-    answer.tokens === request.count.reduce((sum, each) => sum + each, 0)
-  );
+  const tokens = request.count.reduce((sum, each) => sum + each, 0);
+  const same = ["number", "width", "encoding"].every((name) => answer[name] === request[name]);
+  return same && answer.tokens === tokens;
 }
 
 /** Whether an answer was no frame. The server may have computed, so the same frame is sent again. */

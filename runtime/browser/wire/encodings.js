@@ -54,7 +54,9 @@ export function decode(payload, encoding, tokens, width) {
   if (encoding === "int8") {
     for (let token = 0, at = tokens * SCALE_BYTES; token < tokens; token += 1) {
       const scale = view.getFloat32(token * SCALE_BYTES, true);
-      for (let i = token * width; i < (token + 1) * width; i += 1, at += 1) found[i] = scale * view.getInt8(at);
+      for (let i = token * width; i < (token + 1) * width; i += 1, at += 1) {
+        found[i] = scale * view.getInt8(at);
+      }
     }
     return found;
   }

@@ -62,7 +62,9 @@ export function unpack(frame, limit = MOST_FRAME) {
   const payload = frame.subarray(PREFIX + length);
   const size = payloadSize(message);
   if (payload.length !== size) {
-    refuse("wire.payload", "frame", `a payload of ${size} bytes, as the header says`, `${payload.length} bytes`);
+    refuse(
+      "wire.payload", "frame", `a payload of ${size} bytes, as the header says`, `${payload.length} bytes`,
+    );
   }
   return { message, payload };
 }
@@ -124,7 +126,10 @@ function dumpedValue(name, value) {
   return JSON.stringify(value).replace(/[\u007f-\uffff]/g, escape);
 }
 
-/** Return a number as a writer writes it (SB-J-009): the fewest digits, and `.0` or an exponent with two digits. */
+/**
+ * Return a number as a writer writes it (SB-J-009): the fewest digits, and `.0` or an exponent with two
+ * digits.
+ */
 function dumpedNumber(value) {
   const [mantissa, exponent] = value.toExponential().split("e");
   const power = Number(exponent);

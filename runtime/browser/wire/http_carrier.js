@@ -19,8 +19,8 @@ export class Lost extends Error {
 export class HttpCarrier {
   /**
    * @param {string} url such as `stages/trunk`, below the page
-   * @param {{headers?: () => Object<string, string>, timeout?: number, fetch?: typeof fetch}} [options] `headers` is
-   *   asked before each request, as a key may come later; `timeout` is in seconds
+   * @param {{headers?: () => Object<string, string>, timeout?: number, fetch?: typeof fetch}} [options]
+   *   `headers` is asked before each request, as a key may come later; `timeout` is in seconds
    */
   constructor(url, { headers = () => ({}), timeout = 300, fetch: own } = {}) {
     this.text = url;
@@ -36,7 +36,8 @@ export class HttpCarrier {
    * @param {AbortSignal} [signal] ends the wait; the frame may be computed all the same (SB-X-017)
    * @returns {Promise<Uint8Array>}
    * @throws {Lost} if there is no answer
-   * @throws {BundleError} `peer.identity`, `wire.size`, `peer.unreachable` where sending it again is of no use
+   * @throws {BundleError} `peer.identity`, `wire.size`, `peer.unreachable` where sending it again is of no
+   *   use
    * @throws {DOMException} `AbortError` if the signal ended the wait
    */
   async call(frame, signal) {
@@ -74,7 +75,8 @@ export class HttpCarrier {
     const { status } = answer;
     const where = this.text;
     if (status === 401 || status === 403) {
-      refuse("peer.identity", where, "a key that the gateway knows", status === 401 ? "another one, or none" : "403");
+      const got = status === 401 ? "another one, or none" : "403";
+      refuse("peer.identity", where, "a key that the gateway knows", got);
     }
     if (status === 404 || status === 405) {
       refuse("peer.unreachable", where, "a gateway that has this stage", `status ${status}`);

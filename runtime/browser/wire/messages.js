@@ -89,7 +89,9 @@ const LIMITS = {
 };
 const limits = (value, at, problems) => object(value, at, problems, LIMITS, []);
 
-const run = { session: orNull(id), number: whole, past: positions, count: positions, sequence, width, encoding };
+const run = {
+  session: orNull(id), number: whole, past: positions, count: positions, sequence, width, encoding,
+};
 const gradient = { ticket, tokens, width, encoding };
 
 /** The members of each kind, in the order in which a writer writes them. */
@@ -191,7 +193,8 @@ export function checkRows(message, problems) {
   if (most > message.sequence) {
     problems.add("field.value", "/count", `at most ${message.sequence}, the sequence`, most);
   }
-  // A reader makes room for the padding, too. A few bytes must not ask for much of it. Floats are exact enough.
+  // A reader makes room for the padding, too. A few bytes must not ask for much of it. Floats are exact
+  // enough.
   const padded = count.length * message.sequence * message.width;
   const own = count.reduce((sum, each) => sum + each, 0) * message.width;
   if (padded > Math.max(MOST_PADDED, MOST_PADDING * own)) {

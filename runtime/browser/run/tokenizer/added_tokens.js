@@ -31,8 +31,11 @@ export class AddedTokens {
       // The id in the file counts for nothing (SB-T-004).
       let id = vocabulary.get(content) ?? this.tokens.get(content)?.id;
       if (id === undefined) [id, next] = [next, next + 1];
-      const control = special || MARKER.test(content) || templates.some((template) => template.includes(content));
-      this.tokens.set(content, { content, id, special, control, word, lstrip, rstrip, raw: !entry.normalized });
+      const spelled = templates.some((template) => template.includes(content));
+      const control = special || spelled || MARKER.test(content);
+      this.tokens.set(
+        content, { content, id, special, control, word, lstrip, rstrip, raw: !entry.normalized },
+      );
     }
     const kinds = [...this.tokens.values()];
     this.ids = new Map(kinds.map((token) => [token.id, token]));
@@ -77,7 +80,9 @@ const trimmedEnd = (text) => text.replace(/\p{White_Space}+$/u, "");
 const trimmedStart = (text) => text.replace(/^\p{White_Space}+/u, "");
 const isWord = (text, at) => WORD.test(at < 0 ? (Array.from(text.slice(-2)).at(-1) ?? "") : text.slice(0, 2));
 
-/** Return a pattern that finds the leftmost token, and of several that begin there the longest; null for none. */
+/**
+ * Return a pattern that finds the leftmost token, and of several that begin there the longest; null for none.
+ */
 function finder(tokens) {
   if (tokens.length === 0) return null;
   const texts = tokens.map((token) => token.content).sort((one, other) => other.length - one.length);

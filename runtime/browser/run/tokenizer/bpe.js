@@ -1,11 +1,15 @@
-// Byte pair encoding (Sennrich et al. 2016, arXiv:1508.07909): a word becomes tokens by merging pairs, by their ranks.
+// Byte pair encoding (Sennrich et al. 2016, arXiv:1508.07909): a word becomes tokens by merging pairs, by
+// their ranks.
 
 import { refuse } from "../../wire/refusal.js";
 import { otherKind } from "./steps.js";
 
 const MOST_KEPT = 20_000;
 const LONGEST_KEPT = 64;
-/** A pair of ids as one number. An id is below 2^31, so only smaller ones fit exactly; larger ones are refused. */
+/**
+ * A pair of ids as one number. An id is below 2^31, so only smaller ones fit exactly; larger ones are
+ * refused.
+ */
 const RADIX = 2 ** 26;
 
 /** The model of a tokenizer.json. */
@@ -40,7 +44,8 @@ export class BytePairs {
    * Return the ids of a word.
    *
    * @param {string} word in characters that stand for bytes
-   * @throws {BundleError} `text.token` if the vocabulary lacks one of the bytes: all of a text is encoded (SB-T-002)
+   * @throws {BundleError} `text.token` if the vocabulary lacks one of the bytes: all of a text is encoded
+   *   (SB-T-002)
    */
   encode(word) {
     const before = this.known.get(word);
@@ -73,7 +78,8 @@ export class BytePairs {
     for (let best = queue.pop(); best !== undefined; best = queue.pop()) {
       const { at, left, right, both } = best;
       const next = after[at];
-      if (ids[at] !== left || next >= ids.length || ids[next] !== right) continue; // it was merged in another way
+      // It was merged in another way.
+      if (ids[at] !== left || next >= ids.length || ids[next] !== right) continue;
       ids[at] = both;
       ids[next] = null;
       after[at] = after[next];

@@ -1,4 +1,5 @@
-// Chats in the form ChatML. No chat template is run here: the form is used only if it gives the bundle's golden chats.
+// Chats in the form ChatML. No chat template is run here: the form is used only if it gives the bundle's
+// golden chats.
 
 const START = "<|im_start|>";
 const END = "<|im_end|>";

@@ -5,7 +5,8 @@ import { refuse } from "../../wire/refusal.js";
 const SPACE = "\\p{White_Space}"; // JavaScript's own \s isn't Unicode's: it has U+FEFF, and lacks U+0085
 const WORD = "\\p{L}\\p{M}\\p{Nd}\\p{Pc}";
 const CLASSES = {
-  s: SPACE, S: "\\P{White_Space}", d: "\\p{Nd}", D: "\\P{Nd}", r: "\\r", n: "\\n", t: "\\t", f: "\\f", v: "\\v",
+  s: SPACE, S: "\\P{White_Space}", d: "\\p{Nd}", D: "\\P{Nd}",
+  r: "\\r", n: "\\n", t: "\\t", f: "\\f", v: "\\v",
 };
 const GROUPS = ["(?i:", "(?:", "(?=", "(?!", "(?<=", "(?<!"];
 const SYNTAX = "^$\\.*+?()[]{}|/";

@@ -43,7 +43,8 @@ export function normalizer(step, file) {
 }
 
 /**
- * Return the function that a pre-tokenizer is: it cuts a text into words, spelled in characters that stand for bytes.
+ * Return the function that a pre-tokenizer is: it cuts a text into words, spelled in characters that stand
+ * for bytes.
  *
  * @param {object | null} step
  * @param {string} file for the refusal
@@ -61,7 +62,9 @@ export function preTokenizer(step, file) {
   return (text) => {
     let words = [text];
     for (const [i, cut] of cuts.entries()) {
-      if (i === steps.length) words = words.map((word) => prefixed(word, last)); // before ByteLevel's own pattern
+      if (i === steps.length) {
+        words = words.map((word) => prefixed(word, last)); // before ByteLevel's own pattern
+      }
       words = words.flatMap(cut);
     }
     if (cuts.length === steps.length) words = words.map((word) => prefixed(word, last));
@@ -69,7 +72,8 @@ export function preTokenizer(step, file) {
   };
 }
 
-const prefixed = (word, { add_prefix_space: adds }) => (adds === true && !word.startsWith(" ") ? ` ${word}` : word);
+const prefixed = (word, { add_prefix_space: adds }) =>
+  adds === true && !word.startsWith(" ") ? ` ${word}` : word;
 
 function flattened(step, file) {
   if (step === null || step === undefined) return [];
@@ -85,7 +89,9 @@ function cutter(step, file) {
   if (step.type === "Split") {
     const { Regex: pattern, String: plain } = step.pattern ?? {};
     const found = typeof pattern === "string" ? translated(pattern, file) : literal(plain, file);
-    if (step.invert === true) return otherKind(file, "pre-tokenizer", ["a Split"], "a Split that is inverted");
+    if (step.invert === true) {
+      return otherKind(file, "pre-tokenizer", ["a Split"], "a Split that is inverted");
+    }
     if (step.behavior === "Isolated") return pieces(found, { keep: true });
     if (step.behavior === "Removed") return pieces(found, { keep: false });
     return otherKind(file, "behavior of a Split", ["Isolated", "Removed"], step.behavior);
@@ -94,11 +100,16 @@ function cutter(step, file) {
 }
 
 function literal(text, file) {
-  if (typeof text !== "string") return otherKind(file, "pattern of a Split", ["Regex", "String"], "another one");
+  if (typeof text !== "string") {
+    return otherKind(file, "pattern of a Split", ["Regex", "String"], "another one");
+  }
   return new RegExp(text.replace(/[\^$\\.*+?()[\]{}|/]/gu, "\\$&"), "gu");
 }
 
-/** Return a function that cuts a text at the matches of a pattern. The matches are words of their own, or left out. */
+/**
+ * Return a function that cuts a text at the matches of a pattern. The matches are words of their own, or left
+ * out.
+ */
 function pieces(pattern, { keep }) {
   return (text) => {
     const found = [];

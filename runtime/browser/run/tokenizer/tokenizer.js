@@ -1,4 +1,5 @@
-// A bundle's tokenizer: text to token ids and back. It has byte-level BPE, and refuses every other kind by its name.
+// A bundle's tokenizer: text to token ids and back. It has byte-level BPE, and refuses every other kind by
+// its name.
 
 import { refuse } from "../../wire/refusal.js";
 import { AddedTokens } from "./added_tokens.js";
@@ -7,7 +8,9 @@ import { BYTES, normalizer, otherKind, preTokenizer } from "./steps.js";
 
 const LONE_SURROGATE = /\p{Surrogate}/u;
 
-/** The tokenizer of a model. Text that spells a control token stays text, unless the caller asks (SB-T-002). */
+/**
+ * The tokenizer of a model. Text that spells a control token stays text, unless the caller asks (SB-T-002).
+ */
 export class Tokenizer {
   /**
    * @param {object} document a tokenizer.json that follows SB-T-003 to SB-T-008, as plain data
@@ -35,15 +38,17 @@ export class Tokenizer {
    * Return the token ids of a text.
    *
    * @param {string} text
-   * @param {{control?: boolean, around?: boolean}} [options] `control`: whether control tokens that the text spells
-   *   become these tokens, for a text that nobody else wrote; `around`: whether the ids have those that the tokenizer
-   *   puts before and after a text
+   * @param {{control?: boolean, around?: boolean}} [options] `control`: whether control tokens that the text
+   *   spells become these tokens, for a text that nobody else wrote; `around`: whether the ids have those
+   *   that the tokenizer puts before and after a text
    * @returns {number[]}
-   * @throws {BundleError} `input.value` for a text with lone surrogates; `text.token` for one of tokens that the model
-   *   lacks (SB-T-008)
+   * @throws {BundleError} `input.value` for a text with lone surrogates; `text.token` for one of tokens that
+   *   the model lacks (SB-T-008)
    */
   encode(text, { control = false, around: framed = true } = {}) {
-    if (LONE_SURROGATE.test(text)) refuse("input.value", "text", "a text without lone surrogates", "another one");
+    if (LONE_SURROGATE.test(text)) {
+      refuse("input.value", "text", "a text without lone surrogates", "another one");
+    }
     const ids = framed ? [...this.before] : [];
     const add = (piece) => {
       if (typeof piece !== "string") ids.push(piece.id);
@@ -56,7 +61,8 @@ export class Tokenizer {
     if (framed) ids.push(...this.after);
     const beyond = ids.find((id) => id >= this.vocabSize);
     if (beyond !== undefined) {
-      refuse("text.token", "text", `tokens with ids below ${this.vocabSize}`, `${this.tokens.get(beyond)} (${beyond})`);
+      const got = `${this.tokens.get(beyond)} (${beyond})`;
+      refuse("text.token", "text", `tokens with ids below ${this.vocabSize}`, got);
     }
     return ids;
   }
@@ -77,7 +83,9 @@ export class Tokenizer {
     return new TextStream(this, options);
   }
 
-  /** Return the bytes of a token; none for an id that isn't a token's, and for a special one unless `special`. */
+  /**
+   * Return the bytes of a token; none for an id that isn't a token's, and for a special one unless `special`.
+   */
   bytes(id, special) {
     const token = this.tokens.get(id);
     if (token === undefined || (!special && this.added.ids.get(id)?.special)) return new Uint8Array(0);
