@@ -92,6 +92,9 @@ def test_the_page_and_what_browsers_are_told(opened: Opener) -> None:
     status, headers, data = ask(server, "/reader/bundle.js")
     assert (status, headers["content-type"]) == (200, "text/javascript; charset=utf-8")
     assert ask(server, "/reader/bundle.js", **{"If-None-Match": headers["etag"]})[0] == 304
+    assert headers["content-security-policy"].endswith("connect-src 'self'")
+    other = ask(opened(origins=("https://files.example",)), "/page/")[1]
+    assert other["content-security-policy"].endswith("connect-src 'self' https://files.example")
     assert json.loads(ask(server, "/gateway.json")[2])["stages"] == {}
     assert ask(server, "/healthz")[0] == 200
     for path in ("/package.json", "/page/../../pyproject.toml", "/nothing", "/stages/trunk"):
@@ -290,6 +293,7 @@ def test_the_page_has_every_file_that_it_imports() -> None:
         (["{bundle}", "--remote", "trunk=grpc://127.0.0.1:1", "--timeout", "0.1"], 5, "peer.unreachable"),
         (["{bundle}", "--remote", "trunk=grpc://127.0.0.1:1", "--listen", "0.0.0.0:0"], 5, "--api-key-file"),
         (["{bundle}", "--remote", "trunk=grpc://127.0.0.1:1", "--certificate", "x"], 2, "--private-key"),
+        (["{bundle}", "--bundles-from", "https://x.example; script-src *"], 2, "origin"),
         (["nowhere", "--remote", "trunk=grpc://127.0.0.1:1"], 1, "nowhere"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Final
 
 from splitbundle.cli.console import Command, Console, timed_notes
 from splitbundle.cli.remote_options import add_remote_arguments, remote_options
-from splitbundle.cli.web_options import add_access_arguments, add_end_arguments, check_access, listening
+from splitbundle.cli.web_options import add_access_arguments, add_end_arguments, check_access, listening, origin
 from splitbundle.opening import open_bundle
 from splitbundle.remote_stages import token_of_environment
 from splitbundle.serving.gateway.opening import open_gateway, open_relays
@@ -25,6 +25,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the npm package onnxruntime-web, which browsers compute with; by default node_modules/onnxruntime-web",
     )
+    parser.add_argument(
+        "--bundles-from",
+        action="append",
+        type=origin,
+        metavar="ORIGIN",
+        default=[],
+        help="let the page read bundles of this server, too, such as https://files.example; by default of no other",
+    )
     add_end_arguments(parser)
 
 
@@ -38,7 +46,15 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     given = {name: value for name, value in options.items() if name != "remote" and value is not None}
     log = timed_notes(console) if args.log else None
     relays = open_relays(bundle, options["remote"], {"token": token_of_environment(), **given}, log)
-    server = open_gateway(bundle, relays, access, onnxruntime_web=args.onnxruntime_web, log=log, **listening(args))
+    server = open_gateway(
+        bundle,
+        relays,
+        access,
+        origins=args.bundles_from,
+        onnxruntime_web=args.onnxruntime_web,
+        log=log,
+        **listening(args),
+    )
     without = [shard.name for shard in bundle.shards if shard.name not in relays and shard.graph is None]
     if without:
         console.note(f"note: the page can't compute {', '.join(without)}: splitbundle add-onnx adds graphs")

@@ -13,7 +13,7 @@ from splitbundle.bundle import Bundle
 from splitbundle.cli import text_options
 from splitbundle.cli.arguments import number_of, positive, size, verify_when
 from splitbundle.cli.console import Command, Console, timed_notes
-from splitbundle.cli.web_options import add_access_arguments, add_end_arguments, check_access, listening
+from splitbundle.cli.web_options import add_access_arguments, add_end_arguments, check_access, listening, origin_or_any
 from splitbundle.errors import BundleError, Problem
 from splitbundle.opening import open_bundle
 from splitbundle.serving.web.access import Access
@@ -22,7 +22,6 @@ from splitbundle.serving.web.opening import open_web_server
 from splitbundle.stages.shared_pipeline import SharedPipeline
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_ORIGIN: Final = re.compile(r"https?://[^/\s]+")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +35,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cors",
         action="append",
-        type=_origin,
+        type=origin_or_any,
         metavar="ORIGIN",
         help="a page of this origin may ask; by default none",
     )
@@ -147,12 +146,6 @@ def _replicas(text: str) -> int | tuple[int, int]:
     if not all(part.isascii() and part.isdigit() and len(part) < 5 for part in ((least, most) if colon else (least,))):
         raise argparse.ArgumentTypeError(f"expected LEAST or LEAST:MOST, such as 1:4, got {text!r}")
     return (int(least), int(most)) if colon else int(least)
-
-
-def _origin(text: str) -> str:
-    if text != "*" and not _ORIGIN.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"expected an origin, such as https://page.example, got {text!r}")
-    return text
 
 
 COMMAND: Final = Command(

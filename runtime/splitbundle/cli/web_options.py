@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any, Final
 
 from splitbundle.cli.arguments import listen_address, number_in
 from splitbundle.errors import BundleError, Problem
 from splitbundle.remote.address import is_loopback
 
+_ORIGIN: Final = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 _LOCAL: Final = ("localhost", "127.0.0.1", "::1")
 
 
@@ -79,3 +81,15 @@ def listening(args: argparse.Namespace) -> dict[str, Any]:
         "certificate": args.certificate,
         "key": args.private_key,
     }
+
+
+def origin(text: str) -> str:
+    """Parse an origin for argparse, such as ``https://page.example``."""
+    if not _ORIGIN.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"expected an origin, such as https://page.example, got {text!r}")
+    return text
+
+
+def origin_or_any(text: str) -> str:
+    """Parse an origin, or ``*`` for all of them."""
+    return text if text == "*" else origin(text)

@@ -35,11 +35,11 @@ _PATIENCE: Final = 60.0
 """The seconds in which a frame has to come."""
 _POLICY: Final = (
     "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; img-src 'self' data:; object-src 'none'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; connect-src 'self'"
 )
+"""What the page may do. Where it connects to comes last, so that origins can follow."""
 _HEADERS: Final = {
     "Cache-Control": "no-cache",
-    "Content-Security-Policy": _POLICY,
     # Without both, browsers give a page no threads.
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -61,6 +61,7 @@ class Gateway:
         access: Access,
         *,
         hosts: Sequence[str] | None = None,
+        origins: Sequence[str] = (),
         log: Log | None = None,
     ) -> None:
         """Put a gateway together.
@@ -72,6 +73,7 @@ class Gateway:
             onnxruntime: the files of onnxruntime-web by their names; none where there is none.
             access: the keys, which files and stages want.
             hosts: the names in ``Host`` that requests may have; None for all. See ``Guard``.
+            origins: the origins of other servers whose bundles the page may read.
             log: called with a line for each request, without content.
         """
         self._bundle, self._relays, self._access = bundle, relays, access
@@ -83,6 +85,7 @@ class Gateway:
         self._has_onnxruntime = bool(onnxruntime)
         guard, files = Guard(access, hosts=hosts, log=log), BundleFiles(bundle.path, self._threads)
         get, post = ["GET"], ["POST"]
+        policy = " ".join((_POLICY, *origins))
         held = {f"/{path}": file for path, file in page.items()}
         held |= {f"/onnxruntime-web/{name}": file for name, file in onnxruntime.items()}
         routes = [
@@ -92,7 +95,7 @@ class Gateway:
             Route("/bundle/{path:path}", guard.routed(files.answer, "/bundle"), methods=get),
             Route("/stages/{name}", guard.routed(self._frame, "/stages"), methods=post),
             *(
-                Route(path, guard.routed(_held(file), "page", guarded=False), methods=get)
+                Route(path, guard.routed(_held(file, policy), "page", guarded=False), methods=get)
                 for path, file in held.items()
             ),
         ]
@@ -168,8 +171,8 @@ async def _to_the_page(http: HttpRequest) -> Response:
     return RedirectResponse(START, headers={"Cache-Control": "no-cache"})
 
 
-def _held(file: PageFile) -> Any:
-    headers = {**_HEADERS, "Content-Type": file.kind, "ETag": file.tag}
+def _held(file: PageFile, policy: str) -> Any:
+    headers = {**_HEADERS, "Content-Security-Policy": policy, "Content-Type": file.kind, "ETag": file.tag}
 
     async def answer(http: HttpRequest) -> Response:
         if has_tag(http.headers.getlist("if-none-match"), file.tag):

@@ -72,6 +72,7 @@ def open_gateway(
     host: str = "127.0.0.1",
     port: int = 0,
     hosts: Sequence[str] | None = None,
+    origins: Sequence[str] = (),
     onnxruntime_web: str | None = None,
     certificate: str | None = None,
     key: str | None = None,
@@ -86,6 +87,7 @@ def open_gateway(
         host: the host to listen at; by default a loopback address.
         port: the port; 0 for any free one.
         hosts: the names in the header ``Host`` that requests may have; None for all.
+        origins: the origins of other servers whose bundles the page may read.
         onnxruntime_web: the directory of onnxruntime-web; by default where npm puts it, if it is there.
         certificate: the file of the server's certificate, for https.
         key: the file of its key.
@@ -101,7 +103,7 @@ def open_gateway(
     except ModuleNotFoundError as error:
         raise _missing(error) from None
     page, onnxruntime = page_files(), onnxruntime_files(onnxruntime_web)
-    gateway = Gateway(bundle, relays, page, onnxruntime, access or Access(), hosts=hosts, log=log)
+    gateway = Gateway(bundle, relays, page, onnxruntime, access or Access(), hosts=hosts, origins=origins, log=log)
     return WebServer(gateway, host, port, certificate=certificate, key=key)
 
 
