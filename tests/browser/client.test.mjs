@@ -6,7 +6,7 @@ import { test } from "node:test";
 
 import { StageClient } from "../../runtime/browser/wire/client.js";
 import { pack, unpack } from "../../runtime/browser/wire/frames.js";
-import { Lost } from "../../runtime/browser/wire/http_carrier.js";
+import { HttpCarrier, Lost } from "../../runtime/browser/wire/http_carrier.js";
 import { StandInServer, FINGERPRINT } from "./stand_in_server.mjs";
 
 const EXPECTED = { name: "trunk", fingerprint: FINGERPRINT, layers: [1, 3], width: 2 };
@@ -192,6 +192,38 @@ test("a lease is renewed, and a session that has ended is begun anew", async () 
   await session.renew();
   assert.equal(session.id, null);
   assert.deepEqual([...(await session.run(called(1, 1, 1))).hidden], [2, 3]);
+});
+
+test("what the gateway says by its status", async () => {
+  const answered = (status) => async () => new Response(new Uint8Array(3), { status });
+  for (const [status, expected] of [
+    [401, "peer.identity"], [404, "peer.unreachable"], [413, "wire.size"],
+    [429, "Lost"], [503, "Lost"], [500, "Lost"],
+  ]) {
+    const carrier = new HttpCarrier("stages/trunk", { fetch: answered(status) });
+    assert.equal(await code(carrier.call(new Uint8Array(1))), expected, `${status}`);
+  }
+  const asked = [];
+  const fetch = async (url, options) => {
+    asked.push([url, options]);
+    return new Response(Uint8Array.of(1, 2, 3));
+  };
+  const carrier = new HttpCarrier("stages/trunk", { fetch, headers: () => ({ Authorization: "Bearer k" }) });
+  assert.deepEqual([...(await carrier.call(Uint8Array.of(7)))], [1, 2, 3]);
+  const [url, { method, headers, body, credentials, redirect }] = asked[0];
+  assert.deepEqual(
+    [url, method, [...body], credentials, redirect], ["stages/trunk", "POST", [7], "omit", "error"],
+  );
+  assert.deepEqual(headers, { "Content-Type": "application/octet-stream", Authorization: "Bearer k" });
+  carrier.send(Uint8Array.of(8));
+  assert.equal(asked[1][1].keepalive, true);
+  const broken = async () => {
+    throw new TypeError("fetch failed");
+  };
+  assert.equal(await code(new HttpCarrier("x", { fetch: broken }).call(new Uint8Array(1))), "Lost");
+  const stop = new AbortController();
+  stop.abort();
+  assert.equal(await code(carrier.call(new Uint8Array(1), stop.signal)), "AbortError");
 });
 
 test("an encoding in fewer bits is used if it is asked for", async () => {

@@ -170,6 +170,7 @@ export class RemoteSession {
     const call = { past, count, payload };
     // A call whose tokens are all forgotten isn't needed. The others are sent again as they were (SB-X-018).
     const kept = this.history.filter((each) => each.past < past);
+    const until = Date.now() + this.client.patience;
     let answer = null;
     for (let replays = 0; answer === null; replays += 1) {
       try {
@@ -181,7 +182,8 @@ export class RemoteSession {
           if (failure.retry !== "never") this.abandon();
           throw failure;
         }
-        if (replays >= MOST_REPLAYS) throw failure;
+        const late = failure.retry === "other" && Date.now() >= until;
+        if (late || replays >= MOST_REPLAYS) throw failure;
         this.id = null;
         if (signal?.aborted) throw signal.reason;
         await pause(failure.retry === "other" ? LAST_WAIT : replays * FIRST_WAIT, signal);

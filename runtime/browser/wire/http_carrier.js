@@ -41,6 +41,7 @@ export class HttpCarrier {
    * @throws {DOMException} `AbortError` if the signal ended the wait
    */
   async call(frame, signal) {
+    signal?.throwIfAborted();
     const silent = AbortSignal.timeout(1000 * this.timeout);
     const either = signal ? AbortSignal.any([signal, silent]) : silent;
     try {
