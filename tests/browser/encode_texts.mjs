@@ -1,4 +1,5 @@
-// Encode texts with the page's tokenizer: node encode_texts.mjs tokenizer.json < texts in JSON > results in JSON.
+// Encode texts with the page's tokenizer: node encode_texts.mjs tokenizer.json < texts in JSON > results in
+// JSON.
 
 import { readFileSync } from "node:fs";
 

@@ -83,6 +83,7 @@ def test_text_is_the_local_pipelines_and_none_of_it_leaves(
     text = make_text(page, PROMPT, 48)
     assert text == tokenizer.decode(new)
     assert "hidden states" in page.text("#sent")
+    assert "onnxruntime-web" in page.text("#loaded")
     sent = proxy.sent
     assert sum(each.count(b"SBW1") for each in sent) > 48
     assert found_in(sent, f"{PROMPT}{text}", [*prompt, *new], before) == []
@@ -148,6 +149,23 @@ def test_a_bundle_that_is_not_right_is_refused(
         page.wait("document.querySelector('#load-state .problems')")
         assert "file.digest" in page.text("#load-state")
         assert page.run("document.getElementById('composer-panel').hidden")
+
+
+def test_without_onnxruntime_web_the_page_computes_by_itself(
+    browser: Chromium, license_bundle: splitbundle.Bundle, tmp_path: Path
+) -> None:
+    tokenizer = license_bundle.tokenizer()
+    new = greedy(license_bundle.pipeline(threads=1), tokenizer.encode(PROMPT), 150, ())
+    with (
+        StageProcess(license_bundle.path, "trunk", "--threads", "1") as stage,
+        GatewayProcess(license_bundle.path, "--remote", f"trunk={stage.url}", cwd=tmp_path) as gateway,
+        browser.page(gateway.url) as page,
+    ):
+        page.wait("document.querySelectorAll('.shards tbody').length === 3")
+        load(page)
+        assert "own decoder" in page.text("#loaded")
+        assert make_text(page, PROMPT, 150) == tokenizer.decode(new)
+        assert page.problems == []
 
 
 def test_a_key_is_asked_for(

@@ -39,8 +39,14 @@ export async function checkGolden(bundle) {
   return { worst, tensors, self: vectors.origin === "self" };
 }
 
-/** Returns a function from a tensor's name to its numbers. */
-async function openVectors(bundle, vectors) {
+/**
+ * Read and judge the header of a bundle's golden vectors.
+ *
+ * @param {import("../reader/bundle.js").Bundle} bundle
+ * @param {object} vectors the manifest's member
+ * @returns {Promise<(name: string) => Promise<number[] | Float32Array>>} from a tensor's name to its numbers
+ */
+export async function openVectors(bundle, vectors) {
   const { files } = bundle;
   const path = vectors.file;
   await files.check(path);
@@ -58,8 +64,11 @@ async function openVectors(bundle, vectors) {
 
 const range = (stop) => Array.from({ length: stop }, (_, i) => i);
 
-/** SB-C-001: for a hidden state, the largest value is also sought in the states before it. */
-function relativeDifference(own, wanted, before) {
+/**
+ * Return the largest difference, relative to the largest value of `wanted` and of `before`: for a hidden
+ * state, SB-C-001 also seeks it in the states before. Infinity if a number isn't finite.
+ */
+export function relativeDifference(own, wanted, before) {
   let largest = 0;
   for (const tensor of [wanted, ...before]) {
     for (const value of tensor) {

@@ -8,6 +8,8 @@ import { breathe, byId, bytes, make, plural, told } from "./elements.js";
 import { ONNXRUNTIME, headers, stageUrl } from "./gateway.js";
 
 const CHAT = "chat";
+const ORT = "onnxruntime";
+const OWN = "decoder";
 
 /** What the view shows of one bundle. */
 export class TextView {
@@ -40,39 +42,39 @@ export class TextView {
     this.model = null;
     this.bundle = bundle;
     this.gateway = gateway?.bundle === bundle.id ? gateway : null;
+    this.canUseOrt = gateway?.onnxruntime_web === true && bundle.manifest.shards.some(
+      ({ graph }) => graph !== null,
+    );
     byId("composer-panel").hidden = true;
     byId("load-panel").hidden = false;
-    const places = bundle.manifest.shards.map((shard) => this.placeOf(shard));
-    byId("places").replaceChildren(...places.map(({ line }) => line));
-    const missing = this.missing(places);
-    byId("load-about").textContent = missing
-      ?? "The page computes the parts that are here, and asks servers for the rest.";
-    byId("load").disabled = missing !== null;
+    byId("places").replaceChildren(...bundle.manifest.shards.map((shard) => this.placeOf(shard)));
+    const hasTokenizer = bundle.manifest.text.tokenizer !== null;
+    byId("load-about").textContent = hasTokenizer
+      ? "The page computes the parts that are here, and asks servers for the rest."
+      : "This bundle has no tokenizer, so it makes no text.";
+    byId("engine").value = this.canUseOrt ? ORT : OWN;
+    byId("engine").disabled = !this.canUseOrt;
+    byId("engine-about").textContent = this.canUseOrt ? "" : this.whyNoOrt(gateway);
+    byId("load").disabled = !hasTokenizer;
     byId("load-state").textContent = "";
   }
 
-  placeOf({ name, graph, bytes: size }) {
-    const remote = this.gateway !== null && Object.hasOwn(this.gateway.stages, name);
-    const where = remote ? "on a server, behind the gateway" : `in this browser: ${bytes(size)} to load`;
-    const fault = remote || graph !== null ? null : `${name} has no graph`;
-    const line = make(
-      "li", {}, make("strong", {}, name), ` ${where}`, fault && make("span", { class: "bad" }, ` (${fault})`),
-    );
-    return { line, fault, remote };
+  whyNoOrt(gateway) {
+    if (gateway?.onnxruntime_web !== true) {
+      return "onnxruntime-web is faster. A gateway serves it after npm install onnxruntime-web.";
+    }
+    return "onnxruntime-web is faster. It needs graphs, which splitbundle add-onnx adds.";
   }
 
-  /** Return why no text can be made, or null. */
-  missing(places) {
-    const faults = places.map(({ fault }) => fault).filter((fault) => fault !== null);
-    if (faults.length) return `${faults.join("; ")}. splitbundle add-onnx adds graphs to a bundle.`;
-    if (this.bundle.manifest.text.tokenizer === null) {
-      return "This bundle has no tokenizer, so it makes no text.";
-    }
-    if (this.gateway !== null && !this.gateway.onnxruntime_web && places.some(({ remote }) => !remote)) {
-      return "The gateway has no onnxruntime-web. On its machine, run npm install onnxruntime-web, and start "
-        + "it there or with --onnxruntime-web DIR.";
-    }
-    return null;
+  isRemote(name) {
+    return this.gateway !== null && Object.hasOwn(this.gateway.stages, name);
+  }
+
+  placeOf({ name, bytes: size }) {
+    const where = this.isRemote(name)
+      ? "on a server, behind the gateway"
+      : `in this browser: ${bytes(size)} to load`;
+    return make("li", {}, make("strong", {}, name), ` ${where}`);
   }
 
   async load() {
@@ -87,38 +89,44 @@ export class TextView {
       await say("reading the tokenizer");
       const { tokenizer, chat, golden } = await loadText(this.bundle);
       const sent = { frames: 0, bytes: 0, back: 0 };
-      const remote = (name) => this.gateway !== null && Object.hasOwn(this.gateway.stages, name);
-      const here = this.bundle.manifest.shards.some(({ name }) => !remote(name));
-      await say("loading onnxruntime-web");
-      const ort = here ? await loadOnnxRuntime(ONNXRUNTIME) : null;
+      let ort = null;
+      if (byId("engine").value === ORT) {
+        await say("loading onnxruntime-web");
+        ort = await loadOnnxRuntime(ONNXRUNTIME);
+      }
       const carrierOf = (name) =>
-        remote(name) ? counted(new HttpCarrier(stageUrl(name), { headers }), sent) : null;
-      const pipeline = await loadPipeline(
-        this.bundle, { ort, carrierOf, onStep: (what) => (state.textContent = what) },
-      );
+        this.isRemote(name) ? counted(new HttpCarrier(stageUrl(name), { headers }), sent) : null;
+      const onStep = (what) => (state.textContent = what);
+      const { pipeline, vectors } = await loadPipeline(this.bundle, { ort, carrierOf, onStep });
       this.model = { tokenizer, chat, pipeline, sent, text: pipeline.begin(), messages: [] };
-      this.loaded(performance.now() - began, golden, ort);
+      this.loaded({ seconds: (performance.now() - began) / 1000, golden, vectors, ort });
     } catch (failure) {
       state.replaceChildren(told(failure));
       byId("load").disabled = false;
     }
   }
 
-  loaded(milliseconds, golden, ort) {
+  loaded({ seconds, golden, vectors, ort }) {
     const { chat } = this.model;
     byId("load-panel").hidden = true;
     byId("composer-panel").hidden = false;
     byId("mode").value = chat === null ? "text" : CHAT;
     byId("mode").disabled = chat === null;
     byId("log").replaceChildren();
-    const threads = ort === null ? "" : ` with ${plural(ort.env.wasm.numThreads, "thread")}`;
-    const seconds = (milliseconds / 1000).toFixed(1);
-    const about = chat === null ? "It continues texts: this page doesn’t have the form of its chats. " : "";
+    const engine = ort === null
+      ? "the page’s own decoder"
+      : `onnxruntime-web, ${plural(ort.env.wasm.numThreads, "thread")}`;
+    const lines = [`Loaded in ${seconds.toFixed(1)} s, with ${engine}.`];
+    if (chat === null) lines.push("It continues texts: this page doesn’t have the form of its chats.");
+    lines.push(`${plural(golden, "golden text")} gave the right ids.`);
+    if (vectors !== null) {
+      const own = vectors.self ? "of the bundle itself " : "";
+      lines.push(
+        `Golden vectors ${own}are reproduced to ${vectors.worst.toExponential(0)} of the largest value.`,
+      );
+    }
     byId("announcer").textContent = "The model is loaded.";
-    byId("log").append(make(
-      "p", { class: "quiet", id: "loaded" },
-      `Loaded in ${seconds} s${threads}. ${about}${plural(golden, "golden text")} gave the right ids.`,
-    ));
+    byId("log").append(make("p", { class: "quiet", id: "loaded" }, lines.join(" ")));
     this.forget();
     this.account();
     byId("prompt").focus();

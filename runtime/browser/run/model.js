@@ -5,6 +5,9 @@ import { parseTextDocument } from "../reader/text_document.js";
 import { checkTokenizer } from "../reader/tokenizer_rules.js";
 import { StageClient } from "../wire/client.js";
 import { refuse } from "../wire/refusal.js";
+import { measureStages } from "./golden_vectors.js";
+import { DecoderStage } from "./decoder_stage.js";
+import { openHeld } from "./held_source.js";
 import { OrtStage } from "./ort_stage.js";
 import { Pipeline } from "./pipeline.js";
 import { ChatMl } from "./tokenizer/chat.js";
@@ -13,6 +16,10 @@ import { Tokenizer } from "./tokenizer/tokenizer.js";
 
 /** The limits of a tokenizer.json (SB-T-003). */
 const TOKENIZER_LIMITS = { mostBytes: 268_435_456, mostValues: 8_388_608 };
+/**
+ * A stage that is this far off its golden vectors computes something else. Rounded products are off by 0.01.
+ */
+const MOST_DIFFERENCE = 0.05;
 const NOTHING = { templates: [], defaults: {}, cases: [], chats: [] };
 
 /**
@@ -45,13 +52,15 @@ export async function loadText(bundle) {
  *
  * @param {object} bundle what `openBundle` returns
  * @param {object} options
- * @param {object | null} options.ort the module onnxruntime-web, if some stage is computed here
+ * @param {object | null} options.ort the module onnxruntime-web, for shards with a graph; null for the own
+ *   decoder
  * @param {(shard: string) => object | null} options.carrierOf returns what brings frames to a stage, or null
  *   for one that is computed here
  * @param {(what: string) => void} [options.onStep] called with what comes next
  * @param {AbortSignal} [options.signal]
- * @returns {Promise<Pipeline>}
- * @throws {BundleError} `peer.*`, `stage.graph`, and what reading throws
+ * @returns {Promise<{pipeline: Pipeline, vectors: {worst: number, self: boolean} | null}>} `vectors`: how far
+ *   the stages that are here are off the golden vectors; null for a bundle without them
+ * @throws {BundleError} `peer.*`, `parity`, and what reading throws
  */
 export async function loadPipeline(bundle, { ort, carrierOf, onStep = () => {}, signal }) {
   const { shards } = bundle.manifest;
@@ -71,38 +80,23 @@ export async function loadPipeline(bundle, { ort, carrierOf, onStep = () => {}, 
     await client.connect(signal); // before weights are read, which takes longer
     stages.set(name, client);
   }
-  const reading = readOnce(bundle, shards.filter(({ name }) => !stages.has(name)));
-  for (const { name } of shards) {
+  const held = await openHeld(bundle, (path) => onStep(`loading ${path}`));
+  for (const { name, graph } of shards) {
     if (stages.has(name)) continue;
     signal?.throwIfAborted();
     onStep(`loading ${name}`);
-    stages.set(name, await OrtStage.load(ort, reading, name, (path) => onStep(`loading ${name}: ${path}`)));
+    const own = ort !== null && graph !== null ? OrtStage.load(ort, held, name) : DecoderStage.load(
+      held, name,
+    );
+    stages.set(name, await own);
   }
-  return new Pipeline(bundle, shards.map(({ name }) => stages.get(name)));
-}
-
-/**
- * Return a view of a bundle that reads a file that several shards need only once: a tied head needs the
- * embedding.
- */
-function readOnce(bundle, shards) {
-  const uses = new Map();
-  for (const unit of shards.flatMap(({ units }) => units)) {
-    for (const path of bundle.manifest.units[unit].files) uses.set(path, (uses.get(path) ?? 0) + 1);
+  const pipeline = new Pipeline(bundle, shards.map(({ name }) => stages.get(name)));
+  onStep("comparing with the golden vectors");
+  const vectors = await measureStages(held, pipeline.stages);
+  if (vectors !== null && !(vectors.worst <= MOST_DIFFERENCE)) {
+    refuse(
+      "parity", "stages", `golden vectors to ${MOST_DIFFERENCE} of the largest value`, String(vectors.worst),
+    );
   }
-  const held = new Map();
-  const bytes = (path) => {
-    const left = (uses.get(path) ?? 1) - 1;
-    uses.set(path, left);
-    const found = held.get(path) ?? bundle.bytes(path);
-    if (left > 0) held.set(path, found);
-    else held.delete(path); // the memory is wanted for the weights of others
-    return found;
-  };
-  return {
-    manifest: bundle.manifest,
-    architecture: bundle.architecture,
-    bytes,
-    loadStage: (name) => bundle.loadStage(name),
-  };
+  return { pipeline, vectors };
 }

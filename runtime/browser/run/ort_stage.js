@@ -13,24 +13,21 @@ export class OrtStage {
    * (SB-D-011).
    *
    * @param {object} ort the module onnxruntime-web
-   * @param {object} bundle what `openBundle` returns
+   * @param {object} bundle what `openHeld` returns
    * @param {string} name the shard
-   * @param {(path: string) => void} [onFile] called before each file is read
    * @throws {BundleError} `stage.graph` for a shard without a graph; what `loadStage` and `bytes` of the
    *   bundle throw
    */
-  static async load(ort, bundle, name, onFile = () => {}) {
+  static async load(ort, bundle, name) {
     const shard = bundle.manifest.shards.find((each) => each.name === name);
     if (shard === undefined) refuse("stage.name", "shard", "a shard of the bundle", name);
     if (shard.graph === null) {
       refuse("stage.graph", name, "a shard with a graph", "one without", "splitbundle add-onnx adds graphs");
     }
     await bundle.loadStage(name);
-    onFile(shard.graph.file);
     const graph = await bundle.bytes(shard.graph.file);
     const externalData = [];
     for (const path of shard.units.flatMap((unit) => bundle.manifest.units[unit].files)) {
-      onFile(path);
       externalData.push({ path, data: await bundle.bytes(path) });
     }
     const options = {

@@ -27,7 +27,7 @@ export class Sampler {
     this.temperature = temperature;
     this.topK = topK;
     this.topP = topP;
-    this.random = new Random(seed ?? crypto.getRandomValues(new Uint32Array(1))[0]);
+    this.random = temperature === 0 ? null : new Random(seed ?? anySeed());
   }
 
   /**
@@ -66,6 +66,8 @@ export class Sampler {
     return ids[kept - 1];
   }
 }
+
+const anySeed = () => Math.floor(Math.random() * 2 ** 32);
 
 function largestOf(logits) {
   let place = 0;

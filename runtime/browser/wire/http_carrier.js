@@ -42,18 +42,27 @@ export class HttpCarrier {
    */
   async call(frame, signal) {
     signal?.throwIfAborted();
-    const silent = AbortSignal.timeout(1000 * this.timeout);
-    const either = signal ? AbortSignal.any([signal, silent]) : silent;
+    const stop = new AbortController();
+    const heed = () => stop.abort(signal.reason);
+    let silent = false;
+    const timer = setTimeout(() => {
+      silent = true;
+      stop.abort();
+    }, 1000 * this.timeout);
+    signal?.addEventListener("abort", heed, { once: true });
     try {
-      const options = { ...REQUEST, body: frame, headers: this.ownHeaders(), signal: either };
+      const options = { ...REQUEST, body: frame, headers: this.ownHeaders(), signal: stop.signal };
       const answer = await this.fetch(this.text, options);
       if (!answer.ok) await this.fail(answer);
       return await bodyOf(answer, this.text);
     } catch (failure) {
       if (signal?.aborted) throw signal.reason;
-      if (failure.name === "TimeoutError") throw new Lost(`no answer in ${this.timeout} s`);
+      if (silent) throw new Lost(`no answer in ${this.timeout} s`);
       if (failure instanceof TypeError) throw new Lost(`no connection: ${failure.message}`);
       throw failure;
+    } finally {
+      clearTimeout(timer);
+      signal?.removeEventListener("abort", heed);
     }
   }
 

@@ -23,7 +23,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--onnxruntime-web",
         metavar="DIR",
-        help="the npm package onnxruntime-web, which browsers compute with; by default node_modules/onnxruntime-web",
+        help="the npm package onnxruntime-web, which lets browsers compute faster; by default "
+        "node_modules/onnxruntime-web, if it is there",
     )
     parser.add_argument(
         "--bundles-from",
@@ -55,9 +56,6 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         log=log,
         **listening(args),
     )
-    without = [shard.name for shard in bundle.shards if shard.name not in relays and shard.graph is None]
-    if without:
-        console.note(f"note: the page can't compute {', '.join(without)}: splitbundle add-onnx adds graphs")
     try:
         server.start()
         stages = ", ".join(relays)
