@@ -24,6 +24,7 @@ NAMES: Final = (
     "extensions",
     "problems",
     "adapter-config",
+    "gateway",
 )
 """The names of the schemas."""
 

@@ -214,7 +214,7 @@ test("what the gateway says by its status", async () => {
   assert.deepEqual(
     [url, method, [...body], credentials, redirect], ["stages/trunk", "POST", [7], "omit", "error"],
   );
-  assert.deepEqual(headers, { "Content-Type": "application/octet-stream", Authorization: "Bearer k" });
+  assert.deepEqual(headers, { "Content-Type": "application/vnd.splitbundle.frame", Authorization: "Bearer k" });
   carrier.send(Uint8Array.of(8));
   assert.equal(asked[1][1].keepalive, true);
   const broken = async () => {

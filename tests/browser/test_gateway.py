@@ -11,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jsonschema
 import pytest
 
 import splitbundle
+import splitbundle_schemas
 from splitbundle.cli.main import main
 from splitbundle.errors import BundleError
 from splitbundle.serving.gateway.opening import open_relays
@@ -39,7 +41,7 @@ from tests.browser.conftest import StandInCarrier
 from tests.support import stand_in_stage
 from tests.support.stand_in_stage import packed
 
-FRAME = {"Content-Type": "application/octet-stream"}
+FRAME = {"Content-Type": "application/vnd.splitbundle.frame"}
 Opener = Callable[..., WebServer]
 
 
@@ -95,7 +97,9 @@ def test_the_page_and_what_browsers_are_told(opened: Opener) -> None:
     assert headers["content-security-policy"].endswith("connect-src 'self'")
     other = ask(opened(origins=("https://files.example",)), "/page/")[1]
     assert other["content-security-policy"].endswith("connect-src 'self' https://files.example")
-    assert json.loads(ask(server, "/gateway.json")[2])["stages"] == {}
+    said = json.loads(ask(server, "/gateway.json")[2])
+    assert said["stages"] == {}
+    jsonschema.validate(said, splitbundle_schemas.load("gateway"))
     assert ask(server, "/healthz")[0] == 200
     for path in ("/package.json", "/page/../../pyproject.toml", "/nothing", "/stages/trunk"):
         assert ask(server, path)[0] in (404, 405)
@@ -148,6 +152,7 @@ def test_nothing_else_of_the_directory_is_served(license_bundle: splitbundle.Bun
         assert ask(server, "/bundle/bottom.onnx")[0] == 200
 
 
+@pytest.mark.rule("SB-X-031", "SB-X-032")
 def test_frames_reach_the_stage_as_they_are(opened: Opener, stage: StandInCarrier) -> None:
     server = opened(stage)
     width = stand_in_stage.WIDTH
@@ -181,6 +186,7 @@ def test_other_frames_are_answered_with_errors(opened: Opener, stage: StandInCar
     assert ask(server, "/stages/trunk", "POST", b"x", **large)[0] == 413
 
 
+@pytest.mark.rule("SB-X-032")
 def test_a_session_stays_with_its_server_and_with_its_key(
     opened: Opener, stage: StandInCarrier, tmp_path: Path
 ) -> None:

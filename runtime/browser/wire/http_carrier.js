@@ -77,7 +77,7 @@ export class HttpCarrier {
   }
 
   ownHeaders() {
-    return { "Content-Type": "application/octet-stream", ...this.headers() };
+    return { "Content-Type": "application/vnd.splitbundle.frame", ...this.headers() };
   }
 
   async fail(answer) {

@@ -23,7 +23,7 @@ from splitbundle.sharing.file_requests import has_tag
 from splitbundle.version import __version__
 from splitbundle.wire.frames import MAX_FRAME
 
-FRAME: Final = "application/octet-stream"
+FRAME: Final = "application/vnd.splitbundle.frame"
 """The media type of a frame. A page of another origin can't send it without asking first, and nobody allows it."""
 CALLS: Final = 64
 """The frames that are answered at once. A further one is told to come back."""
