@@ -117,6 +117,17 @@ def test_damage_is_found_and_mended(server: StaticFiles, run: Run, cache: Path) 
     assert splitbundle.open(reference).verify(exact=True)
 
 
+def test_a_bundle_that_was_taken_away_twice_is_pruned(server: StaticFiles, run: Run, cache: Path) -> None:
+    reference = f"{server.url}/gpt2.splitbundle"
+    for _ in range(2):
+        (splitbundle.open(reference).path / "architecture.json").unlink()
+        run("cache", "verify", status=3)
+    assert len(list((cache / "bundles").glob(".*"))) == 2
+    splitbundle.open(reference)
+    run("cache", "prune", "--all")
+    assert not list((cache / "bundles").iterdir())
+
+
 def test_a_file_system_without_hard_links(
     server: StaticFiles, run: Run, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:

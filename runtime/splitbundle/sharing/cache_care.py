@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -114,8 +115,7 @@ def prune(
         ]
         for each in gone:
             # A rename first: a removal that is interrupted must not leave half of a bundle under its id.
-            hidden = each.path.with_name(f".{each.path.name}.removed")
-            os.rename(each.path, hidden)
+            _hide(each.path)
         for place in cache.bundles.glob(".*"):
             shutil.rmtree(place, ignore_errors=True)
         for reference in cache.remembered():
@@ -176,7 +176,7 @@ def _mend_documents(bundle: Path) -> list[Problem]:
     try:
         found = read_documents(bundle, bundle_id)
     except BundleError as error:
-        os.rename(bundle, bundle.with_name(f".{bundle.name}.removed"))
+        _hide(bundle)
         hint = "The directory was removed. The next pull makes it from the files, which are still here"
         first = error.problems[0]
         got = f"{first.file}: {first.got}"
@@ -188,6 +188,11 @@ def _mend_documents(bundle: Path) -> list[Problem]:
     write_whole(place, sums)
     expected, hint = "the digests of the manifest", "It was written anew"
     return [Problem(code="file.digest", file=str(place), expected=expected, got="others", hint=hint)]
+
+
+def _hide(bundle: Path) -> None:
+    """Take a bundle away under a new name. ``prune`` removes what is there; two of one bundle may wait for that."""
+    os.rename(bundle, bundle.with_name(f".{bundle.name}.{secrets.token_hex(8)}.removed"))
 
 
 def _is_meant(bundle: CachedBundle, name: str) -> bool:
