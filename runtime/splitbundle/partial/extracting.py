@@ -12,7 +12,7 @@ from splitbundle.format.manifest.document import FILE, File, checksums, identity
 from splitbundle.format.names import SUMS
 from splitbundle.format.strict_json import MAX_BYTES
 from splitbundle.partial.shard_files import listed_files
-from splitbundle.storage.files import Progress, check_digest, read_file
+from splitbundle.storage.files import Progress, check_digest, is_same, read_file
 from splitbundle.storage.reader import BundleReader
 from splitbundle.storage.signature_files import copy_signatures
 from splitbundle.writing.atomic_directory import atomic_directory
@@ -36,7 +36,7 @@ def extract(
     refuse_missing(bundle, paths)
     target = Path(os.path.abspath(output))
     check_outside(bundle, target)
-    if os.path.realpath(target) == os.path.realpath(bundle.path):
+    if is_same(target, bundle.path):
         expected, got = "another place than the bundle that is read", f"{bundle.path} itself"
         hint = "This would remove its other shards"
         raise BundleError(Problem(code="output.failed", file=str(target), expected=expected, got=got, hint=hint))

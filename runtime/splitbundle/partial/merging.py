@@ -13,7 +13,7 @@ from splitbundle.format.architecture.decoder import FILE as ARCHITECTURE
 from splitbundle.format.manifest.document import FILE
 from splitbundle.partial.extracting import copy_documents
 from splitbundle.storage.documents import read_documents
-from splitbundle.storage.files import Progress, is_there
+from splitbundle.storage.files import Progress, is_same, is_there
 from splitbundle.storage.reader import BundleReader
 from splitbundle.storage.recovery import recover
 from splitbundle.storage.signature_files import copy_signatures
@@ -40,10 +40,9 @@ def merge(
     target = Path(os.path.abspath(output))
     for bundle in bundles:
         check_outside(bundle, target)
-    places = {os.path.realpath(bundle.path) for bundle in bundles}
     if force:
         recover(target)
-    if force and is_there(target, FILE) and os.path.realpath(target) not in places:
+    if force and is_there(target, FILE) and not any(is_same(target, bundle.path) for bundle in bundles):
         found = read_documents(target)
         if found.id == first.id:  # what is there already stays: a merge never has less than its target
             bundles = [*bundles, type(first)(target, found.manifest, found.architecture, found.id)]

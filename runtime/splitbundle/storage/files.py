@@ -23,6 +23,9 @@ THREAD_BYTES: Final = 2**20
 MAX_TEXT_BYTES: Final = 256 * 2**20
 """The largest tokenizer file, in bytes. A vocabulary of a million tokens takes some 100 MB."""
 
+_MOUNT_POINT: Final = 0xA0000003
+"""IO_REPARSE_TAG_MOUNT_POINT of Windows, by which ``st_reparse_tag`` marks a junction."""
+
 Progress = Callable[[str, int, int], None]
 """A function that is called with the name of the work, the amount that is done, and the total amount."""
 
@@ -43,13 +46,13 @@ def open_file(root: Path, path: str, expected: File | None = None) -> BinaryIO:
         except OSError as error:
             raise BundleError(unreadable(path, error)) from error
         wanted = stat.S_ISREG if place == root / path else stat.S_ISDIR
-        if not wanted(status.st_mode):
+        if not wanted(status.st_mode) or is_junction(status):
             raise BundleError(
                 Problem(
                     code="file.kind",
                     file=path,
                     expected="a regular file in real directories",
-                    got=f"{place.relative_to(root).as_posix()} is {_kind(status.st_mode)}",
+                    got=f"{place.relative_to(root).as_posix()} is {_kind(status)}",
                     hint="Put the file itself there: cp -rL copies the files that links point to",
                 )
             )
@@ -139,6 +142,19 @@ def is_there(root: Path, path: str) -> bool:
             return False
         raise BundleError(unreadable(path, error)) from error
     return True
+
+
+def is_same(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Return whether two paths lead to one file or directory. Neither need exist.
+
+    The paths alone don't tell it: where the system ignores case, one directory has many names.
+    """
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
 
 
 def missing(path: str) -> Problem:
@@ -278,17 +294,36 @@ def unlisted(root: Path, listed: set[str]) -> list[str]:
     try:
         for directory, directories, files in os.walk(root, onerror=fail):
             here = Path(directory)
-            links = [name for name in directories if (here / name).is_symlink()]
+            links = [name for name in directories if _is_link(here / name)]
             found += [(here / name).relative_to(root).as_posix() for name in (*files, *links)]
             if not files and not directories and (place := here.relative_to(root).as_posix()) not in expected:
                 empty.add(f"{place}/")
+            directories[:] = [name for name in directories if name not in links]  # os.walk may follow a junction
     except OSError as error:
         failed = os.path.relpath(os.fsdecode(error.filename or root), root)
         raise BundleError(unreadable(failed if len(failed) < 100 else f"{failed[:100]}…", error)) from error
     return sorted(empty | {path for path in found if path not in listed})
 
 
-def _kind(mode: int) -> str:
+def is_junction(status: os.stat_result) -> bool:
+    """Return whether the result of ``lstat`` is that of a junction: a link to a directory, which only Windows has.
+
+    Windows calls it a directory. Anybody may make one, also without the right to make symbolic links.
+    """
+    return getattr(status, "st_reparse_tag", 0) == _MOUNT_POINT
+
+
+def _is_link(place: Path) -> bool:
+    try:
+        status = os.lstat(place)
+    except OSError:
+        return False
+    return stat.S_ISLNK(status.st_mode) or is_junction(status)
+
+
+def _kind(status: os.stat_result) -> str:
+    if is_junction(status):
+        return "a junction"
     kinds = (
         (stat.S_ISLNK, "a symbolic link"),
         (stat.S_ISDIR, "a directory"),
@@ -296,4 +331,4 @@ def _kind(mode: int) -> str:
         (stat.S_ISREG, "a regular file"),
         (stat.S_ISSOCK, "a socket"),
     )
-    return next((name for test, name in kinds if test(mode)), "a device")
+    return next((name for test, name in kinds if test(status.st_mode)), "a device")

@@ -21,12 +21,14 @@ from splitbundle.storage.files import (
     THREAD_BYTES,
     Progress,
     check_digest,
+    is_same,
     missing,
     open_file,
     read_file,
     sha256,
 )
 from splitbundle.storage.reader import BundleReader
+from splitbundle.writing.atomic_directory import flush
 
 
 def refuse_missing(bundle: BundleReader, paths: Sequence[str]) -> None:
@@ -62,8 +64,7 @@ def copy_files(
 
     def copy_large(path: str) -> None:
         copy(path)
-        with open_file(root, path) as copied:
-            os.fsync(copied.fileno())  # the disk writes this file while the next one is copied and hashed
+        flush(root / path)  # the disk writes this file while the next one is copied and hashed
 
     large = [path for path in paths if listed[path].size >= THREAD_BYTES]
     workers = min(processors.usable(), len(large))
@@ -87,7 +88,8 @@ def copy_files(
 
 def check_outside(bundle: BundleReader, target: Path) -> None:
     """Raise ``output.failed`` if the target is inside of the bundle. It may be the bundle itself, to replace it."""
-    if Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(bundle.path)):
+    above = Path(os.path.realpath(target.parent))
+    if any(is_same(place, bundle.path) for place in (above, *above.parents)):
         expected, got = "a place outside of the bundle that is read", f"a place inside of {bundle.path}"
         raise BundleError(Problem(code="output.failed", file=str(target), expected=expected, got=got))
 

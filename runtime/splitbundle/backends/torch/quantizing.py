@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
@@ -23,7 +22,7 @@ from splitbundle.format.encodings import COLUMNS, ROWS, TABLE, Encoding, is_matr
 from splitbundle.format.manifest.document import EMBEDDING, Storage, expand
 from splitbundle.format.weight_layout import SCALE
 from splitbundle.records import replace
-from splitbundle.storage.files import Progress
+from splitbundle.storage.files import Progress, is_same
 from splitbundle.storage.reader import VECTORS, BundleReader
 from splitbundle.verification.verify import check_digests
 
@@ -56,7 +55,7 @@ def quantize(
     if bundle.manifest.storage.encodings:
         hint = "Quantize the bundle that it was made from: rounding twice loses more"
         raise wrong_argument("bundle", "a bundle without quantized weights", quoted(bundle.path.name), hint)
-    if Path(os.path.realpath(output)) == Path(os.path.realpath(bundle.path)):
+    if is_same(output, bundle.path):
         hint = "Quantized weights don't give back the numbers: keep the bundle that they were made from"
         raise wrong_argument("output", "another directory than the bundle's own", quoted(str(output)), hint)
     if method == "gptq" and to != "int4":
