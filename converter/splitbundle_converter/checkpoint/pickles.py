@@ -162,7 +162,7 @@ def _writing(private: Path) -> Iterator[None]:
 def _child(request: Path, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """Start the child process. When the block ends, end the child and all processes that it started."""
     environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-    environment |= {name: str(request.parent) for name in ("HOME", "TMPDIR", "TEMP", "TMP")}
+    environment |= {name: str(request.parent) for name in ("HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP")}
     # Threads need address space, which is limited. A library that searches for GPUs may hang.
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(  # noqa: S603  # this interpreter, with arguments that this module builds

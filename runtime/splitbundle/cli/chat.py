@@ -14,7 +14,7 @@ from typing import Any, Final
 from splitbundle.bundle import Bundle
 from splitbundle.cli import text_options
 from splitbundle.cli.arguments import verify_when
-from splitbundle.cli.chat_terminal import View, handling, interruptible, on_terminal, questions
+from splitbundle.cli.chat_terminal import END_KEY, View, handling, interruptible, on_terminal, questions
 from splitbundle.cli.console import Command, Console
 from splitbundle.cli.words import in_command
 from splitbundle.errors import BundleError, Problem, printable, quoted
@@ -22,13 +22,13 @@ from splitbundle.opening import open_bundle
 from splitbundle.stages.text_generation import CANCELLED, CONTEXT, LENGTH, TextGeneration, context_of
 from splitbundle.stages.thinking import Thinking
 
-HELP: Final = """\
+HELP: Final = f"""\
 /help          this list
 /reset         begin a new chat; the system message stays
 /system TEXT   set the system message, and begin a new chat
 /undo          take back the last question and its answer
 /save FILE     write the chat to a JSON file, which --messages reads
-/exit          end; so does the end of the input (Ctrl-D)
+/exit          end; so does the end of the input ({END_KEY})
 Ctrl-C stops an answer. A line that ends with \\ goes on in the next line. Three quotation marks (\"\"\") on a line
 of their own begin and end a text of several lines."""
 RESERVE: Final = 64

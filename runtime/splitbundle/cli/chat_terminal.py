@@ -12,6 +12,8 @@ from typing import Any, Final
 from splitbundle.cli.console import Console
 from splitbundle.stages.text_generation import TextGeneration
 
+END_KEY: Final = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
+"""What ends the input on a terminal."""
 _QUOTES: Final = '"""'
 
 
@@ -101,7 +103,7 @@ def questions(console: Console) -> Iterator[str]:
         except KeyboardInterrupt as error:
             if not terminal or type(error) is not KeyboardInterrupt:  # SIGTERM raises a subclass
                 raise
-            console.note("To end, write /exit, or press Ctrl-D.")
+            console.note(f"To end, write /exit, or press {END_KEY}.")
             continue
         yield line
 

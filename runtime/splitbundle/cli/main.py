@@ -76,11 +76,11 @@ def _every_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came. A command that goes on after Ctrl-C ends all the same."""
+    """SIGTERM came, or SIGBREAK of Windows. A command that goes on after Ctrl-C ends all the same."""
 
 
 class _Interruption:
-    """Raise KeyboardInterrupt on Ctrl-C and SIGTERM, so that half-written files are removed, and remember it."""
+    """Raise KeyboardInterrupt on Ctrl-C, SIGTERM and SIGBREAK, so that half-written files are removed. Remember it."""
 
     def __init__(self) -> None:
         self.came = False
@@ -91,7 +91,9 @@ class _Interruption:
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
     def __enter__(self) -> _Interruption:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # Ctrl-Break, and a console that is closed: on Windows no other process can send SIGTERM.
+        more = [signal.Signals(signal.SIGBREAK)] if hasattr(signal, "SIGBREAK") else []
+        for number in (signal.SIGINT, signal.SIGTERM, *more):
             with contextlib.suppress(ValueError):  # not in the main thread: the calling program handles its signals
                 self._before[number] = signal.signal(number, self._interrupt)
         return self

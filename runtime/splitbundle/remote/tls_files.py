@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import ssl
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -82,7 +83,7 @@ def read_private_key(root: Path, name: str) -> bytes:
         BundleError: ``keys.file``, ``file.*``.
     """
     data, mode = _read(root, name)
-    if mode & 0o077 and os.name != "nt":  # Windows has no such modes
+    if mode & 0o077 and sys.platform != "win32":  # Windows has no such modes
         expected, got = "a private key that only its owner can read", f"mode {mode & 0o777:04o}"
         raise bad_file(root / name, expected, got, f"chmod 600 {root / name}")
     if b"ENCRYPTED" in data:

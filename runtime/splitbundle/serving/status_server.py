@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,6 +52,7 @@ class StatusServer:
                 return
 
         class Server(ThreadingHTTPServer):
+            allow_reuse_address = sys.platform != "win32"  # there, another process could take the address too
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
         try:

@@ -39,7 +39,10 @@ TAG: Final = "Signature: 8a477f597d28d172789f06886806bc55\n# splitbundle's cache
 """The content of CACHEDIR.TAG (https://bford.info/cachedir/)."""
 UNFINISHED: Final = re.compile(r"\.[0-9a-f]{16}\Z")
 """The end of the name of a small file that is being written, or of which the writer was killed."""
-_NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+_NO_LINKS: Final = (
+    *(errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV),
+    errno.EINVAL,  # Windows, on FAT and on shares
+)
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -58,7 +61,7 @@ def cache_root() -> Path:
         return Path(os.path.abspath(os.path.expanduser(own)))
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # as the XDG specification says of other values
-        base = os.environ.get("LOCALAPPDATA", "") if os.name == "nt" else ""
+        base = os.environ.get("LOCALAPPDATA", "") if sys.platform == "win32" else ""
     return Path(base or Path.home() / ".cache") / "splitbundle"
 
 
@@ -134,7 +137,8 @@ class Cache:
             staging.mkdir()
             for name, content in documents.items():
                 (staging / name).write_bytes(content)
-                (staging / name).chmod(READ_ONLY)
+                if sys.platform != "win32":  # Windows replaces and removes no read-only file
+                    (staging / name).chmod(READ_ONLY)
             for path in paths:
                 self.link(staging, path, manifest.files[path])
             try:

@@ -47,6 +47,7 @@ class FileServer(ThreadingHTTPServer):
     """Serves bundles: ``serve_forever`` in one thread, and each connection in a thread of its own."""
 
     daemon_threads = True
+    allow_reuse_address = sys.platform != "win32"  # there, another process could take the address too
     request_queue_size = 128
 
     def __init__(

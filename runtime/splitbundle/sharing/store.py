@@ -87,7 +87,7 @@ class Store:
         return open(str(place), "x+b", buffering=0)
 
     def keep(self, part: BinaryIO, listed: File) -> None:
-        """Make a whole, checked file visible under its digest, and unchangeable.
+        """Make a whole, checked file visible under its digest, and unchangeable. Windows removes no read-only file.
 
         Raises:
             OSError: The system refuses it.
@@ -95,9 +95,11 @@ class Store:
         place = self.blob(listed.sha256)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.fsync(part.fileno())
-        if hasattr(os, "fchmod"):
+        if sys.platform == "win32":
+            part.close()  # Windows renames no open file
+        else:
             os.fchmod(part.fileno(), READ_ONLY)
-        os.replace(part.name if isinstance(part.name, str) else self.parts / listed.sha256, place)
+        os.replace(self._place_of(part, listed), place)
 
     def add(self, data: bytes, listed: File) -> None:
         """Keep a small file whose digest was checked.
@@ -134,9 +136,15 @@ class Store:
             return False
 
     def forget(self, part: BinaryIO, listed: File) -> None:
-        """Remove an unfinished file that this process has claimed."""
+        """Remove an unfinished file that this process has claimed. Nothing can be written to it any more."""
+        if sys.platform == "win32":
+            part.close()  # Windows removes no open file
         with contextlib.suppress(OSError):
-            os.unlink(part.name if isinstance(part.name, str) else self.parts / listed.sha256)
+            os.unlink(self._place_of(part, listed))
+
+    def _place_of(self, part: BinaryIO, listed: File) -> str | Path:
+        """Return the path of an unfinished file. One that was opened by its handle has a number for a name."""
+        return part.name if isinstance(part.name, str) else self.parts / listed.sha256
 
     def free_bytes(self) -> int | None:
         """Return the free bytes of the file system, or None if the system can't tell."""

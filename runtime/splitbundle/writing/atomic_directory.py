@@ -255,9 +255,10 @@ def _make_durable(staging: Path) -> None:
 
 def flush(path: Path) -> None:
     """Flush a file or a directory to disk."""
-    if os.name == "nt" and path.is_dir():
+    if sys.platform == "win32" and path.is_dir():
         return  # Windows can't flush a directory
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    # Windows flushes only what may be written. Elsewhere, a file that nobody may write is flushed all the same.
+    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import glob
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -58,6 +59,8 @@ def atomic_file(
             file.flush()
             os.fsync(file.fileno())
             made = os.fstat(file.fileno())
+            if sys.platform == "win32":
+                file.close()  # Windows renames no open file. Elsewhere, the lock must last until the file is in place
             with directory_lock(target.parent):
                 _place(place, target, force, ours)
                 placed = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
 from typing import Any, Final, Protocol
@@ -136,7 +137,8 @@ def _listening(host: str, port: int) -> socket.socket:
     # asyncio sends small packets at once only on sockets that name TCP. Otherwise an answer may wait 40 ms for nothing.
     made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform != "win32":  # on Windows it would let another process take the address too
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
         made.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
