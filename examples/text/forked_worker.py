@@ -4,7 +4,7 @@
 
 The parent opens the bundle, and the child loads the pipeline. Processes share the memory of the weights all the same,
 as weights are mapped from their files. The parent must not import onnxruntime, because a child that inherits it can
-hang. Opening a bundle imports no backend.
+hang. Opening a bundle imports no backend. Windows has no fork: start processes there as docs/guides/workers.md does.
 """
 
 from __future__ import annotations

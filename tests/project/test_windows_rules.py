@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -90,6 +91,20 @@ def test_ctrl_break_ends_a_command_as_sigterm_does(
     assert main(["inspect", str(tmp_path)]) == 130
     assert "[interrupted]" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "utf-8"), ("cp1252", "cp1252")])
+def test_files_and_pipes_get_utf_8(chosen: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code page of Windows has no Greek and no Chinese. On a console, Python writes both."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("PYTHONIOENCODING", chosen)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(written, "cp1252", write_through=True))
+    assert main(["inspect", "λόγος"]) == 1
+    assert sys.stderr.encoding == expected
+    assert ("λόγος".encode() in written.getvalue()) == (chosen is None)
 
 
 def test_the_keys_that_end_a_chat() -> None:

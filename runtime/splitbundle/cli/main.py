@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A character that a terminal or pipe can't show mustn't end the command.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            if sys.platform == "win32" and not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
+                stream.reconfigure(encoding="utf-8")  # the code page lacks most characters that a model writes
     _Parser.as_json = "--json" in arguments
     args: argparse.Namespace | None = None
     console = Console(as_json=_Parser.as_json, quiet=False)

@@ -18,6 +18,7 @@ from splitbundle.writing.atomic_directory import (
     absolute_target,
     belongs_to,
     flush,
+    flush_handle,
     is_file,
     line_of,
     lock_file,
@@ -57,7 +58,7 @@ def atomic_file(
         with _temporary(anchor) as (place, file):
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            flush_handle(file.fileno(), disk=True)
             made = os.fstat(file.fileno())
             if sys.platform == "win32":
                 file.close()  # Windows renames no open file. Elsewhere, the lock must last until the file is in place
