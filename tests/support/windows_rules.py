@@ -15,12 +15,13 @@ import os
 import stat
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 ABSENT = (
     *("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK"),
     *("copy_file_range", "fchmod", "fork", "posix_fadvise", "posix_spawnp", "register_at_fork", "sched_getaffinity"),
-    *("sendfile", "sysconf", "wait4", "waitid"),
+    *("sendfile", "wait4", "waitid"),
 )
 """Names of ``os`` that Windows lacks. ``fchmod`` came with Python 3.13."""
 MODULES = ("fcntl", "grp", "pwd", "readline", "resource", "termios")
@@ -107,8 +108,9 @@ def _guard_names() -> None:
             _refuse(path, "the file is read-only")
         unlink(path)
 
-    os.rename, os.replace = guarded_rename, guarded_replace  # type: ignore[assignment]
-    os.unlink = os.remove = guarded_unlink
+    # Python 3.10 keeps these in a class, which would make methods of plain functions.
+    os.rename, os.replace = partial(guarded_rename), partial(guarded_replace)  # type: ignore[assignment]
+    os.unlink = os.remove = partial(guarded_unlink)
 
 
 def _guard_flush(flags_of: Callable[[int], int]) -> None:
@@ -138,8 +140,8 @@ def _guard_writing() -> None:
             _refuse(file, "the file is read-only")
         return _open(file, mode, *more, **named)
 
-    os.open = guarded_handle
-    builtins.open = io.open = guarded_open
+    os.open = partial(guarded_handle)
+    builtins.open = io.open = partial(guarded_open)
 
 
 _open, _lstat = builtins.open, os.lstat
