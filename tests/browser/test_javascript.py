@@ -16,6 +16,7 @@ import torch
 from conformance import run
 from conformance.cases import cases
 from conformance.number_calls import number_cases
+from conformance.wire_frames import wire_cases
 from tests.support.paths import TESTS
 from tests.support.second_decoder import Reference, made
 from tests.support.variants import VARIANTS, facts
@@ -69,6 +70,12 @@ def test_the_conformance_kit(tmp_path: Path, ask: run.Ask, tally: Callable[[str,
     assert [(r["name"], r["step"], r["wrong"]) for r in results if r["wrong"]] == []
     assert len(results) > 1000
     tally("verdicts of the conformance kit as expected, in JavaScript", sum(not r["skipped"] for r in results))
+
+
+def test_the_frames_and_encodings_of_the_protocol(tmp_path: Path, ask: run.Ask) -> None:
+    results = [result for case in wire_cases() for result in run.judge(case, tmp_path, ask)]
+    assert [(r["name"], r["step"], r["wrong"]) for r in results if r["wrong"]] == []
+    assert len(results) > 150
 
 
 def test_the_results_of_the_original_models(tmp_path: Path, ask: run.Ask) -> None:

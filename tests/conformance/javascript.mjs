@@ -14,6 +14,8 @@ import { Stage } from "../../runtime/browser/decoder/stage.js";
 import { openBundle } from "../../runtime/browser/reader/bundle.js";
 import { BundleError } from "../../runtime/browser/reader/problems.js";
 import { DirectorySource } from "../../runtime/browser/sources/node.js";
+import { decode, encode, payloadBytes } from "../../runtime/browser/wire/encodings.js";
+import { tokensOf, unpack } from "../../runtime/browser/wire/frames.js";
 
 const STEPS = {
   open: async () => {},
@@ -78,12 +80,49 @@ function rowsOf({ data, shape: [, sequence, width] }, count) {
   });
 }
 
+/** The steps of `--wire`: frames, and the payloads of one row of tokens. */
+const WIRE = {
+  frame: async (file) => {
+    const { message, payload } = unpack(await file("frame"), Number(await file.text("limit")));
+    if (message.encoding === undefined) {
+      return { header: message };
+    }
+    const numbers = decode(payload, message.encoding, tokensOf(message), message.width);
+    return { header: message, numbers: hexOf(numbers) };
+  },
+  encode: async (file) => {
+    const numbers = new Float32Array((await file("numbers")).slice().buffer);
+    const payload = encode(numbers, await file.text("encoding"), Number(await file.text("width")));
+    return { payload: hexOf(payload) };
+  },
+  decode: async (file) => {
+    const [payload, encoding] = [await file("payload"), await file.text("encoding")];
+    const width = Number(await file.text("width"));
+    const tokens = Math.floor(payload.length / payloadBytes(encoding, 1, width));
+    return { numbers: hexOf(decode(payload, encoding, tokens, width)) };
+  },
+};
+
+/** A function that reads a file of a directory as bytes; its `text` reads one as text. */
+function filesOf(directory) {
+  const bytes = async (name) => new Uint8Array(await readFile(join(directory, name)));
+  return Object.assign(bytes, { text: (name) => readFile(join(directory, name), "latin1") });
+}
+
+/** The bytes of a typed array in hexadecimal digits; of numbers, on a little-endian machine. */
+function hexOf({ buffer, byteOffset, byteLength }) {
+  return Buffer.from(buffer, byteOffset, byteLength).toString("hex");
+}
+
 /** @returns {Promise<object>} the verdict */
 async function judge(step, directory) {
   if (step === "numbers") {
     return compute(directory);
   }
   try {
+    if (Object.hasOwn(WIRE, step)) {
+      return { verdict: "accepted", ...(await WIRE[step](filesOf(directory))) };
+    }
     await STEPS[step](await openBundle(new DirectorySource(directory)));
     return { verdict: "accepted" };
   } catch (error) {
@@ -104,7 +143,7 @@ async function main([first, directory]) {
     }
     return;
   }
-  const steps = [...Object.keys(STEPS), "numbers"];
+  const steps = [...Object.keys(STEPS), ...Object.keys(WIRE), "numbers"];
   if (!steps.includes(first) || directory === undefined) {
     throw new Error(`usage: node javascript.mjs ${steps.join("|")} DIRECTORY`);
   }
