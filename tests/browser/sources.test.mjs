@@ -7,6 +7,7 @@ import { after, before, test } from "node:test";
 
 import { openBundle } from "../../runtime/browser/reader/bundle.js";
 import { DirectoryHandleSource, FileListSource } from "../../runtime/browser/sources/files.js";
+import { BundleError } from "../../runtime/browser/reader/problems.js";
 import { HttpSource } from "../../runtime/browser/sources/http.js";
 import { DirectorySource } from "../../runtime/browser/sources/node.js";
 import { MemorySource, bundleDirectory, refused } from "./support.mjs";
@@ -61,7 +62,12 @@ test("a bundle over HTTP is read by ranges", async () => {
   assert.equal(asked.filter((line) => line === "HEAD /tiny/embedding.safetensors").length, 1);
   const { unlisted, absent } = await bundle.verify();
   assert.deepEqual([unlisted, absent], [[], []]);
-  await assert.rejects(() => bundle.verify({ exact: true }), TypeError);
+  await assert.rejects(() => bundle.verify({ exact: true }), (error) => {
+    assert.ok(error instanceof BundleError);
+    assert.deepEqual([error.problems[0].code, error.problems[0].argument], ["input.value", "exact"]);
+    assert.match(error.message, /HTTP/);
+    return true;
+  });
 });
 
 test("a size may come with a range alone", async () => {

@@ -175,9 +175,11 @@ export class Bundle {
    * Verify all files that are there, by their digests and by every rule about their content.
    *
    * @param {{exact?: boolean, whole?: boolean, onProgress?: (path: string, done: number, total: number) =>
-   *   void}} [options] `exact`: files that aren't listed are refused; `whole`: so is every absent file
+   *   void}} [options] `exact`: files that aren't listed are refused, and so is a source that can't list its
+   *   files; `whole`: so is every absent file
    * @returns {Promise<{unlisted: string[], absent: string[], shards: string[]}>} `shards`: the whole ones
-   * @throws {BundleError}
+   * @throws {BundleError} input.value for `exact` with such a source; file.*, sums.mismatch, and all that
+   *   `openBundle` and `loadStage` throw
    */
   verify(options) {
     return verifyBundle(this, options);

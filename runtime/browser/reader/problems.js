@@ -9,6 +9,7 @@
  * @property {string} expected
  * @property {string} got
  * @property {string | null} hint what to do
+ * @property {string} [argument] what a caller gave, if no file is at fault
  */
 
 /** A reader stops collecting problems of one group here (SB-E-002). */
@@ -34,11 +35,13 @@ export class BundleError extends Error {
  * @param {string | null} file
  * @param {string} expected
  * @param {unknown} got shown shortly, whatever it is
- * @param {{pointer?: string | null, offset?: number | null, hint?: string | null}} [place]
+ * @param {{pointer?: string | null, offset?: number | null, hint?: string | null, argument?: string}} [place]
  * @returns {Problem}
  */
-export function problem(code, file, expected, got, { pointer = null, offset = null, hint = null } = {}) {
-  return { code, file, pointer, offset, expected, got: shown(got), hint };
+export function problem(code, file, expected, got, place = {}) {
+  const { pointer = null, offset = null, hint = null, argument } = place;
+  const found = { code, file, pointer, offset, expected, got: shown(got), hint };
+  return argument === undefined ? found : { ...found, argument };
 }
 
 /** Throw one problem. Takes the arguments of `problem`. */
@@ -72,8 +75,8 @@ export function escaped(key) {
   return String(key).replaceAll("~", "~0").replaceAll("/", "~1");
 }
 
-function describe({ code, file, pointer, expected, got, hint }) {
-  const place = [file, pointer].filter((part) => part).join(" ");
+function describe({ code, file, pointer, argument, expected, got, hint }) {
+  const place = [file, pointer, argument].filter((part) => part).join(" ");
   return `[${code}] ${place ? `${place}: ` : ""}expected ${expected}, got ${got}${hint ? ` (${hint})` : ""}`;
 }
 

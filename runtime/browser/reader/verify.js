@@ -101,7 +101,9 @@ async function findUnlisted({ files, manifest }, exact) {
   const entries = await files.source.list();
   if (entries === null) {
     if (exact) {
-      throw new TypeError("this source can't list its files, so no file can be found that isn't listed");
+      const hint = "verify a copy of the directory, or without exact";
+      const expected = "false, because this source can't list its files (HTTP can't)";
+      throw new BundleError(problem("input.value", null, expected, exact, { argument: "exact", hint }));
     }
     return [];
   }
