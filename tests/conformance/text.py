@@ -249,6 +249,13 @@ def tokenizer_cases() -> Iterator[Case]:
             bad,
             "/pre_tokenizer/pretokenizers/10",
         ),
+        (
+            "growth-constructor",
+            "replacements after a step of a kind that JavaScript's objects have",
+            steps("normalizer", {"type": "constructor"}, *[replace("a" * 100, String="a")] * 6),
+            bad,
+            "/normalizer/normalizers/2",
+        ),
         ("growth-map", "a map to a long text", set_("normalizer", charsmap(b"a" * 2000)), bad, "/normalizer"),
         (
             "steps-many",
@@ -264,6 +271,7 @@ def tokenizer_cases() -> Iterator[Case]:
         ("id-float", "1.0 as a token id", vocab(the=1.0), bad, "/model/vocab/the"),
         ("id-true", "true as a token id", vocab(the=True), bad, "/model/vocab/the"),
         ("id-twice", "two tokens of one id", vocab(new=3), bad, "/model/vocab/new"),
+        ("proto", "a token __proto__ with another's id", vocab(__proto__=3), bad, "/model/vocab/__proto__"),
         ("pointer", "a pointer is escaped", vocab(**{"a/~b": -1}), bad, "/model/vocab/a~1~0b"),
         (
             "larger",

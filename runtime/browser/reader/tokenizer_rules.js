@@ -10,6 +10,8 @@ const MOST_IDS = 2 ** 31 - 1;
 const MOST_INSERTED = 1024; // SB-T-005
 const MOST_OBJECTS = 1024; // SB-T-007
 const MOST_GROWTH = 1024;
+/** The growth of a step by its type. A Map, because a file may name any type, even `constructor`. */
+const GROWTHS = new Map([["ByteLevel", 4], ["Metaspace", 2]]);
 
 /**
  * @param {Uint8Array} bytes
@@ -198,7 +200,7 @@ function factor(value, pointer, wrong) {
   if (typeof value.get("precompiled_charsmap") === "string") {
     result *= longestReplacement(value.get("precompiled_charsmap"), pointer, wrong);
   }
-  return result * ({ ByteLevel: 4, Metaspace: 2 }[value.get("type")] ?? 1);
+  return result * (GROWTHS.get(value.get("type")) ?? 1);
 }
 
 function characters(text) {
