@@ -93,6 +93,7 @@ def genai_cases() -> Iterator[Case]:
         ("whole", "what the bundle says of itself", lambda d: None, None),
         ("search-other", "other numbers for the search", put("/search", {"max_length": 9, "do_sample": True}), None),
         ("search-text", "a text for the search", put("/search/more", "x"), "/search/more"),
+        ("search-proto", "a text as __proto__", put("/search/__proto__", "x"), "/search/__proto__"),
         ("search-array", "an array for the search", put("/search", []), "/search"),
         ("more", "a member more", put("/engine", {}), "/engine"),
         ("more-in-model", "a library", put("/model/decoder/session_options/ep.lib", "x"), _OPTIONS + "/ep.lib"),

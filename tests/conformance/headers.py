@@ -101,6 +101,7 @@ def header_cases() -> Iterator[Case]:
         ("name-dots", "a tensor ../x", entries(_renamed(q, "../x")), "weights.tensors"),
         ("missing", "a tensor is missing", entries(lambda x: x.pop(q) and None), "weights.tensors"),
         ("extra", "a tensor more", entries(lambda x: x.update(extra=x[q])), "weights.tensors"),
+        ("proto-more", "a tensor __proto__ more", entries(lambda x: x.update(__proto__=x[q])), "weights.tensors"),
         ("proto", "a tensor __proto__", entries(_renamed(q, "__proto__")), "weights.tensors"),
         (
             "proto-metadata",

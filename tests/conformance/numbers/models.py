@@ -26,6 +26,16 @@ def _refused(about: str, code: str, past: list[int], rows: list[list[int]], *bef
     return {"about": about, "cuts": [], "calls": [*first, {"past": past, "rows": rows, "expect": {"code": code}}]}
 
 
+def _forgotten() -> dict[str, Any]:
+    """Return a case whose last call goes on after positions that the call before it has discarded."""
+    calls: list[dict[str, Any]] = [
+        {"past": [0], "rows": [[1, 2, 3, 4, 5, 6]], "expect": {}},
+        {"past": [2], "rows": [[7]], "expect": {}},
+        {"past": [4], "rows": [[8]], "expect": {"code": "input.position"}},
+    ]
+    return {"about": "positions that a rollback discarded", "cuts": [], "calls": calls}
+
+
 _COMMON = "SB-B-002", "SB-B-003", "SB-B-004", "SB-B-006", "SB-B-008", "SB-B-014", "SB-C-001"
 
 
@@ -35,6 +45,8 @@ def _model(configuration: str, about: str, *rules: str, **fields: Any) -> Model:
 
 _OUTSIDE = (
     _refused("a position that nobody computed", "input.position", [4], [[1, 2]], [1, 2, 3]),
+    _refused("a position of padding", "input.position", [3, 2], [[1], [1]], [1, 2, 3], [1]),
+    _forgotten(),
     _refused("an id that the vocabulary hasn't", "input.value", [0], [[1, 31]]),
     _refused("a negative id", "input.value", [0], [[-1]]),
 )
