@@ -253,10 +253,10 @@ def test_every_command_says_how_a_tar_is_unpacked(
 def test_what_the_commands_say(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "pack", bundle.path, "-o", tmp_path / "x.tar")
     assert (status, err) == (0, "")
-    assert out == f"{tmp_path}/x.tar: 16 files, 348,160 bytes\n  bundle id   {bundle.id}\n"
+    assert out == f"{tmp_path}/x.tar: 17 files, 348,160 bytes\n  bundle id   {bundle.id}\n"
     status, out, err = run(capsys, "unpack", tmp_path / "x.tar", "-o", tmp_path / "y", "--id", bundle.id)
     assert (status, err) == (0, "")
-    assert out.splitlines()[0] == f"{tmp_path}/y: all 12 files, 313,173 bytes, with the shards bottom, trunk, top"
+    assert out.splitlines()[0] == f"{tmp_path}/y: all 13 files, 313,995 bytes, with the shards bottom, trunk, top"
     status, out, err = run(capsys, "unpack", tmp_path / "x.tar", "-o", tmp_path / "y", "--json")
     assert status == 1
     assert re.search(r'"code": "output\.exists".*--force replaces it', out)
