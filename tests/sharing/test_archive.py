@@ -265,7 +265,7 @@ def test_what_the_commands_say(bundle: Bundle, tmp_path: Path, capsys: pytest.Ca
     assert (status, told["ok"], told["bundle_id"], told["absent"]) == (0, True, bundle.id, [])
     status, out, err = run(capsys, "pack", bundle.path, "-o", tmp_path / "x.tar", "--force", "--json")
     told = json.loads(out)
-    assert (status, told["bytes"], len(told["files"])) == (0, (tmp_path / "x.tar").stat().st_size, 16)
+    assert (status, told["bytes"], len(told["files"])) == (0, (tmp_path / "x.tar").stat().st_size, 17)
     assert run(capsys, "unpack", tmp_path / "x.tar")[0] == 2
     assert run(capsys, "unpack", tmp_path / "x.tar", "-o", tmp_path / "z", "--id", "1")[0] == 2
     assert run(capsys, "unpack", tmp_path / "x.tar", "-o", tmp_path / "z", "--id", f"sha256:{64 * '0'}")[0] == 3
