@@ -62,7 +62,8 @@ def signature_path(name: str) -> str:
 
 def directory_name(model: str) -> str:
     """Return the name of a bundle's directory that follows from the model's name: a part within the grammar."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", model.lower())[:80].strip("-.") or "model"
+    lower = re.sub("[A-Z]+", lambda found: found[0].lower(), model)  # of ASCII alone, as the specification has it
+    name = re.sub(r"[^a-z0-9._-]+", "-", lower)[:80].strip("-.") or "model"
     return name + _DIRECTORY if is_part(name + _DIRECTORY) else f"model-{name}{_DIRECTORY}"
 
 
