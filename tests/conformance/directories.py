@@ -52,6 +52,7 @@ def directory_cases() -> Iterator[Case]:
     about = "a signature, which no manifest lists"
     sign = _at("signatures/a.sigstore.json", lambda place: place.write_text("not opened"))
     yield _spoilt("signature", about, (*EVERY, "exact"), sign, None, None)
+    yield from _signature_cases()
     yield from _missing_cases()
     yield from _kind_cases()
     yield from _other_content_cases()
@@ -60,6 +61,23 @@ def directory_cases() -> Iterator[Case]:
         about = f"a file that isn't listed: {name}"
         yield _spoilt(f"unlisted-{name}", f"{about} is reported", EVERY, _at(path, make), None, None)
         yield _spoilt(f"unlisted-{name}-exact", about, ("exact",), _at(path, make), "file.unlisted", path)
+
+
+def _signature_cases() -> Iterator[Case]:
+    """Of many signatures, the first 64 by their names are signatures (SB-D-014)."""
+
+    def sign(count: int) -> Spoil:
+        def spoil(root: Path) -> None:
+            (root / "signatures").mkdir()
+            for i in range(count):
+                (root / "signatures" / f"{i:03}.sigstore.json").write_text("not opened")
+
+        return spoil
+
+    yield _spoilt("signatures-64", "64 signatures", ("verify", "exact"), sign(64), None, None)
+    about, last = "65 signatures", "signatures/064.sigstore.json"
+    yield _spoilt("signatures-65", about, ("verify",), sign(65), None, None)
+    yield _spoilt("signatures-65-exact", about, ("exact",), sign(65), "file.unlisted", last)
 
 
 def _missing_cases() -> Iterator[Case]:

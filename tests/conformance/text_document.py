@@ -33,6 +33,10 @@ DOCUMENT: dict[str, Any] = {
 """The text document of the small bundle, whose model has 24 token ids."""
 
 
+_MESSAGE = "/chats/0/messages/0"
+_ROLE = f"{_MESSAGE}/role"
+
+
 def text_cases() -> Iterator[Case]:
     """Cases that the rules SB-T-010 to SB-T-015 refuse and accept."""
 
@@ -119,6 +123,18 @@ def text_cases() -> Iterator[Case]:
         ("control-id", "a negative id", put("/cases/0/control_ids/0", -1), value, "/cases/0/control_ids/0"),
         ("chat-id", "an id of a chat that the model lacks", put("/chats/0/ids/2", 24), value, "/chats/0/ids/2"),
         ("chat-empty", "a chat without messages", put("/chats/0/messages", []), value, "/chats/0/messages"),
+        ("chats-many", "65 chats", lambda d: d.update(chats=d["chats"] * 65), value, "/chats"),
+        ("cases-many", "257 golden texts", lambda d: d.update(cases=d["cases"] * 257), value, "/cases"),
+        ("decoded-long", "8,193 characters", put("/cases/0/decoded", "x" * 8193), value, "/cases/0/decoded"),
+        ("text-long", "4,097 characters", put("/cases/0/text", "x" * 4097), value, "/cases/0/text"),
+        ("role-long", "a role of 65 characters", put("/chats/0/messages/0/role", "r" * 65), value, _ROLE),
+        (
+            "message-more",
+            "a member more in a message",
+            put("/chats/0/messages/0/name", "x"),
+            "field.unknown",
+            _MESSAGE + "/name",
+        ),
         ("role", "a role with a space", put("/chats/0/messages/0/role", "a b"), value, "/chats/0/messages/0/role"),
     ]
     for name, about, edit, code, pointer in rows:

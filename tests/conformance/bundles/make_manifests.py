@@ -19,9 +19,12 @@ from conformance.documents import document
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.format.architecture.parser import parse_architecture
 from splitbundle.format.architecture.sizes import count
+from splitbundle.format.graph import OPSET, Graph, ports
+from splitbundle.records import as_dict
 
 NO_DIGEST = "0" * 64
 HEADER = 4096
+GRAPH = "all.onnx"
 MOST = 2**53 - 1
 """The largest integer of a document."""
 
@@ -49,6 +52,7 @@ def manifest(architecture: Architecture) -> dict[str, Any]:
         }
         for unit, tensors in units.items()
     }
+    files[GRAPH] = {"size": 1, "sha256": NO_DIGEST}
     layers = len(architecture.layers)
     total = min(count(architecture.tensors()), MOST)
     return {
@@ -73,9 +77,9 @@ def manifest(architecture: Architecture) -> dict[str, Any]:
                 "embeds": True,
                 "head": True,
                 "units": list(units),
-                "bytes": sum(int(str(each["size"])) for each in files.values()),
+                "bytes": sum(int(str(each["size"])) for path, each in files.items() if path != GRAPH),
                 "parameters": total,
-                "graph": None,
+                "graph": graph(architecture),
             }
         ],
         "boundaries": [],
@@ -88,6 +92,14 @@ def manifest(architecture: Architecture) -> dict[str, Any]:
         ],
         "extensions": {},
     }
+
+
+def graph(architecture: Architecture) -> dict[str, Any]:
+    """Return the entry of a graph of the whole model. Its ports follow from the facts of each layer (SB-O-003)."""
+    inputs, outputs = ports(architecture, (0, len(architecture.layers)), embeds=True, head=True, dtype="float32")
+    made = Graph(file=GRAPH, variant="standard", opset=OPSET, inputs=inputs, outputs=outputs)
+    found: dict[str, Any] = json.loads(json.dumps(as_dict(made)))
+    return found
 
 
 def _names(architecture: Architecture) -> list[str]:
