@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import splitbundle_converter
+from conformance.case import Draft, dump
 from conformance.numbers.models import MODELS, Model
 from splitbundle_converter.families.table import FAMILIES
 from tests.support.models import BY_PIECES, CONFIGURATIONS, load_original, make_model
@@ -53,6 +54,8 @@ def write(name: str, model: Model) -> None:
         made.to(torch.bfloat16).save_pretrained(source)
         splitbundle_converter.convert(source, place / "model.splitbundle", split=[1], check=False)
         original = load_original(source)
+    if model.position:
+        reposition(place / "model.splitbundle", model.position)
     layers = FAMILIES[CONFIGURATIONS[model.configuration][0]].modules
     by_pieces = model.configuration in BY_PIECES
     cases = [padded(original, layers, by_pieces), in_pieces(original, layers, by_pieces)]
@@ -61,6 +64,16 @@ def write(name: str, model: Model) -> None:
     cases += model.more
     document = {"about": model.about, "rules": list(model.rules), "cases": cases}
     (place / "calls.json").write_text(json.dumps(document, separators=(",", ":")) + "\n", "ascii")
+
+
+def reposition(place: Path, members: Mapping[str, float]) -> None:
+    """Replace members of each layer's ``attention.position`` in a bundle."""
+    draft = Draft(place)
+    architecture = json.loads(draft.files["architecture.json"])
+    for kind in architecture["layer_kinds"].values():
+        kind["attention"]["position"].update(members)
+    draft.files["architecture.json"] = dump(architecture)
+    draft.seal().write(place)
 
 
 def changes(model: Model) -> dict[str, Any]:

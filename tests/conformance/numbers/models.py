@@ -16,6 +16,8 @@ class Model:
     about: str
     rules: tuple[str, ...]
     changes: Mapping[str, Any] = field(default_factory=dict)
+    position: Mapping[str, float] = field(default_factory=dict)
+    """Members of each layer's ``attention.position`` that replace the converter's, where both say the same."""
     more: tuple[dict[str, Any], ...] = ()
     """Calls that a reader must refuse, each with its code."""
 
@@ -63,7 +65,16 @@ MODELS: dict[str, Model] = {
     ),
     "sinusoidal": _model("xglm-odd-unscaled", "sinusoidal positions, of an odd width", "SB-C-019"),
     "alibi": _model("bloom-six-heads", "ALiBi with heads that aren't a power of two, an embedding's norm", "SB-C-024"),
-    "alibi-clipped": _model("mpt-six-heads-clipped", "ALiBi with another bias, and clipping", "SB-C-020", "SB-C-024"),
+    "alibi-clipped": _model(
+        "mpt-six-heads-clipped", "ALiBi without biases of linear layers, and clipping", "SB-C-020", "SB-C-024"
+    ),
+    "alibi-one-head": _model(
+        "mpt",
+        "ALiBi with a multiplier and another largest bias, which say the same of a single head as 1 and 8",
+        "SB-C-024",
+        changes={"n_heads": 1},
+        position={"max_bias": 9.0, "multiplier": 2.0},
+    ),
     "rotary-interleaved": _model(
         "gptj", "interleaved rotary positions of some channels, parallel", "SB-C-011", "SB-C-012"
     ),
@@ -75,6 +86,9 @@ MODELS: dict[str, Model] = {
         *("SB-C-006", "SB-C-007", "SB-C-023", "SB-C-013"),
     ),
     "query-key-norm": _model("qwen3", "norms of queries and keys by head", "SB-C-021"),
+    "query-key-norm-after": _model(
+        "hunyuan_v1_dense", "norms of queries and keys with weights, after they are turned", "SB-C-021"
+    ),
     "query-key-norm-full": _model("olmo2", "norms of whole queries and keys, norms of outputs", "SB-C-004", "SB-C-021"),
     "scaled": _model("granite-scaled-biased", "multipliers of embedding, residual, scores and logits", "SB-C-004"),
     "window": _model("mistral-window", "a window of five positions", "SB-C-009"),
