@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 import torch
@@ -17,26 +16,15 @@ from conformance import run
 from conformance.cases import cases
 from conformance.number_calls import number_cases
 from conformance.wire_frames import wire_cases
+from tests.support import javascript_reader
+from tests.support.javascript_reader import ADAPTER
 from tests.support.paths import TESTS
 from tests.support.second_decoder import Reference, made
 from tests.support.variants import VARIANTS, facts
 
-OLDEST: Final = 18
-ADAPTER: Final = TESTS / "conformance" / "javascript.mjs"
 SECONDS: Final = 120
 TOLERANCE: Final = 1e-5
-
-
-def missing() -> str | None:
-    """Why these tests can't run; None if they can."""
-    node = shutil.which("node")
-    if node is None:
-        return "there is no node"
-    said = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout
-    return None if int(said.removeprefix("v").partition(".")[0]) >= OLDEST else f"node {said.strip()} is too old"
-
-
-REASON: Final = missing()
+REASON: Final = javascript_reader.missing()
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=REASON or ""), pytest.mark.usefixtures("one_thread")]
 
 
@@ -49,20 +37,8 @@ def test_its_own_tests() -> None:
 @pytest.fixture
 def ask() -> Iterator[run.Ask]:
     """One process that answers every question of a test."""
-    with subprocess.Popen(
-        ["node", str(ADAPTER), "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-    ) as process:
-        given, said = process.stdin, process.stdout
-        assert given is not None
-        assert said is not None
-
-        def answer(step: str, directory: Path, limited: bool) -> Any:
-            given.write(f"{step} {directory}\n")
-            given.flush()
-            return json.loads(said.readline())
-
+    with javascript_reader.serving() as answer:
         yield answer
-        given.close()
 
 
 def test_the_conformance_kit(tmp_path: Path, ask: run.Ask, tally: Callable[[str, int], None]) -> None:

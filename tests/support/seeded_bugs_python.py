@@ -1,0 +1,250 @@
+"""Bugs to plant in the runtime: documents, files, graphs, tokenizers."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.support.seeded_bugs import bug
+
+FORMAT: Final = "runtime/splitbundle/format"
+AT_MOST: Final = 'if len(self.value) > maximum:\n            self.refuse(f"at most {maximum} characters")'
+
+READING: Final = (
+    # Documents.
+    bug(
+        "lengths of strings in UTF-16",
+        f"{FORMAT}/fields.py",
+        AT_MOST,
+        AT_MOST.replace("len(self.value)", 'len(self.value.encode("utf-16-le")) // 2'),
+        "manifest-string-of-code-points",
+    ),
+    bug(
+        "lengths of strings in bytes",
+        f"{FORMAT}/fields.py",
+        AT_MOST,
+        AT_MOST.replace("len(self.value)", "len(self.value.encode())"),
+        "manifest-string-of-code-points",
+    ),
+    bug(
+        "an integer may be 1.0",
+        f"{FORMAT}/fields.py",
+        'if type(self.value) is not int:\n            self.refuse("an integer"',
+        'if type(self.value) is not int and self.value != 1.0:\n            self.refuse("an integer"',
+        "manifest-size-float",
+        "architecture-version-float",
+    ),
+    bug(
+        "true is an integer",
+        f"{FORMAT}/fields.py",
+        'if type(self.value) is not int:\n            self.refuse("an integer"',
+        'if not isinstance(self.value, int):\n            self.refuse("an integer"',
+        "size-true",
+    ),
+    bug(
+        "a key twice is overlooked",
+        f"{FORMAT}/strict_json.py",
+        "if len(members) != len(pairs):",
+        "if len(members) > len(pairs):",
+        "json-duplicate",
+    ),
+    bug("65 levels", f"{FORMAT}/strict_json.py", "MAX_DEPTH: Final = 64", "MAX_DEPTH: Final = 65", "json-depth-65"),
+    bug(
+        "surrogates are overlooked",
+        f"{FORMAT}/strict_json.py",
+        "_check_texts(value, refuse)\n    return value",
+        "pass\n    return value",
+        "surrogate",
+    ),
+    bug("integers up to 2^53", f"{FORMAT}/strict_json.py", "2**53 - 1", "2**53", "2-to-the-53"),
+    bug(
+        "units above 1,000 with three digits",
+        f"{FORMAT}/architecture/decoder.py",
+        "0{max(3, len(str(len(self.layers) - 1)))}d",
+        "03d",
+        "large/units-1001",
+    ),
+    bug(
+        "parameters wrap at 2^64",
+        f"{FORMAT}/architecture/sizes.py",
+        "return sum(math.prod(shape) for shape in shapes.values())",
+        "return sum(math.prod(shape) for shape in shapes.values()) % 2**64",
+        "large/parameters-wrapped",
+    ),
+    bug(
+        "the number of matrix rows is ignored",
+        f"{FORMAT}/manifest/row_names.py",
+        'if number < by_row.get(".".join(template), 0):',
+        'if ".".join(template) in by_row:',
+        "source-rows",
+    ),
+    bug(
+        "names of two tables of rows are never compared",
+        f"{FORMAT}/manifest/row_names.py",
+        "if enough < len(least) and least[enough] < own_rows:",
+        "if enough > len(least):",
+        "source-rows",
+    ),
+    bug(
+        "a number with a leading zero is a row",
+        f"{FORMAT}/manifest/row_names.py",
+        'and (component == "0" or component[0] != "0")',
+        "",
+        "source-rows",
+    ),
+    bug(
+        "no copies of the token table",
+        f"{FORMAT}/manifest/rules.py",
+        "if name in covered and name != EMBEDDING]",
+        "if name in covered]",
+        "manifest-source-t",
+    ),
+    bug(
+        "the token table twice in an entry",
+        f"{FORMAT}/manifest/rules.py",
+        "if again or len(set(expanded.tensors)) != len(expanded.tensors):",
+        "if again:",
+        "manifest-source-t",
+    ),
+    bug(
+        "graphs in float16 over exceptions",
+        f"{FORMAT}/manifest/document.py",
+        'if self.dtypes == ("float16",) and',
+        'if self.dtype == "float16" and',
+        "graph-float16",
+    ),
+    bug(
+        "a graph's missing input",
+        f"{FORMAT}/manifest/rules.py",
+        "if i >= len(found):\n                problems.add(",
+        "if i >= len(found):\n                break\n                problems.add(",
+        "manifest-graph-missing-input",
+    ),
+    bug(
+        "paths that differ in case alone",
+        f"{FORMAT}/manifest/rules.py",
+        "folded.setdefault(path.lower(), path)",
+        "folded.setdefault(path, path)",
+        "manifest-path-case",
+    ),
+    bug("names that Windows reserves", f"{FORMAT}/names.py", "con|prn|aux|nul", "con|prn|nul", "manifest-path-"),
+    # Files.
+    bug(
+        "half of the digits of the manifest's line",
+        "runtime/splitbundle/storage/documents.py",
+        "strict=True)) > 32",
+        "strict=True)) > 31",
+        "directory/sums-",
+    ),
+    bug(
+        "a manifest that is a hanging link is missing",
+        "runtime/splitbundle/storage/documents.py",
+        "os.lstat(root / document.FILE)",
+        "os.stat(root / document.FILE)",
+        "directory/hanging-link",
+    ),
+    bug(
+        "links are followed",
+        "runtime/splitbundle/storage/files.py",
+        "status = os.lstat(place)",
+        "status = os.stat(place)",
+        "directory/link-",
+    ),
+    bug(
+        "a header's digest is never compared",
+        "runtime/splitbundle/storage/weight_headers.py",
+        "if digest != listed.header_sha256:",
+        "if not digest:",
+        "directory/layer-header",
+        "directory/mixed",
+    ),
+    bug(
+        "parts in any order",
+        f"{FORMAT}/weight_layout.py",
+        "expected = dict(islice(expected.items(), len(found)))",
+        "expected = {name: tensor for name, tensor in expected.items() if name in found}",
+        "parts/",
+    ),
+    bug(
+        "a part without a tensor",
+        f"{FORMAT}/weight_layout.py",
+        "if not expected and (part or more):",
+        "if not expected and not part:",
+        "parts/",
+    ),
+    bug(
+        "bytes after the last tensor",
+        f"{FORMAT}/weight_layout.py",
+        "if size != end:",
+        "if size < end:",
+        "header/appended",
+        "header/byte-short",
+    ),
+    bug(
+        "a header in any form",
+        f"{FORMAT}/weight_layout.py",
+        "if raw != canonical:",
+        "if len(raw) != len(canonical):",
+        "header/",
+    ),
+    bug(
+        "a scale may be NaN",
+        "runtime/splitbundle/storage/scales.py",
+        "def check_scales(",
+        "def check_scales(*_: object) -> None:\n    pass\n\n\ndef _unused(",
+        "encoding/scale",
+    ),
+    # Graphs, and what onnxruntime-genai is told.
+    bug(
+        "an initializer that nothing takes",
+        "runtime/splitbundle/verification/onnx_rules.py",
+        "if unused := initializers - self.taken:",
+        "if unused := initializers - initializers:",
+        "graph/constant-unused",
+    ),
+    bug(
+        "the offset of a weight",
+        "runtime/splitbundle/verification/onnx_rules.py",
+        'b"offset": str(stored.offset),',
+        "",
+        "graph/offset-one-on",
+        "graph/good-graphs",
+    ),
+    bug(
+        "numbers in more bytes than they need",
+        "runtime/splitbundle/verification/onnx_reader.py",
+        "if (shift and not last) or at >= stop",
+        "if at >= stop",
+        "number-in-two-bytes",
+        "tag-in-two-bytes",
+    ),
+    bug(
+        "another directory of the tokenizer",
+        "runtime/splitbundle/format/genai.py",
+        'text.tokenizer.rpartition("/")[0]',
+        'text.tokenizer.rpartition("/")[0] + "/"',
+        "genai/tokenizer",
+        "genai/whole",
+    ),
+    bug(
+        "a bundle without an id that ends a text",
+        "runtime/splitbundle/verification/genai_rules.py",
+        "if not bundle.manifest.text.stop_ids:",
+        "if bundle.manifest.text.stop_ids is None:",
+        "genai/without-stop-id",
+    ),
+    # Text.
+    bug(
+        "special tokens without ids",
+        "runtime/splitbundle/verification/tokenizer_rules.py",
+        'ids = _items(entry.get("ids") if isinstance(entry, dict) else None)',
+        'ids = entry["ids"]',
+        "tokenizer/special-tokens",
+    ),
+    bug(
+        "steps that make a text longer",
+        "runtime/splitbundle/verification/tokenizer_rules.py",
+        "if growth > MAX_GROWTH:",
+        "if growth > MAX_GROWTH**9:",
+        "tokenizer/growth",
+    ),
+)
