@@ -119,12 +119,7 @@ export class TextView {
     const lines = [`Loaded in ${seconds.toFixed(1)} s, with ${engine}.`];
     if (chat === null) lines.push("It continues texts: this page doesn’t have the form of its chats.");
     lines.push(`${plural(golden, "golden text")} gave the right ids.`);
-    if (vectors !== null) {
-      const own = vectors.self ? "of the bundle itself " : "";
-      lines.push(
-        `Golden vectors ${own}are reproduced to ${vectors.worst.toExponential(0)} of the largest value.`,
-      );
-    }
+    for (const check of vectors?.checks ?? []) lines.push(reproduced(check, vectors.self));
     byId("announcer").textContent = "The model is loaded.";
     byId("log").append(make("p", { class: "quiet", id: "loaded" }, lines.join(" ")));
     this.forget();
@@ -240,6 +235,13 @@ export class TextView {
       : `${plural(frames, "frame")} with hidden states and positions: ${bytes(out)} out, `
         + `${bytes(back)} back. No text, no ids.`;
   }
+}
+
+/** Say how closely golden vectors are reproduced, and which bound held. */
+function reproduced({ worst, most, name }, self) {
+  const bound = most === Number.MAX_VALUE ? "no bound" : `at most ${most.toExponential(0)}`;
+  return `Golden vectors ${self ? "of the bundle itself " : ""}are reproduced to `
+    + `${worst.toExponential(0)} of the largest value (${bound} with ${name}).`;
 }
 
 /** Return a carrier that counts what passes through it. */

@@ -25,6 +25,7 @@ export class DecoderStage {
     this.layers = shard.layers;
     this.embeds = shard.embeds;
     this.head = shard.head;
+    this.variant = null; // of a graph, and there is none
     this.width = architecture.hidden_size;
   }
 

@@ -44,6 +44,7 @@ export class OrtStage {
     this.layers = shard.layers;
     this.embeds = shard.embeds;
     this.head = shard.head;
+    this.variant = shard.graph.variant;
     this.width = architecture.hidden_size;
     this.vocabulary = architecture.vocab_size;
     this.caches = shard.graph.inputs.filter((each) => each.shape.includes("slots"));
