@@ -182,6 +182,13 @@ def tokenizer_cases() -> Iterator[Case]:
             None,
         ),
         ("charsmap", "a map to short texts", set_("normalizer", charsmap(b"shorter")), None, None),
+        (
+            "charsmap-not-base64",
+            "a map that isn't base64",
+            set_("normalizer", {"type": "Precompiled", "precompiled_charsmap": "A A="}),
+            None,
+            None,
+        ),
         ("truncated", "truncated JSON", lambda data: data[:-2], "json.syntax", None),
         ("utf16", "UTF-16", lambda data: data.decode("ascii").encode("utf-16"), "json.encoding", None),
         ("duplicate-token", "a token twice", lambda d: d.replace(b'"cat":', b'"dog":'), "json.duplicate-key", None),
