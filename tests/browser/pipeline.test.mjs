@@ -68,6 +68,7 @@ test("a text is made token by token, and ends for a reason", async () => {
   assert.deepEqual(stages[1].calls, [[0, 2], [2, 1], [3, 1]]);
   assert.deepEqual(await generated(text, [1, 2], { stopIds: [5] }), { ids: [3, 4], why: "stop" });
   assert.deepEqual(await generated(chained({ context: 4 }).text, [1, 2]), { ids: [3, 4, 5], why: "context" });
+  assert.deepEqual(await generated(chained({ context: 1 }).text, [1, 2]), { ids: [], why: "context" });
   const learned = chained({ context: 100, position: { kind: "learned", count: 3 } });
   assert.deepEqual(await generated(learned.text, [1, 2]), { ids: [3, 4], why: "context" });
 });

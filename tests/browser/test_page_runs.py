@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import splitbundle
+from splitbundle.cli.main import main as run_command
 from tests.support import chromium
 from tests.support.chromium import Chromium, Page
 from tests.support.gateway_users import GatewayProcess, greedy, load, make_text
@@ -165,6 +166,35 @@ def test_without_onnxruntime_web_the_page_computes_by_itself(
         load(page)
         assert "own decoder" in page.text("#loaded")
         assert make_text(page, PROMPT, 150) == tokenizer.decode(new)
+        assert page.problems == []
+
+
+def test_the_ends_alone_make_text_and_the_page_says_why_it_ended(
+    browser: Chromium, license_bundle: splitbundle.Bundle, tmp_path: Path
+) -> None:
+    ends = tmp_path / "ends.splitbundle"
+    selected = ("--shard", "bottom", "--shard", "top", "--text", "-o", str(ends))
+    assert run_command(["extract", str(license_bundle.path), *selected]) == 0
+    tokenizer = license_bundle.tokenizer()
+    with (
+        StageProcess(license_bundle.path, "trunk", "--threads", "1") as stage,
+        GatewayProcess(ends, "--remote", f"trunk={stage.url}", cwd=tmp_path) as gateway,
+        browser.page(gateway.url) as page,
+    ):
+        page.wait("document.querySelectorAll('.shards tbody').length === 3")
+        load(page)
+        new = greedy(license_bundle.pipeline(threads=1), tokenizer.encode(PROMPT), 8, ())
+        assert make_text(page, PROMPT, 8) == tokenizer.decode(new)
+        assert page.text(".turn:last-child .ended") == "The text has the most new tokens of the settings."
+        long = "Apache License " * 60
+        size = len(tokenizer.encode(long))
+        assert size < 256
+        make_text(page, long, 256)
+        assert page.text(".turn:last-child .ended") == "The text has filled the model’s context of 256 tokens."
+        assert make_text(page, long * 5, 256) == ""
+        assert page.text(".turn:last-child .ended").startswith(
+            "Nothing was written: the model’s context has 256 tokens, and this text "
+        )
         assert page.problems == []
 
 

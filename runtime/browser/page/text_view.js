@@ -154,13 +154,17 @@ export class TextView {
     try {
       const prompt = chats ? model.chat.encode(messages) : model.tokenizer.encode(written);
       const ended = await this.write(prompt, answer, numbers, chats ? [model.chat.end] : []);
-      if (chats) model.messages = [...messages, { role: "assistant", content: answer.textContent }];
-      byId("announcer").textContent = answer.textContent.slice(-1000) || "The answer is empty.";
+      const fits = prompt.length <= model.pipeline.context;
+      // A message that is too long isn't kept: with it, no later one would fit either.
+      if (chats && fits) model.messages = [...messages, { role: "assistant", content: answer.textContent }];
+      turn.append(make("p", { class: "quiet ended" }, whyEnded(ended, prompt.length, model.pipeline.context)));
+      const nothing = fits ? "The answer is empty." : turn.lastChild.textContent;
+      byId("announcer").textContent = answer.textContent.slice(-1000) || nothing;
       turn.dataset.ended = ended;
     } catch (failure) {
       turn.dataset.ended = "failed";
       const stopped = failure.name === "AbortError";
-      turn.append(stopped ? make("p", { class: "quiet" }, "You stopped it.") : told(failure));
+      turn.append(stopped ? make("p", { class: "quiet ended" }, "You stopped it.") : told(failure));
       if (stopped && chats) {
         model.messages = [...messages, { role: "assistant", content: answer.textContent }];
       }
@@ -252,6 +256,16 @@ function counted(carrier, sent) {
       sent.frames += 1;
       sent.bytes += frame.length;
       const answer = await carrier.call(frame, signal);
+/** Say why a text ended, by what `generate` returns. */
+function whyEnded(ended, prompted, context) {
+  if (ended === "stop") return "The model ended the text.";
+  if (ended === "length") return "The text has the most new tokens of the settings.";
+  return prompted > context
+    ? `Nothing was written: the model’s context has ${plural(context, "token")}, and this text ${prompted}. `
+      + "Shorten it, or begin anew."
+    : `The text has filled the model’s context of ${plural(context, "token")}.`;
+}
+
       sent.back += answer.length;
       return answer;
     },
