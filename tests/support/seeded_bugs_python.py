@@ -145,8 +145,8 @@ READING: Final = (
     bug(
         "links are followed",
         "runtime/splitbundle/storage/files.py",
-        "status = os.lstat(place)",
-        "status = os.stat(place)",
+        "status = os.lstat(place)\n        except (FileNotFoundError",
+        "status = os.stat(place)\n        except (FileNotFoundError",
         "directory/link-",
     ),
     bug(
