@@ -30,6 +30,27 @@ async function code(promise) {
   return "nothing";
 }
 
+test("a wait of two seconds is told, and that it has ended", async (context) => {
+  context.mock.timers.enable({ apis: ["setTimeout"] });
+  const server = new StandInServer();
+  const told = [];
+  const client = await connected(server, { onWait: (waits) => told.push(waits) });
+  let answer;
+  const call = server.call.bind(server);
+  server.call = async (frame) => {
+    await new Promise((resolve) => (answer = resolve));
+    return call(frame);
+  };
+  const answered = client.connect();
+  context.mock.timers.tick(1999);
+  assert.deepEqual(told, []);
+  context.mock.timers.tick(1);
+  assert.deepEqual(told, [true]);
+  answer();
+  await answered;
+  assert.deepEqual(told, [true, false]);
+});
+
 test("the stand-in answers as the dialogues say", async () => {
   let compared = 0;
   for (const name of ["hello", "steps", "sessions", "positions"]) {

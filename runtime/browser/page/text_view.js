@@ -18,6 +18,7 @@ export class TextView {
     this.gateway = null;
     this.model = null;
     this.running = null;
+    this.line = byId("load-state"); // says for which stage the page waits
     byId("load").addEventListener("click", () => this.load());
     byId("stop").addEventListener("click", () => this.running?.abort());
     byId("forget").addEventListener("click", () => this.forget());
@@ -79,6 +80,7 @@ export class TextView {
 
   async load() {
     const state = byId("load-state");
+    this.line = state;
     byId("load").disabled = true;
     const began = performance.now();
     try {
@@ -97,12 +99,24 @@ export class TextView {
       const carrierOf = (name) =>
         this.isRemote(name) ? counted(new HttpCarrier(stageUrl(name), { headers }), sent) : null;
       const onStep = (what) => (state.textContent = what);
-      const { pipeline, vectors } = await loadPipeline(this.bundle, { ort, carrierOf, onStep });
+      const onWait = (name) => this.wait(name);
+      const { pipeline, vectors } = await loadPipeline(this.bundle, { ort, carrierOf, onStep, onWait });
       this.model = { tokenizer, chat, pipeline, sent, text: pipeline.begin(), messages: [] };
       this.loaded({ seconds: (performance.now() - began) / 1000, golden, vectors, ort });
     } catch (failure) {
       state.replaceChildren(told(failure));
       byId("load").disabled = false;
+    }
+  }
+
+  /** Say which stage hasn't answered for some time. With null, show again what was there before. */
+  wait(name) {
+    const { line } = this;
+    if (name === null) line.textContent = line.dataset.before;
+    else {
+      line.dataset.before = line.textContent;
+      line.textContent = `Waiting for stage ${name} …`;
+      if (line !== byId("load-state")) byId("announcer").textContent = line.textContent;
     }
   }
 
@@ -148,6 +162,7 @@ export class TextView {
     const question = make("pre", { class: "plain question" }, written);
     const turn = make("div", { class: "turn" }, question, answer, numbers);
     byId("log").append(turn);
+    this.line = numbers;
     byId("prompt").value = "";
     this.start();
     const messages = [...model.messages, { role: "user", content: written }];
@@ -241,6 +256,16 @@ export class TextView {
   }
 }
 
+/** Say why a text ended, by what `generate` returns. */
+function whyEnded(ended, prompted, context) {
+  if (ended === "stop") return "The model ended the text.";
+  if (ended === "length") return "The text has the most new tokens of the settings.";
+  return prompted > context
+    ? `Nothing was written: the model’s context has ${plural(context, "token")}, and this text ${prompted}. `
+      + "Shorten it, or begin anew."
+    : `The text has filled the model’s context of ${plural(context, "token")}.`;
+}
+
 /** Say how closely golden vectors are reproduced, and which bound held. */
 function reproduced({ worst, most, name }, self) {
   const bound = most === Number.MAX_VALUE ? "no bound" : `at most ${most.toExponential(0)}`;
@@ -256,16 +281,6 @@ function counted(carrier, sent) {
       sent.frames += 1;
       sent.bytes += frame.length;
       const answer = await carrier.call(frame, signal);
-/** Say why a text ended, by what `generate` returns. */
-function whyEnded(ended, prompted, context) {
-  if (ended === "stop") return "The model ended the text.";
-  if (ended === "length") return "The text has the most new tokens of the settings.";
-  return prompted > context
-    ? `Nothing was written: the model’s context has ${plural(context, "token")}, and this text ${prompted}. `
-      + "Shorten it, or begin anew."
-    : `The text has filled the model’s context of ${plural(context, "token")}.`;
-}
-
       sent.back += answer.length;
       return answer;
     },

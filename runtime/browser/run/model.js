@@ -53,12 +53,14 @@ export async function loadText(bundle) {
  * @param {(shard: string) => object | null} options.carrierOf returns what brings frames to a stage, or null
  *   for one that is computed here
  * @param {(what: string) => void} [options.onStep] called with what comes next
+ * @param {(shard: string | null) => void} [options.onWait] called with the stage that hasn't answered for 2 s,
+ *   now or at a later step, and with null when this wait has ended
  * @param {AbortSignal} [options.signal]
  * @returns {Promise<{pipeline: Pipeline, vectors: object | null}>} `vectors`: what `checkStages` found; null
  *   for a bundle without golden vectors
  * @throws {BundleError} `peer.*`, `parity`, and what reading throws
  */
-export async function loadPipeline(bundle, { ort, carrierOf, onStep = () => {}, signal }) {
+export async function loadPipeline(bundle, { ort, carrierOf, onStep = () => {}, onWait = () => {}, signal }) {
   const { shards } = bundle.manifest;
   const stages = new Map();
   for (const { name, layers, embeds, head } of shards) {
@@ -72,7 +74,7 @@ export async function loadPipeline(bundle, { ort, carrierOf, onStep = () => {}, 
     const expected = {
       name, layers, fingerprint: bundle.fingerprint, width: bundle.architecture.hidden_size,
     };
-    const client = new StageClient(carrier, expected);
+    const client = new StageClient(carrier, expected, { onWait: (waits) => onWait(waits ? name : null) });
     await client.connect(signal); // before weights are read, which takes longer
     stages.set(name, client);
   }

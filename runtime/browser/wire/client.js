@@ -16,6 +16,8 @@ const MOST_REPLAYS = 10;
 /** How often a server may damage a frame, or answer something else, while it lives. */
 const MOST_DAMAGED = 3;
 const FIRST_CAPACITY = 256;
+/** Milliseconds without an answer after which a user is told. */
+const SILENCE = 2000;
 
 /** A refusal of the server, with what the client may do: `never`, `same`, `other` or `replay`. */
 function refused({ code, argument, expected, got, retry }, where) {
@@ -32,14 +34,16 @@ export class StageClient {
    * @param {import("./http_carrier.js").HttpCarrier} carrier
    * @param {{name: string, fingerprint: string, layers: number[], width: number}} expected from the own
    *   bundle
-   * @param {{encoding?: string, patience?: number}} [options] the encoding, if not the exact one (SB-X-007),
-   *   and the seconds after which a server that doesn't answer is given up
+   * @param {{encoding?: string, patience?: number, onWait?: (waits: boolean) => void}} [options] the
+   *   encoding, if not the exact one (SB-X-007); the seconds after which a server that doesn't answer is
+   *   given up; what is called after 2 s without an answer, and with false when this wait has ended
    */
-  constructor(carrier, expected, { encoding = null, patience = 30 } = {}) {
+  constructor(carrier, expected, { encoding = null, patience = 30, onWait = () => {} } = {}) {
     this.carrier = carrier;
     this.expected = expected;
     this.asked = encoding;
     this.patience = 1000 * patience;
+    this.onWait = onWait;
     this.welcome = null;
     this.where = `stage ${expected.name} at ${carrier.text}`;
   }
@@ -108,6 +112,21 @@ export class StageClient {
       const expected = `a frame of at most ${this.welcome.limits.message} bytes`;
       refuse("wire.size", this.where, expected, `${frame.length} bytes`);
     }
+    let told = false;
+    const timer = setTimeout(() => {
+      told = true;
+      this.onWait(true);
+    }, SILENCE);
+    try {
+      return await this.answerTo(frame, request, signal);
+    } finally {
+      clearTimeout(timer);
+      if (told) this.onWait(false);
+    }
+  }
+
+  /** Send a frame until its answer comes. */
+  async answerTo(frame, request, signal) {
     const until = Date.now() + this.patience;
     let wait = FIRST_WAIT;
     for (let damaged = 0; ; ) {
