@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,7 @@ def test_text_is_the_local_pipelines_and_none_of_it_leaves(
     text = make_text(page, PROMPT, 48)
     assert text == tokenizer.decode(new)
     assert "hidden states" in page.text("#sent")
+    assert "Hidden states leave" in page.text("#sent-about")
     assert "onnxruntime-web" in page.text("#loaded")
     sent = proxy.sent
     assert sum(each.count(b"SBW1") for each in sent) > 48
@@ -107,6 +109,13 @@ def test_it_works_by_keyboard_on_a_phone_and_in_the_dark(
         page.wait("document.querySelectorAll('.shards tbody').length === 3")
         assert page.run("document.documentElement.scrollWidth") <= 360
         assert page.run("crossOriginIsolated")
+        page.run("document.getElementById('open-panel').open = true")
+        widest = (
+            "Math.max(...[...document.querySelectorAll('#open-panel *')].map((e) => e.getBoundingClientRect().right))"
+        )
+        inside = "document.getElementById('open-panel').getBoundingClientRect().right"
+        assert page.run(widest) <= page.run(inside)
+        assert page.run("document.documentElement.scrollWidth") <= 360
         page.screenshot(tmp_path / "phone-bundle.png", whole=True)
         load(page)
         page.run("document.getElementById('temperature').value = 0")
@@ -195,7 +204,32 @@ def test_the_ends_alone_make_text_and_the_page_says_why_it_ended(
         assert page.text(".turn:last-child .ended").startswith(
             "Nothing was written: the model’s context has 256 tokens, and this text "
         )
+        stage.process.send_signal(signal.SIGSTOP)
+        page.run("document.getElementById('most').value = 4")
+        page.run("document.getElementById('prompt').focus()")
+        page.type(PROMPT)
+        page.click("#send")
+        page.wait("document.querySelector('.turn:last-child .numbers').textContent === 'Waiting for stage trunk …'")
+        stage.process.send_signal(signal.SIGCONT)
+        page.wait("document.querySelector('.turn:last-child[data-ended]')")
+        assert "4 tokens written" in page.text(".turn:last-child .numbers")
         assert page.problems == []
+
+
+def test_a_url_that_the_policy_blocks_is_told_with_the_option(
+    browser: Chromium, license_bundle: splitbundle.Bundle, tmp_path: Path
+) -> None:
+    with (
+        StageProcess(license_bundle.path, "trunk", "--threads", "1") as stage,
+        GatewayProcess(license_bundle.path, "--remote", f"trunk={stage.url}", cwd=tmp_path) as gateway,
+        browser.page(gateway.url) as page,
+    ):
+        page.wait("document.querySelectorAll('.shards tbody').length === 3")
+        page.run("document.getElementById('open-panel').open = true")
+        page.run("document.getElementById('url').value = 'https://files.example/some.splitbundle'")
+        page.run("document.getElementById('url-form').requestSubmit()")
+        page.wait("!document.getElementById('notice').hidden")
+        assert "--bundles-from https://files.example." in page.text("#notice")
 
 
 def test_a_key_is_asked_for(

@@ -27,7 +27,7 @@ function facts({ id, fingerprint, manifest, architecture }) {
   const rows = [
     ["Model", `${model.family}, ${many(model.parameters)} parameters in ${stored}`],
     ["Source", model.revision === null ? model.source : `${model.source}, ${model.revision}`],
-    ["Licence", model.license ?? "the source names none"],
+    ["License", model.license ?? "the source names none"],
     ["Shape", `${plural(layers.length, "layer")}, hidden size ${count(hiddenSize)}`],
     ["Vocabulary", plural(architecture.vocab_size, "token")],
     ["Context", model.context_length === null ? "no stated limit" : plural(model.context_length, "token")],

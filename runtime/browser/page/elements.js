@@ -68,7 +68,7 @@ export function told(failure) {
     make("code", {}, each.code), " ",
     ...placeOf(each),
     `expected ${each.expected}, got ${each.got}`,
-    each.hint ? make("span", { class: "advice" }, ` ${each.hint}.`) : null,
+    ...(each.hint ? [".", make("br"), make("span", { class: "advice" }, `${each.hint}.`)] : []),
   ));
   if (problems.length > 20) items.push(make("li", {}, `and ${problems.length - 20} more`));
   return make("ul", { class: "problems" }, ...items);

@@ -81,7 +81,11 @@ byId("open-gateway").addEventListener("click", openGateway);
 byId("url-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const url = byId("url").value;
-  open(new HttpSource(url.endsWith("/") ? url : `${url}/`), false);
+  const { origin } = new URL(url);
+  // A browser doesn't tell a page which of the two refused.
+  const hint = `That server must allow this page by CORS, and a gateway by --bundles-from ${origin}`;
+  const options = origin === location.origin ? {} : { hint };
+  open(new HttpSource(url.endsWith("/") ? url : `${url}/`, options), false);
 });
 byId("folder").addEventListener("change", () => {
   if (byId("folder").files.length) open(new FileListSource(byId("folder").files), true);

@@ -249,6 +249,7 @@ export class TextView {
   /** Say what left the browser. */
   account() {
     const { frames, bytes: out, back } = this.model.sent;
+    byId("sent-about").hidden = frames === 0;
     byId("sent").textContent = frames === 0
       ? "Nothing: every stage is computed here."
       : `${plural(frames, "frame")} with hidden states and positions: ${bytes(out)} out, `

@@ -13,10 +13,10 @@ export class HttpSource {
 
   /**
    * @param {string | URL} url of the bundle's directory
-   * @param {{fetch?: typeof fetch, headers?: Record<string, string>}} [options] `headers` go with each
-   *   request
+   * @param {{fetch?: typeof fetch, headers?: Record<string, string>, hint?: string | null}} [options]
+   *   `headers` go with each request; `hint` says what to do if the server can't be reached
    */
-  constructor(url, { fetch: own = (...request) => fetch(...request), headers = {} } = {}) {
+  constructor(url, { fetch: own = (...request) => fetch(...request), headers = {}, hint = null } = {}) {
     const base = new URL(url, globalThis.document?.baseURI);
     if (!base.pathname.endsWith("/")) {
       base.pathname += "/";
@@ -24,6 +24,7 @@ export class HttpSource {
     this.#base = base;
     this.#fetch = own;
     this.headers = headers;
+    this.hint = hint;
   }
 
   /** What a server gives is a file: HTTP knows neither links nor directories. A size is asked for once. */
@@ -94,7 +95,7 @@ export class HttpSource {
       // A compressed answer would have other ranges than the file.
       return await this.#fetch(url, { method, headers: { ...this.headers, ...headers }, cache: "no-cache" });
     } catch (error) {
-      throw new BundleError(problem("network", path, "an answer", error.message));
+      throw new BundleError(problem("network", path, "an answer", error.message, { hint: this.hint }));
     }
   }
 }
