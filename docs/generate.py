@@ -126,10 +126,11 @@ def _rows(parser: argparse.ArgumentParser, wanted: Callable[[str], bool]) -> Ite
 
 
 def error_codes() -> str:
-    """Return the table of the specification's section "Errors", cut into one table for each kind of code."""
+    """Return the tables of the specification's section "Errors" as one table for each kind of code."""
     text = (ROOT / "spec" / "v1" / "bundle.md").read_text("utf-8")
-    table = text.partition("\n| code | step | meaning |\n|---|---|---|\n")[2].partition("\n\n")[0]
-    rows = sorted(table.splitlines(), key=lambda row: list(GROUPS).index(_group(row)))
+    tables = text.split("\n| code | step | meaning |\n|---|---|---|\n")[1:]
+    found = [row for table in tables for row in table.partition("\n\n")[0].splitlines()]
+    rows = sorted(found, key=lambda row: list(GROUPS).index(_group(row)))
     parts = []
     for group, members in groupby(rows, _group):
         heading = f"## {GROUPS[group]}" + (f" (`{group}.*`)" if group else "")
