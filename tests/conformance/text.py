@@ -11,6 +11,9 @@ from typing import Any
 from conformance.case import TOKENIZER, Case, Draft
 
 
+_LONG_MAP = base64.b64encode((7).to_bytes(4, "little") + bytes(4) + b"x" * 1026).decode("ascii")
+
+
 def tokenizer_cases() -> Iterator[Case]:
     """Cases that the rules SB-T-003 to SB-T-008 refuse and accept. The small model has 24 token ids."""
 
@@ -188,6 +191,20 @@ def tokenizer_cases() -> Iterator[Case]:
             set_("normalizer", {"type": "Precompiled", "precompiled_charsmap": "A A="}),
             None,
             None,
+        ),
+        (
+            "charsmap-line-feed",
+            "a map with a line feed behind it isn't base64",
+            set_("normalizer", {"type": "Precompiled", "precompiled_charsmap": _LONG_MAP + "\n"}),
+            None,
+            None,
+        ),
+        (
+            "charsmap-rounded",
+            "a length that isn't a multiple of 4, and then 1,026 bytes",
+            set_("normalizer", {"type": "Precompiled", "precompiled_charsmap": _LONG_MAP}),
+            bad,
+            "/normalizer",
         ),
         ("truncated", "truncated JSON", lambda data: data[:-2], "json.syntax", None),
         ("utf16", "UTF-16", lambda data: data.decode("ascii").encode("utf-16"), "json.encoding", None),

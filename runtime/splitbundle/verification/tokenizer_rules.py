@@ -219,7 +219,7 @@ def _longest_replacement(charsmap: str) -> int:
     The map is the size of a trie in four bytes, the trie, and the texts, each with a zero byte at its end.
     """
     try:
-        data = base64.b64decode(charsmap)
+        data = base64.b64decode(charsmap, validate=True)
     except (binascii.Error, ValueError):  # the library refuses it
         return 1
     trie = int.from_bytes(data[:4], "little") // 4 * 4
