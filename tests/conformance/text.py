@@ -10,7 +10,6 @@ from typing import Any
 
 from conformance.case import TOKENIZER, Case, Draft
 
-
 _LONG_MAP = base64.b64encode((7).to_bytes(4, "little") + bytes(4) + b"x" * 1026).decode("ascii")
 
 
