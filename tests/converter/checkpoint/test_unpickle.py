@@ -141,7 +141,7 @@ def test_what_the_child_gets(pickled: Callable[..., Path], output: Path, monkeyp
     }
     assert found["environment"].keys() <= {
         *pickles.KEPT_VARIABLES, "HOME", "TMPDIR", "TEMP", "TMP", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
-        "CUDA_VISIBLE_DEVICES", "LC_CTYPE",
+        "CUDA_VISIBLE_DEVICES", "LC_CTYPE", "USERPROFILE",
     }  # fmt: skip
     assert found["environment"]["HOME"] == found["place"]
     assert (found["input"], found["isolated"], found["mode"] & 0o777) == ("", 1, 0o700)

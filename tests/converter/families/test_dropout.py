@@ -110,6 +110,6 @@ def test_the_rates_of_the_source() -> None:
     assert whole.manifest.model.dropout == dict.fromkeys(DROPOUT, 0.1)
     layer = whole.stage(layers=(1, 2), trainable=True, dropout="source").layers["1"]
     assert (layer.dropout, layer.attention.dropout) == ((0.1, 0.1), 0.1)
-    old = splitbundle.open(TESTS / "golden" / "v1.0" / "gpt2.splitbundle")
+    old = splitbundle.open(TESTS / "conformance" / "bundles" / "tiny.splitbundle")
     with pytest.raises(BundleError, match=r"dropout: expected rates for some of embedding, .* as this bundle has none"):
-        old.stage("trunk", trainable=True, dropout="source")
+        old.stage("top", trainable=True, dropout="source")
