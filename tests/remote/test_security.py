@@ -249,6 +249,10 @@ def _disorderly(url: str, seed: int, sessions: int) -> None:
     way.close()
 
 
+CLIENTS = 8
+"""Clients of a storm, at once."""
+
+
 def _counted(process: StageProcess) -> tuple[int, int, int]:
     """Return the threads, the file descriptors and the resident memory (KiB) of a server, from the system."""
     root = Path(f"/proc/{process.process.pid}")
@@ -279,7 +283,10 @@ def test_sessions_that_are_left_leave_nothing(every_cut: splitbundle.Bundle, ses
             time.sleep(0.5)
 
         def storm(number: int) -> None:
-            threads = [threading.Thread(target=_disorderly, args=(process.url, seed, number // 8)) for seed in range(8)]
+            threads = [
+                threading.Thread(target=_disorderly, args=(process.url, seed, number // CLIENTS))
+                for seed in range(CLIENTS)
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -292,7 +299,9 @@ def test_sessions_that_are_left_leave_nothing(every_cut: splitbundle.Bundle, ses
         after = _counted(process)
         assert metric("sessions") == metric("slots") == 0
         assert metric("expired_total") > 0
-        assert after[0] <= before[0] + 2, (before, after)
+        # A pool has as many threads as there were calls at once, which depends on the moment. A thread that a session
+        # leaves would be one for each of them.
+        assert after[0] <= before[0] + CLIENTS, (before, after)
         assert after[1] <= before[1] + 2, (before, after)
         assert after[2] <= before[2] * 1.1, (before, after)
         assert open_files() <= own + 4
