@@ -27,7 +27,7 @@ _DIRECTORY: Final = ".splitbundle"
 
 
 def is_path(path: str) -> bool:
-    """Return whether a manifest may list ``path``: relative, with ``/``, each part within the grammar."""
+    """Return whether a manifest may list ``path``: relative, with ``/``, each component within the grammar."""
     if path == CARD:
         return True
     parts = path.split("/")
@@ -61,13 +61,13 @@ def signature_path(name: str) -> str:
 
 
 def directory_name(model: str) -> str:
-    """Return the name of a bundle's directory that follows from the model's name: a part within the grammar."""
+    """Return the name of a bundle's directory that follows from the model's name: a component within the grammar."""
     lower = re.sub("[A-Z]+", lambda found: found[0].lower(), model)  # of ASCII alone, as the specification has it
     name = re.sub(r"[^a-z0-9._-]+", "-", lower)[:80].strip("-.") or "model"
     return name + _DIRECTORY if is_part(name + _DIRECTORY) else f"model-{name}{_DIRECTORY}"
 
 
 PATH_RULE: Final = (
-    "a relative path of at most 4 parts, each of a-z 0-9 . _ - (at most 100, not first . or -, not last .), "
+    "a relative path of at most 4 components, each of a-z 0-9 . _ - (at most 100, not first . or -, not last .), "
     "and no name that Windows reserves"
 )
