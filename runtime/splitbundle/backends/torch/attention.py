@@ -51,7 +51,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
         """Attend from each position to the positions it may see. *Shape:* (batch, sequence, hidden) -> the same."""
         facts_ = self.facts
-        queries, keys, values = self._project(x, positions)  # [B, S, H, D]
+        queries, keys, values = self.project(x, positions)  # [B, S, H, D]
         if facts_.query_temperature is not None:
             queries = queries * positions.temperature(facts_.query_temperature)
         # All else is computed in the order of the call, and gives the same bits wherever the rows lie in a cache.
@@ -86,7 +86,7 @@ class Attention(nn.Module):
             mixed = mixed * function(gate)
         return self.output(mixed.flatten(2))  # type: ignore[no-any-return]
 
-    def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Return the heads' queries, keys and values. *Shape:* (B, S, hidden) -> thrice (B, S, heads, head_dim)."""
         size, heads, kv_heads = self.facts.head_dim, self.facts.heads, self.facts.kv_heads
         wide = kv_heads * self.facts.value_size
@@ -95,19 +95,19 @@ class Attention(nn.Module):
             queries, keys, values = self.query(x), self.key(x), self.value(x)
         elif self.facts.query_key_norm is None:
             both, values = torch.split(joint, [(heads + kv_heads) * size, wide], dim=-1)
-            queries, keys = torch.split(self._heads(both, None, positions), [heads, kv_heads], dim=2)
-            return queries, keys, self._values(values)
+            queries, keys = torch.split(self.heads(both, None, positions), [heads, kv_heads], dim=2)
+            return queries, keys, self.values(values)
         else:
             queries, keys, values = torch.split(joint, [heads * size, kv_heads * size, wide], dim=-1)
-        queries, keys = self._heads(queries, self.query_norm, positions), self._heads(keys, self.key_norm, positions)
-        return queries, keys, self._values(values)
+        queries, keys = self.heads(queries, self.query_norm, positions), self.heads(keys, self.key_norm, positions)
+        return queries, keys, self.values(values)
 
-    def _values(self, x: Tensor) -> Tensor:
+    def values(self, x: Tensor) -> Tensor:
         """Clip and scale the values of the heads. *Shape:* (B, S, kv_heads · value_dim) -> (…, kv_heads, value_dim)."""
         x = split_heads(self._clip(x), self.facts.value_size)
         return x if self.facts.value_multiplier is None else x * self.facts.value_multiplier
 
-    def _heads(self, x: Tensor, norm: Norm | None, positions: Positions) -> Tensor:
+    def heads(self, x: Tensor, norm: Norm | None, positions: Positions) -> Tensor:
         """Clip, normalize and rotate the heads.
 
         *Shape:* (batch, sequence, heads · head_dim) -> (…, heads, head_dim).

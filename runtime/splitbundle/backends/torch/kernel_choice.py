@@ -51,8 +51,8 @@ reads a weight in bfloat16 faster if it is the left factor. The first kernel of 
 explains "int8pack", "columns" and "int4pack", and for which products a processor with AMX has a key of its own.
 
 The key "steps" says in how many steps a layer computes. With "few", linear layers that multiply the same input are one
-product where their weights lie side by side, and the RMSNorm of a single position takes three steps. With "torch",
-every module computes for itself.
+product where their weights lie side by side, the RMSNorm of a single position takes three steps, and a single token
+passes the usual layers without their modules (``one_token``). With "torch", every module computes for itself.
 """
 MEASURED: Final = ("float32/1", "float32/2-3", "bfloat16/1", "bfloat16/2-16")
 """The keys whose kernel is measured. For four rows and more, oneDNN was the fastest on every processor that was tried,

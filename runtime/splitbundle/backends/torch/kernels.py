@@ -11,12 +11,11 @@ torch's own choice is slow in two cases:
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -88,8 +87,9 @@ _dispatch_modes: Final = torch._C._len_torch_dispatch_stack
 _function_modes: Final = torch._C._len_torch_function_stack
 _transform: Final = torch._C._functorch.maybe_current_level
 _PLAIN: Final = (nn.Parameter, Tensor)
-_norm: Final = torch.linalg.vector_norm
 _STRIDED: Final = torch.strided
+_ROWS: Final = {torch.float32: "float32/1", torch.bfloat16: "bfloat16/1"}
+"""A dtype -> the key of its products with one row."""
 
 _ONEDNN: Final = _onednn()
 _SWITCHES: Final = _ONEDNN is not None and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
@@ -237,7 +237,7 @@ def with_kernels_for(
             if (
                 _SWITCHES
                 and dtype == torch.bfloat16
-                and (rows > 1 or (not codes and _is_plain(x) and _kernel("bfloat16/1") == GEMV))
+                and (rows > 1 or (not codes and is_plain_call(x) and _kernel("bfloat16/1") == GEMV))
             ):
                 call = object()
                 _switch.enter(call, rows)
@@ -294,24 +294,23 @@ def joint_kernel(x: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> st
     return TORCH if key is None or not _switch.allows_onednn() else _kernel(key)
 
 
-def rms_norm(x: Tensor, size: Sequence[int], weight: Tensor | None, eps: float) -> Tensor:
-    """Return x / √(mean(x²) + eps) · w, with the mean over the last dimension. *Shape:* (…, size), (size) -> (…, size).
+def kernel_of_one_row(x: Tensor) -> str | None:
+    """Return the kernel that multiplies this row by large weights of its dtype, or None if modules must compute.
 
-    torch computes eight steps, and two more in bfloat16. For a single position on the CPU, three and five are enough.
+    None says that something must see each operator, as in ``linear``, or that the choice of kernels has more steps.
+
+    *Shape:* x (…, inputs), all others 1.
     """
-    if (
-        weight is not None
-        and not torch.compiler.is_compiling()
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.numel() == size[0]
-        and _kernel(STEPS) == FEW
-        and _is_plain(x, weight)
-    ):
-        wide = x.float()
-        square = _norm(wide).item() ** 2 / size[0] + eps
-        if square > 0:
-            return (wide / math.sqrt(square)).mul_(weight).to(x.dtype)
-    return functional.rms_norm(x, size, weight, eps)
+    if torch.compiler.is_compiling() or _tracks() or x.dtype not in _ROWS or not _is_plain_input(x):
+        return None
+    if _kernel(STEPS) != FEW:
+        return None
+    return _kernel(_ROWS[x.dtype]) if _switch.allows_onednn() else TORCH
+
+
+def is_short(weight: Tensor) -> bool:
+    """Return whether one row's product with this weight is left to torch's usual kernel. *Shape:* (rows, columns)."""
+    return weight.shape[0] * weight.shape[1] < SMALL
 
 
 def can_fuse(x: Tensor) -> bool:
@@ -342,7 +341,7 @@ def _kernel_for(x: Tensor, weight: Tensor, *others: Tensor | None) -> str:
     if torch.compiler.is_compiling():
         return TORCH
     key = _key(x, weight.shape[0], weight.shape[1], weight.dtype)
-    if key is None or not _switch.allows_onednn() or not _is_plain(x, weight, *others):
+    if key is None or not _switch.allows_onednn() or not is_plain_call(x, weight, *others):
         return TORCH
     return _kernel(key)
 
@@ -359,7 +358,7 @@ def _key(x: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> str | None
     return "bfloat16/1" if scalars == inputs else "bfloat16/2-16"
 
 
-def _is_plain(x: Tensor, *others: Tensor | None) -> bool:
+def is_plain_call(x: Tensor, *others: Tensor | None) -> bool:
     """Return whether this is a plain product on the CPU.
 
     Gradients, transforms, compilers, modes and other tensor classes must see an operator that they know.

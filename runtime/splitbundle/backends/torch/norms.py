@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from splitbundle.backends.torch.kernels import rms_norm
+from splitbundle.backends.torch.rms_norms import rms_norm
 from splitbundle.format.architecture import norms as facts
 
 

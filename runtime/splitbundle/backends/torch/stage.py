@@ -18,6 +18,7 @@ from splitbundle.backends.torch.dropout import parse_dropout, set_dropout
 from splitbundle.backends.torch.joint import join
 from splitbundle.backends.torch.kernels import with_kernels_for
 from splitbundle.backends.torch.numpy_stage import NumpyStage
+from splitbundle.backends.torch.one_token import Steps, steps_of, through_layers
 from splitbundle.backends.torch.positions import Positions
 from splitbundle.backends.torch.quantized_modules import Codes
 from splitbundle.backends.torch.quantized_stages import is_code, use_quantized
@@ -67,6 +68,8 @@ class Stage(TensorStage, nn.Module):
             {str(i): Layer(architecture.kind_of(i), hidden, i) for i in range(*selection.layers)}
         )
         self.head = Head(architecture) if selection.head else None
+        self.one_token: Steps = {}
+        """The steps of the layers for one token. A stage that is loaded for computing alone has them."""
 
     def extra_repr(self) -> str:
         """Return the name and the layer range for ``repr``."""
@@ -214,6 +217,9 @@ class Stage(TensorStage, nn.Module):
             if self.embedding is None:
                 raise RuntimeError("a stage that embeds was built without its embedding")
             x = self.embedding(x, positions)
+        token = through_layers(self.layers, self.one_token, x, positions, cache)
+        if token is not None:
+            return token
         for layer in self.layers.values():
             if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
                 x = checkpoint(self._through_layer, layer, x, positions, use_reentrant=False)
@@ -343,5 +349,6 @@ def _load(
         assign(stage, mapped)
         if not trainable:
             join(stage.layers, tensors)
+            stage.one_token = steps_of(stage.layers)
         stages.append(stage)
     return stages
