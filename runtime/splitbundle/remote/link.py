@@ -10,6 +10,7 @@ from typing import Any, Final
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.remote.carrier import Lost
+from splitbundle.remote.copies import Connected
 from splitbundle.remote.history import History, Sent
 from splitbundle.remote.options import RemoteOptions
 from splitbundle.remote.peers import Peer, Peers, Refused
@@ -100,7 +101,7 @@ class _Attempt:
         self.refusals = 0
 
 
-class Link:
+class Link(Connected):
     """Computes calls of one stage on its servers. Threads may share it, with caches of their own."""
 
     def __init__(self, peers: Peers, options: RemoteOptions) -> None:
@@ -110,7 +111,7 @@ class Link:
             BundleError: ``peer.*``.
         """
         self._peers, self._options = peers, options
-        self._name = peers.expected.name
+        self.named = f"stage {peers.expected.name}"
         self._stateless: Peer | None
         self._stateless, self.welcome = peers.connected(until=time.monotonic() + options.timeout)
         self.encoding = options.wire or self.welcome.dtype
@@ -123,7 +124,7 @@ class Link:
         return ", ".join(peer.text for peer in self._peers.peers)
 
     def _refuse(self, code: str, expected: str, got: str) -> None:
-        raise BundleError(Problem(code=code, argument=f"stage {self._name}", expected=expected, got=got))
+        raise BundleError(Problem(code=code, argument=self.named, expected=expected, got=got))
 
     def run(self, call: Call, parts: Sequence[memoryview], cache: RemoteCache | None, sequence: int) -> memoryview:
         """Compute a call, and return the payload of the result.
@@ -214,7 +215,7 @@ class Link:
         if payload > self.room:
             problem = Problem(
                 code="wire.size",
-                argument=f"stage {self._name}",
+                argument=self.named,
                 expected=f"a call of at most {self.room} bytes, as the server takes",
                 got=f"{payload} bytes",
                 hint="Send fewer tokens in a call, or choose a narrower encoding",

@@ -9,6 +9,7 @@ from typing import NoReturn, TypeVar
 
 from splitbundle.errors import BundleError, Problem
 from splitbundle.remote.carrier import Lost
+from splitbundle.remote.copies import Trained
 from splitbundle.remote.options import RemoteOptions
 from splitbundle.remote.peers import Peers, Refused
 from splitbundle.wire import frames
@@ -30,7 +31,7 @@ from splitbundle.wire.messages import (
 Kind = TypeVar("Kind", bound=Answer)
 
 
-class TrainingLink:
+class TrainingLink(Trained):
     """Trains one stage on one server, whose weights they are."""
 
     def __init__(self, peers: Peers, options: RemoteOptions, encoding: str, width: int) -> None:
@@ -40,6 +41,7 @@ class TrainingLink:
             BundleError: ``train.refused`` for several servers: each would have weights of its own.
         """
         self._peers, self._options, self._encoding, self._width = peers, options, encoding, width
+        self.named = f"stage {peers.expected.name}"
         if len(peers.peers) > 1:
             self._refuse("train.refused", "one server: its weights move", f"{len(peers.peers)}")
         self._peer = peers.peers[0]
@@ -159,7 +161,7 @@ class TrainingLink:
         if self._in_doubt:
             expected, got = "step() again", "a call while nobody knows whether the last step was made"
             hint = "step() finds out, and makes it if it wasn't. Then let the other parts take it, too"
-            raise BundleError(Problem(code="train.gap", argument=self._where, expected=expected, got=got, hint=hint))
+            raise BundleError(Problem(code="train.gap", argument=self.named, expected=expected, got=got, hint=hint))
         before = self.number
         self._run = None
         answer, _ = self._ask(Train(), (), Training)
@@ -198,11 +200,7 @@ class TrainingLink:
         self._run = None
         expected = "a server that has computed every part of this step"
         hint = "No weight has moved: drop the gradients of the other parts, and compute the step again"
-        raise BundleError(Problem(code="train.lost", argument=self._where, expected=expected, got=got, hint=hint))
-
-    @property
-    def _where(self) -> str:
-        return f"stage {self._peers.expected.name}"
+        raise BundleError(Problem(code="train.lost", argument=self.named, expected=expected, got=got, hint=hint))
 
     def _refuse(self, code: str, expected: str, got: str) -> NoReturn:
-        raise BundleError(Problem(code=code, argument=self._where, expected=expected, got=got))
+        raise BundleError(Problem(code=code, argument=self.named, expected=expected, got=got))
