@@ -7,6 +7,7 @@ from typing import Final
 
 from splitbundle.cli.console import Command, Console, timed_notes
 from splitbundle.cli.remote_options import add_remote_arguments, remote_options
+from splitbundle.cli.second_signal import SecondSignalEnds
 from splitbundle.cli.web_options import add_access_arguments, add_end_arguments, check_access, listening, origin
 from splitbundle.opening import open_bundle
 from splitbundle.remote_stages import token_of_environment
@@ -56,16 +57,17 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         log=log,
         **listening(args),
     )
-    try:
-        server.start()
-        stages = ", ".join(relays)
-        console.text(f"{server.url} has the page, the bundle's files, and the way to {stages}; Ctrl-C ends it")
-        console.json({"ok": True, "url": server.url, "stages": list(relays), "bundle_id": bundle.id})
-        server.wait()
-    except KeyboardInterrupt:  # Ctrl-C and SIGTERM are how this command ends
-        console.note("ending: new frames are refused, and those that are answered end")
-    finally:
-        server.stop(args.grace)
+    with SecondSignalEnds():
+        try:
+            server.start()
+            stages = ", ".join(relays)
+            console.text(f"{server.url} has the page, the bundle's files, and the way to {stages}; Ctrl-C ends it")
+            console.json({"ok": True, "url": server.url, "stages": list(relays), "bundle_id": bundle.id})
+            server.wait()
+        except KeyboardInterrupt:  # Ctrl-C and SIGTERM are how this command ends
+            console.note("ending: new frames are refused, and those that are answered end")
+        finally:
+            server.stop(args.grace)
     return 0
 
 

@@ -13,6 +13,7 @@ from splitbundle.bundle import Bundle
 from splitbundle.cli import text_options
 from splitbundle.cli.arguments import number_of, positive, size, verify_when
 from splitbundle.cli.console import Command, Console, timed_notes
+from splitbundle.cli.second_signal import SecondSignalEnds
 from splitbundle.cli.web_options import add_access_arguments, add_end_arguments, check_access, listening, origin_or_any
 from splitbundle.errors import BundleError, Problem
 from splitbundle.opening import open_bundle
@@ -97,18 +98,21 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         log=timed_notes(console) if args.log else None,
         **listening(args),
     )
-    try:
-        if len(models) == 1:
-            with served.using(served.first.name):
-                pass  # loaded now, so that an error is seen now
-        server.start()
-        console.text(f"{server.url} answers for {', '.join(models)}; {server.url}/v1 is for clients; Ctrl-C ends it")
-        console.json({"ok": True, "url": server.url, "models": list(models)})
-        server.wait()
-    except KeyboardInterrupt:  # Ctrl-C and SIGTERM are how this command ends
-        console.note("ending: new requests are refused, and answers end")
-    finally:
-        server.stop(args.grace)
+    with SecondSignalEnds():
+        try:
+            if len(models) == 1:
+                with served.using(served.first.name):
+                    pass  # loaded now, so that an error is seen now
+            server.start()
+            console.text(
+                f"{server.url} answers for {', '.join(models)}; {server.url}/v1 is for clients; Ctrl-C ends it"
+            )
+            console.json({"ok": True, "url": server.url, "models": list(models)})
+            server.wait()
+        except KeyboardInterrupt:  # Ctrl-C and SIGTERM are how this command ends
+            console.note("ending: new requests are refused, and answers end")
+        finally:
+            server.stop(args.grace)
     return 0
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from splitbundle.backends.registry import BACKENDS
+from splitbundle.backends import registry
 from splitbundle.cli.arguments import (
     add_compute_arguments,
     add_strict_argument,
@@ -19,9 +19,10 @@ from splitbundle.cli.arguments import (
     verify_when,
 )
 from splitbundle.cli.console import Command, Console, timed_notes
+from splitbundle.cli.second_signal import FirstSignalEnds, SecondSignalEnds
 from splitbundle.errors import BundleError, Problem
 from splitbundle.opening import open_bundle
-from splitbundle.serving.stage_server import Budget, StageServer, Trainer
+from splitbundle.serving.stage_server import Budget, StageServer, Trainer, check_ends
 from splitbundle.storage import files
 
 _MAX_TOKEN_BYTES: Final = 2**20
@@ -92,7 +93,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how long a session lives without a message; by default {_DEFAULTS.lease:g}",
     )
     group = parser.add_argument_group("computing")
-    group.add_argument("--backend", choices=BACKENDS, help="by default torch if it is installed")
+    group.add_argument("--backend", choices=registry.BACKENDS, help="by default torch if it is installed")
     group.add_argument("--device", metavar="DEVICE", help="torch's name of a device, such as cuda")
     group.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="the dtype to compute in; by default the stored one"
@@ -141,6 +142,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     bundle = open_bundle(args.bundle, verify=verify_when(args), progress=console.transfer)
     given = {"device": args.device, "dtype": args.dtype, "threads": args.threads, "kernels": args.kernels}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    check_ends(bundle, args.shard, args.layers)
+    with FirstSignalEnds(console):
+        registry.module(args.backend or registry.installed_backend(), "served")
     server = StageServer(
         bundle,
         args.shard,
@@ -164,35 +168,37 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         **options,
     )
     stage = server.stage
-    try:
-        server.start()
-        console.text(
-            f"{server.url} computes {stage.name}, layers {stage.layer_range[0]} to {stage.layer_range[1] - 1}, with "
-            f"{stage.backend} in {server.service.served.dtype}; Ctrl-C ends it"
-        )
-        if args.listen[0] in ("0.0.0.0", "::"):  # noqa: S104  # compared, and not listened at
-            console.note("clients use a name or an address of this machine that its certificate has")
-        if server.status_url is not None:
-            console.text(f"{server.status_url}/healthz and /metrics say how it is")
-        console.json(
-            {
-                "ok": True,
-                "url": server.url,
-                "status_url": server.status_url,
-                "shard": stage.name,
-                "layers": list(stage.layer_range),
-                "fingerprint": stage.fingerprint,
-                "dtype": server.service.served.dtype,
-                "backend": stage.backend,
-            }
-        )
-        if server.service.training is not None:
-            console.note(f"the stage is trained; its last step is {server.service.training.number}")
-        server.wait()
-    except KeyboardInterrupt:  # Ctrl-C and SIGTERM are how this command ends
-        console.note("ending: new sessions are refused, and the step that is computed ends")
-    finally:
-        server.stop(args.grace)
+    with SecondSignalEnds():
+        try:
+            server.start()
+            start, stop = stage.layer_range
+            console.text(
+                f"{server.url} computes {stage.name}, layers {start} to {stop - 1}, with {stage.backend} in "
+                f"{server.service.served.dtype}; Ctrl-C ends it"
+            )
+            if args.listen[0] in ("0.0.0.0", "::"):  # noqa: S104  # compared, and not listened at
+                console.note("clients use a name or an address of this machine that its certificate has")
+            if server.status_url is not None:
+                console.text(f"{server.status_url}/healthz and /metrics say how it is")
+            console.json(
+                {
+                    "ok": True,
+                    "url": server.url,
+                    "status_url": server.status_url,
+                    "shard": stage.name,
+                    "layers": list(stage.layer_range),
+                    "fingerprint": stage.fingerprint,
+                    "dtype": server.service.served.dtype,
+                    "backend": stage.backend,
+                }
+            )
+            if server.service.training is not None:
+                console.note(f"the stage is trained; its last step is {server.service.training.number}")
+            server.wait()
+        except KeyboardInterrupt:  # Ctrl-C and SIGTERM are how this command ends
+            console.note("ending: new sessions are refused, and the step that is computed ends")
+        finally:
+            server.stop(args.grace)
     return 0
 
 

@@ -213,7 +213,9 @@ class StageServer:
         """
         self.service.drain()
         self._ended.set()
-        self._server.stop(grace).wait()
+        calls = self._server.stop(grace)
+        while not calls.wait(_WAKE):  # as above: a second signal ends a command that drains
+            pass
         self.service.stop()
         self._server.close()
         if self._begun:
