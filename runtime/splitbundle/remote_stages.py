@@ -114,7 +114,7 @@ def measure(address: str, remote_options: Mapping[str, Any], repeats: int) -> An
     wanted = remote.Expected(name="any", fingerprint=None, layers=None, width=None)
     peers = remote.Peers(address, wanted, options)
     try:
-        return remote.measure(peers.peers[0], repeats)
+        return remote.measure(peers.peers[0], repeats, options.timeout)
     except remote.Lost as lost:
         peers.peers[0].failed(lost.reason)
         raise peers.unreachable() from None

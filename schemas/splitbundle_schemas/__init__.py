@@ -25,6 +25,7 @@ NAMES: Final = (
     "problems",
     "adapter-config",
     "gateway",
+    "peers",
 )
 """The names of the schemas."""
 

@@ -8,11 +8,27 @@ from typing import Any, Final
 from splitbundle import remote_stages
 from splitbundle.cli.arguments import number_in, number_of
 from splitbundle.cli.console import Command, Console
-from splitbundle.cli.exit_status import exit_status
-from splitbundle.errors import BundleError
+from splitbundle.cli.exit_status import NETWORK, NOT_VERIFIED, OK, exit_status
+from splitbundle.cli.words import in_command
+from splitbundle.errors import BundleError, MissingExtra, Problem
 from splitbundle.opening import open_bundle
+from splitbundle.records import replace
 
 _REPEATS: Final = 20
+_HINTS: Final = {
+    "peer.unreachable": "Look whether splitbundle serve-stage runs there, at the port, and at the firewall between; "
+    "--timeout waits longer",
+    "peer.identity": "Give --tls a directory with the server's ca.pem and the certificate of this machine, or "
+    "SPLITBUNDLE_STAGE_TOKEN a token that the server knows",
+    "peer.protocol": "Install the same version of splitbundle on both sides",
+    "peer.fingerprint": "Give --bundle the bundle from which the server was started",
+    "peer.layers": "Give --shard the shard that the server computes",
+    "server.full": "Ask again later, or start the server with more --slots and --sessions",
+    "server.draining": "The server is ending: ask again when it has started anew",
+    "server.failed": "Read the server's stderr: serve-stage --log names each refusal",
+    "parity": "Don't compute with this server. Run splitbundle verify --run on its machine, with its bundle",
+}
+"""A code -> what to do next."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +54,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number_in(0.1, 3600),
         default=10.0,
         metavar="SECONDS",
-        help="how long to wait for a server; by default 10",
+        help="how long to wait for each answer of a server; by default 10",
     )
     parser.add_argument(
         "--insecure", action="store_true", help="allow grpc:// to another machine: anybody on the way can read it"
@@ -48,25 +64,61 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace, console: Console) -> int:
     if (args.shard is None) != (args.bundle is None):
         args.parser.error("--bundle and --shard go together")
+    for address in args.addresses:
+        _check_address(address, insecure=args.insecure)
     bundle = None if args.bundle is None else open_bundle(args.bundle, progress=console.transfer)
-    options = {"tls": args.tls, "timeout": args.timeout, "insecure": args.insecure or None}
-    status, failed = 0, None
+    if bundle is not None:
+        bundle.select(args.shard)
+    options = {
+        "tls": args.tls,
+        "timeout": args.timeout,
+        "step_timeout": args.timeout,
+        "insecure": args.insecure or None,
+    }
+    failed: list[BundleError] = []
     documents: list[dict[str, Any]] = []
     for address in args.addresses:
+        document: dict[str, Any] = {"address": address, "ok": True}
         try:
             measured = remote_stages.measure(address, options, args.repeats)
-            document = _show(console, address, measured)
+            document |= _show(console, address, measured)
             if bundle is not None:
                 document["golden"] = _golden(console, remote_stages.check(bundle, args.shard, address, options))
+        except MissingExtra:
+            raise
         except BundleError as error:
-            console.text(f"{address}: {error.problems[0]}")
-            document = {"address": address, "ok": False, "problems": [each.as_json() for each in error.problems]}
-            failed = failed or error
+            found = BundleError(_with_hint(problem) for problem in error.problems)
+            for problem in found.problems:
+                console.error(f"{address}: {problem}")
+            document |= {"ok": False, "problems": [each.as_json() for each in found.problems]}
+            failed.append(error)
         documents.append(document)
-    if failed is not None:
-        status = exit_status(failed)
-    console.json({"ok": failed is None, "peers": documents})
-    return status
+    problems = [each for document in documents for each in document.get("problems", ())]
+    console.json({"ok": not failed, **({"problems": problems} if failed else {}), "peers": documents})
+    return _status([exit_status(error) for error in failed])
+
+
+def _check_address(address: str, *, insecure: bool) -> None:
+    """Refuse a wrong address before anything is asked, as the others would be measured for nothing."""
+    from splitbundle.remote.address import parse_address
+
+    try:
+        parse_address(address, insecure=insecure)
+    except BundleError as error:
+        raise BundleError(
+            replace(each, code="usage.arguments", argument="ADDRESS") for each in error.problems
+        ) from None
+
+
+def _with_hint(problem: Problem) -> Problem:
+    """Return a problem with what to do next, in the words of the command."""
+    hint = _HINTS.get(problem.code)
+    return in_command(problem) if hint is None else replace(problem, hint=hint)
+
+
+def _status(found: list[int]) -> int:
+    """Return the status of the command: wrong numbers weigh more than a server that isn't reached."""
+    return next((each for each in (NOT_VERIFIED, NETWORK) if each in found), found[0] if found else OK)
 
 
 def _show(console: Console, address: str, measured: Any) -> dict[str, Any]:
@@ -88,8 +140,6 @@ def _show(console: Console, address: str, measured: Any) -> dict[str, Any]:
     ]
     console.table(("tokens", "bytes", "ms", "wire", "queue", "compute"), rows)
     return {
-        "address": address,
-        "ok": True,
         "layers": [start, stop],
         "fingerprint": welcome.fingerprint,
         "backend": welcome.backend,

@@ -14,7 +14,6 @@ from splitbundle.wire.messages import PROTOCOL, Hello, Ran, Run, Welcome
 
 TOKENS: Final = (1, 64)
 """The tokens of the steps: one of decoding, and a short prompt."""
-_PATIENCE: Final = 60.0
 
 
 @record(frozen=True, slots=True, kw_only=True)
@@ -47,24 +46,29 @@ class Measured:
     hops: tuple[Hop, ...]
 
 
-def measure(peer: Peer, repeats: int) -> Measured:
+def measure(peer: Peer, repeats: int, timeout: float) -> Measured:
     """Measure a server. The first message of each kind isn't counted, because it connects or warms up.
+
+    Args:
+        peer: the server.
+        repeats: how often to measure a message.
+        timeout: the seconds to wait for each answer.
 
     Raises:
         Lost: the server doesn't answer.
         BundleError: ``peer.*``, and what the server refuses.
     """
-    welcome = peer.connect(_PATIENCE)
+    welcome = peer.connect(timeout)
     times: list[float] = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        peer.ask(Hello(protocol=PROTOCOL, fingerprint=None, layers=None), (), _PATIENCE)
+        peer.ask(Hello(protocol=PROTOCOL, fingerprint=None, layers=None), (), timeout)
         times.append((time.perf_counter() - began) * 1e6)
-    hops = tuple(_hop(peer, welcome, tokens, repeats) for tokens in TOKENS)
+    hops = tuple(_hop(peer, welcome, tokens, repeats, timeout) for tokens in TOKENS)
     return Measured(welcome=welcome, hello=statistics.median(times[1:]), hops=hops)
 
 
-def _hop(peer: Peer, welcome: Welcome, tokens: int, repeats: int) -> Hop:
+def _hop(peer: Peer, welcome: Welcome, tokens: int, repeats: int, timeout: float) -> Hop:
     size = payload_bytes(welcome.dtype, tokens, welcome.width)
     message = Run(
         session=None,
@@ -79,7 +83,7 @@ def _hop(peer: Peer, welcome: Welcome, tokens: int, repeats: int) -> Hop:
     found: list[tuple[float, int, int]] = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        answer, _payload = peer.exchange(message, frame, _PATIENCE)
+        answer, _payload = peer.exchange(message, frame, timeout)
         if not isinstance(answer, Ran):
             raise RuntimeError("exchange returned another kind of answer")
         found.append(((time.perf_counter() - began) * 1e6, answer.queued, answer.computed))

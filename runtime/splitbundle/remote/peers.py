@@ -74,7 +74,7 @@ class Peer:
         return f"stage {self._expected.name} at {self.text}"
 
     def connect(self, timeout: float) -> Welcome:
-        """Ask the server what it is, and compare it with what the client wants.
+        """Ask the server what it is, in at most ``timeout`` seconds, and compare it with what the client wants.
 
         Raises:
             Lost: it doesn't answer.
@@ -83,7 +83,7 @@ class Peer:
         expected = self._expected
         hello = Hello(protocol=PROTOCOL, fingerprint=expected.fingerprint, layers=expected.layers)
         try:
-            welcome, _ = self.ask(hello, (), min(timeout, PROBE))
+            welcome, _ = self.ask(hello, (), timeout)
         except Refused as refused:
             (problem,) = refused.problems
             if not problem.code.startswith("peer."):
@@ -233,7 +233,7 @@ class Peers:
             wrong: list[BundleError] = []
             for peer in ready:
                 try:
-                    welcome = peer.connect(max(until - time.monotonic(), 0.05))
+                    welcome = peer.connect(min(max(until - time.monotonic(), 0.05), PROBE))
                 except Lost as lost:
                     peer.failed(lost.reason)
                     continue
