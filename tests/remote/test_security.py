@@ -75,7 +75,11 @@ def test_a_client_of_the_group_computes(every_cut: splitbundle.Bundle, server: S
 
 
 @pytest.mark.parametrize("who", ["stranger", "nobody", "server", "unknown authority", "without TLS"])
-def test_others_are_refused(every_cut: splitbundle.Bundle, server: StageServer, group: Path, who: str) -> None:
+def test_others_are_refused(
+    every_cut: splitbundle.Bundle, server: StageServer, group: Path, who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A client refuses its own certificate before it connects, if it is a server's. Here the server has to.
+    monkeypatch.setattr("splitbundle.remote.peers.check_purpose", lambda *_: None)
     mixed = group / "mixed"  # it believes the server, which doesn't believe it
     if not mixed.exists():
         shutil.copytree(group / "strangers" / "clients" / "alice", mixed)

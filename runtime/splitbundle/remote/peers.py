@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 from splitbundle import logs
@@ -15,6 +16,7 @@ from splitbundle.remote.carrier import Carrier, Lost
 from splitbundle.remote.channel import Channel
 from splitbundle.remote.options import RemoteOptions
 from splitbundle.remote.tls_files import read_identity
+from splitbundle.remote.tls_purpose import check_purpose
 from splitbundle.wire import frames
 from splitbundle.wire.messages import ANSWERS, PROTOCOL, Answer, Failure, Forward, Hello, Ran, Request, Run, Welcome
 
@@ -272,6 +274,8 @@ class Peers:
 def _channel(text: str, options: RemoteOptions) -> Channel:
     address = parse_address(text, insecure=options.insecure)
     identity = None if options.tls is None else read_identity(options.tls)
+    if options.tls is not None and identity is not None and identity.certificate is not None:
+        check_purpose(Path(options.tls), "client")
     return Channel(address, identity if address.secure else None, options.token)
 
 

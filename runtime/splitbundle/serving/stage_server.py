@@ -141,6 +141,7 @@ class StageServer:
         """
         try:
             from splitbundle.remote.tls_files import read_identity
+            from splitbundle.remote.tls_purpose import check_purpose
             from splitbundle.serving.grpc_server import GrpcServer
             from splitbundle.serving.revoked import RevokedCertificates
         except ModuleNotFoundError as error:
@@ -153,6 +154,8 @@ class StageServer:
         identity = None if tls is None else read_identity(tls)
         if identity is not None and identity.certificate is None:
             raise wrong_argument("tls", "a directory with cert.pem and key.pem", "ca.pem alone")
+        if tls is not None:
+            check_purpose(Path(tls), "server")
         self.service = load_service(bundle, name, layers, backend, given, trainer=trainer, log=log, **options)
         self.stage: Any = self.service.served.stage
         revoked = None if tls is None else RevokedCertificates(Path(tls))
