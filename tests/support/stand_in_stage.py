@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from splitbundle.errors import BundleError, Problem
+from splitbundle.serving.quotas import Quota
 from splitbundle.serving.stage_service import Served, StageService
 from splitbundle.wire import frames
 from splitbundle.wire.messages import Limits, Message
@@ -183,11 +184,12 @@ def service(
     trains: bool = True,
     max_bytes: int = 2**20,
     slot_bytes: int = 8,
+    quota: Quota | None = None,
     log: Callable[[str], None] | None = None,
 ) -> tuple[StageService, ServedStandIn, Clock]:
     """Return a service of the stage, the stage, and its clock."""
     served, clock = ServedStandIn(), Clock()
-    offer = Served(bundle=BUNDLE, limits=limits, max_bytes=max_bytes, slot_bytes=slot_bytes)
+    offer = Served(bundle=BUNDLE, limits=limits, max_bytes=max_bytes, slot_bytes=slot_bytes, quota=quota)
     training = StandInTraining(served) if trains else None
     return StageService(served, offer, training=training, clock=clock, log=log), served, clock
 

@@ -24,6 +24,7 @@ _HINTS: Final = {
     "peer.fingerprint": "Give --bundle the bundle from which the server was started",
     "peer.layers": "Give --shard the shard that the server computes",
     "server.full": "Ask again later, or start the server with more --slots and --sessions",
+    "server.quota": "End sessions of this client, or start the server with a larger --max-sessions-per-client",
     "server.draining": "The server is ending: ask again when it has started anew",
     "server.failed": "Read the server's stderr: serve-stage --log names each refusal",
     "parity": "Don't compute with this server. Run splitbundle verify --run on its machine, with its bundle",

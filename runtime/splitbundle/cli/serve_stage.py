@@ -86,6 +86,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--memory", type=size, metavar="SIZE", help="the memory of all caches, such as 2GiB")
     group.add_argument(
+        "--max-sessions-per-client",
+        type=positive,
+        metavar="N",
+        help="the sessions that one client may have at once; by default as many as there are",
+    )
+    group.add_argument(
+        "--max-memory-per-client",
+        type=size,
+        metavar="SIZE",
+        help="the memory of the caches of one client; by default as much as there is",
+    )
+    group.add_argument(
         "--lease",
         type=number_in(0.1, 86400),
         metavar="SECONDS",
@@ -160,6 +172,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             rows=args.rows,
             shared_rows=args.shared_rows,
             max_bytes=args.memory,
+            sessions_per_client=args.max_sessions_per_client,
+            bytes_per_client=args.max_memory_per_client,
             lease=args.lease,
         ),
         trainer=_trainer(args) if args.trainable else None,

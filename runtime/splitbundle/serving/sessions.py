@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
+from splitbundle.serving.quotas import Quota, Quotas
 from splitbundle.serving.refusals import Refusal, unknown
 from splitbundle.serving.shared_cache import LEAST_CAPACITY, SharedCache, SharedRows
 from splitbundle.wire.messages import Limits
@@ -53,6 +54,7 @@ class Sessions:
         slot_bytes: int,
         shared_rows: int = 0,
         architecture: Any = None,
+        quota: Quota | None = None,
     ) -> None:
         """Make an empty table.
 
@@ -63,6 +65,7 @@ class Sessions:
             slot_bytes: the bytes of a slot.
             shared_rows: the rows of the cache that sessions share; 0 for none.
             architecture: the model's architecture, for a shared cache.
+            quota: what one client may hold of all this; None for all of it.
         """
         self._limits, self._clock = limits, clock
         self._most = min(limits.slots, max_bytes // max(slot_bytes, 1))
@@ -70,6 +73,7 @@ class Sessions:
         self._shared: SharedCache | None = None
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
+        self.quotas = Quotas(Quota() if quota is None else quota, slot_bytes)
         self._reserved = self._kept_bytes = self._opening = 0
         self.expired = 0
         """The number of sessions whose lease ran out."""
@@ -86,7 +90,8 @@ class Sessions:
         """Reserve the slots of a session, and make its cache.
 
         Raises:
-            Refusal: ``server.full``; ``session.capacity`` for more rows or slots than the limits allow at all.
+            Refusal: ``server.full``, ``server.quota``; ``session.capacity`` for more rows or slots than the limits
+                allow at all.
             BundleError: what ``make`` raises.
         """
         limits = self._limits
@@ -96,9 +101,14 @@ class Sessions:
         with self._lock:
             if len(self._sessions) + self._opening >= limits.sessions:
                 raise Refusal("server.full", "sessions", f"at most {limits.sessions} sessions", "one more", "other")
-            cache: Any = self._shared_rows_for(rows, capacity, make)
-            own = 0 if cache is not None else rows * capacity
-            self._reserve(own)
+            self.quotas.take(owner, sessions=1, slots=rows * capacity)
+            try:
+                cache: Any = self._shared_rows_for(rows, capacity, make)
+                own = 0 if cache is not None else rows * capacity
+                self._reserve(own)
+            except BaseException:
+                self.quotas.give_back(owner, sessions=1, slots=rows * capacity)
+                raise
             self._opening += 1
         try:
             cache = make(rows, capacity) if cache is None else cache
@@ -106,6 +116,7 @@ class Sessions:
             with self._lock:
                 self._opening -= 1
                 self._reserved -= own
+                self.quotas.give_back(owner, sessions=1, slots=rows * capacity)
             raise
         session = Session(secrets.token_hex(ID_BYTES), owner, cache, rows, capacity, self._clock() + limits.lease)
         session.reserved = own
@@ -142,17 +153,23 @@ class Sessions:
         """Reserve more slots for a session. The caller holds its lock, and then grows the cache.
 
         Raises:
-            Refusal: ``server.full``, ``session.capacity``.
+            Refusal: ``server.full``, ``server.quota``, ``session.capacity``.
         """
         if not session.capacity <= capacity <= self._limits.capacity:
             expected = f"{session.capacity} to {self._limits.capacity} slots"
             raise Refusal("session.capacity", "capacity", expected, f"{capacity}")
+        more = session.rows * (capacity - session.capacity)
         with self._lock:
-            if isinstance(session.cache, SharedRows):
-                self._grow_shared(session, session.cache.shared, capacity)
-            else:
-                self._reserve(session.rows * (capacity - session.capacity))
-                session.reserved = session.rows * capacity
+            self.quotas.take(session.owner, slots=more)
+            try:
+                if isinstance(session.cache, SharedRows):
+                    self._grow_shared(session, session.cache.shared, capacity)
+                else:
+                    self._reserve(more)
+                    session.reserved = session.rows * capacity
+            except BaseException:
+                self.quotas.give_back(session.owner, slots=more)
+                raise
             session.capacity = capacity
 
     def _grow_shared(self, session: Session, shared: SharedCache, capacity: int) -> None:
@@ -168,9 +185,11 @@ class Sessions:
 
     def shrink(self, session: Session, capacity: int) -> None:
         """Give back slots that ``grow`` reserved, where the step was refused after all."""
+        less = session.rows * (session.capacity - capacity)
         with self._lock:
+            self.quotas.give_back(session.owner, slots=less)
             if not isinstance(session.cache, SharedRows):  # a shared cache keeps what it has
-                self._reserved -= session.rows * (session.capacity - capacity)
+                self._reserved -= less
                 session.reserved = session.rows * capacity
             session.capacity = capacity
 
@@ -235,6 +254,7 @@ class Sessions:
         if not session.ended:
             session.ended = True
             del self._sessions[session.name]
+            self.quotas.give_back(session.owner, sessions=1)
             self._kept_bytes -= session.kept_bytes
             session.request = session.answer = b""
             if not session.steps_waiting:  # otherwise a step may hold the cache, and its slots aren't free
@@ -242,6 +262,7 @@ class Sessions:
 
     def _free(self, session: Session) -> None:
         self._reserved -= session.reserved
+        self.quotas.give_back(session.owner, slots=session.rows * session.capacity)
         cache, session.cache = session.cache, None  # at once, and not when the last reference to the session goes
         if isinstance(cache, SharedRows):
             cache.shared.release(cache)

@@ -13,6 +13,7 @@ from splitbundle.errors import BundleError, MissingExtra, Problem, quoted, wrong
 from splitbundle.integers import as_integer, as_number
 from splitbundle.planning.costs import bundle_costs
 from splitbundle.records import record
+from splitbundle.serving.quotas import Quota
 from splitbundle.serving.stage_service import Served, StageService
 from splitbundle.serving.status_server import StatusServer
 from splitbundle.wire.frames import MAX_FRAME
@@ -30,7 +31,8 @@ DEFAULT_CAPACITY: Final = 2**20
 _MOST: Final = {
     **dict.fromkeys(("slots", "sessions", "tickets"), 2**40),
     **dict.fromkeys(("rows", "shared_rows"), MAX_ROWS),
-    "max_bytes": 2**60,
+    **dict.fromkeys(("max_bytes", "bytes_per_client"), 2**60),
+    "sessions_per_client": 2**40,
     "message": MAX_FRAME,
 }
 _LEAST: Final = {"message": MAX_BYTES + 2**10, "shared_rows": 0}
@@ -57,6 +59,10 @@ class Budget:
     in pieces between them. A client that is alone gets the same bits as without it; 0 for no such cache."""
     max_bytes: int | None = None
     """The bytes that the caches of all sessions may take; None for what the slots take."""
+    sessions_per_client: int | None = None
+    """The most sessions of one client; None for as many as there are."""
+    bytes_per_client: int | None = None
+    """The bytes that the caches of one client's sessions may take; None for as many as there are."""
     message: int = MAX_FRAME
     """The longest message, in bytes."""
     tickets: int = 64
@@ -335,4 +341,12 @@ def _offer(bundle: Bundle, stage: Any, dtype: str, budget: Budget) -> Served:
         lease=budget.lease,
     )
     most = budget.slots * slot if budget.max_bytes is None else budget.max_bytes
-    return Served(bundle=bundle.id, limits=limits, max_bytes=most, slot_bytes=slot, shared_rows=budget.shared_rows)
+    quota = Quota(sessions=budget.sessions_per_client, max_bytes=budget.bytes_per_client)
+    return Served(
+        bundle=bundle.id,
+        limits=limits,
+        max_bytes=most,
+        slot_bytes=slot,
+        shared_rows=budget.shared_rows,
+        quota=quota,
+    )

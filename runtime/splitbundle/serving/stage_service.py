@@ -18,6 +18,7 @@ from splitbundle.errors import BundleError, Problem
 from splitbundle.records import record
 from splitbundle.serving.computing import Computing, Stopped
 from splitbundle.serving.histogram import Histogram
+from splitbundle.serving.quotas import Quota
 from splitbundle.serving.refusals import Refusal, compare, draining, retry_of, unknown
 from splitbundle.serving.sessions import Session, Sessions
 from splitbundle.serving.stage_steps import StageSteps
@@ -76,6 +77,8 @@ class Served:
     """The bytes of a slot in the stage's caches."""
     shared_rows: int = 0
     """The rows of the cache that sessions share; 0 for none."""
+    quota: Quota | None = None
+    """What one client may hold; None for all that the server has."""
 
 
 class StageService:
@@ -120,6 +123,7 @@ class StageService:
             slot_bytes=offer.slot_bytes,
             shared_rows=offer.shared_rows,
             architecture=stage.architecture,
+            quota=offer.quota,
         )
         self.training = None if training is None else TrainingRuns(training, served, offer.limits, clock)
         self.draining = False
