@@ -185,7 +185,7 @@ def test_narrow_dtypes_are_exact(every_cut: splitbundle.Bundle, dtype: str) -> N
 def test_a_prompt_above_the_longest_message_goes_in_pieces(every_cut: splitbundle.Bundle) -> None:
     from splitbundle.serving.stage_server import Budget
 
-    with StageServer(every_cut, "trunk-2", budget=Budget(message=2**16 + 8 + 8 * 384)) as server, torch.no_grad():
+    with StageServer(every_cut, "trunk-2", budget=Budget(message=2**17 + 8 + 8 * 384)) as server, torch.no_grad():
         far, near = every_cut.stage("trunk-2", remote=server.url), every_cut.stage("trunk-2", kernels="torch")
         hidden = torch.randn(1, 30, 96)
         with pytest.raises(BundleError, match=r"\[wire.size\]"):

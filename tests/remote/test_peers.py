@@ -28,7 +28,7 @@ from tests.support.paths import TESTS
 EXPECTED = Expected(
     name="trunk", fingerprint=stand_in_stage.FINGERPRINT, layers=stand_in_stage.LAYERS, width=stand_in_stage.WIDTH
 )
-LIMITS = replace(stand_in_stage.LIMITS, message=2**17, slots=1024, sessions=64)
+LIMITS = replace(stand_in_stage.LIMITS, message=2**17 + 2**16, slots=1024, sessions=64)
 
 
 class FakeChannel:

@@ -199,10 +199,10 @@ def test_another_address_needs_tls(every_cut: splitbundle.Bundle, host: str) -> 
 
 
 def test_frames_that_are_too_long(every_cut: splitbundle.Bundle) -> None:
-    with StageServer(every_cut, SHARD, budget=Budget(message=2**17)) as server:
+    with StageServer(every_cut, SHARD, budget=Budget(message=2**18)) as server:
         way = channel(server, None)
         with pytest.raises(BundleError, match=r"\[wire.size\]"):
-            way.call(bytes(2**17 + 1), 10.0)
+            way.call(bytes(2**18 + 1), 10.0)
         assert not server.service.counts  # gRPC doesn't take it into memory
         assert ask(way, Hello(protocol=PROTOCOL, fingerprint=None, layers=None)).op == "welcome"
 

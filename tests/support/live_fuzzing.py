@@ -31,7 +31,7 @@ from tests.support.paths import TESTS
 
 BUNDLE: Final = TESTS / "golden" / "v1.0" / "gpt2.splitbundle"
 LEASE: Final = 1.0
-BUDGET: Final = Budget(slots=512, sessions=16, rows=4, message=2**17, tickets=4, lease=LEASE)
+BUDGET: Final = Budget(slots=512, sessions=16, rows=4, message=2**18, tickets=4, lease=LEASE)
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 METHOD: Final = "/splitbundle.v1.Stage/Call"
 STREAM: Final = "/splitbundle.v1.Stage/Stream"

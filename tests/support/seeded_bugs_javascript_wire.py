@@ -77,7 +77,7 @@ EXCHANGING: Final = (
     bug(
         "headers of any length",
         f"{WIRE}/frames.js",
-        "export const MOST_HEADER = 2 ** 16;",
+        "export const MOST_HEADER = 2 ** 17;",
         "export const MOST_HEADER = 2 ** 24;",
         "wire/reject/header-too-long",
     ),

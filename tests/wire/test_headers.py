@@ -13,8 +13,8 @@ import pytest
 import splitbundle_schemas
 from splitbundle.errors import BundleError
 from splitbundle.records import types
-from splitbundle.wire import headers
-from splitbundle.wire.messages import ANSWERS, KINDS, Limits
+from splitbundle.wire import frames, headers
+from splitbundle.wire.messages import ANSWERS, KINDS, Limits, Run
 from tests.support.paths import ROOT, TESTS
 
 TEXT = (ROOT / "spec" / "v1" / "wire.md").read_text("utf-8")
@@ -86,6 +86,104 @@ def test_the_limits_agree() -> None:
     fields, own = table("Object", "limits"), SCHEMA["$defs"]["limits"]
     assert list(fields) == list(types(Limits)) == list(own["properties"]) == own["required"]
     assert own["additionalProperties"] is False
+
+
+# The ranges of numbers.
+
+
+def ranges() -> dict[str, tuple[float, float]]:
+    """Return the name of a field, or "open.rows" -> the range that the document gives it."""
+    rule = TEXT.partition("**[SB-X-033]**")[2]
+    body = rule.partition("| field | from | to |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    found: dict[str, tuple[float, float]] = {}
+    for row in body.splitlines():
+        fields, least, most = (cell.strip() for cell in row.strip("|").split("|"))
+        low, high = (_number(cell.removeprefix("above ")) for cell in (least, most))
+        names = re.findall(r"`([a-z_]+)`", fields.partition(" in `")[0])
+        if "`limits`" in fields:
+            names = [*names[:-1], *(f"limits.{name}" for name in types(Limits) if name != "lease")]
+        found |= {f"open.{name}" if fields.endswith("in `open`") else name: (low, high) for name in names}
+    return found
+
+
+def _number(text: str) -> float:
+    power = re.fullmatch(r"(\d+)\^(−?\d+)( − 1)?", text)
+    if power is None:
+        return float(text.replace(",", ""))
+    return float(f"1e{power[2].replace('−', '-')}") if power[1] == "10" else 2 ** int(power[2]) - bool(power[3])
+
+
+def numbers() -> list[tuple[str, str, dict[str, Any]]]:
+    """Return each kind, its fields with numbers, and the schema of the number."""
+    found = []
+    for op in KINDS:
+        for name, own in SCHEMA["$defs"][op]["properties"].items():
+            for each in own.get("anyOf", [own]):
+                inner = SCHEMA["$defs"][each["$ref"].rpartition("/")[2]] if "$ref" in each else each
+                if name == "limits":
+                    found += [(op, f"limits.{key}", value) for key, value in inner["properties"].items()]
+                elif (inner := inner.get("items", inner)).get("type") in ("integer", "number"):
+                    found.append((op, name, inner))
+    return found
+
+
+@pytest.mark.rule("SB-X-033")
+def test_the_document_and_the_schema_give_each_number_the_same_range() -> None:
+    said, used = ranges(), set()
+    for op, name, own in numbers():
+        key = next(key for key in (f"{op}.{name}", name, name.partition(".")[2]) if key in said)
+        used.add(key)
+        assert said[key] == (own.get("minimum", own.get("exclusiveMinimum")), own["maximum"]), (op, name)
+    assert used == said.keys()
+
+
+@pytest.mark.rule("SB-X-033")
+@pytest.mark.parametrize(("op", "name", "own"), numbers(), ids=lambda value: value if isinstance(value, str) else "")
+def test_the_parser_takes_the_range_of_the_schema(op: str, name: str, own: dict[str, Any]) -> None:
+    least, most = own.get("minimum", own.get("exclusiveMinimum")), own["maximum"]
+    if own["type"] == "integer":
+        values = [(least - 1, False), (least, True), (most, True), (most + 1, False)]
+    else:
+        values = [(least, "minimum" in own), (most, True), (most * 1.0001, False), (-1.0, False)]
+    for value, fits in values:
+        header = longest(op)
+        if name in ("past", "count", "rows", "order", "layers") and op != "open":
+            header[name] = [value] * len(header[name] or (1, 2))
+        elif name.startswith("limits."):
+            header["limits"] = header["limits"] | {name.partition(".")[2]: value}
+        else:
+            header[name] = value
+        header |= {"sequence": 2**31 - 1} if name == "count" else {}
+        header |= {"width": 1} if name in ("count", "sequence") else {}
+        try:
+            headers.parse(json.dumps(header).encode())
+            taken = True
+        except BundleError as error:
+            beyond = {problem.pointer for problem in error.problems} & {"/sequence", "/count"}
+            taken = bool(beyond) and fits  # the fields must fit each other, too (SB-X-009)
+        if not (op == "hello" and name == "protocol"):
+            assert taken == fits, (value, fits)
+            assert VALIDATOR.is_valid(header) == fits, (value, fits)
+
+
+@pytest.mark.rule("SB-X-002", "SB-X-033")
+def test_the_longest_header_fits() -> None:
+    most, rows = 2**31 - 1, tuple(range(4096))
+    run = Run(
+        session="f" * 32,
+        number=2**53 - 1,
+        past=(most,) * 4096,
+        count=(most,) * 4096,
+        sequence=most,
+        width=2**20,
+        encoding="bfloat16",
+        rows=rows,
+        order=rows,
+        capacity=most,
+    )
+    size = len(headers.dump(run))
+    assert f"takes\n{size:,} bytes" in TEXT
+    assert size + frames.ALIGNMENT <= headers.MAX_BYTES
 
 
 TYPES = {

@@ -9,7 +9,7 @@ import { refuse } from "./refusal.js";
 /** The longest frame that a client takes (SB-X-006). */
 export const MOST_FRAME = 64 * 2 ** 20;
 /** The longest header (SB-X-002). */
-export const MOST_HEADER = 2 ** 16;
+export const MOST_HEADER = 2 ** 17;
 
 const MAGIC = [0x53, 0x42, 0x57, 0x31]; // SBW1
 const PREFIX = 8;

@@ -16,7 +16,8 @@ from splitbundle.wire.encodings import ENCODINGS, EXACT
 from splitbundle.wire.messages import KINDS, Limits, Message
 from splitbundle.wire.step_headers import MAX_PADDED, MAX_PADDING, MAX_POSITION, MAX_ROWS, MAX_WIDTH
 
-MAX_BYTES: Final = 2**16
+MAX_BYTES: Final = 2**17
+"""The longest header. A step with the most rows, with the longest of each field, takes 129,055 bytes."""
 MAX_LEASE: Final = 86400.0
 _ENCODER: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 RETRIES: Final = ("never", "same", "other", "replay")
