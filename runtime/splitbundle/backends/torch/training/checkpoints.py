@@ -176,6 +176,7 @@ class Checkpoints:
         others: Mapping[str, Stateful] | None = None,
         generators: Mapping[str, torch.Generator] | None = None,
         step: int | None = None,
+        weights_only: bool = False,
     ) -> Resumed | None:
         """Go on from a checkpoint: set weights, optimizer, schedule and random state as they were.
 
@@ -188,14 +189,19 @@ class Checkpoints:
             others: as for ``save``.
             generators: as for ``save``.
             step: the step of the checkpoint; by default the last one.
+            weights_only: set the weights, and nothing else: to compute with them, or to save them. The run may have had
+                any optimizer, and the stages needn't be trainable. They need the adapters of the run.
 
         Returns:
             The step and the position, or None if there is no checkpoint yet.
 
         Raises:
             BundleError: ``file.*``, ``json.*`` and ``field.*`` for a damaged checkpoint; ``checkpoint.mismatch`` for
-                one of other parameters, another bundle, or other objects.
+                one of other parameters, another bundle, or other objects; ``input.value``.
         """
+        if weights_only and any(one for one in (optimizer, schedule, others, generators)):
+            expected, got = "nothing beside the stages, or False", "True, with other objects"
+            raise wrong_argument("weights_only", expected, got)
         known = self.steps()
         if step is None and not known:
             return None
@@ -208,28 +214,41 @@ class Checkpoints:
         found.check("bundles", sorted({stage.fingerprint for stage in stages_in(stages)}), found.bundles)
         weights = {name.removeprefix("weights/"): own for name, own in found.tensors.items() if name[:8] == "weights/"}
         _check_weights(found, weights, parameters)
-        given = {"optimizer": optimizer, "schedule": schedule}
-        for name, one in given.items():
-            found.check(name, "given" if one is not None else "none", "none" if found.state[name] is None else "given")
-        found.check("others", sorted(others or {}), sorted(found.state["others"]))
         found.check("adapters", _adapters(stages), found.state["adapters"])
-        random = found.value("random")
-        if not random_state.is_one(random):
-            raise found.refuse("random", "the random state of a process", quoted(random))
-        found.check("generators", sorted(generators or {}), sorted(random["generators"]))
-        values: list[tuple[Stateful, Any]] = []
-        if optimizer is not None:
-            values.append((optimizer, check_optimizer(found, optimizer, parameters)))
-        objects = {"schedule": schedule, **{f"others/{name}": one for name, one in (others or {}).items()}}
-        for name, own in objects.items():
-            if own is not None:
-                found.check(f"class of {name}", type(own).__name__, found.value(*name.split("/"), "class"))
-                values.append((own, found.value(*name.split("/"), "state")))
-        _set_all(found, values, random, generators or {})
+        if not weights_only:
+            self._resume(found, parameters, optimizer, schedule, others or {}, generators or {})
         with torch.no_grad():
             for name, value in weights.items():
                 parameters[name].copy_(value)
         return Resumed(step=chosen, position=found.position)
+
+    @staticmethod
+    def _resume(
+        found: Found,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer | None,
+        schedule: Stateful | None,
+        others: Mapping[str, Stateful],
+        generators: Mapping[str, torch.Generator],
+    ) -> None:
+        """Set what isn't a weight."""
+        given = {"optimizer": optimizer, "schedule": schedule}
+        for name, one in given.items():
+            found.check(name, "given" if one is not None else "none", "none" if found.state[name] is None else "given")
+        found.check("others", sorted(others), sorted(found.state["others"]))
+        random = found.value("random")
+        if not random_state.is_one(random):
+            raise found.refuse("random", "the random state of a process", quoted(random))
+        found.check("generators", sorted(generators), sorted(random["generators"]))
+        values: list[tuple[Stateful, Any]] = []
+        if optimizer is not None:
+            values.append((optimizer, check_optimizer(found, optimizer, parameters)))
+        objects = {"schedule": schedule, **{f"others/{name}": one for name, one in others.items()}}
+        for name, own in objects.items():
+            if own is not None:
+                found.check(f"class of {name}", type(own).__name__, found.value(*name.split("/"), "class"))
+                values.append((own, found.value(*name.split("/"), "state")))
+        _set_all(found, values, random, generators)
 
     def _remove(self, step: int) -> None:
         """Remove a checkpoint. It disappears in one step, so that no half of it is ever found."""

@@ -249,6 +249,39 @@ def test_an_older_one(setup: Setup, tmp_path: Path) -> None:
         checkpoints.load(setup.stage, step=4)
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_weights_alone(trainable: bool, lora: bool, gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
+    """Without the optimizer of the run, as a server leaves a checkpoint, and without a change of anything else."""
+    run = gpt2.pipeline(trainable=True)
+    if lora:
+        for stage in run.stages:
+            stage.add_lora(4, 8.0)
+    learning = [parameter for parameter in run.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(learning, lr=0.5)
+    ids = torch.tensor([[1, 2, 3]])
+    for _ in range(2):
+        run(ids).pow(2).mean().backward()
+        optimizer.step()
+    Checkpoints(tmp_path).save(5, run, optimizer, position={"row": 7})
+    other = gpt2.pipeline(trainable=trainable)
+    if lora:
+        with pytest.raises(BundleError, match=r"\[checkpoint.mismatch\]"):
+            Checkpoints(tmp_path).load(other, weights_only=True)
+        for stage in other.stages:
+            stage.add_lora(4, 8.0)
+    other(ids)  # what it keeps of its weights mustn't be used any more
+    drawn = torch.get_rng_state()
+    resumed = Checkpoints(tmp_path).load(other, weights_only=True)
+    assert (resumed.step, resumed.position) == (5, {"row": 7})  # type: ignore[union-attr]
+    assert torch.equal(torch.get_rng_state(), drawn)
+    with torch.no_grad():
+        torch.testing.assert_close(other(ids), run(ids), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(other(ids), gpt2.pipeline()(ids), atol=1e-3)
+    with pytest.raises(BundleError, match=r"\[input.value\] weights_only"):
+        Checkpoints(tmp_path).load(run, optimizer, weights_only=True)
+
+
 def test_16_bits_with_wider_state(gpt2: splitbundle.Bundle, tmp_path: Path) -> None:
     """An optimizer that keeps float32 beside bfloat16 weights gets them back as they were."""
     own = Setup(gpt2, dtype="bfloat16")
