@@ -4,70 +4,18 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
-from pathlib import Path
-from typing import Any, Final
 
-START: Final = 120.0
-"""The seconds in which a server starts, on a busy machine."""
+from tests.support.server_process import ServerProcess
 
 
-class DoorProcess:
+class DoorProcess(ServerProcess):
     """``splitbundle serve`` in a process of its own."""
 
-    def __init__(self, *arguments: object) -> None:
-        command = [sys.executable, "-m", "splitbundle", "serve", *map(str, arguments), "--json"]
-        command += ["--listen", "127.0.0.1:0"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        line: list[str] = []
-        reader = threading.Thread(target=lambda: line.append(self.process.stdout.readline()))  # type: ignore[union-attr]
-        reader.start()
-        reader.join(START)
-        if not line or not line[0].strip():
-            self.process.kill()
-            raise RuntimeError(f"the server didn't start: {self.process.communicate()[1]}")
-        self.facts: dict[str, Any] = json.loads(line[0])
-        if not self.facts["ok"]:
-            self.process.wait()
-            raise RuntimeError(f"the server didn't start: {self.facts}")
-        self.url: str = self.facts["url"]
-        self.port = int(self.url.rpartition(":")[2])
-
-    @property
-    def held(self) -> dict[str, int]:
-        """Return what the process holds: file descriptors, threads, and memory in KiB."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text("utf-8")
-        values = dict(line.split(":", 1) for line in status.splitlines())
-        descriptors = len(os.listdir(f"/proc/{self.process.pid}/fd"))
-        return {
-            "descriptors": descriptors,
-            "threads": int(values["Threads"]),
-            "memory": int(values["VmRSS"].split()[0]),
-        }
-
-    def end(self) -> int:
-        """End the process as a system does, and return its exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
-        return self.process.returncode
-
-    def __enter__(self) -> DoorProcess:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.end()
+    command = "serve"
 
 
 def get(port: int, path: str) -> tuple[int, bytes]:

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tests.support.server_process import ServerProcess
 
 if TYPE_CHECKING:
     from tests.support.chromium import Page
 
 
-class GatewayProcess:
+class GatewayProcess(ServerProcess):
     """``splitbundle gateway`` in a process of its own."""
 
-    def __init__(self, *arguments: object, cwd: Path | None = None) -> None:
-        command = [sys.executable, "-m", "splitbundle", "gateway", *map(str, arguments), "--json"]
-        command += ["--listen", "127.0.0.1:0"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line.strip():
-            raise RuntimeError(f"the gateway didn't start: {self.process.communicate()[1]}")
-        self.facts: dict[str, Any] = json.loads(line)
-        assert self.facts["ok"], self.facts
-        self.url: str = self.facts["url"]
-
-    def __enter__(self) -> GatewayProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.communicate(timeout=60)
+    command = "gateway"
 
 
 def load(page: Page) -> None:

@@ -2,75 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
 
 from splitbundle.remote.address import parse_address
 from splitbundle.remote.channel import Channel
 from splitbundle.serving.grpc_server import GrpcServer
 from splitbundle.wire import frames
 from splitbundle.wire.messages import Message
-
-START: Final = 60.0
-"""The seconds in which a server starts, on a busy machine."""
+from tests.support.server_process import START, ServerProcess
 
 
-class StageProcess:
+class StageProcess(ServerProcess):
     """``splitbundle serve-stage`` in a process of its own."""
 
+    command = "serve-stage"
+
     def __init__(self, bundle: Path | str, shard: str, *options: str, port: int = 0) -> None:
-        command = [sys.executable, "-m", "splitbundle", "serve-stage", str(bundle), shard, "--json"]
-        command += ["--listen", f"127.0.0.1:{port}", *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        line: list[str] = []
-        reader = threading.Thread(target=lambda: line.append(self.process.stdout.readline()))  # type: ignore[union-attr]
-        reader.start()
-        reader.join(START)
-        if not line or not line[0].strip():
-            self.process.kill()
-            raise RuntimeError(f"the server didn't start: {self.process.communicate()[1]}")
-        self.facts: dict[str, Any] = json.loads(line[0])
-        if not self.facts["ok"]:
-            self.process.wait()
-            raise RuntimeError(f"the server didn't start: {self.facts}")
-        self.url: str = self.facts["url"]
-        self.port = int(self.url.rpartition(":")[2])
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal."""
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        """Kill the process as ``kill -9`` does."""
-        self.process.kill()
-        self.process.wait()
-
-    def end(self) -> int:
-        """End the process as a system does, and return its exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.terminate()
-        try:
-            return self.process.wait(30)
-        finally:
-            self.process.kill()
-            for stream in (self.process.stdout, self.process.stderr):
-                if stream is not None:
-                    stream.close()
-
-    def __enter__(self) -> StageProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
+        super().__init__(bundle, shard, *options, port=port)
 
 
 class Dropped(Exception):
