@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from splitbundle.errors import BundleError, Problem
+from splitbundle.records import replace
 from splitbundle.serving import metrics, sessions, training_runs
 from splitbundle.serving.stage_service import StageService
 from splitbundle.wire import frames
@@ -120,6 +121,16 @@ def test_a_lease_lasts_while_a_step_is_computed() -> None:
     clock.now += 1
     to.sessions.end_leases()
     assert (len(to.sessions), to.sessions.slots, to.sessions.expired) == (0, 0, 1)
+
+
+@pytest.mark.rule("SB-X-014")
+def test_an_order_of_a_step_whose_capacity_is_refused_is_not_applied() -> None:
+    to, _, _ = service()
+    session = opened(to, 2)
+    assert isinstance(asked(to, run(session, 1, (0, 0), (2, 1)), [1] * 6)[0], Ran)
+    moved = replace(run(session, 2, (1, 2), (1, 1)), order=(1, 0), capacity=LIMITS.capacity + 1)
+    assert code(asked(to, moved, [1] * 4)[0]) == "session.capacity"
+    assert isinstance(asked(to, run(session, 2, (2, 1), (1, 1)), [1] * 4)[0], Ran)
 
 
 @pytest.mark.rule("SB-X-016")

@@ -199,19 +199,21 @@ class StageSteps:
             return self._served.check(hidden, past=message.past, count=message.count), None
         cache, before = session.cache, session.capacity
         lengths, capacity = cache.lengths, cache.capacity
-        if message.order is not None:
-            if len(message.order) != session.rows or max(message.order) >= session.rows:
-                expected = f"{session.rows} row numbers below {session.rows}"
-                raise Refusal("input.value", "order", expected, str(list(message.order))[:_TEXT])
-            cache.lengths = [lengths[row] for row in message.order]
-        if message.capacity is not None:
-            self._sessions.grow(session, message.capacity)
-            cache.capacity = message.capacity
+        order = message.order
+        if order is not None and (len(order) != session.rows or max(order) >= session.rows):
+            expected = f"{session.rows} row numbers below {session.rows}"
+            raise Refusal("input.value", "order", expected, str(list(order))[:_TEXT])
         try:
-            positions = self._checked(message, hidden, cache)
-        except BaseException:
-            self._sessions.shrink(session, before)
-            raise
+            if order is not None:
+                cache.lengths = [lengths[row] for row in order]
+            if message.capacity is not None:
+                self._sessions.grow(session, message.capacity)
+                cache.capacity = message.capacity
+            try:
+                positions = self._checked(message, hidden, cache)
+            except BaseException:
+                self._sessions.shrink(session, before)
+                raise
         finally:
             cache.lengths, cache.capacity = lengths, capacity
         if message.capacity is not None and message.capacity != capacity:
@@ -220,8 +222,8 @@ class StageSteps:
             except BundleError:  # it refuses before it changes anything
                 self._sessions.shrink(session, before)
                 raise
-        if message.order is not None:
-            cache.reorder(message.order)
+        if order is not None:
+            cache.reorder(order)
         return positions, cache
 
     def _checked(self, message: Run, hidden: Any, cache: Any) -> Any:
