@@ -9,7 +9,7 @@ from typing import Final
 from splitbundle.cli.console import Command, Console
 from splitbundle.errors import MissingExtra
 
-SHELLS: Final = ("bash", "zsh", "tcsh")
+SHELLS: Final = ("bash", "zsh", "tcsh", "fish")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         raise MissingExtra.of("shtab", "completion", "write a script for a shell")
     import shtab
 
+    if args.shell not in shtab.SUPPORTED_SHELLS:
+        raise MissingExtra.of(f"shtab, in a version that knows {args.shell}", "completion", "write a script for it")
     parser, parsers = args.every_parser()
     for own in parsers.values():
         for action in own._actions:
