@@ -20,9 +20,10 @@ def run() -> int:
 
         def interrupt(*_: object) -> None:
             nonlocal came
-            if not came:  # a further one must not break the report of the first
-                came = True
-                raise KeyboardInterrupt
+            if came:  # who sends a second one doesn't want to wait
+                os._exit(130)
+            came = True
+            raise KeyboardInterrupt
 
         def ignore() -> None:
             for number in numbers:

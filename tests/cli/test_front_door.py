@@ -394,7 +394,7 @@ def test_a_path_that_does_not_exist_is_no_failure_of_the_network(
     assert err.startswith(f"splitbundle: [source.missing] {path}: ")
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh", "fish"])
 def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "completion", shell)
     assert status == 0
@@ -509,3 +509,143 @@ def test_the_kernels_of_this_machine(capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setenv(name, "nonsense")
     status, _, err = run(capsys, "kernels")
     assert (status, "SPLITBUNDLE_KERNELS" in err) == (1, True)
+
+
+FULL = Path("/dev/full")
+
+
+def command(*arguments: object, out: Any = subprocess.PIPE, **variables: str) -> tuple[int, str]:
+    """Run the command in a process with this stdout. Return its status and its stderr."""
+    line = [sys.executable, "-m", "splitbundle", *map(str, arguments)]
+    done = subprocess.run(line, stdout=out, stderr=subprocess.PIPE, text=True, timeout=600, env=os.environ | variables)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 1),
+        (["--version"], 1),
+        (["inspect", "B"], 1),
+        (["--json", "inspect", "B"], 1),
+        (["generate", "B", PROMPT, "-n", "2"], 1),
+        (["inspect", "no/such.splitbundle", "--json"], 1),
+        (["--json", "nonsense"], 2),
+    ],
+)
+def test_output_that_cannot_be_written(bundle: str, arguments: list[str], status: int, unbuffered: str) -> None:
+    with FULL.open("w") as out:
+        given = [bundle if argument == "B" else argument for argument in arguments]
+        found, err = command(*given, out=out, PYTHONUNBUFFERED=unbuffered)
+    assert found == status
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+    if status == 1 and "no/such.splitbundle" not in arguments:
+        assert err.endswith("[system] stdout: expected to write the output, got OSError: [Errno 28] " + FULL_MESSAGE)
+
+
+FULL_MESSAGE = f"{os.strerror(28)}\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes differ")
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["inspect", "B"], ["inspect", "B", "--json"], ["completion", "bash"]]
+)
+def test_a_pipe_that_its_reader_has_closed(bundle: str, arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        found, err = command(*[bundle if argument == "B" else argument for argument in arguments], out=writing)
+    finally:
+        os.close(writing)
+    assert (found, err) == (1, "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--json", "inspect", "B"], ["-q", "--json", "inspect", "B"], ["--debug", "inspect", "--json", "B"]]
+)
+def test_options_of_every_command_stand_before_it_too(
+    bundle: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, *[bundle if argument == "B" else argument for argument in arguments])
+    assert (status, out) == run(capsys, "inspect", bundle, "--json")[:2], err
+    assert json.loads(out)["ok"]
+
+
+def test_an_option_of_one_command_does_not_stand_before_it(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "--strict", "inspect", bundle)
+    assert status == 2
+    assert f"the command's name comes before its options: splitbundle inspect --strict {bundle}\n" in err
+    assert run(capsys, "--strict", "x")[0] == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals differ")
+@pytest.mark.parametrize("json_", [[], ["--json"]])
+@pytest.mark.parametrize("second", ["in the clean-up", "in the report", "after the end"])
+def test_a_second_interruption_ends_the_command_at_once(bundle: str, second: str, json_: list[str]) -> None:
+    """The process sends itself the first signal as the command begins, and the second at the named place."""
+    program = f"""
+import os, signal, sys
+from splitbundle import __main__
+from splitbundle.cli import console, main
+
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000): pass
+
+def works(args, console):
+    try:
+        interrupt()
+    finally:
+        if {second!r} == "in the clean-up":
+            interrupt()
+            os._exit(7)
+
+commands = main._commands
+
+def broken(arguments):
+    (found,) = [each for each in commands(arguments) if each.name == "inspect"]
+    return [console.Command(name="inspect", help="", configure=found.configure, run=works)]
+
+main._commands = broken
+if {second!r} == "in the report":
+    main.in_command = interrupt
+sys.argv = ["splitbundle", "inspect", {bundle!r}, *{json_!r}]
+status = __main__.run()
+if {second!r} == "after the end":
+    interrupt()
+sys.exit(status)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    if second != "in the report":  # there the command may be in the middle of a line
+        assert done.stderr == "splitbundle: [interrupted] expected to finish, got an interruption\n"
+        assert [json.loads(line)["problems"][0]["code"] for line in done.stdout.splitlines()] == ["interrupted"] * len(
+            json_
+        )
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish isn't installed")
+def test_fish_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "script.fish").write_text(run(capsys, "completion", "fish")[1], "utf-8")
+    (tmp_path / "some.splitbundle").mkdir()
+    (tmp_path / "file.txt").touch()
+
+    def completions(line: str) -> list[str]:
+        program = f"source script.fish; complete -C '{line}'"
+        done = subprocess.run(
+            ["fish", "-c", program],
+            cwd=tmp_path,
+            env=os.environ | {"HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        return [each.partition("\t")[0] for each in done.stdout.splitlines()]
+
+    assert completions("splitbundle gen") == ["generate"]
+    assert completions("splitbundle generate --backend ") == ["torch", "onnxruntime"]
+    assert "--max-new-tokens" in completions("splitbundle generate x --")
+    assert completions("splitbundle inspect ") == ["some.splitbundle/"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import io
 import json
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, TextIO
 
 from splitbundle.cli.words import in_words
-from splitbundle.errors import printable
+from splitbundle.errors import BundleError, Problem, printable
 from splitbundle.records import record
 
 QUIET_SECONDS: Final = 1.0
@@ -43,14 +44,22 @@ class Console:
     def stream(self, text: str) -> None:
         """Write the text of a model unchanged. ``--json`` leaves it out."""
         if not self.as_json:
-            self.out.write(text)
-            self.out.flush()
+            self._write(text)
 
     def json(self, value: object) -> None:
         """Write data for programs, one document a line, only with ``--json``."""
         if self.as_json:
-            self.out.write(json.dumps(value) + "\n")
+            self._write(json.dumps(value) + "\n")
+
+    def _write(self, text: str) -> None:
+        try:
+            self.out.write(text)
             self.out.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            discard_output()  # the rest, and what Python writes at its end
+            raise BundleError(output_problem(error)) from error
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Write aligned columns: text to the left, numbers (with separated thousands) to the right."""
@@ -125,6 +134,20 @@ class Console:
         """Write an error to stderr."""
         self.end_progress()
         self.err.write(f"splitbundle: {text}\n")
+
+
+def output_problem(error: Exception) -> Problem:
+    """Return the problem of a stdout that can't be written."""
+    got = f"{type(error).__name__}: {error}"
+    return Problem(code="system", argument="stdout", expected="to write the output", got=got)
+
+
+def discard_output() -> None:
+    """Send what is still written to stdout nowhere. Python flushes stdout at its end, and would show a traceback."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it has no file, or is closed, or isn't there
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def in_bytes(number: int) -> str:

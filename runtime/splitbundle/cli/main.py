@@ -7,14 +7,15 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, Final, NoReturn
 
 from splitbundle.cli.commands import COMMANDS
-from splitbundle.cli.console import Command, Console
-from splitbundle.cli.exit_status import FAILURE, INTERRUPTED, USAGE, exit_status
+from splitbundle.cli.console import Command, Console, discard_output, output_problem
+from splitbundle.cli.exit_status import FAILURE, INTERRUPTED, OK, USAGE, exit_status
 from splitbundle.cli.words import as_usage, in_command
 from splitbundle.errors import BundleError, Problem
 from splitbundle.version import FORMAT_VERSION, __version__
@@ -22,7 +23,14 @@ from splitbundle.version import FORMAT_VERSION, __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status (docs/contributing/command-line.md has the list)."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    arguments = _command_first(sys.argv[1:] if argv is None else list(argv))
+    try:
+        return _flushed(_run(arguments))
+    except SystemExit as left:  # argparse ends so, also after --help
+        raise SystemExit(_flushed(left.code if isinstance(left.code, int) else OK)) from None
+
+
+def _run(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         # A character that a terminal or pipe can't show mustn't end the command.
         if isinstance(stream, io.TextIOWrapper):
@@ -33,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace | None = None
     console = Console(as_json=_Parser.as_json, quiet=False)
     caught: BaseException
-    with _Interruption() as interruption:
+    with _Interruption(as_json=_Parser.as_json) as interruption:
         try:
             args = _parse(arguments)
             if args is None:
@@ -47,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 error = as_usage(error, args.parser)
             caught, problems, status = error, error.problems, exit_status(error)
         except BrokenPipeError:
-            # The reader of the output has closed it. Python would complain again when it flushes at its end.
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()  # its reader has closed it
             return FAILURE
         except (OSError, MemoryError) as error:
             caught, got = error, f"{type(error).__name__}: {error}"
@@ -58,18 +64,52 @@ def main(argv: Sequence[str] | None = None) -> int:
             caught, got = error, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             hint = "This shouldn't happen: --debug shows where it did"
             problems, status = (Problem(code="internal", expected="no error here", got=got, hint=hint),), FAILURE
-    # Some libraries turn an interruption into an error of their own.
-    if interruption.came or isinstance(caught, KeyboardInterrupt):
-        problems, status = (Problem(code="interrupted", expected="to finish", got="an interruption"),), INTERRUPTED
-    console.end_progress()
-    problems = tuple(in_command(problem) for problem in problems)
-    console.json({"ok": False, "problems": [problem.as_json() for problem in problems]})
-    for problem in problems:
-        console.error(str(problem))
-    if args is not None and args.debug:
-        import traceback
+        # Some libraries turn an interruption into an error of their own.
+        if interruption.came or isinstance(caught, KeyboardInterrupt):
+            problems, status = (_INTERRUPTED,), INTERRUPTED
+        interruption.reported = True
+        console.end_progress()
+        problems = tuple(in_command(problem) for problem in problems)
+        with contextlib.suppress(OSError, BundleError):  # where stdout is what failed, stderr says so
+            console.json(_document(*problems))
+        for problem in problems:
+            console.error(str(problem))
+        if args is not None and args.debug:
+            import traceback
 
-        traceback.print_exception(caught)
+            traceback.print_exception(caught)
+        return status
+
+
+_INTERRUPTED: Final = Problem(code="interrupted", expected="to finish", got="an interruption")
+_COMMON: Final = ("--json", "--quiet", "-q", "--debug")
+"""The options that every command has. They may also stand before its name."""
+
+
+def _document(*problems: Problem) -> dict[str, object]:
+    """Return what ``--json`` writes for a command that failed."""
+    return {"ok": False, "problems": [problem.as_json() for problem in problems]}
+
+
+def _command_first(arguments: list[str]) -> list[str]:
+    """Return the arguments with the options that every command has behind the command's name."""
+    count = next((i for i, argument in enumerate(arguments) if argument not in _COMMON), 0)
+    return [*arguments[count : count + 1], *arguments[:count], *arguments[count + 1 :]]
+
+
+def _flushed(status: int) -> int:
+    """Write what stdout still holds, and return the exit status. At Python's own end, an error would be a traceback."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
+        return status or FAILURE
+    except (OSError, ValueError) as error:  # the latter where the calling program has closed it
+        discard_output()
+        if status == OK:
+            Console(as_json=False, quiet=False).error(str(output_problem(error)))
+            return FAILURE
     return status
 
 
@@ -82,15 +122,34 @@ class Terminated(KeyboardInterrupt):
 
 
 class _Interruption:
-    """Raise KeyboardInterrupt on Ctrl-C, SIGTERM and SIGBREAK, so that half-written files are removed. Remember it."""
+    """Raise KeyboardInterrupt on Ctrl-C, SIGTERM and SIGBREAK, so that half-written files are removed. Remember it.
 
-    def __init__(self) -> None:
+    A second signal ends the process at once: who sends it doesn't want to wait until these files are removed.
+    """
+
+    def __init__(self, *, as_json: bool) -> None:
         self.came = False
+        self.reported = False
+        """Whether the command has begun to say how it ended."""
+        self._as_json = as_json
         self._before: dict[signal.Signals, Any] = {}
 
     def _interrupt(self, number: int, _: object) -> None:
+        if self.came or self.reported:
+            self._end()
         self.came = True
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    def _end(self) -> NoReturn:
+        """End the process. A stream may be in the middle of a line, so this writes past its buffer."""
+        said = [(sys.stderr, f"splitbundle: {_INTERRUPTED}\n")]
+        if self._as_json:
+            said.insert(0, (sys.stdout, json.dumps(_document(_INTERRUPTED)) + "\n"))
+        for stream, text in () if self.reported else said:
+            self.reported = True  # a third signal doesn't wait for a reader
+            with contextlib.suppress(OSError, AttributeError):  # a stream without a file, or none
+                os.write(stream.fileno(), text.encode())
+        os._exit(INTERRUPTED)
 
     def __enter__(self) -> _Interruption:
         # Ctrl-Break, and a console that is closed: on Windows no other process can send SIGTERM.
@@ -117,8 +176,15 @@ class _Parser(argparse.ArgumentParser):
             message = message.replace(name, argument).replace(ascii(name)[1:-1], argument)
         if self.as_json:
             problem = Problem(code="usage.arguments", expected=" ".join(self.format_usage().split()), got=message)
-            sys.stdout.write(json.dumps({"ok": False, "problems": [problem.as_json()]}) + "\n")
+            with contextlib.suppress(OSError, BundleError):  # stderr says the same
+                Console(as_json=True, quiet=False).json(_document(problem))
         super().error(message)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is not None and file is sys.stdout:  # argparse would hide that it can't be written
+            Console(as_json=False, quiet=False).stream(message)
+        else:
+            super()._print_message(message, file)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
@@ -129,6 +195,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
         return None
     own = parsers.get(arguments[0])
     if own is None:
+        name = next((argument for argument in arguments if argument in parsers), None)
+        if name is not None and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version"):
+            at = arguments.index(name)
+            right = shlex.join(["splitbundle", name, *arguments[:at], *arguments[at + 1 :]])
+            parser.error(f"the command's name comes before its options: {right}")
         parser.parse_args(arguments)  # --help, --version, or an error
         parser.error(f"a command comes first, got {arguments[0]!r}")
     return _parse_in_any_order(own, arguments[1:])
