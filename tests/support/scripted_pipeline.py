@@ -64,7 +64,9 @@ class ScriptedPipeline(TextPipeline):
     def row_steps(self, prompt_ids: Sequence[int], *, logprobs: int | None = None, **options: Any) -> _Steps:
         tokenizer = self.tokenizer()
         answer = self._answer(tokenizer.decode(prompt_ids, control_tokens=True))
-        ids = [*tokenizer.encode(answer, add_special_tokens=False), *tokenizer.stop_ids[:1]]
+        spells = answer.startswith("<|channel|>")  # the control tokens of harmony
+        encoded = tokenizer.encode(answer, control_tokens=spells, add_special_tokens=False)
+        ids = [*encoded, *tokenizer.stop_ids[:1]]
         self.made.append(_Steps(ids[: options["max_new_tokens"]], logprobs, self._seconds))
         return self.made[-1]
 

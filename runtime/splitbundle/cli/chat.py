@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,8 +20,8 @@ from splitbundle.cli.console import Command, Console
 from splitbundle.cli.words import in_command
 from splitbundle.errors import BundleError, Problem, printable, quoted
 from splitbundle.opening import open_bundle
+from splitbundle.stages.channels import Channels, divided
 from splitbundle.stages.text_generation import CANCELLED, CONTEXT, LENGTH, TextGeneration, context_of
-from splitbundle.stages.thinking import Thinking
 
 HELP: Final = f"""\
 /help          this list
@@ -98,7 +99,7 @@ class Chat:
         except BaseException:
             self.messages = before
             raise
-        self.messages.append({"role": "assistant", "content": answer})
+        self.messages.append({"role": "assistant", **answer})
 
     def undo(self) -> None:
         """Take back the last question and what follows it."""
@@ -133,9 +134,16 @@ class Chat:
             )
         return ids
 
-    def _answer(self, prompt: list[int]) -> str:
-        thinking = Thinking(self.tokenizer.decode(prompt[-32:], control_tokens=True))
+    def _answer(self, prompt: list[int]) -> dict[str, str]:
+        thinking = divided(self.tokenizer.decode(prompt[-32:], control_tokens=True))
         view = View(self.console, hidden=self.args.thinking == "hide")
+        texts = {True: "", False: ""}  # what it thinks, and what it says
+
+        def show(parts: Iterator[tuple[bool, str]]) -> None:
+            for thinks, text in parts:
+                texts[thinks] += text
+                view.show(thinks, text)
+
         began = first = time.perf_counter()
         with self.pipeline.stream_text(
             prompt,
@@ -150,19 +158,19 @@ class Chat:
                 with interruptible(generation):
                     for piece in generation:
                         first = first if generation.text != piece else time.perf_counter()
-                        for part in thinking.feed(piece):
-                            view.show(*part)
-                for part in thinking.rest():
-                    view.show(*part)
+                        show(thinking.feed(piece))
+                show(thinking.rest())
             except KeyboardInterrupt:
                 generation.close()
                 self.forget()
         view.end()
-        self._report(generation, began, first)
-        answer: str = generation.text
+        answer = {"content": generation.text}
+        if isinstance(thinking, Channels):  # harmony's templates want each channel in a field of its own
+            answer = {"content": texts[False]} | ({"thinking": texts[True]} if texts[True] else {})
+        self._report(generation, answer, began, first)
         return answer
 
-    def _report(self, generation: TextGeneration, began: float, first: float) -> None:
+    def _report(self, generation: TextGeneration, answer: dict[str, str], began: float, first: float) -> None:
         now, count = time.perf_counter(), len(generation.ids)
         speed = f", {(count - 1) / (now - first):.1f} tokens/s" if count > 1 and now > first else ""
         computed = len(generation.prompt_ids) - generation.reused
@@ -180,7 +188,7 @@ class Chat:
         self.console.json(
             {
                 "role": "assistant",
-                "content": generation.text,
+                **answer,
                 "finish_reason": generation.finish_reason,
                 "prompt_tokens": len(generation.prompt_ids),
                 "reused_tokens": generation.reused,

@@ -14,6 +14,7 @@ from tokenizers.decoders import DecodeStream
 from splitbundle.errors import BundleError, MissingExtra, Problem, quoted, wrong_argument
 from splitbundle.format.text_document import DEFAULT
 from splitbundle.integers import as_token_ids
+from splitbundle.stages.channels import CHANNEL, MARKS, MESSAGE, START
 from splitbundle.text.control_tokens import ControlTokens
 from splitbundle.text.marked import is_unicode
 from splitbundle.verification import text_rules, tokenizer_rules
@@ -225,8 +226,21 @@ class TextTokenizer:
             return str(self._tokenizer.decode(known, skip_special_tokens=not control_tokens))
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
-        """Return a stream that turns the tokens after a prompt into text, one token at a time."""
-        return TextStream(self, self._tokenizer, prompt)
+        """Return a stream that turns the tokens after a prompt into text, one token at a time.
+
+        Control tokens are left out, except for those between the messages of harmony, the format of gpt-oss, if the
+        prompt has them: without them, nothing would tell thinking from the answer.
+        """
+        marks = self._channel_marks
+        return TextStream(self, self._tokenizer, prompt, marks if not marks.keys().isdisjoint(prompt) else {})
+
+    @functools.cached_property
+    def _channel_marks(self) -> dict[int, str]:
+        """Return the control tokens of harmony by their ids, for a tokenizer that has them. See ``stages.channels``."""
+        ids = {mark: self._tokenizer.token_to_id(mark) for mark in MARKS}
+        if any(ids[mark] is None for mark in (START, CHANNEL, MESSAGE)):
+            return {}
+        return {number: mark for mark, number in ids.items() if number is not None}
 
     def _encode(self, text: str, *, control_tokens: bool, around: bool = True) -> Encoding:
         if not isinstance(text, str) or not is_unicode(text):
@@ -292,14 +306,22 @@ class TextStream:
     The text of a token depends on the tokens before it: it may start with a space, or be half of a character.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, library: Tokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer, self._library = tokenizer, library
+    def __init__(
+        self, tokenizer: TextTokenizer, library: Tokenizer, prompt: Sequence[int], marks: Mapping[int, str]
+    ) -> None:
+        self._tokenizer, self._library, self._marks = tokenizer, library, marks
         self._ids = list(prompt)
         self._given = tokenizer.decode(prompt)
         self._stream = DecodeStream(ids=self._ids, skip_special_tokens=True)
 
     def piece(self, token: int) -> str:
         """Return the text that this token completes. It is often empty, because a character may take several tokens."""
+        if token in self._marks:
+            rest = self.rest()  # a character that isn't whole, and never will be
+            self._given += rest
+            self._ids.append(token)
+            self._stream = DecodeStream(ids=[token], skip_special_tokens=True)
+            return rest + self._marks[token]
         self._ids.append(token)
         with library(self._tokenizer._path):
             piece = self._stream.step(self._library, token) or ""

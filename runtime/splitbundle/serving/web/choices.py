@@ -8,6 +8,7 @@ from typing import Any, Final
 from splitbundle.records import record
 from splitbundle.serving.web.requests import Request
 from splitbundle.serving.web.tool_calls import ToolCall, ToolCalls
+from splitbundle.stages.channels import Channels, divided
 from splitbundle.stages.text_generation import CANCELLED, STOP
 from splitbundle.stages.thinking import Thinking
 
@@ -36,10 +37,10 @@ class Choice:
     def __init__(self, index: int, request: Request, tokenizer: Any, generation: Any) -> None:
         self.index, self.generation, self._request = index, generation, request
         self._tools = ToolCalls(request.tools)
-        self._thinking: Thinking | None = None
+        self._thinking: Thinking | Channels | None = None
         if request.is_chat:
             end = generation.prompt_ids[-_CONTEXT_OF_THINKING:]
-            self._thinking = Thinking(tokenizer.decode(end, control_tokens=True))
+            self._thinking = divided(tokenizer.decode(end, control_tokens=True))
         self._reported = self._called = 0
 
     def parts(self) -> Iterator[Part]:

@@ -3,6 +3,7 @@
 - Hermes, Qwen, Granite and others: ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``.
 - Llama 3: the whole answer is ``{"name": …, "parameters": {…}}``.
 - Mistral: the whole answer is ``[{"name": …, "arguments": {…}}]``, after a control token.
+- gpt-oss: ``stages.channels`` writes its calls in the first form.
 
 Anything else stays text: a program must not act on a guess.
 """
