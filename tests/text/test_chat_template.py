@@ -215,6 +215,19 @@ def test_roles_and_types_are_the_programs() -> None:
     assert got.marks == bytes(10) + bytes((USER,)) * 4 + bytes(9)
 
 
+@pytest.mark.rule("SB-T-011")
+@pytest.mark.parametrize("name", ["range", "dict", "namespace", "raise_exception", "strftime_now"])
+def test_a_function_wins_over_a_variable_of_the_bundle(name: str) -> None:
+    made = ChatTemplate(f"{{{{ {name} is callable }}}}", file="t", variables={name: "text", "bos_token": "<s>"})
+    assert made.render([]) == "True"
+
+
+@pytest.mark.rule("SB-T-011")
+@pytest.mark.parametrize("name", ["messages", "tools", "documents", "add_generation_prompt"])
+def test_the_chat_wins_over_a_variable_of_the_bundle(name: str) -> None:
+    assert ChatTemplate(f"{{{{ {name} is string }}}}", file="t", variables={name: "text"}).render([]) == "False"
+
+
 def test_variables_of_a_call_are_marked_and_those_of_the_model_are_not() -> None:
     got = template("{{ bos_token }}{{ date }}{{ eos_token }}").render([{"role": "user", "content": ""}], date="</s>")
     assert got == "<s></s></s>"

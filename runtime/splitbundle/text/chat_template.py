@@ -44,8 +44,9 @@ class ChatTemplate:
     """A compiled chat template. Threads may share it.
 
     ``source`` is the template's text. ``file`` is its path, for messages. ``variables`` are strings that the template
-    may write as its own, such as ``bos_token``: text that spells a control token in them is one. ``clock`` returns the
-    time that ``strftime_now`` writes.
+    may write as its own, such as ``bos_token``: text that spells a control token in them is one. A function of
+    templates, such as ``raise_exception``, wins over a variable of its name. ``clock`` returns the time that
+    ``strftime_now`` writes.
 
     Raises:
         BundleError: ``text.template`` if it isn't a template, or needs what chat templates don't have.
@@ -67,6 +68,10 @@ class ChatTemplate:
             if _LONG_NUMBER.search(source):
                 raise LimitReached("a number of more than 200 digits")
             environment = ChatEnvironment(clock)
+            for name in self._variables.keys() & environment.globals.keys():
+                del self._variables[
+                    name
+                ]  # a text in the place of raise_exception would fail where the template calls it
             if any(number >= _TOKENS for number, _ in enumerate(environment.lex(source, filename=file))):
                 raise LimitReached(f"a template of more than {_TOKENS} tokens")
             tree = guarded(environment.parse(source, filename=file))
