@@ -68,6 +68,9 @@ class Server:
 
 async def main() -> None:
     """Serve until the process is ended."""
+    if len(sys.argv) != 3 or not sys.argv[2].isdigit():
+        print("usage: python asyncio_server.py BUNDLE PORT", file=sys.stderr)
+        sys.exit(2)
     path, port = sys.argv[1:]
     server = await asyncio.start_server(Server(splitbundle.open(path).pipeline()).serve, "localhost", int(port))
     print("listening on port", server.sockets[0].getsockname()[1], flush=True)

@@ -25,6 +25,9 @@ def work(bundle: splitbundle.Bundle, prompt: str, pieces: Connection) -> None:
 
 def main() -> int:
     """Print the text, and return the exit status of the child."""
+    if len(sys.argv) != 3:
+        print("usage: python forked_worker.py BUNDLE PROMPT", file=sys.stderr)
+        return 2
     path, prompt = sys.argv[1:]
     bundle = splitbundle.open(path)
     context = multiprocessing.get_context("fork")

@@ -6,7 +6,8 @@ r"""Continue a text with the bottom and the top of a model here, and its trunk i
         python examples/text/pipe_trunk.py trunk.splitbundle
 
 The arguments after the prompt are the command that computes the trunk. For another machine, begin it with ``ssh``. The
-trunk gets hidden states and never sees a token. Each side may have another backend.
+trunk gets hidden states and never sees a token. Each side may have another backend. Both need numpy, which torch alone
+doesn't bring: ``pip install numpy``.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ def ask(trunk: subprocess.Popen[bytes], hidden: numpy.ndarray, past: int) -> num
 
 def main() -> None:
     """Print the new text piece by piece, the likeliest token each time."""
+    if len(sys.argv) < 4:
+        print("usage: python pipe_client.py BUNDLE PROMPT COMMAND…", file=sys.stderr)
+        sys.exit(2)
     ends, prompt, *command = sys.argv[1:]
     bundle = splitbundle.open(ends)
     tokenizer = bundle.tokenizer()

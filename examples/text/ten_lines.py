@@ -7,6 +7,9 @@ import sys
 
 import splitbundle
 
+if len(sys.argv) != 3:
+    print("usage: python ten_lines.py BUNDLE PROMPT", file=sys.stderr)
+    sys.exit(2)
 path, prompt = sys.argv[1:]
 pipeline = splitbundle.open(path).pipeline()
 for piece in pipeline.stream_text(prompt, max_new_tokens=40):

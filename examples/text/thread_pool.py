@@ -19,6 +19,9 @@ THREADS = 8
 
 def main() -> None:
     """Print each prompt with its continuation, in the order of the prompts."""
+    if len(sys.argv) < 3:
+        print("usage: python thread_pool.py BUNDLE PROMPT…", file=sys.stderr)
+        sys.exit(2)
     path, *prompts = sys.argv[1:]
     # Eight threads compute at the same time, so each call takes one core.
     pipeline = splitbundle.open(path).pipeline(threads=1)

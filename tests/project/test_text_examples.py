@@ -72,6 +72,18 @@ def test_ten_lines(backend: str, bundle: splitbundle.Bundle, complete: Callable[
     assert len(code) <= 10
 
 
+@pytest.mark.parametrize(
+    "name", ["ten_lines", "thread_pool", "forked_worker", "asyncio_server", "pipe_client", "pipe_trunk"]
+)
+def test_without_arguments_a_usage_line(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, encoding="utf-8", timeout=SECONDS
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"usage: python {name}.py BUNDLE")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @both_backends
 def test_threads_with_sessions_of_their_own(
     backend: str, bundle: splitbundle.Bundle, complete: Callable[..., str]
