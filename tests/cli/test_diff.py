@@ -17,6 +17,7 @@ import splitbundle_converter
 from splitbundle.cli.comparison import LONGEST, shown
 from splitbundle.cli.main import main
 from tests.support.command_line import run
+from tests.support.graph_cases import relist
 from tests.support.paths import ROOT, TESTS
 
 CHECKPOINT = ROOT / "examples" / "license-gpt2"
@@ -223,3 +224,34 @@ def test_inspect_says_whether_a_bundle_is_whole_and_trained(bundles: Path, capsy
     ):
         document = strict(run(capsys, "inspect", bundles / name, "--json")[1])
         assert tuple(document[key] for key in ("partial", "whole_shards", "vectors_origin", "parent")) == expected
+
+
+def test_it_names_the_text_that_differs(bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = []
+    for name, template, temperature, text in (
+        ("a", "{{ 1 }}\n{{ 2 }}", 0.5, "a/b"),
+        ("b", "{{ 1 }}\n{{ 3 }}", 0.7, "other"),
+    ):
+        path = Path(shutil.copytree(bundles / "license", tmp_path / name))
+        document = json.loads((path / "text.json").read_text())
+        document["templates"] = [{"name": "default", "template": template}, {"name": name, "template": ""}]
+        document["defaults"]["temperature"] = temperature
+        document["cases"] = [{"text": text, "ids": [1], "control_ids": [1], "decoded": text}]
+        relist(path, "text.json", json.dumps(document).encode())
+        places.append(path)
+    status, out, _ = run(capsys, "diff", *places, "--only", "tokenizer")
+    assert status == 3
+    found = lines(out)
+    begin = found.index("in text.json A B")
+    assert [line.partition(' {"text"')[0] for line in found[begin + 1 : begin + 7]] == [
+        'templates default "line 2: {{ 2 }}" "line 2: {{ 3 }}"',
+        'templates a "" -',
+        'templates b - ""',
+        "defaults temperature 0.5 0.7",
+        "cases 'a/b'",
+        "cases 'other' -",
+    ]
+    (places[0] / "text.json").unlink()  # a partial bundle: then only the digest tells
+    status, out, _ = run(capsys, "diff", *places, "--only", "tokenizer", "--json")
+    texts = strict(out)["tokenizer"]
+    assert (status, texts["texts"], texts["files"][0]["path"]) == (3, [], "text.json")  # type: ignore[index]

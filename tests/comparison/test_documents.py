@@ -12,7 +12,8 @@ import splitbundle
 import splitbundle_converter
 from splitbundle import BundleError
 from splitbundle.comparison import documents
-from splitbundle.comparison.documents import UnitPair, compare, field_changes
+from splitbundle.comparison.documents import UnitPair, compare
+from splitbundle.comparison.fields import field_changes
 from splitbundle.comparison.records import Values
 from splitbundle.format.manifest.document import File, identity
 from splitbundle.records import replace

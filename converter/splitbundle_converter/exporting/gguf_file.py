@@ -26,6 +26,7 @@ from splitbundle_converter.exporting.configuration import other_files
 from splitbundle_converter.exporting.gguf_blocks import BLOCK, block_type, blocks, plain_type, rotated
 from splitbundle_converter.exporting.gguf_metadata import GgufModel, described
 from splitbundle_converter.exporting.gguf_tokenizer import add_tokenizer
+from splitbundle_converter.exporting.texts import with_texts
 from splitbundle_converter.gguf_files.checkpoint import rotary_factors
 from splitbundle_converter.gguf_files.metadata import ROTARY_FACTORS
 from splitbundle_converter.options import Note
@@ -164,7 +165,7 @@ def _describe(writer: Any, bundle: Bundle, model: GgufModel, found: list[_Stored
         writer.add_tensor_info(tensor.name, raw, numpy.dtype("uint8"), prod(raw), kind)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[amounts.most_common(1)[0][0]]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    files, stop_ids = other_files(bundle, lambda _: None), bundle.manifest.text.stop_ids
+    files, stop_ids = with_texts(other_files(bundle, lambda _: None), bundle, note), bundle.manifest.text.stop_ids
     add_tokenizer(writer, files, bundle.architecture.vocab_size, stop_ids, note)
 
 

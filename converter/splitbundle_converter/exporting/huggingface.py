@@ -22,6 +22,7 @@ from splitbundle_converter.exporting.adapter import check_adapter, with_adapter
 from splitbundle_converter.exporting.card import exported_card, is_export
 from splitbundle_converter.exporting.configuration import config_file, other_files
 from splitbundle_converter.exporting.packed import packed_name, packed_tensors, with_quantization
+from splitbundle_converter.exporting.texts import with_texts
 from splitbundle_converter.exporting.weight_shards import divide, write_shards
 from splitbundle_converter.options import MAX_SHARD_SIZE, Note
 from splitbundle_converter.translation.restore import RestoredTensor, logical_tensors, restored_tensors
@@ -103,7 +104,7 @@ def export(
     restored = restored_tensors(old.manifest, old.architecture)
     names = _names(old, restored, note)
     configuration = config_file(old, config, note)
-    others = other_files(old, note)
+    others = with_texts(other_files(old, note), old, note)
     if adapter is not None:
         check_adapter(old, adapter)
     packs = bool(old.manifest.storage.encodings) and not dequantize and adapter is None

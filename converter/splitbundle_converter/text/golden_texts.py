@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from pathlib import PurePosixPath
+from collections.abc import Mapping
 from typing import Any, Final
 
 from tokenizers import Tokenizer
 
-from splitbundle.errors import BundleError, quoted
+from splitbundle.errors import BundleError
 from splitbundle.format.text_document import (
     DEFAULT,
-    MAX_TEMPLATE,
-    MAX_TEMPLATES,
     MAX_TEXT,
-    Defaults,
     GoldenChat,
     GoldenText,
     TextDocument,
 )
 from splitbundle.text.chat_template import ChatTemplate
 from splitbundle.text.control_tokens import ControlTokens
-from splitbundle_converter.checkpoint.file_names import GENERATION, TEMPLATES
-from splitbundle_converter.errors import line, source_json
+from splitbundle_converter.errors import line
 from splitbundle_converter.options import Note
 from splitbundle_converter.text import slow_tokenizer
+from splitbundle_converter.text.source_texts import chat_templates, generation_defaults
 
-TEMPLATE_FILE: Final = "chat_template.jinja"
 TEXTS: Final = (
     *slow_tokenizer.PROBES,
     "",
@@ -64,14 +58,6 @@ _CHATS: Final[tuple[tuple[tuple[tuple[str, str], ...], bool], ...]] = (
     ((("user", " a\n"), ("assistant", "Yes — b."), ("user", "数字 🙂 and {{ braces }} {% x %}")), True),
     ((("user", "What is the capital of France?"), ("assistant", "Paris.")), False),
 )
-_UNUSED: Final = {
-    **dict.fromkeys(("stop_strings", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")),
-    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "sequence_bias", "watermarking_config")),
-    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_new_tokens", "min_length"), 0),
-    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), 0),
-    **dict.fromkeys(("num_beams", "num_beam_groups", "encoder_repetition_penalty", "guidance_scale"), 1),
-}
-"""Fields of ``generation_config.json`` that change what transformers generates -> their value that changes nothing."""
 _TELLS_THE_TIME: Final = "strftime_now"
 
 
@@ -100,12 +86,12 @@ def text_document(
     say = notes or (lambda text: None)
     config = slow_tokenizer.tokenizer_config(files)
     variables = _variables(config, slow_tokenizer.parsed(files.get("special_tokens_map.json", b"{}")))
-    templates = _templates(files, config, say)
+    templates = chat_templates(files, config, say)
     own = templates.get(DEFAULT)
     return TextDocument(
         variables=variables,
         templates=templates,
-        defaults=_defaults(generation, say),
+        defaults=generation_defaults(generation, say),
         cases=_cases(files, vocab_size, tuple(templates.values())) if golden else (),
         chats=_chats(files, model_type, own, variables, say) if golden and own is not None else (),
     )
@@ -175,53 +161,3 @@ def _variables(config: Mapping[str, Any], special: Mapping[str, Any]) -> dict[st
         if isinstance(value, str) and len(value) <= MAX_TEXT:
             found[name] = value
     return found
-
-
-def _templates(files: Mapping[str, bytes], config: Mapping[str, Any], say: Note) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, text in _each_template(files, config):
-        if len(text) > MAX_TEMPLATE or len(found) == MAX_TEMPLATES:
-            say(f"The chat template {quoted(name, 30)} was left out: it is too long, or there are too many.")
-        elif re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
-            found[name] = text
-    return found
-
-
-def _each_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the names and texts of chat templates. As in transformers, files go before the configuration."""
-    in_config = config.get("chat_template")
-    if isinstance(in_config, str):
-        yield DEFAULT, in_config
-    for entry in in_config if isinstance(in_config, list) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str):
-            yield entry["name"], entry["template"]
-    for path, data in files.items():
-        if path == TEMPLATE_FILE:
-            yield DEFAULT, data.decode("utf-8", "replace")
-        elif path.startswith(TEMPLATES):
-            yield PurePosixPath(path).stem, data.decode("utf-8", "replace")
-
-
-def _defaults(generation: bytes | None, say: Note) -> Defaults:
-    config = source_json(generation, GENERATION) if generation is not None else {}
-    values = config if isinstance(config, dict) else {}
-    unused = sorted(name for name, usual in _UNUSED.items() if values.get(name, usual) not in (usual, None, []))
-    if unused:
-        say(f"{GENERATION} also has {', '.join(unused)}, by which no text is generated here.")
-
-    def number(name: str, most: float = 1e37, *, zero: bool = False) -> float | None:
-        value = values.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return None
-        return float(value) if 1e-37 <= value <= most or (zero and value == 0) else None
-
-    top_k, sample = values.get("top_k"), values.get("do_sample")
-    return Defaults(
-        sample=sample if isinstance(sample, bool) else None,
-        temperature=number("temperature", zero=True),
-        top_k=top_k if type(top_k) is int and 0 < top_k < 2**53 else None,  # transformers takes 0 for no limit
-        top_p=number("top_p", 1),
-        min_p=number("min_p", 1, zero=True),
-        typical_p=number("typical_p", 1),
-        repetition_penalty=number("repetition_penalty"),
-    )

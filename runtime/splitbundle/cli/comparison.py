@@ -87,6 +87,7 @@ def _sections(comparison: Comparison, tensors: bool) -> Iterator[tuple[str, list
             [
                 *([_fields(of_text.changes)] if of_text.changes else []),
                 *([_files(of_text.files)] if of_text.files else []),
+                *([_texts(of_text.texts)] if of_text.texts else []),
             ],
         )
     if comparison.vectors is not None:
@@ -104,6 +105,16 @@ def _sections(comparison: Comparison, tensors: bool) -> Iterator[tuple[str, list
 
 def _origin(origin: str) -> str:
     return "the original model" if origin == "original" else "this bundle itself"
+
+
+def _texts(changes: Sequence[FieldChange]) -> Table:
+    """Return what differs in text.json. A golden text is named, and its ids aren't shown."""
+    (_, *heads), rows = _fields(changes)
+    return ("in text.json", *heads), [(_unescaped(pointer), *values) for pointer, *values in rows]
+
+
+def _unescaped(pointer: object) -> str:
+    return str(pointer).removeprefix("/").replace("/", " ", 1).replace("~1", "/").replace("~0", "~")
 
 
 def _fields(changes: Sequence[FieldChange]) -> Table:

@@ -1,17 +1,16 @@
-"""Compare two bundles by their documents: no file but the two documents is read here."""
+"""Compare two bundles by their documents: no file but the documents is read here."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from splitbundle.comparison import records
+from splitbundle.comparison.fields import field_changes
 from splitbundle.comparison.records import (
     Comparison,
     Cuts,
     Cutting,
-    FieldChange,
     Fields,
     FileChange,
     Files,
@@ -25,9 +24,10 @@ from splitbundle.comparison.records import (
     VectorsOfBoth,
     Weights,
 )
+from splitbundle.comparison.texts import text_changes
 from splitbundle.errors import quoted, wrong_argument
-from splitbundle.format.fields import escape
 from splitbundle.format.manifest.document import TOKENIZER
+from splitbundle.format.text_document import FILE as TEXT
 from splitbundle.format.weight_layout import Tensor
 from splitbundle.records import as_dict, record
 from splitbundle.storage.files import Progress
@@ -78,21 +78,6 @@ def compare(
         vectors=chosen("vectors", _vectors),
         files=chosen("files", _files),
     )
-
-
-def field_changes(a: Any, b: Any, pointer: str = "") -> Iterator[FieldChange]:
-    """Yield the fields of two JSON values that differ. Objects are entered; arrays are compared as one value."""
-    if not (isinstance(a, dict) and isinstance(b, dict)):
-        # As text, because Python takes 1, 1.0 and true for equal.
-        if json.dumps(a, sort_keys=True) != json.dumps(b, sort_keys=True):
-            yield FieldChange(pointer=pointer, a=a, b=b, only_in=None)
-        return
-    for key in {**a, **b}:
-        where = f"{pointer}/{escape(key)}"
-        if key in a and key in b:
-            yield from field_changes(a[key], b[key], where)
-        else:
-            yield FieldChange(pointer=where, a=a.get(key), b=b.get(key), only_in="a" if key in a else "b")
 
 
 def _identity(bundle: BundleReader) -> Identity:
@@ -243,7 +228,10 @@ def _tokenizer(a: BundleReader, b: BundleReader) -> Tokenizer:
     text = as_dict(a.manifest.text), as_dict(b.manifest.text)
     return Tokenizer(
         changes=tuple(field_changes(*text, "/text")),
-        files=tuple(change for change in _file_changes(a, b) if change.path.startswith(TOKENIZER)),
+        files=tuple(
+            change for change in _file_changes(a, b) if change.path.startswith(TOKENIZER) or change.path == TEXT
+        ),
+        texts=tuple(text_changes(a, b)),
     )
 
 

@@ -171,10 +171,14 @@ class Weights:
 
 @record(frozen=True, slots=True, kw_only=True)
 class Tokenizer:
-    """The fields of ``text`` in the manifest, and the files under ``tokenizer/``, that differ."""
+    """The fields of ``text`` in the manifest, ``text.json``, and the files under ``tokenizer/``, that differ."""
 
     changes: tuple[FieldChange, ...]
     files: tuple[FileChange, ...]
+    texts: tuple[FieldChange, ...] = ()
+    """What differs in ``text.json``. ``pointer`` has a name in place of a number: ``/templates/NAME``,
+    ``/variables/NAME``, ``/defaults/FIELD``, ``/cases/TEXT``, ``/chats/TEXT``. Of two templates, the first lines that
+    differ are given. Empty too if one of these files isn't here."""
 
     @property
     def differs(self) -> bool:

@@ -355,3 +355,32 @@ def test_it_needs_torch_alone(bundle: Bundle, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     expected = load_file(EXAMPLE / WEIGHTS)
     assert all(same_bits(tensor, expected[key]) for key, tensor in load_file(tmp_path / "back" / WEIGHTS).items())
+
+
+def test_chat_templates_and_defaults_are_those_of_the_bundle(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(EXAMPLE, tmp_path / "source"))
+    config = {"chat_template": "{{ messages }}", "model_max_length": 10**30}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    made = splitbundle_converter.convert(source, tmp_path / "b.splitbundle", check=False)
+    same = splitbundle_converter.export(made, tmp_path / "same", notes=unexpected)
+    assert (same / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
+    assert not (same / "chat_template.jinja").exists()
+
+    document = json.loads((made.path / "text.json").read_text())
+    document["templates"] = [{"name": "default", "template": "{# ü #}"}, {"name": "tool_use", "template": "{{ 1 }}"}]
+    document["defaults"] |= {"sample": True, "temperature": 0.5, "top_k": None}
+    relist(made.path, "text.json", json.dumps(document).encode())
+    notes: list[str] = []
+    back = splitbundle_converter.export(made.path, tmp_path / "back", notes=notes.append)
+    assert [note[:22] for note in notes] == ["The chat templates are", "The defaults of genera"]
+    assert json.loads((back / "tokenizer_config.json").read_text()) == {"model_max_length": 10**30}
+    assert (back / "chat_template.jinja").read_text("utf-8") == "{# ü #}"
+    assert (back / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ 1 }}"
+    own = json.loads((EXAMPLE / "generation_config.json").read_text())
+    expected = {name: value for name, value in own.items() if name != "top_k"} | {"do_sample": True, "temperature": 0.5}
+    assert json.loads((back / "generation_config.json").read_text()) == expected
+    again = splitbundle_converter.convert(back, tmp_path / "again.splitbundle", check=False)
+    fields = ("templates", "defaults")
+    assert [json.loads((again.path / "text.json").read_text())[field] for field in fields] == [
+        document[field] for field in fields
+    ]
