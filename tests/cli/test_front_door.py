@@ -506,6 +506,17 @@ def test_the_kernels_of_this_machine(capsys: pytest.CaptureFixture[str], monkeyp
     assert run(capsys, "kernels")[1] == out
     document = json.loads(run(capsys, "kernels", "--json")[1])
     assert document["kernels"] == value
+    monkeypatch.delenv(name)
+    assert document["pinned_by"] == "SPLITBUNDLE_KERNELS"
+    assert json.loads(run(capsys, "kernels", "--json")[1])["pinned_by"] is None
+    notes = run(capsys, "kernels")[2].splitlines()
+    assert any("measured, in GB of weights a second: " in line or "by a rule" in line for line in notes)
+    status, out, err = run(capsys, "kernels", "--kernels", "torch")
+    assert all(line.endswith(" torch    pinned by --kernels") for line in err.splitlines())
+    assert set(re.findall(r"=(\w+)", out.partition("SPLITBUNDLE_KERNELS=")[2])) == {"torch"}
+    monkeypatch.setenv(name, "torch")
+    assert all(line.endswith("pinned by SPLITBUNDLE_KERNELS") for line in run(capsys, "kernels")[2].splitlines())
+    assert json.loads(run(capsys, "kernels", "--kernels", "auto", "--json")[1])["pinned_by"] is None
     monkeypatch.setenv(name, "nonsense")
     status, _, err = run(capsys, "kernels")
     assert (status, "SPLITBUNDLE_KERNELS" in err) == (1, True)
