@@ -14,6 +14,7 @@ from torch.export import Dim, export
 import splitbundle
 from splitbundle import BundleError
 from splitbundle.backends.torch.pipeline import Pipeline
+from tests.runtime.conftest import ALL, GOLDEN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
@@ -33,6 +34,21 @@ def test_a_padded_batch_with_a_cache_under_autocast(gpt2: splitbundle.Bundle, dt
         assert len(list(pipeline.generate(ids, attention_mask=mask, max_new_tokens=3))) == 3
     exact = pipeline(ids, attention_mask=mask)
     assert (padded.float() - exact).abs().max() <= 0.05 * exact.abs().max()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", torch.float16), ("float16", torch.bfloat16)])
+def test_weights_of_one_short_dtype_under_autocast_of_another(stored: str, dtype: torch.dtype, name: str) -> None:
+    """transformers computes Llama so, and fails for GPT-2: torch's layer norm refuses the mixture."""
+    bundle = splitbundle.open(GOLDEN / name)
+    exact = bundle.pipeline(dtype="float32")(IDS)
+    pipeline = bundle.pipeline(dtype=stored)
+    ids, mask = torch.tensor([[0, 0, 3, 1], [3, 1, 4, 1]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    with torch.autocast("cpu", dtype=dtype):
+        found = pipeline(IDS)
+        assert len(list(pipeline.generate(ids, attention_mask=mask, max_new_tokens=3))) == 3
+    assert (found.float() - exact).abs().max() <= 0.05 * exact.abs().max()
 
 
 def test_a_session_that_begins_in_inference_mode_goes_on_outside(gpt2: splitbundle.Bundle) -> None:

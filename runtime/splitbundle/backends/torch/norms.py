@@ -35,6 +35,9 @@ class Norm(nn.Module):
         if weight is not None and weight.ndim > 1:
             x = self._normalize(x, None, None) * weight
             return x if bias is None else x + bias
+        if weight is not None and weight.dtype not in (x.dtype, torch.float32):
+            # Under autocast, x may have another dtype. torch takes two dtypes only if the weights are float32.
+            return self._normalize(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
         if self.facts.kind == "layer_norm":
             return functional.layer_norm(x, self.size, weight, bias, self.facts.eps)
         return rms_norm(x, self.size, weight, self.facts.eps)

@@ -30,11 +30,13 @@ def rotation(rotary: Rotary, slots: Tensor, lengths: Sequence[int], dtype: torch
     # Angles are computed in float32, as in the original models. In float64 they would differ from the model's angles.
     angles = slots[:, :, None, None].float() * row_frequencies(rotary, lengths, slots.device)
     factor = getattr(rotary.scaling, "attention_factor", 1.0)
-    cos, sin = (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+    cos, sin = angles.cos() * factor, angles.sin() * factor
     sin = sin if rotary.direction is None else -sin
+    # The dtype comes last: under autocast, torch joins no tensors of a 16-bit type that isn't autocast's own.
     if rotary.layout == "half":
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    return torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+    pairs = torch.stack((cos, cos), dim=-1), torch.stack((-sin, sin), dim=-1)
+    return pairs[0].flatten(-2).to(dtype), pairs[1].flatten(-2).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
@@ -47,6 +49,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     ``Positions.rotary``.
     """
     dim = cos.shape[-1]
+    if cos.dtype not in (x.dtype, torch.float32):  # bfloat16 and float16, under autocast
+        cos, sin = cos.float(), sin.float()
     turned, rest = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
     if layout == "half":
         partners = turned.roll(dim // 2, dims=-1)
