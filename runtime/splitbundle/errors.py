@@ -62,7 +62,7 @@ class BundleError(Exception):
 
 
 class MissingExtra(BundleError):
-    """An optional feature needs a library that isn't installed."""
+    """An optional feature needs a library that isn't installed, or can't be loaded."""
 
     @classmethod
     def of(cls, library: str, extra: str, purpose: str) -> MissingExtra:
@@ -75,6 +75,33 @@ class MissingExtra(BundleError):
                 hint=f'Install it: pip install "splitbundle[{extra}]"',
             )
         )
+
+    @classmethod
+    def of_broken(cls, error: BaseException, libraries: Iterable[str]) -> MissingExtra | None:
+        """Return the error for a library that is installed and can't be loaded: ``backend.broken``.
+
+        Args:
+            error: what was raised.
+            libraries: the top names of the libraries that are meant.
+
+        Returns:
+            None if the error wasn't raised while one of these libraries was imported.
+        """
+        known, trace = frozenset(libraries), error.__traceback__
+        while trace is not None:
+            frame = trace.tb_frame
+            name = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+            if frame.f_code.co_name == "<module>" and name in known:
+                return cls(
+                    Problem(
+                        code="backend.broken",
+                        expected=f"the library {name}, which is installed, to load",
+                        got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                        hint=f'python -c "import {name}" shows the whole error. Uninstall {name}, and install it again',
+                    )
+                )
+            trace = trace.tb_next
+        return None
 
 
 class VerificationError(BundleError):

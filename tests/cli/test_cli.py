@@ -324,6 +324,29 @@ def test_a_missing_library_says_how_to_get_it(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "raise OSError('libtorch_cpu.so: cannot open shared object file: No such file or directory')",
+        "raise ImportError('DLL load failed while importing _C')",
+        "import no_such_library_of_torch",
+    ],
+)
+def test_a_library_that_is_installed_and_broken_is_named(bundle: Path, tmp_path: Path, body: str, backend: str) -> None:
+    (tmp_path / backend).mkdir()
+    (tmp_path / backend / "__init__.py").write_text(f"def load():\n    {body}\nload()\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = call("generate", bundle, "--ids", IDS, "--backend", backend, "--json", PYTHONPATH=path)
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert (done.returncode, problem["code"]) == (4, "backend.broken"), done.stderr
+    assert problem["expected"] == f"the library {backend}, which is installed, to load"
+    assert problem["hint"].startswith(f'python -c "import {backend}" shows the whole error.')
+    if backend == "torch":
+        done = call("convert", CHECKPOINT, "-o", tmp_path / "x.splitbundle", PYTHONPATH=path)
+        assert (done.returncode, "[backend.broken] expected the library torch" in done.stderr) == (4, True), done.stderr
+
+
 def test_the_network_has_a_status_of_its_own(tmp_path: Path) -> None:
     done = call("convert", "someone/some-model", "-o", tmp_path / "x", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 5

@@ -138,10 +138,13 @@ def module(backend: str, name: str) -> ModuleType:
             # torch warns about this if numpy is missing, which is normal when torch is installed alone.
             warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
             return _import(backend, name)
-    except ModuleNotFoundError as error:
-        if error.name not in LIBRARIES[backend]:
+    except (ImportError, OSError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in LIBRARIES[backend]:
+            raise MissingExtra.of(backend, backend, f'compute with backend="{backend}"') from None
+        broken = MissingExtra.of_broken(error, LIBRARIES[backend])
+        if broken is None:
             raise
-        raise MissingExtra.of(backend, backend, f'compute with backend="{backend}"') from None
+        raise broken from error
 
 
 def _import(backend: str, name: str) -> ModuleType:

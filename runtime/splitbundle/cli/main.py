@@ -17,7 +17,7 @@ from splitbundle.cli.commands import COMMANDS
 from splitbundle.cli.console import Command, Console, discard_output, output_problem
 from splitbundle.cli.exit_status import FAILURE, INTERRUPTED, OK, USAGE, exit_status
 from splitbundle.cli.words import as_usage, in_command
-from splitbundle.errors import BundleError, Problem
+from splitbundle.errors import BundleError, MissingExtra, Problem
 from splitbundle.version import FORMAT_VERSION, __version__
 
 
@@ -57,13 +57,8 @@ def _run(arguments: list[str]) -> int:
         except BrokenPipeError:
             discard_output()  # its reader has closed it
             return FAILURE
-        except (OSError, MemoryError) as error:
-            caught, got = error, f"{type(error).__name__}: {error}"
-            problems, status = (Problem(code="system", expected="no error from the system", got=got),), FAILURE
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # users get one line, and the rest with --debug
-            caught, got = error, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            hint = "This shouldn't happen: --debug shows where it did"
-            problems, status = (Problem(code="internal", expected="no error here", got=got, hint=hint),), FAILURE
+            caught, (problems, status) = error, _unforeseen(error)
         # Some libraries turn an interruption into an error of their own.
         if interruption.came or isinstance(caught, KeyboardInterrupt):
             problems, status = (_INTERRUPTED,), INTERRUPTED
@@ -81,6 +76,24 @@ def _run(arguments: list[str]) -> int:
         return status
 
 
+def _unforeseen(error: BaseException) -> tuple[tuple[Problem, ...], int]:
+    """Return the problems and the exit status for an error that no part of the command raised."""
+    broken = MissingExtra.of_broken(error, LIBRARIES) if isinstance(error, ImportError | OSError) else None
+    if broken is not None:
+        return broken.problems, exit_status(broken)
+    if isinstance(error, OSError | MemoryError):
+        got = f"{type(error).__name__}: {error}"
+        return (Problem(code="system", expected="no error from the system", got=got),), FAILURE
+    got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    hint = "This shouldn't happen: --debug shows where it did"
+    return (Problem(code="internal", expected="no error here", got=got, hint=hint),), FAILURE
+
+
+LIBRARIES: Final = (
+    *("torch", "onnxruntime", "numpy", "tokenizers", "jinja2", "transformers", "safetensors", "onnx", "gguf"),
+    *("grpc", "ray", "cryptography", "starlette", "uvicorn", "prometheus_client", "fsspec", "huggingface_hub"),
+)
+"""The optional libraries, one of which may be installed and broken."""
 _INTERRUPTED: Final = Problem(code="interrupted", expected="to finish", got="an interruption")
 _COMMON: Final = ("--json", "--quiet", "-q", "--debug")
 """The options that every command has. They may also stand before its name."""
