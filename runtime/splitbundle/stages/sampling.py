@@ -92,7 +92,7 @@ class Sampling:
         within("top_p", 0, 1, "a number above 0, up to 1, or None", above=True)
         within("min_p", 0, 1, "a number from 0 to 1, or None")
         within("typical_p", 0, 1, "a number above 0, up to 1, or None", above=True)
-        within("repetition_penalty", 0, 1e30, "a number above 0, or None", above=True)
+        within("repetition_penalty", 1e-30, 1e30, "a number from 1e-30 to 1e30, or None")  # logits stay finite
         within("presence_penalty", -1e30, 1e30, "a number, or None")
         within("frequency_penalty", -1e30, 1e30, "a number, or None")
         if self.seed is not None and type(self.seed) is not int:

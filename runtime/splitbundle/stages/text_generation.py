@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from splitbundle import logs
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
-from splitbundle.integers import as_integer, as_integers, as_token_ids
+from splitbundle.integers import as_integer, as_token_ids
 from splitbundle.records import record
 from splitbundle.stages.sampling import FILTERS
 
@@ -147,7 +147,8 @@ class TextGeneration:
         prompt_lookup: int | None,
         sampling: Mapping[str, Any],
     ) -> None:
-        self.prompt_ids = tuple(as_token_ids(prompt_ids, "prompt", pipeline.first.architecture.vocab_size))
+        vocabulary = pipeline.first.architecture.vocab_size
+        self.prompt_ids = tuple(as_token_ids(prompt_ids, "prompt", vocabulary))
         if not self.prompt_ids:
             raise wrong_argument("prompt", "at least one token", "none")
         room = room_after(pipeline, len(self.prompt_ids), beyond=beyond_context)
@@ -157,7 +158,9 @@ class TextGeneration:
         limits = [limit for limit in (wanted, room) if limit is not None]
         self._most = min(limits) if limits else DEFAULT_TOKENS
         self._full = room is not None and (wanted is None or room < wanted)
-        self._stop_ids = frozenset(tokenizer.stop_ids if stop_ids is None else as_integers(stop_ids, "stop_ids"))
+        self._stop_ids = frozenset(
+            tokenizer.stop_ids if stop_ids is None else as_token_ids(stop_ids, "stop_ids", vocabulary)
+        )
         self._stops = StopStrings(stop_strings(stop))
         self._stream = tokenizer.stream(self.prompt_ids)
         self._wants_logprobs = logprobs

@@ -277,6 +277,18 @@ def test_tools_and_variables_reach_the_template(scripted: Callable[..., WebServe
     assert found.choices[0].message.content == "weather?sun tools: 1"
 
 
+@pytest.mark.parametrize("seed", [2**53 + 1, 2**64, -(2**63)])
+def test_seeds_of_64_bits(server: WebServer, seed: int) -> None:
+    client = client_of(server)
+    texts = [
+        client.completions.create(model="license", prompt="You", max_tokens=4, temperature=3.0, seed=each)
+        .choices[0]
+        .text
+        for each in (seed, seed)
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_thinking_comes_apart(scripted: Callable[..., WebServer]) -> None:
     client = client_of(scripted("<think>Well.\n</think>Yes."))
     message = client.chat.completions.create(model="script", messages=user("?")).choices[0].message
@@ -309,6 +321,10 @@ def test_thinking_comes_apart(scripted: Callable[..., WebServer]) -> None:
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
         ({"seed": "x"}, "seed"),
+        ({"seed": 2**64 + 1}, "seed"),
+        ({"stop_token_ids": [99999]}, "stop_token_ids"),
+        ({"stop_token_ids": [2**60]}, "stop_token_ids"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),

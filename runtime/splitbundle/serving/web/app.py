@@ -32,6 +32,8 @@ from splitbundle.serving.web.sending import EventStream, unless_left
 from splitbundle.serving.web.web_metrics import CONTENT_TYPE, WebMetrics
 
 MAX_BODY: Final = 16 * 2**20
+_MAX_INTEGER: Final = 10**30
+"""The largest integer of a body. Clients draw seeds of 64 bits, and an error names the parameter of a larger one."""
 _MOST_DRAINED: Final = 64 * 2**20
 _PATIENCE: Final = 60.0
 """The seconds in which a body has to come."""
@@ -294,7 +296,7 @@ async def _body(http: HttpRequest) -> Any:
             break
     if size > MAX_BODY:  # the rest was read, as a client that still sends would see a lost connection in place of this
         raise RequestError(413, f"the body may have {MAX_BODY} bytes", reason="too_large")
-    return strict_json.parse(bytes(data), "body", max_bytes=MAX_BODY)
+    return strict_json.parse(bytes(data), "body", max_bytes=MAX_BODY, max_integer=_MAX_INTEGER)
 
 
 async def _next(parts: AsyncIterator[Part]) -> Part | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from splitbundle.errors import BundleError
+from splitbundle.records import replace
 
 _STATUS: Final = {
     "server.full": 429,
@@ -25,6 +26,8 @@ _KINDS: Final = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
+_PARAMETERS: Final = {"stop_ids": "stop_token_ids", "max_new_tokens": "max_tokens"}
+"""Arguments of the runtime that have another name in the interface."""
 RETRY_SECONDS: Final = 1
 """How long a client should wait before it asks a full server again."""
 
@@ -58,6 +61,7 @@ def unsupported(param: str, instead: str) -> RequestError:
 def of_bundle_error(error: BundleError) -> RequestError:
     """Return an error of the runtime as one of the interface."""
     problem = error.problems[0]
+    problem = replace(problem, argument=_PARAMETERS.get(problem.argument or "", problem.argument))
     status = _STATUS.get(problem.code) or _STATUS.get(problem.code.partition(".")[0], 500)
     headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
     param = problem.argument if status == 400 else None
