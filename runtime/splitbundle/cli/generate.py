@@ -16,7 +16,7 @@ from splitbundle.cli.console import Command, Console
 from splitbundle.errors import BundleError, MissingExtra, Problem
 from splitbundle.opening import open_bundle
 from splitbundle.records import replace
-from splitbundle.stages.text_generation import CONTEXT, context_of
+from splitbundle.stages.text_generation import CONTEXT, context_of, shorter_context
 from splitbundle.verification import text_rules
 
 DEFAULT_TOKENS: Final = 64
@@ -157,8 +157,7 @@ def _check_room(bundle: Bundle, prompt: int, *, beyond: bool) -> None:
         BundleError: ``usage.prompt`` for a prompt that is longer than the model's context.
     """
     limit = bundle.architecture.position_limit
-    known = (limit, bundle.manifest.model.context_length)
-    context = min((length for length in known if length is not None), default=None)
+    context = shorter_context(bundle.architecture, bundle.manifest.model.context_length)
     if beyond:
         if limit is not None:
             expected, got = "a model whose positions have no limit", f"one of {limit} positions"

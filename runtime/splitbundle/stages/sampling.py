@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from splitbundle.errors import BundleError, Problem, quoted
 from splitbundle.integers import as_integer, as_number
@@ -148,6 +148,13 @@ class History:
             if token >= 0:
                 self.seen[row].add(token)
                 self.new[row][token] += 1
+
+
+class Generator(Protocol):
+    """What gives uniform numbers: ``random.Random``, or ``RowGenerators``."""
+
+    def random(self) -> float:
+        """Return a number from [0, 1)."""
 
 
 class RowGenerators:

@@ -14,6 +14,7 @@ from splitbundle.records import record
 from splitbundle.stages.sampling import FILTERS
 
 if TYPE_CHECKING:
+    from splitbundle.format.architecture.decoder import Architecture
     from splitbundle.stages.session import Session
 
 SAMPLING: Final = (
@@ -328,7 +329,17 @@ def row_steps(
 
 def context_of(pipeline: Any) -> int | None:
     """Return the number of tokens that a model can take, or None if nothing states it."""
-    known = (pipeline.first.architecture.position_limit, pipeline.context_length)
+    return shorter_context(pipeline.first.architecture, pipeline.context_length)
+
+
+def shorter_context(architecture: Architecture, stated: int | None) -> int | None:
+    """Return the number of tokens that a model can take, or None if nothing states it.
+
+    Args:
+        architecture: the model's facts, whose positions may have a limit.
+        stated: the context length that the bundle states.
+    """
+    known = (architecture.position_limit, stated)
     return min((length for length in known if length is not None), default=None)
 
 

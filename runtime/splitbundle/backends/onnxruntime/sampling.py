@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy
 
 from splitbundle.errors import BundleError
-from splitbundle.stages.sampling import NOT_FINITE, History, Sampling
-
-
-class Generator(Protocol):
-    """What gives uniform numbers: ``random.Random``, or ``RowGenerators``."""
-
-    def random(self) -> float:
-        """Return a number from [0, 1)."""
+from splitbundle.stages.sampling import NOT_FINITE, Generator, History, Sampling
 
 
 def draw(

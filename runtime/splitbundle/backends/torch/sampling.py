@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from splitbundle.errors import BundleError
-from splitbundle.stages.sampling import NOT_FINITE, History, Sampling
+from splitbundle.stages.sampling import NOT_FINITE, Generator, History, Sampling
 
 _ROWS: Final = 32
 """The number of positions whose logits are in double precision at once."""
-
-
-class Generator(Protocol):
-    """What gives uniform numbers: ``random.Random``, or ``RowGenerators``."""
-
-    def random(self) -> float:
-        """Return a number from [0, 1)."""
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: Generator, history: History | None = None) -> Tensor:
