@@ -76,33 +76,6 @@ class MissingExtra(BundleError):
             )
         )
 
-    @classmethod
-    def of_broken(cls, error: BaseException, libraries: Iterable[str]) -> MissingExtra | None:
-        """Return the error for a library that is installed and can't be loaded: ``backend.broken``.
-
-        Args:
-            error: what was raised.
-            libraries: the top names of the libraries that are meant.
-
-        Returns:
-            None if the error wasn't raised while one of these libraries was imported.
-        """
-        known, trace = frozenset(libraries), error.__traceback__
-        while trace is not None:
-            frame = trace.tb_frame
-            name = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-            if frame.f_code.co_name == "<module>" and name in known:
-                return cls(
-                    Problem(
-                        code="backend.broken",
-                        expected=f"the library {name}, which is installed, to load",
-                        got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-                        hint=f'python -c "import {name}" shows the whole error. Uninstall {name}, and install it again',
-                    )
-                )
-            trace = trace.tb_next
-        return None
-
 
 class VerificationError(BundleError):
     """The files of a bundle differ from its manifest or break a rule, or computed values differ (``ParityError``)."""
@@ -115,6 +88,33 @@ class ParityError(VerificationError):
 def wrong_argument(argument: str, expected: str, got: str, hint: str | None = None) -> BundleError:
     """Return the error of a call with a value that an argument can't have: ``input.value``."""
     return BundleError(Problem(code="input.value", argument=argument, expected=expected, got=got, hint=hint))
+
+
+def broken_library(error: BaseException, libraries: Iterable[str]) -> MissingExtra | None:
+    """Return the error for a library that is installed and can't be loaded: ``backend.broken``.
+
+    Args:
+        error: what was raised.
+        libraries: the top names of the libraries that are meant.
+
+    Returns:
+        None if the error wasn't raised while one of these libraries was imported.
+    """
+    known, trace = frozenset(libraries), error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        name = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if frame.f_code.co_name == "<module>" and name in known:
+            return MissingExtra(
+                Problem(
+                    code="backend.broken",
+                    expected=f"the library {name}, which is installed, to load",
+                    got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                    hint=f'python -c "import {name}" shows the whole error. Uninstall {name}, and install it again',
+                )
+            )
+        trace = trace.tb_next
+    return None
 
 
 def within(error: BundleError, place: object) -> list[Problem]:

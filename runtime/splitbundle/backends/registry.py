@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from splitbundle import processors  # noqa: F401  # it prepares for a fork
-from splitbundle.errors import BundleError, MissingExtra, Problem, quoted
+from splitbundle.errors import BundleError, MissingExtra, Problem, broken_library, quoted
 
 if TYPE_CHECKING:
     from splitbundle.comparison.documents import UnitPair
@@ -141,7 +141,7 @@ def module(backend: str, name: str) -> ModuleType:
     except (ImportError, OSError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name in LIBRARIES[backend]:
             raise MissingExtra.of(backend, backend, f'compute with backend="{backend}"') from None
-        broken = MissingExtra.of_broken(error, LIBRARIES[backend])
+        broken = broken_library(error, LIBRARIES[backend])
         if broken is None:
             raise
         raise broken from error

@@ -17,7 +17,7 @@ from splitbundle.cli.commands import COMMANDS
 from splitbundle.cli.console import Command, Console, discard_output, output_problem
 from splitbundle.cli.exit_status import FAILURE, INTERRUPTED, OK, USAGE, exit_status
 from splitbundle.cli.words import as_usage, in_command
-from splitbundle.errors import BundleError, MissingExtra, Problem
+from splitbundle.errors import BundleError, Problem, broken_library
 from splitbundle.version import FORMAT_VERSION, __version__
 
 
@@ -78,7 +78,7 @@ def _run(arguments: list[str]) -> int:
 
 def _unforeseen(error: BaseException) -> tuple[tuple[Problem, ...], int]:
     """Return the problems and the exit status for an error that no part of the command raised."""
-    broken = MissingExtra.of_broken(error, LIBRARIES) if isinstance(error, ImportError | OSError) else None
+    broken = broken_library(error, LIBRARIES) if isinstance(error, ImportError | OSError) else None
     if broken is not None:
         return broken.problems, exit_status(broken)
     if isinstance(error, OSError | MemoryError):

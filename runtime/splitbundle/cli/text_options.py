@@ -22,7 +22,7 @@ from splitbundle.cli.arguments import (
 from splitbundle.cli.console import Console
 from splitbundle.cli.remote_options import add_remote_arguments, remote_options
 from splitbundle.errors import BundleError, Problem, quoted
-from splitbundle.stages.text_generation import with_defaults
+from splitbundle.stages.sampling import with_defaults
 
 _NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 MAX_MESSAGES_BYTES: Final = 2**24

@@ -20,6 +20,7 @@ from splitbundle.serving.ray_settings import ERROR, Settings
 from splitbundle.serving.ray_texts import Elsewhere, RaySteps, judged
 from splitbundle.stages.generation import chosen_logprobs, chosen_sampling
 from splitbundle.stages.session import Session
+from splitbundle.stages.text_generation import Completion
 from splitbundle.stages.text_pipeline import TextPipeline
 
 if TYPE_CHECKING:
@@ -122,6 +123,9 @@ class RayPipeline(TextPipeline):
             raise _unreachable(lost.reason) from None
         self._pulse.add(text)
         return text
+
+    def _complete_texts(self, prompts: list[Any], options: dict[str, Any]) -> list[Completion]:
+        return [self.complete_text(prompt, **options) for prompt in prompts]
 
     def log_probabilities(self, token_ids: Any, *, last: int | None = None) -> list[list[float]]:
         """Return the logarithm of the probability of each token. See ``TextPipeline.log_probabilities``.

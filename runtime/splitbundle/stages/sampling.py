@@ -125,6 +125,28 @@ def _drawing(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"temperature": 1.0, **given} if filtered else dict(given)
 
 
+def with_defaults(given: Mapping[str, Any], document: Any) -> dict[str, Any]:
+    """Return the arguments of sampling, those that aren't given from the defaults of the model's makers.
+
+    Args:
+        given: the arguments of the caller; None where it gave none.
+        document: the bundle's text document, or None for no defaults.
+    """
+    found = {name: value for name, value in given.items() if value is not None}
+    if document is None:
+        return found
+    defaults = document.defaults
+    if defaults.repetition_penalty is not None:
+        found.setdefault("repetition_penalty", defaults.repetition_penalty)
+    if not defaults.sample or found.get("temperature") == 0:
+        return found
+    for name in FILTERS:
+        if (value := getattr(defaults, name)) is not None:
+            found.setdefault(name, value)
+    found.setdefault("temperature", 1.0 if defaults.temperature is None else defaults.temperature)
+    return found
+
+
 def _are_biases(value: object) -> bool:
     return (
         isinstance(value, Mapping)

@@ -12,6 +12,7 @@ from splitbundle.integers import as_integer, as_integers
 from splitbundle.stages.generation import Drawing, chosen_logprobs, chosen_sampling
 from splitbundle.stages.session import Session
 from splitbundle.stages.shared_rows import SharedRows, Text
+from splitbundle.stages.text_generation import Completion
 from splitbundle.stages.text_pipeline import TextPipeline
 from splitbundle.stages.turns import PIECE
 
@@ -128,6 +129,13 @@ class SharedPipeline(TextPipeline):
         text = Text(self, prompt_ids, max_new_tokens, drawing)
         self._rows.add(text)
         return text
+
+    def _complete_texts(self, prompts: list[Any], options: dict[str, Any]) -> list[Completion]:
+        made: list[Completion] = []
+        for begin in range(0, len(prompts), self._rows.number):  # so many have a row at once
+            texts = [self.stream_text(prompt, **options) for prompt in prompts[begin : begin + self._rows.number]]
+            made += [text.completion() for text in texts]
+        return made
 
     def wake(self) -> None:
         """Look at once which texts are cancelled."""

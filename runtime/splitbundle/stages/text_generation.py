@@ -11,7 +11,6 @@ from splitbundle import logs
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
 from splitbundle.integers import as_integer, as_token_ids
 from splitbundle.records import record
-from splitbundle.stages.sampling import FILTERS
 
 if TYPE_CHECKING:
     from splitbundle.format.architecture.decoder import Architecture
@@ -97,28 +96,6 @@ def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return stops
 
 
-def with_defaults(given: Mapping[str, Any], document: Any) -> dict[str, Any]:
-    """Return the arguments of sampling, those that aren't given from the defaults of the model's makers.
-
-    Args:
-        given: the arguments of the caller; None where it gave none.
-        document: the bundle's text document, or None for no defaults.
-    """
-    found = {name: value for name, value in given.items() if value is not None}
-    if document is None:
-        return found
-    defaults = document.defaults
-    if defaults.repetition_penalty is not None:
-        found.setdefault("repetition_penalty", defaults.repetition_penalty)
-    if not defaults.sample or found.get("temperature") == 0:
-        return found
-    for name in FILTERS:
-        if (value := getattr(defaults, name)) is not None:
-            found.setdefault(name, value)
-    found.setdefault("temperature", 1.0 if defaults.temperature is None else defaults.temperature)
-    return found
-
-
 class TextGeneration:
     """The text that a model makes, as an iterator of its pieces. ``Pipeline.stream_text`` makes one.
 
@@ -158,7 +135,8 @@ class TextGeneration:
             raise wrong_argument("max_new_tokens", "a number from 0, or None", quoted(max_new_tokens))
         limits = [limit for limit in (wanted, room) if limit is not None]
         self._most = min(limits) if limits else DEFAULT_TOKENS
-        self._full = room is not None and (wanted is None or room < wanted)
+        self._limit = CONTEXT if room is not None and (wanted is None or room < wanted) else LENGTH
+        self._ended: tuple[str, str | int] | None = None
         self._stop_ids = frozenset(
             tokenizer.stop_ids if stop_ids is None else as_token_ids(stop_ids, "stop_ids", vocabulary)
         )
@@ -252,32 +230,48 @@ class TextGeneration:
                 if self._closed:
                     self._finish(CANCELLED)
                     return
-                (token,) = step.ids
-                self._times = [*self._times[:1], time.perf_counter()]
-                self._drawn += 1
-                if token in self._stop_ids:
-                    self._finish(STOP, token)
+                yield from self._released(self._take(step))
+                if self._ended is not None:
+                    self._finish(*self._ended)
                     break
-                self.ids.append(token)
-                if self._wants_logprobs is not None:
-                    self.logprobs.append(step.logprobs[0])
-                    self.top.append(step.top[0])
-                yield from self._released(self._stops.feed(self._stream.piece(token)))
-                if self._stops.found is not None:
-                    self._finish(STOP, self._stops.found)
-                    return
             if self._closed:  # a shared pipeline gave no more steps
                 self._finish(CANCELLED)
                 return
-            # A character that isn't whole, or the beginning of a stop string that didn't come.
-            rest = self._stops.feed(self._stream.rest())
-            if self._stops.found is not None:
-                self._finish(STOP, self._stops.found)
-            yield from self._released(rest + self._stops.rest())
-            if self.finish_reason is None:
-                self._finish(CONTEXT if self._full else LENGTH)
+            yield from self._released(self._rest())
+            self._finish(*(self._ended or (self._limit, None)))
         finally:
             self._steps.close()
+
+    def _take(self, step: Any) -> str:
+        """Return the text that a step completes. ``_has_ended`` tells whether it is the last one."""
+        (token,) = step.ids
+        self._times = [*self._times[:1], time.perf_counter()]
+        self._drawn += 1
+        if token in self._stop_ids:
+            self._ended = STOP, token
+            return ""
+        self.ids.append(token)
+        if self._wants_logprobs is not None:
+            self.logprobs.append(step.logprobs[0])
+            self.top.append(step.top[0])
+        piece = self._stops.feed(self._stream.piece(token))
+        if self._stops.found is not None:
+            self._ended = STOP, self._stops.found
+        return piece
+
+    def _rest(self) -> str:
+        """Return the text after the last step: a character that isn't whole, or the beginning of a stop string."""
+        if self._stops.found is not None:
+            return ""
+        rest = self._stops.feed(self._stream.rest())
+        if self._stops.found is not None:
+            self._ended = STOP, self._stops.found
+        return rest + self._stops.rest()
+
+    @property
+    def _has_ended(self) -> bool:
+        """Return whether a stop id, a stop string or the number of tokens has ended the text."""
+        return self._ended is not None or self._drawn >= self._most
 
     def _released(self, piece: str) -> Iterator[str]:
         self.text += piece

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from splitbundle.errors import BundleError, Problem, quoted, wrong_argument
-from splitbundle.stages import text_generation
+from splitbundle.stages import text_batch, text_generation
+from splitbundle.stages.sampling import with_defaults
 from splitbundle.stages.text_generation import Completion, TextGeneration
 
 if TYPE_CHECKING:
@@ -144,6 +145,46 @@ class TextPipeline:
         """
         return self.stream_text(prompt, **options).completion()
 
+    def complete_texts(
+        self, prompts: Sequence[str | Sequence[Mapping[str, Any]] | Sequence[int]], **options: Any
+    ) -> list[Completion]:
+        """Continue several texts at once, and return the whole answers, in the order of the prompts.
+
+        A call of the pipeline computes a token of every text, so this is faster than one text after another. Without
+        draws, the texts are those of ``complete_text``, up to the rounding of a batch. With a ``seed``, the first text
+        is, and the others have draws of their own. Each row has a KV cache: for many prompts, call this several times.
+
+        Args:
+            prompts: texts, the messages of chats, or token ids.
+            options: those of ``stream_text``, without ``session`` and ``prompt_lookup``.
+
+        Raises:
+            BundleError: as for ``stream_text``; ``input.value`` for a single text, which needs ``complete_text``.
+        """
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+            raise wrong_argument("prompts", "a list of prompts", quoted(prompts))
+        for name in ("session", "prompt_lookup"):
+            if options.pop(name, None) is not None:
+                raise wrong_argument(name, "None for several texts", "another value")
+        return self._complete_texts(list(prompts), options)
+
+    def _complete_texts(self, prompts: list[Any], options: dict[str, Any]) -> list[Completion]:
+        given = {name: options.pop(name, default) for name, default in _PROMPTS.items()}
+        own = given["tokenizer"] or self.tokenizer()
+        rows = [
+            _prompt_ids(
+                own,
+                prompt,
+                tools=given["tools"],
+                chat_template=given["chat_template"],
+                variables=given["template_variables"],
+            )
+            for prompt in prompts
+        ]
+        common = {name: options.pop(name, default) for name, default in _COMMON.items()}
+        sampling = _sampling(options, own.document if given["defaults"] else None, "complete_texts")
+        return text_batch.complete_batch(self, own, rows, sampling, **common)
+
     def log_probabilities(self, token_ids: Any, *, last: int | None = None) -> list[list[float]]:
         """Return the natural logarithm of the probability of each token, given those before it.
 
@@ -168,6 +209,18 @@ class TextPipeline:
         return scores.tolist()  # type: ignore[no-any-return]
 
 
+_PROMPTS: Final[dict[str, Any]] = {
+    **dict.fromkeys(("tools", "chat_template", "template_variables", "tokenizer")),
+    "defaults": True,
+}
+_COMMON: Final[dict[str, Any]] = {
+    **dict.fromkeys(("max_new_tokens", "stop_ids", "logprobs")),
+    "stop": (),
+    "beyond_context": False,
+}
+"""The options of ``complete_texts`` with their defaults: those about prompts, and those of each text."""
+
+
 def _prompt_ids(
     tokenizer: Any,
     prompt: object,
@@ -190,8 +243,8 @@ def _prompt_ids(
     return list(prompt)
 
 
-def _sampling(given: Mapping[str, Any], document: Any) -> dict[str, Any]:
+def _sampling(given: Mapping[str, Any], document: Any, call: str = "stream_text") -> dict[str, Any]:
     unknown = sorted(given.keys() - set(text_generation.SAMPLING))
     if unknown:
-        raise TypeError(f"stream_text() got an unexpected keyword argument {unknown[0]!r}")
-    return text_generation.with_defaults(given, document)
+        raise TypeError(f"{call}() got an unexpected keyword argument {unknown[0]!r}")
+    return with_defaults(given, document)

@@ -25,8 +25,8 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x. *Shape:* (..., size) -> (..., size)."""
         weight, bias = self.weight, self.bias
-        if weight is not None and self.facts.weight_offset:
-            # In 16 bits, 1 + w would round away a small w. So the sum and the product are computed in float32.
+        if weight is not None and (self.facts.weight_offset or weight.dtype not in (x.dtype, torch.float32)):
+            # In 16 bits, 1 + w would round away a small w. Under autocast, torch refuses x in the other short dtype.
             bias_32 = None if bias is None else bias.float()
             return self._normalize(x.float(), weight.float() + self.facts.weight_offset, bias_32).to(x.dtype)
         return self._normalize(x, weight, bias)
@@ -35,9 +35,6 @@ class Norm(nn.Module):
         if weight is not None and weight.ndim > 1:
             x = self._normalize(x, None, None) * weight
             return x if bias is None else x + bias
-        if weight is not None and weight.dtype not in (x.dtype, torch.float32):
-            # Under autocast, x may have another dtype. torch takes two dtypes only if the weights are float32.
-            return self._normalize(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
         if self.facts.kind == "layer_norm":
             return functional.layer_norm(x, self.size, weight, bias, self.facts.eps)
         return rms_norm(x, self.size, weight, self.facts.eps)

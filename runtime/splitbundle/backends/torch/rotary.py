@@ -32,11 +32,9 @@ def rotation(rotary: Rotary, slots: Tensor, lengths: Sequence[int], dtype: torch
     factor = getattr(rotary.scaling, "attention_factor", 1.0)
     cos, sin = angles.cos() * factor, angles.sin() * factor
     sin = sin if rotary.direction is None else -sin
+    join = torch.cat if rotary.layout == "half" else lambda pair, dim: torch.stack(pair, dim).flatten(-2)
     # The dtype comes last: under autocast, torch joins no tensors of a 16-bit type that isn't autocast's own.
-    if rotary.layout == "half":
-        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
-    pairs = torch.stack((cos, cos), dim=-1), torch.stack((-sin, sin), dim=-1)
-    return pairs[0].flatten(-2).to(dtype), pairs[1].flatten(-2).to(dtype)
+    return join((cos, cos), -1).to(dtype), join((-sin, sin), -1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
