@@ -150,6 +150,10 @@ class StageBase:
         self._check_inputs(inputs)
         batch, length = inputs.shape[:2]
         named = None if rows is None else self._named(rows, batch, cache)
+        if past is None and count is None and cache is None and rows is None and self._is_traced():
+            batch = (
+                1  # one row stands for all, which are alike: otherwise a program would hold for one batch size alone
+            )
         before = self._rows("past", past, batch, 0, 0, 2**31)
         brought = self._rows("count", count, batch, length, 0, length)
         if cache is None and any(before):
@@ -182,6 +186,10 @@ class StageBase:
             self._logits_wanted(logits)
 
     # These two are right for a stage whose keys and values aren't here. A stage that keeps them has its own.
+
+    def _is_traced(self) -> bool:
+        """Return whether this call becomes a program, for inputs of other sizes too."""
+        return False
 
     def _make_cache(self, batch_size: int, capacity: int) -> CacheState:
         return CacheState(self.architecture, self.layer_range, batch_size, capacity)

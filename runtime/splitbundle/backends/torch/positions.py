@@ -141,7 +141,7 @@ class Positions(Call):
             first, stop = span.first(self.uniform), self.uniform + self.length
             if self.length == 1:
                 return first, None, False
-            if self.uniform == 0 and span.first(stop - 1) == 0:
+            if self.uniform == 0 and (span.is_whole if torch.compiler.is_compiling() else span.first(stop - 1) == 0):
                 return 0, None, True
             queries = torch.arange(self.uniform, stop, device=self.device)[None, :, None]
         keys = torch.arange(first, stop, device=self.device)

@@ -195,6 +195,9 @@ class Stage(TensorStage, nn.Module):
         short = length - positions.length if self.head is None or logits == "all" else 0
         return functional.pad(x, (0, 0, 0, short)) if short else x
 
+    def _is_traced(self) -> bool:
+        return torch.compiler.is_compiling()
+
     def _compute(self, x: Tensor, positions: Positions, cache: KVCache | None, logits: LogitsWanted) -> Tensor:
         if not any(positions.count):  # no row has a token: there is nothing to compute or to attend to
             width = self.architecture.hidden_size if self.head is None else self.architecture.vocab_size
@@ -285,7 +288,7 @@ def _keep(x: Tensor, positions: Positions, wanted: int | None) -> tuple[Tensor, 
     if not positions.padded and wanted <= x.shape[1]:
         return x[:, -wanted:], None
     offsets = torch.arange(-wanted, 0, device=x.device)[None] + torch.tensor(positions.count, device=x.device)[:, None]
-    index = offsets.clamp(min=0)[..., None].expand(-1, -1, x.shape[2])
+    index = offsets.clamp(min=0)[..., None].expand(len(x), -1, x.shape[2])
     return x.gather(1, index), offsets >= 0
 
 

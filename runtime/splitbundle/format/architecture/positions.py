@@ -67,6 +67,11 @@ class AttentionSpan(NamedTuple):
     window: int | None
     chunk: int | None
 
+    @property
+    def is_whole(self) -> bool:
+        """Return whether a query sees every position up to its own, at any length."""
+        return self.window is None and self.chunk is None
+
     def first(self, position: int) -> int:
         """Return the first position that a query at ``position`` sees."""
         if self.chunk is not None:
