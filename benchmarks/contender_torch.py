@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import splitbundle
+from splitbundle import giving_way
 from splitbundle.backends.torch import pipeline as _loaded_with_the_import  # noqa: F401  (as the peers' classes are)
 
 
@@ -15,6 +16,8 @@ class Driver:
 
     def __init__(self, task: dict[str, Any]) -> None:
         torch.set_num_threads(task["threads"])
+        if task["options"].get("gives_way"):
+            giving_way.give_way()
         self.capacity = task["capacity"]
         self.pipeline = splitbundle.open(task["path"]).pipeline()
         self.session: Any = None

@@ -95,14 +95,20 @@ _LLAMA: Final[dict[str, Any]] = {
 }
 _QUANTIZED: Final[dict[str, Any]] = {"dtypes": ("bfloat16",)}
 """The source of quantized weights is in bfloat16."""
-_COMMAND: Final[dict[str, str | None]] = {**DEFAULT_WAITING, "OMP_WAIT_POLICY": "PASSIVE"}
+_COMMAND: Final[dict[str, str | None]] = {
+    **DEFAULT_WAITING,
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "20000",
+}
 """The environment that ``splitbundle/__main__.py`` sets."""
+_GIVES_WAY: Final = {"gives_way": True}
+"""The command also lets torch compute with fewer threads where that is faster."""
 CONTENDERS: Final[dict[str, Contender]] = {
     TORCH: Contender(**_TORCH, reads="bundle"),
     ONNXRUNTIME: Contender(**_ONNXRUNTIME, reads="bundle"),
     PREPACKED: Contender(**_ONNXRUNTIME, reads="bundle", options={"prepack": True}),
     TORCH_SHARDS: Contender(**_TORCH, reads="shards"),
-    TORCH_COMMAND: Contender(**_TORCH, reads="bundle", environment=_COMMAND),
+    TORCH_COMMAND: Contender(**_TORCH, reads="bundle", environment=_COMMAND, options=_GIVES_WAY),
     TORCH_WAITING: Contender(**_TORCH, reads="bundle", environment=DEFAULT_WAITING),
     TORCH_ONE: Contender(**_TORCH, reads="bundle", environment=DEFAULT_WAITING, threads=1),
     ONNXRUNTIME_SHARDS: Contender(**_ONNXRUNTIME, reads="shards"),
@@ -121,4 +127,6 @@ CONTENDERS: Final[dict[str, Contender]] = {
     LLAMA_INT4: Contender(**_LLAMA | {"reads": "gguf-int4"}, options={"cache": 1}, tolerance=1.0),
     GENAI_INT4: Contender(**_GENAI | _QUANTIZED, reads="genai-int4", families=("llama", "qwen2"), tolerance=1.0),
 }
-CONTENDERS.update({name: replace(CONTENDERS[own], environment=_COMMAND) for own, name in COMMANDS.items()})
+for _own, _name in COMMANDS.items():
+    _options = _GIVES_WAY if _own in (TORCH_INT8, TORCH_INT4) else {}
+    CONTENDERS[_name] = replace(CONTENDERS[_own], environment=_COMMAND, options=_options)

@@ -29,7 +29,8 @@ _ABOUT: Final = {
     "quantized": "Milliseconds a token, of a prompt of 256 and after it, with weights in 8 and 4 bits.",
     "experts": "Milliseconds a token of a Qwen 3 with 48 experts a layer, of which a token uses 8.",
     "contention": "Milliseconds a token after a prompt of 64, quiet and beside processes that loop in Python. Each is "
-    "the median of the calls in one process. The command sets OMP_WAIT_POLICY=PASSIVE.",
+    "the median of the calls in one process. The command lets threads sleep after a fifth of a millisecond, and "
+    "computes with fewer of them where that is faster.",
 }
 _KEYS: Final = {"set", "model", "dtype", "threads", "rounds", "reference", "goals", "runs", "machine", "figures"} | {
     "left out",

@@ -35,9 +35,18 @@ def run() -> int:
         for number in numbers:
             signal.signal(number, interrupt)
         # A thread of OpenMP that waits for work would keep its core busy, and a process beside this one would wait for
-        # that core. spec/decisions/0016 has measurements. It is read when torch is loaded, and this process is ours.
+        # that core. So it sleeps after a fifth of a millisecond, and fewer threads compute where that is faster. If
+        # their number mustn't change, they sleep at once. spec/decisions/0016 has measurements. OpenMP reads this when
+        # torch is loaded, and this process is ours.
         if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+            from splitbundle.giving_way import give_way
+
             os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+            # A stage server takes the pinned kernels, unless it is told otherwise.
+            steady = any(argument.startswith(("--kernels", "serve-stage")) for argument in sys.argv)
+            if not steady and "SPLITBUNDLE_KERNELS" not in os.environ:
+                os.environ["GOMP_SPINCOUNT"] = "20000"
+                give_way()
         # gRPC writes lines of its own to stderr, about connections that fail. The commands say that themselves.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         from splitbundle.cli.main import main

@@ -437,19 +437,29 @@ runpy.run_module("splitbundle", run_name="__main__", alter_sys=True)
         assert json.loads(done.stdout)["problems"][0]["code"] == "interrupted"
 
 
-def test_the_command_waits_without_spinning_unless_told_otherwise(bundle: str) -> None:
-    program = (
-        "import os, runpy, sys; sys.argv = ['splitbundle', '--version']\ntry:\n    runpy.run_module('splitbundle', "
-    )
-    program += "run_name='__main__')\nexcept SystemExit:\n    print(os.environ.get('OMP_WAIT_POLICY'))"
-    unset = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    for more, expected in (
-        ({}, "PASSIVE"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
-        ({"GOMP_SPINCOUNT": "9"}, "None"),
+def test_the_command_lets_threads_sleep_unless_told_otherwise() -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "SPLITBUNDLE_KERNELS")
+    unset = {name: value for name, value in os.environ.items() if name not in names}
+    for arguments, more, expected in (
+        ([], {}, "PASSIVE 20000 True"),
+        ([], {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None False"),
+        ([], {"GOMP_SPINCOUNT": "9"}, "None 9 False"),
+        # Another number of threads could change the last bits, so it stays, and threads that wait sleep at once.
+        (["--kernels=torch"], {}, "PASSIVE None False"),
+        (["serve-stage", "bundle"], {}, "PASSIVE None False"),
+        ([], {"SPLITBUNDLE_KERNELS": "torch"}, "PASSIVE None False"),
     ):
+        program = f"""
+import os, sys
+import splitbundle.__main__ as command, splitbundle.cli.main as main
+from splitbundle.giving_way import gives_way
+names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+main.main = lambda: print(*map(os.environ.get, names), gives_way())
+sys.argv = ["splitbundle", *{arguments!r}]
+command.run()
+"""
         done = subprocess.run([sys.executable, "-c", program], env=unset | more, capture_output=True, text=True)
-        assert done.stdout.split()[-1] == expected
+        assert done.stdout.strip() == expected, (arguments, more, done.stderr)
 
 
 def test_the_library_leaves_the_environment_alone(bundle: str) -> None:

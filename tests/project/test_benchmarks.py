@@ -306,7 +306,7 @@ def test_each_measured_process_has_its_own_environment_and_threads(
         monkeypatch.setenv(name, "own")
     environments: dict[str, Any] = {name: measured("", task(name, "contention")) for name in CONTENDERS}
     for name in (TORCH_COMMAND, *COMMANDS.values()):
-        assert environments.pop(name) == ["PASSIVE", None, None]
+        assert environments.pop(name) == ["PASSIVE", "20000", None]
     assert {name: own for name, own in environments.items() if own != [None] * 3} == {}
     assert measured("", task(TORCH, "decode")) == ["own"] * 3  # the other sets leave them as they are
     threads = {name: task(name, "contention")["threads"] for name in CONTENDERS}

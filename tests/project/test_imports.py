@@ -31,7 +31,7 @@ FLOORS = {
     "splitbundle": (
         ("records", "version", "logs"),
         ("errors",),
-        ("integers", "processors"),
+        ("giving_way", "integers", "processors"),
         ("format",),
         ("storage",),
         ("writing", "wire"),

@@ -23,7 +23,7 @@ from splitbundle.backends.torch.positions import Positions
 from splitbundle.backends.torch.quantized_modules import Codes
 from splitbundle.backends.torch.quantized_stages import is_code, use_quantized
 from splitbundle.backends.torch.tensors import TensorStage
-from splitbundle.backends.torch.threads import checked, using
+from splitbundle.backends.torch.threads import Ways, checked
 from splitbundle.backends.torch.weights import MappedTensors, assign, check_device, compute_dtype, map_tensors, rounded
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format.weight_layout import SCALE
@@ -68,6 +68,7 @@ class Stage(TensorStage, nn.Module):
             {str(i): Layer(architecture.kind_of(i), hidden, i) for i in range(*selection.layers)}
         )
         self.head = Head(architecture) if selection.head else None
+        self._ways = Ways()
         self.one_token: Steps = {}
         """The steps of the layers for one token. A stage that is loaded for computing alone has them."""
 
@@ -190,7 +191,10 @@ class Stage(TensorStage, nn.Module):
         if positions is None:
             positions = self.check(inputs, past=past, count=count, cache=cache, logits=logits, rows=rows)
         # Positions that are padding in every row are not computed, and need no slots in a cache.
-        with nullcontext() if torch.compiler.is_compiling() else using(self.threads):
+        steady = self.kernels is not None  # another number of threads could change the last bits
+        tokens = len(inputs) * positions.length
+        using = self._ways.using(self.threads, tokens, steady=steady)
+        with nullcontext() if torch.compiler.is_compiling() else using:
             x = self._compute(inputs[:, : positions.length], positions, cache, logits)
         short = length - positions.length if self.head is None or logits == "all" else 0
         return functional.pad(x, (0, 0, 0, short)) if short else x

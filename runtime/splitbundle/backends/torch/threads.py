@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
 import torch
 
-from splitbundle import processors
+from splitbundle import giving_way, processors
 from splitbundle.errors import BundleError, Problem, quoted
+from splitbundle.giving_way import GivingWay
 from splitbundle.integers import as_integer
 
 MAX_THREADS: Final = 1024
@@ -63,3 +65,27 @@ def using(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class Ways:
+    """How the calls of a stage give way to other processes."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, GivingWay] = {}
+
+    @contextmanager
+    def using(self, threads: int | None, tokens: int, *, steady: bool) -> Iterator[None]:
+        """Compute a call with this many tokens, with a number of threads as ``for_call`` says.
+
+        In a process that gives way, this is the largest number, unless it has to be ``steady``.
+        """
+        most = for_call(threads)
+        if steady or most == 1 or not giving_way.gives_way():
+            with using(threads):
+                yield
+            return
+        way = self._of.setdefault(most, GivingWay(most))
+        began = time.perf_counter()
+        with using(way.threads):
+            yield
+        way.note(tokens, time.perf_counter() - began)
