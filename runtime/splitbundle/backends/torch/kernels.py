@@ -190,12 +190,6 @@ def _kernel(key: str) -> str:
     return measured.kernel(key) if choice is None else choice[key]
 
 
-def chosen() -> Choice:
-    """Return the kernels that a stage without a choice of its own uses. Measure those that weren't measured yet."""
-    named = kernel_choice.from_environment()
-    return {key: measured.kernel(key) for key in kernel_choice.KERNELS} if named is None else named
-
-
 def _after_fork() -> None:
     """Reset the switch in a forked child: a call that another thread of the parent was running never ends here."""
     if _switch.single:
