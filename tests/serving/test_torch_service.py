@@ -82,3 +82,18 @@ def test_a_step_is_stored_before_it_is_answered(tmp_path: Path) -> None:
     assert step(again, started.run, 2) == "stepped"
     for each in (to, again):
         each.stop()
+
+
+def test_a_call_without_tokens_is_one_of_a_step_like_any_other(tmp_path: Path) -> None:
+    """Its gradient is nothing, and those of the other calls stay."""
+    to = service(tmp_path / "checkpoints")
+    started = asked(to, Train())[0]
+    for ticket, tokens in ((1, 1), (2, 0), (3, 0)):
+        numbers = ONE * tokens
+        given = Forward(run=started.run, ticket=ticket, count=(tokens,), sequence=1, width=WIDTH, encoding="float32")
+        assert asked(to, given, numbers)[0].op == "forwarded"
+        back = Backward(run=started.run, ticket=ticket, tokens=tokens, width=WIDTH, encoding="float32")
+        answer, payload = asked(to, back, numbers)
+        assert (answer.op, len(payload)) == ("backwarded", 4 * WIDTH * tokens)
+    assert asked(to, Step(run=started.run, number=1))[0].op == "stepped"
+    to.stop()

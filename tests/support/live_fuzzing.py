@@ -269,6 +269,9 @@ def clients(attack: Attack, drawn: random.Random) -> None:
                 answer, _ = frames.unpack(data)
                 attack.count(f"answers {getattr(answer, 'code', answer.op)}")
                 client.learn(frame, answer)
+                # Weights that training has moved far may give NaN, which health finds. No other request may fail.
+                if getattr(answer, "code", "") == "server.failed" and b'"health"' not in frame:
+                    attack.problem(f"{answer} to {frame[:300]!r}")
             except BundleError as error:
                 attack.problem(f"an answer that is no frame: {error}")
         streams.close()

@@ -77,6 +77,8 @@ class ServedTraining:
         *Shape:* (batch, sequence, hidden) -> the same.
         """
         given, result = kept
+        if not result.requires_grad:  # no row had a token, so nothing was computed
+            return torch.zeros_like(given)
         with using(self.stage.threads):
             result.backward(gradient)
         return given.grad  # type: ignore[no-any-return]
