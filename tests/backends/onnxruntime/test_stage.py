@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,12 @@ def whole() -> Bundle:
 @pytest.mark.parametrize("path", ["trunk-2.onnx", "layer-001.safetensors"])
 def test_changed_files_are_refused(whole: Bundle, tmp_path: Path, path: str) -> None:
 
-    copy = Path(shutil.copytree(whole.path, tmp_path / "copy"))
-    data = bytearray((copy / path).read_bytes())
+    copied = Path(shutil.copytree(whole.path, tmp_path / "copy"))
+    data = bytearray((copied / path).read_bytes())
     data[40] ^= 1
-    (copy / path).write_bytes(data)
+    (copied / path).write_bytes(data)
     with pytest.raises(BundleError) as caught:
-        splitbundle.open(copy).stage("trunk-2", backend="onnxruntime")
+        splitbundle.open(copied).stage("trunk-2", backend="onnxruntime")
     assert caught.value.problems[0].file == path
     assert caught.value.codes[0] in ("file.digest", "file.header-digest")
 
@@ -219,3 +221,21 @@ def test_boundary_checks_are_those_of_torch(whole: Bundle) -> None:
     caches = {backend: stage.cache(1, 8) for backend, stage in ours.items()}
     assert said(ours["torch"], hidden, cache=caches["onnxruntime"])[0] == "input.cache"
     assert said(ours["onnxruntime"], hidden.numpy(), cache=caches["torch"])[0] == "input.cache"
+
+
+def test_a_copy_shares_the_graphs_and_a_pickle_is_refused(whole: Bundle) -> None:
+    pipeline = whole.pipeline(backend="onnxruntime")
+    stage, prompt = pipeline.stages[0], numpy.array([[1, 2, 3]])
+    for other in (copy.copy(stage), copy.deepcopy(stage)):
+        assert other is not stage
+        cache = other.cache(1, 8)
+        assert numpy.array_equal(other(prompt, cache=cache), stage(prompt))
+        assert numpy.array_equal(
+            stage(prompt[:, :1], past=[3], cache=copy.deepcopy(cache)), other(prompt[:, :1], past=[3], cache=cache)
+        )
+    assert numpy.array_equal(copy.deepcopy(pipeline)(prompt), pipeline(prompt))
+    for each in (stage, pipeline):
+        with pytest.raises(
+            BundleError, match=r"\[stage.copy\] stage bottom: expected a stage that stays in its process"
+        ):
+            pickle.dumps(each)

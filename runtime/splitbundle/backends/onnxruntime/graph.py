@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import numpy
 import onnxruntime
@@ -62,13 +62,26 @@ class LoadedGraph:
             raise BundleError(Problem(code="input.device", argument="providers", expected=expected, got=got))
         if not bundle.strict:
             bundle.locate_tensors(shard)  # check that onnxruntime opened this bundle's files, not newer ones
-        self.file = graph.file
+        self.name, self.file = shard.name, graph.file
         self.input = graph.inputs[0].name
         self.output = graph.outputs[0]
         self.head = shard.head
         names = cache_names(shard.layers)
         self.caches = {port.name: port.dtype for port in graph.inputs if port.name in names}
         """The names of the cache inputs -> their dtypes."""
+
+    def __copy__(self) -> LoadedGraph:
+        return self  # it is immutable, and threads may share it
+
+    def __deepcopy__(self, memo: object) -> LoadedGraph:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        expected, got = "a stage that stays in its process", "a pickle of a stage of onnxruntime"
+        hint = "Send the bundle, which is pickled as its path, and load the stage there"
+        raise BundleError(
+            Problem(code="stage.copy", argument=f"stage {self.name}", expected=expected, got=got, hint=hint)
+        )
 
     def run(self, x: numpy.ndarray, call: Call, cache: KVCache, selected: numpy.ndarray | None) -> numpy.ndarray:
         """Run the graph for one call, and extend the cache.
