@@ -1,7 +1,8 @@
-"""A second Ctrl-C or SIGTERM ends a command that serves, or that still starts, at once and with its status."""
+"""How signals end a command that serves: it drains, and a second one ends it at once, also while it starts."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -41,9 +43,10 @@ def started(*command: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_while_it_drains(number: signal.Signals) -> None:
-    process = started("-c", SLOW)
+@contextlib.contextmanager
+def draining(number: signal.Signals, grace: int) -> Iterator[subprocess.Popen[str]]:
+    """A server that has got a signal in the middle of a step. Afterwards it is gone, and its client knows."""
+    process = started("-c", SLOW.replace("'600'", f"'{grace}'"))
     assert process.stdout is not None
     assert process.stderr is not None
     stage = splitbundle.open(BUNDLE).stage("trunk", remote=json.loads(process.stdout.readline())["url"], timeout=1)
@@ -59,12 +62,28 @@ def test_while_it_drains(number: signal.Signals) -> None:
     assert process.stdout.readline() == "computing\n"
     process.send_signal(number)
     assert process.stderr.readline().startswith("ending: ")
-    process.send_signal(number)
-    out, errors = process.communicate(timeout=60)
+    yield process
     client.join(60)
+    assert found[0].codes == ("peer.unreachable",)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_while_it_drains(number: signal.Signals) -> None:
+    with draining(number, 600) as process:
+        process.send_signal(number)
+        out, errors = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert errors == "splitbundle: [interrupted] expected to finish, got a second interruption\n"
-    assert found[0].codes == ("peer.unreachable",)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_step_is_given_up_after_the_grace(number: signal.Signals) -> None:
+    with draining(number, 1) as process:
+        begun = time.monotonic()
+        out, errors = process.communicate(timeout=60)
+        assert time.monotonic() - begun < 10
+    assert (process.returncode, out) == (0, "")
+    assert errors == "the step that is computed takes longer than --grace 1: it is given up\n"
 
 
 @pytest.mark.parametrize("number", NUMBERS)

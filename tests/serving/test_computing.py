@@ -86,3 +86,24 @@ def test_many_threads_and_an_end_in_the_middle() -> None:
             assert not thread.is_alive()
         assert len(outcomes) == 24
         assert False not in outcomes
+
+
+@pytest.mark.parametrize("by_caller", [True, False])
+def test_the_end_waits_for_a_bounded_time(by_caller: bool) -> None:
+    computing, begun, go_on = Computing("test"), threading.Event(), threading.Event()
+    if not by_caller:  # as many threads as may compute have come
+        computing._callers.update(range(-MOST_CALLERS, 0))
+
+    def work() -> None:
+        begun.set()
+        go_on.wait(30)
+
+    worker = threading.Thread(target=lambda: computing.run(work))
+    worker.start()
+    begun.wait(30)
+    assert not computing.stop(0.1)
+    with pytest.raises(Stopped):
+        computing.run(lambda: 1)
+    go_on.set()
+    worker.join(30)
+    assert computing.stop(30)

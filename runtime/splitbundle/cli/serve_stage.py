@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +21,7 @@ from splitbundle.cli.arguments import (
     verify_when,
 )
 from splitbundle.cli.console import Command, Console, timed_notes
+from splitbundle.cli.exit_status import OK
 from splitbundle.cli.second_signal import FirstSignalEnds, SecondSignalEnds
 from splitbundle.errors import BundleError, Problem
 from splitbundle.opening import open_bundle
@@ -212,8 +215,13 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         except KeyboardInterrupt:  # Ctrl-C and SIGTERM are how this command ends
             console.note("ending: new sessions are refused, and the step that is computed ends")
         finally:
-            server.stop(args.grace)
-    return 0
+            ended = server.stop(args.grace)
+        if not ended:
+            console.note(f"the step that is computed takes longer than --grace {args.grace:g}: it is given up")
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+            os._exit(OK)  # Python would wait for the thread that computes; whatever is written is whole or not there
+    return OK
 
 
 def _trainer(args: argparse.Namespace) -> Trainer:

@@ -8,6 +8,7 @@ the server. OpenMP makes a pool of threads for each thread that computes, so onl
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -83,14 +84,22 @@ class Computing:
             self._callers.add(caller)
         return True
 
-    def stop(self) -> None:
-        """Refuse the work that waits, and wait for that which is done."""
+    def stop(self, timeout: float | None = None) -> bool:
+        """Refuse the work that waits, and wait for that which is done, at most ``timeout`` seconds; None for any time.
+
+        Return whether it has ended. What goes on is the last work: no other begins.
+        """
         self._stopping = True
         self._refuse_all()
         self._wake.put(None)
-        self._thread.join()
-        with self._lock:  # a caller may do its work itself
-            self._refuse_all()
+        until = None if timeout is None else time.monotonic() + timeout
+        self._thread.join(timeout)
+        # A caller may do its work itself.
+        ended = self._lock.acquire(timeout=-1 if until is None else max(0.0, until - time.monotonic()))
+        if ended:
+            self._lock.release()
+        self._refuse_all()
+        return ended and not self._thread.is_alive()
 
     def _loop(self) -> None:
         while True:

@@ -101,11 +101,11 @@ class GrpcServer:
         ended: threading.Event = self._server.stop(grace)
         return ended
 
-    def close(self) -> None:
-        """Free the threads."""
+    def close(self, *, wait: bool = True) -> None:
+        """Free the threads. Without ``wait``, one that still computes is freed when it has ended."""
         if self._looks.is_alive():
             self._looks.join()
-        self._pool.shutdown(wait=True)
+        self._pool.shutdown(wait=wait)
 
     def _call(self, data: bytes, context: Any) -> bytes:
         owner = self._owner(context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -41,6 +42,8 @@ _INNER: Final[Any] = {"embeds": False, "head": False}
 """Layers that are served have no ends, even the first and the last ones."""
 _WAKE: Final = 0.25
 """The seconds after which a thread that waits looks whether a signal has come."""
+_LAST: Final = 1.0
+"""The seconds after the grace in which threads end that compute nothing any more."""
 _SWEEP: Final = 0.5
 """The seconds between two looks for sessions whose lease ran out."""
 
@@ -215,22 +218,27 @@ class StageServer:
             pass
         return True
 
-    def stop(self, grace: float = 10.0) -> None:
+    def stop(self, grace: float = 10.0) -> bool:
         """Begin nothing new, give the steps that are computed ``grace`` seconds, and end.
 
         A program that doesn't call it ends late: threads wait for clients that may still ask.
+
+        Return whether every step has ended. Nothing can interrupt one that takes longer: its client is told that the
+        server ends, its thread goes on, and the program can't end before it, except with ``os._exit``.
         """
+        until = time.monotonic() + grace
         self.service.drain()
         self._ended.set()
         calls = self._server.stop(grace)
         while not calls.wait(_WAKE):  # as above: a second signal ends a command that drains
             pass
-        self.service.stop()
-        self._server.close()
+        ended = self.service.stop(max(_LAST, until - time.monotonic()))
+        self._server.close(wait=ended)
         if self._begun:
             if self._status is not None:
                 self._status.stop()
-            self._sweeper.join()
+            self._sweeper.join(None if ended else _LAST)
+        return ended
 
     def __enter__(self) -> StageServer:
         self.start()

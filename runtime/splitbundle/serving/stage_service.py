@@ -352,8 +352,12 @@ class StageService:
         """Begin nothing new. Steps that are computed end as usual."""
         self.draining = True
 
-    def stop(self) -> None:
-        """Wait for the step that is computed, and end all sessions."""
+    def stop(self, timeout: float | None = None) -> bool:
+        """Wait for the step that is computed, at most ``timeout`` seconds, and end all sessions.
+
+        Return whether the step has ended. None waits for it in any case.
+        """
         self.drain()
-        self._computing.stop()
+        ended = self._computing.stop(timeout)
         self.sessions.end_all()
+        return ended
