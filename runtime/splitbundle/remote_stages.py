@@ -111,7 +111,7 @@ def measure(address: str, remote_options: Mapping[str, Any], repeats: int) -> An
     """
     remote = _network()
     options = _options(remote, remote_options)
-    wanted = remote.Expected(name="any", fingerprint=None, layers=None, width=None)
+    wanted = remote.Expected(name=None, fingerprint=None, layers=None, width=None)
     peers = remote.Peers(address, wanted, options)
     try:
         return remote.measure(peers.peers[0], repeats, options.timeout)
@@ -136,6 +136,18 @@ def check(bundle: BundleReader, shard: str, remote: Any, remote_options: Mapping
     return found
 
 
+def check_ends(selection: Selection, argument: str) -> None:
+    """Check that a part may be on another machine. ``argument`` names where it was given.
+
+    Raises:
+        BundleError: ``stage.range`` for one that embeds or has the head.
+    """
+    if selection.embeds or selection.head:
+        expected = "a part between the embedding and the head: token ids and logits stay here"
+        got = f"{selection.name}, which {'embeds' if selection.embeds else 'has the head'}"
+        raise BundleError(Problem(code="stage.range", argument=argument, expected=expected, got=got))
+
+
 def _addresses(given: Any) -> list[Any]:
     """Return the addresses of servers, each by itself. A carrier (``remote.carrier``) stands for an address, too."""
     found = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else None
@@ -155,10 +167,7 @@ def _connect(
     remote_options: Mapping[str, Any],
     own: Mapping[str, Any],
 ) -> Any:
-    if selection.embeds or selection.head:
-        expected = "a part between the embedding and the head: token ids and logits stay here"
-        got = f"{selection.name}, which {'embeds' if selection.embeds else 'has the head'}"
-        raise BundleError(Problem(code="stage.range", argument="remote", expected=expected, got=got))
+    check_ends(selection, "remote")
     network = _network()
     options = _options(network, remote_options)
     wanted = network.Expected(

@@ -73,7 +73,7 @@ def test_several_of_which_one_fails(
     status, document, errors = peers(capsys, nobody, server.url, *GOLDEN)
     assert (status, [each["ok"] for each in document["peers"]]) == (5, [False, True])
     assert document["problems"][0]["code"] == "peer.unreachable"
-    assert f"{nobody}: [peer.unreachable]" in errors
+    assert f"{nobody}: [peer.unreachable] any stage: expected a server that answers" in errors
     assert "Look whether splitbundle serve-stage runs there" in errors
     status, document, errors = peers(capsys, nobody, liar.url, server.url, *GOLDEN)
     assert (status, [each["ok"] for each in document["peers"]]) == (3, [False, False, True])
@@ -96,6 +96,7 @@ def test_another_stage_than_asked_for(server: StageServer, capsys: pytest.Captur
         (("grpc://192.0.2.1:7000",), 2),
         (("grpc://127.0.0.1:1", "--bundle", BUNDLE), 2),
         (("grpc://127.0.0.1:1", "--bundle", BUNDLE, "--shard", "nothing"), 2),
+        (("grpc://127.0.0.1:1", "--bundle", BUNDLE, "--shard", "top"), 1),
         (("grpc://127.0.0.1:1", "--bundle", "nowhere", "--shard", "trunk"), 1),
         (("grpcs://127.0.0.1:1", "--tls", "nowhere"), 1),
     ],

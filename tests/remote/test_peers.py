@@ -117,7 +117,7 @@ def test_a_client_compares_what_a_server_says(member: str, value: object, code: 
 
 
 def test_a_client_that_wants_any_model_compares_nothing_of_it() -> None:
-    peers, _ = connected(expected=Expected(name="any", fingerprint=None, layers=None, width=None))
+    peers, _ = connected(expected=Expected(name=None, fingerprint=None, layers=None, width=None))
     assert Link(peers, RemoteOptions()).welcome.fingerprint == stand_in_stage.FINGERPRINT
 
 

@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         _check_address(address, insecure=args.insecure)
     bundle = None if args.bundle is None else open_bundle(args.bundle, progress=console.transfer)
     if bundle is not None:
-        bundle.select(args.shard)
+        remote_stages.check_ends(bundle.select(args.shard), "--shard")
     options = {
         "tls": args.tls,
         "timeout": args.timeout,

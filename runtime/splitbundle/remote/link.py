@@ -111,7 +111,7 @@ class Link(Connected):
             BundleError: ``peer.*``.
         """
         self._peers, self._options = peers, options
-        self.named = f"stage {peers.expected.name}"
+        self.named = peers.expected.named
         self._stateless: Peer | None
         self._stateless, self.welcome = peers.connected(until=time.monotonic() + options.timeout)
         self.encoding = options.wire or self.welcome.dtype

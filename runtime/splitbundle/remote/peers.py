@@ -34,7 +34,8 @@ _LAST_BACK_OFF: Final = 2.0
 class Expected:
     """The stage that a client wants, from the documents of its bundle."""
 
-    name: str
+    name: str | None
+    """None if any stage is welcome."""
     fingerprint: str | None
     """None if another model's weights are welcome."""
     layers: tuple[int, int] | None
@@ -42,6 +43,11 @@ class Expected:
     width: int | None
     trains: bool = False
     """Whether the client trains the stage, so that its weights may have moved."""
+
+    @property
+    def named(self) -> str:
+        """Return the stage in words, for messages."""
+        return "any stage" if self.name is None else f"stage {self.name}"
 
 
 class Refused(BundleError):
@@ -73,7 +79,7 @@ class Peer:
     @property
     def where(self) -> str:
         """Return the name of the stage and the address, for messages."""
-        return f"stage {self._expected.name} at {self.text}"
+        return f"{self._expected.named} at {self.text}"
 
     def connect(self, timeout: float) -> Welcome:
         """Ask the server what it is, in at most ``timeout`` seconds, and compare it with what the client wants.
@@ -263,7 +269,7 @@ class Peers:
         return BundleError(
             Problem(
                 code="peer.unreachable",
-                argument=f"stage {self.expected.name}",
+                argument=self.expected.named,
                 expected="a server that answers",
                 got=reasons,
                 hint=hint,

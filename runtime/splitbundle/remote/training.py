@@ -41,7 +41,7 @@ class TrainingLink(Trained):
             BundleError: ``train.refused`` for several servers: each would have weights of its own.
         """
         self._peers, self._options, self._encoding, self._width = peers, options, encoding, width
-        self.named = f"stage {peers.expected.name}"
+        self.named = peers.expected.named
         if len(peers.peers) > 1:
             self._refuse("train.refused", "one server: its weights move", f"{len(peers.peers)}")
         self._peer = peers.peers[0]
