@@ -46,6 +46,8 @@ def test_files_of_tokens(tmp_path: Path) -> None:
         place.write_text(f"alice 1234567890123456\n{line}\n")
         with pytest.raises(BundleError, match=r"\[keys.file\] .*line 2: expected a new name, a space, and a new token"):
             read_tokens(str(place))
+    with pytest.raises(BundleError, match=r"\[keys.file\] .*nothing: expected a file of tokens, up to .*, got none"):
+        read_tokens(str(tmp_path / "nothing"))
 
 
 def test_status_at_an_address_of_version_6() -> None:

@@ -240,11 +240,15 @@ def read_tokens(path: str) -> dict[str, str]:
     """Read a file of tokens: on each line a name, a space, and a token.
 
     Raises:
-        BundleError: ``keys.file`` for a line of another form, or a name twice; ``file.*``.
+        BundleError: ``keys.file`` for a file that can't be read, a line of another form, or a name twice.
     """
     tokens: dict[str, str] = {}
     place = Path(os.path.abspath(path))
-    text = files.read_file(place.parent, place.name, _MAX_TOKEN_BYTES).decode("utf-8", "replace")
+    try:
+        text = files.read_file(place.parent, place.name, _MAX_TOKEN_BYTES).decode("utf-8", "replace")
+    except BundleError as error:
+        expected, got = f"a file of tokens, up to {_MAX_TOKEN_BYTES} bytes", error.problems[0].got
+        raise BundleError(Problem(code="keys.file", file=path, expected=expected, got=got)) from None
     for number, line in enumerate(text.splitlines(), 1):
         parts = line.split()
         if not parts or parts[0].startswith("#"):
