@@ -41,7 +41,7 @@ class Joint:
         self.weight, self.bias, self.quantized = weight, bias, quantized
         self.shape = (0, 0) if weight is None else (weight.shape[0], weight.shape[1])
         self.members = [
-            (layer, [(key, part, 0 if part is None else part.data_ptr()) for key, part in module._parameters.items()])
+            (layer, [(key, part, *_place(part)) for key, part in module._parameters.items()])
             for layer, module in (layers or {}).items()
         ]
 
@@ -77,10 +77,13 @@ class Joint:
             layer = layers[name]
             if layer is None or not (is_own(layer) if self.quantized is None else is_own_quantized(layer)):
                 return None
-            for key, part, at in members:
+            for key, part, at, count in members:
                 if layer._parameters[key] is not part:
                     return None
-                if part is not None and (part.data_ptr() != at or part.requires_grad or not part.is_contiguous()):
+                if part is None:
+                    continue
+                # Setting ``.data`` gives the same parameter another place, or fewer rows in the same place.
+                if part.data_ptr() != at or part.numel() != count or part.requires_grad or not part.is_contiguous():
                     return None
         if self.quantized is not None:
             return self.quantized.product(x, self.bias)
@@ -88,6 +91,11 @@ class Joint:
 
 
 NOTHING: Final = Joint()
+
+
+def _place(part: Tensor | None) -> tuple[int, int]:
+    """Return where a tensor lies in memory, and how many numbers it has."""
+    return (0, 0) if part is None else (part.data_ptr(), part.numel())
 
 
 def join(layers: nn.ModuleDict, tensors: MappedTensors) -> None:

@@ -29,10 +29,10 @@ def is_plain(layer: nn.Module) -> bool:
     return is_own(layer) and not has_global_hooks()
 
 
-def is_own(layer: nn.Module) -> bool:
-    """Return False for a replaced layer, and for one with hooks of its own."""
-    own = layer.__dict__
-    return type(layer) is Linear and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+def is_own(layer: nn.Module, kind: type[nn.Module] = Linear) -> bool:
+    """Return False for a layer that was replaced or compiled, and for one with hooks of its own."""
+    own, hooks = layer.__dict__, layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is kind and not (hooks or "forward" in own or "_compiled_call_impl" in own)
 
 
 def has_global_hooks() -> bool:

@@ -9,7 +9,7 @@ their tensors. The results are those of ``Layer.forward``, and each layer that i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,6 @@ from splitbundle.backends.torch.rms_norms import rms_norm_of_one_row
 from splitbundle.backends.torch.rotary import rotate
 from splitbundle.format.architecture.positions import Alibi
 from splitbundle.format.architecture.rotary import Rotary
-
-_attention: Final = functional.scaled_dot_product_attention
 
 
 def through_layers(
@@ -97,29 +95,30 @@ class Token:
 class _Product:
     """A linear layer, as its tensors."""
 
-    __slots__ = ("bias", "codes", "long", "weight")
+    __slots__ = ("codes", "held", "long")
 
     def __init__(self, layer: Any) -> None:
         """Take the tensors of a linear layer, or of a ``Joint`` that isn't empty."""
         whole = layer.quantized if isinstance(layer, Joint) else layer
         self.codes = whole if isinstance(whole, QuantizedLinear) else None
-        self.weight: Tensor = layer.weight
-        self.bias: Tensor | None = layer.bias
-        self.long = self.codes is None and not is_short(self.weight)
+        self.held: dict[str, Any] = layer.__dict__ if isinstance(layer, Joint) else layer._parameters
+        self.long = self.codes is None and not is_short(layer.weight)
 
     def of(self, x: Tensor, kernel: str) -> Tensor:
         """Return W x + b. *Shape:* (inputs) -> (outputs)."""
+        weight, bias = self.held["weight"], self.held["bias"]
         if kernel == COLUMN and self.long:
-            return torch.mv(self.weight, x) if self.bias is None else torch.addmv(self.bias, self.weight, x)
+            return torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)
         if self.codes is not None:
-            return self.codes.product(x[None], self.bias)[0]
-        return product(kernel if self.long else TORCH, x[None], self.weight, self.bias)[0]
+            return self.codes.product(x[None], bias)[0]
+        plain = self.long and (bias is None or bias.is_contiguous())  # as in ``kernels.is_plain_call``
+        return product(kernel if plain else TORCH, x[None], weight, bias)[0]
 
     def onto(self, rest: Tensor, x: Tensor, kernel: str) -> Tensor:
         """Return rest + (W x + b). *Shape:* (outputs), (inputs) -> (outputs)."""
         # In bfloat16, the sum of both would be rounded once, and not twice as in ``Layer``.
-        if kernel == COLUMN and self.long and self.bias is None and x.dtype == torch.float32:
-            return torch.addmv(rest, self.weight, x)
+        if kernel == COLUMN and self.long and self.held["bias"] is None and x.dtype == torch.float32:
+            return torch.addmv(rest, self.held["weight"], x)
         return rest + self.of(x, kernel)
 
 
@@ -149,40 +148,55 @@ class OneToken:
         return _nothing, ()
 
     def _remember(self, layer: Layer) -> None:
-        """Keep what ``holds`` compares: the parts of each module, and where a module keeps what others add to it."""
-        modules = list(layer.modules())
-        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self.dictionaries = [module.__dict__ for module in modules]
-        self.parts: list[tuple[dict[str, Any], str, Any]] = [
-            (held, name, part)
-            for module in modules
-            for held in (module._modules, module._parameters)
-            for name, part in held.items()
-        ]
+        """Keep what ``holds`` compares."""
+        self.modules = [(module, type(module), module.__dict__, len(module.__dict__)) for module in layer.modules()]
+        modules = [module for module, *_ in self.modules]
         blocks = [block for block in (self.attention, self.mlp) if block.joint.weight is not None]
-        self.parts += [(block.__dict__, "joint", block.joint) for block in blocks]
+        norms = [module for module in (layer.attention_norm, layer.mlp_norm) if module is not None]
+        facts: list[tuple[nn.Module, str]] = [
+            (layer, name) for name in ("dropout", "multiplier", "placement", "scales")
+        ]
+        facts += [(self.attention, "dropout"), (self.mlp, "activation"), *((norm, "facts") for norm in norms)]
+        facts += [(self.attention, "facts"), *((block, "joint") for block in blocks)]
+        self.parts: list[tuple[dict[str, Any], str, Any]] = [
+            *((module._modules, name, part) for module in modules for name, part in module._modules.items()),
+            *((module.__dict__, name, module.__dict__.get(name)) for module, name in facts),
+        ]
+        self.weights = [
+            (module._parameters, name, weight, type(weight))
+            for module in modules
+            for name, weight in module._parameters.items()
+        ]
         self.places = [
-            (part, at)
+            (part, at, count)
             for block in blocks
             for _, members in block.joint.members
-            for _, part, at in members
+            for _, part, at, count in members
             if part is not None
         ]
-        replaceable = (layer, "dropout"), (self.attention, "dropout"), (self.mlp, "activation")
-        self.parts += [(block.__dict__, name, block.__dict__.get(name)) for block, name in replaceable]
 
     def holds(self, layer: nn.Module) -> bool:
         """Return whether this layer is the loaded one, with its parts, and unhooked."""
         # Each look costs time: after a product, nothing of this is in the processor's caches.
-        if layer is not self.layer or any(self.hooks):
+        if layer is not self.layer:
             return False
-        for own in self.dictionaries:
-            if "forward" in own:
+        for module, kind, own, size in self.modules:
+            # A part in place of None, and a compiled module, change the number of attributes.
+            if type(module) is not kind or len(own) != size or "forward" in own:
+                return False
+            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 return False
         for held, name, part in self.parts:
             if held.get(name) is not part:
                 return False
-        return all(part.data_ptr() == at and part.is_contiguous() for part, at in self.places)
+        for held, name, weight, own_type in self.weights:
+            found = held.get(name)
+            if found is not weight or type(found) is not own_type:
+                return False
+        for part, at, count in self.places:
+            if part.data_ptr() != at or part.numel() != count or not part.is_contiguous():
+                return False
+        return True
 
     def apply(self, x: Tensor, token: Token) -> Tensor:
         """Apply the layer. *Shape:* (hidden) -> the same."""
@@ -200,7 +214,8 @@ class OneToken:
         keys = stored_keys[row : row + 1, :, first : place + 1]
         values = stored_values[row : row + 1, :, first : place + 1]
         # The query heads of a group see the same keys. Treat them as positions, so that memory holds each key once.
-        mixed = _attention(queries.reshape(self.grouped), keys, values, scale=own.scale)
+        grouped = queries.reshape(self.grouped)
+        mixed = functional.scaled_dot_product_attention(grouped, keys, values, scale=own.scale)
         return self.output.onto(rest, mixed.reshape(-1), token.kernel)
 
     def _heads(self, x: Tensor, token: Token) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,9 +254,9 @@ def _norm(norm: Norm | None) -> Callable[[Tensor], Tensor]:
     """Return what a norm computes. *Shape:* (size) -> the same."""
     if norm is None:
         return lambda x: x
-    weight, own = norm.weight, norm.facts
-    if own.kind == "rms_norm" and weight is not None and not own.weight_offset and norm.bias is None:
-        return lambda x: rms_norm_of_one_row(x, weight, own.eps)
+    held, own = norm._parameters, norm.facts
+    if own.kind == "rms_norm" and norm.weight is not None and not own.weight_offset and norm.bias is None:
+        return lambda x: rms_norm_of_one_row(x, held["weight"], own.eps)  # type: ignore[arg-type]
     return norm.forward
 
 

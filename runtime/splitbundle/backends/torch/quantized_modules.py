@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from splitbundle.backends.torch import quantized
 from splitbundle.backends.torch.kernel_choice import COLUMNS, INT4PACK, INT8PACK
 from splitbundle.backends.torch.kernels import quantized_kernel
-from splitbundle.backends.torch.modules import Linear, Table
+from splitbundle.backends.torch.modules import Linear, Table, is_own
 from splitbundle.format.encodings import Encoding
 from splitbundle.format.weight_layout import SCALE
 
@@ -105,11 +105,8 @@ class QuantizedLinear(Codes, Linear):
 
 
 def is_own_quantized(layer: nn.Module) -> bool:
-    """Return False for a replaced layer, and for one with hooks of its own. See ``modules.is_own``."""
-    own = layer.__dict__
-    return type(layer) is QuantizedLinear and not (
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
-    )
+    """Return what ``modules.is_own`` returns, for a quantized layer."""
+    return is_own(layer, QuantizedLinear)
 
 
 class QuantizedTable(Codes, Table):

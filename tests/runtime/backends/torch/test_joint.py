@@ -14,6 +14,8 @@ from torch.nn.modules import module as hooks
 
 import splitbundle
 from splitbundle.backends.torch import joint, rms_norms
+from splitbundle.backends.torch.feedforward import Mlp
+from splitbundle.backends.torch.quantized_modules import Codes
 from splitbundle.backends.torch.stage import Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,6 +142,27 @@ def test_a_replaced_layer_computes_for_itself(stage: Stage, products: list[int])
     attention.value = own
     assert not torch.allclose(stage(hidden(stage)), before, atol=1e-3)
     assert not products
+
+
+@torch.no_grad()
+def test_neurons_that_are_taken_away_count(golden: splitbundle.Bundle) -> None:
+    results = []
+    for kernels in ("torch", "steps=few"):
+        stage = golden.stage(layers=(1, 2), kernels=kernels)
+        mlp = stage.layers["1"].mlp
+        if not isinstance(mlp, Mlp) or isinstance(mlp.down, Codes):
+            pytest.skip("experts and codes have no rows to take away")
+        kept = mlp.down.in_features // 2
+        for layer in (mlp.up, mlp.gate):
+            for part in [] if layer is None else layer.parameters():
+                part.data = part.data[:kept]
+        mlp.down.weight.data = mlp.down.weight.data[:, :kept].clone()
+        results.append(stage(hidden(stage), cache=stage.cache(2, 1)))
+        results.append(stage(hidden(stage)[:1], cache=stage.cache(1, 1)))
+    for one, other in zip(results[:2], results[2:], strict=True):
+        assert torch.allclose(
+            one, other, rtol=0, atol=(1e-5 if one.dtype == torch.float32 else 2**-5) * one.abs().max()
+        )
 
 
 @torch.no_grad()

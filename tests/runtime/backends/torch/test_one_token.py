@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -139,10 +140,22 @@ def _replace_weights(module: nn.Module) -> None:
             part._parameters[name] = None if weight is None else nn.Parameter(weight * 2, requires_grad=False)
 
 
+def _replace_class(module: nn.Module) -> None:
+    forward = type(module).forward
+    own = {"forward": lambda self, *args: forward(self, *args) * 2}
+    module.__class__ = type("Doubled", (type(module),), own)  # type: ignore[assignment]
+
+
+def _compile(module: nn.Module) -> None:
+    """Do what ``Module.compile`` does, with a compiler that shows itself."""
+    compiled = module._call_impl
+    module._compiled_call_impl = lambda *args: compiled(*args) * 2
+
+
 CHANGED = ("", "attention_norm", "attention", "attention.value", "attention.output", "mlp_norm", "mlp", "mlp.up")
 
 
-@pytest.mark.parametrize("change", [_hook, _hook_before, _replace_forward, _replace_weights])
+@pytest.mark.parametrize("change", [_hook, _hook_before, _replace_forward, _replace_class, _compile, _replace_weights])
 @pytest.mark.parametrize("name", [*CHANGED, "mlp.down"])
 @torch.no_grad()
 def test_a_changed_layer_is_computed_by_its_modules(
@@ -184,6 +197,66 @@ def test_a_replaced_part_is_called(stage: Stage, applied: list[int]) -> None:
     replaced = computed(stage)
     assert not torch.equal(replaced, before)
     assert applied == [1]
+
+
+def _with_sinks(layer: nn.Module) -> None:
+    layer.attention.sinks = nn.Parameter(torch.ones(layer.attention.facts.heads), requires_grad=False)
+
+
+def _with_another_norm(layer: nn.Module) -> None:
+    layer.mlp_output_norm = copy.deepcopy(layer.mlp_norm)
+
+
+def _with_half_the_sums(layer: nn.Module) -> None:
+    layer.multiplier = 0.5
+
+
+def _with_another_eps(layer: nn.Module) -> None:
+    layer.mlp_norm.facts = dataclasses.replace(layer.mlp_norm.facts, eps=10.0)
+
+
+@pytest.mark.parametrize("change", [_with_sinks, _with_another_norm, _with_half_the_sums, _with_another_eps])
+@torch.no_grad()
+def test_a_part_that_is_added_and_a_fact_that_changes_count(
+    change: Callable[[nn.Module], None], stage: Stage, applied: list[int]
+) -> None:
+    before = computed(stage)
+    change(stage.layers["1"])
+    assert not torch.allclose(computed(stage), before, atol=1e-3)
+    assert applied == [1]
+
+
+@torch.no_grad()
+def test_attention_that_is_replaced_in_torch_is_called(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, fused = computed(stage), functional.scaled_dot_product_attention
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", lambda *args, **kwargs: fused(*args, **kwargs) * 2)
+    assert not torch.allclose(computed(stage), before, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_bias_with_gaps_in_memory_is_read_as_it_is(
+    gpt2: splitbundle.Bundle, applied: list[int], every_product: None
+) -> None:
+    stage = gpt2.stage(gpt2.shards[1].name, kernels=f"steps=few,float32/1={ONEDNN}")
+    before = computed(stage)
+    for name, bias in stage.named_parameters():
+        if name.endswith("output.bias"):
+            bias.data = torch.stack((bias, torch.full_like(bias, 9)), dim=1)[:, 0]
+    assert torch.allclose(computed(stage), before, rtol=1e-5, atol=1e-5)
+    assert applied == [1, 1]
+
+
+@torch.no_grad()
+def test_weights_that_are_swapped_count(stage: Stage, applied: list[int]) -> None:
+    before = computed(stage)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        stage.load_state_dict({name: weight * 2 for name, weight in stage.state_dict().items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    got = computed(stage)
+    assert not torch.allclose(got, before, atol=1e-3)
+    assert torch.equal(got, by_modules(lambda: computed(stage)))
 
 
 @torch.no_grad()
