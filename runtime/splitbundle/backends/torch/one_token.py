@@ -46,7 +46,8 @@ def through_layers(
     row, token = x.reshape(-1), Token(positions, cache, kernel)
     for name, layer in layers.items():
         own = steps.get(name)
-        if own is not None and own.holds(layer):
+        # A module may have returned a tensor of another class, which must see each operator.
+        if own is not None and type(row) is Tensor and own.holds(layer):
             row = own.apply(row, token)
         else:
             row = layer(row.view(1, 1, -1), positions, cache).reshape(-1)

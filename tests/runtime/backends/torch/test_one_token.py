@@ -259,6 +259,18 @@ def test_weights_that_are_swapped_count(stage: Stage, applied: list[int]) -> Non
     assert torch.equal(got, by_modules(lambda: computed(stage)))
 
 
+class _Own(Tensor):
+    """A tensor of another class."""
+
+
+@torch.no_grad()
+def test_layers_after_a_hook_see_the_class_of_its_tensor(gpt2: splitbundle.Bundle, applied: list[int]) -> None:
+    stage = gpt2.stage(layers=(1, 3))
+    stage.layers["1"].register_forward_hook(lambda module, inputs, output: output.as_subclass(_Own))
+    assert type(computed(stage)) is _Own
+    assert not applied
+
+
 @torch.no_grad()
 def test_other_calls_are_computed_by_the_modules(stage: Stage, gpt2: splitbundle.Bundle, applied: list[int]) -> None:
     x = hidden(stage)
