@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -191,10 +191,12 @@ class Stage(TensorStage, nn.Module):
         if positions is None:
             positions = self.check(inputs, past=past, count=count, cache=cache, logits=logits, rows=rows)
         # Positions that are padding in every row are not computed, and need no slots in a cache.
-        steady = self.kernels is not None  # another number of threads could change the last bits
-        tokens = len(inputs) * positions.length
-        using = self._ways.using(self.threads, tokens, steady=steady)
-        with nullcontext() if torch.compiler.is_compiling() else using:
+        threads: AbstractContextManager[None] = nullcontext()
+        if not torch.compiler.is_compiling():
+            # With pinned kernels, the number of threads stays: another one could change the last bits.
+            steady, tokens = self.kernels is not None, inputs.shape[0] * positions.length
+            threads = self._ways.using(self.threads, tokens, steady=steady)
+        with threads:
             x = self._compute(inputs[:, : positions.length], positions, cache, logits)
         short = length - positions.length if self.head is None or logits == "all" else 0
         return functional.pad(x, (0, 0, 0, short)) if short else x
