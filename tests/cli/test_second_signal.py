@@ -79,9 +79,7 @@ def test_while_it_drains(number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_step_is_given_up_after_the_grace(number: signal.Signals) -> None:
     with draining(number, 1) as process:
-        begun = time.monotonic()
-        out, errors = process.communicate(timeout=60)
-        assert time.monotonic() - begun < 10
+        out, errors = process.communicate(timeout=60)  # the step itself would take ten minutes
     assert (process.returncode, out) == (0, "")
     assert errors == "the step that is computed takes longer than --grace 1: it is given up\n"
 
