@@ -6,7 +6,7 @@
 ``hop``: a stage that computes nothing, in a process of its own, gets steps of 8 KB and of 4 MB. In turn, a gRPC server
 of four lines, in another process, sends the same bytes back. ``decode``: a model of random weights in three shards
 generates with its trunk in this process and on a server at a loopback address, in turn. All processes of ``decode``
-wait for work as the commands do (``OMP_WAIT_POLICY=PASSIVE``).
+wait for work as a stage server does (``OMP_WAIT_POLICY=PASSIVE``).
 
 Each round gives ratios of medians. The result is the median ratio, with the least and the greatest.
 """

@@ -15,6 +15,7 @@ import splitbundle_converter
 from splitbundle import BundleError
 from splitbundle.text.huggingface import TextTokenizer
 from tests.support.paths import ROOT
+from tests.support.small_tokenizer import tokenizer_with_room
 
 EXAMPLE = ROOT / "examples" / "license-gpt2"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,12 +23,7 @@ WORDS = ("<unk>", "<s>", "</s>", "▁", "a", "b", "c", "s", "<", "/", ">", "|", 
 
 
 def byte_level() -> Tokenizer:
-    document = json.loads((EXAMPLE / "tokenizer.json").read_text("utf-8"))
-    model = document["model"]
-    kept = len(model["vocab"]) - 10  # the model has as many ids as this vocabulary, and needs some for the new tokens
-    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < kept}
-    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
-    made = Tokenizer.from_str(json.dumps(document))
+    made = tokenizer_with_room()
     made.add_tokens([AddedToken("<think>", special=False, normalized=False), AddedToken("zzz", normalized=False)])
     made.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
     return made

@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 
 import splitbundle
 import splitbundle_converter
@@ -22,6 +22,7 @@ from splitbundle.stages.channels import MARKS
 from tests.stages.test_channels import CALL, SUM, THOUGHT
 from tests.support.paths import ROOT
 from tests.support.scripted_pipeline import ScriptedPipeline
+from tests.support.small_tokenizer import tokenizer_with_room
 
 EXAMPLE = ROOT / "examples" / "license-gpt2"
 TEMPLATE = """{%- for m in messages -%}
@@ -37,12 +38,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> splitbundle.Bundle:
     """The trained example with harmony's control tokens. Its answers are written down."""
     place = tmp_path_factory.mktemp("harmony")
     source = Path(shutil.copytree(EXAMPLE, place / "source"))
-    document = json.loads((EXAMPLE / "tokenizer.json").read_text("utf-8"))
-    model = document["model"]
-    kept = len(model["vocab"]) - 10  # the model has as many ids as this vocabulary, and needs some for the new tokens
-    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < kept}
-    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
-    made = Tokenizer.from_str(json.dumps(document))
+    made = tokenizer_with_room()
     made.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
     made.save(str(source / "tokenizer.json"))
     (source / "chat_template.jinja").write_text(TEMPLATE)

@@ -220,7 +220,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             console.note(f"the step that is computed takes longer than --grace {args.grace:g}: it is given up")
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
-            os._exit(OK)  # Python would wait for the thread that computes; whatever is written is whole or not there
+            os._exit(
+                OK
+            )  # Python would wait for the thread that computes. No file is half-written: each is replaced whole
     return OK
 
 
