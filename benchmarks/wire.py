@@ -61,6 +61,9 @@ class NothingStage:
     """A stage that returns what it gets: tensors of torch, as a real one."""
 
     def __init__(self) -> None:
+        from splitbundle.backends.torch import payloads
+
+        self._payloads = payloads
         self.embeds = self.has_head = False
         self.name, self.backend, self.dtype = "nothing", "none", "float32"
         self.fingerprint, self.layer_range = f"sha256:{'0' * 64}", (0, 1)
@@ -72,9 +75,7 @@ class NothingStage:
 
     def decode(self, payload: memoryview, encoding: str, count: Any, sequence: int) -> Any:
         """Return the tensor of a payload."""
-        from splitbundle.backends.torch.payloads import decode
-
-        return decode(payload, encoding, count, sequence, WIDTH)
+        return self._payloads.decode(payload, encoding, count, sequence, WIDTH)
 
     def check(self, hidden: Any, **given: Any) -> None:
         """Check nothing."""
@@ -85,9 +86,7 @@ class NothingStage:
 
     def encode(self, hidden: Any, count: Any, encoding: str) -> list[memoryview]:
         """Return the payload of a tensor."""
-        from splitbundle.backends.torch.payloads import encode
-
-        return encode(hidden, count, encoding)
+        return self._payloads.encode(hidden, count, encoding)
 
 
 def serve_nothing() -> Any:

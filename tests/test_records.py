@@ -1,4 +1,4 @@
-"""Records behave like those of ``@dataclass(frozen=True, slots=True, kw_only=True)`` to all callers."""
+"""Records behave like those of ``@dataclass`` with the same options to all callers."""
 
 from __future__ import annotations
 
@@ -107,9 +107,30 @@ def test_dataclasses_take_them_for_theirs() -> None:
     assert dataclasses.is_dataclass(Path)
 
 
-def test_there_is_one_kind() -> None:
-    with pytest.raises(TypeError, match="frozen, slotted and keyword-only"):
-        record(frozen=False, slots=True, kw_only=True)
+def test_options_that_no_record_has() -> None:
+    for slots, kw_only in ((False, True), (True, False)):
+        with pytest.raises(TypeError, match="slotted and keyword-only"):
+            record(frozen=True, slots=slots, kw_only=kw_only)
+
+
+def test_one_that_is_not_frozen_differs_in_that_alone() -> None:
+    @record(frozen=False, slots=True, kw_only=True)
+    class Move:
+        x: int
+        y: int = 2
+
+        def __init__(self, *, x: int, y: int = 2) -> None:
+            self.x, self.y = x, y
+
+    move = Move(x=1)
+    assert (move, repr(move).split(".")[-1]) == (Move(x=1, y=2), "Move(x=1, y=2)")
+    assert (members(move), replace(move, y=3), copy.copy(move)) == ({"x": 1, "y": 2}, Move(x=1, y=3), move)
+    move.x = 5
+    assert move == Move(x=5)
+    with pytest.raises(AttributeError):
+        move.z = 5  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(move)
 
 
 def test_asking_what_they_share_for_fields_spoils_none() -> None:

@@ -103,6 +103,16 @@ def load_pipeline(
     )
 
 
+def check_options(remote_options: Mapping[str, Any]) -> None:
+    """Check the options of remote stages, with the certificate of this machine, before any server is asked.
+
+    Raises:
+        BundleError: ``input.value``; ``keys.file`` and ``file.*``.
+    """
+    remote = _network()
+    remote.check_identity(_options(remote, remote_options))
+
+
 def measure(address: str, remote_options: Mapping[str, Any], repeats: int) -> Any:
     """Return what a server is, and what a hop to it costs: ``remote.measuring.Measured``.
 
@@ -145,7 +155,8 @@ def check_ends(selection: Selection, argument: str) -> None:
     if selection.embeds or selection.head:
         expected = "a part between the embedding and the head: token ids and logits stay here"
         got = f"{selection.name}, which {'embeds' if selection.embeds else 'has the head'}"
-        raise BundleError(Problem(code="stage.range", argument=argument, expected=expected, got=got))
+        hint = "Cut the bundle anew, so that this shard has layers alone, or name another shard"
+        raise BundleError(Problem(code="stage.range", argument=argument, expected=expected, got=got, hint=hint))
 
 
 def _addresses(given: Any) -> list[Any]:

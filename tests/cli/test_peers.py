@@ -98,7 +98,7 @@ def test_another_stage_than_asked_for(server: StageServer, capsys: pytest.Captur
         (("grpc://127.0.0.1:1", "--bundle", BUNDLE, "--shard", "nothing"), 2),
         (("grpc://127.0.0.1:1", "--bundle", BUNDLE, "--shard", "top"), 1),
         (("grpc://127.0.0.1:1", "--bundle", "nowhere", "--shard", "trunk"), 1),
-        (("grpcs://127.0.0.1:1", "--tls", "nowhere"), 1),
+        (("grpcs://127.0.0.1:1", "grpcs://127.0.0.1:2", "--tls", "nowhere"), 1),
     ],
 )
 def test_what_is_refused_before_anything_is_measured(
@@ -110,6 +110,7 @@ def test_what_is_refused_before_anything_is_measured(
         found = int(str(ended.code))
     out, errors = capsys.readouterr()
     assert (found, out) == (status, ""), errors
+    assert "nowhere" not in arguments or errors.count("[") == 1, "it is said once, and not for each server"
 
 
 def test_a_silent_server_is_given_up_after_the_timeout(

@@ -103,12 +103,33 @@ def test_others_are_refused(
     assert server.service.counts == before
 
 
+def test_a_server_without_tls_is_told_from_a_wrong_certificate(every_cut: splitbundle.Bundle) -> None:
+    with (
+        StageServer(every_cut, SHARD) as server,
+        pytest.raises(BundleError, match="one without TLS: grpc://") as caught,
+    ):
+        every_cut.stage(SHARD, remote=server.url.replace("grpc", "grpcs"), timeout=0.3)
+    assert caught.value.codes == ("peer.unreachable",)
+
+
+def test_a_client_at_its_quota_is_told_so(every_cut: splitbundle.Bundle) -> None:
+    with StageServer(every_cut, SHARD, budget=Budget(sessions_per_client=1)) as server, torch.no_grad():
+        far = every_cut.stage(SHARD, remote=server.url, timeout=0.3)
+        hidden, caches = torch.zeros(1, 1, 96), [far.cache(1, 8) for _ in range(2)]
+        far(hidden, cache=caches[0])
+        with pytest.raises(BundleError, match=r"server.quota.*End sessions of this client") as caught:
+            far(hidden, cache=caches[1])
+        assert caught.value.codes == ("peer.unreachable",)
+
+
 def test_a_revoked_certificate_ends_running_connections(every_cut: splitbundle.Bundle, tmp_path: Path) -> None:
     root = tmp_path / "group"
     keys.init(root)
     keys.server(root, "localhost", "127.0.0.1")
     keys.client(root, "carol")
-    with StageServer(every_cut, SHARD, tls=root / "servers" / "localhost") as server, torch.no_grad():
+    lines: list[str] = []
+    tls = root / "servers" / "localhost"
+    with StageServer(every_cut, SHARD, tls=tls, log=lines.append) as server, torch.no_grad():
         far = every_cut.stage(SHARD, remote=server.url, tls=str(root / "clients" / "carol"), timeout=0.5)
         hidden = torch.zeros(1, 1, 96)
         cache = far.cache(1, 8)
@@ -116,6 +137,8 @@ def test_a_revoked_certificate_ends_running_connections(every_cut: splitbundle.B
         keys.revoke(root, "carol")
         with pytest.raises(BundleError, match=r"\[peer.identity\]"):
             far(hidden, past=[1], cache=cache)
+        assert "certificate:carol: a call was refused: peer.identity" in lines
+        assert server.service.counts["call", "peer.identity"] == lines.count(lines[-1])
         keys.rotate(root, "carol")
         again = every_cut.stage(SHARD, remote=server.url, tls=str(root / "clients" / "carol"))
         again(hidden)
@@ -144,7 +167,7 @@ def test_tokens(every_cut: splitbundle.Bundle, group: Path, monkeypatch: pytest.
         for wrong in (None, "alice-has-a-long-tokem", tokens["alice"] * 2):
             with pytest.raises(BundleError, match=r"\[peer.identity\] .*a token that this server knows"):
                 every_cut.stage(SHARD, remote=server.url, tls=str(authority), token=wrong)
-        assert not server.service.counts
+        assert dict(server.service.counts) == {("call", "peer.identity"): 3}
         far = every_cut.stage(SHARD, remote=server.url, tls=str(authority), token=tokens["alice"])
         far(torch.zeros(1, 1, 96))
         monkeypatch.setenv("SPLITBUNDLE_STAGE_TOKEN", tokens["bob"])

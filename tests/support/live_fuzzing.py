@@ -241,7 +241,7 @@ def clients(attack: Attack, drawn: random.Random) -> None:
     while not attack.over:
         channel = grpc.insecure_channel(f"127.0.0.1:{attack.port}", [("grpc.use_local_subchannel_pool", 1)])
         method = channel.unary_unary(METHOD)
-        streams = Streams(channel.stream_stream(STREAM), None)
+        streams = Streams(channel, STREAM, None)
         streaming = drawn.random() < 0.5
         client = Client(attack, drawn)
         for _ in range(drawn.randint(1, 300)):

@@ -67,15 +67,16 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         args.parser.error("--bundle and --shard go together")
     for address in args.addresses:
         _check_address(address, insecure=args.insecure)
-    bundle = None if args.bundle is None else open_bundle(args.bundle, progress=console.transfer)
-    if bundle is not None:
-        remote_stages.check_ends(bundle.select(args.shard), "--shard")
     options = {
         "tls": args.tls,
         "timeout": args.timeout,
         "step_timeout": args.timeout,
         "insecure": args.insecure or None,
     }
+    remote_stages.check_options(options)
+    bundle = None if args.bundle is None else open_bundle(args.bundle, progress=console.transfer)
+    if bundle is not None:
+        remote_stages.check_ends(bundle.select(args.shard), "--shard")
     failed: list[BundleError] = []
     documents: list[dict[str, Any]] = []
     for address in args.addresses:

@@ -27,6 +27,8 @@ _OPTIONS: Final = [
 
 _TLS_WORDS: Final = ("Tls handshake failed", "SSL_ERROR", "Peer name", "peer name", "Hostname Verification")
 """Words of gRPC's messages about certificates. It has no code for them."""
+_NO_TLS: Final = "WRONG_VERSION_NUMBER"
+"""The word of a message about a server that doesn't use TLS."""
 _ENDED_WORDS: Final = ("reset by peer", "socket closed", "broken pipe", "endpoint closing")
 
 
@@ -130,7 +132,7 @@ class Channel:
                 self._opened = _Open(
                     channel=channel,
                     method=channel.unary_unary(f"/{SERVICE}/{METHOD}"),
-                    streams=Streams(channel.stream_stream(f"/{SERVICE}/{STREAM}"), self._metadata),
+                    streams=Streams(channel, f"/{SERVICE}/{STREAM}", self._metadata),
                     process=os.getpid(),
                 )
             return self._opened
@@ -159,6 +161,8 @@ class Channel:
             return BundleError(Problem(code="wire.size", argument=self.address.text, expected=expected, got=details))
         if code == grpc.StatusCode.UNAVAILABLE and any(word in details for word in _TLS_WORDS):
             self._close(opened)
+            if _NO_TLS in details:
+                return Lost(f"{code.name}: {details} (the server may be one without TLS: grpc://)")
             hint = "Give tls= a directory with the authority of the server and this client's certificate"
             expected = "a server and a client that believe each other's certificates"
             where = self.address.text

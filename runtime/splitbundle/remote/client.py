@@ -5,6 +5,6 @@ from __future__ import annotations
 from splitbundle.remote.carrier import Lost
 from splitbundle.remote.measuring import Measured, measure
 from splitbundle.remote.options import RemoteOptions
-from splitbundle.remote.peers import Expected, Peers
+from splitbundle.remote.peers import Expected, Peers, check_identity
 
-__all__ = ["Expected", "Lost", "Measured", "Peers", "RemoteOptions", "measure"]
+__all__ = ["Expected", "Lost", "Measured", "Peers", "RemoteOptions", "check_identity", "measure"]

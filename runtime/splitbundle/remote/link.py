@@ -149,6 +149,7 @@ class Link(Connected):
         self._check_size(sum(map(len, parts)))
         attempt = _Attempt(time.monotonic() + self._options.timeout)
         while True:
+            code = None
             try:
                 result, frame = self._attempt(attempt, sent, parts, cache)
             except Lost as lost:
@@ -157,7 +158,7 @@ class Link(Connected):
                 alone = refused.retry == "other" and len(self._peers.peers) == 1
                 if refused.retry == "never" or (alone and not refused.codes[0].startswith("server.")):
                     raise
-                reason = str(refused.problems[0])
+                reason, code = str(refused.problems[0]), refused.codes[0]
                 # A server that has lost the session is asked again at once, unless it goes on like this.
                 if refused.retry == "replay" and refused.codes[0] != "server.draining":
                     attempt.refusals += 1
@@ -177,7 +178,7 @@ class Link(Connected):
             self._forget(cache)
             self._stateless = None
             if attempt.peer is not None:
-                attempt.peer.failed(reason)
+                attempt.peer.failed(reason, code)
             if not attempt.failed:  # a step may have taken long before its server was lost
                 attempt.failed, attempt.until = True, time.monotonic() + self._options.timeout
             if time.monotonic() >= attempt.until:

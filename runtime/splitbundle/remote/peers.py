@@ -15,7 +15,7 @@ from splitbundle.remote.address import parse_address
 from splitbundle.remote.carrier import Carrier, Lost
 from splitbundle.remote.channel import Channel
 from splitbundle.remote.options import RemoteOptions
-from splitbundle.remote.tls_files import read_identity
+from splitbundle.remote.tls_files import TlsFiles, read_identity
 from splitbundle.remote.tls_purpose import check_purpose
 from splitbundle.wire import frames
 from splitbundle.wire.messages import ANSWERS, PROTOCOL, Answer, Failure, Forward, Hello, Ran, Request, Run, Welcome
@@ -26,6 +26,14 @@ PROBE: Final = 2.0
 """The seconds in which a server that lives answers a hello."""
 _MAX_FAILURES: Final = 3
 """How often one frame may meet a broken connection, or a damaged answer, while its server lives."""
+_HINTS: Final = {
+    "peer.protocol": "Install the same version of splitbundle on both sides",
+    "peer.fingerprint": "Start the server with this bundle, or open the one that it was started with",
+    "peer.layers": "Start the server with the shard of this stage",
+    "server.quota": "End sessions of this client, or let the server give each client more",
+}
+"""A code -> what to do next."""
+_START: Final = "Start a server with splitbundle serve-stage, or wait and try again: the session stays usable"
 _FIRST_BACK_OFF: Final = 0.05
 _LAST_BACK_OFF: Final = 2.0
 
@@ -60,6 +68,7 @@ class Refused(BundleError):
                 argument=f"{where}, {failure.argument}" if failure.argument else where,
                 expected=failure.expected,
                 got=failure.got,
+                hint=_HINTS.get(failure.code),
             )
         )
         self.retry = failure.retry
@@ -73,6 +82,8 @@ class Peer:
         self.welcome: Welcome | None = None
         self.reason = "not asked yet"
         """Why it can't be used at the moment."""
+        self.code: str | None = None
+        """The code of this reason, if a server gave it."""
         self.next_try = 0.0
         self._back_off = _FIRST_BACK_OFF
 
@@ -118,7 +129,9 @@ class Peer:
 
     def _compare(self, code: str, expected: object, got: object) -> None:
         if expected is not None and got != expected:
-            raise BundleError(Problem(code=code, argument=self.where, expected=str(expected), got=str(got)))
+            raise BundleError(
+                Problem(code=code, argument=self.where, expected=str(expected), got=str(got), hint=_HINTS.get(code))
+            )
 
     def ask(self, message: Request, payload: Sequence[bytes | memoryview], timeout: float) -> tuple[Answer, memoryview]:
         """Return the answer to one request, sent once. See ``exchange``."""
@@ -193,9 +206,9 @@ class Peer:
         """
         return self._channel.step(frame, timeout) if steps else self._channel.call(frame, timeout)
 
-    def failed(self, reason: str) -> None:
+    def failed(self, reason: str, code: str | None = None) -> None:
         """Note that the server can't be used for a while: twice as long as the last time."""
-        self.reason, self.next_try = reason, time.monotonic() + self._back_off
+        self.reason, self.code, self.next_try = reason, code, time.monotonic() + self._back_off
         self._back_off = min(2 * self._back_off, _LAST_BACK_OFF)
         logs.debug("%s: %s", self.where, reason)
 
@@ -247,7 +260,7 @@ class Peers:
                     continue
                 except BundleError as error:
                     wrong.append(error)
-                    peer.failed(str(error.problems[0]))
+                    peer.failed(str(error.problems[0]), error.codes[0])
                     continue
                 with self._lock:
                     self._dtype = self._dtype or welcome.dtype
@@ -265,7 +278,7 @@ class Peers:
     def unreachable(self) -> BundleError:
         """Return the error of a stage without a server, which names each server and why it can't be used."""
         reasons = "; ".join(f"{peer.text}: {peer.reason}" for peer in self.peers)
-        hint = "Start a server with splitbundle serve-stage, or wait and try again: the session stays usable"
+        hint = _HINTS["server.quota"] if {peer.code for peer in self.peers} == {"server.quota"} else _START
         return BundleError(
             Problem(
                 code="peer.unreachable",
@@ -277,11 +290,22 @@ class Peers:
         )
 
 
-def _channel(text: str, options: RemoteOptions) -> Channel:
-    address = parse_address(text, insecure=options.insecure)
-    identity = None if options.tls is None else read_identity(options.tls)
-    if options.tls is not None and identity is not None and identity.certificate is not None:
+def check_identity(options: RemoteOptions) -> TlsFiles | None:
+    """Read the certificate of this machine, and check that it is a client's. Return None if there is none.
+
+    Raises:
+        BundleError: ``keys.file`` and ``file.*``.
+    """
+    if options.tls is None:
+        return None
+    identity = read_identity(options.tls)
+    if identity.certificate is not None:
         check_purpose(Path(options.tls), "client")
+    return identity
+
+
+def _channel(text: str, options: RemoteOptions) -> Channel:
+    address, identity = parse_address(text, insecure=options.insecure), check_identity(options)
     return Channel(address, identity if address.secure else None, options.token)
 
 

@@ -2,7 +2,8 @@
 
 A thread reads the answers of a stream, so that the caller waits in a queue and never inside of gRPC. There, Ctrl-C
 could leave a lock of gRPC held for ever. And a wait in a queue has a deadline, while gRPC gives a stream one deadline
-for its whole life.
+for its whole life. An answer comes into the queue in the function that gRPC calls to read a message. So the caller
+doesn't wait for the reading thread to wake up.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ class Ended(Exception):
 class Stream:
     """A stream to a server: frames go in, and answers come out in the same order."""
 
-    def __init__(self, method: Any, metadata: Any) -> None:
-        self._method, self._metadata = method, metadata
+    def __init__(self, channel: Any, method: str, metadata: Any) -> None:
+        self._method = channel.stream_stream(method, response_deserializer=self._take)
+        self._metadata = metadata
         self._requests: SimpleQueue[bytes | None] = SimpleQueue()
         self._found: SimpleQueue[bytes | Exception] = SimpleQueue()
         self._answers: Any = None
@@ -36,11 +38,15 @@ class Stream:
     def _read(self) -> None:
         try:
             self._answers = self._method(iter(self._requests.get, None), metadata=self._metadata)
-            for answer in self._answers:
-                self._found.put(answer)
+            for _ in self._answers:
+                pass  # _take has put it into the queue
             self._found.put(Ended())
         except Exception as error:  # noqa: BLE001  # it is raised where the answer is waited for
             self._found.put(error)
+
+    def _take(self, answer: bytes) -> bool:
+        self._found.put(answer)
+        return True  # None would be an error, and the answer itself would be held for longer
 
     def ask(self, frame: bytes, timeout: float) -> bytes:
         """Return the answer to a frame.
@@ -69,8 +75,8 @@ class Stream:
 class Streams:
     """The streams of one connection. Threads may share it: each request has a stream for itself."""
 
-    def __init__(self, method: Any, metadata: Any) -> None:
-        self._method, self._metadata = method, metadata
+    def __init__(self, channel: Any, method: str, metadata: Any) -> None:
+        self._channel, self._method, self._metadata = channel, method, metadata
         self._idle: list[Stream] = []
 
     def ask(self, frame: bytes, timeout: float) -> bytes:
@@ -84,7 +90,7 @@ class Streams:
         try:
             stream = self._idle.pop()
         except IndexError:
-            stream = Stream(self._method, self._metadata)
+            stream = Stream(self._channel, self._method, self._metadata)
         try:
             answer = stream.ask(frame, timeout)
         except BaseException:  # also an interruption: a late answer must not meet another request

@@ -50,7 +50,8 @@ def read_identity(directory: str | os.PathLike[str]) -> TlsFiles:
     ca, certificate = (read_certificates(root, name) if _is_there(root, name) else None for name in (CA, CERTIFICATE))
     key = read_private_key(root, KEY) if _is_there(root, KEY) else None
     if ca is None and certificate is None and key is None:
-        raise bad_file(root, f"a directory with {CA}, or with {CERTIFICATE} and {KEY}", "none of them")
+        hint = "splitbundle keys makes such directories, for servers and for clients"
+        raise bad_file(root, f"a directory with {CA}, or with {CERTIFICATE} and {KEY}", "none of them", hint)
     if key is None and certificate is not None:
         raise bad_file(root / KEY, f"the private key of {CERTIFICATE}", "no such file")
     if key is not None and certificate is None:

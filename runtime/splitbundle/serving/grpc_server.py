@@ -23,6 +23,8 @@ IDLE: Final = 30.0
 """The seconds after which a stream without requests ends. A client opens another one."""
 _LOOK: Final = 1.0
 _NO_TOKEN: Final = "a token that this server knows"  # noqa: S105  # a text of an error
+_STRANGER: Final = "token:"
+"""The name of a client whose token isn't known."""
 Answer = Callable[[bytes, str, Callable[[], bool]], bytes]
 
 
@@ -39,6 +41,7 @@ class GrpcServer:
         tls: TlsFiles | None = None,
         tokens: Mapping[str, str] | None = None,
         is_revoked: Callable[[bytes], bool] = lambda certificate: False,
+        refused: Callable[[str], None] = lambda owner: None,
     ) -> None:
         """Listen at an address.
 
@@ -50,6 +53,8 @@ class GrpcServer:
             tls: the server's certificate and key, and the authority of the clients; None for no TLS.
             tokens: a name -> a token, if clients show tokens; otherwise they show certificates.
             is_revoked: returns whether a certificate, in PEM, was revoked.
+            refused: called with the name of a client that is refused. gRPC itself refuses certificates of another
+                authority, and tells nobody.
 
         Raises:
             BundleError: ``server.address`` for an address without TLS that others reach, and for one that can't be had.
@@ -58,6 +63,7 @@ class GrpcServer:
             expected = "TLS, as other machines reach this address; or a loopback address, such as 127.0.0.1"
             raise BundleError(Problem(code="server.address", argument=host, expected=expected, got="no TLS"))
         self._answer, self._tokens, self._is_revoked, self._tls = answer, tokens, is_revoked, tls is not None
+        self._refused = refused
         self._pool = ThreadPoolExecutor(MOST_CALLS, "splitbundle-call")
         self._idle: dict[Any, float] = {}
         """The streams that wait for a request, and since when."""
@@ -72,7 +78,10 @@ class GrpcServer:
             ("grpc.keepalive_timeout_ms", 20_000),
         ]
         self._server = grpc.server(
-            self._pool, options=options, maximum_concurrent_rpcs=MOST_CALLS, interceptors=(_Gate(self._name_of),)
+            self._pool,
+            options=options,
+            maximum_concurrent_rpcs=MOST_CALLS,
+            interceptors=(_Gate(self._name_of, self._refuse),),
         )
         handlers = {
             METHOD: grpc.unary_unary_rpc_method_handler(self._call),
@@ -140,16 +149,22 @@ class GrpcServer:
         if self._tokens is not None:
             name = self._name_of(context.invocation_metadata())
             if name is None:  # since the stream began, the tokens have changed
-                context.abort(grpc.StatusCode.UNAUTHENTICATED, _NO_TOKEN)
+                self._refuse(context, _STRANGER, _NO_TOKEN)
             return f"token:{name}"
         if not self._tls:
             return LOCAL
         facts = context.auth_context()
         certificate = facts.get("x509_pem_cert", [b""])[0]
-        if not certificate or self._is_revoked(certificate):
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "a certificate that is valid here")
         names = facts.get("x509_common_name", [])
-        return f"certificate:{names[0].decode('utf-8', 'replace') if names else ''}"
+        owner = f"certificate:{names[0].decode('utf-8', 'replace') if names else ''}"
+        if not certificate or self._is_revoked(certificate):
+            self._refuse(context, owner, "a certificate that is valid here")
+        return owner
+
+    def _refuse(self, context: Any, owner: str, expected: str) -> None:
+        """End a call."""
+        self._refused(owner)
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, expected)
 
     def _name_of(self, metadata: Iterable[tuple[str, Any]]) -> str | None:
         """Return the name of the token that a client shows, or None; the empty text if there are no tokens."""
@@ -165,18 +180,19 @@ class GrpcServer:
 class _Gate(grpc.ServerInterceptor):  # type: ignore[misc]
     """Refuses a client without a token before its message is read."""
 
-    def __init__(self, name_of: Callable[[Iterable[tuple[str, Any]]], str | None]) -> None:
+    def __init__(
+        self, name_of: Callable[[Iterable[tuple[str, Any]]], str | None], refuse: Callable[[Any, str, str], None]
+    ) -> None:
+        def refusal(requests: Any, context: Any) -> Iterator[bytes]:
+            refuse(context, _STRANGER, _NO_TOKEN)
+            yield b""
+
         self._name_of = name_of
-        self._refusal = grpc.stream_stream_rpc_method_handler(self._refuse)  # a stream's handler reads nothing first
+        self._refusal = grpc.stream_stream_rpc_method_handler(refusal)  # a stream's handler reads nothing first
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Return what handles a call."""
         return self._refusal if self._name_of(details.invocation_metadata) is None else continuation(details)
-
-    @staticmethod
-    def _refuse(requests: Any, context: Any) -> Iterator[bytes]:
-        context.abort(grpc.StatusCode.UNAUTHENTICATED, _NO_TOKEN)
-        yield b""
 
 
 def _credentials(tls: TlsFiles, *, with_certificates: bool) -> Any:

@@ -177,6 +177,7 @@ class StageServer:
                 max_message=given.message,
                 tls=identity,
                 tokens=tokens,
+                refused=self.service.refused,
                 **({} if revoked is None else {"is_revoked": revoked.has}),
             )
             if status is not None:

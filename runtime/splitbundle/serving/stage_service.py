@@ -164,6 +164,15 @@ class StageService:
             self._log(f"{owner}: {op}")
         return made
 
+    def refused(self, owner: str) -> None:
+        """Note that the carrier has refused a client, before it read what the client wants.
+
+        Args:
+            owner: the name of the client, as far as the carrier knows it.
+        """
+        self._log(f"{owner}: a call was refused: peer.identity")
+        self._count("call", "peer.identity")
+
     def _failed(self, op: str, owner: str, error: BundleError) -> bytes:
         problem = error.problems[0]
         self._log(f"{owner}: {op} was refused: {problem.code}")

@@ -53,9 +53,9 @@ def unpack(data: bytes, limit: int = MAX_FRAME) -> tuple[Message, memoryview]:
 
 def payload_size(message: Message) -> int:
     """Return the size in bytes that the payload of a message must have."""
-    if isinstance(message, Boundary | Run | Forward):
+    if isinstance(message, (Run, Boundary, Forward)):  # to make a union takes more time than the rest
         return payload_bytes(message.encoding, sum(message.count), message.width)
-    if isinstance(message, Ran | Forwarded | Backward | Backwarded):
+    if isinstance(message, (Ran, Forwarded, Backward, Backwarded)):
         return payload_bytes(message.encoding, message.tokens, message.width)
     return 0
 

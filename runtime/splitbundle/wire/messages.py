@@ -82,7 +82,7 @@ class Opened:
     lease: float
 
 
-@record(frozen=True, slots=True, kw_only=True)
+@record(frozen=False, slots=True, kw_only=True)
 class Run:
     """Compute the stage for some tokens."""
 
@@ -99,8 +99,26 @@ class Run:
     capacity: int | None = None
     may_be_absent = ("rows", "order", "capacity")
 
+    def __init__(
+        self,
+        *,
+        session: str | None,
+        number: int,
+        past: tuple[int, ...],
+        count: tuple[int, ...],
+        sequence: int,
+        width: int,
+        encoding: str,
+        rows: tuple[int, ...] | None = None,
+        order: tuple[int, ...] | None = None,
+        capacity: int | None = None,
+    ) -> None:
+        self.session, self.number, self.past, self.count = session, number, past, count
+        self.sequence, self.width, self.encoding = sequence, width, encoding
+        self.rows, self.order, self.capacity = rows, order, capacity
 
-@record(frozen=True, slots=True, kw_only=True)
+
+@record(frozen=False, slots=True, kw_only=True)
 class Ran:
     """The result of a step."""
 
@@ -112,6 +130,12 @@ class Ran:
     encoding: str
     queued: int
     computed: int
+
+    def __init__(
+        self, *, number: int, instance: str, tokens: int, width: int, encoding: str, queued: int, computed: int
+    ) -> None:
+        self.number, self.instance, self.tokens, self.width = number, instance, tokens, width
+        self.encoding, self.queued, self.computed = encoding, queued, computed
 
 
 @record(frozen=True, slots=True, kw_only=True)

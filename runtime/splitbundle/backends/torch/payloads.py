@@ -34,7 +34,7 @@ def encode(hidden: Tensor, count: Sequence[int], encoding: str) -> list[memoryvi
         return []
     whole = min(count) == hidden.shape[1]
     if whole and hidden.dtype == DTYPES.get(encoding) and hidden.is_cpu and hidden.is_contiguous():
-        return [_bytes(hidden)]  # at once, as a decoding step waits for it
+        return [_memory(hidden)]  # at once, as a decoding step waits for it
     tokens = _tokens(hidden.detach(), count)
     if encoding == "int8":
         values = tokens.float()
@@ -58,8 +58,11 @@ def decode(payload: memoryview, encoding: str, count: Sequence[int], sequence: i
 
     *Shape:* (batch, sequence, width).
     """
-    number = sum(count)
     dtype = DTYPES.get(encoding, torch.float32)
+    if 0 < sequence == min(count) and encoding != "int8":
+        # At once, as a decoding step waits for it. resize_ costs less than view, and gives the same tensor.
+        return torch.frombuffer(_aligned(payload), dtype=dtype).resize_(len(count), sequence, width)
+    number = sum(count)
     if number == 0:
         return torch.zeros(len(count), sequence, width, dtype=dtype)
     if encoding == "int8":
@@ -68,10 +71,7 @@ def decode(payload: memoryview, encoding: str, count: Sequence[int], sequence: i
         codes = torch.frombuffer(payload[SCALE * number :], dtype=torch.int8)
         tokens = codes.view(number, width).float() * scales[:, None]
     else:
-        tokens = torch.frombuffer(_aligned(payload), dtype=dtype)
-        if min(count) == sequence:
-            return tokens.view(len(count), sequence, width)
-        tokens = tokens.view(number, width)
+        tokens = torch.frombuffer(_aligned(payload), dtype=dtype).view(number, width)
     if all(n == sequence for n in count):
         return tokens.view(len(count), sequence, width)
     hidden = tokens.new_zeros(len(count), sequence, width)
@@ -111,8 +111,11 @@ def _check_finite(values: Tensor, encoding: str) -> None:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """Return the memory of a tensor. torch's own way is numpy, which an environment with torch alone doesn't have."""
-    flat = tensor.cpu().contiguous()
-    size = flat.numel() * flat.element_size()
-    memory = (ctypes.c_ubyte * size).from_address(flat.data_ptr())
-    memory.owner = flat  # type: ignore[attr-defined]  # it keeps the tensor for as long as the view is used
+    return _memory(tensor.cpu().contiguous())
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    size = tensor.numel() * tensor.element_size()
+    memory = (ctypes.c_ubyte * size).from_address(tensor.data_ptr())
+    memory.owner = tensor  # type: ignore[attr-defined]  # it keeps the tensor for as long as the view is used
     return memoryview(memory).cast("B")
