@@ -415,6 +415,17 @@ def test_layers_with_biases_are_one_product_too(tmp_path: Path, to: str) -> None
         assert joint is None or torch.equal(joint, apart)
 
 
+@pytest.mark.skipif(not quantized.works(INT4PACK), reason="no kernel for weights of 4 bits")
+def test_a_packed_copy_can_be_used_with_gradients_later(made: dict[str, Bundle]) -> None:
+    stage = made["blocks4_32"].stage(layers=(0, 1), kernels="auto", embeds=False)
+    x = torch.randn(1, 1, stage.architecture.hidden_size).to(stage.dtype)
+    with torch.inference_mode():
+        stage(x, cache=stage.cache(1, 4))
+    packed = [each for module in stage.modules() for each in getattr(module, "_packed", {}).values()]
+    assert packed
+    assert not any(tensor.is_inference() for _, _, tensors in packed for tensor in tensors)
+
+
 @pytest.mark.skipif(not quantized.works(COLUMNS), reason="no product of integers")
 @pytest.mark.parametrize("rows", [1, 2, 8])
 def test_inputs_keep_fifteen_bits(rows: int) -> None:

@@ -8,13 +8,14 @@ their tensors. The results are those of ``Layer.forward``, and each layer that i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from splitbundle.backends.torch.as_loaded import AsLoaded
 from splitbundle.backends.torch.cache import KVCache
 from splitbundle.backends.torch.decoder import Layer
 from splitbundle.backends.torch.feedforward import Mlp
@@ -38,25 +39,49 @@ def through_layers(
 
     *Shape:* (1, 1, hidden) -> the same.
     """
-    if not steps or cache is None or x.shape[:2] != (1, 1) or positions.padded or has_global_hooks():
+    if not steps.own or cache is None or x.shape[:2] != (1, 1) or positions.padded or has_global_hooks():
         return None
     kernel = kernel_of_one_row(x)
     if kernel is None or x.dtype != positions.dtype:
         return None
     row, token = x.reshape(-1), Token(positions, cache, kernel)
+    if type(row) is Tensor and steps.whole is not None and steps.whole.holds(layers.values()):
+        return _through_all(steps.own.values(), row, token).view(1, 1, -1)
     for name, layer in layers.items():
-        own = steps.get(name)
+        own = steps.own.get(name)
         # A module may have returned a tensor of another class, which must see each operator.
-        if own is not None and type(row) is Tensor and own.holds(layer):
+        if own is not None and type(row) is Tensor and own.as_loaded.holds([layer]):
             row = own.apply(row, token)
         else:
             row = layer(row.view(1, 1, -1), positions, cache).reshape(-1)
     return row.view(1, 1, -1)
 
 
-def steps_of(layers: nn.ModuleDict) -> Steps:
-    """Return the steps of the layers of a loaded stage that have the usual parts, by the names of the layers."""
-    return {name: OneToken(layer) for name, layer in layers.items() if isinstance(layer, Layer) and _is_usual(layer)}
+def _through_all(layers: Iterable[OneToken], row: Tensor, token: Token) -> Tensor:
+    """Apply layers between which nothing else runs. *Shape:* (hidden) -> the same."""
+    # Nobody sees the tensors between the layers. In inference mode, each operator does less for them.
+    with torch.inference_mode():
+        for own in layers:
+            row = own.apply(row, token)
+    return row if torch.is_inference_mode_enabled() else row.clone()
+
+
+class Steps:
+    """The steps of a stage's layers, for those that have the usual parts.
+
+    A copy is empty, as a copied layer's weights lie elsewhere. An empty one computes nothing.
+    """
+
+    def __init__(self, layers: nn.ModuleDict | None = None) -> None:
+        """Take the layers of a loaded stage."""
+        all_layers = {} if layers is None else dict(layers.items())
+        usual = {name: layer for name, layer in all_layers.items() if isinstance(layer, Layer) and _is_usual(layer)}
+        self.own = {name: OneToken(layer) for name, layer in usual.items()}
+        self.whole = AsLoaded(list(usual.values())) if usual and len(usual) == len(all_layers) else None
+        """What all layers were, if each of them has steps. One look at all of them costs less than a look at each."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Steps, ()
 
 
 def _is_usual(layer: Layer) -> bool:
@@ -124,12 +149,12 @@ class _Product:
 
 
 class OneToken:
-    """The steps of one layer for one token. A copy is empty, as the copied layer's weights lie elsewhere."""
+    """The steps of one layer for one token."""
 
     def __init__(self, layer: Layer) -> None:
         attention, own = layer.attention, layer.attention.facts
         mlp: Any = layer.mlp
-        self.layer, self.attention, self.mlp = layer, attention, mlp
+        self.attention, self.mlp, self.as_loaded = attention, mlp, AsLoaded([layer])
         self.heads, self.grouped = own.heads, (1, own.kv_heads, -1, own.head_dim)
         self.widths = [own.heads * own.head_dim, own.kv_heads * own.head_dim, own.kv_heads * own.value_size]
         self.rotated = self.widths[0] + self.widths[1]
@@ -143,61 +168,6 @@ class OneToken:
             self.down = _Product(mlp.down)
             self.up = _Product(mlp.up) if mlp.gate is None else None
             self.both = _Product(mlp.joint) if mlp.joint.weight is not None else None
-        self._remember(layer)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
-
-    def _remember(self, layer: Layer) -> None:
-        """Keep what ``holds`` compares."""
-        self.modules = [(module, type(module), module.__dict__, len(module.__dict__)) for module in layer.modules()]
-        modules = [module for module, *_ in self.modules]
-        blocks = [block for block in (self.attention, self.mlp) if block.joint.weight is not None]
-        norms = [module for module in (layer.attention_norm, layer.mlp_norm) if module is not None]
-        facts: list[tuple[nn.Module, str]] = [
-            (layer, name) for name in ("dropout", "multiplier", "placement", "scales")
-        ]
-        facts += [(self.attention, "dropout"), (self.mlp, "activation"), *((norm, "facts") for norm in norms)]
-        facts += [(self.attention, "facts"), *((block, "joint") for block in blocks)]
-        self.parts: list[tuple[dict[str, Any], str, Any]] = [
-            *((module._modules, name, part) for module in modules for name, part in module._modules.items()),
-            *((module.__dict__, name, module.__dict__.get(name)) for module, name in facts),
-        ]
-        self.weights = [
-            (module._parameters, name, weight, type(weight))
-            for module in modules
-            for name, weight in module._parameters.items()
-        ]
-        self.places = [
-            (part, at, count)
-            for block in blocks
-            for _, members in block.joint.members
-            for _, part, at, count in members
-            if part is not None
-        ]
-
-    def holds(self, layer: nn.Module) -> bool:
-        """Return whether this layer is the loaded one, with its parts, and unhooked."""
-        # Each look costs time: after a product, nothing of this is in the processor's caches.
-        if layer is not self.layer:
-            return False
-        for module, kind, own, size in self.modules:
-            # A part in place of None, and a compiled module, change the number of attributes.
-            if type(module) is not kind or len(own) != size or "forward" in own:
-                return False
-            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-                return False
-        for held, name, part in self.parts:
-            if held.get(name) is not part:
-                return False
-        for held, name, weight, own_type in self.weights:
-            found = held.get(name)
-            if found is not weight or type(found) is not own_type:
-                return False
-        for part, at, count in self.places:
-            if part.data_ptr() != at or part.numel() != count or not part.is_contiguous():
-                return False
-        return True
 
     def apply(self, x: Tensor, token: Token) -> Tensor:
         """Apply the layer. *Shape:* (hidden) -> the same."""
@@ -247,10 +217,6 @@ class OneToken:
         return rest + added.view(-1)
 
 
-Steps = Mapping[str, OneToken | None]
-"""The name of a layer -> its steps, or None."""
-
-
 def _norm(norm: Norm | None) -> Callable[[Tensor], Tensor]:
     """Return what a norm computes. *Shape:* (size) -> the same."""
     if norm is None:
@@ -259,7 +225,3 @@ def _norm(norm: Norm | None) -> Callable[[Tensor], Tensor]:
     if own.kind == "rms_norm" and norm.weight is not None and not own.weight_offset and norm.bias is None:
         return lambda x: rms_norm_of_one_row(x, held["weight"], own.eps)  # type: ignore[arg-type]
     return norm.forward
-
-
-def _nothing() -> None:
-    """Return None."""

@@ -75,7 +75,8 @@ class Codes(nn.Module):
         """Return the packed copy of a matrix. It is made at the first product, and again if the codes change."""
         found = self._packed.get(expert or 0)
         if found is None or found[0] is not self.weight or found[1] != self.weight._version:
-            found = self.weight, self.weight._version, quantized.pack(codes, scale, self.encoding)
+            with torch.inference_mode(False):  # the copy outlives the call, and gradients may be wanted later
+                found = self.weight, self.weight._version, quantized.pack(codes, scale, self.encoding)
             self._packed[expert or 0] = found
         return found[2]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -29,7 +30,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: Generator, history: Hist
     """
     logits = adjusted(logits, sampling, history)
     largest, likeliest = logits.max(dim=-1)
-    if not bool(largest.isfinite().all()):  # the largest is NaN if any logit is; a draw would hide it
+    if not all(map(math.isfinite, largest.tolist())):  # the largest is NaN if any logit is; a draw would hide it
         raise BundleError(NOT_FINITE)
     if sampling.temperature == 0:
         return likeliest

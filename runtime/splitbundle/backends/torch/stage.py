@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from splitbundle.backends.torch.dropout import parse_dropout, set_dropout
 from splitbundle.backends.torch.joint import join
 from splitbundle.backends.torch.kernels import with_kernels_for
 from splitbundle.backends.torch.numpy_stage import NumpyStage
-from splitbundle.backends.torch.one_token import Steps, steps_of, through_layers
+from splitbundle.backends.torch.one_token import Steps, through_layers
 from splitbundle.backends.torch.positions import Positions
 from splitbundle.backends.torch.quantized_modules import Codes
 from splitbundle.backends.torch.quantized_stages import is_code, use_quantized
@@ -69,7 +69,7 @@ class Stage(TensorStage, nn.Module):
         )
         self.head = Head(architecture) if selection.head else None
         self._ways = Ways()
-        self.one_token: Steps = {}
+        self.one_token = Steps()
         """The steps of the layers for one token. A stage that is loaded for computing alone has them."""
 
     def extra_repr(self) -> str:
@@ -79,15 +79,16 @@ class Stage(TensorStage, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype in which this stage computes."""
-        for name, parameter in self.named_parameters():
-            if parameter.is_floating_point() and not name.endswith(SCALE):
-                return parameter.dtype
+        found = _first_parameter(self, lambda name, own: own.is_floating_point() and not name.endswith(SCALE))
+        if found is not None:
+            return found.dtype
         return next(module.dtype for module in self.modules() if isinstance(module, Codes))
 
     @property
     def device(self) -> torch.device:
         """Return the device on which this stage computes."""
-        device = next(self.parameters()).device
+        found = _first_parameter(self, lambda name, own: True)
+        device = torch.device("cpu") if found is None else found.device
         if device.type != "meta":
             return device
         # accelerate keeps the weights of an offloaded stage elsewhere, and fetches them for each module's call.
@@ -284,6 +285,21 @@ def stages_in(given: Any) -> list[Stage]:
     return found
 
 
+def _first_parameter(module: nn.Module, wanted: Callable[[str, Tensor], bool]) -> nn.Parameter | None:
+    """Return the first parameter of a module, in the order of ``named_parameters``, whose own name and values suit.
+
+    Each call of a stage asks for it, and the generators of ``named_parameters`` take several times as long.
+    """
+    for name, parameter in module._parameters.items():
+        if parameter is not None and wanted(name, parameter):
+            return parameter
+    for part in module._modules.values():
+        found = None if part is None else _first_parameter(part, wanted)
+        if found is not None:
+            return found
+    return None
+
+
 def _keep(x: Tensor, positions: Positions, wanted: int | None) -> tuple[Tensor, Tensor | None]:
     """Return the hidden states that need logits, and a mask that is True for tokens (None: all are tokens).
 
@@ -358,6 +374,6 @@ def _load(
         assign(stage, mapped)
         if not trainable:
             join(stage.layers, tensors)
-            stage.one_token = steps_of(stage.layers)
+            stage.one_token = Steps(stage.layers)
         stages.append(stage)
     return stages

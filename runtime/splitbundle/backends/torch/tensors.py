@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from splitbundle.backends.torch.positions import Positions
 from splitbundle.stages.call import Call
 from splitbundle.stages.stage import ArrayInfo, StageBase
+
+_FEW_IDS: Final = 64
+"""The ids that Python looks at sooner than torch."""
 
 
 class TensorStage(StageBase):
@@ -37,6 +41,9 @@ class TensorStage(StageBase):
     def _min_max(self, array: Tensor) -> tuple[int, int]:
         if torch.compiler.is_compiling():
             return 0, 0  # an exported or compiled stage has no ids yet; its embedding refuses those that are too large
+        if array.numel() <= _FEW_IDS:
+            ids = array.flatten().tolist()
+            return min(ids), max(ids)
         # torch finds no minimum of wide unsigned integers. As int64, ids of 2^63 and above are negative, and refused.
         low, high = array.long().aminmax()
         return int(low), int(high)

@@ -104,6 +104,37 @@ def test_each_row_of_a_session_has_its_own_cache(gpt2: splitbundle.Bundle, appli
         applied.clear()
 
 
+@torch.no_grad()
+def test_nothing_of_inference_mode_is_left(gpt2: splitbundle.Bundle, applied: list[int]) -> None:
+    """Such a tensor could be neither changed in place nor saved for a backward pass."""
+    stage = gpt2.stage(gpt2.shards[1].name)
+    cache = stage.cache(1, 4)
+    x = hidden(stage)
+    got = stage(x, cache=cache)
+    assert applied == [1]
+    for tensor in (got, x, *cache.keys.values(), *cache.values.values(), *stage.state_dict().values()):
+        assert not tensor.is_inference()
+    got.add_(1)
+    weight = torch.ones(1, requires_grad=True)
+    with torch.enable_grad():
+        (got * weight).sum().backward()
+    assert torch.allclose(weight.grad, got.sum())  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_a_layer_that_is_called_changes_the_layers_after_it(gpt2: splitbundle.Bundle, applied: list[int]) -> None:
+    """All layers are looked at at once only if nothing else runs between them."""
+    stage = gpt2.stage(layers=(1, 3))
+    before = computed(stage)
+
+    def change(module: nn.Module, *_: object) -> None:
+        stage.layers["2"].mlp.activation = functional.relu
+
+    stage.layers["1"].mlp.register_forward_hook(change)
+    assert not torch.equal(computed(stage), before)
+    assert applied == [1, 2]
+
+
 @pytest.fixture
 def stage(gpt2: splitbundle.Bundle) -> Stage:
     """The first shard after the bottom one, with one layer."""
