@@ -8,7 +8,7 @@ their tensors. The results are those of ``Layer.forward``, and each layer that i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def through_layers(
         return None
     row, token = x.reshape(-1), Token(positions, cache, kernel)
     if type(row) is Tensor and steps.whole is not None and steps.whole.holds(layers.values()):
-        return _through_all(steps.own.values(), row, token).view(1, 1, -1)
+        return _through_all(steps, row, token).view(1, 1, -1)
     for name, layer in layers.items():
         own = steps.own.get(name)
         # A module may have returned a tensor of another class, which must see each operator.
@@ -57,11 +57,13 @@ def through_layers(
     return row.view(1, 1, -1)
 
 
-def _through_all(layers: Iterable[OneToken], row: Tensor, token: Token) -> Tensor:
+def _through_all(steps: Steps, row: Tensor, token: Token) -> Tensor:
     """Apply layers between which nothing else runs. *Shape:* (hidden) -> the same."""
+    for rotary in steps.rotaries:
+        token.positions.rotary(rotary)  # other stages of a pipeline use these, too, perhaps with gradients
     # Nobody sees the tensors between the layers. In inference mode, each operator does less for them.
     with torch.inference_mode():
-        for own in layers:
+        for own in steps.own.values():
             row = own.apply(row, token)
     return row if torch.is_inference_mode_enabled() else row.clone()
 
@@ -79,6 +81,8 @@ class Steps:
         self.own = {name: OneToken(layer) for name, layer in usual.items()}
         self.whole = AsLoaded(list(usual.values())) if usual and len(usual) == len(all_layers) else None
         """What all layers were, if each of them has steps. One look at all of them costs less than a look at each."""
+        kinds = {id(own.rotary): own.rotary for own in self.own.values()}
+        self.rotaries = [rotary for rotary in kinds.values() if rotary is not None]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Steps, ()
@@ -155,6 +159,7 @@ class OneToken:
         attention, own = layer.attention, layer.attention.facts
         mlp: Any = layer.mlp
         self.attention, self.mlp, self.as_loaded = attention, mlp, AsLoaded([layer])
+        self.rotary = own.position if isinstance(own.position, Rotary) else None
         self.heads, self.grouped = own.heads, (1, own.kv_heads, -1, own.head_dim)
         self.widths = [own.heads * own.head_dim, own.kv_heads * own.head_dim, own.kv_heads * own.value_size]
         self.rotated = self.widths[0] + self.widths[1]
@@ -201,8 +206,8 @@ class OneToken:
             keys = attention.heads(keys, attention.key_norm, token.positions)
             return queries, keys, attention.values(values)
         both = joint[: self.rotated].view(-1, own.head_dim)
-        if isinstance(own.position, Rotary):
-            both = rotate(both, *token.rotation(own.position), own.position.layout)
+        if self.rotary is not None:
+            both = rotate(both, *token.rotation(self.rotary), self.rotary.layout)
         return both[: self.heads], both[self.heads :], joint[self.rotated :].view(own.kv_heads, -1)
 
     def _feed(self, rest: Tensor, x: Tensor, token: Token) -> Tensor:
