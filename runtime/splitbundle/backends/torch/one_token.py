@@ -62,7 +62,8 @@ def _through_all(steps: Steps, row: Tensor, token: Token) -> Tensor:
     for rotary in steps.rotaries:
         token.positions.rotary(rotary)  # other stages of a pipeline use these, too, perhaps with gradients
     # Nobody sees the tensors between the layers. In inference mode, each operator does less for them.
-    with torch.inference_mode():
+    # ``torch.inference_mode`` enters the mode in Python: an interrupt there could leave it on.
+    with torch._C._InferenceMode(True):
         for own in steps.own.values():
             row = own.apply(row, token)
     return row if torch.is_inference_mode_enabled() else row.clone()
@@ -83,6 +84,7 @@ class Steps:
         """What all layers were, if each of them has steps. One look at all of them costs less than a look at each."""
         kinds = {id(own.rotary): own.rotary for own in self.own.values()}
         self.rotaries = [rotary for rotary in kinds.values() if rotary is not None]
+        """The rotations of all layers."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Steps, ()

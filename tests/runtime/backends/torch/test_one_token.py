@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -119,6 +121,53 @@ def test_nothing_of_inference_mode_is_left(gpt2: splitbundle.Bundle, applied: li
     with torch.enable_grad():
         (got * weight).sum().backward()
     assert torch.allclose(weight.grad, got.sum())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["scaling-llama3", "query-key-norm"])
+@torch.no_grad()
+def test_a_later_stage_may_compute_with_gradients(name: str, applied: list[int]) -> None:
+    """The stages of a pipeline share the positions of a call, and with them the rotations."""
+    bundle = splitbundle.open(MODELS / name / "model.splitbundle")
+    stage = bundle.stage(layers=(1, 2), embeds=False, head=False, kernels="steps=few")
+    cache, x = stage.cache(1, 4), hidden(stage)
+    positions = stage.check(x, cache=cache)
+    stage(x, cache=cache, positions=positions)
+    assert applied == [1]
+    with torch.enable_grad():
+        tracked = x.clone().requires_grad_()
+        stage(tracked, positions=positions).sum().backward()
+    assert tracked.grad is not None
+
+
+@torch.no_grad()
+def test_an_interrupt_leaves_no_inference_mode(stage: Stage, applied: list[int]) -> None:
+    """An error holds the frames that it went through: in a notebook, until the next error."""
+    x, cache = hidden(stage), stage.cache(1, 4)
+    places: set[tuple[str, int]] = set()
+    inside = False
+
+    def interrupt(frame: FrameType, event: str, argument: object) -> object:
+        nonlocal inside
+        inside = inside or frame.f_code is one_token._through_all.__code__
+        place = frame.f_code.co_name, frame.f_lineno
+        if inside and event in ("line", "return") and place not in places:
+            places.add(place)
+            raise KeyboardInterrupt
+        return interrupt
+
+    interrupted = True
+    while interrupted:
+        inside, before = False, sys.gettrace()
+        try:
+            sys.settrace(interrupt)
+            stage(x, cache=cache, past=[0])
+            interrupted = False
+        except KeyboardInterrupt:
+            assert not torch.is_inference_mode_enabled()
+        finally:
+            sys.settrace(before)
+    assert len(places) > 10
+    assert applied
 
 
 @torch.no_grad()
