@@ -127,6 +127,16 @@ def test_the_bytes_of_an_encoding(vector: dict[str, Any], module: ModuleType) ->
     assert [f"{bits:08x}" for (bits,) in struct.iter_unpack("<I", found)] == expect["numbers"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_autocast_changes_no_payload(dtype: str) -> None:
+    """torch.cat, for one, takes no float16 there."""
+    hidden = torch.arange(24).view(2, 3, 4).to(getattr(torch, dtype))
+    made = [b"".join(tensors.encode(hidden, (1, 3), dtype))]
+    with torch.autocast("cpu", torch.bfloat16):
+        made.append(b"".join(tensors.encode(hidden, (1, 3), dtype)))
+    assert made[0] == made[1] == hidden.view(6, 4)[[0, 3, 4, 5]].view(torch.uint8).numpy().tobytes()
+
+
 @pytest.mark.rule("SB-X-005")
 @pytest.mark.parametrize("encoding", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("count", [(3, 3), (1, 3), (0, 2), (0, 0), (2, 1)])

@@ -93,7 +93,9 @@ def _tokens(hidden: Tensor, count: Sequence[int]) -> Tensor:
     """Return the tokens without padding. *Shape:* (batch, sequence, width) -> (tokens, width)."""
     if all(n == hidden.shape[1] for n in count):
         return hidden.reshape(-1, hidden.shape[2])
-    return torch.cat([hidden[row, :n] for row, n in enumerate(count)])
+    places = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    # Not torch.cat: under autocast, it joins no tensors of a 16-bit type that isn't autocast's own.
+    return hidden[places < torch.tensor(count, device=hidden.device)[:, None]]
 
 
 def _check_finite(values: Tensor, encoding: str) -> None:
