@@ -139,6 +139,10 @@ def test_a_revoked_certificate_ends_running_connections(every_cut: splitbundle.B
             far(hidden, past=[1], cache=cache)
         assert "certificate:carol: a call was refused: peer.identity" in lines
         assert server.service.counts["call", "peer.identity"] == lines.count(lines[-1])
+        (tls / "revoked.json").write_text("[")
+        with pytest.raises(BundleError, match=r"\[peer.identity\]"):
+            far(hidden, past=[1], cache=cache)
+        assert any("revoked.json" in line and "What was revoked before stays revoked" in line for line in lines)
         keys.rotate(root, "carol")
         again = every_cut.stage(SHARD, remote=server.url, tls=str(root / "clients" / "carol"))
         again(hidden)

@@ -441,3 +441,27 @@ def test_the_log_names_clients_and_codes_and_no_content() -> None:
     asked(to, run(session, 5), [1.25, 1])
     asked(to, Close(session=session))
     assert lines == ["alice: open", "alice: run was refused: session.gap", "alice: close"]
+
+
+def test_a_name_is_one_line_of_the_log() -> None:
+    lines: list[str] = []
+    to, _, _ = service(log=lines.append)
+    asked(to, Open(rows=1, capacity=POSITIONS), owner="certificate:eve\nalice: \x1b[2Jopen")
+    to.refused("certificate:eve\r\u2028")
+    assert lines == [
+        r"certificate:eve\nalice: \x1b[2Jopen: open",
+        r"certificate:eve\r\u2028: a call was refused: peer.identity",
+    ]
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), ValueError("I/O operation on closed file.")])
+def test_a_log_that_can_not_be_written_refuses_nobody(error: Exception) -> None:
+    def log(line: str) -> None:
+        raise error
+
+    to, _, _ = service(log=log)
+    session = opened(to)
+    assert code(asked(to, run(session, 5), [1, 1])[0]) == "session.gap"
+    assert isinstance(asked(to, run(session, 1), [1, 1])[0], Ran)
+    to.refused("certificate:carol")
+    assert to.counts["call", "peer.identity"] == 1

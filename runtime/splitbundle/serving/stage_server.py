@@ -138,8 +138,9 @@ class StageServer:
             budget: what the server gives its clients.
             trainer: how it trains the stage; None if it only computes.
             status: the host and the port of ``/healthz`` and ``/metrics`` over HTTP; None for none.
-            log: called with a line for each session, training step and refusal, from any thread. A line holds the name
-                of a client, and no content; None for ``logging``.
+            log: called with a line for each session, training step and refusal, and where the list of revoked
+                certificates can't be read, from any thread. A line holds the name of a client, and no content; an
+                ``OSError`` or ``ValueError`` of the function is passed over. None for ``logging``.
             options: those of ``Bundle.stage``, such as ``threads`` and ``dtype``. The kernels are torch's usual ones
                 unless they are named, so that two servers give the same numbers.
 
@@ -167,7 +168,7 @@ class StageServer:
             check_purpose(Path(tls), "server")
         self.service = load_service(bundle, name, layers, backend, given, trainer=trainer, log=log, **options)
         self.stage: Any = self.service.served.stage
-        revoked = None if tls is None else RevokedCertificates(Path(tls))
+        revoked = None if tls is None else RevokedCertificates(Path(tls), log=self.service.note)
         self._status = None
         try:
             self._server = GrpcServer(

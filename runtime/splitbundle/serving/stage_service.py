@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from splitbundle import logs
-from splitbundle.errors import BundleError, Problem
+from splitbundle.errors import BundleError, Problem, printable
 from splitbundle.records import record
 from splitbundle.serving.computing import Computing, Stopped
 from splitbundle.serving.histogram import Histogram
@@ -127,7 +127,7 @@ class StageService:
         )
         self.training = None if training is None else TrainingRuns(training, served, offer.limits, clock)
         self.draining = False
-        self._log = log or (lambda line: logs.debug("%s", line))
+        self._write = log or (lambda line: logs.debug("%s", line))
         self.counts: dict[tuple[str, str], int] = {}
         """The kind of a request, and "ok" or the code of an error -> how many there were."""
         self.tokens = 0
@@ -161,7 +161,7 @@ class StageService:
             return self._failed(op, owner, Refusal("server.failed", op, "a step that can be computed", got, "other"))
         self._count(op, "ok")
         if op in _LOGGED:
-            self._log(f"{owner}: {op}")
+            self.note(f"{owner}: {op}")
         return made
 
     def refused(self, owner: str) -> None:
@@ -170,12 +170,18 @@ class StageService:
         Args:
             owner: the name of the client, as far as the carrier knows it.
         """
-        self._log(f"{owner}: a call was refused: peer.identity")
+        self.note(f"{owner}: a call was refused: peer.identity")
         self._count("call", "peer.identity")
+
+    def note(self, line: str) -> None:
+        """Write a line into the log of the server."""
+        # A disk that is full, or a stderr that nobody reads any longer, is no reason to refuse a client.
+        with contextlib.suppress(OSError, ValueError):
+            self._write(printable(line))  # an authority may have signed a name with line breaks
 
     def _failed(self, op: str, owner: str, error: BundleError) -> bytes:
         problem = error.problems[0]
-        self._log(f"{owner}: {op} was refused: {problem.code}")
+        self.note(f"{owner}: {op} was refused: {problem.code}")
         retry = error.retry if isinstance(error, Refusal) else retry_of(problem.code)
         where = problem.argument if problem.argument is not None else problem.pointer
         self._count(op, problem.code)
