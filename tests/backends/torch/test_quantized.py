@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -423,7 +424,52 @@ def test_a_packed_copy_can_be_used_with_gradients_later(made: dict[str, Bundle])
         stage(x, cache=stage.cache(1, 4))
     packed = [each for module in stage.modules() for each in getattr(module, "_packed", {}).values()]
     assert packed
-    assert not any(tensor.is_inference() for _, _, tensors in packed for tensor in tensors)
+    assert not any(tensor.is_inference() for each in packed for tensor in each.copy)
+
+
+def _set_data(weight: Tensor) -> None:
+    weight.data = weight.data.flip(0).contiguous()
+
+
+def _swap_back(weight: Tensor) -> None:
+    """Lie at another place, and then perhaps at the first one again, with other numbers."""
+    for _ in range(2):
+        _set_data(weight)
+    weight.data = weight.data.flip(0).contiguous()
+
+
+CODE_CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "in place": lambda weight: weight.copy_(weight.flip(0)),
+    "data": _set_data,
+    "data, thrice": _swap_back,
+}
+
+
+@pytest.mark.skipif(not quantized.works(INT4PACK), reason="no kernel for weights of 4 bits")
+@pytest.mark.parametrize("name", ["weight", "weight_scale"])
+@pytest.mark.parametrize("change", CODE_CHANGES)
+@torch.no_grad()
+def test_codes_and_scales_that_change_after_a_token_count(made: dict[str, Bundle], change: str, name: str) -> None:
+    """Layers that are one product, too, whose codes lie in the memory of those of each layer."""
+    stage = made["blocks4_32"].stage(layers=(0, 2), kernels="auto", embeds=False)
+    x = torch.randn(1, 1, stage.architecture.hidden_size, generator=torch.Generator().manual_seed(4)).to(stage.dtype)
+    for part in ("attention.query", "mlp.up", "mlp.down"):
+        before = stage(x, cache=stage.cache(1, 4))
+        for layer in stage.layers.values():
+            held = layer.get_submodule(part)._parameters
+            CODE_CHANGES[change](held[name])  # type: ignore[arg-type]
+        got = stage(x, cache=stage.cache(1, 4))
+        anew = copy.deepcopy(stage)  # it has no packed copies
+        assert torch.allclose(got, anew(x, cache=anew.cache(1, 4)), atol=1e-2), part
+        assert part == "attention.query" or not torch.equal(got, before), part
+
+
+@pytest.mark.skipif(not quantized.works(INT4PACK), reason="no kernel for weights of 4 bits")
+@torch.inference_mode()
+def test_a_copy_that_is_made_in_inference_mode_computes(made: dict[str, Bundle]) -> None:
+    stage = made["blocks4_32"].stage(layers=(0, 1), kernels="auto", embeds=False)
+    x = torch.ones(1, 1, stage.architecture.hidden_size, dtype=stage.dtype)
+    assert torch.allclose(copy.deepcopy(stage)(x), stage(x), atol=1e-2)
 
 
 @pytest.mark.skipif(not quantized.works(COLUMNS), reason="no product of integers")

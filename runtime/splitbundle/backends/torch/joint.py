@@ -122,4 +122,5 @@ def join(layers: nn.ModuleDict, tensors: MappedTensors) -> None:
                 rows = sum(layer.out_features for layer in own.values())
                 whole = QuantizedLinear(Linear(first.in_features, rows, bias=False), first.encoding)
                 whole.take(weight, scale)
+                whole.parts = [part for layer in own.values() for part in (layer.weight, layer.scale)]
                 block.joint = Joint(weight, bias, own, whole)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import attrgetter, is_
 from typing import Any, Final
 
 import torch
@@ -16,6 +17,34 @@ from splitbundle.format.encodings import Encoding
 from splitbundle.format.weight_layout import SCALE
 
 _SCALE: Final = f"weight{SCALE}"
+_version: Final = attrgetter("_version")
+
+
+class _Packed:
+    """The packed copy of a matrix, and what the tensors of its numbers were when it was made."""
+
+    __slots__ = ("_kept", "_places", "_tensors", "_versions", "copy")
+
+    def __init__(self, tensors: Sequence[Tensor], made: quantized.Packed) -> None:
+        self.copy, self._tensors = made, tensors
+        self._places, self._versions = list(map(Tensor.data_ptr, tensors)), _versions(tensors)
+        self._kept = [tensor.detach() for tensor in tensors]  # so that no other memory comes to lie there
+
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether it was made of these tensors, and they are as they were."""
+        return (
+            all(map(is_, tensors, self._tensors))
+            and list(map(Tensor.data_ptr, tensors)) == self._places
+            and _versions(tensors) == self._versions
+        )
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Return how often tensors were changed, or nothing where that isn't counted: in copies made in inference mode."""
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:
+        return []
 
 
 class Codes(nn.Module):
@@ -27,11 +56,13 @@ class Codes(nn.Module):
     """The dtype in which the module computes."""
     logical_shape: tuple[int, ...]
     """The shape of the weight that the codes stand for."""
+    parts: Sequence[Tensor] = ()
+    """The codes and scales of the layers over whose memory this module's lie. Changes of them are changes of these."""
 
     def hold(self, encoding: Encoding, shape: tuple[int, ...]) -> None:
         """Replace the weight by the codes and scales of a weight of this shape, without values."""
         self.encoding, self.logical_shape, self.dtype = encoding, shape, torch.float32
-        self._packed: dict[int, tuple[Tensor, int, quantized.Packed]] = {}
+        self._packed: dict[int, _Packed] = {}
         for name, stored in encoding.stored("weight", shape).items():
             empty = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device="meta")
             self._parameters[name] = nn.Parameter(empty, requires_grad=False)
@@ -72,13 +103,16 @@ class Codes(nn.Module):
         return out if bias is None else out + bias
 
     def _pack(self, codes: Tensor, scale: Tensor, expert: int | None) -> quantized.Packed:
-        """Return the packed copy of a matrix. It is made at the first product, and again if the codes change."""
-        found = self._packed.get(expert or 0)
-        if found is None or found[0] is not self.weight or found[1] != self.weight._version:
+        """Return the packed copy of a matrix. It is made at the first product, and again if the codes or scales change.
+
+        No counter sees a change in place of ``.data``.
+        """
+        own, found = self._parameters, self._packed.get(expert or 0)
+        tensors: Any = self.parts or (own["weight"], own[_SCALE])
+        if found is None or not found.is_of(tensors):
             with torch.inference_mode(False):  # the copy outlives the call, and gradients may be wanted later
-                found = self.weight, self.weight._version, quantized.pack(codes, scale, self.encoding)
-            self._packed[expert or 0] = found
-        return found[2]
+                found = self._packed[expert or 0] = _Packed(tensors, quantized.pack(codes, scale, self.encoding))
+        return found.copy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         scale, self._packed = self.scale, {}
