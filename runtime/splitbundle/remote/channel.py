@@ -153,9 +153,9 @@ class Channel:
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             return Lost("no answer in time", silent=True)
         if code == grpc.StatusCode.UNAUTHENTICATED:
-            return BundleError(
-                Problem(code="peer.identity", argument=self.address.text, expected=details, got="another one, or none")
-            )
+            got, hint = "another one, or none", "Ask who runs the server for a new certificate, or for its token"
+            where = self.address.text
+            return BundleError(Problem(code="peer.identity", argument=where, expected=details, got=got, hint=hint))
         if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             expected = "a frame that the other side takes"
             return BundleError(Problem(code="wire.size", argument=self.address.text, expected=expected, got=details))
