@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import splitbundle
 from splitbundle import BundleError, StageServer
 from splitbundle.records import replace
 from splitbundle.remote import peers
+from splitbundle.remote.channel import Channel
 from splitbundle.serving.stage_server import Budget
 from splitbundle.wire import frames
 from splitbundle.wire.messages import Message, Run, Welcome
@@ -469,3 +471,34 @@ def test_a_smaller_server_is_left_for_a_larger_one(every_cut: splitbundle.Bundle
         alone = every_cut.stage(SHARD, remote=small.url)
         with pytest.raises(BundleError, match=r"\[session.capacity\]"):
             alone(hidden, cache=alone.cache(1, 64))
+
+
+def test_a_cache_that_the_collector_finds_while_a_connection_is_opened(
+    every_cut: splitbundle.Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector runs at any moment, also in a thread that holds the lock of a connection."""
+    opening = Channel._open
+
+    def collected(self: Channel) -> Any:
+        gc.collect()
+        return opening(self)
+
+    monkeypatch.setattr(Channel, "_open", collected)
+    with StageServer(every_cut, SHARD) as server, torch.no_grad():
+        hidden = torch.zeros(1, 1, 96)
+        far = every_cut.stage(SHARD, remote=server.url)
+        cycle: list[Any] = [far.cache(1, 8)]
+        far(hidden, cache=cycle[0])
+        assert len(server.service.sessions) == 1
+        cycle.append(cycle)  # as the traceback of an error does it
+        del cycle
+        for channel in [each for each in gc.get_objects() if type(each) is Channel]:
+            channel.close()
+        asked = threading.Thread(target=far.__call__, args=(hidden,), daemon=True)
+        asked.start()
+        asked.join(30)
+        assert not asked.is_alive()
+        until = time.monotonic() + 30
+        while server.service.sessions and time.monotonic() < until:
+            time.sleep(0.01)
+        assert len(server.service.sessions) == 0

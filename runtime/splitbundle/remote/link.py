@@ -10,6 +10,7 @@ from typing import Any, Final
 from splitbundle.errors import BundleError, Problem
 from splitbundle.format.architecture.decoder import Architecture
 from splitbundle.remote.carrier import Lost
+from splitbundle.remote.closing import CLOSING
 from splitbundle.remote.copies import Connected
 from splitbundle.remote.history import History, Sent
 from splitbundle.remote.options import RemoteOptions
@@ -46,7 +47,7 @@ class _Slot:
         if handle is not None:
             try:
                 handle.peer.send(Close(session=handle.session))
-            except (Lost, ValueError, RuntimeError):  # it ends with its lease
+            except (Lost, BundleError, ValueError, RuntimeError):  # it ends with its lease
                 return
 
 
@@ -63,7 +64,8 @@ class RemoteCache(CacheState):
 
     def _hold(self, slot: _Slot) -> None:
         self.slot = slot
-        weakref.finalize(self, slot.drop).atexit = False  # at the end of a process the lease ends them
+        CLOSING.begin()
+        weakref.finalize(self, CLOSING.later, slot.drop).atexit = False  # at the end of a process the lease ends them
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "slot"}
@@ -269,6 +271,7 @@ class Link(Connected):
 
     def _begin(self, peer: Peer, welcome: Welcome, cache: RemoteCache) -> _Handle:
         """Begin a session, and send what it has to hold."""
+        CLOSING.now()  # the server may have no room for this session beside them
         opened, _ = peer.ask(Open(rows=cache.batch_size, capacity=cache.capacity), (), _OPENING)
         if not isinstance(opened, Opened):
             raise RuntimeError("ask returned another kind of answer")
