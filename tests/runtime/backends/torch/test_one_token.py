@@ -171,20 +171,6 @@ def test_an_interrupt_leaves_no_inference_mode(stage: Stage, applied: list[int])
 
 
 @torch.no_grad()
-def test_another_stage_may_compute_with_gradients(applied: list[int]) -> None:
-    """It shares what depends on the positions, such as the rotations, with the stages before it."""
-    bundle = splitbundle.open(MODELS.parents[1] / "golden/v1.0/llama.splitbundle")
-    first, other = bundle.stage(layers=(1, 2)), bundle.stage(layers=(2, 3), kernels="torch", head=False)
-    caches, x = (first.cache(1, 4), other.cache(1, 4)), hidden(first)
-    positions = first.check(x, cache=caches[0])
-    x = first(x, cache=caches[0], positions=positions)
-    assert applied == [1]
-    with torch.enable_grad():
-        other(x.requires_grad_(), positions=other.convert_call(positions)).sum().backward()
-    assert x.grad is not None
-
-
-@torch.no_grad()
 def test_a_layer_that_is_called_changes_the_layers_after_it(gpt2: splitbundle.Bundle, applied: list[int]) -> None:
     """All layers are looked at at once only if nothing else runs between them."""
     stage = gpt2.stage(layers=(1, 3))
