@@ -1,9 +1,9 @@
 """Records: classes with named fields. The fields are passed by keyword, and records compare by value.
 
-``record`` makes the same classes as ``@dataclass(frozen=True, slots=True, kw_only=True)``. Type checkers and the
-functions of ``dataclasses`` accept them as such. But ``dataclasses`` imports ``inspect`` and compiles six functions for
-each class. With forty records, that was most of the time of ``import splitbundle``. Here all classes share their
-functions.
+``record`` makes the same classes as ``@dataclass`` with ``slots=True``, ``kw_only=True`` and the same ``frozen``. One
+that isn't frozen brings its own ``__init__``. Type checkers and the functions of ``dataclasses`` accept them as such.
+But ``dataclasses`` imports ``inspect`` and compiles six functions for each class. With forty records, that was most of
+the time of ``import splitbundle``. Here all classes share their functions.
 """
 
 from __future__ import annotations

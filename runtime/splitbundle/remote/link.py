@@ -271,7 +271,7 @@ class Link(Connected):
 
     def _begin(self, peer: Peer, welcome: Welcome, cache: RemoteCache) -> _Handle:
         """Begin a session, and send what it has to hold."""
-        CLOSING.now()  # the server may have no room for this session beside them
+        CLOSING.now()  # sessions that wait to be closed take room on the server, which this one may need
         opened, _ = peer.ask(Open(rows=cache.batch_size, capacity=cache.capacity), (), _OPENING)
         if not isinstance(opened, Opened):
             raise RuntimeError("ask returned another kind of answer")

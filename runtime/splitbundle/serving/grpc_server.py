@@ -54,7 +54,7 @@ class GrpcServer:
             tokens: a name -> a token, if clients show tokens; otherwise they show certificates.
             is_revoked: returns whether a certificate, in PEM, was revoked.
             refused: called with the name of a client that is refused. gRPC itself refuses certificates of another
-                authority, and tells nobody.
+                authority, and doesn't report them.
 
         Raises:
             BundleError: ``server.address`` for an address without TLS that others reach, and for one that can't be had.

@@ -175,7 +175,7 @@ class StageService:
 
     def note(self, line: str) -> None:
         """Write a line into the log of the server."""
-        # A disk that is full, or a stderr that nobody reads any longer, is no reason to refuse a client.
+        # The server goes on if its disk is full, or if the reader of its stderr has ended.
         with contextlib.suppress(OSError, ValueError):
             self._write(printable(line))  # an authority may have signed a name with line breaks
 

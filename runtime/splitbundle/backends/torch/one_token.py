@@ -61,7 +61,7 @@ def _through_all(steps: Steps, row: Tensor, token: Token) -> Tensor:
     """Apply layers between which nothing else runs. *Shape:* (hidden) -> the same."""
     for rotary in steps.rotaries:
         token.positions.rotary(rotary)  # other stages of a pipeline use these, too, perhaps with gradients
-    # Nobody sees the tensors between the layers. In inference mode, each operator does less for them.
+    # No other code gets the tensors between the layers. In inference mode, each operator does less for them.
     # ``torch.inference_mode`` enters the mode in Python: an interrupt there could leave it on.
     with torch._C._InferenceMode(True):
         for own in steps.own.values():
